@@ -1,0 +1,345 @@
+"""Every parameter of a run, typed and checked: one class a stage, the same names as in ``params.yaml``.
+
+``load_config("params.yaml")`` reads and validates; an unknown key or an impossible value is an error that names the key.
+Profiles in ``configs/`` are complete parameter files; ``cm3leon configure PROFILE --set pretrain.steps=2000`` writes ``params.yaml`` from one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A parameter file is unreadable, names an unknown key or holds an impossible value."""
+
+
+class Section(BaseModel):
+    """Base of all parameter classes: unknown keys are errors, instances are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShapesConfig(Section):
+    """The procedural source: scenes with exact ground truth (``data/sources/shapes.py``)."""
+
+    count: int = Field(12_000, ge=1, description="scenes to draw, edited versions not counted")
+    size: int = Field(64, ge=32, description="side of the square images, pixels")
+    seed: int = 0
+    max_objects: int = Field(3, ge=1, le=3)
+    grid: int = Field(8, ge=0, description="object centres lie on a grid of this many steps a side; 0: anywhere")
+    letters: float = Field(0.04, ge=0, le=1, description="share of scenes that show a drawn letter")
+    edits: float = Field(0.05, ge=0, le=1, description="share of scenes that also appear edited, with the instruction")
+    conditions: float = Field(0.05, ge=0, le=1, description="share of scenes with segmentation and edge maps")
+
+
+class FolderConfig(Section):
+    """A directory of images with a CSV or parquet manifest (``data/sources/folder.py``)."""
+
+    manifest: str = Field("manifest.csv", description="manifest file, relative to ingest.path")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="our manifest column -> column of the file; names not given map to themselves",
+    )
+    licence: str | None = Field(None, description="licence of rows that state none (SPDX id)")
+    attribution: str | None = Field(None, description="attribution of rows that state none")
+    source: str = Field("folder", description="source name of rows that state none")
+
+
+class IngestConfig(Section):
+    """``ingest``: any source into image shards and one manifest."""
+
+    source: Literal["shapes", "folder"] = "shapes"
+    path: str = Field("data/source", description="the collection's root; a dependency of the stage")
+    shard_megabytes: float = Field(32.0, gt=0)
+    shapes: ShapesConfig = ShapesConfig()
+    folder: FolderConfig = FolderConfig()
+
+
+class ValidateConfig(Section):
+    """``validate``: profile pass, expectations, quarantine, splits."""
+
+    licences: list[str] = Field(
+        default_factory=lambda: ["CC0-1.0", "CC-BY-4.0", "CC-BY-3.0", "CC-BY-2.0", "Apache-2.0", "MIT"],
+        description="allow-list of SPDX ids",
+    )
+    min_side: int = Field(32, ge=1, description="smaller images are rejected as too_small, pixels")
+    max_pixels: int = Field(50_000_000, ge=1, description="larger images are rejected as decompression_bomb, unread")
+    max_caption_characters: int = Field(1000, ge=1)
+    max_rejected_rate: float = Field(0.2, ge=0, le=1, description="a larger share of rejected rows fails the stage")
+    near_duplicate_distance: float = Field(
+        0.01, ge=0, description="root mean square difference of 8x8 RGB thumbnails (0-1) below which two images share a split"
+    )
+    val_fraction: float = Field(0.03, gt=0, lt=0.5)
+    test_fraction: float = Field(0.05, gt=0, lt=0.5)
+    workers: int = Field(2, ge=1)
+
+
+class ImageTokenizerConfig(Section):
+    """``image_tokenizer``: the VQ-GAN. Downsampling f = patch * 2 ** (len(multipliers) - 1)."""
+
+    image_size: int = Field(64, ge=8, description="images are fitted to this square before tokenising, pixels")
+    patch: int = Field(4, ge=1, description="pixel-unshuffle factor before the first convolution (1: none)")
+    channels: int = Field(32, ge=8)
+    multipliers: list[int] = Field(default_factory=lambda: [1, 3])
+    blocks: int = Field(2, ge=1, description="residual blocks a level")
+    embedding_dim: int = Field(16, ge=2)
+    codebook_size: int = Field(1024, ge=2, le=65_535)
+    commitment: float = Field(0.25, ge=0)
+    codebook_decay: float = Field(0.98, gt=0, lt=1, description="of the codebook's exponential moving averages")
+    continuous_share: float = Field(0.1, ge=0, lt=1, description="share of the training before latents are quantised")
+    restart_below: float = Field(0.05, ge=0, description="codes used less often than this share of the mean are restarted")
+    restart_until: float = Field(0.7, ge=0, le=1, description="share of the training after which no code is restarted")
+    steps: int = Field(2000, ge=1)
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(50, ge=0)
+    perceptual_weight: float = Field(0.0, ge=0, description="of a VGG-16 feature loss; needs perceptual_weights")
+    perceptual_weights: str | None = Field(None, description="path of torchvision's VGG-16 features, safetensors or weights-only .pth")
+    adversarial_weight: float = Field(0.0, ge=0, description="of the hinge patch-GAN loss")
+    adversarial_start: int = Field(0, ge=0, description="first step with the adversarial loss")
+    pretrained: str | None = Field(None, description="directory of an image tokenizer to import instead of training")
+
+    @property
+    def downsampling(self) -> int:
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def tokens_per_image(self) -> int:
+        return (self.image_size // self.downsampling) ** 2
+
+    @model_validator(mode="after")
+    def _check(self) -> ImageTokenizerConfig:
+        if self.image_size % self.downsampling:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of the downsampling factor {self.downsampling}")
+        if self.perceptual_weight and not self.perceptual_weights:
+            raise ValueError("perceptual_weight > 0 needs perceptual_weights, the path of VGG-16 weights")
+        return self
+
+
+class TextTokenizerConfig(Section):
+    """``text_tokenizer``: byte-level BPE."""
+
+    vocabulary_size: int = Field(512, ge=257)
+
+
+class TokenizeConfig(Section):
+    """``tokenize``: images to codes, captions to ids."""
+
+    batch_size: int = Field(64, ge=1)
+    shard_documents: int = Field(50_000, ge=1)
+
+
+class EncoderConfig(Section):
+    """``encoder``: the frozen CLIP bi-encoder: pretrained weights, or a small model trained here."""
+
+    pretrained_model: str | None = Field(None, description="an open_clip architecture, e.g. ViT-B-32")
+    pretrained_weights: str | None = Field(None, description="an open_clip tag, e.g. laion2b_s34b_b79k, or a checkpoint's path")
+    image_size: int = Field(64, ge=8)
+    patch_size: int = Field(8, ge=1)
+    width: int = Field(128, ge=16, description="of the image tower")
+    layers: int = Field(3, ge=1)
+    text_width: int = Field(64, ge=16)
+    text_layers: int = Field(2, ge=1)
+    embedding_dim: int = Field(64, ge=8)
+    vocabulary_size: int = Field(512, ge=257)
+    context_length: int = Field(48, ge=4)
+    hard_negatives: int = Field(1, ge=0, description="near misses of its caption that each image is trained to tell apart from it")
+    steps: int = Field(300, ge=1)
+    batch_size: int = Field(128, ge=2)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(30, ge=0)
+
+
+class IndexConfig(Section):
+    """``index``: the FAISS memory bank over the train split."""
+
+    kind: Literal["flat", "ivf", "hnsw"] = "flat"
+    batch_size: int = Field(128, ge=1)
+
+
+class RetrieveConfig(Section):
+    """``retrieve``: the neighbour table for training."""
+
+    candidates_per_modality: int = Field(2, ge=1)
+    max_score: float = Field(0.9, description="a candidate with a higher score to the query or to one already taken is skipped")
+    query_drop: float = Field(0.2, ge=0, lt=1, description="share of the query's words dropped before encoding")
+    search_depth: int = Field(256, ge=1, description="candidates looked at for each modality")
+
+
+class ModelConfig(Section):
+    """The decoder (``model.py``), RECIPE: pre-norm, no biases, no affine LayerNorm, learned positions, tied embeddings."""
+
+    layers: int = Field(4, ge=1)
+    width: int = Field(256, ge=8)
+    heads: int = Field(4, ge=1)
+    context: int = Field(320, ge=8, description="longest sequence, tokens")
+    init_std: float = Field(0.02, gt=0)
+    position_std: float = Field(0.0002, gt=0)
+    qk_norm: bool = False
+    sentinels: int = Field(16, ge=1, description="mask tokens in the vocabulary (paper: 512)")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class ObjectiveConfig(Section):
+    """CM3 masking (``objective.py``)."""
+
+    mean_masks: float = Field(1.0, ge=0, description="lambda of the Poisson number of masked spans")
+    segment_rate: float = Field(0.15, ge=0, le=1, description="share of samples that mask one whole segment instead of spans")
+    caption_share: float = Field(0.67, ge=0, le=1, description="of whole-segment masks: share that falls on the query's text")
+
+
+class TrainConfig(Section):
+    """What the trainer needs, for pretraining and instruction tuning alike."""
+
+    steps: int = Field(1500, ge=1)
+    batch_size: int = Field(32, ge=1, description="sequences a step")
+    learning_rate: float = Field(2e-3, gt=0)
+    final_learning_rate: float = Field(0.05, ge=0, le=1, description="floor of the decay, share of the peak")
+    warmup_steps: int = Field(100, ge=0)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(1.0, gt=0)
+    validate_every: int = Field(250, ge=1)
+    validation_documents: int = Field(256, ge=1)
+
+
+class PretrainConfig(TrainConfig):
+    """``pretrain``: CM3 pretraining."""
+
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    documents: list[float] = Field(
+        default_factory=lambda: [0.6, 0.4],
+        description="share of sequences with 0, 1, 2 ... retrieved documents",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> PretrainConfig:
+        if abs(sum(self.documents) - 1) > 1e-6 or min(self.documents) < 0:
+            raise ValueError(f"documents must be shares that sum to 1, got {self.documents}")
+        return self
+
+
+class SFTConfig(TrainConfig):
+    """``sft``: multitask instruction tuning."""
+
+    answer_weight: float = Field(4.0, gt=0, description="weight in the loss of answer tokens, which are few beside an image's")
+    tasks: dict[str, float] = Field(
+        default_factory=lambda: {"text_to_image": 3.0, "caption": 1.0, "long_caption": 0.5, "vqa": 3.0},
+        description="task -> weight in the mix",
+    )
+    objective: ObjectiveConfig = ObjectiveConfig()
+    caption_drop: float = Field(0.1, ge=0, le=1, description="share of text_to_image samples whose caption is masked, for CFG")
+    documents: list[float] = Field(default_factory=lambda: [0.6, 0.4])
+
+
+class SuperResolutionConfig(Section):
+    """``super_resolution``: the separate upscaler."""
+
+    scale: int = Field(2, ge=2, le=4)
+    channels: int = Field(24, ge=4)
+    blocks: int = Field(4, ge=1)
+    patch_size: int = Field(32, ge=8, description="side of the low-resolution training crops, pixels")
+    steps: int = Field(300, ge=1)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+
+
+class DecodingConfig(Section):
+    """Decoding defaults of a profile; they travel with the bundle."""
+
+    temperature: float = Field(0.8, ge=0, description="0: greedy")
+    top_p: float = Field(0.9, gt=0, le=1)
+    guidance: float = Field(2.0, ge=0, description="classifier-free guidance scale; 1: none")
+    candidates: int = Field(4, ge=1, description="images drawn for each one returned; the best by CLIP score is kept")
+    documents: int = Field(0, ge=0, description="retrieved documents before the prompt")
+    max_text_tokens: int = Field(64, ge=1)
+
+
+class EvaluateConfig(Section):
+    """``evaluate``: the evaluation contract."""
+
+    prompts: int = Field(256, ge=1, description="held-out prompts drawn")
+    captions: int = Field(256, ge=1, description="held-out images captioned")
+    questions: int = Field(400, ge=1, description="held-out questions asked")
+    sheet: int = Field(24, ge=1, description="prompts on the sample sheet")
+    seed: int = 0
+    bootstrap: int = Field(1000, ge=1)
+
+
+class GateConfig(Section):
+    """``gate``: floors and margins; names are those of the evaluation record's scores."""
+
+    floors: dict[str, float] = Field(default_factory=dict, description="score -> least value")
+    ceilings: dict[str, float] = Field(default_factory=dict, description="score -> greatest value (where lower is better)")
+    margins: dict[str, float] = Field(default_factory=dict, description="score -> how much worse than the champion is tolerated")
+    on_contract_change: Literal["floors", "refuse"] = Field(
+        "floors", description="challenger and champion were evaluated differently: decide by floors and ceilings alone, or hold back"
+    )
+
+
+class Config(Section):
+    """All of ``params.yaml``."""
+
+    profile: str = "small"
+    seed: int = 0
+    ingest: IngestConfig = IngestConfig()
+    validate_: ValidateConfig = Field(default_factory=ValidateConfig, alias="validate")
+    image_tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
+    text_tokenizer: TextTokenizerConfig = TextTokenizerConfig()
+    tokenize: TokenizeConfig = TokenizeConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    index: IndexConfig = IndexConfig()
+    retrieve: RetrieveConfig = RetrieveConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    sft: SFTConfig = SFTConfig()
+    super_resolution: SuperResolutionConfig = SuperResolutionConfig()
+    decoding: DecodingConfig = DecodingConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig = GateConfig()
+
+
+def parse_config(data: Any, origin: str) -> Config:
+    """Validate a parameter tree; ``origin`` names it in errors.
+
+    Raises:
+        ConfigError: with one line for each wrong key: where, what was found, what is allowed.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{origin}: expected a mapping of sections, found {type(data).__name__}")
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                lines.append(f"  {key}: unknown key")
+            else:
+                lines.append(f"  {key or '(file)'}: {item['msg']} (found {item['input']!r})")
+        raise ConfigError(f"{origin} is not a valid parameter file:\n" + "\n".join(lines)) from None
+
+
+def load_config(path: str | Path = "params.yaml") -> Config:
+    """Read and validate a parameter file.
+
+    Raises:
+        ConfigError: if the file is missing, is not YAML, or holds an unknown key or impossible value.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; write it with: cm3leon configure small") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    return parse_config(data, str(path))

@@ -1,0 +1,175 @@
+"""The manifest: one row a document, and the image shards it points into.
+
+Sources yield :class:`SourceRow`; ``ingest`` packs their images into tar shards and writes ``manifest.parquet`` with
+:data:`MANIFEST_SCHEMA`; everything later reads rows with pandas and images with :class:`ImageStore`.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from cm3leon.data.images import decode
+
+SPLITS = ("train", "val", "test")
+
+OBJECT = pa.struct([("label", pa.string()), ("box", pa.list_(pa.float32()))])
+QUESTION = pa.struct([("question", pa.string()), ("answers", pa.list_(pa.string()))])
+CONDITION = pa.struct([("kind", pa.string()), ("image", pa.string())])
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),  # first 16 hex digits of the SHA-256 of the image file; of the row where there is no image
+        ("row", pa.int64()),  # position in the source, from 0
+        ("origin", pa.string()),  # where the row stands in the source: file and line, or scene number
+        ("image", pa.string()),  # "images-00000.tar/000001.png": shard and member; null when the source could not supply it
+        ("captions", pa.list_(pa.string())),
+        ("licence", pa.string()),
+        ("attribution", pa.string()),
+        ("source", pa.string()),
+        ("group", pa.string()),  # rows of one group stay in one split; null: alone
+        ("problem", pa.string()),  # reason codes the source found (missing, path_outside_root ...), with commas between, else null
+        ("detail", pa.string()),  # what exactly the problem was
+        ("long_caption", pa.string()),
+        ("objects", pa.list_(OBJECT)),  # boxes are x0, y0, x1, y1 in pixels of the stored image
+        ("questions", pa.list_(QUESTION)),
+        ("instruction", pa.string()),
+        ("edited_from", pa.string()),  # id of the document this one is an edit of
+        ("conditions", pa.list_(CONDITION)),
+        ("text_in_image", pa.string()),
+    ]
+)
+"""Columns of ``data/raw/manifest.parquet``."""
+
+VALIDATED_SCHEMA = pa.schema([*MANIFEST_SCHEMA, ("width", pa.int32()), ("height", pa.int32()), ("split", pa.string())])
+"""Columns of ``data/validated/manifest.parquet``; width and height in pixels are those of what :meth:`ImageStore.open` gives."""
+
+
+@dataclass
+class SourceRow:
+    """One document as a source yields it, before images are packed.
+
+    ``image`` and the values of ``conditions`` are encoded image files (PNG, JPEG ...). ``key`` names the row inside its source,
+    so that ``edited_from`` can point to another row's key. ``problem`` holds reason codes (with commas between) when the source found
+    the row at fault (``image`` is None when there is nothing to read), and ``detail`` says what exactly.
+    """
+
+    key: str
+    origin: str
+    image: bytes | None
+    captions: list[str]
+    licence: str | None
+    attribution: str | None
+    source: str
+    extension: str = "png"
+    group: str | None = None
+    problem: str | None = None
+    long_caption: str | None = None
+    objects: list[tuple[str, tuple[float, float, float, float]]] = field(default_factory=list)
+    questions: list[tuple[str, list[str]]] = field(default_factory=list)
+    instruction: str | None = None
+    edited_from: str | None = None
+    conditions: dict[str, bytes] = field(default_factory=dict)
+    text_in_image: str | None = None
+    detail: str | None = None
+
+
+class ManifestError(ValueError):
+    """A manifest or an image reference cannot be read."""
+
+
+def read_manifest(path: str | Path, split: str | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Read a manifest (a file, or a directory's ``manifest.parquet``) in file order; ``split`` and ``columns`` narrow it.
+
+    Text that is null is ``None``, lists and structs are Python lists and dicts (null lists are empty), so rows need no checks for NaN.
+
+    Raises:
+        ManifestError: if the file is missing, or ``split`` is none of the splits.
+    """
+    path = Path(path)
+    path = path / "manifest.parquet" if path.is_dir() else path
+    if not path.is_file():
+        raise ManifestError(f"{path} does not exist; the stages ingest and validate write the manifests")
+    if split is not None and split not in SPLITS:
+        raise ManifestError(f"there is no split {split!r}; splits are {', '.join(SPLITS)}")
+    filters = None if split is None else [("split", "=", split)]
+    table = pq.read_table(path, columns=None if columns is None else list(columns), filters=filters)
+    data: dict[str, Any] = {}
+    for name in table.column_names:
+        column = table.column(name)
+        if pa.types.is_list(column.type):
+            data[name] = pd.Series([value or [] for value in column.to_pylist()], dtype=object)
+        elif pa.types.is_string(column.type):
+            data[name] = pd.Series(column.to_pylist(), dtype=object)
+        else:
+            data[name] = column.to_pandas()
+    return pd.DataFrame(data)
+
+
+class ImageStore:
+    """Random reads from uncompressed tar shards, without extracting them.
+
+    A reference is ``"SHARD/MEMBER"``, as the manifest holds it. Offsets of a shard are indexed when it is first read; each read opens
+    the shard anew (about 10 microseconds), so that one store serves any number of threads and forked or pickled workers.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self._offsets: dict[str, dict[str, tuple[int, int]]] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["root"])  # type: ignore[misc]
+
+    def _index(self, shard: str) -> dict[str, tuple[int, int]]:
+        """Member -> (offset, size) in bytes."""
+        with self._lock:
+            if shard not in self._offsets:
+                if "/" in shard or not shard.endswith(".tar"):
+                    raise ManifestError(f"{shard!r} is no shard name (expected images-00000.tar/000001.png)")
+                try:
+                    with tarfile.open(self.root / shard, "r:") as archive:
+                        self._offsets[shard] = {member.name: (member.offset_data, member.size) for member in archive}
+                except FileNotFoundError:
+                    raise ManifestError(f"image shard {self.root / shard} does not exist; run the stage ingest") from None
+                except tarfile.TarError as error:
+                    raise ManifestError(f"image shard {self.root / shard} is damaged ({error}); run the stage ingest again") from None
+            return self._offsets[shard]
+
+    def read(self, ref: str) -> bytes:
+        """The bytes of an encoded image.
+
+        Raises:
+            ManifestError: if the shard or the member does not exist, or the shard is cut short.
+        """
+        shard, _, member = ref.partition("/")
+        offsets = self._offsets.get(shard) or self._index(shard)
+        if member not in offsets:
+            raise ManifestError(f"image shard {self.root / shard} has no member {member!r}")
+        offset, size = offsets[member]
+        with open(self.root / shard, "rb", buffering=0) as file:
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) != size:
+            raise ManifestError(f"image shard {self.root / shard} is cut short at {member!r}; run the stage ingest again")
+        return data
+
+    def open(self, ref: str) -> Image.Image:
+        """The decoded image: RGB, EXIF orientation applied, transparency composited on white.
+
+        Raises:
+            ManifestError: as :meth:`read`; ImageError: if the file is no readable image.
+        """
+        return decode(self.read(ref))

@@ -1,0 +1,131 @@
+"""Packs the rows of a source: images into uncompressed tar shards, everything else into ``manifest.parquet``."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cm3leon.data.manifest import MANIFEST_SCHEMA, SourceRow
+
+BATCH_ROWS = 2048
+_EDITED = MANIFEST_SCHEMA.get_field_index("edited_from")
+
+
+class ShardWriter:
+    """Tar shards ``images-00000.tar`` ... of about ``megabytes`` each; the same members give the same bytes."""
+
+    def __init__(self, directory: Path, megabytes: float) -> None:
+        self.directory, self.limit = directory, int(megabytes * 1e6)
+        self.shards = self.images = self.bytes = 0
+        self._archive: tarfile.TarFile | None = None
+        self._filled = 0
+
+    def add(self, name: str, data: bytes) -> str:
+        """Append a member; returns its reference, ``"images-00000.tar/NAME"``."""
+        if self._archive is None or (self._filled and self._filled + len(data) > self.limit):
+            self.close()
+            path = self.directory / f"images-{self.shards:05d}.tar"
+            self._archive = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (closed by close)
+            self.shards, self._filled = self.shards + 1, 0
+        header = tarfile.TarInfo(name)  # owner 0, time 0
+        header.size, header.mode = len(data), 0o644
+        self._archive.addfile(header, io.BytesIO(data))
+        self._filled += len(data)
+        self.bytes += len(data)
+        self.images += 1
+        return f"images-{self.shards - 1:05d}.tar/{name}"
+
+    def close(self) -> None:
+        if self._archive is not None:
+            self._archive.close()
+            self._archive = None
+
+
+def pack(rows: Iterable[SourceRow], directory: Path, shard_megabytes: float) -> dict[str, float]:
+    """Write the rows to ``directory``; whatever an earlier run left there is replaced, the manifest last.
+
+    ``edited_from``, a key of the source, becomes the id of the row with that key (the first one); a key that no row has is the problem
+    ``unknown_original``. The same rows give the same bytes.
+
+    Returns:
+        Counts: rows, images (conditions included), problems, shards, megabytes.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    final, draft = directory / "manifest.parquet", directory / "manifest.draft.parquet"
+    for old in [final, draft, *directory.glob("images-*.tar")]:
+        old.unlink(missing_ok=True)
+    shards = ShardWriter(directory, shard_megabytes)
+    ids: dict[str, str] = {}
+    count = 0
+    batch: list[dict[str, Any]] = []
+    try:
+        with pq.ParquetWriter(draft, MANIFEST_SCHEMA) as writer:
+            for count, row in enumerate(rows, 1):
+                batch.append(_record(row, count - 1, shards))
+                ids.setdefault(row.key, batch[-1]["id"])
+                if len(batch) == BATCH_ROWS:
+                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=MANIFEST_SCHEMA))
+                    batch = []
+            if batch:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=MANIFEST_SCHEMA))
+        shards.close()
+        problems = _resolve_edits(draft, final, ids)
+    finally:
+        shards.close()
+        draft.unlink(missing_ok=True)
+    megabytes = round(shards.bytes / 1e6, 3)
+    return {"rows": count, "images": shards.images, "problems": problems, "shards": shards.shards, "megabytes": megabytes}
+
+
+def _record(row: SourceRow, number: int, shards: ShardWriter) -> dict[str, Any]:
+    """The manifest's record of a row, its images added to the shards."""
+    made = ("id", "row", "image", "objects", "questions", "conditions")
+    record: dict[str, Any] = {name: getattr(row, name) for name in MANIFEST_SCHEMA.names if name not in made}
+    record["row"] = number
+    record["objects"] = [{"label": label, "box": list(box)} for label, box in row.objects]
+    record["questions"] = [{"question": question, "answers": list(answers)} for question, answers in row.questions]
+    if row.image is None:
+        content = json.dumps({**record, "key": row.key}, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass")
+        record.update(id=_digest(content), image=None)
+    else:
+        record.update(id=_digest(row.image), image=shards.add(f"{number:09d}.{row.extension}", row.image))
+    record["conditions"] = [
+        {"kind": kind, "image": shards.add(f"{number:09d}.{re.sub('[^A-Za-z0-9]+', '-', kind)[:60]}.{place}.png", data)}
+        for place, (kind, data) in enumerate(row.conditions.items())
+    ]
+    return record
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _resolve_edits(draft: Path, final: Path, ids: dict[str, str]) -> int:
+    """Copy the manifest with ``edited_from`` turned from keys into ids; returns the number of rows with a problem."""
+    problems = 0
+    part = final.with_suffix(".part")
+    with pq.ParquetFile(draft) as source, pq.ParquetWriter(part, MANIFEST_SCHEMA) as writer:
+        for batch in source.iter_batches(BATCH_ROWS):
+            keys = batch.column(_EDITED).to_pylist()
+            columns = {name: batch.column(name) for name in MANIFEST_SCHEMA.names}
+            if any(key is not None for key in keys):
+                problem, detail = columns["problem"].to_pylist(), columns["detail"].to_pylist()
+                for place, key in enumerate(keys):
+                    if key is not None and key not in ids:
+                        problem[place] = ",".join(filter(None, [problem[place], "unknown_original"]))
+                        detail[place] = "; ".join(filter(None, [detail[place], f"edited_from: no row has the key {key!r}"]))
+                columns["edited_from"] = pa.array([ids.get(key) if key is not None else None for key in keys], pa.string())
+                columns["problem"], columns["detail"] = pa.array(problem, pa.string()), pa.array(detail, pa.string())
+            problems += len(batch) - columns["problem"].null_count
+            writer.write_batch(pa.RecordBatch.from_arrays([columns[name] for name in MANIFEST_SCHEMA.names], schema=MANIFEST_SCHEMA))
+    part.replace(final)
+    return problems

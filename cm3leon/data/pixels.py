@@ -1,0 +1,52 @@
+"""Many images of one size for training: kept in memory as bytes while they fit, else read when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from cm3leon.data.images import fit_square
+from cm3leon.data.manifest import ImageStore
+from cm3leon.progress import progress
+
+MEMORY = 2 << 30
+"""Most bytes of pixels kept in memory."""
+_CHUNK = 256
+
+
+class ImageSet:
+    """Images ``refs`` of a store, each fitted to a square of ``size`` pixels; index it with an array of positions."""
+
+    def __init__(self, store: ImageStore, refs: Sequence[str], size: int, memory: int = MEMORY) -> None:
+        self.store, self.refs, self.size = store, list(refs), size
+        self._pixels: np.ndarray | None = None
+        if len(self.refs) * size * size * 3 <= memory:
+            self._pixels = self._read_all()
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def __getitem__(self, positions: np.ndarray | Sequence[int] | slice) -> np.ndarray:
+        """uint8 ``(n, size, size, 3)`` in the order asked for."""
+        if self._pixels is not None:
+            return self._pixels[positions]
+        return self._read(np.arange(len(self.refs))[positions])
+
+    def _one(self, position: int) -> np.ndarray:
+        return np.asarray(fit_square(self.store.open(self.refs[position]), self.size))
+
+    def _read(self, positions: np.ndarray) -> np.ndarray:
+        with ThreadPoolExecutor(2) as pool:
+            images = list(pool.map(self._one, positions.tolist()))
+        return np.stack(images) if images else np.zeros((0, self.size, self.size, 3), dtype=np.uint8)
+
+    def _read_all(self) -> np.ndarray:
+        pixels = np.empty((len(self.refs), self.size, self.size, 3), dtype=np.uint8)
+        with progress("reading images", len(self.refs), "images") as meter:
+            for start in range(0, len(self.refs), _CHUNK):
+                positions = np.arange(start, min(start + _CHUNK, len(self.refs)))
+                pixels[positions] = self._read(positions)
+                meter.advance(len(positions))
+        return pixels

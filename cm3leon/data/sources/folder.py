@@ -1,0 +1,208 @@
+"""The folder source: a directory of images with a CSV, TSV, JSON Lines or parquet manifest, one row a document.
+
+Columns of the file are named as ours, or mapped in ``ingest.folder.columns`` (``{captions: title}``: our column -> the file's). Needed are
+``image`` (path relative to ``ingest.path``), ``captions`` (text, or a JSON list of texts) and ``licence``, unless ``ingest.folder.licence``
+states one for all. In text files, lists and mappings are JSON. A row at fault is yielded with its ``problem``, never dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cm3leon.config import FolderConfig
+from cm3leon.data.manifest import SourceRow
+from cm3leon.data.sources import SourceError
+from cm3leon.data.tables import parse_json, read_table
+
+COLUMNS = (
+    "image", "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions",
+    "instruction", "edited_from", "conditions", "text_in_image",
+)  # fmt: skip
+NEEDED = ("image", "captions", "licence")
+ALIASES = {"captions": ("captions", "caption"), "licence": ("licence", "license"), "key": ("key", "id")}
+"""File columns that are taken, in this order, for one of ours when no mapping names it."""
+
+
+class _RowProblem(ValueError):
+    """What is wrong with one row: a reason code and a detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def rows(config: FolderConfig, path: Path) -> Iterator[SourceRow]:
+    """Every row of the manifest ``path / config.manifest``, with its image files read.
+
+    Problems found here: ``missing`` (no image named, or no such file), ``path_outside_root`` (absolute, through ``..`` or a symbolic link),
+    ``unreadable`` (the file system refuses), ``malformed_row`` (a cell that cannot be understood).
+
+    Raises:
+        SourceError: if the manifest does not exist, lacks a needed column, or has no rows.
+    """
+    manifest = path / config.manifest
+    found, records = read_table(manifest)
+    mapping = _mapping(config, manifest, found)
+    root = path.resolve()
+    empty = True
+    for origin, record, fault in records:
+        empty = False
+        yield _row({ours: record.get(theirs) for ours, theirs in mapping.items()}, f"{config.manifest} {origin}", fault, root, config)
+    if empty:
+        raise SourceError(f"{manifest} has columns ({', '.join(found)}) but no rows")
+
+
+def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str, str]:
+    """Our column -> the file's, for the columns that are there."""
+    listing = ", ".join(found) or "none"
+    for ours, theirs in config.columns.items():
+        if ours not in COLUMNS:
+            raise SourceError(f"ingest.folder.columns.{ours}: there is no manifest column {ours!r}; columns are {', '.join(COLUMNS)}")
+        if theirs not in found:
+            raise SourceError(f"ingest.folder.columns.{ours}: {manifest} has no column {theirs!r}; its columns are: {listing}")
+    mapping = dict(config.columns)
+    for ours in COLUMNS:
+        known = next((name for name in ALIASES.get(ours, (ours,)) if name in found), None)
+        if ours not in mapping and known is not None:
+            mapping[ours] = known
+    for ours in NEEDED:
+        if ours not in mapping and not (ours == "licence" and config.licence):
+            alternative = ", or state one licence for all rows with ingest.folder.licence" if ours == "licence" else ""
+            raise SourceError(
+                f"{manifest} has no column {ours!r}; its columns are: {listing}. Say which one it is in params.yaml, "
+                f"e.g. ingest.folder.columns: {{{ours}: {found[0] if found else 'COLUMN'}}}{alternative}"
+            )
+    return mapping
+
+
+def _row(cells: dict[str, Any], origin: str, fault: str | None, root: Path, config: FolderConfig) -> SourceRow:
+    """One row; problems are recorded, and everything that could be read is kept."""
+    problems = [_RowProblem("malformed_row", fault)] if fault else []
+
+    def attempt(column: str, parse: Any, default: Any) -> Any:
+        try:
+            return parse(cells.get(column))
+        except _RowProblem as problem:
+            problems.append(_RowProblem(problem.reason, f"{column}: {problem.detail}"))
+            return default
+
+    name = _text(cells.get("image"))
+    image = attempt("image", lambda cell: _read(root, _text(cell)), None)
+    row = SourceRow(
+        key=_text(cells.get("key")) or name or origin,
+        origin=origin,
+        image=image,
+        extension=_extension(name),
+        captions=attempt("captions", _captions, []),
+        licence=_text(cells.get("licence")) or config.licence,
+        attribution=_text(cells.get("attribution")) or config.attribution,
+        source=_text(cells.get("source")) or config.source,
+        group=_text(cells.get("group")),
+        long_caption=_text(cells.get("long_caption")),
+        objects=attempt("objects", _objects, []),
+        questions=attempt("questions", _questions, []),
+        instruction=_text(cells.get("instruction")),
+        edited_from=_text(cells.get("edited_from")),
+        conditions=attempt("conditions", lambda cell: _conditions(root, cell), {}),
+        text_in_image=_text(cells.get("text_in_image")),
+    )
+    if problems:
+        row.problem = ",".join(dict.fromkeys(problem.reason for problem in problems))
+        row.detail = "; ".join(problem.detail for problem in problems)
+    return row
+
+
+def _text(cell: Any) -> str | None:
+    """Text without blanks around it; None for an empty cell."""
+    text = "" if cell is None or cell != cell else str(cell).strip()
+    return text or None
+
+
+def _extension(name: str | None) -> str:
+    suffix = Path(name or "").suffix[1:].lower()
+    return suffix if suffix.isascii() and suffix.isalnum() and len(suffix) <= 5 else "bin"
+
+
+def _read(root: Path, name: str | None) -> bytes:
+    """The bytes of a file under ``root``."""
+    if name is None:
+        raise _RowProblem("missing", "the cell is empty")
+    try:
+        file = (root / name).resolve()
+        if not file.is_relative_to(root):
+            raise _RowProblem("path_outside_root", name)
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise _RowProblem("missing", f"{name} is no file") from None
+    except (OSError, RuntimeError) as error:
+        raise _RowProblem("unreadable", f"{name}: {getattr(error, 'strerror', None) or error}") from None
+    except _RowProblem:
+        raise
+    except ValueError as error:  # a null byte in the name
+        raise _RowProblem("malformed_row", f"{name!r}: {error}") from None
+
+
+def _json(cell: Any, expected: str) -> Any:
+    """A list or mapping: as it stands (parquet, JSON Lines) or parsed from text; None for an empty cell."""
+    if not isinstance(cell, str):
+        return None if cell is None or (isinstance(cell, float) and cell != cell) else cell
+    if not cell.strip():
+        return None
+    try:
+        return parse_json(cell)
+    except ValueError as error:
+        raise _RowProblem("malformed_row", f"expected {expected}, {error} in {cell[:60]!r}") from None
+
+
+def _captions(cell: Any) -> list[str]:
+    value = cell
+    if isinstance(cell, str):
+        value = [cell]
+        if cell.lstrip().startswith("["):
+            try:
+                parsed = parse_json(cell)
+                value = parsed if isinstance(parsed, list) else value
+            except ValueError:
+                if cell.lstrip().startswith('["'):  # else a caption that begins with a bracket
+                    raise _RowProblem("malformed_row", f"the JSON list is broken: {cell[:60]!r}") from None
+    value = [] if value is None or value != value else value
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise _RowProblem("malformed_row", f"expected text or a list of texts, found {str(cell)[:60]!r}")
+    return [item.strip() for item in value]
+
+
+def _objects(cell: Any) -> list[tuple[str, tuple[float, float, float, float]]]:
+    expected = 'a JSON list of {"label": ..., "box": [x0, y0, x1, y1]}'
+    value = _json(cell, expected)
+    try:
+        objects = [(str(item["label"]), tuple(float(number) for number in item["box"])) for item in value or []]
+    except (KeyError, TypeError, ValueError):
+        raise _RowProblem("malformed_row", f"expected {expected}, found {str(cell)[:60]!r}") from None
+    if any(len(box) != 4 for _, box in objects):
+        raise _RowProblem("malformed_row", f"a box has other than four numbers: {str(cell)[:60]!r}")
+    return objects  # type: ignore[return-value]
+
+
+def _questions(cell: Any) -> list[tuple[str, list[str]]]:
+    expected = 'a JSON list of {"question": ..., "answers": [...]}'
+    value = _json(cell, expected)
+    questions = []
+    try:
+        for item in value or []:
+            answers = item["answers"] if "answers" in item else item["answer"]
+            questions.append((str(item["question"]), [answers] if isinstance(answers, str) else [str(answer) for answer in answers]))
+    except (KeyError, TypeError):
+        raise _RowProblem("malformed_row", f"expected {expected}, found {str(cell)[:60]!r}") from None
+    return questions
+
+
+def _conditions(root: Path, cell: Any) -> dict[str, bytes]:
+    expected = 'a JSON mapping of kind to image path, {"edges": "edges/1.png"}'
+    value = _json(cell, expected)
+    if isinstance(value, list) and all(isinstance(item, dict) and {"kind", "image"} <= set(item) for item in value):
+        value = {item["kind"]: item["image"] for item in value}
+    if value is not None and not isinstance(value, dict):
+        raise _RowProblem("malformed_row", f"expected {expected}, found {str(cell)[:60]!r}")
+    return {str(kind): _read(root, _text(name)) for kind, name in (value or {}).items() if _text(name)}

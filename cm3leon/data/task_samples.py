@@ -1,0 +1,71 @@
+"""Instruction-tuning samples: for each document of an epoch one of the tasks that its columns allow, by the mix's weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cm3leon.config import SFTConfig
+from cm3leon.data.sequences import MASK_ROOM, PretrainingSamples, fit_body, sample_rng
+from cm3leon.objective import Masked, apply_spans
+from cm3leon.tasks import TASKS, available, fields, lay_out
+from cm3leon.tokenizers.text import TextTokenizer
+
+
+@dataclass(frozen=True)
+class TaskSamples:
+    """Samples of the multitask mix over the documents of ``documents.store``; ``manifest`` holds their task columns."""
+
+    documents: PretrainingSamples
+    manifest: pd.DataFrame
+    tokenizer: TextTokenizer
+    config: SFTConfig
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.config.tasks) - set(TASKS))
+        if unknown:
+            raise ValueError(f"sft.tasks names unknown tasks {unknown}; known: {sorted(TASKS)}")
+        if not self.counts():
+            raise ValueError("no document has a column that a task of sft.tasks needs")
+
+    @cached_property
+    def _rows(self) -> dict[str, dict[str, Any]]:
+        columns = sorted({task.column for task in TASKS.values()} & set(self.manifest.columns))
+        return dict(zip(self.manifest["id"], self.manifest[columns].to_dict("records"), strict=True))
+
+    def choices(self, row: dict[str, Any]) -> list[str]:
+        """Tasks of the mix that a row allows."""
+        return [name for name in available(row) if self.config.tasks.get(name, 0) > 0]
+
+    def counts(self) -> Counter[str]:
+        """Documents available to each task of the mix."""
+        return Counter(name for row in self._rows.values() for name in self.choices(row))
+
+    def __call__(self, epoch: int, row: int) -> tuple[Masked, np.ndarray]:
+        document = self.documents.store[row]
+        rng = sample_rng(self.documents.seed + 1, epoch, document.id)
+        values = self._rows[document.id]
+        names = self.choices(values)
+        weights = np.array([self.config.tasks[name] for name in names])
+        name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
+        task = TASKS[name]
+        template = task.templates[int(rng.integers(len(task.templates)))]
+        vocabulary, longest = self.documents.vocabulary, self.documents.context - MASK_ROOM
+        segments, answer = lay_out(template, fields(name, values, rng), document.codes, vocabulary, self.tokenizer)
+        if answer is None:
+            body = fit_body([*self.documents.neighbours_of(document.id, rng), segments], longest)
+            text = next(s for s in body.segments if s.document == body.segments[-1].document and s.modality == "text")
+            dropped = rng.random() < self.config.caption_drop
+            masked = apply_spans(body, [(text.start, text.stop)] if dropped else [], vocabulary)
+            return masked, masked.is_target.astype(np.float32)
+        body = fit_body([segments], longest)
+        start, stop = (min(1 + place, body.segments[0].stop) for place in answer)
+        masked = apply_spans(body, [(start, stop)], vocabulary)
+        weight = masked.is_target.astype(np.float32)
+        weight[len(body.tokens) + 1 - (stop - start) : -1] *= self.config.answer_weight
+        return masked, weight

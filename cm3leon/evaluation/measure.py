@@ -1,0 +1,109 @@
+"""The measures of one evaluation: images drawn from held-out captions, captions and answers for held-out images.
+
+Each function takes what was asked and what came back, adds its scores to the record, and beside them what the same measure gives for
+something known: real images, their reconstructions, the captions, images or answers of *other* documents.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from cm3leon.evaluation import captions as caption_metrics
+from cm3leon.evaluation import composition, vqa
+from cm3leon.evaluation.alignment import TextImageEncoder
+from cm3leon.evaluation.fidelity import frechet_distance
+from cm3leon.evaluation.record import Record
+
+Images = Sequence[Image.Image]
+
+
+def others(count: int) -> np.ndarray:
+    """For each position another one: the baseline pairs everything with what belongs to its successor."""
+    return (np.arange(count) + 1) % count
+
+
+def measure_composition(
+    record: Record, prompts: Sequence[str], drawn: Images, reconstructions: Images, originals: Images, resamples: int, seed: int
+) -> list[dict[str, bool] | None]:
+    """Composition accuracy where the captions state scenes; returns the verdicts.
+
+    Calibration: the originals (the checker's own ceiling), their reconstructions (the image tokenizer's ceiling), and the drawn images
+    read against the captions of other documents.
+    """
+    verdicts = composition.verdicts(prompts, drawn)
+    counted = [verdict for verdict in verdicts if verdict is not None]
+    if not counted:
+        return verdicts
+    record.scores.update(composition.summarize(verdicts))
+    record.add("composition", [float(all(verdict.values())) for verdict in counted], resamples, seed)
+    record.calibration["composition_real"] = composition.score(prompts, originals)["composition"]
+    record.calibration["composition_reconstructions"] = composition.score(prompts, reconstructions)["composition"]
+    shuffled = [prompts[i] for i in others(len(prompts))]
+    record.calibration["composition_other_captions"] = composition.score(shuffled, drawn)["composition"]
+    return verdicts
+
+
+def measure_images(
+    record: Record, encoder: TextImageEncoder, prompts: Sequence[str], drawn: Images, reconstructions: Images, originals: Images, resamples: int, seed: int
+) -> None:
+    """CLIP score and Fréchet distance on the encoder's image features.
+
+    Calibration: the CLIP score of originals and of other documents' captions; the distance of reconstructions to the originals.
+    """
+    texts = encoder.encode_texts(list(prompts))
+    found, real = encoder.encode_images(list(drawn)), encoder.encode_images(list(originals))
+    record.add("clip_score", (found * texts).sum(1), resamples, seed)
+    record.calibration["clip_score_real"] = float((real * texts).sum(1).mean())
+    record.calibration["clip_score_other_captions"] = float((found * texts[others(len(texts))]).sum(1).mean())
+    record.scores["fd_encoder"] = frechet_distance(found, real)
+    record.calibration["fd_encoder_reconstructions"] = frechet_distance(encoder.encode_images(list(reconstructions)), real)
+
+
+def measure_captions(record: Record, names: Sequence[str], hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    """CIDEr, BLEU and ROUGE-L of captions. Calibration: the same captions against the references of other documents."""
+    wanted = {name: list(texts) for name, texts in zip(names, references, strict=True)}
+    for name, value in caption_metrics.score(dict(zip(names, hypotheses, strict=True)), wanted).items():
+        record.scores[name] = value
+    shuffled = {name: hypotheses[i] for name, i in zip(names, others(len(names)), strict=True)}
+    record.calibration["cider_other_images"] = caption_metrics.score(shuffled, wanted)["cider"]
+
+
+def question_kind(question: str) -> str:
+    """The first two words: what a question asks for, for the breakdown."""
+    return " ".join(question.lower().rstrip("?").split()[:2])
+
+
+def measure_answers(
+    record: Record,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    answers_of_others: Sequence[str],
+    truths: Sequence[Sequence[str]],
+    training_answers: Counter[tuple[str, str]],
+    resamples: int,
+    seed: int,
+) -> None:
+    """VQA accuracy, as a share, also by kind of question.
+
+    Calibration: the answers given to the same questions about *other* images, and the most frequent training answer of each kind.
+    """
+
+    def shares(given: Sequence[str]) -> list[float]:
+        return [vqa.accuracy({"q": answer}, {"q": list(truth)}) / 100 for answer, truth in zip(given, truths, strict=True)]
+
+    scores = shares(answers)
+    record.add("vqa_accuracy", scores, resamples, seed)
+    by_kind = defaultdict(list)
+    for question, value in zip(questions, scores, strict=True):
+        by_kind[question_kind(question)].append(value)
+    for kind, values in sorted(by_kind.items()):
+        record.scores[f"vqa_accuracy/{kind.replace(' ', '_')}"] = float(np.mean(values))
+    record.calibration["vqa_accuracy_other_images"] = float(np.mean(shares(answers_of_others)))
+    majority: dict[str, str] = {}
+    for (kind, answer), _ in training_answers.most_common():
+        majority.setdefault(kind, answer)
+    record.calibration["vqa_accuracy_majority"] = float(np.mean(shares([majority.get(question_kind(q), "") for q in questions])))

@@ -1,0 +1,66 @@
+"""The evaluation record: every score with its interval, what makes it readable, and all that is needed to measure it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FILE = "record.json"
+DIGITS = 6
+
+
+@dataclass
+class Record:
+    """``models/evaluation/record.json``.
+
+    scores: the model's figures. intervals: 95 % bootstrap intervals of those that are means over prompts. calibration: what the same
+    measures give for real images, reconstructions, other documents' captions, majority answers. contract: what was asked, and how;
+    two records can be compared only if their contracts are equal.
+    """
+
+    scores: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    calibration: dict[str, float] = field(default_factory=dict)
+    contract: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, values: Sequence[float] | np.ndarray, resamples: int, seed: int) -> None:
+        """A score that is a mean over prompts, with its interval."""
+        self.scores[name] = float(np.mean(values))
+        self.intervals[name] = bootstrap(values, resamples, seed)
+
+    def write(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / FILE).write_text(json.dumps(_rounded(asdict(self)), indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> Record:
+        data = json.loads((directory / FILE).read_text())
+        data["intervals"] = {name: (low, high) for name, (low, high) in data["intervals"].items()}
+        return cls(**data)
+
+
+def bootstrap(values: Sequence[float] | np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
+    """95 % interval of the mean, by resampling prompts with replacement."""
+    array = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
+    low, high = np.quantile(array[picks].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, first 16 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, DIGITS)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value

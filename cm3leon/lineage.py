@@ -1,0 +1,54 @@
+"""Where an artefact came from: the git commit and the content hashes that DVC recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+DVC_LOCK = Path("dvc.lock")
+
+
+def git_commit(root: Path = Path(".")) -> str | None:
+    """The commit checked out, with "-dirty" if tracked files were changed; None outside a repository.
+
+    ``dvc.lock`` changes while a pipeline runs and is recorded by its own md5, so it does not count as a change.
+    """
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], check=False, cwd=root, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "--verify", "HEAD")
+    if not commit:
+        return None
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){DVC_LOCK}")
+    return f"{commit}-dirty" if changes else commit
+
+
+def dvc_lock_md5(root: Path = Path(".")) -> str | None:
+    """The md5 of ``dvc.lock``; None if there is none."""
+    path = root / DVC_LOCK
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else None
+
+
+def dvc_md5(path: str | Path, root: Path = Path(".")) -> str | None:
+    """DVC's md5 of a file or directory that is an output or a dependency of a stage in ``dvc.lock``; None if it is neither."""
+    lock = root / DVC_LOCK
+    if not lock.is_file():
+        return None
+    import yaml
+
+    wanted = os.path.relpath(Path(path).absolute(), root.absolute())
+    stages: dict[str, Any] = (yaml.safe_load(lock.read_text()) or {}).get("stages") or {}
+    for kind in ("outs", "deps"):
+        for stage in stages.values():
+            for item in stage.get(kind) or []:
+                if os.path.normpath(item["path"]) == wanted and "md5" in item:
+                    return str(item["md5"])
+    return None

@@ -1,0 +1,162 @@
+"""The decoder: one causal transformer over text and image tokens.
+
+OPT's layout with the paper's changes (arXiv 2309.02591, section 3): pre-norm, ReLU feed-forward of four widths, learned absolute
+positions, no biases, no learnable LayerNorm parameters, tied embeddings; truncated-normal initialisation, output layers zero.
+Shapes: B batch, T tokens, D width, H heads, K head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cm3leon.documents import Vocabulary
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """Shape of a decoder; stored with its vocabulary beside the weights as ``config.json``."""
+
+    layers: int
+    width: int
+    heads: int
+    context: int
+    init_std: float = 0.006
+    position_std: float = 0.0002
+    qk_norm: bool = False
+
+
+class KeyValueCache:
+    """Preallocated keys and values of all layers for up to ``capacity`` tokens."""
+
+    def __init__(self, spec: DecoderSpec, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (spec.layers, batch, spec.heads, capacity, spec.width // spec.heads)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values behind those held; returns all of the layer's."""
+        stop = self.length + k_BHTK.shape[2]
+        self.keys[layer, :, :, self.length : stop] = k_BHTK
+        self.values[layer, :, :, self.length : stop] = v_BHTK
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+
+class Attention(nn.Module):
+    def __init__(self, spec: DecoderSpec, layer: int) -> None:
+        super().__init__()
+        self.heads, self.layer, self.qk_norm = spec.heads, layer, spec.qk_norm
+        self.qkv = nn.Linear(spec.width, 3 * spec.width, bias=False)
+        self.out = nn.Linear(spec.width, spec.width, bias=False)
+
+    def forward(self, x_BTD: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+        batch, length, width = x_BTD.shape
+        q, k, v = self.qkv(x_BTD).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.qk_norm:
+            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1)
+        return self.out(y_BHTK.transpose(1, 2).reshape(batch, length, width))
+
+
+class Block(nn.Module):
+    def __init__(self, spec: DecoderSpec, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(spec, layer)
+        self.up = nn.Linear(spec.width, 4 * spec.width, bias=False)
+        self.down = nn.Linear(4 * spec.width, spec.width, bias=False)
+
+    def forward(self, x_BTD: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(F.layer_norm(x_BTD, x_BTD.shape[-1:]), cache, mask)
+        return x_BTD + self.down(F.relu(self.up(F.layer_norm(x_BTD, x_BTD.shape[-1:]))))
+
+
+class Decoder(nn.Module):
+    """Token ids (B, T) -> hidden states (B, T, D); :meth:`logits` maps those to the vocabulary or a slice of it."""
+
+    def __init__(self, spec: DecoderSpec, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.spec, self.vocabulary = spec, vocabulary
+        self.tokens = nn.Embedding(vocabulary.size, spec.width)
+        self.positions = nn.Embedding(spec.context, spec.width)
+        self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal at three deviations; attention output and second feed-forward projection zero (paper, section 3.2)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                std = self.spec.position_std if module is self.positions else self.spec.init_std
+                nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.down.weight)
+
+    def forward(
+        self, tokens_BT: Tensor, cache: KeyValueCache | None = None, positions_BT: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states (B, T, D) after the last norm.
+
+        Args:
+            cache: keys and values of the tokens before these; extended in place.
+            positions_BT: positions of the tokens, by default counted from the cache's length.
+            mask: boolean, broadcastable to (B, 1, T, cached + T), True where attention is allowed; default causal.
+
+        Raises:
+            ValueError: if the sequence is longer than the context.
+        """
+        start = cache.length if cache is not None else 0
+        length = tokens_BT.shape[1]
+        if start + length > self.spec.context:
+            raise ValueError(f"sequence of {start + length} tokens is longer than the context of {self.spec.context}")
+        if positions_BT is None:
+            positions_BT = torch.arange(start, start + length, device=tokens_BT.device)
+        x_BTD = self.tokens(tokens_BT) + self.positions(positions_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, cache, mask)
+        if cache is not None:
+            cache.length += length
+        return F.layer_norm(x_BTD, x_BTD.shape[-1:])
+
+    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Logits of the ids in ``[start, stop)``, (..., stop - start)."""
+        return F.linear(hidden, self.tokens.weight[start:stop])
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.weight.device
+
+    def save(self, directory: Path) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {"decoder": asdict(self.spec), "vocabulary": asdict(self.vocabulary)}
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, directory / "model.safetensors")
+
+    @classmethod
+    def load(cls, directory: Path, device: str | torch.device = "cpu") -> Decoder:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if the directory holds no decoder.
+        """
+        directory = Path(directory)
+        if not (directory / "model.safetensors").is_file():
+            raise FileNotFoundError(f"{directory}: no decoder here; run the pipeline (make run) or: cm3leon pretrain")
+        config = json.loads((directory / "config.json").read_text())
+        model = cls(DecoderSpec(**config["decoder"]), Vocabulary(**config["vocabulary"]))
+        model.load_state_dict(load_file(directory / "model.safetensors"))
+        return model.to(device).eval()

@@ -1,0 +1,28 @@
+"""Where the stages read and write, relative to the project's root (the working directory of every stage)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+RAW = Path("data/raw")
+VALIDATED = Path("data/validated")
+TOKENS = Path("data/tokens")
+NEIGHBOURS = Path("data/neighbours")
+
+IMAGE_TOKENIZER = Path("models/image_tokenizer")
+TEXT_TOKENIZER = Path("models/text_tokenizer")
+ENCODER = Path("models/encoder")
+INDEX = Path("models/index")
+PRETRAINED = Path("models/pretrained")
+FINETUNED = Path("models/finetuned")
+SUPER_RESOLUTION = Path("models/super_resolution")
+EVALUATION = Path("models/evaluation")
+
+RUNS = Path("models/runs")
+"""``RUNS / stage / "mlflow_run.json"``: the MLflow run that made a stage's outputs. Kept apart from the artefacts, so that
+artefacts depend on data, parameters and code alone and a stage that gives the same bytes again leaves later stages up to date."""
+
+
+def run_file(stage: str) -> Path:
+    """The file that names the MLflow run of ``stage``."""
+    return RUNS / stage / "mlflow_run.json"

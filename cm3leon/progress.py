@@ -1,0 +1,74 @@
+"""Progress for anything longer than two seconds: a Rich bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+LOG_SECONDS = 15.0
+
+
+class Meter:
+    """Counts work done and says so; made by :func:`progress`."""
+
+    def __init__(self, description: str, total: int | None, unit: str, bar: Progress | None) -> None:
+        self.description, self.total, self.unit, self.bar = description, total, unit, bar
+        self.done = 0
+        self.note = ""
+        self.start = self.last_line = time.monotonic()
+        self.task = bar.add_task(description, total=total, note="", rate="") if bar else None
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return self.done / max(time.monotonic() - self.start, 1e-9)
+
+    def advance(self, amount: int = 1, note: str | None = None) -> None:
+        """Record ``amount`` units done; ``note`` (a loss, say) is shown beside the bar."""
+        self.done += amount
+        self.note = self.note if note is None else note
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, advance=amount, note=self.note, rate=f"{self.rate:,.1f} {self.unit}/s")
+        elif time.monotonic() - self.last_line >= LOG_SECONDS:
+            self.last_line = time.monotonic()
+            self._line()
+
+    def _line(self) -> None:
+        of = f"/{self.total}" if self.total else ""
+        left = f", {(self.total - self.done) / max(self.rate, 1e-9):.0f} s left" if self.total and self.done < self.total else ""
+        note = f" | {self.note}" if self.note else ""
+        print(f"{self.description}: {self.done}{of} {self.unit}, {self.rate:,.1f}/s{left}{note}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(description: str, total: int | None = None, unit: str = "it") -> Iterator[Meter]:
+    """A meter on standard error. On a terminal a bar with rate and time left; else a line every 15 seconds and one at the end."""
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            yield Meter(description, total, unit, bar)
+        return
+    meter = Meter(description, total, unit, None)
+    yield meter
+    if time.monotonic() - meter.start > 2:
+        meter._line()
+
+
+def track(items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """Iterate over ``items`` under a progress meter."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    with progress(description, total, unit) as meter:
+        for item in items:
+            yield item
+            meter.advance()

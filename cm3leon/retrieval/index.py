@@ -1,0 +1,146 @@
+"""The memory bank: one vector a document in a FAISS index, and what is needed to show the documents found.
+
+A document's vector is the mean of its L2-normalised text and image embeddings (paper), brought back to length 1 (as RA-CM3): so the inner
+product of two documents, or of a query and a document, is a cosine, and one bound says when they are too alike. The text is the document's
+first caption, the one shown when the document is retrieved.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+INDEX, DOCUMENTS, SETTINGS = "index.faiss", "documents.parquet", "config.json"
+TEXTS, IMAGES = "text_embeddings.npy", "image_embeddings.npy"
+COLUMNS = ["id", "caption", "licence", "attribution", "source"]
+
+
+def normalize(vectors: np.ndarray) -> np.ndarray:
+    """Rows of float32 ``(n, d)`` brought to length 1; zero rows stay zero."""
+    vectors = np.asarray(vectors, dtype=np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def document_vectors(text: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """float32 ``(n, d)`` unit vectors of documents from their unit text and image vectors."""
+    return normalize(np.asarray(text, dtype=np.float32) + np.asarray(image, dtype=np.float32))
+
+
+def build_index(vectors: np.ndarray, kind: Literal["flat", "ivf", "hnsw"]) -> Any:
+    """A FAISS inner-product index: ``flat`` is exact, ``ivf`` and ``hnsw`` are approximate and for large banks.
+
+    Built on one thread where the order of insertion matters, so that equal vectors give an equal index.
+    """
+    import faiss
+
+    count, width = vectors.shape
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    if kind == "hnsw":
+        index = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = 200
+        index.hnsw.efSearch = 512
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)
+        try:
+            index.add(vectors)
+        finally:
+            faiss.omp_set_num_threads(threads)
+        return index
+    if kind == "ivf":
+        lists = max(1, min(int(4 * count**0.5), count // 39))  # FAISS wants 39 vectors a list to place the lists
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, lists, faiss.METRIC_INNER_PRODUCT)
+        index.train(vectors)
+        index.add(vectors)
+        index.nprobe = max(1, lists // 8)
+        return index
+    index = faiss.IndexFlatIP(width)
+    index.add(vectors)
+    return index
+
+
+class MemoryBank:
+    """Documents that can be retrieved. ``documents`` has one row for each vector, in the index's order."""
+
+    def __init__(self, index: Any, documents: pd.DataFrame, text: np.ndarray, image: np.ndarray, settings: dict[str, Any]) -> None:
+        if not len(documents) == len(text) == len(image) == index.ntotal:
+            raise ValueError(f"memory bank is inconsistent: {index.ntotal} vectors, {len(documents)} documents, {len(text)} text and {len(image)} image embeddings")
+        self.index, self.documents, self.text, self.image, self.settings = index, documents, text, image, settings
+        self.position = {document: position for position, document in enumerate(documents["id"])}
+
+    @classmethod
+    def build(cls, documents: pd.DataFrame, text: np.ndarray, image: np.ndarray, kind: Literal["flat", "ivf", "hnsw"], encoder: str) -> MemoryBank:
+        """Index documents by their embeddings.
+
+        Args:
+            documents: rows with :data:`COLUMNS`, all with a caption and an image (only multimodal documents are retrieved).
+            text, image: unit vectors ``(n, d)``; kept as float16, and the index is made from what is kept.
+            encoder: fingerprint of the encoder that made them.
+
+        Raises:
+            ValueError: if there are no documents, an id repeats, a caption is empty, or counts differ.
+        """
+        if documents.empty:
+            raise ValueError("the memory bank would be empty: no train document has both a caption and an image")
+        if documents["id"].duplicated().any():
+            raise ValueError(f"document id {documents['id'][documents['id'].duplicated()].iloc[0]!r} occurs twice")
+        if documents["caption"].isna().any() or (documents["caption"].str.strip() == "").any():
+            raise ValueError("only documents with a caption and an image can be retrieved; drop the others before indexing")
+        text, image = np.asarray(text, dtype=np.float16), np.asarray(image, dtype=np.float16)
+        settings = {"kind": kind, "encoder": encoder, "documents": len(documents), "dimensions": int(text.shape[1])}
+        index = build_index(document_vectors(text, image), kind)
+        return cls(index, documents[COLUMNS].reset_index(drop=True), text, image, settings)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> MemoryBank:
+        """Read a bank written by :meth:`save`; embeddings are memory-mapped.
+
+        Raises:
+            FileNotFoundError: if the directory holds none.
+        """
+        import faiss
+
+        directory = Path(directory)
+        for name in (INDEX, DOCUMENTS, SETTINGS, TEXTS, IMAGES):
+            if not (directory / name).is_file():
+                raise FileNotFoundError(f"{directory / name}: no memory bank here; run: cm3leon index")
+        text, image = (np.load(directory / name, mmap_mode="r", allow_pickle=False) for name in (TEXTS, IMAGES))
+        settings = json.loads((directory / SETTINGS).read_text())
+        return cls(faiss.read_index(str(directory / INDEX)), pd.read_parquet(directory / DOCUMENTS), text, image, settings)
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``index.faiss``, ``documents.parquet``, ``text_embeddings.npy``, ``image_embeddings.npy`` and ``config.json``."""
+        import faiss
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        faiss.write_index(self.index, str(directory / INDEX))
+        self.documents.to_parquet(directory / DOCUMENTS, index=False)
+        np.save(directory / TEXTS, self.text, allow_pickle=False)
+        np.save(directory / IMAGES, self.image, allow_pickle=False)
+        (directory / SETTINGS).write_text(json.dumps(self.settings, indent=2, sort_keys=True) + "\n")
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def check_encoder(self, fingerprint: str) -> None:
+        """Raise ValueError unless the bank was made with the encoder of this fingerprint."""
+        if self.settings["encoder"] != fingerprint:
+            raise ValueError(f"the memory bank was made with encoder {self.settings['encoder']}, not {fingerprint}; run: cm3leon index")
+
+    def vectors(self, positions: np.ndarray) -> np.ndarray:
+        """float32 ``(..., d)`` unit document vectors at ``positions``; where a position is -1 the vector is the last one's."""
+        return document_vectors(self.text[positions], self.image[positions])
+
+    def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ``k`` documents of highest inner product with each of ``vectors`` ``(n, d)``.
+
+        Returns:
+            Scores float32 ``(n, k)`` in descending order and positions int64 ``(n, k)``; where fewer were found, -inf and -1.
+        """
+        k = min(k, len(self))
+        scores, positions = self.index.search(np.ascontiguousarray(vectors, dtype=np.float32), k)
+        return np.where(positions < 0, -np.inf, scores).astype(np.float32), positions

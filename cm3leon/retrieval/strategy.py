@@ -1,0 +1,142 @@
+"""Which documents go before a query: the paper's rules on top of nearest-neighbour search (section 2.1; RA-CM3, section 3.2).
+
+Candidates come from each modality of the query, by its text and by its image, in order of relevance. A candidate is skipped when its score
+to the query, or to a candidate already taken, is above ``max_score``; the query itself is never taken. The memory bank holds only
+documents with text and image, of the train split.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from cm3leon.config import RetrieveConfig
+from cm3leon.retrieval.index import MemoryBank, document_vectors
+
+TEXT, IMAGE = "text", "image"
+_VALUES = 1 << 24  # most floats gathered at once
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A retrieved document: its position in the bank, its score to the query, and the modality of the query that found it."""
+
+    position: int
+    score: float
+    modality: str
+
+
+def drop_words(text: str, rate: float, seed: int, key: str) -> str:
+    """``text`` without a ``rate`` share of its words, rounded; one word always stays. The same for the same seed and key.
+
+    The paper drops tokens; words keep the text readable to an encoder whose own tokens are other ones.
+    """
+    words = text.split()
+    dropped = min(round(rate * len(words)), len(words) - 1)
+    if dropped <= 0:
+        return " ".join(words)
+    kept = sorted(random.Random(f"{seed}/{key}").sample(range(len(words)), len(words) - dropped))
+    return " ".join(words[i] for i in kept)
+
+
+def select(
+    positions: np.ndarray,
+    scores: np.ndarray,
+    candidates: np.ndarray,
+    query: np.ndarray,
+    own: np.ndarray,
+    taken: np.ndarray,
+    count: int,
+    max_score: float,
+) -> np.ndarray:
+    """Choose up to ``count`` candidates for each query by the rules above. Pure; ``q`` queries, ``k`` candidates each.
+
+    Args:
+        positions: int ``(q, k)``, candidates in the bank, most relevant first; -1: none.
+        scores: ``(q, k)``, of the candidates to the query that found them.
+        candidates: ``(q, k, d)`` unit document vectors of the candidates.
+        query: ``(q, d)`` unit vectors of the query as a document.
+        own: int ``(q,)``, the query's own position in the bank; -1: not in it.
+        taken: ``(q, t, d)`` document vectors already taken; a row of zeros excludes nothing.
+        count: candidates to take.
+        max_score: a candidate with a higher score to query, or to one taken, is skipped.
+
+    Returns:
+        int ``(q, count)``: columns of ``positions``, in the order taken; -1 where nothing more passed.
+    """
+    allowed = (positions >= 0) & (positions != own[:, None]) & (scores <= max_score)
+    allowed &= np.einsum("qkd,qd->qk", candidates, query) <= max_score
+    for t in range(taken.shape[1]):
+        allowed &= np.einsum("qkd,qd->qk", candidates, taken[:, t]) <= max_score
+    chosen = np.full((len(positions), count), -1)
+    rows = np.arange(len(positions))
+    for i in range(count if positions.shape[1] else 0):
+        column = allowed.argmax(axis=1)
+        found = allowed[rows, column]
+        chosen[found, i] = column[found]
+        allowed[rows, column] = False  # also where the bound would let a document stand beside itself
+        similar = np.einsum("qkd,qd->qk", candidates, candidates[rows, column]) > max_score
+        allowed &= ~(similar & found[:, None])
+    return chosen
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def find(bank: MemoryBank, config: RetrieveConfig, *, text: np.ndarray | None = None, image: np.ndarray | None = None, own: np.ndarray | None = None) -> list[list[Neighbour]]:
+    """Neighbours of queries: first those found by text, then those found by image, each at most ``candidates_per_modality``.
+
+    Args:
+        text, image: unit vectors ``(q, d)`` of the queries' texts and images; one may be missing (a prompt has no image).
+        own: positions of the queries in the bank, -1 for others; None: no query is in it.
+
+    Raises:
+        ValueError: if there is neither text nor image.
+    """
+    by_modality = [(name, vectors) for name, vectors in ((TEXT, text), (IMAGE, image)) if vectors is not None]
+    if not by_modality:
+        raise ValueError("a query needs a text or an image")
+    count = len(by_modality[0][1])
+    own = np.full(count, -1) if own is None else np.asarray(own)
+    result: list[list[Neighbour]] = []
+    depth = min(config.search_depth, len(bank))
+    for part in _chunks(count, max(1, _VALUES // (depth * bank.settings["dimensions"]))):
+        result += _find_chunk(bank, config, [(name, vectors[part]) for name, vectors in by_modality], own[part], depth)
+    return result
+
+
+def _find_chunk(bank: MemoryBank, config: RetrieveConfig, by_modality: list[tuple[str, np.ndarray]], own: np.ndarray, depth: int) -> list[list[Neighbour]]:
+    query = document_vectors(by_modality[0][1], by_modality[-1][1])
+    found: list[list[Neighbour]] = [[] for _ in own]
+    taken, taken_positions = np.zeros((len(own), 0, query.shape[1]), dtype=np.float32), np.full((len(own), 0), -1)
+    rows = np.arange(len(own))[:, None]
+    for name, vectors in by_modality:
+        scores, positions = bank.search(vectors, depth)
+        candidates = bank.vectors(positions)
+        repeated = (positions[:, :, None] == taken_positions[:, None, :]).any(axis=2)
+        columns = select(np.where(repeated, -1, positions), scores, candidates, query, own, taken, config.candidates_per_modality, config.max_score)
+        present = columns >= 0
+        for row, slot in zip(*np.nonzero(present), strict=True):
+            column = columns[row, slot]
+            found[row].append(Neighbour(int(positions[row, column]), float(scores[row, column]), name))
+        taken = np.concatenate([taken, candidates[rows, columns] * present[:, :, None]], axis=1)
+        taken_positions = np.concatenate([taken_positions, np.where(present, positions[rows, columns], -1)], axis=1)
+    return found
+
+
+def coverage(neighbours: list[list[Neighbour]], config: RetrieveConfig, modalities: int = 2) -> dict[str, float]:
+    """How well queries were served: share with all candidates, share with none, mean number and mean score."""
+    wanted = config.candidates_per_modality * modalities
+    counts = np.array([len(group) for group in neighbours])
+    scores = [neighbour.score for group in neighbours for neighbour in group]
+    return {
+        "complete": float((counts == wanted).mean()) if len(counts) else 0.0,
+        "empty": float((counts == 0).mean()) if len(counts) else 0.0,
+        "neighbours": float(counts.mean()) if len(counts) else 0.0,
+        "score": float(np.mean(scores)) if scores else 0.0,
+    }

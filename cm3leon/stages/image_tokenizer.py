@@ -1,0 +1,49 @@
+"""Stage ``image_tokenizer``: train the VQ-GAN on the train split, or import one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cm3leon import paths, tracking
+from cm3leon.config import Config
+from cm3leon.data.manifest import ImageStore, read_manifest
+from cm3leon.data.pixels import ImageSet
+from cm3leon.stages.common import device, save_pairs
+from cm3leon.tokenizers.image import ImageTokenizer
+from cm3leon.tokenizers.image_training import code_statistics, psnr, reconstruct, train_image_tokenizer
+
+VALIDATION_IMAGES = 512
+SHEET_IMAGES = 16
+
+
+def run(config: Config) -> dict[str, float]:
+    """Writes ``models/image_tokenizer/`` and ``reconstructions.png`` in it; returns PSNR on val and the codebook's usage."""
+    section = config.image_tokenizer
+    store = ImageStore(paths.RAW)
+    with tracking.stage_run("image_tokenizer", config) as run:
+        if section.pretrained:
+            model = ImageTokenizer.load(Path(section.pretrained), device())
+            shutil.copytree(section.pretrained, paths.IMAGE_TOKENIZER, dirs_exist_ok=True)
+        else:
+            images = ImageSet(store, read_manifest(paths.VALIDATED, "train")["image"].tolist(), section.image_size)
+            model = train_image_tokenizer(
+                images,
+                section,
+                config.seed,
+                device(),
+                lambda figures, step: run.log_metrics({f"image_tokenizer/{k}": v for k, v in figures.items()}, step),
+            )
+            model.save(paths.IMAGE_TOKENIZER)
+        held_out = read_manifest(paths.VALIDATED, "val")["image"].tolist()[:VALIDATION_IMAGES]
+        originals = torch.from_numpy(ImageSet(store, held_out, model.spec.image_size)[np.arange(len(held_out))])
+        codes, copies = reconstruct(model, originals)
+        figures = {"psnr": psnr(originals, copies), **code_statistics(codes, model.spec.codebook_size)}
+        run.log_metrics({f"image_tokenizer/val_{k}": v for k, v in figures.items()})
+        sheet = paths.IMAGE_TOKENIZER / "reconstructions.png"
+        save_pairs(originals[:SHEET_IMAGES].numpy(), copies[:SHEET_IMAGES].numpy(), sheet)
+        run.log_artifact(sheet, "samples")
+    return figures

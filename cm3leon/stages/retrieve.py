@@ -1,0 +1,90 @@
+"""Stage ``retrieve``: the neighbour table. Every document is a query, whatever its split; neighbours come from the train split."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cm3leon import paths, tracking
+from cm3leon.config import Config, RetrieveConfig
+from cm3leon.data.manifest import SPLITS, ImageStore, read_manifest
+from cm3leon.progress import progress
+from cm3leon.retrieval import strategy
+from cm3leon.retrieval.encoder import Encoder
+from cm3leon.retrieval.index import MemoryBank
+from cm3leon.retrieval.strategy import Neighbour
+from cm3leon.stages.common import device
+from cm3leon.stages.index import multimodal
+
+FILE = "neighbours.parquet"
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("neighbours", pa.list_(pa.string())),  # ids of train documents, those found by text first
+        ("scores", pa.list_(pa.float32())),  # cosine of the query's text or image with the neighbour
+        ("modalities", pa.list_(pa.string())),  # "text" or "image": what of the query found it
+    ]
+)
+CHUNK = 1024
+
+
+def image_vectors(encoder: Encoder, bank: MemoryBank, rows: pd.DataFrame) -> np.ndarray:
+    """Image vectors of the rows: from the bank where they are in it, else encoded."""
+    positions = rows["id"].map(bank.position)
+    known = positions.notna().to_numpy()
+    vectors = np.zeros((len(rows), bank.settings["dimensions"]), dtype=np.float32)
+    vectors[known] = bank.image[positions[known].to_numpy(dtype=np.int64)]
+    vectors[~known] = encoder.encode_refs(ImageStore(paths.RAW), rows["image"][~known].tolist())
+    return vectors
+
+
+def neighbours(encoder: Encoder, bank: MemoryBank, rows: pd.DataFrame, config: RetrieveConfig, seed: int) -> list[list[Neighbour]]:
+    """Neighbours of documents by their caption, some of its words dropped, and by their image."""
+    image = image_vectors(encoder, bank, rows)
+    own = rows["id"].map(bank.position).fillna(-1).to_numpy(dtype=np.int64)
+    found: list[list[Neighbour]] = []
+    with progress("retrieving", len(rows), "documents") as meter:
+        for start in range(0, len(rows), CHUNK):
+            part = rows.iloc[start : start + CHUNK]
+            texts = [strategy.drop_words(text, config.query_drop, seed, key) for text, key in zip(part["caption"], part["id"], strict=True)]
+            chunk = slice(start, start + CHUNK)
+            found += strategy.find(bank, config, text=encoder.encode_texts(texts), image=image[chunk], own=own[chunk])
+            meter.advance(len(part))
+    return found
+
+
+def to_table(ids: list[str], found: list[list[Neighbour]], bank: MemoryBank) -> pa.Table:
+    """The neighbour table."""
+    names = bank.documents["id"].tolist()
+    return pa.table(
+        {
+            "id": ids,
+            "neighbours": [[names[n.position] for n in group] for group in found],
+            "scores": [[n.score for n in group] for group in found],
+            "modalities": [[n.modality for n in group] for group in found],
+        },
+        schema=SCHEMA,
+    )
+
+
+def run(config: Config) -> dict[str, float]:
+    """Writes ``data/neighbours/neighbours.parquet``; returns how well the train documents are served, and val and test beside them."""
+    with tracking.stage_run("retrieve", config) as run:
+        encoder = Encoder.load(paths.ENCODER).to(device())
+        bank = MemoryBank.load(paths.INDEX)
+        bank.check_encoder(encoder.fingerprint)
+        ids: list[str] = []
+        found: list[list[Neighbour]] = []
+        figures: dict[str, float] = {}
+        for split in SPLITS:
+            rows = multimodal(read_manifest(paths.VALIDATED, split, ["id", "image", "captions"]))
+            part = neighbours(encoder, bank, rows, config.retrieve, config.seed)
+            figures |= {f"{split}_{name}": value for name, value in strategy.coverage(part, config.retrieve).items()}
+            ids += rows["id"].tolist()
+            found += part
+        paths.NEIGHBOURS.mkdir(parents=True, exist_ok=True)
+        pq.write_table(to_table(ids, found, bank), paths.NEIGHBOURS / FILE)
+        run.log_metrics({f"retrieve/{name}": value for name, value in figures.items()})
+    return figures

@@ -1,0 +1,47 @@
+"""Stage ``super_resolution``: train the upscaler on the train images; compare it with bicubic interpolation on val."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from cm3leon import paths, tracking
+from cm3leon.config import Config
+from cm3leon.data.manifest import ImageStore, read_manifest
+from cm3leon.data.pixels import ImageSet
+from cm3leon.progress import progress
+from cm3leon.stages.common import device
+from cm3leon.super_resolution import evaluate, train
+
+VALIDATION_IMAGES = 256
+LOG_EVERY = 20
+
+
+def target_side(manifest: pd.DataFrame, image_size: int, scale: int) -> int:
+    """Side of the high-resolution images, pixels: what upscaled outputs will have, or what half of the collection's images reach."""
+    available = int(manifest[["width", "height"]].min(axis=1).median())
+    return max(scale, min(image_size * scale, available) // scale * scale)
+
+
+def run(config: Config) -> dict[str, float]:
+    """Writes ``models/super_resolution/``; returns PSNR over RGB on val, dB, of the network and of bicubic interpolation."""
+    section = config.super_resolution
+    store = ImageStore(paths.RAW)
+    with tracking.stage_run("super_resolution", config) as run:
+        manifest = read_manifest(paths.VALIDATED, columns=["image", "width", "height", "split"])
+        manifest = manifest[manifest["image"].notna()]
+        rows = manifest[manifest["split"] == "train"]
+        side = target_side(rows, config.image_tokenizer.image_size, section.scale)
+        images = ImageSet(store, rows["image"].tolist(), side)
+        with progress("super_resolution", section.steps, "steps") as meter:
+
+            def on_step(step: int, loss: float) -> None:
+                meter.advance(note=f"loss {loss:.4f}")
+                if step % LOG_EVERY == 0 or step == section.steps - 1:
+                    run.log_metrics({"super_resolution/loss": loss}, step)
+
+            model = train(section, images, config.seed, device(), on_step)
+        model.save(paths.SUPER_RESOLUTION)
+        held_out = ImageSet(store, manifest[manifest["split"] == "val"]["image"].tolist()[:VALIDATION_IMAGES], side)
+        figures = evaluate(model, held_out)
+        run.log_metrics({f"super_resolution/{name}": value for name, value in figures.items()})
+    return figures

@@ -1,0 +1,174 @@
+"""``validate``: decode every image once, quarantine what breaks a rule, pass a Great Expectations gate, divide into splits.
+
+Writes to ``data/validated/``: ``manifest.parquet`` (accepted rows), ``rejected.parquet`` (the others, with ``reasons`` and ``detail``),
+``report.json`` (counts) and ``data_docs/`` (open ``index.html``). Accepted and rejected rows together are the rows read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from cm3leon import paths, tracking
+from cm3leon.config import Config, ValidateConfig
+from cm3leon.data import expectations, splits
+from cm3leon.data.manifest import MANIFEST_SCHEMA, VALIDATED_SCHEMA, ImageStore, read_manifest
+from cm3leon.data.validation import RULES, Findings, Profile, check_rows, profile_images, thumbnails_of
+
+_RAW_FIELDS = [field for field in MANIFEST_SCHEMA if field.name != "detail"]
+REJECTED_SCHEMA = pa.schema([*_RAW_FIELDS, ("reasons", pa.list_(pa.string())), ("detail", pa.string())])
+EXAMPLES = 3
+
+
+class ValidationError(ValueError):
+    """The data does not pass; the message says which rules, which rows, and what to change."""
+
+
+def run(config: Config) -> dict[str, float]:
+    """Validate ``data/raw``; returns how many rows were read, accepted and rejected.
+
+    Raises:
+        ValidationError: if too many rows are rejected, none is accepted, or an expectation fails; the outputs are written first.
+    """
+    with tracking.stage_run("validate", config) as stage:
+        report = validate(paths.RAW, paths.VALIDATED, config.validate_, config.seed)
+        figures = {name: float(report[name]) for name in ("read", "accepted", "rejected")}
+        stage.log_metrics({f"validate/{name}": value for name, value in figures.items()})
+        stage.log_dataset(paths.VALIDATED / "manifest.parquet", "validated")
+        stage.log_artifact(paths.VALIDATED / "report.json")
+    _print(report)
+    return figures
+
+
+def validate(raw: Path, output: Path, config: ValidateConfig, seed: int) -> dict[str, Any]:
+    """The stage without tracking: ``raw`` and ``output`` are directories. Returns what ``report.json`` holds."""
+    frame = read_manifest(raw)
+    profiles = profile_images(ImageStore(raw), frame, config.max_pixels, config.workers)
+    findings = check_rows(frame, profiles, config)
+    frame["pixels"] = [profile.pixels for profile in profiles]
+    good = np.array([not found for found in findings], dtype=bool)
+    frame["width"] = np.array([profile.width for profile in profiles], dtype=np.int32)
+    frame["height"] = np.array([profile.height for profile in profiles], dtype=np.int32)
+    report = _report(frame, findings, good)
+
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "manifest.parquet").unlink(missing_ok=True)
+    _write_rejected(frame[~good], [found for found in findings if found], output / "rejected.parquet")
+    problems = _gate_failures(report, frame, findings, config)
+    accepted = frame[good].reset_index(drop=True)
+    frames = {"run": pd.DataFrame([{name: report[name] for name in ("read", "accepted", "rejected", "rejected_rate", "unaccounted")}])}
+    if not problems:
+        components, report["parts"] = _components(frame, profiles, good, config)
+        accepted["split"] = splits.assign_splits(accepted["id"].tolist(), components, seed, config.val_fraction, config.test_fraction)
+        report["splits"] = {name: int((accepted["split"] == name).sum()) for name in splits.SPLITS}
+        accepted, report["cleaned"] = _clean(accepted, frame, good)
+        frames["rows"] = expectations.flat_frame(accepted, components)
+    failed = expectations.check(frames, config, output / "data_docs")
+    (output / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    if problems:
+        raise ValidationError(problems)
+    if failed:
+        raise ValidationError(f"expectations failed (see {output / 'data_docs' / 'index.html'}):\n  " + "\n  ".join(failed))
+    records = accepted[VALIDATED_SCHEMA.names].to_dict("records")
+    pq.write_table(pa.Table.from_pylist(records, schema=VALIDATED_SCHEMA), output / "manifest.parquet")
+    return report
+
+
+def _write_rejected(rejected: pd.DataFrame, findings: list[Findings], path: Path) -> None:
+    records = rejected.to_dict("records")
+    for record, found in zip(records, findings, strict=True):
+        record["reasons"] = [reason for reason, _ in found]
+        record["detail"] = "; ".join(dict.fromkeys(detail for _, detail in found if detail))
+    pq.write_table(pa.Table.from_pylist(records, schema=REJECTED_SCHEMA), path)
+
+
+def _report(frame: pd.DataFrame, findings: list[Findings], good: np.ndarray) -> dict[str, Any]:
+    reasons = Counter(reason for found in findings for reason, _ in found)
+    read, accepted, rejected = len(frame), int(good.sum()), sum(1 for found in findings if found)
+    assert accepted + rejected == read, (accepted, rejected, read)
+
+    def counts(values: pd.Series) -> dict[str, int]:
+        return dict(sorted(Counter(value or "none stated" for value in values).items()))
+
+    return {
+        "read": read,
+        "accepted": accepted,
+        "rejected": rejected,
+        "rejected_rate": round(rejected / max(read, 1), 6),
+        "unaccounted": read - accepted - rejected,
+        "reasons": dict(sorted(reasons.items())),
+        "licences": {"read": counts(frame["licence"]), "accepted": counts(frame["licence"][good])},
+        "sources": {"read": counts(frame["source"]), "accepted": counts(frame["source"][good])},
+    }
+
+
+def _gate_failures(report: dict[str, Any], frame: pd.DataFrame, findings: list[Findings], config: ValidateConfig) -> str:
+    """The message of the error for too many rejected rows, or none accepted; empty when there is no such error."""
+    rejected, read = report["rejected"], report["read"]
+    if rejected <= config.max_rejected_rate * read and report["accepted"]:
+        return ""
+    examples: dict[str, list[str]] = {}
+    for origin, found in zip(frame["origin"], findings, strict=True):
+        for reason, detail in found:
+            listed = examples.setdefault(reason, [])
+            if len(listed) < EXAMPLES:
+                listed.append(f"{origin}: {detail}" if detail else origin)
+    none = "" if report["accepted"] else "No row is accepted: "
+    rate, limit = f"{report['rejected_rate']:.1%}", f"{config.max_rejected_rate:.1%}"
+    lines = [f"{none}{rejected} of {read} rows rejected ({rate}); validate.max_rejected_rate allows {limit}."]
+    for reason, count in sorted(report["reasons"].items(), key=lambda item: (-item[1], item[0])):
+        lines.append(f"  {reason}: {count} rows ({RULES.get(reason, 'found by the source')})")
+        lines += [f"    {example}" for example in examples[reason]]
+    lines.append("Correct the rows, change the parameter that a rule names, or raise validate.max_rejected_rate in params.yaml.")
+    lines.append("All rejected rows with their reasons are in data/validated/rejected.parquet.")
+    return "\n".join(lines)
+
+
+def _components(
+    frame: pd.DataFrame, profiles: list[Profile], good: np.ndarray, config: ValidateConfig
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Part number of each accepted row, and counts. Rejected rows still link the others of their group."""
+    places = np.flatnonzero(good)
+    near = splits.near_duplicate_groups(thumbnails_of([profiles[place] for place in places]), config.near_duplicate_distance)
+    parts = splits.linked_rows([*splits.links_of(frame), (places, near)], len(frame))[good]
+    sizes = np.bincount(np.unique(parts, return_inverse=True)[1])
+    in_near = np.bincount(near)[near] > 1
+    return parts, {"count": len(sizes), "largest": int(sizes.max()), "rows_with_near_duplicates": int(in_near.sum())}
+
+
+def _clean(accepted: pd.DataFrame, frame: pd.DataFrame, good: np.ndarray) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Blank captions, and blanks around captions, removed; an ``edited_from`` that names a rejected row becomes the id of the accepted row
+    with the same pixels, or null (the row itself stays)."""
+    captions = [[text.strip() for text in texts if text and text.strip()] for texts in accepted["captions"]]
+    blank = sum(map(len, accepted["captions"])) - sum(map(len, captions))
+    kept = set(accepted["id"])
+    by_pixels = dict(zip(accepted["pixels"], accepted["id"], strict=True))
+    twin = {row_id: by_pixels.get(pixels) for row_id, pixels in zip(frame["id"][~good], frame["pixels"][~good], strict=True)}
+    originals, lost = [], 0
+    for row_id, original in zip(accepted["id"], accepted["edited_from"], strict=True):
+        found = original if original in kept else twin.get(original)
+        found = None if found == row_id else found
+        lost += original is not None and found is None
+        originals.append(found)
+    cleaned = accepted.assign(captions=pd.Series(captions, dtype=object), edited_from=pd.Series(originals, dtype=object))
+    return cleaned, {"blank_captions_removed": blank, "edits_without_original": lost}
+
+
+def _print(report: dict[str, Any]) -> None:
+    table = Table("figure", "rows", title=f"validate: {paths.VALIDATED}")
+    for name in ("read", "accepted", "rejected"):
+        table.add_row(name, f"{report[name]:,}")
+    for title in ("reasons", "splits", "parts", "cleaned"):
+        for name, count in report[title].items():
+            table.add_row(f"{title}: {name}", f"{count:,}")
+    table.caption = f"Data Docs: {paths.VALIDATED / 'data_docs' / 'index.html'}"
+    Console().print(table)

@@ -1,0 +1,107 @@
+"""Instruction-tuning tasks and their templates (paper, Table 5).
+
+Text comes before the image in every template, so an answer is produced by infilling: it is masked where it stands and moved behind the
+image, ``instruction <mask:0> <break> image <mask:0> answer <eoss>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cm3leon.documents import EOS, Body, Tokens, Vocabulary, build_body
+from cm3leon.tokenizers.text import TextTokenizer
+
+ANSWER = "{answer}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: the manifest column it needs and its text templates.
+
+    A template that holds ``{answer}`` is answered by infilling; one without it is answered by the image that follows. Other fields in
+    braces are filled from the row. The first template is the one used at inference.
+    """
+
+    column: str
+    templates: tuple[str, ...]
+
+    @property
+    def draws(self) -> bool:
+        """Whether the image, not a text, is what the task produces."""
+        return ANSWER not in self.templates[0]
+
+
+TASKS: dict[str, Task] = {
+    "text_to_image": Task("captions", ("{caption}",)),
+    "write": Task("text_in_image", ('draw "{text}"',)),
+    "caption": Task("captions", ("{answer}", "Describe the given picture. {answer}")),
+    "long_caption": Task(
+        "long_caption",
+        ("Describe the given picture in very detail. {answer}", "Describe the given picture in every detail. {answer}"),
+    ),
+    "vqa": Task(
+        "questions",
+        ("Question: {question} Answer: {answer}.", "Question: {question}\n{answer}", "Question: {question} The answer is {answer}."),
+    ),
+}
+
+
+def available(row: Mapping[str, Any]) -> list[str]:
+    """Names of the tasks for which a manifest row has the column."""
+
+    def filled(value: Any) -> bool:
+        return value is not None and (len(value) > 0 if hasattr(value, "__len__") else value == value)
+
+    return [name for name, task in TASKS.items() if filled(row.get(task.column))]
+
+
+def fields(name: str, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, str]:
+    """What fills a task's template, drawn from a row: a caption of several, a question of several."""
+    if name == "text_to_image":
+        return {"caption": str(rng.choice(row["captions"]))}
+    if name == "write":
+        return {"text": str(row["text_in_image"])}
+    if name == "caption":
+        return {"answer": str(rng.choice(row["captions"]))}
+    if name == "long_caption":
+        return {"answer": str(row["long_caption"])}
+    question = row["questions"][int(rng.integers(len(row["questions"])))]
+    return {"question": question["question"], "answer": str(rng.choice(question["answers"]))}
+
+
+def split_template(template: str, values: Mapping[str, str]) -> tuple[str, str, str]:
+    """Text before the answer, the answer with the blank before it, text after; the answer is empty where the template has none."""
+    before, marker, after = template.partition(ANSWER)
+    given = {k: v for k, v in values.items() if k != "answer"}
+    if not marker:
+        return before.format(**given), "", ""
+    blank = " " if before.endswith(" ") else ""
+    return before.removesuffix(" ").format(**given), blank + values.get("answer", ""), after.format(**given)
+
+
+def lay_out(
+    template: str, values: Mapping[str, str], codes: np.ndarray, vocabulary: Vocabulary, tokenizer: TextTokenizer
+) -> tuple[list[tuple[str, Tokens]], tuple[int, int] | None]:
+    """Segments of a sample, and where the answer stands in its text (None where the image is the answer)."""
+    before, answer, after = (vocabulary.text(tokenizer.encode(part)) for part in split_template(template, values))
+    segments = [("text", np.concatenate([before, answer, after])), ("image", vocabulary.image(codes))]
+    return segments, (len(before), len(before) + len(answer)) if ANSWER in template else None
+
+
+def answer_prompt(template: str, values: Mapping[str, str], codes: np.ndarray, vocabulary: Vocabulary, tokenizer: TextTokenizer) -> Tokens:
+    """The prompt whose continuation, up to ``<eoss>``, is the answer."""
+    before, _, after = split_template(template, values)
+    mask = np.array([vocabulary.sentinel(0)])
+    text = np.concatenate([vocabulary.text(tokenizer.encode(before)), mask, vocabulary.text(tokenizer.encode(after))])
+    return np.concatenate([build_body([[("text", text), ("image", vocabulary.image(codes))]]).tokens, mask])
+
+
+def image_prompt(text: Tokens, retrieved: list[list[tuple[str, Tokens]]]) -> Tokens:
+    """The prompt whose continuation is an image: retrieved documents, the text, ``<break>``."""
+    body: Body = build_body([*retrieved, [("text", text), ("image", np.zeros(0, dtype=np.int64))]])
+    assert body.tokens[0] == EOS
+    return body.tokens

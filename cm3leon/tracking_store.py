@@ -1,0 +1,169 @@
+"""The MLflow store: where it is, how it is made ready, and what is done about runs whose process died.
+
+Without ``MLFLOW_TRACKING_URI`` the store is the SQLite file ``mlflow.db`` of the project's root, with artefacts under ``mlruns``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "cm3leon"
+PROCESS_TAG = "process"
+"""Host, process id and process start of a run's owner: how a run left RUNNING by a dead process is recognised."""
+
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+"""Environment of every process that uses MLflow; what the user has set stays."""
+
+
+def use_settings() -> None:
+    """Apply :data:`SETTINGS`; call before importing mlflow."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def warn(message: str) -> None:
+    """Say so on standard error."""
+    print(f"WARNING: {message}", file=sys.stderr, flush=True)
+
+
+def tracking_uri(root: Path = Path(".")) -> str:
+    """``MLFLOW_TRACKING_URI`` if set, else the SQLite file ``mlflow.db`` of the project's root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').absolute()}"
+
+
+def prepare_store(root: Path = Path(".")) -> str:
+    """Make the store ready and return its URI: migrate it if it is a SQLite file, create the experiment, end runs of dead processes.
+
+    A fresh SQLite file opened by several processes at once is corrupted for good, so the migration is done under a file lock beside it.
+    Idempotent; about 10 seconds for a new file, well under one for a current one (mlflow's import apart).
+
+    Raises:
+        ConnectionError: if ``MLFLOW_TRACKING_URI`` names a server that does not answer.
+    """
+    use_settings()
+    uri = tracking_uri(root)
+    if uri.startswith("sqlite:///"):
+        _migrate(uri, Path(uri.removeprefix("sqlite:///")))
+    elif uri.startswith(("http://", "https://")):
+        _check_server(uri)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    _sweep(client, experiment_id_of(client, root, uri))
+    return uri
+
+
+def _migrate(uri: str, path: Path) -> None:
+    """``mlflow db upgrade`` of a SQLite file if its schema is not the installed MLflow's; an older file is copied aside first."""
+    import logging
+
+    from filelock import FileLock
+    from mlflow.db import upgrade
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        current = schema_revision(path)
+        if current == _get_latest_schema_revision():
+            return
+        if current is not None:
+            shutil.copyfile(path, f"{path}.{current}.bak")
+        print(f"preparing the MLflow store {path} (about 10 s, once)", file=sys.stderr, flush=True)
+        for name in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        assert upgrade.callback is not None
+        upgrade.callback(uri)
+
+
+def schema_revision(path: Path) -> str | None:
+    """The schema revision of a SQLite store; None for a file that is missing or empty."""
+    import sqlite3
+
+    if not path.exists() or path.stat().st_size == 0:
+        return None
+    connection = sqlite3.connect(path, timeout=60)
+    try:
+        rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+    except sqlite3.OperationalError:
+        return None
+    finally:
+        connection.close()
+    return str(rows[0][0]) if rows else None
+
+
+def _check_server(uri: str) -> None:
+    """Fail at once where MLflow's own client would retry for minutes. Any HTTP answer counts as reachable."""
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
+    except urllib.error.HTTPError:
+        return
+    except OSError as error:
+        raise ConnectionError(f"the MLflow server {uri} does not answer: {error}") from None
+
+
+def experiment_id_of(client: MlflowClient, root: Path, uri: str) -> str:
+    """The id of the experiment, made if need be; a local store keeps its artefacts under ``ROOT/mlruns``."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        local = (root / "mlruns").absolute().as_uri() if uri.startswith("sqlite:") else None
+        try:
+            return client.create_experiment(EXPERIMENT, artifact_location=local)
+        except MlflowException:  # another process was faster
+            found = client.get_experiment_by_name(EXPERIMENT)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return found.experiment_id
+
+
+def _process_start(pid: int) -> str | None:
+    """When the process started (clock ticks since boot), "" where the system does not tell, None if there is no such process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return None if fields[0] == "Z" else fields[19]
+
+
+def own_process() -> str:
+    """This process, for the tag of its runs: host, process id, start."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_process_start(os.getpid())}"
+
+
+def _sweep(client: MlflowClient, experiment_id: str) -> None:
+    """End as KILLED the runs that processes of this host left RUNNING when they died."""
+    host = socket.gethostname()
+    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
+        owner, _, rest = run.data.tags.get(PROCESS_TAG, "").rpartition(":")[0].rpartition(":")
+        start = run.data.tags.get(PROCESS_TAG, "").rpartition(":")[2]
+        if owner == host and rest.isdigit() and _process_start(int(rest)) != start:
+            client.set_terminated(run.info.run_id, status="KILLED")

@@ -1,0 +1,119 @@
+"""Runs a command as a child of the flow: its lines go to a callback as they come, and it never outlives the flow.
+
+The child stays in the flow's process group, so that whoever cancels the group reaches it. Where standard error is a terminal the child
+gets a terminal too (a pseudo-terminal copied through), so that its progress bars show; else both streams are read as lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+TAIL_LINES = 40
+STOP_SECONDS = 25.0
+"""From SIGTERM to SIGKILL; Prefect kills a cancelled flow 30 s after asking it to leave."""
+
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07]*\x07")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended: exit status and the last lines of both streams, in the order read."""
+
+    status: int
+    tail: list[str]
+
+
+def run_command(command: Sequence[str], on_line: Callable[[str], None], environment: Mapping[str, str] | None = None) -> Finished:
+    """Run ``command`` to its end; every line of standard output, and of standard error when that is no terminal, goes to ``on_line``.
+
+    If this process is interrupted or told to leave, the child and its descendants are told too, and waited for.
+    """
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    terminal = _Terminal(tail) if sys.stderr.isatty() else None
+    stderr = terminal.slave if terminal else subprocess.STDOUT
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True, errors="replace", bufsize=1
+    )
+    try:
+        if terminal:
+            terminal.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line := line.rstrip():
+                tail.append(line)
+                on_line(line)
+        status = process.wait()
+    finally:
+        if process.poll() is None:
+            stop_tree(process.pid)
+            process.wait()
+        if terminal:
+            terminal.close()
+    return Finished(status, list(tail))
+
+
+def stop_tree(pid: int, seconds: float = STOP_SECONDS) -> None:
+    """Ask a process and all its descendants to leave; kill what is left after ``seconds``."""
+    try:
+        parent = psutil.Process(pid)
+        processes = [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+class _Terminal:
+    """A pseudo-terminal for the child's standard error: copied to ours as it is, its last lines kept as text."""
+
+    def __init__(self, tail: deque[str]) -> None:
+        import fcntl
+        import pty
+        import termios
+
+        self.tail = tail
+        self.master, self.slave = pty.openpty()
+        with contextlib.suppress(OSError):
+            size = fcntl.ioctl(sys.stderr.fileno(), termios.TIOCGWINSZ, b"\0" * 8)
+            fcntl.ioctl(self.slave, termios.TIOCSWINSZ, size)
+        self.thread = threading.Thread(target=self._copy, daemon=True)
+
+    def start(self) -> None:
+        os.close(self.slave)
+        self.thread.start()
+
+    def _copy(self) -> None:
+        rest = ""
+        while True:
+            try:
+                data = os.read(self.master, 65536)
+            except OSError:  # Linux: EIO once the last writer has closed
+                data = b""
+            if not data:
+                break
+            os.write(sys.stderr.fileno(), data)
+            *lines, rest = re.split(r"[\r\n]+", rest + CONTROL.sub("", data.decode(errors="replace")))
+            self.tail.extend(line.rstrip() for line in lines if line.strip())
+        if rest.strip():
+            self.tail.append(rest.strip())
+
+    def close(self) -> None:
+        if self.thread.is_alive():
+            self.thread.join(timeout=5)
+        with contextlib.suppress(OSError):
+            os.close(self.master)

@@ -1,0 +1,91 @@
+"""Fixtures that several tests share: a prepared MLflow store, and a project directory with untrained models in all places."""
+
+import os
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cm3leon import paths, tracking
+from cm3leon.config import Config, EncoderConfig, ImageTokenizerConfig
+
+CAPTIONS = ["a red circle", "a blue square", "two green crosses", "a ring above a diamond"]
+
+
+@pytest.fixture(scope="session")
+def prepared_store(tmp_path_factory):
+    """A project root whose SQLite store is migrated: making one takes ten seconds, copying its file takes none."""
+    root = tmp_path_factory.mktemp("store")
+    before = os.environ.pop("MLFLOW_TRACKING_URI", None)
+    tracking.prepare_store(root)
+    if before:
+        os.environ["MLFLOW_TRACKING_URI"] = before
+    return root
+
+
+@pytest.fixture
+def project(prepared_store, tmp_path, monkeypatch):
+    """An empty project, the working directory, with an MLflow store of its own."""
+    for name in ("MLFLOW_TRACKING_URI", tracking.PARENT_RUN_ENV, tracking.FLOW_RUN_ENV, "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    fresh_store(prepared_store, tmp_path)
+    return tmp_path
+
+
+def fresh_store(prepared, root):
+    import sqlite3
+
+    shutil.copyfile(prepared / "mlflow.db", root / "mlflow.db")
+    connection = sqlite3.connect(root / "mlflow.db")
+    with connection:
+        connection.execute("DELETE FROM experiments WHERE name = ?", (tracking.EXPERIMENT,))
+    connection.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """A project directory with untrained models where the stages leave theirs, and a complete evaluation record."""
+    root = tmp_path_factory.mktemp("tiny")
+    make_models(root)
+    return root
+
+
+def make_models(root):
+    from PIL import Image
+
+    from cm3leon.data.tokens import Document, write_tokens
+    from cm3leon.documents import Vocabulary
+    from cm3leon.evaluation.record import Record
+    from cm3leon.model import Decoder, DecoderSpec
+    from cm3leon.retrieval.encoder import ClipTokenizer, Encoder, build_clip, trained_settings
+    from cm3leon.retrieval.index import MemoryBank
+    from cm3leon.super_resolution import SuperResolution
+    from cm3leon.tokenizers.image import ImageTokenizer
+    from cm3leon.tokenizers.image_training import spec_of
+    from cm3leon.tokenizers.text import TextTokenizer
+
+    torch.manual_seed(0)
+    text = TextTokenizer.train(CAPTIONS, 300)
+    text.save(root / paths.TEXT_TOKENIZER)
+    images = ImageTokenizer(spec_of(ImageTokenizerConfig(image_size=32, channels=8, codebook_size=16)))
+    images.save(root / paths.IMAGE_TOKENIZER)
+    vocabulary = Vocabulary(text.size, 16, sentinels=4, tokens_per_image=images.spec.tokens_per_image)
+    Decoder(DecoderSpec(layers=1, width=32, heads=2, context=160), vocabulary).save(root / paths.FINETUNED)
+    small = EncoderConfig(image_size=32, width=32, layers=1, embedding_dim=16, vocabulary_size=300)
+    settings = trained_settings(small, text.size + 3)
+    encoder = Encoder(build_clip(settings), settings, ClipTokenizer(text, small.context_length))
+    encoder.save(root / paths.ENCODER)
+    documents = pd.DataFrame({"id": list("abcd"), "caption": CAPTIONS, "licence": "CC0-1.0", "attribution": "us", "source": "test"})
+    pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "green", "white")]
+    bank = MemoryBank.build(documents, encoder.encode_texts(CAPTIONS), encoder.encode_images(pictures), "flat", encoder.fingerprint)
+    bank.save(root / paths.INDEX)
+    codes = np.zeros(vocabulary.tokens_per_image, dtype=np.uint16)
+    tokens = [Document(name, codes, [np.array(text.encode(c))]) for name, c in zip("abcd", CAPTIONS, strict=True)]
+    write_tokens(root / paths.TOKENS, "train", tokens, vocabulary.tokens_per_image, 100)
+    SuperResolution(scale=2, channels=4, blocks=1).save(root / paths.SUPER_RESOLUTION)
+    contract = {"prompts": "1", "seed": 0, "decoding": Config().decoding.model_dump()}
+    Record({"composition": 0.5, "fd_encoder": 3.0}, {}, {}, contract).write(root / paths.EVALUATION)
+    pictures[0].save(root / paths.EVALUATION / "samples.png")

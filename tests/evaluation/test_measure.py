@@ -1,0 +1,89 @@
+"""The evaluation record and its calibrations."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cm3leon.evaluation import measure
+from cm3leon.evaluation.record import Record, bootstrap, digest
+
+
+def test_interval_covers_the_mean_and_shrinks_with_more_prompts():
+    rng = np.random.default_rng(0)
+    few, many = rng.random(50), rng.random(5000)
+    for values in (few, many):
+        low, high = bootstrap(values, 500, 0)
+        assert low < values.mean() < high
+    assert np.diff(bootstrap(many, 500, 0)) < np.diff(bootstrap(few, 500, 0)) / 5
+    normal = 1.96 * many.std() / np.sqrt(len(many))
+    assert np.diff(bootstrap(many, 2000, 0)) / 2 == pytest.approx(normal, rel=0.1)
+
+
+def test_record_comes_back_as_written(tmp_path):
+    record = Record(contract={"prompts": digest(["a", "b"])})
+    record.add("score", [0.0, 1.0, 1.0], 100, 0)
+    record.write(tmp_path)
+    again = Record.read(tmp_path)
+    assert again.scores == {"score": 0.666667} and again.contract == record.contract
+    assert again.intervals["score"][0] <= 2 / 3 <= again.intervals["score"][1]
+
+
+def test_digest_depends_on_content_and_order_of_lists_not_of_keys():
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 2, "b": 1})
+    assert digest([1, 2]) != digest([2, 1])
+
+
+class ColourEncoder:
+    """Embeds an image by its mean colour and a text by the colour it names."""
+
+    COLOURS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
+
+    def encode_images(self, images):
+        means = np.stack([np.asarray(i).reshape(-1, 3).mean(0) for i in images])
+        return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+    def encode_texts(self, texts):
+        return np.array([self.COLOURS[t] for t in texts])
+
+
+def flat(*colour):
+    return Image.new("RGB", (8, 8), colour)
+
+
+def test_image_scores_and_their_calibrations():
+    prompts = ["red", "green", "blue"] * 2
+    real = [flat(250, 0, 0), flat(0, 250, 0), flat(0, 0, 250)] * 2
+    record = Record()
+    measure.measure_images(record, ColourEncoder(), prompts, real, real, real, 100, 0)
+    assert record.scores["clip_score"] == pytest.approx(1) and record.calibration["clip_score_other_captions"] == pytest.approx(0)
+    assert record.scores["fd_encoder"] == pytest.approx(0, abs=1e-6)
+    wrong = Record()
+    measure.measure_images(wrong, ColourEncoder(), prompts, [flat(250, 250, 250)] * 6, real, real, 100, 0)
+    assert wrong.scores["clip_score"] < 0.6 and wrong.scores["fd_encoder"] > 0.1
+
+
+def test_answers_are_compared_with_blind_guesses():
+    questions = ["What color is it?", "What color is that?", "How many are there?"]
+    truths = [["red"], ["blue"], ["2"]]
+    known = measure.Counter({("what color", "red"): 5, ("what color", "blue"): 1, ("how many", "3"): 9})
+    record = Record()
+    measure.measure_answers(record, questions, ["red", "blue", "3"], ["blue", "2", "2"], truths, known, 100, 0)
+    assert record.scores["vqa_accuracy"] == pytest.approx(2 / 3)
+    assert record.scores["vqa_accuracy/what_color"] == 1 and record.scores["vqa_accuracy/how_many"] == 0
+    assert record.calibration["vqa_accuracy_other_images"] == pytest.approx(1 / 3)
+    assert record.calibration["vqa_accuracy_majority"] == pytest.approx(1 / 3)
+
+
+def test_captions_of_other_images_score_less():
+    names = ["a", "b", "c"]
+    texts = ["a red circle on white", "two blue squares on black", "the letter A in green on gray"]
+    record = Record()
+    measure.measure_captions(record, names, texts, [[t] for t in texts])
+    assert record.scores["cider"] > 5 and record.scores["bleu_4"] == pytest.approx(1, abs=1e-3)
+    assert record.calibration["cider_other_images"] < 1
+
+
+def test_composition_is_absent_where_captions_state_no_scene():
+    record = Record()
+    measure.measure_composition(record, ["a photo of a dog"] * 2, [flat(9, 9, 9)] * 2, [flat(9, 9, 9)] * 2, [flat(9, 9, 9)] * 2, 10, 0)
+    assert "composition" not in record.scores

@@ -1,0 +1,77 @@
+"""The memory bank finds what a full comparison finds, survives saving, and refuses what does not belong together."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cm3leon.retrieval.index import COLUMNS, MemoryBank, document_vectors, normalize
+
+
+def parts(count: int = 200, width: int = 16, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    documents = pd.DataFrame({name: [f"{name} {i}" for i in range(count)] for name in COLUMNS})
+    return documents, normalize(rng.normal(size=(count, width))), normalize(rng.normal(size=(count, width)))
+
+
+def test_document_vectors_are_unit_means() -> None:
+    _, text, image = parts()
+    vectors = document_vectors(text, image)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(200), abs=1e-6)
+    assert vectors == pytest.approx(normalize((text + image) / 2), abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "least"), [("flat", 1.0), ("hnsw", 0.99), ("ivf", 0.3)])
+def test_search_finds_the_most_similar(kind: str, least: float) -> None:
+    documents, text, image = parts()
+    bank = MemoryBank.build(documents, text, image, kind, "f")
+    queries = normalize(np.random.default_rng(1).normal(size=(40, 16)))
+    scores, positions = bank.search(queries, 5)
+    assert scores.shape == positions.shape == (40, 5)
+    exact = queries @ bank.vectors(np.arange(200)).T
+    assert np.mean([len(set(p) & set(np.argsort(-e)[:5])) / 5 for p, e in zip(positions, exact, strict=True)]) >= least
+    found = positions >= 0
+    assert scores[found] == pytest.approx(np.take_along_axis(exact, positions, axis=1)[found], abs=1e-5)
+    assert (np.diff(scores) <= 0)[found[:, 1:]].all()
+
+
+def test_asking_for_more_than_there_is() -> None:
+    bank = MemoryBank.build(*parts(count=3), "flat", "f")
+    scores, positions = bank.search(np.ones((2, 16)), 10)
+    assert sorted(positions[0]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+def test_saving_and_loading(kind: str, tmp_path: Path) -> None:
+    bank = MemoryBank.build(*parts(), kind, "fingerprint")
+    bank.save(tmp_path / "a")
+    MemoryBank.build(*parts(), kind, "fingerprint").save(tmp_path / "b")
+    for file in sorted((tmp_path / "a").iterdir()):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), f"{file.name} is not deterministic"
+    loaded = MemoryBank.load(tmp_path / "a")
+    assert loaded.documents.equals(bank.documents)
+    query = normalize(np.random.default_rng(2).normal(size=(4, 16)))
+    for mine, theirs in zip(bank.search(query, 3), loaded.search(query, 3), strict=True):
+        assert np.array_equal(mine, theirs)
+    assert np.array_equal(loaded.vectors(np.arange(5)), bank.vectors(np.arange(5)))
+    loaded.check_encoder("fingerprint")
+    with pytest.raises(ValueError, match="was made with encoder fingerprint"):
+        loaded.check_encoder("other")
+
+
+def test_nothing_to_load(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="cm3leon index"):
+        MemoryBank.load(tmp_path)
+
+
+def test_refuses_what_cannot_be_retrieved() -> None:
+    documents, text, image = parts(count=4)
+    with pytest.raises(ValueError, match="empty"):
+        MemoryBank.build(documents.iloc[:0], text[:0], image[:0], "flat", "f")
+    with pytest.raises(ValueError, match="occurs twice"):
+        MemoryBank.build(documents.assign(id="same"), text, image, "flat", "f")
+    with pytest.raises(ValueError, match="caption"):
+        MemoryBank.build(documents.assign(caption=["a", " ", "b", "c"]), text, image, "flat", "f")
+    with pytest.raises(ValueError, match="inconsistent"):
+        MemoryBank.build(documents.iloc[:3], text, image, "flat", "f")

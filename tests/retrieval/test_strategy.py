@@ -1,0 +1,118 @@
+"""The paper's rules for choosing neighbours hold for any bank and any query; compared with a plain loop."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cm3leon.config import RetrieveConfig
+from cm3leon.retrieval import strategy
+from cm3leon.retrieval.index import COLUMNS, MemoryBank, document_vectors, normalize
+
+
+def bank_of(count: int, seed: int, spread: float, width: int = 6) -> MemoryBank:
+    """Documents around a few centres: the smaller ``spread``, the more near-duplicates."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(max(1, count // 5), width))[rng.integers(max(1, count // 5), size=count)]
+    text, image = (normalize(centres + spread * rng.normal(size=(count, width))) for _ in range(2))
+    rows = [{**dict.fromkeys(COLUMNS, "x"), "id": f"doc{i}"} for i in range(count)]
+    return MemoryBank.build(pd.DataFrame(rows), text, image, "flat", "0")
+
+
+def by_loop(bank: MemoryBank, config: RetrieveConfig, text: np.ndarray, image: np.ndarray, own: int) -> list[tuple[int, str]]:
+    """The rules, one candidate at a time."""
+    vectors = document_vectors(bank.text, bank.image)
+    query = document_vectors(text[None], image[None])[0]
+    taken: list[tuple[int, str]] = []
+    for name, vector in (("text", text), ("image", image)):
+        scores = vectors @ vector
+        found = 0
+        for position in np.argsort(-scores, kind="stable")[: config.search_depth]:
+            if found == config.candidates_per_modality:
+                break
+            others = [vectors[position] @ vectors[p] for p, _ in taken]
+            if position == own or position in [p for p, _ in taken]:
+                continue
+            if max([scores[position], vectors[position] @ query, *others]) > config.max_score:
+                continue
+            taken.append((int(position), name))
+            found += 1
+    return taken
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 60),
+    seed=st.integers(0, 10_000),
+    spread=st.sampled_from([0.05, 0.3, 1.0]),
+    max_score=st.sampled_from([0.5, 0.9, 1.1]),
+    per=st.integers(1, 3),
+    depth=st.sampled_from([1, 5, 256]),
+)
+def test_the_rules_hold_and_agree_with_a_loop(count: int, seed: int, spread: float, max_score: float, per: int, depth: int) -> None:
+    bank = bank_of(count, seed, spread)
+    config = RetrieveConfig(candidates_per_modality=per, max_score=max_score, search_depth=depth)
+    vectors = bank.vectors(np.arange(count))
+    own = np.arange(min(count, 12))
+    text, image = np.asarray(bank.text[own], dtype=np.float32), np.asarray(bank.image[own], dtype=np.float32)
+    found = strategy.find(bank, config, text=text, image=image, own=own)
+    for query, neighbours in enumerate(found):
+        positions = [n.position for n in neighbours]
+        assert own[query] not in positions
+        assert len(set(positions)) == len(positions)
+        assert all(sum(n.modality == m for n in neighbours) <= per for m in ("text", "image"))
+        assert all(n.score <= max_score for n in neighbours)
+        between = vectors[positions] @ vectors[positions].T
+        assert (between[~np.eye(len(positions), dtype=bool)] <= max_score + 1e-5).all()
+        assert [(n.position, n.modality) for n in neighbours] == by_loop(bank, config, text[query], image[query], int(own[query]))
+
+
+def test_an_exact_copy_of_the_query_is_skipped() -> None:
+    text, image = np.eye(4, 8), np.eye(4, 8, k=4)
+    rows = pd.DataFrame([{**dict.fromkeys(COLUMNS, "x"), "id": f"doc{i}"} for i in range(6)])
+    bank = MemoryBank.build(rows, np.concatenate([text, text[:2]]), np.concatenate([image, image[:2]]), "flat", "0")
+    found = strategy.find(bank, RetrieveConfig(candidates_per_modality=5), text=text[:1].astype(np.float32), image=image[:1].astype(np.float32), own=np.array([0]))
+    positions = {n.position for n in found[0]}
+    assert positions and not positions & {0, 4}  # 4 is the copy of 0
+    assert len(positions & {1, 5}) == 1  # of two copies of one document one is taken
+
+
+def test_a_prompt_without_image_gets_text_neighbours() -> None:
+    bank = bank_of(30, 0, 1.0)
+    found = strategy.find(bank, RetrieveConfig(), text=np.asarray(bank.text[:3], dtype=np.float32))
+    assert all(n.modality == "text" for group in found for n in group)
+    assert [len(group) for group in found] == [2, 2, 2]
+    with pytest.raises(ValueError, match="text or an image"):
+        strategy.find(bank, RetrieveConfig())
+
+
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = bank_of(50, 1, 0.5)
+    text = np.asarray(bank.text, dtype=np.float32)
+    whole = strategy.find(bank, RetrieveConfig(), text=text, own=np.arange(50))
+    monkeypatch.setattr(strategy, "_VALUES", 1)
+    pieces = strategy.find(bank, RetrieveConfig(), text=text, own=np.arange(50))
+    assert [[n.position for n in group] for group in pieces] == [[n.position for n in group] for group in whole]
+
+
+@given(st.lists(st.sampled_from("a red circle left of the blue square on white".split()), max_size=20), st.floats(0, 0.99), st.integers(0, 5), st.text(max_size=5))
+def test_dropped_words(words: list[str], rate: float, seed: int, key: str) -> None:
+    text = " ".join(words)
+    kept = strategy.drop_words(text, rate, seed, key).split()
+    assert len(kept) == (len(words) - min(round(rate * len(words)), len(words) - 1) if words else 0)
+    remaining = iter(words)
+    assert all(word in remaining for word in kept)  # in order
+    assert strategy.drop_words(text, rate, seed, key).split() == kept
+
+
+def test_dropped_words_differ_by_document() -> None:
+    text = "a large red circle left of a small blue square on a white background"
+    assert len({strategy.drop_words(text, 0.2, 0, str(i)) for i in range(20)}) > 5
+
+
+def test_coverage() -> None:
+    n = strategy.Neighbour(0, 0.5, "text")
+    figures = strategy.coverage([[n, n, n, n], [n], [], []], RetrieveConfig())
+    assert figures == {"complete": 0.25, "empty": 0.5, "neighbours": 1.25, "score": 0.5}
+    assert strategy.coverage([], RetrieveConfig())["neighbours"] == 0

@@ -1,0 +1,244 @@
+"""Ingest and validate on a folder: damage is found, told apart, and never lost."""
+
+import csv
+import io
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cm3leon import paths
+from cm3leon.config import Config, IngestConfig, ShapesConfig, ValidateConfig
+from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
+from cm3leon.data.packing import pack
+from cm3leon.data.sources import source_rows
+from cm3leon.stages import ingest
+from cm3leon.stages import validate as validate_stage
+from cm3leon.stages.validate import ValidationError, validate
+
+ROWS = 200
+KINDS = {
+    "truncated": ["unreadable"],
+    "gone": ["missing"],
+    "blank": ["empty_caption"],
+    "licence": ["licence_not_allowed"],
+    "outside": ["path_outside_root"],
+    "copy": ["duplicate"],
+}
+
+
+def png(seed: int, size: int = 40) -> bytes:
+    buffer = io.BytesIO()
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((size, size), Image.Resampling.NEAREST).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write(root: Path, records: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(key for record in records for key in record))
+    with (root / "manifest.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def good_rows(root: Path, count: int = ROWS) -> list[dict[str, Any]]:
+    (root / "images").mkdir(parents=True)
+    records = []
+    for number in range(count):
+        (root / "images" / f"{number}.png").write_bytes(png(number))
+        records.append({"image": f"images/{number}.png", "caption": f"picture {number}", "licence": "MIT", "attribution": "me"})
+    return records
+
+
+def damage(root: Path, records: list[dict[str, Any]], share: float, rng: random.Random) -> dict[int, list[str]]:
+    """Damage ``share`` of the rows, each kind in turn; returns row -> the reasons it must be rejected for."""
+    rows = rng.sample(range(1, len(records)), int(share * len(records)))
+    untouched = [row for row in range(len(records)) if row not in rows]
+    expected = {}
+    for place, row in enumerate(rows):
+        kind = list(KINDS)[place % len(KINDS)]
+        file = root / "images" / f"{row}.png"
+        if kind == "truncated":
+            file.write_bytes(file.read_bytes()[: rng.randrange(0, file.stat().st_size - 1)])
+        elif kind == "gone":
+            file.unlink()
+        elif kind == "blank":
+            records[row]["caption"] = rng.choice(["", "   ", "[]", '["", " "]'])
+        elif kind == "licence":
+            records[row]["licence"] = rng.choice(["", "CC-BY-NC-4.0", "proprietary"])
+        elif kind == "outside":
+            (root.parent / "outside.png").write_bytes(png(10_000))
+            records[row]["image"] = "../outside.png"
+        elif kind == "copy":  # of the first row, which is good and comes before
+            file.write_bytes(reencoded(root / "images" / f"{untouched[0]}.png"))
+        expected[row] = KINDS[kind]
+    if untouched[0] != 0:  # the copies' original must come first
+        raise AssertionError("row 0 is never damaged")
+    return expected
+
+
+def reencoded(path: Path) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(path).save(buffer, format="BMP")
+    return buffer.getvalue()
+
+
+def ingest_folder(root: Path, raw: Path) -> None:
+    pack(source_rows(IngestConfig(source="folder", path=str(root))), raw, 0.1)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_exactly_the_damaged_rows_are_quarantined_for_the_right_reasons(tmp_path: Path, seed: int) -> None:
+    root = tmp_path / "collection"
+    records = good_rows(root)
+    expected = damage(root, records, 0.05 if seed else 0.09, random.Random(seed))
+    write(root, records)
+    ingest_folder(root, tmp_path / "raw")
+    report = validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(), 0)
+    rejected = read_manifest(tmp_path / "out" / "rejected.parquet")
+    accepted = read_manifest(tmp_path / "out")
+    assert dict(zip(rejected["row"], rejected["reasons"], strict=True)) == expected
+    assert sorted([*accepted["row"], *rejected["row"]]) == list(range(ROWS)) and report["read"] == ROWS
+    assert accepted["row"].is_monotonic_increasing and all(rejected["detail"])
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert sum(report["reasons"].values()) == len(expected)
+
+
+def test_half_of_the_rows_damaged_fails_with_rules_and_rows(tmp_path: Path) -> None:
+    root = tmp_path / "collection"
+    records = good_rows(root)
+    expected = damage(root, records, 0.5, random.Random(2))
+    write(root, records)
+    ingest_folder(root, tmp_path / "raw")
+    with pytest.raises(ValidationError) as caught:
+        validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(), 0)
+    message = str(caught.value)
+    assert "100 of 200 rows rejected (50.0%)" in message and "20.0%" in message and "validate.max_rejected_rate" in message
+    for reasons in KINDS.values():
+        count = sum(found == reasons for found in expected.values())
+        assert f"{reasons[0]}: {count} rows" in message
+    first = min(expected)
+    assert f"manifest.csv line {first + 2}" in message
+    assert len(read_manifest(tmp_path / "out" / "rejected.parquet")) == 100
+    assert (tmp_path / "out" / "data_docs" / "index.html").is_file()
+    assert not (tmp_path / "out" / "manifest.parquet").exists()
+
+
+def test_a_row_carries_all_its_reasons_and_a_copy_of_a_rejected_row_is_kept(tmp_path: Path) -> None:
+    root = tmp_path / "collection"
+    records = good_rows(root, 40)
+    image = png(0, 16)
+    for number in (3, 4):
+        (root / "images" / f"{number}.png").write_bytes(image)
+    records[3] |= {"caption": "", "licence": "no"}
+    records[5] |= {"objects": '[{"label": "x", "box": [0, 0, 41.5, 9]}]'}
+    records[6] |= {"objects": '[{"label": "x", "box": [0, 0, 40.4, 9]}]'}  # rounding
+    (root / "images" / "8.png").write_bytes(png(7))
+    records[7] |= {"licence": "no"}
+    records[9] |= {"caption": "x" * 1001}
+    records[10] |= {"caption": '["", " kept "]'}
+    records[11] |= {"image": "gone.png", "objects": "[{"}
+    write(root, records)
+    ingest_folder(root, tmp_path / "raw")
+    report = validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(), 0)
+    rejected = read_manifest(tmp_path / "out" / "rejected.parquet")
+    assert dict(zip(rejected["row"], rejected["reasons"], strict=True)) == {
+        3: ["too_small", "empty_caption", "licence_not_allowed"],
+        4: ["too_small"],
+        5: ["box_outside_image"],
+        7: ["licence_not_allowed"],  # its copy, row 8, is therefore the first good one
+        9: ["caption_too_long"],
+        11: ["missing", "malformed_row"],
+    }
+    accepted = read_manifest(tmp_path / "out").set_index("row")
+    assert accepted["captions"][10] == ["kept"] and report["cleaned"]["blank_captions_removed"] == 1
+
+
+def test_edits_of_a_rejected_row_stay_and_are_counted(tmp_path: Path) -> None:
+    root = tmp_path / "collection"
+    records = good_rows(root, 30)
+    for number, record in enumerate(records):
+        record |= {"id": f"k{number}", "edited_from": ""}
+    (root / "images" / "1.png").write_bytes(reencoded(root / "images" / "0.png"))  # a duplicate of row 0
+    records[2]["edited_from"], records[3]["edited_from"], records[5]["edited_from"] = "k0", "k1", "k4"
+    records[4]["licence"] = "no"
+    write(root, records)
+    ingest_folder(root, tmp_path / "raw")
+    report = validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(), 0)
+    accepted = read_manifest(tmp_path / "out").set_index("row")
+    assert accepted["edited_from"][[2, 3, 5]].tolist() == [accepted["id"][0], accepted["id"][0], None]
+    assert report["cleaned"]["edits_without_original"] == 1
+    assert accepted["split"][[0, 2, 3]].nunique() == 1
+
+
+def test_near_duplicates_share_a_split_and_the_outputs_repeat(tmp_path: Path) -> None:
+    root = tmp_path / "collection"
+    records = good_rows(root, 120)
+    rng = np.random.default_rng(0)
+    for number in range(60, 120):  # each a slightly noisy version of an earlier picture
+        pixels = np.asarray(Image.open(root / "images" / f"{number - 60}.png")).astype(float) + rng.normal(0, 3, (40, 40, 3))
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(root / "images" / f"{number}.png")
+    write(root, records)
+    config = ValidateConfig(val_fraction=0.2, test_fraction=0.2, near_duplicate_distance=0.02)
+    contents = []
+    for name in ("one", "two"):
+        ingest_folder(root, tmp_path / name / "raw")
+        report = validate(tmp_path / name / "raw", tmp_path / name / "out", config, 0)
+        contents.append({file.relative_to(tmp_path / name): file.read_bytes() for file in (tmp_path / name).rglob("*") if file.is_file()})
+    assert contents[0] == contents[1], "outputs depend on more than the data"
+    assert not any(str(tmp_path).encode() in data for data in contents[0].values())
+    accepted = read_manifest(tmp_path / "one" / "out")
+    store = ImageStore(tmp_path / "one" / "raw")
+    small = np.stack([np.asarray(store.open(ref).resize((8, 8), Image.Resampling.BOX), dtype=float) for ref in accepted["image"]]) / 255
+    small = small.reshape(len(small), -1)
+    near = np.sqrt(((small[:, None] - small[None]) ** 2).mean(axis=2)) < 0.02
+    one, other = np.nonzero(near)
+    split = accepted["split"].to_numpy()
+    assert len(one) >= 240 and (split[one] == split[other]).all()
+    assert report["parts"] == {"count": 60, "largest": 2, "rows_with_near_duplicates": 120}
+    assert set(split) == {"train", "val", "test"}
+
+
+def test_nothing_accepted_is_an_error_whatever_the_rate(tmp_path: Path) -> None:
+    root = tmp_path / "collection"
+    write_rows = [row | {"licence": "no"} for row in good_rows(root, 5)]
+    write(root, write_rows)
+    ingest_folder(root, tmp_path / "raw")
+    with pytest.raises(ValidationError, match="No row is accepted.*\n.*licence_not_allowed: 5 rows"):
+        validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(max_rejected_rate=1.0), 0)
+
+
+def test_the_stages_run_on_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    config = Config(ingest=IngestConfig(shapes=ShapesConfig(count=60, edits=0.3, conditions=0.3)))
+    figures = ingest.run(config)
+    assert figures["problems"] == 0
+    counts = validate_stage.run(config)
+    assert counts == {"read": figures["rows"], "accepted": figures["rows"], "rejected": 0}
+    frame = read_manifest(paths.VALIDATED)
+    assert frame.columns.tolist() == VALIDATED_SCHEMA.names and set(frame["width"]) == {64}
+    by_id = frame.set_index("id")["split"]
+    edits = frame[frame["edited_from"].notna()]
+    assert len(edits) > 5 and (by_id[edits["edited_from"]].to_numpy() == edits["split"].to_numpy()).all()
+    assert sum(len(read_manifest(paths.VALIDATED, split)) for split in ("train", "val", "test")) == len(frame)
+
+
+@pytest.mark.skipif("CM3LEON_REAL_DATA" not in os.environ, reason="CM3LEON_REAL_DATA does not point to the collections")
+@pytest.mark.parametrize(("name", "accepted", "rejected"), [("emoji", 1608, 1), ("photos", 100, 0)])
+def test_real_collections_pass(tmp_path: Path, name: str, accepted: int, rejected: int) -> None:
+    ingest_folder(Path(os.environ["CM3LEON_REAL_DATA"]).resolve() / name, tmp_path / "raw")
+    licences = ["Apache-2.0", "CC-BY-2.0", "CC-BY-SA-2.0"]
+    report = validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(licences=licences), 0)
+    assert (report["accepted"], report["rejected"]) == (accepted, rejected), report
+    frame = read_manifest(tmp_path / "out")
+    assert all(frame["attribution"]) and min(report["splits"].values()) >= 3
+    assert ImageStore(tmp_path / "raw").open(frame["image"][0]).mode == "RGB"
+    if name == "photos":
+        assert {len(captions) for captions in frame["captions"]} == {5} and sum(map(len, frame["objects"])) > 100

@@ -1,0 +1,95 @@
+"""Instruction-tuning templates: what a sample looks like, and that the prompt at inference is the sample's beginning."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cm3leon.config import ObjectiveConfig, SFTConfig
+from cm3leon.data.sequences import PretrainingSamples
+from cm3leon.data.task_samples import TaskSamples
+from cm3leon.data.tokens import TokenStore, write_tokens
+from cm3leon.documents import EOS, EOSS, Vocabulary, check_grammar
+from cm3leon.tasks import TASKS, answer_prompt, available, image_prompt, split_template
+from cm3leon.tokenizers.text import TextTokenizer
+from tests_support import make_documents
+
+TOKENIZER = TextTokenizer.train(["Question: What color is the circle? Answer: red."] * 3, 300)
+VOCABULARY = Vocabulary(text_size=TOKENIZER.size, image_size=50, sentinels=8, tokens_per_image=16)
+ROW = {
+    "captions": ["a red circle"],
+    "long_caption": "There is a red circle. It is red.",
+    "questions": [{"question": "What color is the circle?", "answers": ["red"]}],
+    "text_in_image": None,
+}
+
+
+def test_templates_are_those_of_the_paper():
+    assert TASKS["vqa"].templates[0] == "Question: {question} Answer: {answer}."
+    assert split_template(TASKS["vqa"].templates[0], {"question": "Why?", "answer": "so"}) == ("Question: Why? Answer:", " so", ".")
+    assert split_template("{caption}", {"caption": "a {curly} circle"}) == ("a {curly} circle", "", "")
+
+
+def test_a_task_is_available_where_its_column_is_filled():
+    assert available(ROW) == ["text_to_image", "caption", "long_caption", "vqa"]
+    assert available({"captions": ["x"], "long_caption": None, "questions": np.array([]), "text_in_image": "A"}) == [
+        "text_to_image",
+        "write",
+        "caption",
+    ]
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    def make(tasks, **options):
+        directory = tmp_path_factory.mktemp("tokens")
+        write_tokens(directory, "train", make_documents(40), 16, 100)
+        store = TokenStore(directory)
+        manifest = pd.DataFrame([{"id": name, **ROW} for name in store.ids])
+        documents = PretrainingSamples(store, store, {}, VOCABULARY, ObjectiveConfig(), [1.0], 160, 0)
+        return TaskSamples(documents, manifest, TOKENIZER, SFTConfig(tasks=tasks, **options))
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "template"), [(n, t) for n, task in TASKS.items() if not task.draws for t in task.templates])
+def test_inference_prompt_is_the_samples_beginning(samples, monkeypatch, name, template):
+    drawn = samples({name: 1.0}, answer_weight=5.0)
+    values = {"question": "What color is the circle?", "answer": {"vqa": "red", "caption": ROW["captions"][0]}.get(name, ROW["long_caption"])}
+    codes = drawn.documents.store[3].codes
+    prompt = answer_prompt(template, values, codes, VOCABULARY, TOKENIZER)
+    seen = []
+    for epoch in range(30):
+        masked, weights = drawn(epoch, 3)
+        check_grammar(masked.tokens, VOCABULARY)
+        if masked.tokens[: len(prompt)].tolist() == prompt.tolist():
+            answer = masked.tokens[len(prompt) : -2]
+            assert masked.tokens[-2:].tolist() == [EOSS, EOS]
+            assert TOKENIZER.decode(answer - VOCABULARY.text_start).strip() == values["answer"]
+            assert (weights[len(prompt) - 1 : -1] == 5).all() and weights[: len(prompt) - 1].max() == 1 and weights[-1] == 1
+            seen.append(epoch)
+    assert seen, "no sample used this template"
+
+
+def test_drawing_samples_are_prompt_then_image_and_some_drop_the_caption(samples):
+    drawn = samples({"text_to_image": 1.0}, caption_drop=0.3)
+    prompt = image_prompt(VOCABULARY.text(TOKENIZER.encode("a red circle")), [])
+    unconditional = image_prompt(np.array([VOCABULARY.sentinel(0)]), [])
+    plain = dropped = 0
+    for epoch in range(10):
+        for row in range(40):
+            masked, _ = drawn(epoch, row)
+            plain += masked.tokens[: len(prompt)].tolist() == prompt.tolist()
+            dropped += masked.tokens[: len(unconditional)].tolist() == unconditional.tolist()
+    assert plain + dropped == 400
+    assert 0.2 < dropped / 400 < 0.4
+
+
+def test_the_mix_follows_its_weights(samples):
+    drawn = samples({"text_to_image": 3.0, "caption": 1.0}, caption_drop=0.0)
+    masked = sum(bool(drawn(epoch, row)[0].spans) for epoch in range(20) for row in range(40))
+    assert abs(masked / 800 - 0.25) < 0.06
+
+
+def test_unknown_tasks_are_refused(samples):
+    with pytest.raises(ValueError, match="unknown tasks"):
+        samples({"dance": 1.0})

@@ -1,0 +1,85 @@
+"""The training loop: it learns, repeats itself exactly, and stops on divergence."""
+
+import numpy as np
+import pytest
+import torch
+
+from cm3leon.config import ObjectiveConfig, TrainConfig
+from cm3leon.data.sequences import Batch, BatchStream, PretrainingSamples
+from cm3leon.data.tokens import TokenStore, write_tokens
+from cm3leon.documents import Vocabulary
+from cm3leon.model import Decoder, DecoderSpec
+from cm3leon.training.optimizer import learning_rate_at, make_optimizer
+from cm3leon.training.trainer import DivergenceError, fit, setup, token_losses, validate, weighted_loss
+from tests_support import make_documents
+
+VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
+CONFIG = TrainConfig(steps=30, batch_size=8, warmup_steps=5, validate_every=15, learning_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokens")
+    write_tokens(directory, "train", make_documents(16), 16, 100)
+    store = TokenStore(directory)
+    samples = PretrainingSamples(store, store, {}, VOCABULARY, ObjectiveConfig(), [1.0], 80, 0)
+    return BatchStream(samples, len(store), 8, 0)
+
+
+def make_model():
+    torch.manual_seed(0)
+    return Decoder(DecoderSpec(layers=2, width=32, heads=2, context=80, init_std=0.02), VOCABULARY)
+
+
+def train(stream):
+    losses = []
+    model = make_model()
+    figures = fit(setup(model, CONFIG), stream, CONFIG, [stream(100)], "test", lambda values, step: losses.append((step, values)))
+    return model, figures, losses
+
+
+def test_training_learns_and_repeats_itself_exactly(stream):
+    before = validate(make_model(), [stream(100)])
+    model, figures, logged = train(stream)
+    assert figures["val_loss"] < before["loss"] - 0.5
+    assert {"val_loss", "val_loss_text", "val_loss_image"} == set(figures)
+    assert [step for step, values in logged if "val_loss" in values] == [15, 30]
+    again, same, _ = train(stream)
+    assert same == figures
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_loss_of_a_fresh_model_is_that_of_a_uniform_guess(stream):
+    assert validate(make_model(), [stream(0)])["loss"] == pytest.approx(np.log(VOCABULARY.size), rel=0.02)
+
+
+def test_weights_say_which_tokens_count(stream):
+    batch, model = stream(0), make_model()
+    losses = token_losses(model, batch)
+    only = torch.zeros_like(batch.weights)
+    only[2, 5] = 3.0
+    assert weighted_loss(model, Batch(batch.tokens, only)).item() == pytest.approx(losses[2, 4].item(), rel=1e-5)
+
+
+def test_divergence_stops_before_the_step_is_taken(stream):
+    model = make_model()
+    with torch.no_grad():
+        model.tokens.weight[0, 0] = float("nan")
+        model.tokens.weight[:] = model.tokens.weight + model.tokens.weight[0, 0]
+    state = setup(model, CONFIG)
+    with pytest.raises(DivergenceError, match="step 0.*learning_rate"):
+        fit(state, stream, CONFIG, [], "test")
+    assert state.step == 0
+
+
+def test_schedule_warms_up_peaks_and_ends_at_the_floor():
+    rates = [learning_rate_at(step, CONFIG) for step in range(CONFIG.steps + 1)]
+    assert rates[0] == pytest.approx(CONFIG.learning_rate / 5) and max(rates) == rates[5] == CONFIG.learning_rate
+    assert rates[-1] == pytest.approx(CONFIG.learning_rate * CONFIG.final_learning_rate)
+    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+
+
+def test_every_parameter_is_in_the_optimiser_once():
+    model = make_model()
+    grouped = [p for group in make_optimizer(model, CONFIG).param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
