@@ -13,7 +13,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-SCHEMAS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+SCHEMAS = (f"nms{SIGNATURE}", f"qnms{SIGNATURE}")
 
 _library: Any = None  # the definitions live as long as this object
 

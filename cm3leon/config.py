@@ -180,6 +180,7 @@ class ModelConfig(Section):
     init_std: float = Field(0.02, gt=0)
     position_std: float = Field(0.0002, gt=0)
     qk_norm: bool = False
+    image_positions: bool = Field(True, description="image tokens also know their place in the image; not in the paper")
     sentinels: int = Field(16, ge=1, description="mask tokens in the vocabulary (paper: 512)")
 
     @model_validator(mode="after")
@@ -237,7 +238,6 @@ class SFTConfig(TrainConfig):
         default_factory=lambda: {"text_to_image": 3.0, "caption": 1.0, "long_caption": 0.5, "vqa": 3.0},
         description="task -> weight in the mix",
     )
-    objective: ObjectiveConfig = ObjectiveConfig()
     caption_drop: float = Field(0.1, ge=0, le=1, description="share of text_to_image samples whose caption is masked, for CFG")
     documents: list[float] = Field(default_factory=lambda: [0.6, 0.4])
 

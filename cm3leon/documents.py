@@ -75,6 +75,11 @@ class Vocabulary:
             raise ValueError(f"an image has {self.tokens_per_image} codes, found {len(codes)}")
         return np.asarray(codes, dtype=np.int64) + self.image_start
 
+    def places(self, tokens: Tokens) -> np.ndarray:
+        """As :attr:`Body.places`, for any sequence of whole images."""
+        image = self.is_image(tokens)
+        return np.where(image, (np.cumsum(image) - 1) % self.tokens_per_image + 1, 0)
+
     def role(self, token: int) -> str:
         """What a token is: ``text``, ``image``, ``<mask:3>``, ``<break>`` ..."""
         if token < len(SPECIALS):
@@ -104,6 +109,15 @@ class Body:
 
     tokens: Tokens
     segments: tuple[Segment, ...]
+
+    @property
+    def places(self) -> np.ndarray:
+        """For each token its place in its image, from 1; 0 for what is no image token."""
+        places = np.zeros(len(self.tokens), dtype=np.int64)
+        for segment in self.segments:
+            if segment.modality == "image":
+                places[segment.start : segment.stop] = np.arange(1, segment.length + 1)
+        return places
 
     def finished(self) -> Tokens:
         """The plain training sequence."""

@@ -2,6 +2,8 @@
 
 OPT's layout with the paper's changes (arXiv 2309.02591, section 3): pre-norm, ReLU feed-forward of four widths, learned absolute
 positions, no biases, no learnable LayerNorm parameters, tied embeddings; truncated-normal initialisation, output layers zero.
+Not in the paper, and off in its presets: ``image_positions`` adds to an image token the embedding of its place in the image, which a
+small model would otherwise have to learn by counting from the break.
 Shapes: B batch, T tokens, D width, H heads, K head dim, V vocabulary.
 """
 
@@ -30,6 +32,7 @@ class DecoderSpec:
     init_std: float = 0.006
     position_std: float = 0.0002
     qk_norm: bool = False
+    image_positions: bool = False
 
 
 class KeyValueCache:
@@ -87,6 +90,7 @@ class Decoder(nn.Module):
         self.spec, self.vocabulary = spec, vocabulary
         self.tokens = nn.Embedding(vocabulary.size, spec.width)
         self.positions = nn.Embedding(spec.context, spec.width)
+        self.places = nn.Embedding(1 + vocabulary.tokens_per_image, spec.width, padding_idx=0) if spec.image_positions else None
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
         self.reset_parameters()
 
@@ -96,17 +100,25 @@ class Decoder(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 std = self.spec.position_std if module is self.positions else self.spec.init_std
                 nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+        if self.places is not None:
+            nn.init.zeros_(self.places.weight[:1])
         for block in self.blocks:
             assert isinstance(block, Block)
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.down.weight)
 
     def forward(
-        self, tokens_BT: Tensor, cache: KeyValueCache | None = None, positions_BT: Tensor | None = None, mask: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        places_BT: Tensor,
+        cache: KeyValueCache | None = None,
+        positions_BT: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D) after the last norm.
 
         Args:
+            places_BT: place of each token in its image, from 1; 0 for what is no image token. Used with ``image_positions``.
             cache: keys and values of the tokens before these; extended in place.
             positions_BT: positions of the tokens, by default counted from the cache's length.
             mask: boolean, broadcastable to (B, 1, T, cached + T), True where attention is allowed; default causal.
@@ -121,6 +133,8 @@ class Decoder(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(start, start + length, device=tokens_BT.device)
         x_BTD = self.tokens(tokens_BT) + self.positions(positions_BT)
+        if self.places is not None:
+            x_BTD = x_BTD + self.places(places_BT)
         for block in self.blocks:
             x_BTD = block(x_BTD, cache, mask)
         if cache is not None:

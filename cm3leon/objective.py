@@ -18,10 +18,15 @@ from cm3leon.documents import EOS, EOSS, Body, Segment, Tokens, Vocabulary
 
 @dataclass(frozen=True)
 class Masked:
-    """A finished training sequence: ``tokens`` (T,), ``is_target`` (T,) says which tokens count in the loss, ``spans`` in body coordinates."""
+    """A finished training sequence.
+
+    ``tokens`` (T,); ``is_target`` (T,) says which count in the loss; ``places`` (T,) is each token's place in its image, from 1, else 0;
+    ``spans`` are in body coordinates.
+    """
 
     tokens: Tokens
     is_target: np.ndarray
+    places: np.ndarray
     spans: tuple[tuple[int, int], ...]
 
 
@@ -60,18 +65,20 @@ def apply_spans(body: Body, spans: list[tuple[int, int]], vocabulary: Vocabulary
 
     The sequence grows by three tokens a span and one ``<eos>``.
     """
-    pieces, targets, tail, tail_targets = [], [], [], []
+    source = np.stack([body.tokens, np.ones_like(body.tokens), body.places])  # token, whether a target, place
+    pieces, tail = [], []
     position = 0
     for index, (start, stop) in enumerate(spans):
-        sentinel = np.array([vocabulary.sentinel(index)])
-        pieces += [body.tokens[position:start], sentinel]
-        targets += [np.ones(start - position, dtype=bool), np.zeros(1, dtype=bool)]
-        tail += [sentinel, body.tokens[start:stop], np.array([EOSS])]
-        tail_targets.append(np.ones(stop - start + 2, dtype=bool))
+        sentinel = vocabulary.sentinel(index)
+        pieces += [source[:, position:start], _mark(sentinel, is_target=False)]
+        tail += [_mark(sentinel), source[:, start:stop], _mark(EOSS)]
         position = stop
-    pieces += [body.tokens[position:], *tail, np.array([EOS])]
-    targets += [np.ones(len(body.tokens) - position, dtype=bool), *tail_targets, np.ones(1, dtype=bool)]
-    return Masked(np.concatenate(pieces).astype(np.int64), np.concatenate(targets), tuple(spans))
+    tokens, is_target, places = np.concatenate([*pieces, source[:, position:], *tail, _mark(EOS)], axis=1)
+    return Masked(tokens, is_target.astype(bool), places, tuple(spans))
+
+
+def _mark(token: int, is_target: bool = True) -> np.ndarray:
+    return np.array([[token], [int(is_target)], [0]])
 
 
 def mask(

@@ -125,7 +125,8 @@ def psnr_rgb(originals: torch.Tensor, copies: torch.Tensor) -> float:
 @torch.inference_mode()
 def evaluate(model: SuperResolution, images: ImageSet, batch_size: int = 64) -> dict[str, float]:
     """``psnr_rgb`` of the network and ``psnr_rgb_bicubic`` of plain interpolation, on reductions of ``images``."""
-    own, plain = [], []
+    own: list[float] = []
+    plain: list[float] = []
     device = model.head.weight.device
     for start in range(0, len(images), batch_size):
         high = torch.from_numpy(images[np.arange(start, min(start + batch_size, len(images)))]).permute(0, 3, 1, 2).to(device)
@@ -157,9 +158,10 @@ def train(
     model = SuperResolution(config.scale, config.channels, config.blocks).to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     rng = np.random.default_rng(seed)
+    warmup = max(1, config.steps // 10)
     for step in range(config.steps):
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+            group["lr"] = config.learning_rate * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         high = torch.from_numpy(_crops(images, config.batch_size, side, rng)).permute(0, 3, 1, 2).to(device)
         loss = l1_loss(model(to_unit(reduce(high, config.scale))), to_unit(high))
         optimizer.zero_grad(set_to_none=True)
@@ -176,6 +178,6 @@ def _crops(images: ImageSet, count: int, side: int, rng: np.random.Generator) ->
     crops = []
     for image in picked:
         top, left = rng.integers(image.shape[0] - side + 1), rng.integers(image.shape[1] - side + 1)
-        crop = np.rot90(image[top : top + side, left : left + side], rng.integers(4))
+        crop = np.rot90(image[top : top + side, left : left + side], int(rng.integers(4)))
         crops.append(crop[:, ::-1] if rng.integers(2) else crop)
     return np.stack(crops)

@@ -9,13 +9,16 @@ import os
 import shutil
 import socket
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "cm3leon"
+SQLITE = "sqlite:///"
+LOCK_SECONDS = 300
 PROCESS_TAG = "process"
 """Host, process id and process start of a run's owner: how a run left RUNNING by a dead process is recognised."""
 
@@ -59,37 +62,50 @@ def prepare_store(root: Path = Path(".")) -> str:
     """
     use_settings()
     uri = tracking_uri(root)
-    if uri.startswith("sqlite:///"):
-        _migrate(uri, Path(uri.removeprefix("sqlite:///")))
-    elif uri.startswith(("http://", "https://")):
+    if uri.startswith(("http://", "https://")):
         _check_server(uri)
-    from mlflow import MlflowClient
+    with _locked(uri):
+        from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    _sweep(client, experiment_id_of(client, root, uri))
+        if uri.startswith(SQLITE):
+            migrate(uri)
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        _sweep(client, experiment_id_of(client, root, uri))
     return uri
 
 
-def _migrate(uri: str, path: Path) -> None:
-    """``mlflow db upgrade`` of a SQLite file if its schema is not the installed MLflow's; an older file is copied aside first."""
+def _locked(uri: str) -> AbstractContextManager[Any]:
+    """One process at a time in a SQLite store's preparation; a server sees to that itself."""
+    if not uri.startswith(SQLITE):
+        return nullcontext()
+    from filelock import FileLock
+
+    path = Path(uri.removeprefix(SQLITE))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{path}.lock", timeout=LOCK_SECONDS)
+
+
+def migrate(uri: str) -> None:
+    """``mlflow db upgrade`` of a SQLite file if its schema is not the installed MLflow's; an older file is copied aside first.
+
+    To be called by one process at a time: see :func:`prepare_store`.
+    """
     import logging
 
-    from filelock import FileLock
     from mlflow.db import upgrade
     from mlflow.store.db.utils import _get_latest_schema_revision
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        current = schema_revision(path)
-        if current == _get_latest_schema_revision():
-            return
-        if current is not None:
-            shutil.copyfile(path, f"{path}.{current}.bak")
-        print(f"preparing the MLflow store {path} (about 10 s, once)", file=sys.stderr, flush=True)
-        for name in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        assert upgrade.callback is not None
-        upgrade.callback(uri)
+    path = Path(uri.removeprefix(SQLITE))
+    current = schema_revision(path)
+    if current == _get_latest_schema_revision():
+        return
+    if current is not None:
+        shutil.copyfile(path, f"{path}.{current}.bak")
+    print(f"preparing the MLflow store {path} (about 10 s, once)", file=sys.stderr, flush=True)
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    assert upgrade.callback is not None
+    upgrade.callback(uri)
 
 
 def schema_revision(path: Path) -> str | None:
@@ -127,7 +143,7 @@ def experiment_id_of(client: MlflowClient, root: Path, uri: str) -> str:
 
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
-        local = (root / "mlruns").absolute().as_uri() if uri.startswith("sqlite:") else None
+        local = (root / "mlruns").absolute().as_uri() if uri.startswith(SQLITE) else None
         try:
             return client.create_experiment(EXPERIMENT, artifact_location=local)
         except MlflowException:  # another process was faster

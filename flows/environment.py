@@ -74,5 +74,8 @@ def prepare_project() -> list[str]:
         with local.open("a") as file:
             file.write("[core]\n    no_scm = true\n")
     lines.append(f"DVC: .dvc/cache, {'with' if inside else 'without'} git")
-    lines.append(f"MLflow: {prepare_store()}")
+    try:
+        lines.append(f"MLflow: {prepare_store()}")
+    except ConnectionError as error:
+        lines.append(f"MLflow: {error}; stages run untracked")
     return lines

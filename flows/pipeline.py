@@ -86,6 +86,8 @@ def _publish(report: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the flow in this process; returns the exit status."""
+    from dvc.exceptions import DvcException
+
     from cm3leon.config import ConfigError, load_config
     from cm3leon.profiles import configure, profile_names
 
@@ -97,7 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.profile:
             configure(options.profile)
         load_config()
-    except ConfigError as error:
+        stage_order()
+    except (ConfigError, DvcException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     state = pipeline(promote=not options.no_promote, return_state=True)

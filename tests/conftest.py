@@ -1,6 +1,5 @@
 """Fixtures that several tests share: a prepared MLflow store, and a project directory with untrained models in all places."""
 
-import os
 import shutil
 
 import numpy as np
@@ -8,21 +7,19 @@ import pandas as pd
 import pytest
 import torch
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config, EncoderConfig, ImageTokenizerConfig
+from cm3leon import paths, tracking, tracking_store
+from cm3leon.config import Config, EncoderConfig
 
 CAPTIONS = ["a red circle", "a blue square", "two green crosses", "a ring above a diamond"]
 
 
 @pytest.fixture(scope="session")
 def prepared_store(tmp_path_factory):
-    """A project root whose SQLite store is migrated: making one takes ten seconds, copying its file takes none."""
-    root = tmp_path_factory.mktemp("store")
-    before = os.environ.pop("MLFLOW_TRACKING_URI", None)
-    tracking.prepare_store(root)
-    if before:
-        os.environ["MLFLOW_TRACKING_URI"] = before
-    return root
+    """A migrated SQLite store: making one takes ten seconds, copying it none."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    tracking_store.use_settings()
+    tracking_store.migrate(f"sqlite:///{path}")
+    return path
 
 
 @pytest.fixture
@@ -31,18 +28,8 @@ def project(prepared_store, tmp_path, monkeypatch):
     for name in ("MLFLOW_TRACKING_URI", tracking.PARENT_RUN_ENV, tracking.FLOW_RUN_ENV, "RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    fresh_store(prepared_store, tmp_path)
+    shutil.copyfile(prepared_store, tmp_path / "mlflow.db")
     return tmp_path
-
-
-def fresh_store(prepared, root):
-    import sqlite3
-
-    shutil.copyfile(prepared / "mlflow.db", root / "mlflow.db")
-    connection = sqlite3.connect(root / "mlflow.db")
-    with connection:
-        connection.execute("DELETE FROM experiments WHERE name = ?", (tracking.EXPERIMENT,))
-    connection.close()
 
 
 @pytest.fixture(scope="session")
@@ -63,20 +50,19 @@ def make_models(root):
     from cm3leon.retrieval.encoder import ClipTokenizer, Encoder, build_clip, trained_settings
     from cm3leon.retrieval.index import MemoryBank
     from cm3leon.super_resolution import SuperResolution
-    from cm3leon.tokenizers.image import ImageTokenizer
-    from cm3leon.tokenizers.image_training import spec_of
+    from cm3leon.tokenizers.image import ImageTokenizer, ImageTokenizerSpec
     from cm3leon.tokenizers.text import TextTokenizer
 
     torch.manual_seed(0)
     text = TextTokenizer.train(CAPTIONS, 300)
     text.save(root / paths.TEXT_TOKENIZER)
-    images = ImageTokenizer(spec_of(ImageTokenizerConfig(image_size=32, channels=8, codebook_size=16)))
+    images = ImageTokenizer(ImageTokenizerSpec(32, patch=4, channels=8, multipliers=(1, 2), blocks=1, embedding_dim=4, codebook_size=16))
     images.save(root / paths.IMAGE_TOKENIZER)
     vocabulary = Vocabulary(text.size, 16, sentinels=4, tokens_per_image=images.spec.tokens_per_image)
     Decoder(DecoderSpec(layers=1, width=32, heads=2, context=160), vocabulary).save(root / paths.FINETUNED)
     small = EncoderConfig(image_size=32, width=32, layers=1, embedding_dim=16, vocabulary_size=300)
     settings = trained_settings(small, text.size + 3)
-    encoder = Encoder(build_clip(settings), settings, ClipTokenizer(text, small.context_length))
+    encoder = Encoder(build_clip(settings["model"]), settings, ClipTokenizer(text, small.context_length))
     encoder.save(root / paths.ENCODER)
     documents = pd.DataFrame({"id": list("abcd"), "caption": CAPTIONS, "licence": "CC0-1.0", "attribution": "us", "source": "test"})
     pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "green", "white")]

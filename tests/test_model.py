@@ -10,13 +10,19 @@ from cm3leon.model import Decoder, DecoderSpec, KeyValueCache
 VOCABULARY = Vocabulary(text_size=40, image_size=20, sentinels=4, tokens_per_image=9)
 
 
-def make(qk_norm=False, seed=0):
+def make(seed=0, **options):
     torch.manual_seed(seed)
-    model = Decoder(DecoderSpec(layers=2, width=32, heads=4, context=48, init_std=0.1, qk_norm=qk_norm), VOCABULARY)
+    model = Decoder(DecoderSpec(layers=2, width=32, heads=4, context=48, init_std=0.1, **options), VOCABULARY)
     for block in model.blocks:  # zero output layers would hide everything attention does
         torch.nn.init.normal_(block.attention.out.weight, std=0.2)
         torch.nn.init.normal_(block.down.weight, std=0.2)
     return model.eval()
+
+
+def draw(*shape):
+    """Random tokens and their places."""
+    tokens = torch.randint(VOCABULARY.size, shape)
+    return tokens, torch.from_numpy(np.stack([VOCABULARY.places(row) for row in tokens.numpy()]))
 
 
 def test_parameters_are_matrices_only_and_outputs_start_at_zero():
@@ -31,32 +37,41 @@ def test_parameters_are_matrices_only_and_outputs_start_at_zero():
 
 def test_a_token_sees_nothing_after_it():
     model = make()
-    tokens = torch.randint(VOCABULARY.size, (1, 20))
+    tokens, places = draw(1, 20)
     changed = tokens.clone()
     changed[0, 12:] = torch.randint(VOCABULARY.size, (8,))
-    assert torch.equal(model(tokens)[:, :12], model(changed)[:, :12])
-    assert not torch.allclose(model(tokens)[:, 12:], model(changed)[:, 12:])
+    assert torch.equal(model(tokens, places)[:, :12], model(changed, places)[:, :12])
+    assert not torch.allclose(model(tokens, places)[:, 12:], model(changed, places)[:, 12:])
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_cached_decoding_equals_the_full_pass(qk_norm):
-    model = make(qk_norm)
-    tokens = torch.randint(VOCABULARY.size, (3, 20))
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"image_positions": True}])
+def test_cached_decoding_equals_the_full_pass(options):
+    model = make(**options)
+    tokens, places = draw(3, 20)
     cache = KeyValueCache(model.spec, 3, 20, torch.device("cpu"), torch.float32)
-    parts = [model(tokens[:, :7], cache)] + [model(tokens[:, i : i + 1], cache) for i in range(7, 20)]
-    torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=1e-5, rtol=1e-5)
+    cuts = [slice(0, 7)] + [slice(i, i + 1) for i in range(7, 20)]
+    parts = [model(tokens[:, cut], places[:, cut], cache) for cut in cuts]
+    torch.testing.assert_close(torch.cat(parts, 1), model(tokens, places), atol=1e-5, rtol=1e-5)
+
+
+def test_places_matter_to_image_tokens_only_where_the_option_is_on():
+    tokens, places = draw(1, 20)
+    assert torch.equal(make()(tokens, places), make()(tokens, places.flip(1)))
+    model = make(image_positions=True)
+    assert not torch.allclose(model(tokens, places), model(tokens, places.flip(1)))
+    assert not model.places.weight[0].any()
 
 
 def test_logits_of_a_slice_are_the_slice_of_the_logits():
     model = make()
-    hidden = model(torch.randint(VOCABULARY.size, (2, 5)))
+    hidden = model(*draw(2, 5))
     start, stop = VOCABULARY.image_start, VOCABULARY.text_start
     torch.testing.assert_close(model.logits(hidden, start, stop), model.logits(hidden)[..., start:stop])
 
 
 def test_too_long_is_an_error():
     with pytest.raises(ValueError, match="context of 48"):
-        make()(torch.zeros(1, 49, dtype=torch.int64))
+        make()(*draw(1, 49))
 
 
 def test_save_and_load_give_the_same_model(tmp_path):

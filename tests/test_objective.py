@@ -69,6 +69,17 @@ def test_segment_masking_takes_a_whole_segment_of_the_query(share, modality):
         assert (segment.document, segment.modality) == (1, modality)
 
 
+def test_image_tokens_keep_their_places_when_moved():
+    rng = np.random.default_rng(7)
+    for _ in range(500):
+        body = random_body(rng)
+        assert np.array_equal(body.places, VOCABULARY.places(body.tokens))
+        masked = mask(body, VOCABULARY, rng, mean_masks=3.0)
+        assert np.array_equal(masked.places > 0, VOCABULARY.is_image(masked.tokens))
+        pairs = sorted(zip(masked.tokens[masked.places > 0], masked.places[masked.places > 0], strict=True))
+        assert pairs == sorted(zip(body.tokens[body.places > 0], body.places[body.places > 0], strict=True))
+
+
 def test_masked_caption_gives_the_captioning_prompt_and_the_guidance_prompt():
     body = build_body([[("text", VOCABULARY.text([1, 2, 3])), ("image", VOCABULARY.image(range(16)))]])
     segment = draw_segment(body, 1.0, np.random.default_rng(0))

@@ -78,7 +78,7 @@ def _expectations(config: ValidateConfig) -> dict[str, list[Any]]:
 
 
 def check(frames: dict[str, pd.DataFrame], config: ValidateConfig, docs: Path) -> list[str]:
-    """Run one checkpoint over the suites ``rows`` and ``run`` (those that ``frames`` holds) and write Data Docs to ``docs``.
+    """Validate ``frames`` (of the suites ``rows`` and ``run``, those that are there) and write Data Docs to ``docs``.
 
     Returns:
         One line for each expectation that failed.

@@ -31,13 +31,15 @@ Draw = Callable[[int, int], tuple[Masked, np.ndarray]]
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids (B, T) int64, padded on the right, and the weight of each as a target (B, T) float32, 0 on what is not one."""
+    """Token ids (B, T) int64, padded on the right; the weight of each as a target (B, T) float32, 0 on what is not one; and the
+    place of each in its image (B, T) int64, from 1, 0 on what is no image token."""
 
     tokens: Tensor
     weights: Tensor
+    places: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.tokens.to(device), self.weights.to(device))
+        return Batch(self.tokens.to(device), self.weights.to(device), self.places.to(device))
 
 
 def sample_rng(seed: int, epoch: int, name: str) -> np.random.Generator:
@@ -132,11 +134,13 @@ def collate(samples: Sequence[tuple[Masked, np.ndarray]]) -> Batch:
     length = max(len(masked.tokens) for masked, _ in samples)
     tokens = np.full((len(samples), length), PAD, dtype=np.int64)
     weights = np.zeros((len(samples), length), dtype=np.float32)
+    places = np.zeros((len(samples), length), dtype=np.int64)
     for row, (masked, weight) in enumerate(samples):
         tokens[row, : len(masked.tokens)] = masked.tokens
         weights[row, : len(masked.tokens)] = weight
+        places[row, : len(masked.tokens)] = masked.places
     weights[:, 0] = 0
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(weights))
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(weights), torch.from_numpy(places))
 
 
 class BatchStream:

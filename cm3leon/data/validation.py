@@ -97,9 +97,8 @@ def check_rows(frame: pd.DataFrame, profiles: list[Profile], config: ValidateCon
 
     A row is a ``duplicate`` of an earlier row with the same pixels that breaks no rule: of several copies the first good one is kept.
     """
-    findings = [
-        list(_check_row(row, profile, config)) for row, profile in zip(frame.to_dict("records"), profiles, strict=True)  # type: ignore[arg-type]
-    ]
+    rows: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
+    findings = [list(_check_row(row, profile, config)) for row, profile in zip(rows, profiles, strict=True)]
     kept: dict[str, str] = {}
     for found, profile, origin in zip(findings, profiles, frame["origin"], strict=True):
         if profile.pixels is None:

@@ -157,7 +157,7 @@ def cider(hypotheses: Sequence[Words], references: Sequence[Sequence[Words]]) ->
 
 
 def score(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenized: bool = False) -> dict[str, float]:
-    """Corpus scores ``bleu_1`` .. ``bleu_4``, ``rouge_l`` (0-1) and ``cider`` (0-10; papers print it times 100, where 10 is 1000).
+    """Corpus scores ``bleu_1`` .. ``bleu_4``, ``rouge_l`` (0-1) and ``cider`` (0-10; papers print all of them times 100).
 
     Args:
         hypotheses: image id -> caption.
@@ -169,7 +169,9 @@ def score(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
     """
     if hypotheses.keys() != references.keys():
         missing, unknown = sorted(references.keys() - hypotheses.keys()), sorted(hypotheses.keys() - references.keys())
-        raise ValueError(f"captions and references differ: {len(missing)} without caption {missing[:3]}, {len(unknown)} without reference {unknown[:3]}")
+        raise ValueError(
+            f"captions and references differ: {len(missing)} without caption {missing[:3]}, {len(unknown)} without reference {unknown[:3]}"
+        )
     if not hypotheses:
         raise ValueError("no captions to score")
     empty = [key for key, group in references.items() if not group]

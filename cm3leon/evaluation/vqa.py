@@ -16,7 +16,8 @@ ANNOTATORS = 10
 
 PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 ARTICLES = frozenset({"a", "an", "the"})
-NUMBERS = {word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+_COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {word: str(number) for number, word in enumerate(_COUNTED)} | {"none": "0"}
 
 _EXPANDED = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's
@@ -104,7 +105,9 @@ def accuracy(answers: Mapping[str, str], annotations: Mapping[str, Sequence[str]
     """
     if answers.keys() != annotations.keys():
         missing, unknown = sorted(annotations.keys() - answers.keys()), sorted(answers.keys() - annotations.keys())
-        raise ValueError(f"answers and annotations differ: {len(missing)} unanswered {missing[:3]}, {len(unknown)} not annotated {unknown[:3]}")
+        raise ValueError(
+            f"answers and annotations differ: {len(missing)} unanswered {missing[:3]}, {len(unknown)} not annotated {unknown[:3]}"
+        )
     if not answers:
         raise ValueError("no questions to score")
     for question, references in annotations.items():

@@ -35,28 +35,30 @@ class Stream:
         tokens = np.full((len(prompts), longest), PAD, dtype=np.int64)
         for row, prompt in enumerate(prompts):
             tokens[row, longest - len(prompt) :] = prompt
+        places = np.stack([model.vocabulary.places(row) for row in tokens])
         device = model.device
         self.model = model
         self.pads_B = torch.tensor([longest - len(p) for p in prompts], device=device)
         self.cache = KeyValueCache(model.spec, len(prompts), longest + room, device, model.tokens.weight.dtype)
         columns = torch.arange(longest + room, device=device)
         self.allowed_BT = columns[None, :] >= self.pads_B[:, None]
-        self.last_hidden_BD = self._prefill(torch.from_numpy(tokens).to(device))
+        self.last_hidden_BD = self._prefill(torch.from_numpy(tokens).to(device), torch.from_numpy(places).to(device))
 
-    def _prefill(self, tokens_BT: Tensor) -> Tensor:
+    def _prefill(self, tokens_BT: Tensor, places_BT: Tensor) -> Tensor:
         length = tokens_BT.shape[1]
         columns = torch.arange(length, device=tokens_BT.device)
         positions_BT = (columns[None, :] - self.pads_B[:, None]).clamp(min=0)
         causal_TT = columns[:, None] >= columns[None, :]
         own_TT = torch.eye(length, dtype=torch.bool, device=tokens_BT.device)
         mask = causal_TT & (self.allowed_BT[:, None, None, :length] | own_TT)
-        return self.model(tokens_BT, self.cache, positions_BT, mask)[:, -1]
+        return self.model(tokens_BT, places_BT, self.cache, positions_BT, mask)[:, -1]
 
-    def advance(self, tokens_B: Tensor) -> None:
-        """Append one token to every row."""
+    def advance(self, tokens_B: Tensor, place: int = 0) -> None:
+        """Append one token to every row; ``place``: of the tokens in their images, from 1, 0 for text."""
         positions_BT = self.cache.length - self.pads_B[:, None]
         mask = self.allowed_BT[:, None, None, : self.cache.length + 1]
-        self.last_hidden_BD = self.model(tokens_B[:, None], self.cache, positions_BT, mask)[:, -1]
+        places_BT = torch.full_like(tokens_B[:, None], place)
+        self.last_hidden_BD = self.model(tokens_B[:, None], places_BT, self.cache, positions_BT, mask)[:, -1]
 
 
 @torch.inference_mode()
@@ -93,7 +95,7 @@ def generate_images(
         codes[:, step] = sample(top_p_probabilities(logits, temperature, top_p), noise[:, step])
         if step + 1 < steps:
             chosen = codes[:, step] + vocabulary.image_start
-            stream.advance(torch.cat([chosen, chosen]) if guided else chosen)
+            stream.advance(torch.cat([chosen, chosen]) if guided else chosen, place=step + 1)
     return codes.cpu().numpy()
 
 

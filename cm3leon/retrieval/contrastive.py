@@ -60,7 +60,9 @@ class NearMisses:
         return " ".join(words)
 
 
-def loss_of(image_vectors: torch.Tensor, text_vectors: torch.Tensor, hard_vectors: torch.Tensor, owners: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def loss_of(
+    image_vectors: torch.Tensor, text_vectors: torch.Tensor, hard_vectors: torch.Tensor, owners: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
     """InfoNCE both ways; ``hard_vectors[j]`` is one more wrong text, for image ``owners[j]`` alone.
 
     Args:
@@ -122,7 +124,8 @@ def train(
         ValueError: if there are fewer than two images or an image has no caption.
     """
     if len(images) < 2 or len(images) != len(captions):
-        raise ValueError(f"contrastive training needs two or more images with captions, found {len(images)} images, {len(captions)} caption lists")
+        found = f"{len(images)} images, {len(captions)} caption lists"
+        raise ValueError(f"contrastive training needs two or more images with captions, found {found}")
     if any(not texts for texts in captions):
         raise ValueError("every image needs a caption; drop images without one before training the encoder")
     every = [text for texts in captions for text in texts]
@@ -136,7 +139,11 @@ def train(
     for step in range(config.steps):
         positions = batches.next()
         texts = [rng.choice(captions[i]) for i in positions]
-        misses = [(owner, miss) for owner, i in enumerate(positions) for miss in _misses(near_misses, texts[owner], captions[i], config.hard_negatives, rng)]
+        misses = [
+            (owner, miss)
+            for owner, i in enumerate(positions)
+            for miss in _misses(near_misses, texts[owner], captions[i], config.hard_negatives, rng)
+        ]
         pixels = torch.from_numpy(images[positions]).permute(0, 3, 1, 2).to(device)
         vectors = embed_ids(model, tokenizer(texts + [miss for _, miss in misses]).to(device))
         owners = torch.tensor([owner for owner, _ in misses], dtype=torch.long, device=device)

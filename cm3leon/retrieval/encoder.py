@@ -63,10 +63,12 @@ def build_clip(settings: dict[str, Any]) -> nn.Module:
 
 def trained_settings(config: EncoderConfig, vocabulary: int) -> dict[str, Any]:
     """Configuration of an encoder to train, in the form stored in ``config.json``."""
-    vision = {"image_size": config.image_size, "patch_size": config.patch_size, "width": config.width, "layers": config.layers, "head_width": HEAD}
+    vision = {"image_size": config.image_size, "patch_size": config.patch_size, "width": config.width, "layers": config.layers}
+    vision["head_width"] = HEAD
     text = {"context_length": config.context_length, "vocab_size": vocabulary, "width": config.text_width, "layers": config.text_layers}
     text["heads"] = config.text_width // HEAD
-    return {"kind": "trained", "image_size": config.image_size, "model": {"embed_dim": config.embedding_dim, "vision": vision, "text": text}}
+    model = {"embed_dim": config.embedding_dim, "vision": vision, "text": text}
+    return {"kind": "trained", "image_size": config.image_size, "model": model}
 
 
 def to_pixels(images: Sequence[Image.Image], size: int) -> torch.Tensor:
@@ -117,7 +119,8 @@ class Encoder:
             raise ValueError(f"encoder.pretrained_model {architecture!r}: open_clip has no such architecture; see open_clip.list_models()")
         tags = open_clip.list_pretrained_tags_by_model(architecture)
         if weights not in tags and not Path(weights).is_file():
-            raise ValueError(f"encoder.pretrained_weights {weights!r}: neither a file nor a tag of {architecture}; tags: {', '.join(tags) or 'none'}")
+            known = ", ".join(tags) or "none"
+            raise ValueError(f"encoder.pretrained_weights {weights!r}: neither a file nor a tag of {architecture}; tags: {known}")
         model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=weights)
         settings = {"kind": "pretrained", "architecture": architecture, "preprocess": _plain(open_clip.get_model_preprocess_cfg(model))}
         return cls(model, settings, open_clip.get_tokenizer(architecture), preprocess)

@@ -16,6 +16,7 @@ import pandas as pd
 
 INDEX, DOCUMENTS, SETTINGS = "index.faiss", "documents.parquet", "config.json"
 TEXTS, IMAGES = "text_embeddings.npy", "image_embeddings.npy"
+Kind = Literal["flat", "ivf", "hnsw"]
 COLUMNS = ["id", "caption", "licence", "attribution", "source"]
 
 
@@ -30,7 +31,7 @@ def document_vectors(text: np.ndarray, image: np.ndarray) -> np.ndarray:
     return normalize(np.asarray(text, dtype=np.float32) + np.asarray(image, dtype=np.float32))
 
 
-def build_index(vectors: np.ndarray, kind: Literal["flat", "ivf", "hnsw"]) -> Any:
+def build_index(vectors: np.ndarray, kind: Kind) -> Any:
     """A FAISS inner-product index: ``flat`` is exact, ``ivf`` and ``hnsw`` are approximate and for large banks.
 
     Built on one thread where the order of insertion matters, so that equal vectors give an equal index.
@@ -39,6 +40,7 @@ def build_index(vectors: np.ndarray, kind: Literal["flat", "ivf", "hnsw"]) -> An
 
     count, width = vectors.shape
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    index: Any
     if kind == "hnsw":
         index = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = 200
@@ -67,12 +69,13 @@ class MemoryBank:
 
     def __init__(self, index: Any, documents: pd.DataFrame, text: np.ndarray, image: np.ndarray, settings: dict[str, Any]) -> None:
         if not len(documents) == len(text) == len(image) == index.ntotal:
-            raise ValueError(f"memory bank is inconsistent: {index.ntotal} vectors, {len(documents)} documents, {len(text)} text and {len(image)} image embeddings")
+            counts = f"{index.ntotal} vectors, {len(documents)} documents, {len(text)} text and {len(image)} image embeddings"
+            raise ValueError(f"the memory bank is inconsistent: {counts}")
         self.index, self.documents, self.text, self.image, self.settings = index, documents, text, image, settings
         self.position = {document: position for position, document in enumerate(documents["id"])}
 
     @classmethod
-    def build(cls, documents: pd.DataFrame, text: np.ndarray, image: np.ndarray, kind: Literal["flat", "ivf", "hnsw"], encoder: str) -> MemoryBank:
+    def build(cls, documents: pd.DataFrame, text: np.ndarray, image: np.ndarray, kind: Kind, encoder: str) -> MemoryBank:
         """Index documents by their embeddings.
 
         Args:

@@ -88,7 +88,14 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def find(bank: MemoryBank, config: RetrieveConfig, *, text: np.ndarray | None = None, image: np.ndarray | None = None, own: np.ndarray | None = None) -> list[list[Neighbour]]:
+def find(
+    bank: MemoryBank,
+    config: RetrieveConfig,
+    *,
+    text: np.ndarray | None = None,
+    image: np.ndarray | None = None,
+    own: np.ndarray | None = None,
+) -> list[list[Neighbour]]:
     """Neighbours of queries: first those found by text, then those found by image, each at most ``candidates_per_modality``.
 
     Args:
@@ -110,7 +117,9 @@ def find(bank: MemoryBank, config: RetrieveConfig, *, text: np.ndarray | None = 
     return result
 
 
-def _find_chunk(bank: MemoryBank, config: RetrieveConfig, by_modality: list[tuple[str, np.ndarray]], own: np.ndarray, depth: int) -> list[list[Neighbour]]:
+def _find_chunk(
+    bank: MemoryBank, config: RetrieveConfig, by_modality: list[tuple[str, np.ndarray]], own: np.ndarray, depth: int
+) -> list[list[Neighbour]]:
     query = document_vectors(by_modality[0][1], by_modality[-1][1])
     found: list[list[Neighbour]] = [[] for _ in own]
     taken, taken_positions = np.zeros((len(own), 0, query.shape[1]), dtype=np.float32), np.full((len(own), 0), -1)
@@ -119,7 +128,8 @@ def _find_chunk(bank: MemoryBank, config: RetrieveConfig, by_modality: list[tupl
         scores, positions = bank.search(vectors, depth)
         candidates = bank.vectors(positions)
         repeated = (positions[:, :, None] == taken_positions[:, None, :]).any(axis=2)
-        columns = select(np.where(repeated, -1, positions), scores, candidates, query, own, taken, config.candidates_per_modality, config.max_score)
+        open_positions = np.where(repeated, -1, positions)
+        columns = select(open_positions, scores, candidates, query, own, taken, config.candidates_per_modality, config.max_score)
         present = columns >= 0
         for row, slot in zip(*np.nonzero(present), strict=True):
             column = columns[row, slot]

@@ -96,13 +96,13 @@ def read_rows(model_input: Any) -> list[dict[str, str]]:
         records = [dict(model_input)]
     else:
         records = list(model_input)
-    rows = []
+    rows: list[dict[str, str]] = []
     for number, record in enumerate(records):
         if not isinstance(record, Mapping):
             raise ValueError(f"row {number}: expected a mapping with {', '.join(COLUMNS)}, found {type(record).__name__}")
-        if unknown := sorted(set(record) - set(COLUMNS)):
+        if unknown := sorted(map(str, set(record) - set(COLUMNS))):
             raise ValueError(f"row {number}: unknown column {unknown[0]!r}; known are {', '.join(COLUMNS)}")
-        row = {name: value for name, value in record.items() if isinstance(value, str) and value.strip()}
+        row = {str(name): value for name, value in record.items() if isinstance(value, str) and value.strip()}
         task = row.setdefault("task", TASKS[0])
         if task not in TASKS:
             raise ValueError(f"row {number}: unknown task {task!r}; known are {', '.join(TASKS)}")

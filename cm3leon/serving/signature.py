@@ -60,12 +60,12 @@ def signature(decoding: DecodingConfig) -> ModelSignature:
     columns = [ColSpec(DataType.string, name, required=False) for name in COLUMNS]
     params = [ParamSpec(name, DataType.double if isinstance(value, float) else DataType.long, value) for name, value in defaults.items()]
     outputs = [
+        ColSpec(DataType.long, "row"),
         ColSpec(DataType.string, "task"),
         ColSpec(DataType.string, "text", required=False),
         ColSpec(DataType.string, "image_png", required=False),
         ColSpec(DataType.double, "score", required=False),
         ColSpec(DataType.long, "seed", required=False),
         ColSpec(DataType.string, "neighbours", required=False),
-        ColSpec(DataType.long, "row"),
     ]
     return ModelSignature(inputs=Schema(columns), outputs=Schema(outputs), params=ParamSchema(params))

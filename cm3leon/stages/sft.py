@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cm3leon import paths, tracking
-from cm3leon.config import Config
+from cm3leon.config import Config, ObjectiveConfig
 from cm3leon.data.manifest import read_manifest
 from cm3leon.data.sequences import BatchStream, PretrainingSamples, read_neighbours
 from cm3leon.data.task_samples import TaskSamples
@@ -12,6 +12,10 @@ from cm3leon.model import Decoder
 from cm3leon.stages.common import device
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.training.trainer import fit, setup
+
+
+UNMASKED = ObjectiveConfig(mean_masks=0, segment_rate=0)
+"""What is masked in a sample is the task's to say."""
 
 
 def run(config: Config) -> dict[str, float]:
@@ -23,7 +27,7 @@ def run(config: Config) -> dict[str, float]:
 
     def samples(split: str, store: TokenStore) -> TaskSamples:
         documents = PretrainingSamples(
-            store, train, neighbours, model.vocabulary, section.objective, section.documents, model.spec.context, config.seed
+            store, train, neighbours, model.vocabulary, UNMASKED, section.documents, model.spec.context, config.seed
         )
         return TaskSamples(documents, read_manifest(paths.VALIDATED, split), tokenizer, section)
 

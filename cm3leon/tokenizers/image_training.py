@@ -1,8 +1,7 @@
 """Training of the image tokenizer: reconstruction, commitment and, by profile, perceptual and adversarial losses.
 
 Losses as in taming-transformers (arXiv 2012.09841): L1 + perceptual + hinge patch-GAN with the adaptive weight + commitment; the codebook
-itself moves by exponential averages (see :class:`cm3leon.tokenizers.image.Codebook`). L1 is joined by L2, which sharpens flat colours
-early in short trainings.
+itself moves by exponential averages (see :class:`cm3leon.tokenizers.image.Codebook`). L1 is smoothed near zero.
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ class Images(Protocol):
     def __getitem__(self, positions: np.ndarray, /) -> np.ndarray: ...
 
 
+HUBER = 0.2
+"""Errors below this (images span 2) count quadratically, larger ones linearly: L1 without its noise on what is nearly right."""
 RESTART_EVERY = 20
 RECENT_BATCHES = 16
 """Batches whose latents seed the codebook when quantisation begins."""
@@ -192,7 +193,7 @@ class ImageTokenizerTrainer:
         latents, commitment, codes = self.quantise(self.model.encoder(images), step)
         output = self.model.decoder(latents)
         difference = output - images
-        reconstruction = difference.abs().mean() + difference.square().mean()
+        reconstruction = F.smooth_l1_loss(output, images, beta=HUBER)
         if self.perceptual is not None:
             reconstruction = reconstruction + config.perceptual_weight * self.perceptual(images, output)
         loss = reconstruction + config.commitment * commitment

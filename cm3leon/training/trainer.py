@@ -39,7 +39,7 @@ def setup(model: Decoder, config: TrainConfig) -> State:
 
 def token_losses(model: Decoder, batch: Batch) -> Tensor:
     """Next-token loss of each target, (B, T - 1), nats."""
-    hidden = model(batch.tokens[:, :-1])
+    hidden = model(batch.tokens[:, :-1], batch.places[:, :-1])
     logits = model.logits(hidden)
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.tokens[:, 1:].flatten(), reduction="none").view(hidden.shape[:2])
 

@@ -90,6 +90,7 @@ def test_fit_square_keeps_the_centre(width: int, height: int) -> None:
 
 def test_fit_square_is_idempotent_and_takes_any_mode() -> None:
     image = fit_square(noise(50, 70, 4), 32)
-    assert image.mode == "RGB" and np.array_equal(np.asarray(fit_square(image, 32)), np.asarray(image))
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(fit_square(image, 32)), np.asarray(image))
     assert fit_square(Image.new("L", (9, 9), 7), 4).getpixel((0, 0)) == (7, 7, 7)
     assert to_rgb(Image.new("CMYK", (2, 2))).mode == "RGB"

@@ -23,8 +23,9 @@ def rows(count: int, seed: int = 0) -> Iterator[SourceRow]:
 def test_every_image_comes_back_from_several_threads(tmp_path: Path) -> None:
     figures = pack(rows(300), tmp_path, 0.05)
     store, frame = ImageStore(tmp_path), read_manifest(tmp_path)
-    wanted = [row.image for row in rows(300)]
-    assert figures["shards"] > 5 and figures["images"] == 300
+    wanted = [row.image or b"" for row in rows(300)]
+    assert figures["shards"] > 5
+    assert figures["images"] == 300
     order = random.Random(1).choices(range(300), k=2000)
     with ThreadPoolExecutor(8) as pool:
         read = list(pool.map(lambda place: store.read(frame["image"][place]), order))
@@ -59,7 +60,8 @@ def test_edits_name_their_originals_forwards_and_backwards(tmp_path: Path) -> No
     frame = read_manifest(tmp_path)
     assert frame["edited_from"].tolist()[:4] == [frame["id"][4999], frame["id"][0], None, None]
     assert frame["problem"].tolist()[:4] == [None, None, "unknown_original", None]
-    assert "'nobody'" in frame["detail"][2] and figures["problems"] == 1
+    assert "'nobody'" in frame["detail"][2]
+    assert figures["problems"] == 1
     assert pq.read_schema(tmp_path / "manifest.parquet").equals(MANIFEST_SCHEMA)
 
 
@@ -74,8 +76,12 @@ def test_structures_and_conditions_survive(tmp_path: Path) -> None:
     assert first["objects"] == [{"label": "cat", "box": [0.5, 1, 2, 3]}]
     assert first["questions"] == [{"question": "q?", "answers": ["yes", "y"]}]
     assert [ImageStore(tmp_path).read(item["image"]) for item in first["conditions"]] == [b"edges", b"other"]
-    assert first["captions"] == ["one", "two"] and first["problem"] is None
-    assert second["image"] is None and second["licence"] is None and second["captions"] == [] and len(second["id"]) == 16
+    assert first["captions"] == ["one", "two"]
+    assert first["problem"] is None
+    assert second["image"] is None
+    assert second["licence"] is None
+    assert second["captions"] == []
+    assert len(second["id"]) == 16
 
 
 def test_references_that_lead_nowhere_are_errors(tmp_path: Path) -> None:
@@ -86,7 +92,7 @@ def test_references_that_lead_nowhere_are_errors(tmp_path: Path) -> None:
             store.read(ref)
     shard = tmp_path / "images-00000.tar"
     shard.write_bytes(shard.read_bytes()[:600])
-    with pytest.raises(ManifestError, match="cut short|damaged"):
+    with pytest.raises(ManifestError, match=r"cut short|damaged"):
         store.read("images-00000.tar/000000004.bin")
     with pytest.raises(ManifestError, match="does not exist"):
         read_manifest(tmp_path / "nowhere")

@@ -55,7 +55,8 @@ def test_splits_follow_fractions_and_stay_when_rows_are_added() -> None:
     components = np.arange(6000) // 2
     whole = splits.assign_splits(ids, components, 3, 0.1, 0.2)
     assert all(whole[place] == whole[place + 1] for place in range(0, 6000, 2))
-    assert abs(whole.count("val") / 6000 - 0.1) < 0.02 and abs(whole.count("test") / 6000 - 0.2) < 0.02
+    assert abs(whole.count("val") / 6000 - 0.1) < 0.02
+    assert abs(whole.count("test") / 6000 - 0.2) < 0.02
     assert splits.assign_splits(ids[:3000], components[:3000], 3, 0.1, 0.2) == whole[:3000]
     assert splits.assign_splits(ids, components, 4, 0.1, 0.2) != whole
 
@@ -65,9 +66,10 @@ def test_no_split_is_empty_and_no_giant_leaves_train(seed: int) -> None:
     small = splits.assign_splits([str(number) for number in range(3)], np.arange(3), seed, 0.03, 0.05)
     assert sorted(small) == ["test", "train", "val"]
     giant = splits.assign_splits([str(number) for number in range(100)], np.maximum(np.arange(100) - 60, 0), seed, 0.2, 0.2)
-    assert set(giant[:61]) == {"train"} and set(giant) == {"train", "val", "test"}
+    assert set(giant[:61]) == {"train"}
+    assert set(giant) == {"train", "val", "test"}
 
 
 def test_too_few_parts_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(splits.SplitError, match="5 accepted rows form 2 unrelated parts.*near_duplicate_distance"):
+    with pytest.raises(splits.SplitError, match=r"5 accepted rows form 2 unrelated parts.*near_duplicate_distance"):
         splits.assign_splits(list("abcde"), np.array([0, 0, 0, 1, 1]), 0, 0.1, 0.1)

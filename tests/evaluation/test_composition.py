@@ -37,7 +37,7 @@ def test_clean_renders_are_read_right() -> None:
 
 @pytest.mark.parametrize("side", [48, 128, 256])
 def test_clean_renders_of_other_sizes_are_read_right(side: int) -> None:
-    assert read_right(SCENES[:100], [scene.render(side) for scene in SCENES[:100]]) >= 0.99
+    assert read_right(SCENES[:60], [scene.render(side) for scene in SCENES[:60]]) >= 0.99
 
 
 @pytest.mark.parametrize(("sigma", "noise", "least"), [(0.6, 4, 0.98), (0.8, 8, 0.95)])
@@ -46,17 +46,17 @@ def test_blurred_and_noisy_renders_are_read_right(sigma: float, noise: float, le
     rng = np.random.default_rng(0)
     images = [
         ndimage.gaussian_filter(scene.render(64).astype(float), (sigma, sigma, 0)) + rng.normal(0, noise, (64, 64, 3))
-        for scene in SCENES[:300]
+        for scene in SCENES[:200]
     ]
-    assert read_right(SCENES[:300], [np.clip(image.round(), 0, 255).astype(np.uint8) for image in images]) >= least
+    assert read_right(SCENES[:200], [np.clip(image.round(), 0, 255).astype(np.uint8) for image in images]) >= least
 
 
 def test_captions_hold_of_their_own_scenes_and_not_of_others() -> None:
-    texts = [captions(scene, random.Random(i))[0] for i, scene in enumerate(SCENES[:300])]
-    images = [scene.render(64) for scene in SCENES[:300]]
+    texts = [captions(scene, random.Random(i))[0] for i, scene in enumerate(SCENES[:200])]
+    images = [scene.render(64) for scene in SCENES[:200]]
     own = score(texts, images)
     assert all(value == 1 for name, value in own.items() if name != "composition/prompts")
-    assert own["composition/prompts"] == 300
+    assert own["composition/prompts"] == 200
     assert {f"composition/{name}" for name in ("background", "count", "colour", "shape", "size", "relation", "text")} <= own.keys()
     others = score(texts, images[1:] + images[:1])
     assert others["composition"] < 0.03

@@ -93,7 +93,10 @@ def test_refuses_what_does_not_match() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(["red", "blue", "a red", "2", "two"]), min_size=1, max_size=12), st.sampled_from(["red", "blue", "two", "x"]))
+@given(
+    st.lists(st.sampled_from(["red", "blue", "a red", "2", "two"]), min_size=1, max_size=12),
+    st.sampled_from(["red", "blue", "two", "x"]),
+)
 def test_scores_are_shares_and_order_does_not_matter(references: list[str], answer: str) -> None:
     value = answer_score(answer, references)
     assert 0 <= value <= 1

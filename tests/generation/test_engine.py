@@ -16,7 +16,7 @@ OPTIONS = {"temperature": 1.0, "top_p": 0.9}
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = Decoder(DecoderSpec(layers=2, width=32, heads=4, context=64, init_std=0.5), VOCABULARY)
+    model = Decoder(DecoderSpec(layers=2, width=32, heads=4, context=64, init_std=0.5, image_positions=True), VOCABULARY)
     for block in model.blocks:
         torch.nn.init.normal_(block.attention.out.weight, std=0.3)
         torch.nn.init.normal_(block.down.weight, std=0.3)
@@ -32,13 +32,20 @@ UNCONDITIONAL = np.array([EOS, VOCABULARY.sentinel(0), BREAK])
 
 
 @torch.no_grad()
+def forward(model, tokens):
+    """Logits after the last token, all recomputed."""
+    hidden = model(torch.from_numpy(tokens)[None], torch.from_numpy(VOCABULARY.places(tokens))[None])
+    return model.logits(hidden)[0, -1]
+
+
+@torch.no_grad()
 def reference_image(model, conditional, unconditional, seed, scale, temperature, top_p):
     noise = uniform_noise([seed], VOCABULARY.tokens_per_image)
     codes = []
     for step in range(VOCABULARY.tokens_per_image):
         drawn = np.array([c + VOCABULARY.image_start for c in codes], dtype=np.int64)
-        rows = [torch.from_numpy(np.concatenate([p, drawn]))[None] for p in (conditional, unconditional)]
-        c, u = (model.logits(model(row))[:, -1, VOCABULARY.image_start : VOCABULARY.text_start] for row in rows)
+        rows = [forward(model, np.concatenate([p, drawn])) for p in (conditional, unconditional)]
+        c, u = (row[None, VOCABULARY.image_start : VOCABULARY.text_start] for row in rows)
         logits = u + scale * (c - u)
         codes.append(int(sample(top_p_probabilities(logits, temperature, top_p), noise[:, step])))
     return codes
@@ -69,8 +76,7 @@ def test_texts_equal_the_reference(model):
     for row, start in enumerate(prompts):
         tokens, expected = start, []
         while len(expected) < 12:
-            with torch.no_grad():
-                logits = model.logits(model(torch.from_numpy(tokens)[None]))[0, -1]
+            logits = forward(model, tokens)
             allowed = torch.cat([logits[EOSS : EOSS + 1], logits[VOCABULARY.text_start :]])
             best = int(allowed.argmax())
             if best == 0:

@@ -38,7 +38,7 @@ def test_search_finds_the_most_similar(kind: str, least: float) -> None:
 
 def test_asking_for_more_than_there_is() -> None:
     bank = MemoryBank.build(*parts(count=3), "flat", "f")
-    scores, positions = bank.search(np.ones((2, 16)), 10)
+    _, positions = bank.search(np.ones((2, 16)), 10)
     assert sorted(positions[0]) == [0, 1, 2]
 
 

@@ -72,9 +72,10 @@ def test_an_exact_copy_of_the_query_is_skipped() -> None:
     text, image = np.eye(4, 8), np.eye(4, 8, k=4)
     rows = pd.DataFrame([{**dict.fromkeys(COLUMNS, "x"), "id": f"doc{i}"} for i in range(6)])
     bank = MemoryBank.build(rows, np.concatenate([text, text[:2]]), np.concatenate([image, image[:2]]), "flat", "0")
-    found = strategy.find(bank, RetrieveConfig(candidates_per_modality=5), text=text[:1].astype(np.float32), image=image[:1].astype(np.float32), own=np.array([0]))
+    config = RetrieveConfig(candidates_per_modality=5)
+    found = strategy.find(bank, config, text=np.float32(text[:1]), image=np.float32(image[:1]), own=np.array([0]))
     positions = {n.position for n in found[0]}
-    assert positions and not positions & {0, 4}  # 4 is the copy of 0
+    assert not positions & {0, 4}  # 4 is the copy of 0
     assert len(positions & {1, 5}) == 1  # of two copies of one document one is taken
 
 
@@ -96,7 +97,8 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [[n.position for n in group] for group in pieces] == [[n.position for n in group] for group in whole]
 
 
-@given(st.lists(st.sampled_from("a red circle left of the blue square on white".split()), max_size=20), st.floats(0, 0.99), st.integers(0, 5), st.text(max_size=5))
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(["a", "red", "circle", "left"]), max_size=20), st.floats(0, 0.99), st.integers(0, 5), st.text(max_size=5))
 def test_dropped_words(words: list[str], rate: float, seed: int, key: str) -> None:
     text = " ".join(words)
     kept = strategy.drop_words(text, rate, seed, key).split()

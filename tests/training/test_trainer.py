@@ -28,7 +28,7 @@ def stream(tmp_path_factory):
 
 def make_model():
     torch.manual_seed(0)
-    return Decoder(DecoderSpec(layers=2, width=32, heads=2, context=80, init_std=0.02), VOCABULARY)
+    return Decoder(DecoderSpec(layers=2, width=32, heads=2, context=80, init_std=0.02, image_positions=True), VOCABULARY)
 
 
 def train(stream):
@@ -58,7 +58,7 @@ def test_weights_say_which_tokens_count(stream):
     losses = token_losses(model, batch)
     only = torch.zeros_like(batch.weights)
     only[2, 5] = 3.0
-    assert weighted_loss(model, Batch(batch.tokens, only)).item() == pytest.approx(losses[2, 4].item(), rel=1e-5)
+    assert weighted_loss(model, Batch(batch.tokens, only, batch.places)).item() == pytest.approx(losses[2, 4].item(), rel=1e-5)
 
 
 def test_divergence_stops_before_the_step_is_taken(stream):

@@ -46,7 +46,8 @@ def test_every_kind_of_manifest_gives_the_same_row(tmp_path: Path, name: str) ->
     row = next(rows(FolderConfig(manifest=name), collection(tmp_path, [record], name)))
     assert row.problem is None, row.detail
     assert (row.image, row.captions, row.licence, row.attribution) == (b"picture", ["a cat", "the cat"], "MIT", "me")
-    assert row.objects == [("cat", (0, 1, 2.5, 3))] and row.questions == [("What?", ["a cat", "cat"])]
+    assert row.objects == [("cat", (0, 1, 2.5, 3))]
+    assert row.questions == [("What?", ["a cat", "cat"])]
     assert (row.key, row.edited_from, row.group, row.source, row.extension) == ("k1", "k1", "g", "folder", "png")
 
 
@@ -97,7 +98,8 @@ def test_only_files_under_the_root_are_read(tmp_path: Path, image: str, problem:
 )
 def test_a_broken_cell_is_a_problem_of_its_row(tmp_path: Path, cells: dict[str, str]) -> None:
     row = one(tmp_path, **cells)
-    assert row.problem == "malformed_row" and next(iter(cells))[:5] in (row.detail or "")
+    assert row.problem == "malformed_row"
+    assert next(iter(cells))[:5] in (row.detail or "")
     assert row.image == b"picture"
 
 

@@ -19,7 +19,7 @@ from cm3leon.data.sources.shapes import SEGMENT_COLORS, canny, rows, segmentatio
 from cm3leon.evaluation.composition import check, parse_caption
 from cm3leon.evaluation.scene_reading import read_scene
 
-CONFIG = ShapesConfig(count=300, letters=0.1, edits=0.3, conditions=0.2)
+CONFIG = ShapesConfig(count=200, letters=0.1, edits=0.3, conditions=0.2)
 ROWS = list(rows(CONFIG, Path()))
 
 
@@ -36,13 +36,13 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
 
 
 def test_a_longer_run_starts_with_the_shorter_one() -> None:
-    shorter = list(rows(CONFIG.model_copy(update={"count": 50}), Path()))
+    shorter = list(rows(CONFIG.model_copy(update={"count": 20}), Path()))
     assert [asdict(row) for row in shorter] == [asdict(row) for row in ROWS[: len(shorter)]]
 
 
 @pytest.mark.parametrize("grid", [0, 8, 16])
 def test_no_two_images_are_alike(grid: int) -> None:
-    config = ShapesConfig(count=1500, max_objects=1 if grid == 8 else 3, grid=grid, size=32, edits=0.1, conditions=0)
+    config = ShapesConfig(count=800, max_objects=1 if grid == 8 else 3, grid=grid, size=32, edits=0.1, conditions=0)
     digests = [hashlib.sha256(row.image or b"").digest() for row in rows(config, Path())]
     assert len(digests) > config.count
     assert len(set(digests)) == len(digests)

@@ -1,0 +1,62 @@
+# make run: everything, from nothing to a promoted model. make: this list.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export DO_NOT_TRACK := 1
+export DVC_NO_ANALYTICS := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install setup run ui test lint types format lock clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## .venv with the locked dependencies
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "error: Python 3.11, 3.12 or 3.13 is needed, " + sys.executable + " is " + ".".join(map(str, v)) + "; try: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(VENV)
+	@echo "installing the locked dependencies into $(VENV): some minutes, once"
+	@$(BIN)/python -m pip install --quiet --no-compile -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+setup: $(STAMP)
+	@$(if $(PROFILE),$(BIN)/cm3leon configure $(PROFILE))
+	@$(BIN)/cm3leon setup
+
+run: setup  ## the whole pipeline; PROFILE=tiny writes params.yaml from configs/tiny.yaml first
+	@$(BIN)/python -m flows.pipeline
+
+ui: $(STAMP)  ## MLflow, Prefect and Data Docs on 127.0.0.1
+	@$(BIN)/cm3leon ui
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy
+	$(BIN)/mypy
+
+test: lint types  ## lint, types, tests; PYTEST="-k flows" adds arguments
+	$(BIN)/python -m pytest $(PYTEST)
+
+format: $(STAMP)  ## put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:  ## write requirements.lock anew from pyproject.toml's ranges
+	@rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock
+	.cache/lock/bin/python -m pip install --quiet ".[dev,hf]"
+	@{ sed -n '/^#/p' requirements.lock; .cache/lock/bin/python -m pip freeze --exclude cm3leon \
+	  | sed -E 's/^(torch|torchvision)==([^+]*)\+.*/\1==\2/' | grep -Ev '^(nvidia-|triton==|cuda-)'; } > .cache/requirements.lock
+	@mv .cache/requirements.lock requirements.lock && rm -rf .cache/lock
+
+clean:  ## caches and what tools leave; not the data, models, store or environment
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache build dist *.egg-info
+	find cm3leon flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

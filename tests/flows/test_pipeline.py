@@ -1,0 +1,175 @@
+"""The flow over small toy graphs, and over the whole project with profile tiny."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+TOY = {
+    "first": {"cmd": "python -u work.py first", "deps": ["work.py"], "outs": ["out/first"]},
+    "second": {"cmd": "python -u work.py second", "deps": ["out/first", "fault.txt"], "outs": ["out/second"], "params": ["sft.steps"]},
+    "other": {"cmd": "python -u work.py other", "deps": ["out/first"], "outs": ["out/other"]},
+    "third": {"cmd": "python -u work.py third", "deps": ["out/second"], "outs": ["out/third"]},
+}
+WORK = """
+import pathlib, sys
+name = sys.argv[1]
+print(f"{name} at work")
+if name == "second" and pathlib.Path("fault.txt").read_text():
+    print("Traceback (most recent call last): ...", file=sys.stderr)
+    print(f"error: data/manifest.csv, row 7: no image", file=sys.stderr)
+    sys.exit(2)
+pathlib.Path("out").mkdir(exist_ok=True)
+pathlib.Path("out", name).write_text(name)
+print('figures: {"rows": 12, "seconds": 0.5, "peak_megabytes": 64.0}')
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: str) -> Path:
+    """A project of four stages; MLflow is out of reach, which no stage minds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    shutil.copytree(ROOT / ".dvc", ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
+    Path("params.yaml").write_text("sft:\n  steps: 20\n")
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": TOY}, sort_keys=False))
+    Path("work.py").write_text(WORK)
+    Path("fault.txt").write_text("")
+    return tmp_path
+
+
+def run_flow() -> Any:
+    from flows.pipeline import pipeline
+
+    return pipeline(promote=False, return_state=True)
+
+
+def task_states(state: Any) -> dict[str, tuple[str, str]]:
+    """Name -> (state name, message) of the flow run's task runs, as the server has them."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    with get_client(sync_client=True) as client:
+        chosen = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+        runs = client.read_task_runs(flow_run_filter=chosen)
+    return {run.name: (run.state.name, run.state.message or "") for run in runs}
+
+
+def test_runs_in_order_then_skips(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = run_flow()
+    assert state.is_completed()
+    assert {name: found for name, (found, _) in task_states(state).items()} == dict.fromkeys(TOY, "Completed")
+    shown = capsys.readouterr().out
+    assert "rows 12" in shown
+    assert "64" in shown
+
+    state = run_flow()
+    assert {name: found for name, (found, _) in task_states(state).items()} == dict.fromkeys(TOY, "Skipped")
+
+    params = Path("params.yaml")
+    params.write_text("sft:\n  steps: 30\n")
+    assert {n: s for n, (s, _) in task_states(run_flow()).items()} == {
+        "first": "Skipped", "second": "Completed", "other": "Skipped", "third": "Skipped",
+    }  # fmt: skip
+
+    params.write_text("sft:\n  steps: 20\n")  # seen before: DVC restores the outputs without running the command
+    assert task_states(run_flow())["second"][0] == "Cached"
+
+
+def test_failure_shows_the_stages_own_error_and_keeps_what_is_finished(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("fault.txt").write_text("yes")
+    state = run_flow()
+    assert state.is_failed()
+    assert "row 7: no image" in state.message
+    found = task_states(state)
+    assert found["first"][0] == "Completed"
+    assert found["second"][0] == "Failed"
+    assert "error: data/manifest.csv, row 7: no image" in found["second"][1]
+    assert "third" not in found
+    assert "row 7: no image" in capsys.readouterr().out
+
+    Path("fault.txt").write_text("")
+    state = run_flow()
+    assert state.is_completed()
+    found = task_states(state)
+    assert found["first"][0] == "Skipped"
+    assert found["second"][0] == found["third"][0] == "Completed"
+
+
+def test_nightly_deploys(prefect_server: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PREFECT_API_URL": prefect_server, "PREFECT_HOME": str(tmp_path)}
+
+    def prefect(*arguments: str) -> str:
+        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    prefect("work-pool", "create", "local", "--type", "process")
+    prefect("deploy", "--all")
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        nightly = client.read_deployment_by_name("cm3leon/nightly")
+    assert [schedule.active for schedule in nightly.schedules] == [False]
+    assert nightly.concurrency_options.collision_strategy == "CANCEL_NEW"
+    assert nightly.global_concurrency_limit.limit == 1
+
+
+def copy_project(to: Path) -> None:
+    """What a clone of the working tree has: tracked files, and new ones that git does not ignore."""
+    listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file() and name != "dvc.lock":
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, to / name)
+    subprocess.run(["git", "init", "--quiet"], cwd=to, check=True)
+
+
+@pytest.mark.timeout(900)
+def test_whole_project_with_profile_tiny(tmp_path: Path, prefect_server: str) -> None:
+    copy_project(tmp_path)
+    environment = {**os.environ, "PREFECT_API_URL": prefect_server, "PYTHONPATH": str(tmp_path), "COLUMNS": "160"}
+    environment = {k: v for k, v in environment.items() if k not in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "SHELL")}
+
+    def flow(*arguments: str) -> str:
+        command = [sys.executable, "-m", "flows.pipeline", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr[-8000:]
+        return done.stdout
+
+    stages = list(yaml.safe_load((tmp_path / "dvc.yaml").read_text())["stages"])
+    first = flow("--profile", "tiny")
+    assert "version 1 is the champion" in first
+    assert states_in(first, stages) == dict.fromkeys(stages, "Completed")
+    assert (tmp_path / "models/evaluation/samples.png").is_file()
+    run = json.loads((tmp_path / "models/runs/evaluate/mlflow_run.json").read_text())
+    assert run["run_id"]
+    outputs = hashes(tmp_path)
+
+    second = flow()
+    assert states_in(second, stages) == dict.fromkeys(stages, "Skipped")
+    assert "version 1 is the champion" in second  # an unchanged model is not registered again
+    assert hashes(tmp_path) == outputs
+
+
+def states_in(table: str, stages: list[str]) -> dict[str, str]:
+    """Stage -> state, read from the final table."""
+    rows = [[cell.strip() for cell in line.split("│")] for line in table.splitlines() if "│" in line]
+    return {row[1]: row[2] for row in rows if len(row) > 2 and row[1] in stages}
+
+
+def hashes(project: Path) -> dict[str, list[str]]:
+    """Stage -> content hashes of its outputs, from dvc.lock."""
+    stages = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
+    return {name: [out["md5"] for out in stage["outs"]] for name, stage in stages.items()}

@@ -1,0 +1,147 @@
+"""The served model: requests are checked, and a logged model works from its own copy of the code, anywhere."""
+
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cm3leon.bundle import build_bundle
+from cm3leon.config import Config, DecodingConfig
+from cm3leon.serving.signature import RequestSettings, request_settings, signature
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_models, tmp_path_factory):
+    before = Path.cwd()
+    os.chdir(tiny_models)
+    try:
+        return build_bundle(tmp_path_factory.mktemp("out") / "bundle", Config())
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def predict(bundle):
+    from cm3leon.serving.mlflow_model import BundleModel
+
+    model, context = BundleModel(), SimpleNamespace(artifacts={"bundle": str(bundle)})
+    return lambda rows, params=None: model.predict(context, rows, params)
+
+
+def picture(colour="red"):
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(stream, format="PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def opened(value):
+    return Image.open(io.BytesIO(base64.b64decode(value)))
+
+
+def test_answers_come_in_the_order_of_the_rows_and_say_which_they_answer(predict):
+    rows = [
+        {"task": "vqa", "image": picture(), "question": "what colour?"},
+        {"prompt": "a red circle"},
+        {"task": "caption", "image": "data:image/png;base64," + picture("blue")},
+        {"task": "text_to_image", "prompt": "a ring"},
+    ]
+    answers = predict(pd.DataFrame(rows), {"num_images": 2, "candidates": 1, "seed": 5})
+    assert answers["row"].tolist() == [0, 1, 1, 2, 3, 3]
+    assert answers["task"].tolist() == ["vqa", "text_to_image", "text_to_image", "caption", "text_to_image", "text_to_image"]
+    drawn = answers[answers["row"] == 1]
+    assert set(drawn["seed"]) == {5, 6}
+    assert opened(drawn["image_png"].iloc[0]).size == (32, 32)
+    assert json.loads(opened(drawn["image_png"].iloc[0]).text["cm3leon"])["prompt"] == "a red circle"
+    assert isinstance(answers["text"].iloc[0], str)
+    assert isinstance(answers["text"].iloc[3], str)
+
+
+def test_the_same_request_gives_the_same_answer_and_documents_are_named(predict):
+    request = [{"prompt": "a blue square"}], {"documents": 1, "candidates": 1, "seed": 3}
+    first, second = predict(*request), predict(*request)
+    assert first.equals(second)
+    assert set(json.loads(first["neighbours"].iloc[0])[0]) >= {"id", "licence", "attribution"}
+
+
+@pytest.mark.parametrize(
+    ("params", "complaint"),
+    [
+        ({"temprature": 1.0}, "unknown parameter 'temprature'; known are num_images"),
+        ({"temperature": -1.0}, "temperature: .*-1.0"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"num_images": 0}, "num_images"),
+        ({"num_images": 1000}, "num_images"),
+        ({"candidates": "many"}, "candidates"),
+        ({"seed": -1, "guidance": -2}, "seed.*guidance"),
+    ],
+)
+def test_wrong_parameters_are_named(predict, params, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        predict([{"prompt": "a red circle"}], params)
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"prompt": " "}, "row 1: task text_to_image needs prompt"),
+        ({"task": "paint", "prompt": "x"}, "row 1: unknown task 'paint'"),
+        ({"task": "vqa", "image": "x"}, "row 1: task vqa needs question"),
+        ({"task": "caption", "image": "no image"}, "row 1: image is neither"),
+        ({"task": "caption", "image": base64.b64encode(b"no image").decode()}, "row 1: image is neither"),
+        ({"promt": "x"}, "row 1: unknown column 'promt'"),
+    ],
+)
+def test_wrong_rows_are_named(predict, row, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        predict([{"prompt": "a red circle"}, row], {"candidates": 1})
+
+
+def test_an_image_may_be_a_path(predict, tmp_path):
+    Image.new("RGBA", (20, 20)).save(tmp_path / "image.png")
+    assert predict([{"task": "caption", "image": str(tmp_path / "image.png")}])["task"].tolist() == ["caption"]
+
+
+def test_the_signature_states_all_columns_and_the_bundles_defaults():
+    stated = signature(DecodingConfig(guidance=4.0))
+    assert [c.name for c in stated.inputs.inputs] == ["task", "prompt", "image", "question"]
+    defaults = {p.name: p.default for p in stated.params.params}
+    assert set(defaults) == set(RequestSettings.model_fields)
+    assert defaults["guidance"] == 4.0
+    assert request_settings(defaults).guidance == 4.0
+
+
+PROGRAM = """
+import sys, warnings
+import mlflow.pyfunc
+assert "cm3leon" not in sys.modules
+model = mlflow.pyfunc.load_model(sys.argv[1])
+answers = model.predict([{"prompt": "a red circle"}], params={"candidates": 1, "seed": 1, "guidance": 2})
+import cm3leon
+print(cm3leon.__file__)
+print(answers["image_png"][0])
+"""
+
+
+def test_a_saved_model_works_in_another_process_and_directory(bundle, tmp_path, monkeypatch):
+    import mlflow
+
+    from cm3leon.serving import packaging
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/unused.db")
+    monkeypatch.setattr(mlflow.pyfunc, "log_model", lambda name, **options: mlflow.pyfunc.save_model(str(tmp_path / name), **options))
+    packaging.log_model(bundle, "model")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    arguments = [sys.executable, "-P", "-c", PROGRAM, str(tmp_path / "model")]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code, image = done.stdout.split()[-2:]
+    assert code == str(tmp_path / "model" / "code" / "cm3leon" / "__init__.py")
+    assert opened(image).size == (32, 32)

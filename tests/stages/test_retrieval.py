@@ -1,0 +1,145 @@
+"""Stages encoder, index, retrieve and super_resolution on a small collection: outputs, rules and repeatability."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cm3leon import paths, tracking
+from cm3leon.config import Config
+from cm3leon.data.manifest import VALIDATED_SCHEMA
+from cm3leon.retrieval.encoder import Encoder
+from cm3leon.retrieval.index import MemoryBank
+from cm3leon.stages import encoder, index, retrieve, super_resolution
+
+CONFIG = Config.model_validate(
+    {
+        "image_tokenizer": {"image_size": 16, "patch": 4, "multipliers": [1]},
+        "encoder": {
+            "image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "text_width": 32, "text_layers": 1, "embedding_dim": 8,
+            "vocabulary_size": 300, "context_length": 16, "steps": 4, "batch_size": 8,
+        },
+        "retrieve": {"max_score": 0.99},
+        "super_resolution": {"channels": 8, "blocks": 1, "steps": 4, "batch_size": 4, "patch_size": 8},
+    }
+)  # fmt: skip
+TRAIN, VAL, TEST = 30, 6, 4
+
+
+def collection() -> None:
+    """Random blocks of colour, packed as ``ingest`` and ``validate`` write them; the first train document has no caption."""
+    rng = np.random.default_rng(0)
+    rows = []
+    paths.RAW.mkdir(parents=True)
+    paths.VALIDATED.mkdir(parents=True)
+    with tarfile.open(paths.RAW / "images-00000.tar", "w") as archive:
+        for number in range(TRAIN + VAL + TEST):
+            pixels = np.kron(rng.integers(256, size=(2, 2, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            member = tarfile.TarInfo(f"{number:06d}.png")
+            member.size = buffer.tell()
+            buffer.seek(0)
+            archive.addfile(member, buffer)
+            words = rng.choice(["red", "blue", "above", "below", "small", "large"], size=6)
+            split = "train" if number < TRAIN else "val" if number < TRAIN + VAL else "test"
+            rows.append(
+                dict.fromkeys(VALIDATED_SCHEMA.names)
+                | {"id": f"id{number:02d}", "image": f"images-00000.tar/{member.name}", "captions": [" ".join(words)] if number else []}
+                | {"licence": "CC0-1.0", "attribution": "test", "source": "test", "width": 16, "height": 16, "split": split}
+            )
+    pq.write_table(pa.Table.from_pylist(rows, schema=VALIDATED_SCHEMA), paths.VALIDATED / "manifest.parquet")
+
+
+@contextmanager
+def untracked(stage: str, config: Config) -> Iterator[tracking.Run]:
+    yield tracking.Run()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, dict[str, float]]]]:
+    root = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr(tracking, "stage_run", untracked)
+        collection()
+        yield root, {name: stage.run(CONFIG) for name, stage in STAGES.items()}
+
+
+STAGES = {"encoder": encoder, "index": index, "retrieve": retrieve, "super_resolution": super_resolution}
+
+
+def test_index_holds_the_multimodal_train_documents(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
+    _, figures = project
+    bank = MemoryBank.load(paths.INDEX)
+    assert bank.documents["id"].tolist() == [f"id{i:02d}" for i in range(1, TRAIN)]
+    assert figures["index"]["documents"] == TRAIN - 1
+    assert figures["index"]["left_out"] == 1
+    bank.check_encoder(Encoder.load(paths.ENCODER).fingerprint)
+
+
+def test_neighbours_come_from_train_and_are_never_the_query(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
+    _, figures = project
+    table = pd.read_parquet(paths.NEIGHBOURS / retrieve.FILE)
+    assert pq.read_schema(paths.NEIGHBOURS / retrieve.FILE).equals(retrieve.SCHEMA)
+    assert table["id"].tolist() == [f"id{i:02d}" for i in range(1, TRAIN + VAL + TEST)]
+    train = {f"id{i:02d}" for i in range(1, TRAIN)}
+    for row in table.itertuples():
+        assert set(row.neighbours) <= train - {row.id}
+        assert len(set(row.neighbours)) == len(row.neighbours) == len(row.scores) == len(row.modalities) <= 4
+        assert (row.scores <= 0.99).all()
+        assert sorted(row.modalities, reverse=True) == list(row.modalities)  # text first
+    lengths = table["neighbours"].map(len)[: TRAIN - 1]
+    assert figures["retrieve"]["train_neighbours"] == pytest.approx(lengths.mean())
+    assert figures["retrieve"]["train_complete"] == pytest.approx((lengths == 4).mean())
+    assert lengths.max() > 0
+
+
+def test_index_of_another_encoder_is_refused(project: tuple[Path, dict[str, dict[str, float]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = paths.INDEX / "config.json"
+    before = settings.read_text()
+    settings.write_text(json.dumps(json.loads(before) | {"encoder": "another"}))
+    try:
+        with pytest.raises(ValueError, match="made with encoder another"):
+            retrieve.run(CONFIG)
+    finally:
+        settings.write_text(before)
+
+
+def test_stages_repeat_byte_for_byte(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
+    root, figures = project
+    files = [p for folder in (paths.ENCODER, paths.INDEX, paths.NEIGHBOURS, paths.SUPER_RESOLUTION) for p in sorted(folder.iterdir())]
+    before = [path.read_bytes() for path in files]
+    again = {name: stage.run(CONFIG) for name, stage in STAGES.items()}
+    assert [path.read_bytes() for path in files] == before
+    assert again == figures
+    for path, data in zip(files, before, strict=True):
+        assert str(root).encode() not in data, f"{path} holds an absolute path"
+
+
+def test_super_resolution_reports_both(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
+    _, figures = project
+    assert set(figures["super_resolution"]) == {"psnr_rgb", "psnr_rgb_bicubic"}
+
+
+def test_side_of_the_targets() -> None:
+    sizes = pd.DataFrame({"width": [640, 300, 641], "height": [480, 301, 500]})
+    assert super_resolution.target_side(sizes, 256, 2) == 480  # half of the images have it
+    assert super_resolution.target_side(sizes, 64, 2) == 128  # outputs are no larger
+    assert super_resolution.target_side(sizes, 500, 3) == 480
+    assert super_resolution.target_side(sizes.assign(width=65), 64, 4) == 64
+
+
+def test_pretrained_model_needs_weights(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
+    section = CONFIG.encoder.model_copy(update={"pretrained_model": "ViT-B-32"})
+    with pytest.raises(ValueError, match="pretrained_weights"):
+        encoder.run(CONFIG.model_copy(update={"encoder": section}))
