@@ -22,16 +22,15 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "error: Python 3.11, 3.12 or 3.13 is needed, " + sys.executable + " is " + ".".join(map(str, v)) + "; try: make PYTHON=python3.12")'
 	@$(PYTHON) -m venv $(VENV)
 	@echo "installing the locked dependencies into $(VENV): some minutes, once"
-	@$(BIN)/python -m pip install --quiet --no-compile -r requirements.lock
+	@$(BIN)/python -m pip install --no-compile -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --no-deps -e .
 	@touch $@
 
-setup: $(STAMP)
-	@$(if $(PROFILE),$(BIN)/cm3leon configure $(PROFILE))
+setup: $(STAMP)  ## prepare the MLflow store, check params.yaml and DVC (a run does it too)
 	@$(BIN)/cm3leon setup
 
-run: setup  ## the whole pipeline; PROFILE=tiny writes params.yaml from configs/tiny.yaml first
-	@$(BIN)/python -m flows.pipeline
+run: $(STAMP)  ## the whole pipeline; PROFILE=tiny writes params.yaml from configs/tiny.yaml first
+	@$(BIN)/python -m flows.pipeline $(if $(PROFILE),--profile $(PROFILE))
 
 ui: $(STAMP)  ## MLflow, Prefect and Data Docs on 127.0.0.1
 	@$(BIN)/cm3leon ui

@@ -83,10 +83,11 @@ class ImageTokenizerConfig(Section):
 
     image_size: int = Field(64, ge=8, description="images are fitted to this square before tokenising, pixels")
     patch: int = Field(4, ge=1, description="pixel-unshuffle factor before the first convolution (1: none)")
-    channels: int = Field(32, ge=8)
+    channels: int = Field(48, ge=8)
     multipliers: list[int] = Field(default_factory=lambda: [1, 3])
-    blocks: int = Field(2, ge=1, description="residual blocks a level")
-    embedding_dim: int = Field(16, ge=2)
+    blocks: int = Field(1, ge=1, description="residual blocks a level of the encoder")
+    decoder_blocks: int = Field(2, ge=1, description="residual blocks a level of the decoder")
+    embedding_dim: int = Field(64, ge=2)
     codebook_size: int = Field(1024, ge=2, le=65_535)
     commitment: float = Field(0.25, ge=0)
     codebook_decay: float = Field(0.98, gt=0, lt=1, description="of the codebook's exponential moving averages")
@@ -139,9 +140,10 @@ class EncoderConfig(Section):
     pretrained_model: str | None = Field(None, description="an open_clip architecture, e.g. ViT-B-32")
     pretrained_weights: str | None = Field(None, description="an open_clip tag, e.g. laion2b_s34b_b79k, or a checkpoint's path")
     image_size: int = Field(64, ge=8)
-    patch_size: int = Field(8, ge=1)
-    width: int = Field(128, ge=16, description="of the image tower")
-    layers: int = Field(3, ge=1)
+    image_tower: Literal["resnet", "vit"] = Field("resnet", description="resnet learns from far fewer images")
+    patch_size: int = Field(8, ge=1, description="of the vit")
+    width: int = Field(16, ge=8, description="of the image tower; a resnet's last stage is 32 times as wide")
+    layers: int = Field(1, ge=1, description="blocks of a vit, or of each of a resnet's four stages")
     text_width: int = Field(64, ge=16)
     text_layers: int = Field(2, ge=1)
     embedding_dim: int = Field(64, ge=8)
@@ -150,8 +152,15 @@ class EncoderConfig(Section):
     hard_negatives: int = Field(1, ge=0, description="near misses of its caption that each image is trained to tell apart from it")
     steps: int = Field(300, ge=1)
     batch_size: int = Field(128, ge=2)
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
     warmup_steps: int = Field(30, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> EncoderConfig:
+        step = 32 if self.image_tower == "resnet" else self.patch_size
+        if not self.pretrained_model and self.image_size % step:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of {step}, as a {self.image_tower} needs")
+        return self
 
 
 class IndexConfig(Section):
@@ -246,12 +255,12 @@ class SuperResolutionConfig(Section):
     """``super_resolution``: the separate upscaler."""
 
     scale: int = Field(2, ge=2, le=4)
-    channels: int = Field(24, ge=4)
-    blocks: int = Field(4, ge=1)
+    channels: int = Field(32, ge=4)
+    blocks: int = Field(2, ge=1)
     patch_size: int = Field(32, ge=8, description="side of the low-resolution training crops, pixels")
     steps: int = Field(300, ge=1)
     batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-2, gt=0)
 
 
 class DecodingConfig(Section):

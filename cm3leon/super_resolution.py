@@ -23,6 +23,8 @@ from cm3leon.data.images import to_rgb
 from cm3leon.data.pixels import ImageSet
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CORRECTION_SCALE = 0.1
+"""Of the network's output. It tames the first steps, so that a high learning rate does not begin by undoing the interpolation."""
 
 
 class ResidualBlock(nn.Module):
@@ -57,7 +59,7 @@ class SuperResolution(nn.Module):
 
     def forward(self, low: torch.Tensor) -> torch.Tensor:
         features = self.head(low)
-        correction = pixel_shuffle(self.tail(features + self.body(features)), self.scale)
+        correction = CORRECTION_SCALE * pixel_shuffle(self.tail(features + self.body(features)), self.scale)
         return interpolate(low, scale_factor=self.scale, mode="bicubic", align_corners=False) + correction
 
     @classmethod

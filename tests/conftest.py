@@ -60,7 +60,7 @@ def make_models(root):
     images.save(root / paths.IMAGE_TOKENIZER)
     vocabulary = Vocabulary(text.size, 16, sentinels=4, tokens_per_image=images.spec.tokens_per_image)
     Decoder(DecoderSpec(layers=1, width=32, heads=2, context=160), vocabulary).save(root / paths.FINETUNED)
-    small = EncoderConfig(image_size=32, width=32, layers=1, embedding_dim=16, vocabulary_size=300)
+    small = EncoderConfig(image_size=32, width=8, layers=1, embedding_dim=16, vocabulary_size=300)
     settings = trained_settings(small, text.size + 3)
     encoder = Encoder(build_clip(settings["model"]), settings, ClipTokenizer(text, small.context_length))
     encoder.save(root / paths.ENCODER)

@@ -63,8 +63,11 @@ def build_clip(settings: dict[str, Any]) -> nn.Module:
 
 def trained_settings(config: EncoderConfig, vocabulary: int) -> dict[str, Any]:
     """Configuration of an encoder to train, in the form stored in ``config.json``."""
-    vision = {"image_size": config.image_size, "patch_size": config.patch_size, "width": config.width, "layers": config.layers}
-    vision["head_width"] = HEAD
+    vision: dict[str, Any] = {"image_size": config.image_size, "width": config.width, "head_width": HEAD}
+    if config.image_tower == "resnet":
+        vision["layers"] = [config.layers] * 4
+    else:
+        vision |= {"layers": config.layers, "patch_size": config.patch_size}
     text = {"context_length": config.context_length, "vocab_size": vocabulary, "width": config.text_width, "layers": config.text_layers}
     text["heads"] = config.text_width // HEAD
     model = {"embed_dim": config.embedding_dim, "vision": vision, "text": text}

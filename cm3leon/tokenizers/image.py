@@ -1,8 +1,9 @@
 """The image tokenizer: a VQ-GAN autoencoder, images <-> grids of codes.
 
 The family of Make-A-Scene and taming-transformers (arXiv 2203.13131, 2012.09841): a convolutional encoder, a codebook, a mirrored
-decoder. One addition for small budgets: with ``patch`` > 1 the image is pixel-unshuffled first, so that no convolution runs at
-full resolution. Shapes: B batch, C channels, H W pixels, h w tokens; downsampling f = patch * 2 ** (levels - 1), h = H / f.
+decoder. Two departures make it learn in minutes: with ``patch`` > 1 the image is pixel-unshuffled first, so that no convolution runs at
+full resolution; and there is no normalisation outside the residual branches, which start silent, so that the network begins as a linear
+map of patches and flat colours pass at once (docs/log.md has the figures). Shapes: B batch, C channels, H W pixels, h w tokens; downsampling f = patch * 2 ** (levels - 1), h = H / f.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class ImageTokenizerSpec:
     channels: int
     multipliers: tuple[int, ...]
     blocks: int
+    decoder_blocks: int
     embedding_dim: int
     codebook_size: int
 
@@ -43,25 +45,38 @@ class ImageTokenizerSpec:
         return self.side**2
 
 
-class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice, around an identity (or 1x1) shortcut."""
+class ChannelNorm(nn.Module):
+    """Root-mean-square normalisation over the channels of each position."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = norm(channels_in), nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2, self.conv2 = norm(channels_out), nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        self.shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
+        self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.shortcut(x) + h
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.scale
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g >= 4 or g == 1)
-    return nn.GroupNorm(groups, channels)
+class ResidualBlock(nn.Module):
+    """x + 1x1(SiLU(3x3(norm(x)))); the identity at first, since the 1x1 convolution starts at zero."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm, self.conv, self.out = ChannelNorm(channels), nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(F.silu(self.conv(self.norm(x))))
+
+
+def start_linear(network: nn.Module) -> None:
+    """Orthogonal 1x1 convolutions and silent residual blocks: at first the network is a rotation of patches, which keeps colours."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.zeros_(module.bias)
+            if module.kernel_size == (1, 1):
+                nn.init.orthogonal_(module.weight.view(module.out_channels, -1))
+    for module in network.modules():
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.out.weight)
 
 
 class Encoder(nn.Module):
@@ -70,16 +85,13 @@ class Encoder(nn.Module):
     def __init__(self, spec: ImageTokenizerSpec) -> None:
         super().__init__()
         widths = [spec.channels * m for m in spec.multipliers]
-        layers: list[nn.Module] = [nn.PixelUnshuffle(spec.patch), nn.Conv2d(3 * spec.patch**2, widths[0], 3, padding=1)]
-        previous = widths[0]
+        layers: list[nn.Module] = [nn.PixelUnshuffle(spec.patch), nn.Conv2d(3 * spec.patch**2, widths[0], 1)]
         for level, width in enumerate(widths):
             if level:
-                layers.append(nn.Conv2d(previous, previous, 4, stride=2, padding=1))
-            for _ in range(spec.blocks):
-                layers.append(ResidualBlock(previous, width))
-                previous = width
-        layers += [norm(previous), nn.SiLU(), nn.Conv2d(previous, spec.embedding_dim, 1)]
-        self.layers = nn.Sequential(*layers)
+                layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * widths[level - 1], width, 1)]
+            layers += [ResidualBlock(width) for _ in range(spec.blocks)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], spec.embedding_dim, 1))
+        start_linear(self)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
@@ -91,27 +103,24 @@ class Decoder(nn.Module):
     def __init__(self, spec: ImageTokenizerSpec) -> None:
         super().__init__()
         widths = [spec.channels * m for m in reversed(spec.multipliers)]
-        layers: list[nn.Module] = [nn.Conv2d(spec.embedding_dim, widths[0], 3, padding=1)]
-        previous = widths[0]
+        layers: list[nn.Module] = [nn.Conv2d(spec.embedding_dim, widths[0], 1)]
         for level, width in enumerate(widths):
-            for _ in range(spec.blocks):
-                layers.append(ResidualBlock(previous, width))
-                previous = width
-            if level < len(widths) - 1:
-                layers += [nn.Conv2d(previous, 4 * previous, 1), nn.PixelShuffle(2)]
-        self.layers = nn.Sequential(*layers, norm(previous), nn.SiLU())
-        self.output = nn.Conv2d(previous, 3 * spec.patch**2, 3, padding=1)
+            if level:
+                layers += [nn.Conv2d(widths[level - 1], 4 * width, 1), nn.PixelShuffle(2)]
+            layers += [ResidualBlock(width) for _ in range(spec.decoder_blocks)]
+        self.layers = nn.Sequential(*layers)
+        self.output = nn.Conv2d(widths[-1], 3 * spec.patch**2, 1)
         self.shuffle = nn.PixelShuffle(spec.patch)
+        start_linear(self)
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.shuffle(self.output(self.layers(latents)))
 
 
 class Codebook(nn.Module):
-    """Nearest-neighbour quantisation with L2-normalised entries, learned by exponential moving averages.
-
-    EMA codebook: van den Oord et al. 2017 (arXiv 1711.00937), appendix A. Unit-norm entries: Yu et al. 2021 (arXiv 2110.04627).
-    Against collapse, entries that are used too seldom are restarted at encoder outputs (:meth:`restart`).
+    """Nearest-neighbour quantisation, the entries learned by exponential moving averages (van den Oord et al. 2017, arXiv 1711.00937,
+    appendix A). They start as k-means of encoder outputs (:meth:`initialise`); against collapse, entries that are used too seldom are
+    restarted where the codebook says least (:meth:`restart`).
     """
 
     entries: Tensor
@@ -120,60 +129,62 @@ class Codebook(nn.Module):
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        entries = F.normalize(torch.randn(size, dim), dim=-1)
+        entries = torch.randn(size, dim)
         self.register_buffer("entries", entries)
         self.register_buffer("usage", torch.ones(size), persistent=False)
         self.register_buffer("sums", entries.clone(), persistent=False)
 
     def nearest(self, z_ND: Tensor) -> Tensor:
         """Index of the entry nearest to each row."""
-        return (F.normalize(z_ND, dim=-1) @ self.entries.T).argmax(-1)
+        return (z_ND @ self.entries.T - 0.5 * self.entries.square().sum(1)).argmax(-1)
 
     def lookup(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.entries)
 
     @torch.no_grad()
     def initialise(self, z_ND: Tensor, generator: torch.Generator, iterations: int = 10) -> None:
-        """Spherical k-means of encoder outputs, seeded as k-means++: each entry at an output drawn in proportion to its error so far."""
-        z_ND = F.normalize(z_ND, dim=-1)
-        error_N = torch.ones(len(z_ND), device=z_ND.device)
+        """k-means of encoder outputs, seeded as k-means++: each entry at an output drawn in proportion to its squared error so far."""
+        error_N = torch.full((len(z_ND),), torch.inf)
+        weights_N = torch.ones(len(z_ND))
         for index in range(len(self.entries)):
-            pick = int(torch.multinomial(error_N.cpu(), 1, generator=generator))
+            pick = int(torch.multinomial(weights_N, 1, generator=generator))
             self.entries[index] = z_ND[pick]
-            error_N = torch.minimum(error_N, (1 - z_ND @ z_ND[pick]).clamp(min=1e-9))
+            error_N = torch.minimum(error_N, (z_ND - z_ND[pick]).square().sum(1).cpu())
+            weights_N = error_N + 1e-9
         for _ in range(iterations):
             codes_N = self.nearest(z_ND)
             sums = torch.zeros_like(self.entries).index_add_(0, codes_N, z_ND)
-            counts = torch.bincount(codes_N, minlength=len(self.entries))
-            self.entries.copy_(torch.where(counts[:, None] > 0, F.normalize(sums, dim=-1), self.entries))
-        counts = torch.bincount(self.nearest(z_ND), minlength=len(self.entries)).to(z_ND.dtype)
-        self.usage.copy_(counts * len(self.entries) / len(z_ND))
+            counts = torch.bincount(codes_N, minlength=len(self.entries))[:, None]
+            self.entries.copy_(torch.where(counts > 0, sums / counts.clamp(min=1), self.entries))
+        counts_E = torch.bincount(self.nearest(z_ND), minlength=len(self.entries)).to(z_ND.dtype)
+        self.usage.copy_(counts_E * len(self.entries) / len(z_ND))
         self.sums.copy_(self.entries * self.usage[:, None])
 
     @torch.no_grad()
     def update(self, z_ND: Tensor, codes_N: Tensor, decay: float) -> None:
         """Move the averages toward this batch's assignments."""
-        z_ND = F.normalize(z_ND, dim=-1)
         size = self.entries.shape[0]
         counts = torch.bincount(codes_N, minlength=size).to(z_ND.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, codes_N, z_ND)
-        self.usage.mul_(decay).add_(counts, alpha=1 - decay)
-        self.sums.mul_(decay).add_(sums, alpha=1 - decay)
-        self.entries.copy_(F.normalize(self.sums, dim=-1))
+        self.usage.mul_(decay).add_(counts * size / len(z_ND), alpha=1 - decay)
+        self.sums.mul_(decay).add_(sums * size / len(z_ND), alpha=1 - decay)
+        used = self.usage > 1e-4
+        self.entries[used] = self.sums[used] / self.usage[used, None]
 
     @torch.no_grad()
     def restart(self, z_ND: Tensor, below: float, generator: torch.Generator) -> int:
         """Restart entries used less than ``below`` times the mean; returns how many.
 
-        They move to encoder outputs drawn in proportion to their quantisation error: to what the codebook says worst.
+        They move to encoder outputs drawn in proportion to their squared quantisation error: to what the codebook says worst.
         """
         dead = (self.usage < below * self.usage.mean()).nonzero().flatten()
         if len(dead):
-            z_ND = F.normalize(z_ND, dim=-1)
-            error = 1 - (z_ND @ self.entries.T).amax(-1).clamp(max=1) + 1e-6
-            fresh = z_ND[torch.multinomial(error.cpu(), len(dead), replacement=True, generator=generator).to(z_ND.device)]
-            self.entries[dead], self.sums[dead] = fresh, fresh * self.usage.mean()
-            self.usage[dead] = self.usage.mean()
+            error = (z_ND - self.lookup(self.nearest(z_ND))).square().sum(1) + 1e-9
+            picks = torch.multinomial(error.cpu(), len(dead), replacement=True, generator=generator)
+            fresh_usage = 2 * below
+            self.entries[dead] = z_ND[picks.to(z_ND.device)]
+            self.usage[dead] = fresh_usage
+            self.sums[dead] = self.entries[dead] * fresh_usage
         return len(dead)
 
 

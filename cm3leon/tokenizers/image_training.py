@@ -135,6 +135,7 @@ def spec_of(config: ImageTokenizerConfig) -> ImageTokenizerSpec:
         channels=config.channels,
         multipliers=tuple(config.multipliers),
         blocks=config.blocks,
+        decoder_blocks=config.decoder_blocks,
         embedding_dim=config.embedding_dim,
         codebook_size=config.codebook_size,
     )
@@ -161,24 +162,24 @@ class ImageTokenizerTrainer:
         For a first share of the training the latents stay continuous; then the codebook is made from them by k-means.
         """
         codebook, config = self.model.codebook, self.config
-        z_ND = z_BDhw.permute(0, 2, 3, 1).reshape(-1, config.embedding_dim)
-        unit = F.normalize(z_ND, dim=-1)
-        batch, _, height, width = z_BDhw.shape
+        z_BhwD = z_BDhw.permute(0, 2, 3, 1)
+        z_ND = z_BhwD.reshape(-1, config.embedding_dim)
+        fixed_ND = z_ND.detach()
         start = round(config.continuous_share * config.steps)
         if step < start:
-            self.recent = [*self.recent[1 - RECENT_BATCHES :], unit.detach()]
-            return unit.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous(), unit.new_zeros(()), codebook.nearest(unit.detach())
+            self.recent = [*self.recent[1 - RECENT_BATCHES :], fixed_ND]
+            return z_BDhw, z_ND.new_zeros(()), codebook.nearest(fixed_ND)
         if step == start:
-            codebook.initialise(torch.cat([*self.recent, unit.detach()]), self.generator)
+            codebook.initialise(torch.cat([*self.recent, fixed_ND]), self.generator)
             self.recent = []
-        codes = codebook.nearest(z_ND)
-        codebook.update(unit.detach(), codes, config.codebook_decay)
+        codes = codebook.nearest(fixed_ND)
+        codebook.update(fixed_ND, codes, config.codebook_decay)
         if step % RESTART_EVERY == RESTART_EVERY - 1 and step < config.restart_until * config.steps:
-            codebook.restart(unit.detach(), config.restart_below, self.generator)
+            codebook.restart(fixed_ND, config.restart_below, self.generator)
         quantised = codebook.lookup(codes)
-        commitment = F.mse_loss(unit, quantised.detach()) * config.embedding_dim
-        straight = unit + (quantised - unit).detach()
-        return straight.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous(), commitment, codes
+        commitment = F.mse_loss(z_ND, quantised.detach())
+        straight = z_ND + (quantised - z_ND).detach()
+        return straight.view_as(z_BhwD).permute(0, 3, 1, 2).contiguous(), commitment, codes
 
     def adversarial_weight(self, reconstruction_loss: Tensor, generator_loss: Tensor) -> Tensor:
         """The adaptive weight: ratio of the two losses' gradients at the last layer."""

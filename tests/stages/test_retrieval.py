@@ -25,7 +25,7 @@ CONFIG = Config.model_validate(
     {
         "image_tokenizer": {"image_size": 16, "patch": 4, "multipliers": [1]},
         "encoder": {
-            "image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "text_width": 32, "text_layers": 1, "embedding_dim": 8,
+            "image_tower": "resnet", "image_size": 32, "width": 8, "layers": 1, "text_width": 32, "text_layers": 1, "embedding_dim": 8,
             "vocabulary_size": 300, "context_length": 16, "steps": 4, "batch_size": 8,
         },
         "retrieve": {"max_score": 0.99},

@@ -1,0 +1,138 @@
+"""The stage graph: order, dependencies, and whether dvc.yaml declares the code that its stages are made of."""
+
+from __future__ import annotations
+
+import ast
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cm3leon.cli import STAGES
+from cm3leon.config import Config
+from flows.graph import affected, stage_order
+
+ROOT = Path(__file__).parents[2]
+INFRASTRUCTURE = {"config", "paths", "progress", "tracking", "tracking_store", "lineage", "_torchvision", "stages/common", "registry"}
+"""Modules that decide nothing about what a stage writes: a change of them makes no output stale."""
+
+
+def graph() -> dict[str, dict]:
+    return yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def make_project(folder: Path, stages: dict[str, list[str]], order: list[str]) -> None:
+    """A DVC project whose stages read the outputs of those named, written in ``order``."""
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    (folder / ".dvc").mkdir()
+    (folder / ".dvc/config").write_text("[core]\n    analytics = false\n    site_cache_dir = .cache/dvc\n")
+    written = {name: {"cmd": "true", "deps": [f"out/{need}" for need in stages[name]], "outs": [f"out/{name}"]} for name in order}
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": written}, sort_keys=False))
+
+
+def test_the_projects_order_is_the_designs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert [stage.name for stage in stage_order()] == list(STAGES)
+
+
+def test_every_stage_comes_after_what_it_needs_whatever_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    needs = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": [], "f": ["e", "d"]}
+    order = list(needs)
+    random.Random(3).shuffle(order)
+    make_project(tmp_path, needs, order)
+    stages = stage_order()
+    place = {stage.name: number for number, stage in enumerate(stages)}
+    assert set(place) == set(needs)
+    assert all(place[need] < place[name] for name, wanted in needs.items() for need in wanted)
+    assert {stage.name: sorted(stage.needs) for stage in stages} == needs | {"f": ["d", "e"]}
+    assert affected(stages, "b") == {"b", "d", "f"}
+    assert affected(stages, "e") == {"e", "f"}
+
+
+def test_ready_stages_follow_the_files_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_project(tmp_path, {"z": [], "m": [], "a": []}, ["z", "m", "a"])
+    assert [stage.name for stage in stage_order()] == ["z", "m", "a"]
+
+
+def test_a_cycle_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dvc.exceptions import DvcException
+
+    monkeypatch.chdir(tmp_path)
+    make_project(tmp_path, {"a": ["b"], "b": ["a"]}, ["a", "b"])
+    with pytest.raises(DvcException):
+        stage_order()
+
+
+def module_file(name: str) -> Path | None:
+    path = ROOT.joinpath(*name.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def imported(file: Path) -> Iterator[Path]:
+    """Files of this package that ``file`` imports, at its top or inside functions."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            if name.split(".")[0] == "cm3leon" and (found := module_file(name)):
+                yield found
+
+
+def closure(stage: str) -> set[str]:
+    """Every module of this package that a stage can reach, as paths without suffix below ``cm3leon/``."""
+    seen: set[Path] = set()
+    todo = [ROOT / "cm3leon/stages" / f"{stage}.py"]
+    while todo:
+        file = todo.pop()
+        if file not in seen:
+            seen.add(file)
+            name = file.relative_to(ROOT / "cm3leon").with_suffix("").as_posix()
+            todo += [] if name in INFRASTRUCTURE else imported(file)
+    names = {file.relative_to(ROOT / "cm3leon").with_suffix("").as_posix() for file in seen if file.name != "__init__.py"}
+    return names - INFRASTRUCTURE
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_declared_code_is_what_the_stage_imports(stage: str) -> None:
+    declared = [dep for dep in graph()[stage]["deps"] if dep.startswith("cm3leon/")]
+    assert all((ROOT / dep).exists() for dep in declared), declared
+    files = [f"cm3leon/{name}.py" for name in closure(stage)]
+    missing = sorted(file for file in files if not any(file == dep or file.startswith(f"{dep}/") for dep in declared))
+    assert not missing, f"add to the deps of {stage} in dvc.yaml: {missing}"
+    unused = sorted(dep for dep in declared if not any(file == dep or file.startswith(f"{dep}/") for file in files))
+    assert [dep for dep in unused if dep != "cm3leon/data/sources"] == [], f"{stage} does not import {unused}"  # sources load by name
+
+
+def sections_read(file: Path) -> set[str]:
+    """Names after ``config.`` in the functions that take the whole configuration."""
+    found = set()
+    for function in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(function, ast.FunctionDef) or "config: Config" not in {ast.unparse(argument) for argument in function.args.args}:
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config":
+                found.add(node.attr.rstrip("_"))
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_declared_parameters_exist_and_cover_what_the_stage_reads(stage: str) -> None:
+    tree = Config().model_dump(by_alias=True)
+    declared = graph()[stage]["params"]
+    for key in declared:
+        value = tree
+        for part in key.split("."):
+            assert part in value, f"{stage}: params.yaml has no {key}"
+            value = value[part]
+    tops = {key.split(".")[0] for key in declared}
+    read = sections_read(ROOT / f"cm3leon/stages/{stage}.py") & set(tree)
+    assert read <= tops, f"add to the params of {stage} in dvc.yaml: {sorted(read - tops)}"
+    assert tops <= read, f"{stage} does not read {sorted(tops - read)}"
