@@ -1,0 +1,100 @@
+"""The user's interface on untrained models: repeatable, independent of the batch, with provenance, and clear about bad input."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cm3leon import paths
+from cm3leon.config import DecodingConfig
+from cm3leon.generation.engine import PromptTooLongError
+from cm3leon.generation.generator import BadInputError, Generator
+
+PROMPTS = ["a red circle", "two green crosses and a blue square on white"]
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_models):
+    parts = {"model": paths.FINETUNED, "image_tokenizer": paths.IMAGE_TOKENIZER, "text_tokenizer": paths.TEXT_TOKENIZER}
+    parts |= {"encoder": paths.ENCODER, "memory_bank": paths.INDEX, "tokens": paths.TOKENS}
+    decoding = DecodingConfig(candidates=2, max_text_tokens=8)
+    return Generator.from_parts(**{name: tiny_models / path for name, path in parts.items()}, decoding=decoding)
+
+
+def codes(results):
+    return [[image.codes.tolist() for image in images] for images in results]
+
+
+def test_the_same_seed_draws_the_same_whatever_else_is_asked(generator):
+    both = generator.text_to_image(PROMPTS, num_images=2, seed=3)
+    alone = generator.text_to_image(PROMPTS[1:], num_images=2, seed=3)
+    assert codes(both)[1] == codes(alone)[0]
+    assert codes(both) == codes(generator.text_to_image(PROMPTS, num_images=2, seed=3))
+    assert codes(both) != codes(generator.text_to_image(PROMPTS, num_images=2, seed=400))
+
+
+def test_candidates_are_ranked_by_score_and_the_best_kept(generator):
+    [[best]] = generator.text_to_image(PROMPTS[:1], candidates=8, seed=0)
+    [ranked] = generator.text_to_image(PROMPTS[:1], num_images=4, candidates=2, seed=0)
+    scores = [image.score for image in ranked]
+    assert scores == sorted(scores, reverse=True)
+    assert best.score == pytest.approx(scores[0], abs=1e-5) and best.seed == ranked[0].seed
+
+
+def test_an_image_says_where_it_comes_from(generator, tmp_path):
+    [[image]] = generator.text_to_image(PROMPTS[:1], candidates=1, documents=1, seed=5)
+    assert image.neighbours[0]["licence"] == "CC0-1.0" and {"id", "caption", "attribution", "score"} <= set(image.neighbours[0])
+    image.save(tmp_path / "out.png")
+    record = json.loads(Image.open(tmp_path / "out.png").text["cm3leon"])
+    assert record["prompt"] == PROMPTS[0] and record["seed"] == 5 and record["neighbours"] == image.neighbours
+    assert record["settings"]["documents"] == 1
+
+
+def test_retrieval_changes_what_is_drawn(generator):
+    plain = generator.text_to_image(PROMPTS[:1], candidates=1, documents=0)
+    retrieved = generator.text_to_image(PROMPTS[:1], candidates=1, documents=1)
+    assert codes(plain) != codes(retrieved)
+
+
+def test_images_of_any_size_are_captioned_and_asked_about(generator):
+    pictures = [Image.new("RGB", size, "red") for size in [(32, 32), (90, 40), (7, 300)]]
+    assert len(generator.caption(pictures)) == len(generator.caption(pictures, long=True)) == 3
+    answers = generator.answer(pictures, ["What?", "What color is it?", "How many objects are there on the picture?"])
+    assert all(isinstance(answer, str) for answer in answers)
+    assert generator.answer(pictures[1:2], ["What color is it?"]) == answers[1:2]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda g: g.text_to_image(["  "]), BadInputError, "prompt 0 is empty"),
+        (lambda g: g.text_to_image(["x"], top_p=1.5), BadInputError, "top_p"),
+        (lambda g: g.text_to_image(["x"], num_images=0), BadInputError, "num_images"),
+        (lambda g: g.text_to_image(["circle " * 300]), PromptTooLongError, "context of 160"),
+        (lambda g: g.answer([Image.new("RGB", (8, 8))], []), BadInputError, "1 images but 0 questions"),
+        (lambda g: g.answer([Image.new("RGB", (8, 8))], [" "]), BadInputError, "empty"),
+    ],
+)
+def test_bad_input_is_named(generator, call, error, message):
+    with pytest.raises(error, match=message):
+        call(generator)
+
+
+def test_without_encoder_ranking_and_retrieval_are_refused(tiny_models):
+    plain = Generator.from_parts(
+        model=tiny_models / paths.FINETUNED,
+        image_tokenizer=tiny_models / paths.IMAGE_TOKENIZER,
+        text_tokenizer=tiny_models / paths.TEXT_TOKENIZER,
+        decoding=DecodingConfig(candidates=1),
+    )
+    assert np.asarray(plain.text_to_image(["x"])[0][0].image).shape == (32, 32, 3)
+    with pytest.raises(BadInputError, match="rank"):
+        plain.text_to_image(["x"], candidates=2)
+    with pytest.raises(BadInputError, match="memory bank"):
+        plain.text_to_image(["x"], documents=1)
+
+
+def test_a_directory_that_is_no_bundle_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a bundle"):
+        Generator.from_bundle(tmp_path)
