@@ -30,7 +30,7 @@ class Images(Protocol):
 HUBER = 0.2
 """Errors below this (images span 2) count quadratically, larger ones linearly: L1 without its noise on what is nearly right."""
 RESTART_EVERY = 20
-RECENT_BATCHES = 16
+RECENT_BATCHES = 32
 """Batches whose latents seed the codebook when quantisation begins."""
 LOG_EVERY = 20
 

@@ -136,7 +136,7 @@ def copy_project(to: Path) -> None:
     subprocess.run(["git", "init", "--quiet"], cwd=to, check=True)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_whole_project_with_profile_tiny(tmp_path: Path, prefect_server: str) -> None:
     copy_project(tmp_path)
     environment = {**os.environ, "PREFECT_API_URL": prefect_server, "PYTHONPATH": str(tmp_path), "COLUMNS": "160"}
