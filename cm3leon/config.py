@@ -1,7 +1,8 @@
 """Every parameter of a run, typed and checked: one class a stage, the same names as in ``params.yaml``.
 
 ``load_config("params.yaml")`` reads and validates; an unknown key or an impossible value is an error that names the key.
-Profiles in ``configs/`` are complete parameter files; ``cm3leon configure PROFILE --set pretrain.steps=2000`` writes ``params.yaml`` from one.
+Profiles in ``configs/`` are complete parameter files; ``cm3leon configure PROFILE --set pretrain.steps=2000`` writes ``params.yaml`` from
+one.
 """
 
 from __future__ import annotations
@@ -88,15 +89,15 @@ class ImageTokenizerConfig(Section):
     blocks: int = Field(1, ge=1, description="residual blocks a level of the encoder")
     decoder_blocks: int = Field(2, ge=1, description="residual blocks a level of the decoder")
     embedding_dim: int = Field(64, ge=2)
-    codebook_size: int = Field(1024, ge=2, le=65_535)
+    codebook_size: int = Field(2048, ge=2, le=65_535)
     commitment: float = Field(0.25, ge=0)
     codebook_decay: float = Field(0.98, gt=0, lt=1, description="of the codebook's exponential moving averages")
-    continuous_share: float = Field(0.1, ge=0, lt=1, description="share of the training before latents are quantised")
+    continuous_share: float = Field(0.25, ge=0, lt=1, description="share of the training before latents are quantised")
     restart_below: float = Field(0.05, ge=0, description="codes used less often than this share of the mean are restarted")
     restart_until: float = Field(0.7, ge=0, le=1, description="share of the training after which no code is restarted")
-    steps: int = Field(2000, ge=1)
-    batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    steps: int = Field(2200, ge=1)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(4e-3, gt=0)
     warmup_steps: int = Field(50, ge=0)
     perceptual_weight: float = Field(0.0, ge=0, description="of a VGG-16 feature loss; needs perceptual_weights")
     perceptual_weights: str | None = Field(None, description="path of torchvision's VGG-16 features, safetensors or weights-only .pth")
@@ -185,7 +186,7 @@ class ModelConfig(Section):
     layers: int = Field(4, ge=1)
     width: int = Field(256, ge=8)
     heads: int = Field(4, ge=1)
-    context: int = Field(320, ge=8, description="longest sequence, tokens")
+    context: int = Field(256, ge=8, description="longest sequence, tokens")
     init_std: float = Field(0.02, gt=0)
     position_std: float = Field(0.0002, gt=0)
     qk_norm: bool = False

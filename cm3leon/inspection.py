@@ -49,7 +49,10 @@ def describe(masked: Masked, vocabulary: Vocabulary, tokenizer: TextTokenizer) -
     line = Text()
     for token, is_target in zip(masked.tokens.tolist(), masked.is_target.tolist(), strict=True):
         role = vocabulary.role(token)
-        shown = {"text": lambda t=token: tokenizer.decode([t - vocabulary.text_start]), "image": lambda t=token: f" {t - vocabulary.image_start}"}
+        shown = {
+            "text": lambda t=token: tokenizer.decode([t - vocabulary.text_start]),
+            "image": lambda t=token: f" {t - vocabulary.image_start}",
+        }
         part = shown[role]() if role in shown else f" {role} "
         line.append(part, style=style_of(token, vocabulary) + ("" if is_target else " dim"))
     return line
@@ -68,7 +71,12 @@ def table(masked: Masked, vocabulary: Vocabulary, tokenizer: TextTokenizer, cons
             role = vocabulary.role(token)
             content = repr(tokenizer.decode([token - vocabulary.text_start])) if role == "text" else ""
             note = "" if is_target else "  (not in the loss)"
-            console.print(f"{position:>5}       {role:<9} {token:>6} {content}{note}", style=style_of(token, vocabulary), markup=False, highlight=False)
+            console.print(
+                f"{position:>5}       {role:<9} {token:>6} {content}{note}",
+                style=style_of(token, vocabulary),
+                markup=False,
+                highlight=False,
+            )
 
 
 def show(document_id: str, console: Console, config: Config, epoch: int = 0) -> None:
@@ -94,7 +102,9 @@ def show(document_id: str, console: Console, config: Config, epoch: int = 0) -> 
     )
     masked, _ = samples(epoch, row)
     name = store.ids[row]
-    console.print(f"document {name}, epoch {epoch}: {len(masked.tokens)} tokens, masked spans {list(masked.spans) or 'none'}", highlight=False)
+    console.print(
+        f"document {name}, epoch {epoch}: {len(masked.tokens)} tokens, masked spans {list(masked.spans) or 'none'}", highlight=False
+    )
     console.print(f"neighbours in the table: {', '.join(neighbours.get(name, [])) or 'none'}", highlight=False)
     table(masked, vocabulary, tokenizer, console)
     console.print()

@@ -56,7 +56,9 @@ def make_models(root):
     torch.manual_seed(0)
     text = TextTokenizer.train(CAPTIONS, 300)
     text.save(root / paths.TEXT_TOKENIZER)
-    images = ImageTokenizer(ImageTokenizerSpec(32, patch=4, channels=8, multipliers=(1, 2), blocks=1, decoder_blocks=1, embedding_dim=4, codebook_size=16))
+    images = ImageTokenizer(
+        ImageTokenizerSpec(32, patch=4, channels=8, multipliers=(1, 2), blocks=1, decoder_blocks=1, embedding_dim=4, codebook_size=16)
+    )
     images.save(root / paths.IMAGE_TOKENIZER)
     vocabulary = Vocabulary(text.size, 16, sentinels=4, tokens_per_image=images.spec.tokens_per_image)
     Decoder(DecoderSpec(layers=1, width=32, heads=2, context=160), vocabulary).save(root / paths.FINETUNED)

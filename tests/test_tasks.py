@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from tests_support import make_documents
 
 from cm3leon.config import ObjectiveConfig, SFTConfig
 from cm3leon.data.sequences import PretrainingSamples
@@ -11,7 +12,6 @@ from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.documents import EOS, EOSS, Vocabulary, check_grammar
 from cm3leon.tasks import TASKS, answer_prompt, available, image_prompt, split_template
 from cm3leon.tokenizers.text import TextTokenizer
-from tests_support import make_documents
 
 TOKENIZER = TextTokenizer.train(["Question: What color is the circle? Answer: red."] * 3, 300)
 VOCABULARY = Vocabulary(text_size=TOKENIZER.size, image_size=50, sentinels=8, tokens_per_image=16)
@@ -54,7 +54,10 @@ def samples(tmp_path_factory):
 @pytest.mark.parametrize(("name", "template"), [(n, t) for n, task in TASKS.items() if not task.draws for t in task.templates])
 def test_inference_prompt_is_the_samples_beginning(samples, monkeypatch, name, template):
     drawn = samples({name: 1.0}, answer_weight=5.0)
-    values = {"question": "What color is the circle?", "answer": {"vqa": "red", "caption": ROW["captions"][0]}.get(name, ROW["long_caption"])}
+    values = {
+        "question": "What color is the circle?",
+        "answer": {"vqa": "red", "caption": ROW["captions"][0]}.get(name, ROW["long_caption"]),
+    }
     codes = drawn.documents.store[3].codes
     prompt = answer_prompt(template, values, codes, VOCABULARY, TOKENIZER)
     seen = []

@@ -58,9 +58,7 @@ _THING = re.compile(
     rf"(?P<shape>{_any(list(SHAPES))})(?P<plural>e?s)?"
 )
 _LETTER_IN = re.compile(rf"(?:the )?letter (?P<letter>{_any([c.lower() for c in LETTERS])})(?: in (?P<color>{_any(list(COLORS))}))?")
-_COLORED_LETTER = re.compile(
-    rf"(?:an? |the )?(?P<color>{_any(list(COLORS))}) letter (?P<letter>{_any([c.lower() for c in LETTERS])})"
-)
+_COLORED_LETTER = re.compile(rf"(?:an? |the )?(?P<color>{_any(list(COLORS))}) letter (?P<letter>{_any([c.lower() for c in LETTERS])})")
 _COUNTS = {None: 1, "a": 1, "an": 1, "the": 1, "one": 1, "1": 1, "two": 2, "2": 2, "three": 3, "3": 3}
 
 

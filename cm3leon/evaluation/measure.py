@@ -48,7 +48,14 @@ def measure_composition(
 
 
 def measure_images(
-    record: Record, encoder: TextImageEncoder, prompts: Sequence[str], drawn: Images, reconstructions: Images, originals: Images, resamples: int, seed: int
+    record: Record,
+    encoder: TextImageEncoder,
+    prompts: Sequence[str],
+    drawn: Images,
+    reconstructions: Images,
+    originals: Images,
+    resamples: int,
+    seed: int,
 ) -> None:
     """CLIP score and Fréchet distance on the encoder's image features.
 

@@ -14,7 +14,7 @@ import numpy as np
 ANNOTATORS = 10
 """Human answers a question has in VQA v1, VQA v2 and VizWiz; with so many, the server's rules apply to the letter."""
 
-PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = frozenset({"a", "an", "the"})
 _COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {word: str(number) for number, word in enumerate(_COUNTED)} | {"none": "0"}

@@ -1,8 +1,8 @@
 """The user's interface: a trained bundle that draws, captions and answers.
 
-    generator = Generator.from_bundle("models/bundle")
-    [[image]] = generator.text_to_image(["a red circle left of a blue square on a gray background"])
-    image.save("out.png")
+generator = Generator.from_bundle("models/bundle")
+[[image]] = generator.text_to_image(["a red circle left of a blue square on a gray background"])
+image.save("out.png")
 """
 
 from __future__ import annotations

@@ -119,5 +119,3 @@ def headline(record: Record) -> dict[str, float]:
     """The scores and calibrations worth a line in the final table."""
     main = {name: value for name, value in record.scores.items() if "/" not in name and name not in ("bleu_1", "bleu_2", "bleu_3")}
     return {**main, **record.calibration}
-
-

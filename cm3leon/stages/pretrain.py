@@ -30,10 +30,7 @@ def build_vocabulary(config: ModelConfig) -> Vocabulary:
 def build_decoder(config: ModelConfig, seed: int) -> Decoder:
     """A fresh decoder over the tokenizers' vocabulary."""
     torch.manual_seed(seed)
-    decoder = DecoderSpec(
-        config.layers, config.width, config.heads, config.context, config.init_std, config.position_std, config.qk_norm, config.image_positions
-    )  # fmt: skip
-    return Decoder(decoder, build_vocabulary(config))
+    return Decoder(DecoderSpec(**config.model_dump(exclude={"sentinels"})), build_vocabulary(config))
 
 
 def run(config: Config) -> dict[str, float]:

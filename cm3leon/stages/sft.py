@@ -13,7 +13,6 @@ from cm3leon.stages.common import device
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.training.trainer import fit, setup
 
-
 UNMASKED = ObjectiveConfig(mean_masks=0, segment_rate=0)
 """What is masked in a sample is the task's to say."""
 

@@ -3,7 +3,9 @@
 The family of Make-A-Scene and taming-transformers (arXiv 2203.13131, 2012.09841): a convolutional encoder, a codebook, a mirrored
 decoder. Two departures make it learn in minutes: with ``patch`` > 1 the image is pixel-unshuffled first, so that no convolution runs at
 full resolution; and there is no normalisation outside the residual branches, which start silent, so that the network begins as a linear
-map of patches and flat colours pass at once (docs/log.md has the figures). Shapes: B batch, C channels, H W pixels, h w tokens; downsampling f = patch * 2 ** (levels - 1), h = H / f.
+map of patches and flat colours pass at once (docs/log.md has the figures).
+
+Shapes: B batch, C channels, H W pixels, h w tokens; downsampling f = patch * 2 ** (levels - 1), h = H / f.
 """
 
 from __future__ import annotations
@@ -61,7 +63,11 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm, self.conv, self.out = ChannelNorm(channels), nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, channels, 1)
+        self.norm, self.conv, self.out = (
+            ChannelNorm(channels),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.Conv2d(channels, channels, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.out(F.silu(self.conv(self.norm(x))))

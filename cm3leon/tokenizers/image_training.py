@@ -20,6 +20,7 @@ from cm3leon.config import ImageTokenizerConfig
 from cm3leon.progress import progress
 from cm3leon.tokenizers.image import ImageTokenizer, ImageTokenizerSpec
 
+
 class Images(Protocol):
     """uint8 images (N, H, W, 3) by an array of positions: a numpy array, or an :class:`cm3leon.data.pixels.ImageSet`."""
 
@@ -52,7 +53,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class PerceptualLoss(nn.Module):
-    """Mean squared difference of channel-normalised VGG-16 features at five depths: LPIPS (arXiv 1801.03924) without its learned weights."""
+    """Mean squared difference of channel-normalised VGG-16 features at five depths: LPIPS (arXiv 1801.03924) without learned weights."""
 
     DEPTHS = (3, 8, 15, 22, 29)
 
@@ -198,7 +199,11 @@ class ImageTokenizerTrainer:
         if self.perceptual is not None:
             reconstruction = reconstruction + config.perceptual_weight * self.perceptual(images, output)
         loss = reconstruction + config.commitment * commitment
-        figures = {"l1": difference.abs().mean().item(), "commitment": commitment.item(), **code_statistics(codes.cpu(), config.codebook_size)}
+        figures = {
+            "l1": difference.abs().mean().item(),
+            "commitment": commitment.item(),
+            **code_statistics(codes.cpu(), config.codebook_size),
+        }
         adversarial = self.discriminator is not None and step >= config.adversarial_start
         if adversarial and self.discriminator is not None:
             generator_loss = -self.discriminator(output).mean()

@@ -62,7 +62,11 @@ def validate(model: Decoder, batches: Sequence[Batch]) -> dict[str, float]:
         losses = token_losses(model, batch)
         ids, is_target = batch.tokens[:, 1:], batch.weights[:, 1:] > 0
         image = (ids >= vocabulary.image_start) & (ids < vocabulary.text_start)
-        for name, chosen in (("loss", is_target), ("loss_text", is_target & (ids >= vocabulary.text_start)), ("loss_image", is_target & image)):
+        for name, chosen in (
+            ("loss", is_target),
+            ("loss_text", is_target & (ids >= vocabulary.text_start)),
+            ("loss_image", is_target & image),
+        ):
             sums[name] += losses[chosen].sum().item()
             counts[name] += chosen.sum().item()
     model.train()
@@ -107,7 +111,10 @@ def fit(
             meter.advance(1, f"loss {loss.item():.3f}")
             if state.step % LOG_EVERY == 0:
                 tokens_per_second = meter.rate * batch.tokens.numel()
-                log({"loss": loss.item(), "gradient_norm": norm.item(), "learning_rate": rate, "tokens_per_second": tokens_per_second}, state.step)
+                log(
+                    {"loss": loss.item(), "gradient_norm": norm.item(), "learning_rate": rate, "tokens_per_second": tokens_per_second},
+                    state.step,
+                )
             if state.step % config.validate_every == 0 or state.step == config.steps:
                 figures = {f"val_{key}": value for key, value in validate(model, validation).items()}
                 log(figures, state.step)

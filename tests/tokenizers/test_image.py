@@ -6,7 +6,15 @@ import torch
 
 from cm3leon.config import ImageTokenizerConfig
 from cm3leon.tokenizers.image import Codebook, ImageTokenizer
-from cm3leon.tokenizers.image_training import ImageTokenizerTrainer, code_statistics, psnr, reconstruct, spec_of, to_float, train_image_tokenizer
+from cm3leon.tokenizers.image_training import (
+    ImageTokenizerTrainer,
+    code_statistics,
+    psnr,
+    reconstruct,
+    spec_of,
+    to_float,
+    train_image_tokenizer,
+)
 
 CPU = torch.device("cpu")
 SMALL = {"image_size": 32, "channels": 16, "embedding_dim": 8, "codebook_size": 32, "blocks": 1, "warmup_steps": 5}

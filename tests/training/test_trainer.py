@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tests_support import make_documents
 
 from cm3leon.config import ObjectiveConfig, TrainConfig
 from cm3leon.data.sequences import Batch, BatchStream, PretrainingSamples
@@ -11,7 +12,6 @@ from cm3leon.documents import Vocabulary
 from cm3leon.model import Decoder, DecoderSpec
 from cm3leon.training.optimizer import learning_rate_at, make_optimizer
 from cm3leon.training.trainer import DivergenceError, fit, setup, token_losses, validate, weighted_loss
-from tests_support import make_documents
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
 CONFIG = TrainConfig(steps=30, batch_size=8, warmup_steps=5, validate_every=15, learning_rate=5e-3)
@@ -67,7 +67,7 @@ def test_divergence_stops_before_the_step_is_taken(stream):
         model.tokens.weight[0, 0] = float("nan")
         model.tokens.weight[:] = model.tokens.weight + model.tokens.weight[0, 0]
     state = setup(model, CONFIG)
-    with pytest.raises(DivergenceError, match="step 0.*learning_rate"):
+    with pytest.raises(DivergenceError, match=r"step 0.*learning_rate"):
         fit(state, stream, CONFIG, [], "test")
     assert state.step == 0
 
