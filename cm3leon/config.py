@@ -151,7 +151,7 @@ class EncoderConfig(Section):
     vocabulary_size: int = Field(512, ge=257)
     context_length: int = Field(48, ge=4)
     hard_negatives: int = Field(1, ge=0, description="near misses of its caption that each image is trained to tell apart from it")
-    steps: int = Field(300, ge=1)
+    steps: int = Field(240, ge=1)
     batch_size: int = Field(128, ge=2)
     learning_rate: float = Field(2e-3, gt=0)
     warmup_steps: int = Field(30, ge=0)
@@ -259,9 +259,9 @@ class SuperResolutionConfig(Section):
     channels: int = Field(32, ge=4)
     blocks: int = Field(2, ge=1)
     patch_size: int = Field(32, ge=8, description="side of the low-resolution training crops, pixels")
-    steps: int = Field(300, ge=1)
+    steps: int = Field(400, ge=1)
     batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(1e-2, gt=0)
+    learning_rate: float = Field(6e-3, gt=0)
 
 
 class DecodingConfig(Section):

@@ -46,6 +46,7 @@ def _changed(text: str, changes: list[str]) -> str:
     editor = YAML()
     editor.width = 140
     editor.preserve_quotes = True
+    editor.representer.add_representer(type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null"))
     tree = editor.load(text)
     for change in changes:
         _assign(tree, change)

@@ -23,7 +23,7 @@ from cm3leon.data.images import to_rgb
 from cm3leon.data.pixels import ImageSet
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-CORRECTION_SCALE = 0.1
+CORRECTION_SCALE = 0.3
 """Of the network's output. It tames the first steps, so that a high learning rate does not begin by undoing the interpolation."""
 
 

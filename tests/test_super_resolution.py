@@ -10,7 +10,7 @@ from PIL import Image
 from cm3leon.config import SuperResolutionConfig
 from cm3leon.super_resolution import SuperResolution, evaluate, psnr_rgb, reduce, to_bytes, to_unit, train
 
-CONFIG = SuperResolutionConfig(scale=2, channels=24, blocks=1, patch_size=12, steps=150, batch_size=8, learning_rate=1e-2)
+CONFIG = SuperResolutionConfig(scale=2, channels=32, blocks=2, patch_size=12, steps=150, batch_size=8, learning_rate=6e-3)
 
 
 class Discs:

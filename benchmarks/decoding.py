@@ -1,0 +1,54 @@
+"""Sweep decoding settings on prompts of the val split: python benchmarks/decoding.py [--prompts 200]
+
+Composition accuracy, by attribute, for temperatures, top-p, guidance scales and numbers of CLIP-ranked candidates, with the models that the
+last pipeline run left. The test split, which the evaluation uses, is not touched: a profile's defaults are chosen here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from typing import Any
+
+from cm3leon import paths
+from cm3leon.config import DecodingConfig
+from cm3leon.data.manifest import read_manifest
+from cm3leon.evaluation import composition
+from cm3leon.generation.generator import Generator
+
+GRID: list[dict[str, Any]] = [
+    *({"temperature": t, "guidance": g, "candidates": 1} for t, g in itertools.product((0.3, 0.5, 0.7, 1.0), (1.0, 1.5, 2.0, 3.0))),
+    *({"temperature": t, "guidance": 1.5, "candidates": c} for t, c in itertools.product((0.5, 0.7), (4, 8))),
+    {"temperature": 0.5, "guidance": 1.5, "candidates": 1, "documents": 1},
+]
+"""What is tried; top-p stays at 0.9."""
+
+
+def main(prompts: int) -> None:
+    generator = Generator.from_parts(
+        model=paths.FINETUNED,
+        image_tokenizer=paths.IMAGE_TOKENIZER,
+        text_tokenizer=paths.TEXT_TOKENIZER,
+        encoder=paths.ENCODER,
+        memory_bank=paths.INDEX,
+        tokens=paths.TOKENS,
+        decoding=DecodingConfig(top_p=0.9),
+    )
+    captions = [str(texts[0]) for texts in read_manifest(paths.VALIDATED, "val")["captions"][:prompts]]
+    print("| temperature | guidance | candidates | documents | composition | background | count | colour | shape | size | relation | s |")
+    print("|" + "---|" * 12)
+    for settings in GRID:
+        start = time.perf_counter()
+        drawn = [images[0].image for images in generator.text_to_image(captions, **settings)]
+        scores = composition.score(captions, drawn)
+        names = ("", "/background", "/count", "/colour", "/shape", "/size", "/relation")
+        shown = [f"{scores.get(f'composition{name}', float('nan')):.3f}" for name in names]
+        asked = [str(settings.get(key, 0)) for key in ("temperature", "guidance", "candidates", "documents")]
+        print("| " + " | ".join([*asked, *shown, f"{time.perf_counter() - start:.1f}"]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=200)
+    main(parser.parse_args().prompts)
