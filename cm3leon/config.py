@@ -191,6 +191,9 @@ class ModelConfig(Section):
     position_std: float = Field(0.0002, gt=0)
     qk_norm: bool = False
     image_positions: bool = Field(True, description="image tokens also know their place in the image; not in the paper")
+    codebook_std: float = Field(
+        0.05, ge=0, description="image tokens start as the codebook's vectors, at this deviation; 0: at random, as the paper's"
+    )
     sentinels: int = Field(16, ge=1, description="mask tokens in the vocabulary (paper: 512)")
 
     @model_validator(mode="after")

@@ -107,6 +107,19 @@ class Decoder(nn.Module):
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.down.weight)
 
+    @torch.no_grad()
+    def start_from_codebook(self, entries_ED: Tensor, std: float) -> None:
+        """Start the embeddings of image tokens as the image tokenizer's codebook vectors: whitened, turned into this width at random.
+
+        Codes that look alike then start alike, on the way in and on the way out, and what is learned of one holds for the others.
+        """
+        centred = entries_ED - entries_ED.mean(0)
+        left, _, _ = torch.linalg.svd(centred, full_matrices=False)
+        rotation = nn.init.orthogonal_(torch.empty(left.shape[1], self.spec.width))
+        vectors = left @ rotation
+        start, stop = self.vocabulary.image_start, self.vocabulary.text_start
+        self.tokens.weight[start:stop] = vectors * (std / vectors.std())
+
     def forward(
         self,
         tokens_BT: Tensor,

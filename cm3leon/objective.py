@@ -34,7 +34,7 @@ def draw_spans(body: Body, mean_masks: float, sentinels: int, rng: np.random.Gen
     """Draw Poisson(mean_masks) spans, clamped to [0, sentinels - 1], each inside one segment; sorted, non-overlapping.
 
     A span is drawn uniformly over the sequence and clipped to the segment it overlaps most, as in the authors' trainer.
-    Spans that would overlap or touch one already drawn are dropped, so that a short sequence gets fewer.
+    Spans that would overlap one already drawn are dropped, so that a short sequence gets fewer.
     """
     count = min(int(rng.poisson(mean_masks)), max(sentinels - 1, 0))
     spans: list[tuple[int, int]] = []

@@ -62,6 +62,19 @@ def test_places_matter_to_image_tokens_only_where_the_option_is_on():
     assert not model.places.weight[0].any()
 
 
+def test_image_tokens_that_look_alike_start_alike():
+    model = make()
+    entries = torch.randn(VOCABULARY.image_size, 6)
+    entries[1] = entries[0] + 1e-4
+    before = model.tokens.weight.detach().clone()
+    model.start_from_codebook(entries, 0.05)
+    image = model.tokens.weight.detach()[VOCABULARY.image_start : VOCABULARY.text_start]
+    assert image.std() == pytest.approx(0.05, rel=1e-3)
+    distances = torch.cdist(image, image)
+    assert distances[0, 1] < 0.01 * distances[0, 2:].min()
+    assert torch.equal(model.tokens.weight[VOCABULARY.text_start :], before[VOCABULARY.text_start :])
+
+
 def test_logits_of_a_slice_are_the_slice_of_the_logits():
     model = make()
     hidden = model(*draw(2, 5))

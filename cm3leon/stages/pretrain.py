@@ -11,6 +11,7 @@ from cm3leon.data.tokens import TokenStore
 from cm3leon.documents import Vocabulary
 from cm3leon.model import Decoder, DecoderSpec
 from cm3leon.stages.common import device
+from cm3leon.stages.samples import sample_sheets
 from cm3leon.tokenizers.image import ImageTokenizer
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.training.trainer import fit, setup
@@ -30,7 +31,10 @@ def build_vocabulary(config: ModelConfig) -> Vocabulary:
 def build_decoder(config: ModelConfig, seed: int) -> Decoder:
     """A fresh decoder over the tokenizers' vocabulary."""
     torch.manual_seed(seed)
-    return Decoder(DecoderSpec(**config.model_dump(exclude={"sentinels"})), build_vocabulary(config))
+    model = Decoder(DecoderSpec(**config.model_dump(exclude={"sentinels", "codebook_std"})), build_vocabulary(config))
+    if config.codebook_std:
+        model.start_from_codebook(ImageTokenizer.load(paths.IMAGE_TOKENIZER).codebook.entries, config.codebook_std)
+    return model
 
 
 def run(config: Config) -> dict[str, float]:
@@ -56,6 +60,7 @@ def run(config: Config) -> dict[str, float]:
             validation,
             "pretrain",
             lambda values, step: run.log_metrics({f"pretrain/{k}": v for k, v in values.items()}, step),
+            sample_sheets(run, model, held_out),
         )
         model.save(paths.PRETRAINED)
     return {**figures, "parameters": float(model.parameter_count)}

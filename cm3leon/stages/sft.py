@@ -10,6 +10,7 @@ from cm3leon.data.task_samples import TaskSamples
 from cm3leon.data.tokens import TokenStore
 from cm3leon.model import Decoder
 from cm3leon.stages.common import device
+from cm3leon.stages.samples import sample_sheets
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.training.trainer import fit, setup
 
@@ -45,6 +46,7 @@ def run(config: Config) -> dict[str, float]:
             validation,
             "sft",
             lambda values, step: run.log_metrics({f"sft/{k}": v for k, v in values.items()}, step),
+            sample_sheets(run, model, held_out),
         )
         model.save(paths.FINETUNED)
     return {**figures, **counts}

@@ -80,12 +80,14 @@ def fit(
     validation: Sequence[Batch],
     name: str,
     log: Log = lambda figures, step: None,
+    after_validation: Callable[[int], None] = lambda step: None,
 ) -> dict[str, float]:
     """Train to ``config.steps``; returns the last validation figures.
 
     Args:
         batch_at: batch of a step.
-        name: of the stage, the prefix of its metrics.
+        name: of the stage, named in errors and progress.
+        after_validation: called with the step after each validation.
 
     Raises:
         DivergenceError: if the loss or the gradient is not finite; the step is not taken.
@@ -118,5 +120,6 @@ def fit(
             if state.step % config.validate_every == 0 or state.step == config.steps:
                 figures = {f"val_{key}": value for key, value in validate(model, validation).items()}
                 log(figures, state.step)
+                after_validation(state.step)
     model.eval()
     return figures
