@@ -2,7 +2,7 @@
 
     config.json, model.safetensors     the decoder
     image_tokenizer/ text_tokenizer/ encoder/ memory_bank/ super_resolution/
-    decoding.json                      decoding defaults
+    decoding.json, retrieval.json      decoding defaults; the rules by which documents are retrieved
     evaluation/                        record.json and sheets
     lineage.json                       git commit, md5 of dvc.lock, MLflow run of each stage
 
@@ -65,7 +65,7 @@ def build_bundle(out: Path, config: Config | None = None) -> Path:
 
     Args:
         out: directory to make; one that is there is replaced.
-        config: for the decoding defaults; None reads ``params.yaml``.
+        config: for the defaults of decoding and retrieval; None reads ``params.yaml``.
 
     Raises:
         BundleError: if a stage's output is missing, is pickled, or was evaluated with other decoding defaults.
@@ -85,6 +85,7 @@ def build_bundle(out: Path, config: Config | None = None) -> Path:
         changed = sorted(name for name in decoding | evaluated if decoding.get(name) != evaluated.get(name))
         raise BundleError(f"decoding defaults changed since the evaluation ({', '.join(changed)}); run: cm3leon evaluate")
     _write(partial / "decoding.json", decoding)
+    _write(partial / "retrieval.json", config.retrieve.model_dump(mode="json"))
     runs = {file.parent.name: json.loads(file.read_text())["run_id"] for file in sorted(paths.RUNS.glob("*/mlflow_run.json"))}
     _write(partial / LINEAGE, {"git_commit": lineage.git_commit(), "dvc_lock_md5": lineage.dvc_lock_md5(), "mlflow_runs": runs})
     if out.exists():

@@ -240,35 +240,26 @@ def open_image(path: Path) -> Image.Image:
         raise UsageError(f"{path}: {error}") from None
 
 
-def save_images(images: list[GeneratedImage], out: Path) -> None:
-    """One image as it is, several as a grid; PNG, with what made them in its metadata."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    if len(images) == 1:
-        images[0].save(out)
-        return
-    columns = next(n for n in range(1, len(images) + 1) if n * n >= len(images))
-    width, height = images[0].image.size
-    grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
-    for number, generated in enumerate(images):
-        grid.paste(generated.image, (number % columns * width, number // columns * height))
-    info = PngInfo()
-    info.add_itxt("cm3leon", json.dumps([{"prompt": g.prompt, "seed": g.seed, "score": g.score, "settings": g.settings} for g in images]))
-    grid.save(out, format="PNG", pnginfo=info)
+def save_images(images: list[GeneratedImage], out: Path) -> list[Path]:
+    """Write each as a PNG with what made it in its metadata: the first as ``out.png``, the others ``out-2.png``, ``out-3.png`` ..."""
+    files = [out if number == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(1, len(images) + 1)]
+    for image, file in zip(images, files, strict=True):
+        image.save(file)
+    return files
 
 
 @app.command(rich_help_panel="Model")
 def generate(
     prompt: Annotated[str, typer.Argument(help="what to draw")],
-    num_images: Annotated[int, typer.Option(min=1, help="several become one grid, best first")] = 1,
-    out: Annotated[Path, typer.Option(help="PNG file to write")] = Path("out.png"),
+    num_images: Annotated[int, typer.Option(min=1, help="how many; the best is OUT, the others OUT-2, OUT-3 ...")] = 1,
+    out: Annotated[Path, typer.Option(help="PNG file to write, of the best image")] = Path("out.png"),
     seed: Seed = 0,
     guidance: Annotated[float | None, typer.Option(help="classifier-free guidance scale; 1: none")] = None,
     temperature: float | None = None,
     top_p: float | None = None,
     candidates: Annotated[int | None, typer.Option(help="images drawn for each one kept")] = None,
     documents: Annotated[int | None, typer.Option(help="retrieved documents before the prompt")] = None,
+    upscale: Annotated[bool, typer.Option("--upscale", help="enlarge what was drawn with the model's upscaler")] = False,
     model: Model = CHAMPION,
 ) -> None:
     """Draw a prompt. Settings not given are the model's own."""
@@ -280,9 +271,11 @@ def generate(
     settings: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_p": top_p}
     settings |= {"candidates": candidates, "documents": documents}
     [images] = generator.text_to_image([prompt], num_images, seed=seed, **settings)
-    save_images(images, out)
-    scores = [f"{image.score:.3f}" for image in images if image.score is not None]
-    print(f"{out}: {len(images)} image{'s' if len(images) > 1 else ''}" + (f", CLIP score {', '.join(scores)}" if scores else ""))
+    if upscale:
+        for image, enlarged in zip(images, generator.upscale([image.image for image in images]), strict=True):
+            image.image, image.settings = enlarged, {**image.settings, "upscale": True}
+    for image, file in zip(images, save_images(images, out), strict=True):
+        print(f"{file}: seed {image.seed}" + ("" if image.score is None else f", CLIP score {image.score:.3f}"))
     for neighbour in images[0].neighbours:
         credit = ", ".join(str(neighbour[key]) for key in ("licence", "attribution") if neighbour.get(key))
         print(f"retrieved: {neighbour.get('id')} {neighbour.get('caption')!r} ({credit})")
@@ -314,7 +307,7 @@ def ask(
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 USER_ERRORS = (
-    "UsageError", "ConfigError", "BadInputError", "PromptTooLongError", "UnknownDocumentError", "SourceError", "ManifestError",
+    "UsageError", "UserError", "ConfigError", "BadInputError", "PromptTooLongError", "UnknownDocumentError", "SourceError", "ManifestError",
     "ValidationError", "BundleError", "IncompleteRecordError", "PromotionError", "SplitError", "DivergenceError", "ProjectError",
 )  # fmt: skip
 """Names of this package's errors that the user can mend; by name, so that nothing heavy is imported to know them."""

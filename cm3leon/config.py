@@ -14,7 +14,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """A stage cannot work with these parameters or this data; the message says which, and what to change."""
+
+
+class ConfigError(UserError):
     """A parameter file is unreadable, names an unknown key or holds an impossible value."""
 
 
@@ -226,6 +230,11 @@ class TrainConfig(Section):
     validation_documents: int = Field(256, ge=1)
 
 
+def _check_shares(documents: list[float]) -> None:
+    if not documents or min(documents) < 0 or abs(sum(documents) - 1) > 1e-6:
+        raise ValueError(f"documents must be shares, none negative, that sum to 1, found {documents}")
+
+
 class PretrainConfig(TrainConfig):
     """``pretrain``: CM3 pretraining."""
 
@@ -238,9 +247,12 @@ class PretrainConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _check(self) -> PretrainConfig:
-        if abs(sum(self.documents) - 1) > 1e-6 or min(self.documents) < 0:
-            raise ValueError(f"documents must be shares that sum to 1, got {self.documents}")
+        _check_shares(self.documents)
         return self
+
+
+TASK_NAMES = ("text_to_image", "write", "caption", "long_caption", "vqa")
+"""The keys of ``tasks.TASKS``, which is not imported here: parameters are read without loading a tokenizer."""
 
 
 class SFTConfig(TrainConfig):
@@ -253,6 +265,16 @@ class SFTConfig(TrainConfig):
     )
     caption_drop: float = Field(0.1, ge=0, le=1, description="share of text_to_image samples whose caption is masked, for CFG")
     documents: list[float] = Field(default_factory=lambda: [0.6, 0.4])
+
+    @model_validator(mode="after")
+    def _check(self) -> SFTConfig:
+        unknown = sorted(set(self.tasks) - set(TASK_NAMES))
+        if unknown:
+            raise ValueError(f"tasks names {', '.join(unknown)}; tasks are {', '.join(TASK_NAMES)}")
+        if any(not 0 <= weight < float("inf") for weight in self.tasks.values()) or not any(self.tasks.values()):
+            raise ValueError(f"the weights of tasks must be 0 or more and at least one above 0, found {self.tasks}")
+        _check_shares(self.documents)
+        return self
 
 
 class SuperResolutionConfig(Section):
@@ -300,6 +322,10 @@ class GateConfig(Section):
     )
 
 
+TEXT_ROOM = 32
+"""Least tokens of the context beside one image's: for its text and the marks of masked spans."""
+
+
 class Config(Section):
     """All of ``params.yaml``."""
 
@@ -320,6 +346,17 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
 
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        images, context = self.image_tokenizer, self.pretrain.model.context
+        if images.pretrained is None and context < images.tokens_per_image + TEXT_ROOM:
+            raise ValueError(
+                f"pretrain.model.context {context} is too short for an image of {images.tokens_per_image} tokens and {TEXT_ROOM} of text: "
+                f"raise pretrain.model.context, lower image_tokenizer.image_size ({images.image_size}), "
+                f"or raise image_tokenizer.patch ({images.patch}) or the number of image_tokenizer.multipliers ({len(images.multipliers)})"
+            )
+        return self
+
 
 def parse_config(data: Any, origin: str) -> Config:
     """Validate a parameter tree; ``origin`` names it in errors.
@@ -337,6 +374,8 @@ def parse_config(data: Any, origin: str) -> Config:
             key = ".".join(str(part) for part in item["loc"])
             if item["type"] == "extra_forbidden":
                 lines.append(f"  {key}: unknown key")
+            elif item["type"] == "value_error":  # of a check over several keys, which says what it found
+                lines.append(f"  {key or '(file)'}: {item['msg'].removeprefix('Value error, ')}")
             else:
                 lines.append(f"  {key or '(file)'}: {item['msg']} (found {item['input']!r})")
         raise ConfigError(f"{origin} is not a valid parameter file:\n" + "\n".join(lines)) from None

@@ -121,7 +121,9 @@ def _rows(config: GateConfig, metric: str, value: float | None, old: float | Non
         limits.append((f"margin {margin:g}", limit, lower, f"worse than the champion by more than {margin:g}"))
     rows = []
     for check, limit, lower, complaint in limits:
-        if value is None:
+        if value is None and old is None and check.startswith("margin"):
+            rows.append(Row(metric, check, None, None, None, None, "neither record has such a score"))
+        elif value is None:
             rows.append(Row(metric, check, None, old, limit, False, "the challenger's record has no such score"))
         elif limit is None:
             rows.append(Row(metric, check, value, None, None, None, "the champion's record has no such score"))

@@ -123,7 +123,8 @@ def register(bundle: Path, config: Config | None = None) -> Version:
         number = version.number
     else:
         config = config or load_config()
-        tags = {HASH_TAG: content, "profile": config.profile, **{f"eval/{name}": f"{value:.6g}" for name, value in record.scores.items()}}
+        headline = {f"eval/{name}": f"{value:.6g}" for name, value in record.scores.items() if "/" not in name}
+        tags = {HASH_TAG: content, "profile": config.profile, **headline}
         number = log_version(client, bundle, MODEL_NAME, tags, record.scores, config)
     client.set_registered_model_alias(MODEL_NAME, CHALLENGER, number)
     return next(v for v in _versions(client) if v.number == number)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import interpolate, l1_loss, pixel_shuffle
 
-from cm3leon.config import SuperResolutionConfig
+from cm3leon.config import SuperResolutionConfig, UserError
 from cm3leon.data.images import to_rgb
 from cm3leon.data.pixels import ImageSet
 
@@ -149,13 +149,13 @@ def train(
     """Train on random crops, turned and mirrored, under an L1 loss. The same arguments give the same weights on one machine.
 
     Raises:
-        ValueError: if there are no images, or they are too small to be reduced ``scale`` times.
+        UserError: if there are no images, or they are too small to be reduced ``scale`` times.
     """
     if not len(images):
-        raise ValueError("super-resolution has no images to train on")
+        raise UserError("super-resolution has no images to train on")
     side = min(config.patch_size * config.scale, images.size // config.scale * config.scale)
     if side < config.scale:
-        raise ValueError(f"images of {images.size} pixels are too small for a scale of {config.scale}")
+        raise UserError(f"images of {images.size} pixels are too small for a scale of {config.scale}")
     torch.manual_seed(seed)
     model = SuperResolution(config.scale, config.channels, config.blocks).to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import suppress
 from typing import cast
 
 from flows.environment import prepare_project, use_environment
@@ -21,6 +22,7 @@ from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 
+from cm3leon.config import GateConfig  # noqa: E402
 from flows.graph import Stage, affected, stage_order  # noqa: E402
 from flows.promotion import register_gate_promote  # noqa: E402
 from flows.report import markdown, show_table  # noqa: E402
@@ -39,6 +41,20 @@ def run_stages(stages: list[Stage], outcomes: list[Outcome]) -> bool:
             return False
         outcomes[place] = cast(Outcome, state.result())
     return True
+
+
+class PipelineFailedError(RuntimeError):
+    """Ends the MLflow run of a pipeline as FAILED once everything is recorded; the message is the error's."""
+
+
+def promoted(config: GateConfig) -> tuple[str, str]:
+    """Register, gate and promote: the verdict, and the error that stopped it, empty where there was none."""
+    try:
+        return register_gate_promote(config), ""
+    except Exception as error:
+        get_run_logger().exception("the stages are done, but the model was not registered and gated")
+        problem = f"{type(error).__name__}: {error}"
+        return f"failed after the stages, {problem}; they are kept, and cm3leon register, gate and promote go on from there", problem
 
 
 @flow(name="cm3leon", persist_result=False)
@@ -60,20 +76,24 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
     os.environ[tracking.FLOW_RUN_ENV] = str(flow_run.id)
     stages = stage_order()
     outcomes = [Outcome(stage.name) for stage in stages]
-    with tracking.pipeline_run(config) as run:
+    problem = ""
+    with suppress(PipelineFailedError), tracking.pipeline_run(config) as run:
         done = run_stages(stages, outcomes)
         run.log_metrics({f"pipeline/{o.stage}_seconds": o.seconds for o in outcomes if o.state == "Completed"})
         run.log_metrics({f"pipeline/{o.stage}_peak_megabytes": o.peak_megabytes for o in outcomes if o.peak_megabytes})
         if not done:
             verdict = "failed; finished stages are kept, and the next run goes on from there"
+            problem = next((outcome.error for outcome in outcomes if outcome.error), "a stage failed")
         elif promote:
-            verdict = register_gate_promote(config.gate)
+            verdict, problem = promoted(config.gate)
         else:
             verdict = "stages are up to date; nothing registered (--no-promote)"
         _publish(markdown(outcomes, verdict, run.run_id))
+        if problem:
+            raise PipelineFailedError(problem)
     show_table(outcomes, verdict)
-    if not done:
-        return Failed(message=next(o.error for o in outcomes if o.error))
+    if problem:
+        return Failed(message=problem)
     return Completed(message=verdict, data=[vars(o) for o in outcomes])
 
 

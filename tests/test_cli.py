@@ -16,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cm3leon import cli
+from cm3leon.config import UserError
 from cm3leon.generation.generator import BadInputError, GeneratedImage
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,9 @@ class FakeGenerator:
                 for n in range(num_images)
             ]
         ]
+
+    def upscale(self, images: list[Image.Image]) -> list[Image.Image]:
+        return [image.resize((2 * image.width, 2 * image.height)) for image in images]
 
     def caption(self, images: list[Image.Image], *, long: bool = False) -> list[str]:
         return [f"{'long' if long else 'short'} {image.size}" for image in images]
@@ -126,6 +130,17 @@ def test_missing_parameters_are_one_line(tmp_path: Path) -> None:
     assert done.stderr == "error: params.yaml does not exist; write it with: cm3leon configure small\n"
 
 
+def test_what_a_stage_cannot_work_with_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("{}")
+
+    def refuse(config: object) -> None:
+        raise UserError("encoder has no images to train on")
+
+    monkeypatch.setitem(sys.modules, "cm3leon.stages.encoder", types.SimpleNamespace(run=refuse))  # type: ignore[arg-type]
+    assert call("encoder") == (2, "", "error: encoder has no images to train on\n")
+
+
 def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text("{}")
@@ -148,21 +163,30 @@ def test_generate_one(generator: FakeGenerator) -> None:
     picture = Image.open("one.png")
     assert picture.size == (8, 8)
     assert json.loads(picture.info["cm3leon"])["prompt"] == "a red circle"
-    assert "one.png: 1 image" in out
+    assert "one.png: seed 0, CLIP score 0.500" in out
     assert "Ada" in out
     assert "CC-BY-4.0" in out
 
 
-@pytest.mark.parametrize(("count", "size"), [(2, (16, 8)), (3, (16, 16)), (4, (16, 16)), (5, (24, 16))])
-def test_generate_several_make_a_grid(count: int, size: tuple[int, int], generator: FakeGenerator) -> None:
-    status, out, _ = call("generate", "shapes", "--num-images", str(count))
+def test_generate_several_are_files_of_their_own_the_best_first(generator: FakeGenerator) -> None:
+    status, out, _ = call("generate", "shapes", "--num-images", "3", "--out", "some.png")
     assert status == 0
-    grid = Image.open("out.png")
-    assert grid.size == size
-    assert grid.getpixel((2, 2)) == (255, 0, 0)
-    assert grid.getpixel((10, 2)) == (0, 128, 0)
-    assert [record["seed"] for record in json.loads(grid.info["cm3leon"])] == list(range(count))
-    assert f"{count} images" in out
+    assert sorted(path.name for path in Path().iterdir()) == ["some-2.png", "some-3.png", "some.png"]
+    for number, (name, colour) in enumerate({"some.png": (255, 0, 0), "some-2.png": (0, 128, 0), "some-3.png": (0, 0, 255)}.items()):
+        picture = Image.open(name)
+        assert picture.size == (8, 8) and picture.getpixel((2, 2)) == colour
+        assert json.loads(picture.info["cm3leon"])["seed"] == number
+        assert f"{name}: seed {number}, CLIP score {0.5 - number / 10:.3f}" in out
+    assert out.count("retrieved: ab12") == 1
+    assert call("caption", "some.png")[1] == "short (8, 8)\n"
+
+
+def test_generate_upscaled(generator: FakeGenerator) -> None:
+    assert call("generate", "shapes", "--num-images", "2", "--upscale")[0] == 0
+    for name in ("out.png", "out-2.png"):
+        picture = Image.open(name)
+        assert picture.size == (16, 16)
+        assert json.loads(picture.info["cm3leon"])["settings"]["upscale"] is True
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cm3leon.config import Config, ConfigError, load_config, parse_config
+from cm3leon.config import TASK_NAMES, Config, ConfigError, load_config, parse_config
 from cm3leon.profiles import configure, profile_names
+from cm3leon.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -72,12 +73,32 @@ def test_papers_models(name: str, layers: int, width: int, heads: int, rate: flo
     ({"sft": {"steps": 0}}, "sft.steps: Input should be greater than or equal to 1 (found 0)"),
     ({"validate": {"max_rejected_rate": 1.5}}, "validate.max_rejected_rate"),
     ({"pretrain": {"model": {"width": 10, "heads": 3}}}, "width 10 is not a multiple of heads 3"),
+    ({"sft": {"tasks": {"dance": 1.0}}}, "sft: tasks names dance; tasks are text_to_image, write"),
+    ({"sft": {"tasks": {"caption": -1.0}}}, "sft: the weights of tasks must be 0 or more"),
+    ({"sft": {"tasks": {"caption": 0.0}}}, "at least one above 0"),
+    ({"sft": {"documents": [0.5, 0.4]}}, "sft: documents must be shares"),
+    ({"sft": {"documents": []}}, "sft: documents must be shares"),
+    ({"pretrain": {"documents": [1.5, -0.5]}}, "pretrain: documents must be shares"),
+    ({"image_tokenizer": {"image_size": 256}}, "pretrain.model.context 256 is too short for an image of 1024 tokens"),
     ([1], "expected a mapping"),
 ])  # fmt: skip
 def test_wrong_parameters_are_named(tree: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=r"here\.yaml") as caught:
         parse_config(tree, "here.yaml")
     assert message in str(caught.value)
+
+
+def test_the_context_must_hold_an_image_and_text() -> None:
+    tokens = Config().image_tokenizer.tokens_per_image
+    parse_config({"pretrain": {"model": {"context": tokens + 32}}}, "here.yaml")
+    with pytest.raises(ConfigError, match=r"raise pretrain\.model\.context, lower image_tokenizer\.image_size") as caught:
+        parse_config({"pretrain": {"model": {"context": tokens + 31}}}, "here.yaml")
+    assert len(str(caught.value)) < 400, "the parameters are not repeated"
+    parse_config({"image_tokenizer": {"image_size": 256, "pretrained": "elsewhere"}}, "here.yaml")  # its own size counts
+
+
+def test_task_names_are_those_of_the_tasks() -> None:
+    assert tuple(TASKS) == TASK_NAMES
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

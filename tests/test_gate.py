@@ -48,7 +48,13 @@ def test_without_a_champion_only_floors_and_ceilings_decide():
 
 def test_a_demanded_score_that_is_missing_fails():
     config = GateConfig(floors={"cider": 1.0}, margins={"vqa_accuracy": 0.1})
-    assert failed(verdict(record(), record(), config)) == {("cider", "floor"), ("vqa_accuracy", "margin")}
+    assert failed(verdict(record(), record(vqa_accuracy=0.5), config)) == {("cider", "floor"), ("vqa_accuracy", "margin")}
+
+
+def test_a_margin_on_a_score_that_neither_record_has_demands_nothing():
+    result = verdict(record(), record(), GateConfig(margins={"vqa_accuracy": 0.1}))
+    assert result.passed and "neither record" in result.to_markdown()
+    assert failed(verdict(record(), record(), GateConfig(floors={"cider": 1.0}, margins={"cider": 0.1}))) == {("cider", "floor")}
 
 
 def test_a_score_that_the_champion_lacks_is_shown_and_not_demanded():

@@ -10,6 +10,7 @@ from cm3leon import paths, registry
 from cm3leon.bundle import BundleError, IncompleteRecordError, build_bundle, bundle_hash
 from cm3leon.config import Config, DecodingConfig, GateConfig
 from cm3leon.evaluation.record import Record
+from cm3leon.generation.generator import Generator
 from cm3leon.registry import CHALLENGER, CHAMPION, PREVIOUS_CHAMPION, PromotionError
 
 CONFIG = Config(profile="tiny", gate=GateConfig(floors={"composition": 0.4}, margins={"composition": 0.02}))
@@ -26,7 +27,7 @@ def stages(project, tiny_models):
 def evaluated(composition):
     """Write a record with this score and return the bundle."""
     record = Record.read(paths.EVALUATION)
-    record.scores["composition"] = composition
+    record.scores |= {"composition": composition, "composition/colour": 0.9}
     (paths.EVALUATION / "record.json").unlink()
     record.write(paths.EVALUATION)
     return build_bundle(Path("bundle"), CONFIG)
@@ -55,6 +56,8 @@ def test_bundle_has_every_part_and_its_hash_is_of_the_content_alone(stages):
     ):
         assert (bundle / name).is_file()
     assert DecodingConfig.model_validate_json((bundle / "decoding.json").read_text()) == CONFIG.decoding
+    loaded = Generator.from_bundle(bundle, device="cpu")
+    assert loaded.retrieval == CONFIG.retrieve and loaded.super_resolution is not None
     first = bundle_hash(bundle)
     paths.run_file("sft").parent.mkdir(parents=True)
     paths.run_file("sft").write_text('{"run_id": "r1"}')

@@ -5,11 +5,12 @@ import pandas as pd
 import pytest
 from tests_support import make_documents
 
-from cm3leon.config import ObjectiveConfig, SFTConfig
+from cm3leon.config import ObjectiveConfig, SFTConfig, UserError
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.task_samples import TaskSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.documents import EOS, EOSS, Vocabulary, check_grammar
+from cm3leon.stages.text_tokenizer import texts
 from cm3leon.tasks import TASKS, answer_prompt, available, image_prompt, split_template
 from cm3leon.tokenizers.text import TextTokenizer
 
@@ -40,11 +41,11 @@ def test_a_task_is_available_where_its_column_is_filled():
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    def make(tasks, **options):
+    def make(tasks, change=None, **options):
         directory = tmp_path_factory.mktemp("tokens")
         write_tokens(directory, "train", make_documents(40), 16, 100)
         store = TokenStore(directory)
-        manifest = pd.DataFrame([{"id": name, **ROW} for name in store.ids])
+        manifest = pd.DataFrame([{"id": name, **ROW, **(change(row) if change else {})} for row, name in enumerate(store.ids)])
         documents = PretrainingSamples(store, store, {}, VOCABULARY, ObjectiveConfig(), [1.0], 160, 0)
         return TaskSamples(documents, manifest, TOKENIZER, SFTConfig(tasks=tasks, **options))
 
@@ -93,6 +94,21 @@ def test_the_mix_follows_its_weights(samples):
     assert abs(masked / 800 - 0.25) < 0.06
 
 
-def test_unknown_tasks_are_refused(samples):
-    with pytest.raises(ValueError, match="unknown tasks"):
-        samples({"dance": 1.0})
+def test_documents_without_a_task_are_no_samples(samples):
+    drawn = samples({"vqa": 1.0}, lambda row: {} if row % 4 == 1 else {"questions": []})
+    assert len(drawn) == drawn.counts()["vqa"] == 10
+    codes = [drawn.documents.store[row].codes for row in range(1, 40, 4)]
+    for row in range(len(drawn)):
+        masked, _ = drawn(0, row)
+        assert (VOCABULARY.image(codes[row]) == masked.tokens[VOCABULARY.is_image(masked.tokens)]).all()
+
+
+def test_no_document_with_a_task_is_an_error(samples):
+    with pytest.raises(UserError, match=r"none of 40 documents .*\(vqa needs questions\)"):
+        samples({"vqa": 1.0, "caption": 0.0}, lambda row: {"questions": []})
+
+
+def test_the_text_tokenizer_learns_the_templates_words_and_no_field_names():
+    learnt = list(texts(pd.DataFrame(columns=["captions", "long_caption", "questions"])))
+    assert {"Question:", " Answer:", " The answer is", "Describe the given picture."} <= set(learnt)
+    assert not any("{" in text or "}" in text for text in learnt)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm3leon.config import ObjectiveConfig
+from cm3leon.config import ObjectiveConfig, UserError
 from cm3leon.data.tokens import Document, TokenStore
 from cm3leon.documents import PAD, Body, Vocabulary, build_body
 from cm3leon.objective import Masked, mask
@@ -72,7 +72,7 @@ def fit_body(documents: list[list[tuple[str, np.ndarray]]], longest: int) -> Bod
     """Lay the documents out in at most ``longest`` tokens: drop retrieved documents first, then cut the query's text, never an image.
 
     Raises:
-        ValueError: if the query's image alone is too long.
+        UserError: if the query's image alone is too long.
     """
     body = build_body(documents)
     while len(body.tokens) > longest and len(documents) > 1:
@@ -86,7 +86,7 @@ def fit_body(documents: list[list[tuple[str, np.ndarray]]], longest: int) -> Bod
             excess -= cut
             query.append((modality, ids[: len(ids) - cut]))
         if excess > 0:
-            raise ValueError(f"a sequence needs {len(body.tokens)} tokens without its text; the longest allowed is {longest}: raise context")
+            raise UserError(f"a sequence needs {len(body.tokens)} tokens without its text; the longest allowed is {longest}: raise context")
         body = build_body([query])
     return body
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cm3leon.config import SFTConfig
+from cm3leon.config import SFTConfig, UserError
 from cm3leon.data.sequences import MASK_ROOM, PretrainingSamples, fit_body, sample_rng
 from cm3leon.objective import Masked, apply_spans
 from cm3leon.tasks import TASKS, available, fields, lay_out
@@ -19,7 +19,13 @@ from cm3leon.tokenizers.text import TextTokenizer
 
 @dataclass(frozen=True)
 class TaskSamples:
-    """Samples of the multitask mix over the documents of ``documents.store``; ``manifest`` holds their task columns."""
+    """Samples of the multitask mix over the documents of ``documents.store``; ``manifest`` holds their task columns.
+
+    Rows are those of the ``len(self)`` documents that allow a task of the mix, in the store's order; the others are no samples.
+
+    Raises:
+        UserError: if no document allows a task of the mix.
+    """
 
     documents: PretrainingSamples
     manifest: pd.DataFrame
@@ -27,11 +33,21 @@ class TaskSamples:
     config: SFTConfig
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.config.tasks) - set(TASKS))
-        if unknown:
-            raise ValueError(f"sft.tasks names unknown tasks {unknown}; known: {sorted(TASKS)}")
-        if not self.counts():
-            raise ValueError("no document has a column that a task of sft.tasks needs")
+        if not len(self):
+            wanted = {name: TASKS[name].column for name, weight in self.config.tasks.items() if weight > 0}
+            columns = ", ".join(f"{name} needs {column}" for name, column in wanted.items())
+            raise UserError(
+                f"none of {len(self.documents.store)} documents of a split has what a task of sft.tasks needs ({columns}): "
+                "add the column to the collection, or another task to sft.tasks"
+            )
+
+    def __len__(self) -> int:
+        return len(self._usable)
+
+    @cached_property
+    def _usable(self) -> list[int]:
+        """Rows of the store whose documents allow a task."""
+        return [row for row, name in enumerate(self.documents.store.ids) if self.choices(self._rows[name])]
 
     @cached_property
     def _rows(self) -> dict[str, dict[str, Any]]:
@@ -47,7 +63,7 @@ class TaskSamples:
         return Counter(name for row in self._rows.values() for name in self.choices(row))
 
     def __call__(self, epoch: int, row: int) -> tuple[Masked, np.ndarray]:
-        document = self.documents.store[row]
+        document = self.documents.store[self._usable[row]]
         rng = sample_rng(self.documents.seed + 1, epoch, document.id)
         values = self._rows[document.id]
         names = self.choices(values)

@@ -1,4 +1,7 @@
-"""Tokenised documents: Arrow IPC shards, memory-mapped, so that resident memory does not grow with the data.
+"""Tokenised documents: Arrow IPC shards, memory-mapped.
+
+Codes and texts stay on disk until they are read. What grows with the data in memory is the list of ids and the map from id to row, under
+200 bytes a document, in each process that opens a store.
 
 Columns (fixed): ``id`` (string), ``codes`` (fixed-size list of uint16), ``texts`` (list of lists of uint32: the captions).
 Files are named after their split: ``train-00000.arrow``.
@@ -34,8 +37,10 @@ class Document:
 
 
 def write_tokens(directory: Path, split: str, documents: Iterable[Document], tokens_per_image: int, shard_documents: int) -> int:
-    """Write one split's shards; returns the number of documents."""
+    """Write one split's shards in place of those an earlier run left; returns the number of documents."""
     directory.mkdir(parents=True, exist_ok=True)
+    for old in directory.glob(f"{split}-*.arrow"):
+        old.unlink()
     layout = schema(tokens_per_image)
     pending: list[Document] = []
     written = 0

@@ -1,4 +1,4 @@
-"""Distances between two sets of image features: Frechet (FID where the features are Inception's) and kernel (KID).
+"""Distance between two sets of image features: Frechet (FID where the features are Inception's).
 
 The number means nothing without the feature network, the reference set, the image path (size, resize filter, file format) and the
 sample count: record them beside it.
@@ -53,23 +53,3 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     """
     a, b = _check(features_a, features_b)
     return gaussian_distance(a.mean(0), _covariance(a), b.mean(0), _covariance(b))
-
-
-def kernel_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy under ``(x.y / d + 1)^3`` (KID, Binkowski et al. 2018), over all pairs in float64.
-
-    Unbiased, so about 0, and possibly below, for two samples of one distribution. Memory grows with ``n * m``.
-
-    Raises:
-        ValueError: as :func:`frechet_distance`.
-    """
-    a, b = _check(features_a, features_b)
-
-    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x: np.ndarray) -> float:
-        gram = kernel(x, x)
-        return float(gram.sum() - np.trace(gram)) / (len(x) * (len(x) - 1))
-
-    return within(a) + within(b) - 2 * float(kernel(a, b).mean())

@@ -6,6 +6,7 @@ something known: real images, their reconstructions, the captions, images or ans
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -20,9 +21,13 @@ from cm3leon.evaluation.record import Record
 
 Images = Sequence[Image.Image]
 
+KINDS = 12
+"""Most kinds of questions with a score of their own."""
+KIND_CHARACTERS = 40
+
 
 def others(count: int) -> np.ndarray:
-    """For each position another one: the baseline pairs everything with what belongs to its successor."""
+    """For each position another one: the baseline pairs everything with what belongs to its successor. Needs two or more."""
     return (np.arange(count) + 1) % count
 
 
@@ -42,8 +47,9 @@ def measure_composition(
     record.add("composition", [float(all(verdict.values())) for verdict in counted], resamples, seed)
     record.calibration["composition_real"] = composition.score(prompts, originals)["composition"]
     record.calibration["composition_reconstructions"] = composition.score(prompts, reconstructions)["composition"]
-    shuffled = [prompts[i] for i in others(len(prompts))]
-    record.calibration["composition_other_captions"] = composition.score(shuffled, drawn)["composition"]
+    if len(prompts) > 1:
+        shuffled = [prompts[i] for i in others(len(prompts))]
+        record.calibration["composition_other_captions"] = composition.score(shuffled, drawn)["composition"]
     return verdicts
 
 
@@ -60,11 +66,14 @@ def measure_images(
     """CLIP score and Fréchet distance on the encoder's image features.
 
     Calibration: the CLIP score of originals and of other documents' captions; the distance of reconstructions to the originals.
+    A single image has no distance and no other document.
     """
     texts = encoder.encode_texts(list(prompts))
     found, real = encoder.encode_images(list(drawn)), encoder.encode_images(list(originals))
     record.add("clip_score", (found * texts).sum(1), resamples, seed)
     record.calibration["clip_score_real"] = float((real * texts).sum(1).mean())
+    if len(texts) < 2:
+        return
     record.calibration["clip_score_other_captions"] = float((found * texts[others(len(texts))]).sum(1).mean())
     record.scores["fd_encoder"] = frechet_distance(found, real)
     record.calibration["fd_encoder_reconstructions"] = frechet_distance(encoder.encode_images(list(reconstructions)), real)
@@ -75,20 +84,30 @@ def measure_captions(record: Record, names: Sequence[str], hypotheses: Sequence[
     wanted = {name: list(texts) for name, texts in zip(names, references, strict=True)}
     for name, value in caption_metrics.score(dict(zip(names, hypotheses, strict=True)), wanted).items():
         record.scores[name] = value
+    if len(names) < 2:
+        return
     shuffled = {name: hypotheses[i] for name, i in zip(names, others(len(names)), strict=True)}
     record.calibration["cider_other_images"] = caption_metrics.score(shuffled, wanted)["cider"]
 
 
 def question_kind(question: str) -> str:
-    """The first two words: what a question asks for, for the breakdown."""
-    return " ".join(question.lower().rstrip("?").split()[:2])
+    """The first two words, as a name that trackers take: what a question asks for, for the breakdown."""
+    words = " ".join(question.lower().split()[:2])
+    return re.sub(r"[^\w]+", "_", words).strip("_")[:KIND_CHARACTERS] or "other"
+
+
+def pictures_of_others(asked: Sequence[tuple[str, str, list[str]]]) -> list[str] | None:
+    """For each (image, question, answers) the image of the next one that has another image; None where all have the same."""
+    images = [image for image, _, _ in asked]
+    found = [next((other for other in [*images[i + 1 :], *images[:i]] if other != image), None) for i, image in enumerate(images)]
+    return [image for image in found if image is not None] if None not in found else None
 
 
 def measure_answers(
     record: Record,
     questions: Sequence[str],
     answers: Sequence[str],
-    answers_of_others: Sequence[str],
+    answers_of_others: Sequence[str] | None,
     truths: Sequence[Sequence[str]],
     training_answers: Counter[tuple[str, str]],
     resamples: int,
@@ -96,7 +115,8 @@ def measure_answers(
 ) -> None:
     """VQA accuracy, as a share, also by kind of question.
 
-    Calibration: the answers given to the same questions about *other* images, and the most frequent training answer of each kind.
+    Only the most frequent kinds have a score of their own. Calibration: the answers given to the same questions about *other* images
+    (None: there are none), and the most frequent training answer of each kind.
     """
 
     def shares(given: Sequence[str]) -> list[float]:
@@ -107,9 +127,11 @@ def measure_answers(
     by_kind = defaultdict(list)
     for question, value in zip(questions, scores, strict=True):
         by_kind[question_kind(question)].append(value)
-    for kind, values in sorted(by_kind.items()):
-        record.scores[f"vqa_accuracy/{kind.replace(' ', '_')}"] = float(np.mean(values))
-    record.calibration["vqa_accuracy_other_images"] = float(np.mean(shares(answers_of_others)))
+    frequent = sorted(by_kind.items(), key=lambda item: (-len(item[1]), item[0]))[:KINDS]
+    for kind, values in frequent:
+        record.scores[f"vqa_accuracy/{kind}"] = float(np.mean(values))
+    if answers_of_others is not None:
+        record.calibration["vqa_accuracy_other_images"] = float(np.mean(shares(answers_of_others)))
     majority: dict[str, str] = {}
     for (kind, answer), _ in training_answers.most_common():
         majority.setdefault(kind, answer)

@@ -20,10 +20,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from cm3leon.config import DecodingConfig, RetrieveConfig
 from cm3leon.data.images import fit_square
-from cm3leon.data.sequences import document_segments
 from cm3leon.data.tokens import TokenStore
 from cm3leon.documents import Tokens
-from cm3leon.generation.engine import generate_images, generate_texts
+from cm3leon.generation.engine import PromptTooLongError, generate_images, generate_texts
 from cm3leon.model import Decoder
 from cm3leon.progress import track
 from cm3leon.tasks import TASKS, answer_prompt, image_prompt
@@ -34,9 +33,13 @@ from cm3leon.tokenizers.text import TextTokenizer
 if TYPE_CHECKING:
     from cm3leon.retrieval.encoder import Encoder
     from cm3leon.retrieval.index import MemoryBank
+    from cm3leon.super_resolution import SuperResolution
 
 ROWS = 128
 """Sequences decoded together."""
+
+PICTURES = 64
+"""Images encoded or decoded together."""
 
 
 class BadInputError(ValueError):
@@ -81,9 +84,12 @@ class Generator:
         encoder: Encoder | None = None,
         memory_bank: MemoryBank | None = None,
         tokens: TokenStore | None = None,
+        super_resolution: SuperResolution | None = None,
+        retrieval: RetrieveConfig | None = None,
     ) -> None:
         self.model, self.image_tokenizer, self.text_tokenizer = model, image_tokenizer, text_tokenizer
         self.decoding, self.encoder, self.memory_bank, self.tokens = decoding, encoder, memory_bank, tokens
+        self.super_resolution, self.retrieval = super_resolution, retrieval or RetrieveConfig()
 
     @classmethod
     def from_parts(
@@ -96,19 +102,29 @@ class Generator:
         encoder: Path | None = None,
         memory_bank: Path | None = None,
         tokens: Path | None = None,
+        super_resolution: Path | None = None,
+        retrieval: RetrieveConfig | None = None,
         device: str | None = None,
     ) -> Generator:
-        """Load from the directories of the stages. Without ``encoder`` there is no reranking, without ``memory_bank`` no retrieval."""
+        """Load from the directories of the stages.
+
+        Without ``encoder`` there is no reranking, without ``memory_bank`` no retrieval, without ``super_resolution`` no upscaling.
+        ``retrieval`` has the rules by which neighbours are taken; None: the package's.
+        """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded_encoder, loaded_bank = None, None
+        loaded_encoder, loaded_bank, upscaler = None, None, None
         if encoder is not None:
             from cm3leon.retrieval.encoder import Encoder
 
-            loaded_encoder = Encoder.load(encoder)
+            loaded_encoder = Encoder.load(encoder).to(device)
         if memory_bank is not None:
             from cm3leon.retrieval.index import MemoryBank
 
             loaded_bank = MemoryBank.load(memory_bank)
+        if super_resolution is not None:
+            from cm3leon.super_resolution import SuperResolution
+
+            upscaler = SuperResolution.load(super_resolution).to(device)
         return cls(
             Decoder.load(model, device),
             ImageTokenizer.load(image_tokenizer, device),
@@ -117,6 +133,8 @@ class Generator:
             loaded_encoder,
             loaded_bank,
             TokenStore(tokens) if tokens is not None else None,
+            upscaler,
+            retrieval,
         )
 
     @classmethod
@@ -129,6 +147,7 @@ class Generator:
         path = Path(path)
         if not (path / "decoding.json").is_file():
             raise FileNotFoundError(f"{path} is not a bundle: it has no decoding.json")
+        upscaler, retrieval = path / "super_resolution", path / "retrieval.json"
         return cls.from_parts(
             model=path,
             image_tokenizer=path / "image_tokenizer",
@@ -137,6 +156,8 @@ class Generator:
             encoder=path / "encoder",
             memory_bank=path / "memory_bank",
             tokens=path / "memory_bank" / "tokens",
+            super_resolution=upscaler if upscaler.is_dir() else None,
+            retrieval=RetrieveConfig.model_validate_json(retrieval.read_text()) if retrieval.is_file() else None,
             device=device,
         )
 
@@ -166,7 +187,8 @@ class Generator:
         """Draw ``num_images`` images for each prompt, best first.
 
         For each image returned ``candidates`` are drawn and ranked by CLIP score. A candidate's noise depends on ``seed`` and its number
-        alone. None takes the bundle's decoding default.
+        alone. None takes the bundle's decoding default. Retrieved documents that do not fit in the context beside the prompt are left
+        out, the least relevant first; ``neighbours`` of an image are those that stood before it.
 
         Raises:
             BadInputError: for an empty prompt or an impossible setting.
@@ -180,7 +202,7 @@ class Generator:
         if num_images < 1:
             raise BadInputError(f"num_images must be at least 1, found {num_images}")
         draws = num_images * settings.candidates
-        neighbours = [self.neighbours(prompt, settings.documents) for prompt in prompts]
+        neighbours = [self._fitting(prompt, self.neighbours(prompt, settings.documents)) for prompt in prompts]
         jobs = [(row, seed + number) for row in range(len(prompts)) for number in range(draws)]
         drawn: list[list[GeneratedImage]] = [[] for _ in prompts]
         chunks = [jobs[i : i + ROWS] for i in range(0, len(jobs), ROWS)]
@@ -209,12 +231,9 @@ class Generator:
     def _draw(
         self, jobs: list[tuple[int, int]], prompts: Sequence[str], neighbours: list[list[dict[str, Any]]], settings: DecodingConfig
     ) -> list[tuple[tuple[int, int], Image.Image, np.ndarray]]:
-        vocabulary = self.model.vocabulary
-        conditional, unconditional = [], []
-        for row, _ in jobs:
-            retrieved = [self._segments(n["id"]) for n in neighbours[row]]
-            conditional.append(image_prompt(vocabulary.text(self.text_tokenizer.encode(prompts[row])), retrieved))
-            unconditional.append(image_prompt(np.array([vocabulary.sentinel(0)]), retrieved))
+        mask = np.array([self.model.vocabulary.sentinel(0)])
+        conditional = [self._image_prompt(prompts[row], neighbours[row]) for row, _ in jobs]
+        unconditional = [image_prompt(mask, [self._segments(n["id"]) for n in neighbours[row]]) for row, _ in jobs]
         codes = generate_images(
             self.model,
             conditional,
@@ -224,12 +243,47 @@ class Generator:
             top_p=settings.top_p,
             guidance=settings.guidance,
         )
-        images = image_of(self.image_tokenizer.decode(torch.from_numpy(codes).to(self.model.device)))
-        return list(zip(jobs, images, codes, strict=True))
+        return list(zip(jobs, self.decode(codes), codes, strict=True))
+
+    def _image_prompt(self, prompt: str, neighbours: Sequence[dict[str, Any]]) -> Tokens:
+        text = self.model.vocabulary.text(self.text_tokenizer.encode(prompt))
+        return image_prompt(text, [self._segments(n["id"]) for n in neighbours])
 
     def _segments(self, name: str) -> list[tuple[str, Tokens]]:
+        """A document of the memory bank as it stands before a prompt: its first caption, the one shown, and its image."""
         assert self.tokens is not None
-        return document_segments(self.tokens.by_id(name), self.model.vocabulary, np.random.default_rng(0))
+        document, vocabulary = self.tokens.by_id(name), self.model.vocabulary
+        return [("text", vocabulary.text(document.texts[0])), ("image", vocabulary.image(document.codes))]
+
+    def fits(self, prompt: str, neighbours: Sequence[dict[str, Any]] = ()) -> bool:
+        """Whether a prompt, its retrieved documents and the image to draw fit in the context."""
+        return len(self._image_prompt(prompt, neighbours)) + self.model.vocabulary.tokens_per_image <= self.model.spec.context
+
+    def _fitting(self, prompt: str, neighbours: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        while neighbours and not self.fits(prompt, neighbours):
+            neighbours = neighbours[:-1]
+        return neighbours
+
+    def shorten(self, prompt: str) -> str:
+        """As much of a prompt's beginning as fits in the context with the image to draw; what fits already stays as it is."""
+        vocabulary = self.model.vocabulary
+        around = len(image_prompt(np.array([vocabulary.sentinel(0)]), [])) - 1 + vocabulary.tokens_per_image
+        return self._cut(prompt, self.model.spec.context - around)
+
+    def shorten_question(self, question: str) -> str:
+        """As :meth:`shorten`, for a question about an image; leaves room for an answer of ``max_text_tokens``, or of half the rest."""
+        template, blank = TASKS["vqa"].templates[0], np.zeros(self.model.vocabulary.tokens_per_image, dtype=np.int64)
+        empty = answer_prompt(template, {"question": ""}, blank, self.model.vocabulary, self.text_tokenizer)
+        room = self.model.spec.context - len(empty)
+        return self._cut(question, room - min(self.decoding.max_text_tokens, room // 2))
+
+    def _cut(self, text: str, room: int) -> str:
+        cut, ids = text, self.text_tokenizer.encode(text)
+        keep = max(1, room)
+        while len(self.text_tokenizer.encode(cut)) > max(1, room) and keep > 0:  # a beginning read again can take more tokens than before
+            cut = self.text_tokenizer.decode(ids[:keep]).rstrip("\ufffd ")  # the cut may fall inside a character
+            keep -= 1
+        return cut
 
     def neighbours(self, prompt: str, count: int) -> list[dict[str, Any]]:
         """Documents of the memory bank that stand before a prompt: id, caption, licence, attribution, source, score.
@@ -243,7 +297,7 @@ class Generator:
             raise BadInputError("documents > 0 needs a bundle with an encoder and a memory bank")
         from cm3leon.retrieval.strategy import find
 
-        wanted = RetrieveConfig(candidates_per_modality=count)
+        wanted = self.retrieval.model_copy(update={"candidates_per_modality": count})
         [found] = find(self.memory_bank, wanted, text=self.encoder.encode_texts([prompt]))
         documents = self.memory_bank.documents
         return [{**documents.iloc[n.position].to_dict(), "score": round(n.score, 4)} for n in found]
@@ -268,8 +322,26 @@ class Generator:
     def encode(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Codes (B, tokens_per_image) of images of any size; each is fitted to the tokenizer's square."""
         size = self.image_tokenizer.spec.image_size
-        pixels = np.stack([np.asarray(fit_square(image, size)) for image in images])
-        return self.image_tokenizer.encode(to_float(torch.from_numpy(pixels), self.model.device)).cpu().numpy()
+        parts = []
+        for start in range(0, len(images), PICTURES):
+            pixels = np.stack([np.asarray(fit_square(image, size)) for image in images[start : start + PICTURES]])
+            parts.append(self.image_tokenizer.encode(to_float(torch.from_numpy(pixels), self.model.device)).cpu().numpy())
+        return np.concatenate(parts)
+
+    def decode(self, codes: np.ndarray) -> list[Image.Image]:
+        """Images of codes (B, tokens_per_image)."""
+        parts = torch.from_numpy(codes).split(PICTURES)
+        return [image for part in parts for image in image_of(self.image_tokenizer.decode(part.to(self.model.device)))]
+
+    def upscale(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        """Images enlarged by the bundle's upscaler.
+
+        Raises:
+            BadInputError: if the generator has none.
+        """
+        if self.super_resolution is None:
+            raise BadInputError("upscaling needs a bundle with super_resolution/")
+        return self.super_resolution.upscale(images)
 
     def caption(self, images: Sequence[Image.Image], *, long: bool = False, temperature: float = 0.0, seed: int = 0) -> list[str]:
         """Describe each image, briefly or at length."""
@@ -281,6 +353,7 @@ class Generator:
 
         Raises:
             BadInputError: if the lists differ in length or a question is empty.
+            PromptTooLongError: if a question leaves no room for an answer.
         """
         if len(images) != len(questions):
             raise BadInputError(f"{len(images)} images but {len(questions)} questions; give one question for each image")
@@ -300,8 +373,20 @@ class Generator:
                 answer_prompt(template, given, row, self.model.vocabulary, self.text_tokenizer)
                 for given, row in zip(values[part], codes, strict=True)
             ]
-            room = min(self.decoding.max_text_tokens, self.model.spec.context - max(len(p) for p in prompts))
-            seeds = [seed] * len(prompts)
-            texts = generate_texts(self.model, prompts, seeds, temperature=temperature, top_p=self.decoding.top_p, max_tokens=room)
-            answers += [self.text_tokenizer.decode(ids).strip() for ids in texts]
+            rooms = [min(self.decoding.max_text_tokens, self.model.spec.context - len(prompt)) for prompt in prompts]
+            for given, room, prompt in zip(values[part], rooms, prompts, strict=True):
+                if room < 1:
+                    what = f"the question {given['question'][:60]!r}" if "question" in given else "the instruction"
+                    raise PromptTooLongError(
+                        f"{what} and the image take {len(prompt)} tokens and leave no room for an answer in the context of "
+                        f"{self.model.spec.context}; shorten it"
+                    )
+            found = [""] * len(prompts)
+            for room in sorted(set(rooms)):  # those with little room go apart, so that a long question does not cut others' answers
+                same = [row for row, own in enumerate(rooms) if own == room]
+                options = {"temperature": temperature, "top_p": self.decoding.top_p}
+                texts = generate_texts(self.model, [prompts[row] for row in same], [seed] * len(same), max_tokens=room, **options)
+                for row, ids in zip(same, texts, strict=True):
+                    found[row] = self.text_tokenizer.decode(ids).strip()
+            answers += found
         return answers

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from cm3leon.config import EncoderConfig
+from cm3leon.config import EncoderConfig, UserError
 from cm3leon.data.pixels import ImageSet
 from cm3leon.retrieval.encoder import ClipTokenizer, Encoder, build_clip, embed_ids, embed_pixels, trained_settings
 from cm3leon.tokenizers.text import TextTokenizer
@@ -121,11 +121,11 @@ def train(
     """Train an encoder on images and their captions (one at random each time). The same arguments give the same weights on one machine.
 
     Raises:
-        ValueError: if there are fewer than two images or an image has no caption.
+        UserError: if there are fewer than two images; ValueError: if an image has no caption.
     """
     if len(images) < 2 or len(images) != len(captions):
         found = f"{len(images)} images, {len(captions)} caption lists"
-        raise ValueError(f"contrastive training needs two or more images with captions, found {found}")
+        raise UserError(f"contrastive training needs two or more images with captions, found {found}")
     if any(not texts for texts in captions):
         raise ValueError("every image needs a caption; drop images without one before training the encoder")
     every = [text for texts in captions for text in texts]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cm3leon import _torchvision
-from cm3leon.config import EncoderConfig
+from cm3leon.config import ConfigError, EncoderConfig
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore
 from cm3leon.progress import progress
@@ -113,17 +113,17 @@ class Encoder:
             weights: a tag of it, e.g. ``laion2b_s34b_b79k`` (downloaded), or the path of a checkpoint.
 
         Raises:
-            ValueError: if open_clip knows no such architecture, or neither tag nor file.
+            ConfigError: if open_clip knows no such architecture, or neither tag nor file.
         """
         _torchvision.make_importable()
         import open_clip
 
         if architecture not in open_clip.list_models():
-            raise ValueError(f"encoder.pretrained_model {architecture!r}: open_clip has no such architecture; see open_clip.list_models()")
+            raise ConfigError(f"encoder.pretrained_model {architecture!r}: open_clip has no such architecture; see open_clip.list_models()")
         tags = open_clip.list_pretrained_tags_by_model(architecture)
         if weights not in tags and not Path(weights).is_file():
             known = ", ".join(tags) or "none"
-            raise ValueError(f"encoder.pretrained_weights {weights!r}: neither a file nor a tag of {architecture}; tags: {known}")
+            raise ConfigError(f"encoder.pretrained_weights {weights!r}: neither a file nor a tag of {architecture}; tags: {known}")
         model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=weights)
         settings = {"kind": "pretrained", "architecture": architecture, "preprocess": _plain(open_clip.get_model_preprocess_cfg(model))}
         return cls(model, settings, open_clip.get_tokenizer(architecture), preprocess)

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from cm3leon.config import UserError
+
 INDEX, DOCUMENTS, SETTINGS = "index.faiss", "documents.parquet", "config.json"
 TEXTS, IMAGES = "text_embeddings.npy", "image_embeddings.npy"
 Kind = Literal["flat", "ivf", "hnsw"]
@@ -84,10 +86,10 @@ class MemoryBank:
             encoder: fingerprint of the encoder that made them.
 
         Raises:
-            ValueError: if there are no documents, an id repeats, a caption is empty, or counts differ.
+            UserError: if there are no documents; ValueError: if an id repeats, a caption is empty, or counts differ.
         """
         if documents.empty:
-            raise ValueError("the memory bank would be empty: no train document has both a caption and an image")
+            raise UserError("the memory bank would be empty: no train document has both a caption and an image")
         if documents["id"].duplicated().any():
             raise ValueError(f"document id {documents['id'][documents['id'].duplicated()].iloc[0]!r} occurs twice")
         if documents["caption"].isna().any() or (documents["caption"].str.strip() == "").any():
@@ -130,9 +132,9 @@ class MemoryBank:
         return len(self.documents)
 
     def check_encoder(self, fingerprint: str) -> None:
-        """Raise ValueError unless the bank was made with the encoder of this fingerprint."""
+        """Raise UserError unless the bank was made with the encoder of this fingerprint."""
         if self.settings["encoder"] != fingerprint:
-            raise ValueError(f"the memory bank was made with encoder {self.settings['encoder']}, not {fingerprint}; run: cm3leon index")
+            raise UserError(f"the memory bank was made with encoder {self.settings['encoder']}, not {fingerprint}; run: cm3leon index")
 
     def vectors(self, positions: np.ndarray) -> np.ndarray:
         """float32 ``(..., d)`` unit document vectors at ``positions``; where a position is -1 the vector is the last one's."""

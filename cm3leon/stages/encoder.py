@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from cm3leon import paths, tracking
-from cm3leon.config import Config, EncoderConfig
+from cm3leon.config import Config, ConfigError, EncoderConfig
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
 from cm3leon.progress import progress
@@ -44,7 +44,7 @@ def make(config: EncoderConfig, seed: int, store: ImageStore, rows: pd.DataFrame
     """Pretrained or newly trained, as the configuration says."""
     if config.pretrained_model:
         if not config.pretrained_weights:
-            raise ValueError("encoder.pretrained_model needs encoder.pretrained_weights, an open_clip tag or the path of a checkpoint")
+            raise ConfigError("encoder.pretrained_model needs encoder.pretrained_weights, an open_clip tag or the path of a checkpoint")
         return Encoder.pretrained(config.pretrained_model, config.pretrained_weights)
     images = ImageSet(store, rows["image"].tolist(), config.image_size)
     with progress("encoder", config.steps, "steps") as meter:
@@ -62,6 +62,8 @@ def run(config: Config) -> dict[str, float]:
     section = config.encoder
     store = ImageStore(paths.RAW)
     with tracking.stage_run("encoder", config) as run:
+        run.log_dataset(paths.RAW, "raw")
+        run.log_dataset(paths.VALIDATED, "validated")
         rows = paired(read_manifest(paths.VALIDATED, "train", ["image", "captions"]))
         encoder = make(section, config.seed, store, rows, run)
         encoder.save(paths.ENCODER)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
-from cm3leon import paths, tracking
+from cm3leon import paths, super_resolution, tracking
 from cm3leon.config import Config
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore, read_manifest
+from cm3leon.data.pixels import ImageSet
 from cm3leon.evaluation import measure
 from cm3leon.evaluation.record import Record, digest
-from cm3leon.generation.generator import Generator, image_of
+from cm3leon.generation.generator import Generator
 from cm3leon.stages.common import save_captioned
+from cm3leon.stages.super_resolution import target_side
+from cm3leon.tokenizers.image_training import reconstruct
 
 SAMPLES = "samples.png"
 CAPTIONED = "captions.png"
@@ -48,22 +53,47 @@ def training_answers(manifest: pd.DataFrame) -> Counter[tuple[str, str]]:
     )
 
 
-def answer_all(generator: Generator, store: ImageStore, asked: list[tuple[str, str, list[str]]], shift: int) -> list[str]:
-    """Answers to the questions about their own images, or with ``shift`` 1 about the next question's."""
-    images = [store.open(asked[(number + shift) % len(asked)][0]) for number in range(len(asked))]
-    return generator.answer(images, [question for _, question, _ in asked])
+def first_caption(captions: Sequence[str]) -> str:
+    """The first that is not blank; ``validate`` lets no document pass without."""
+    return next(text for text in map(str, captions) if text.strip())
 
 
-def contract(config: Config, rows: pd.DataFrame, prompts: list[str], asked: list[Any], generator: Generator) -> dict[str, Any]:
-    """What was asked and how: equal contracts make scores comparable."""
+def answer_all(generator: Generator, store: ImageStore, refs: Sequence[str], questions: Sequence[str]) -> list[str]:
+    """An answer to each question about its image; questions too long for the context lose their end."""
+    images = fitted(generator, store, refs)
+    return generator.answer(images, [generator.shorten_question(question) for question in questions])
+
+
+def fitted(generator: Generator, store: ImageStore, refs: Sequence[str]) -> list[Image.Image]:
+    """The images as the tokenizer takes them."""
+    return [fit_square(store.open(ref), generator.image_tokenizer.spec.image_size) for ref in refs]
+
+
+def measure_upscaler(record: Record, generator: Generator, store: ImageStore, refs: Sequence[str], side: int) -> None:
+    """PSNR of reductions of the images, upscaled again, against the images themselves. Calibration: bicubic interpolation."""
+    assert generator.super_resolution is not None
+    figures = super_resolution.evaluate(generator.super_resolution, ImageSet(store, refs, side))
+    record.scores["super_resolution_psnr_rgb"] = figures["psnr_rgb"]
+    record.calibration["super_resolution_psnr_rgb_bicubic"] = figures["psnr_rgb_bicubic"]
+
+
+def contract(
+    config: Config, rows: pd.DataFrame, prompts: list[str], captioned: pd.DataFrame, asked: list[Any], generator: Generator, side: int
+) -> dict[str, Any]:
+    """What was asked and how: equal contracts make scores comparable. ``side``: of the images the upscaler is measured on, pixels."""
+    references = [list(texts) for texts in captioned["captions"]]
     return {
         "images": digest(rows["id"].tolist()),
         "prompts": digest(prompts),
+        "captioned": digest(captioned["id"].tolist()),
+        "references": digest(references),
         "questions": digest(asked),
-        "counts": {"prompts": len(prompts), "questions": len(asked)},
+        "counts": {"prompts": len(prompts), "captioned": len(captioned), "questions": len(asked)},
         "seed": config.evaluate.seed,
         "decoding": config.decoding.model_dump(),
+        "retrieval": config.retrieve.model_dump() if config.decoding.documents else None,
         "image_path": f"fit_square to {generator.image_tokenizer.spec.image_size} px, Lanczos, no file format between",
+        "super_resolution": f"bicubic reductions of images of {side} px",
         "features": f"open_clip image tower {generator.encoder.fingerprint}" if generator.encoder else None,
         "bootstrap": config.evaluate.bootstrap,
     }
@@ -80,30 +110,35 @@ def run(config: Config) -> dict[str, float]:
         encoder=paths.ENCODER,
         memory_bank=paths.INDEX,
         tokens=paths.TOKENS,
+        super_resolution=paths.SUPER_RESOLUTION,
         decoding=config.decoding,
+        retrieval=config.retrieve,
     )
-    assert generator.encoder is not None
+    assert generator.encoder is not None and generator.super_resolution is not None
     store, test = ImageStore(paths.RAW), read_manifest(paths.VALIDATED, "test")
-    rows = choose(test, section.prompts, section.seed)
-    prompts = [str(captions[0]) for captions in rows["captions"]]
-    originals = [fit_square(store.open(ref), generator.image_tokenizer.spec.image_size) for ref in rows["image"]]
-    reconstructions = image_of(generator.image_tokenizer.decode(torch.from_numpy(generator.encode(originals)).to(generator.model.device)))
+    rows, captioned = choose(test, section.prompts, section.seed), choose(test, section.captions, section.seed)
+    prompts = [generator.shorten(first_caption(captions)) for captions in rows["captions"]]
+    originals = fitted(generator, store, rows["image"].tolist())
+    _, pixels = reconstruct(generator.image_tokenizer, torch.from_numpy(np.stack([np.asarray(image) for image in originals])))
+    reconstructions = [Image.fromarray(array) for array in pixels.numpy()]
     asked = ask_questions(test, section.questions, section.seed)
+    side = target_side(rows, generator.image_tokenizer.spec.image_size, generator.super_resolution.scale)
 
-    record = Record(contract=contract(config, rows, prompts, asked, generator))
+    record = Record(contract=contract(config, rows, prompts, captioned, asked, generator, side))
     with tracking.stage_run("evaluate", config) as run:
         drawn = [images[0].image for images in generator.text_to_image(prompts, seed=section.seed)]
         measure.measure_composition(record, prompts, drawn, reconstructions, originals, *resampling)
         measure.measure_images(record, generator.encoder, prompts, drawn, reconstructions, originals, *resampling)
-        captioned = choose(test, section.captions, section.seed)
-        pictures = [store.open(ref) for ref in captioned["image"]]
+        measure_upscaler(record, generator, store, rows["image"].tolist(), side)
+        pictures = fitted(generator, store, captioned["image"].tolist())
         captions = generator.caption(pictures)
         measure.measure_captions(record, captioned["id"].tolist(), captions, [list(texts) for texts in captioned["captions"]])
         if asked:
-            answers, answers_of_others = answer_all(generator, store, asked, 0), answer_all(generator, store, asked, 1)
-            truths = [truth for _, _, truth in asked]
+            questions, truths = [question for _, question, _ in asked], [truth for _, _, truth in asked]
+            answers, others = answer_all(generator, store, [ref for ref, _, _ in asked], questions), measure.pictures_of_others(asked)
+            answers_of_others = answer_all(generator, store, others, questions) if others else None
             known = training_answers(read_manifest(paths.VALIDATED, "train"))
-            measure.measure_answers(record, [q for _, q, _ in asked], answers, answers_of_others, truths, known, *resampling)
+            measure.measure_answers(record, questions, answers, answers_of_others, truths, known, *resampling)
         record.write(paths.EVALUATION)
         save_captioned(drawn[: section.sheet], prompts[: section.sheet], paths.EVALUATION / SAMPLES)
         save_captioned(pictures[: section.sheet], captions[: section.sheet], paths.EVALUATION / CAPTIONED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +24,10 @@ def run(config: Config) -> dict[str, float]:
     section = config.image_tokenizer
     store = ImageStore(paths.RAW)
     with tracking.stage_run("image_tokenizer", config) as run:
+        run.log_dataset(paths.RAW, "raw")
+        run.log_dataset(paths.VALIDATED, "validated")
         if section.pretrained:
             model = ImageTokenizer.load(Path(section.pretrained), device())
-            shutil.copytree(section.pretrained, paths.IMAGE_TOKENIZER, dirs_exist_ok=True)
         else:
             images = ImageSet(store, read_manifest(paths.VALIDATED, "train")["image"].tolist(), section.image_size)
             model = train_image_tokenizer(
@@ -37,7 +37,7 @@ def run(config: Config) -> dict[str, float]:
                 device(),
                 lambda figures, step: run.log_metrics({f"image_tokenizer/{k}": v for k, v in figures.items()}, step),
             )
-            model.save(paths.IMAGE_TOKENIZER)
+        model.save(paths.IMAGE_TOKENIZER)
         held_out = read_manifest(paths.VALIDATED, "val")["image"].tolist()[:VALIDATION_IMAGES]
         originals = torch.from_numpy(ImageSet(store, held_out, model.spec.image_size)[np.arange(len(held_out))])
         codes, copies = reconstruct(model, originals)

@@ -22,7 +22,6 @@ def run(config: Config) -> dict[str, float]:
         rows = track(source_rows(config.ingest), f"ingest: {config.ingest.source}", _expected(config), "rows")
         figures = pack(rows, paths.RAW, config.ingest.shard_megabytes)
         stage.log_metrics({f"ingest/{name}": value for name, value in figures.items()})
-        stage.log_dataset(paths.RAW / "manifest.parquet", "raw")
     table = Table("figure", "value", title=f"ingest from {config.ingest.source}, in {paths.RAW}")
     for name, value in figures.items():
         table.add_row(name, f"{value:,}")

@@ -33,8 +33,8 @@ def run(config: Config) -> dict[str, float]:
 
     held_out = TokenStore(paths.TOKENS, ["val"])
     training, held_out_samples = samples("train", train), samples("val", held_out)
-    stream = BatchStream(training, len(train), section.batch_size, config.seed)
-    held_out_stream = BatchStream(held_out_samples, len(held_out), section.batch_size, config.seed)
+    stream = BatchStream(training, len(training), section.batch_size, config.seed)
+    held_out_stream = BatchStream(held_out_samples, len(held_out_samples), section.batch_size, config.seed)
     validation = [held_out_stream(step) for step in range(max(1, section.validation_documents // section.batch_size))]
     with tracking.stage_run("sft", config) as run:
         counts = {f"documents_{name}": float(count) for name, count in training.counts().items()}

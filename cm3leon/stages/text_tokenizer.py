@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pandas as pd
@@ -17,7 +18,7 @@ TEMPLATE_WEIGHT = 20
 
 
 def texts(manifest: pd.DataFrame) -> Iterator[str]:
-    """Captions, long captions, questions and answers, and the templates."""
+    """Captions, long captions, questions and answers, and the templates' own words, as they stand between what fills them."""
     for row in manifest.itertuples():
         yield from row.captions
         if isinstance(row.long_caption, str):
@@ -26,7 +27,8 @@ def texts(manifest: pd.DataFrame) -> Iterator[str]:
             yield item["question"]
             yield from (f" {answer}" for answer in item["answers"])
     for task in TASKS.values():
-        yield from task.templates * TEMPLATE_WEIGHT
+        for template in task.templates:
+            yield from [part for part in re.split(r" ?\{\w+\}", template) if part] * TEMPLATE_WEIGHT
 
 
 def run(config: Config) -> dict[str, float]:

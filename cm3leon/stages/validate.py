@@ -40,10 +40,10 @@ def run(config: Config) -> dict[str, float]:
         ValidationError: if too many rows are rejected, none is accepted, or an expectation fails; the outputs are written first.
     """
     with tracking.stage_run("validate", config) as stage:
+        stage.log_dataset(paths.RAW, "raw")
         report = validate(paths.RAW, paths.VALIDATED, config.validate_, config.seed)
         figures = {name: float(report[name]) for name in ("read", "accepted", "rejected")}
         stage.log_metrics({f"validate/{name}": value for name, value in figures.items()})
-        stage.log_dataset(paths.VALIDATED / "manifest.parquet", "validated")
         stage.log_artifact(paths.VALIDATED / "report.json")
     _print(report)
     return figures

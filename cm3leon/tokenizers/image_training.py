@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cm3leon.config import ImageTokenizerConfig
+from cm3leon.config import ImageTokenizerConfig, UserError
 from cm3leon.progress import progress
 from cm3leon.tokenizers.image import ImageTokenizer, ImageTokenizerSpec
 
@@ -218,7 +218,7 @@ class ImageTokenizerTrainer:
         if adversarial:
             figures["discriminator_loss"] = self.discriminator_step(images, output.detach())
         if not math.isfinite(loss.item()):
-            raise RuntimeError(f"image tokenizer diverged at step {step}: loss {loss.item()}; lower image_tokenizer.learning_rate")
+            raise UserError(f"image tokenizer diverged at step {step}: loss {loss.item()}; lower image_tokenizer.learning_rate")
         return {"loss": loss.item(), **figures}
 
     def discriminator_step(self, images: Tensor, output: Tensor) -> float:
@@ -241,7 +241,7 @@ def train_image_tokenizer(
     """Train on uint8 images (N, image_size, image_size, 3); ``log`` receives figures by step.
 
     Raises:
-        RuntimeError: if the loss is no longer finite.
+        UserError: if the loss is no longer finite.
     """
     trainer = ImageTokenizerTrainer(config, seed, device)
     trainer.model.train()

@@ -32,6 +32,13 @@ def test_documents_come_back_from_the_shards(store):
             assert all(np.array_equal(a, b) for a, b in zip(found.texts, document.texts, strict=True))
 
 
+def test_shards_of_an_earlier_larger_run_are_replaced(tmp_path):
+    for split, count in (("val", 5), ("train", 60), ("train", 30)):
+        write_tokens(tmp_path, split, make_documents(count), 16, shard_documents=10)
+    assert len(TokenStore(tmp_path)) == 30
+    assert len(TokenStore(tmp_path, ["val"])) == 5
+
+
 def test_unknown_documents_and_splits_are_errors(store, tmp_path):
     with pytest.raises(KeyError, match="no tokenised document"):
         store.by_id("f" * 16)

@@ -1,10 +1,10 @@
-"""Distances of feature sets against closed forms, SciPy's matrix square root and a slow kernel sum."""
+"""Distances of feature sets against closed forms and SciPy's matrix square root."""
 
 import numpy as np
 import pytest
 from scipy import linalg
 
-from cm3leon.evaluation.fidelity import frechet_distance, gaussian_distance, kernel_distance
+from cm3leon.evaluation.fidelity import frechet_distance, gaussian_distance
 
 
 def features(seed: int, n: int, d: int, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:
@@ -56,30 +56,11 @@ def test_float32_features_are_computed_in_float64() -> None:
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
-def test_kernel_distance_against_loops() -> None:
-    a, b = features(8, 7, 3), features(9, 5, 3, shift=1.0)
-
-    def k(x: np.ndarray, y: np.ndarray) -> float:
-        return (x @ y / 3 + 1) ** 3
-
-    within_a = sum(k(a[i], a[j]) for i in range(7) for j in range(7) if i != j) / 42
-    within_b = sum(k(b[i], b[j]) for i in range(5) for j in range(5) if i != j) / 20
-    across = sum(k(x, y) for x in a for y in b) / 35
-    assert kernel_distance(a, b) == pytest.approx(within_a + within_b - 2 * across, rel=1e-12)
-
-
-def test_kernel_distance_grows_with_the_shift() -> None:
-    reference = features(10, 300, 6)
-    values = [kernel_distance(reference, features(11, 300, 6, shift=shift)) for shift in (0.0, 0.5, 1.0)]
-    assert abs(values[0]) < values[1] < values[2]
-
-
-@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
-def test_refuses_bad_features(distance) -> None:
+def test_refuses_bad_features() -> None:
     good = features(0, 10, 4)
     with pytest.raises(ValueError, match="n >= 2"):
-        distance(good[:1], good)
+        frechet_distance(good[:1], good)
     with pytest.raises(ValueError, match="different widths"):
-        distance(good, good[:, :3])
+        frechet_distance(good, good[:, :3])
     with pytest.raises(ValueError, match="not finite"):
-        distance(good, np.full((5, 4), np.nan))
+        frechet_distance(good, np.full((5, 4), np.nan))

@@ -65,13 +65,49 @@ def test_image_scores_and_their_calibrations():
 def test_answers_are_compared_with_blind_guesses():
     questions = ["What color is it?", "What color is that?", "How many are there?"]
     truths = [["red"], ["blue"], ["2"]]
-    known = measure.Counter({("what color", "red"): 5, ("what color", "blue"): 1, ("how many", "3"): 9})
+    known = measure.Counter({("what_color", "red"): 5, ("what_color", "blue"): 1, ("how_many", "3"): 9})
     record = Record()
     measure.measure_answers(record, questions, ["red", "blue", "3"], ["blue", "2", "2"], truths, known, 100, 0)
     assert record.scores["vqa_accuracy"] == pytest.approx(2 / 3)
     assert record.scores["vqa_accuracy/what_color"] == 1 and record.scores["vqa_accuracy/how_many"] == 0
     assert record.calibration["vqa_accuracy_other_images"] == pytest.approx(1 / 3)
     assert record.calibration["vqa_accuracy_majority"] == pytest.approx(1 / 3)
+
+
+def test_kinds_of_questions_are_names_that_trackers_take():
+    assert measure.question_kind("What color is it?") == "what_color"
+    assert measure.question_kind("Where's Wally/Waldo?") == "where_s_wally_waldo"
+    assert measure.question_kind("¿?") == measure.question_kind("") == "other"
+    assert len(measure.question_kind("x" * 900)) == measure.KIND_CHARACTERS
+
+
+def test_only_the_most_frequent_kinds_have_a_score():
+    questions = [f"kind {number}?" for number in range(30) for _ in range(number + 1)]
+    record = Record()
+    measure.measure_answers(record, questions, ["a"] * len(questions), None, [["a"]] * len(questions), measure.Counter(), 10, 0)
+    kinds = {name for name in record.scores if "/" in name}
+    assert kinds == {f"vqa_accuracy/kind_{number}" for number in range(30 - measure.KINDS, 30)}
+    assert "vqa_accuracy_other_images" not in record.calibration
+
+
+@pytest.mark.parametrize("images", ["aaabbc", "abcabc", "aab", "ab", "abbbbb"])
+def test_pictures_of_others_are_never_the_questions_own(images):
+    found = measure.pictures_of_others([(image, "?", ["x"]) for image in images])
+    assert len(found) == len(images) and all(other != own for own, other in zip(images, found, strict=True))
+    assert set(found) <= set(images)
+
+
+def test_without_a_second_picture_there_are_no_others():
+    assert measure.pictures_of_others([("a", "?", []), ("a", "!", [])]) is None
+
+
+def test_one_document_is_measured_without_distance_and_baselines():
+    record, image, caption = Record(), [flat(250, 0, 0)], "a red circle on a white background"
+    measure.measure_images(record, ColourEncoder(), ["red"], image, image, image, 10, 0)
+    measure.measure_composition(record, [caption], image, image, image, 10, 0)
+    measure.measure_captions(record, ["a"], [caption], [[caption]])
+    assert set(record.calibration) == {"clip_score_real", "composition_real", "composition_reconstructions"}
+    assert {"clip_score", "composition", "cider"} <= set(record.scores) and "fd_encoder" not in record.scores
 
 
 def test_captions_of_other_images_score_less():

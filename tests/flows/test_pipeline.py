@@ -106,6 +106,26 @@ def test_failure_shows_the_stages_own_error_and_keeps_what_is_finished(toy: Path
     assert found["second"][0] == found["third"][0] == "Completed"
 
 
+def test_failure_to_register_keeps_the_table_and_the_report(
+    toy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import pipeline as module
+
+    def refuse(config: object) -> str:
+        raise LookupError("the registry is away")
+
+    reports: list[str] = []
+    monkeypatch.setattr(module, "register_gate_promote", refuse)
+    monkeypatch.setattr(module, "_publish", reports.append)
+    state = module.pipeline(return_state=True)
+    assert state.is_failed()
+    assert "the registry is away" in state.message
+    shown = capsys.readouterr().out
+    assert "rows 12" in shown
+    assert "the registry is away" in shown
+    assert "the registry is away" in reports[0]
+
+
 def test_nightly_deploys(prefect_server: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PREFECT_API_URL": prefect_server, "PREFECT_HOME": str(tmp_path)}
 

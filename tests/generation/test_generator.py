@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cm3leon import paths
-from cm3leon.config import DecodingConfig
+from cm3leon.config import DecodingConfig, RetrieveConfig
 from cm3leon.generation.engine import PromptTooLongError
 from cm3leon.generation.generator import BadInputError, Generator
 
@@ -17,7 +17,7 @@ PROMPTS = ["a red circle", "two green crosses and a blue square on white"]
 @pytest.fixture(scope="module")
 def generator(tiny_models):
     parts = {"model": paths.FINETUNED, "image_tokenizer": paths.IMAGE_TOKENIZER, "text_tokenizer": paths.TEXT_TOKENIZER}
-    parts |= {"encoder": paths.ENCODER, "memory_bank": paths.INDEX, "tokens": paths.TOKENS}
+    parts |= {"encoder": paths.ENCODER, "memory_bank": paths.INDEX, "tokens": paths.TOKENS, "super_resolution": paths.SUPER_RESOLUTION}
     decoding = DecodingConfig(candidates=2, max_text_tokens=8)
     return Generator.from_parts(**{name: tiny_models / path for name, path in parts.items()}, decoding=decoding)
 
@@ -65,6 +65,86 @@ def test_images_of_any_size_are_captioned_and_asked_about(generator):
     assert generator.answer(pictures[1:2], ["What color is it?"]) == answers[1:2]
 
 
+@pytest.mark.parametrize("text", ["circle " * 300, "ö" * 900, "\U0001f600" * 200])
+def test_what_is_too_long_can_be_shortened_to_what_fits(generator, text):
+    short = generator.shorten(text)
+    assert text.startswith(short) and len(short) > 10
+    assert generator.fits(short) and not generator.fits(text) and not generator.fits(short + text[: len(text) // 20])
+    assert len(generator.text_to_image([short], candidates=1)) == 1
+    question = generator.shorten_question(text)
+    assert text.startswith(question) and len(question) > 10
+    assert len(generator.answer([Image.new("RGB", (8, 8))], [question])) == 1
+    assert generator.shorten("a red circle") == generator.shorten_question("a red circle") == "a red circle"
+
+
+def test_documents_that_do_not_fit_beside_the_prompt_are_left_out(generator):
+    prompt = generator.shorten("circle " * 300)
+    [[image]] = generator.text_to_image([prompt], candidates=1, documents=2)
+    assert image.neighbours == []
+    found = generator.neighbours("a red circle", 2)
+    [[roomy]] = generator.text_to_image(["a red circle"], candidates=1, documents=2)
+    assert roomy.neighbours == found != []
+
+
+def test_a_long_question_leaves_the_answers_of_others_as_they_are(generator):
+    picture, text = Image.new("RGB", (8, 8), "red"), generator.text_tokenizer
+    long = "x"
+    while len(text.encode(long)) < 160 - 16 - 30:
+        long += " x"
+    while True:  # the longest question that leaves room for an answer
+        try:
+            generator.answer([picture], [long + " x"])
+        except PromptTooLongError:
+            break
+        long += " x"
+    both = generator.answer([picture, picture], ["What?", long])
+    assert both == generator.answer([picture], ["What?"]) + generator.answer([picture], [long])
+
+
+def test_a_retrieved_document_stands_with_the_caption_that_is_shown(generator):
+    from cm3leon.data.tokens import Document
+
+    codes = np.zeros(generator.model.vocabulary.tokens_per_image, dtype=np.uint16)
+    several = Document("m", codes, [np.array(generator.text_tokenizer.encode(text)) for text in ("first", "second", "third")])
+    other = Generator(generator.model, generator.image_tokenizer, generator.text_tokenizer, generator.decoding)
+    other.tokens = type("Tokens", (), {"by_id": lambda self, name: several})()
+    [(_, ids), _] = other._segments("m")
+    assert generator.text_tokenizer.decode(ids - generator.model.vocabulary.text_start) == "first"
+
+
+def test_neighbours_are_taken_by_the_rules_given(generator):
+    parts = (generator.encoder, generator.memory_bank, generator.tokens)
+    strict = Generator(
+        generator.model,
+        generator.image_tokenizer,
+        generator.text_tokenizer,
+        generator.decoding,
+        *parts,
+        retrieval=RetrieveConfig(max_score=-1.0),
+    )
+    assert strict.neighbours("a red circle", 2) == [] != generator.neighbours("a red circle", 2)
+
+
+def test_images_are_encoded_and_decoded_in_parts(generator, monkeypatch):
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)) for _ in range(7)]
+    codes = generator.encode(pictures)
+    decoded = [np.asarray(image) for image in generator.decode(codes)]
+    monkeypatch.setattr("cm3leon.generation.generator.PICTURES", 3)
+    assert np.array_equal(generator.encode(pictures), codes)
+    assert np.abs(np.stack([np.asarray(image) for image in generator.decode(codes)]).astype(int) - decoded).max() <= 1
+
+
+def test_drawn_images_are_enlarged_by_the_bundles_upscaler(generator):
+    [[image]] = generator.text_to_image(PROMPTS[:1], candidates=1)
+    [large] = generator.upscale([image.image])
+    assert large.size == (64, 64)
+    assert np.abs(np.asarray(large.resize((32, 32), Image.Resampling.BOX), dtype=float) - np.asarray(image.image)).mean() < 20
+    plain = Generator(generator.model, generator.image_tokenizer, generator.text_tokenizer, generator.decoding)
+    with pytest.raises(BadInputError, match="super_resolution"):
+        plain.upscale([image.image])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -74,6 +154,7 @@ def test_images_of_any_size_are_captioned_and_asked_about(generator):
         (lambda g: g.text_to_image(["circle " * 300]), PromptTooLongError, "context of 160"),
         (lambda g: g.answer([Image.new("RGB", (8, 8))], []), BadInputError, "1 images but 0 questions"),
         (lambda g: g.answer([Image.new("RGB", (8, 8))], [" "]), BadInputError, "empty"),
+        (lambda g: g.answer([Image.new("RGB", (8, 8))], ["how many " * 200]), PromptTooLongError, "the question 'how many how.*no room"),
     ],
 )
 def test_bad_input_is_named(generator, call, error, message):

@@ -192,9 +192,12 @@ def _questions(cell: Any) -> list[tuple[str, list[str]]]:
     try:
         for item in value or []:
             answers = item["answers"] if "answers" in item else item["answer"]
-            questions.append((str(item["question"]), [answers] if isinstance(answers, str) else [str(answer) for answer in answers]))
+            texts = [_text(answer) or "" for answer in ([answers] if isinstance(answers, str) else answers)]
+            questions.append((_text(item["question"]) or "", texts))
     except (KeyError, TypeError):
         raise _RowProblem("malformed_row", f"expected {expected}, found {str(cell)[:60]!r}") from None
+    if any(not question or not answers or "" in answers for question, answers in questions):
+        raise _RowProblem("malformed_row", f"a question, its list of answers or an answer is empty: {str(cell)[:60]!r}")
     return questions
 
 

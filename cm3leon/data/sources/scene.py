@@ -15,6 +15,8 @@ from functools import cache
 
 import numpy as np
 
+from cm3leon.config import ConfigError
+
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (222, 28, 36),
     "green": (28, 158, 54),
@@ -266,4 +268,4 @@ def sample_scene(rng: random.Random, max_objects: int, grid: int, letters: float
         clear = alike or count != 2 or (len(objects) == 2 and relation(*objects) is not None)
         if len(objects) == count and clear and is_valid(scene):
             return scene
-    raise ValueError(f"no scene of {count} objects fits a grid of {grid} steps a side; raise ingest.shapes.grid or set it to 0")
+    raise ConfigError(f"no scene of {count} objects fits a grid of {grid} steps a side; raise ingest.shapes.grid or set it to 0")

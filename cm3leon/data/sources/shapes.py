@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from cm3leon.config import ShapesConfig
+from cm3leon.config import ConfigError, ShapesConfig
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import scene_text
 from cm3leon.data.sources.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Object, Scene, is_valid, place, sample_scene
@@ -35,7 +35,7 @@ def rows(config: ShapesConfig, path: Path) -> Iterator[SourceRow]:
     ``path`` is not read; sources share one signature.
 
     Raises:
-        ValueError: if there are not enough different scenes for ``config.count`` under this configuration.
+        ConfigError: if there are not enough different scenes for ``config.count`` under this configuration.
     """
     seen: set[tuple] = set()
     for number in range(config.count):
@@ -59,7 +59,7 @@ def _unique_scene(rng: random.Random, config: ShapesConfig, seen: set[tuple]) ->
         if scene.signature not in seen:
             seen.add(scene.signature)
             return scene
-    raise ValueError(
+    raise ConfigError(
         f"ingest.shapes: no further scene found after {len(seen)} different ones; "
         f"lower count, or raise max_objects or grid (now {config.grid}; 0: anywhere)"
     )

@@ -1,0 +1,46 @@
+"""What stages record as their inputs, and what an imported image tokenizer becomes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from cm3leon import paths, tracking
+from cm3leon.config import Config, ImageTokenizerConfig, IngestConfig, ShapesConfig
+from cm3leon.stages import image_tokenizer, ingest, validate
+from cm3leon.tokenizers.image import ImageTokenizer, ImageTokenizerSpec
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(stage, path) of the datasets logged; the working directory is an empty project."""
+    seen: list[tuple[str, str]] = []
+
+    @contextmanager
+    def stage_run(stage: str, config: Config) -> Iterator[tracking.Run]:
+        run = tracking.Run()
+        monkeypatch.setattr(run, "log_dataset", lambda path, name: seen.append((stage, str(path))))
+        yield run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tracking, "stage_run", stage_run)
+    return seen
+
+
+def test_inputs_are_recorded_and_only_the_model_is_imported(recorded: list[tuple[str, str]]) -> None:
+    spec = ImageTokenizerSpec(32, patch=4, channels=8, multipliers=(1, 2), blocks=1, decoder_blocks=1, embedding_dim=4, codebook_size=16)
+    torch.manual_seed(0)
+    ImageTokenizer(spec).save(Path("elsewhere"))
+    Path("elsewhere/checkpoint.pt").write_bytes(b"a pickle")
+    images = ImageTokenizerConfig(pretrained="elsewhere")
+    config = Config(ingest=IngestConfig(shapes=ShapesConfig(count=60)), image_tokenizer=images)
+
+    ingest.run(config)
+    validate.run(config)
+    image_tokenizer.run(config)
+    assert recorded == [("validate", "data/raw"), ("image_tokenizer", "data/raw"), ("image_tokenizer", "data/validated")]
+    assert {file.name for file in paths.IMAGE_TOKENIZER.iterdir()} == {"config.json", "model.safetensors", "reconstructions.png"}
+    kept, given = (ImageTokenizer.load(place).state_dict() for place in (paths.IMAGE_TOKENIZER, Path("elsewhere")))
+    assert all(torch.equal(kept[name], given[name]) for name in given)
