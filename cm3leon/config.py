@@ -92,6 +92,7 @@ class ImageTokenizerConfig(Section):
     multipliers: list[int] = Field(default_factory=lambda: [1, 3])
     blocks: int = Field(1, ge=1, description="residual blocks a level of the encoder")
     decoder_blocks: int = Field(2, ge=1, description="residual blocks a level of the decoder")
+    encoder_kernel: Literal[1, 3] = Field(3, description="of the encoder's residual blocks; 1: a code depends on its own patch alone")
     embedding_dim: int = Field(64, ge=2)
     codebook_size: int = Field(2048, ge=2, le=65_535)
     commitment: float = Field(0.25, ge=0)
@@ -101,6 +102,7 @@ class ImageTokenizerConfig(Section):
     restart_until: float = Field(0.7, ge=0, le=1, description="share of the training after which no code is restarted")
     steps: int = Field(2200, ge=1)
     batch_size: int = Field(16, ge=1)
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for the convolutions, with AdamW for biases and scales")
     learning_rate: float = Field(4e-3, gt=0)
     warmup_steps: int = Field(50, ge=0)
     perceptual_weight: float = Field(0.0, ge=0, description="of a VGG-16 feature loss; needs perceptual_weights")
@@ -220,11 +222,12 @@ class TrainConfig(Section):
 
     steps: int = Field(1500, ge=1)
     batch_size: int = Field(32, ge=1, description="sequences a step")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: AdamW for the embeddings, Muon for all between them")
     learning_rate: float = Field(2e-3, gt=0)
     final_learning_rate: float = Field(0.05, ge=0, le=1, description="floor of the decay, share of the peak")
     warmup_steps: int = Field(100, ge=0)
     weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
     clip: float = Field(1.0, gt=0)
     validate_every: int = Field(250, ge=1)
     validation_documents: int = Field(256, ge=1)
@@ -259,6 +262,8 @@ class SFTConfig(TrainConfig):
     """``sft``: multitask instruction tuning."""
 
     answer_weight: float = Field(4.0, gt=0, description="weight in the loss of answer tokens, which are few beside an image's")
+    input_weight: float = Field(1.0, ge=0, description="weight in the loss of what stands before the answer: instruction and image")
+    questions_per_sample: int = Field(1, ge=1, description="most questions that one sample asks about its image")
     tasks: dict[str, float] = Field(
         default_factory=lambda: {"text_to_image": 3.0, "caption": 1.0, "long_caption": 0.5, "vqa": 3.0},
         description="task -> weight in the mix",
@@ -296,6 +301,9 @@ class DecodingConfig(Section):
     top_p: float = Field(0.9, gt=0, le=1)
     guidance: float = Field(2.0, ge=0, description="classifier-free guidance scale; 1: none")
     candidates: int = Field(4, ge=1, description="images drawn for each one returned; the best by CLIP score is kept")
+    likelihood: float = Field(
+        0.0, ge=0, description="weight, in ranking, of the prompt's log-likelihood as the image's caption (nats), beside the CLIP score"
+    )
     documents: int = Field(0, ge=0, description="retrieved documents before the prompt")
     max_text_tokens: int = Field(64, ge=1)
 

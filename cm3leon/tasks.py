@@ -1,12 +1,13 @@
 """Instruction-tuning tasks and their templates (paper, Table 5).
 
 Text comes before the image in every template, so an answer is produced by infilling: it is masked where it stands and moved behind the
-image, ``instruction <mask:0> <break> image <mask:0> answer <eoss>``.
+image, ``instruction <mask:0> <break> image <mask:0> answer <eoss>``. A training sample may ask several questions about its image,
+each with a mask of its own; at inference there is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,18 +60,19 @@ def available(row: Mapping[str, Any]) -> list[str]:
     return [name for name, task in TASKS.items() if filled(row.get(task.column))]
 
 
-def fields(name: str, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, str]:
-    """What fills a task's template, drawn from a row: a caption of several, a question of several."""
+def turns(name: str, row: Mapping[str, Any], rng: np.random.Generator, most_questions: int = 1) -> list[dict[str, str]]:
+    """What fills a task's template, drawn from a row: a caption of several, or one to ``most_questions`` different questions."""
     if name == "text_to_image":
-        return {"caption": str(rng.choice(row["captions"]))}
+        return [{"caption": str(rng.choice(row["captions"]))}]
     if name == "write":
-        return {"text": str(row["text_in_image"])}
+        return [{"text": str(row["text_in_image"])}]
     if name == "caption":
-        return {"answer": str(rng.choice(row["captions"]))}
+        return [{"answer": str(rng.choice(row["captions"]))}]
     if name == "long_caption":
-        return {"answer": str(row["long_caption"])}
-    question = row["questions"][int(rng.integers(len(row["questions"])))]
-    return {"question": question["question"], "answer": str(rng.choice(question["answers"]))}
+        return [{"answer": str(row["long_caption"])}]
+    asked = rng.permutation(len(row["questions"]))[: int(rng.integers(1, most_questions + 1))]
+    chosen = [row["questions"][int(number)] for number in asked]
+    return [{"question": item["question"], "answer": str(rng.choice(item["answers"]))} for item in chosen]
 
 
 def split_template(template: str, values: Mapping[str, str]) -> tuple[str, str, str]:
@@ -84,12 +86,22 @@ def split_template(template: str, values: Mapping[str, str]) -> tuple[str, str, 
 
 
 def lay_out(
-    template: str, values: Mapping[str, str], codes: np.ndarray, vocabulary: Vocabulary, tokenizer: TextTokenizer
-) -> tuple[list[tuple[str, Tokens]], tuple[int, int] | None]:
-    """Segments of a sample, and where the answer stands in its text (None where the image is the answer)."""
-    before, answer, after = (vocabulary.text(tokenizer.encode(part)) for part in split_template(template, values))
-    segments = [("text", np.concatenate([before, answer, after])), ("image", vocabulary.image(codes))]
-    return segments, (len(before), len(before) + len(answer)) if ANSWER in template else None
+    template: str, asked: Sequence[Mapping[str, str]], codes: np.ndarray, vocabulary: Vocabulary, tokenizer: TextTokenizer
+) -> tuple[list[tuple[str, Tokens]], list[tuple[int, int]]]:
+    """Segments of a sample, and where the answers stand in its text (none where the image is the answer).
+
+    Several turns, all about one image, stand on a line each.
+    """
+    pieces: list[Tokens] = []
+    answers: list[tuple[int, int]] = []
+    for number, values in enumerate(asked):
+        before, answer, after = (vocabulary.text(tokenizer.encode(part)) for part in split_template(template, values))
+        pieces += [vocabulary.text(tokenizer.encode("\n"))] if number else []
+        start = sum(map(len, pieces)) + len(before)
+        pieces += [before, answer, after]
+        if ANSWER in template:
+            answers.append((start, start + len(answer)))
+    return [("text", np.concatenate(pieces)), ("image", vocabulary.image(codes))], answers
 
 
 def answer_prompt(template: str, values: Mapping[str, str], codes: np.ndarray, vocabulary: Vocabulary, tokenizer: TextTokenizer) -> Tokens:

@@ -12,9 +12,15 @@ import pandas as pd
 
 from cm3leon.config import SFTConfig, UserError
 from cm3leon.data.sequences import MASK_ROOM, PretrainingSamples, fit_body, sample_rng
+from cm3leon.data.tokens import Document
+from cm3leon.documents import build_body
 from cm3leon.objective import Masked, apply_spans
-from cm3leon.tasks import TASKS, available, fields, lay_out
+from cm3leon.tasks import TASKS, available, lay_out, turns
 from cm3leon.tokenizers.text import TextTokenizer
+
+Turns = list[dict[str, str]]
+MARKS = 3
+"""Tokens by which a masked span lengthens a sequence."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +77,36 @@ class TaskSamples:
         name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
         task = TASKS[name]
         template = task.templates[int(rng.integers(len(task.templates)))]
-        vocabulary, longest = self.documents.vocabulary, self.documents.context - MASK_ROOM
-        segments, answer = lay_out(template, fields(name, values, rng), document.codes, vocabulary, self.tokenizer)
-        if answer is None:
-            body = fit_body([*self.documents.neighbours_of(document.id, rng), segments], longest)
-            text = next(s for s in body.segments if s.document == body.segments[-1].document and s.modality == "text")
-            dropped = rng.random() < self.config.caption_drop
-            masked = apply_spans(body, [(text.start, text.stop)] if dropped else [], vocabulary)
-            return masked, masked.is_target.astype(np.float32)
+        asked = turns(name, values, rng, self.config.questions_per_sample)
+        if task.draws:
+            return self._drawn(document, template, asked, rng)
+        return self._answered(document, template, asked)
+
+    def _drawn(self, document: Document, template: str, asked: Turns, rng: np.random.Generator) -> tuple[Masked, np.ndarray]:
+        """A sample that ends in an image; retrieved documents may stand before it, and its text may be masked, for guidance."""
+        vocabulary = self.documents.vocabulary
+        segments, _ = lay_out(template, asked, document.codes, vocabulary, self.tokenizer)
+        body = fit_body([*self.documents.neighbours_of(document.id, rng), segments], self.documents.context - MASK_ROOM)
+        text = next(s for s in body.segments if s.document == body.segments[-1].document and s.modality == "text")
+        dropped = rng.random() < self.config.caption_drop
+        masked = apply_spans(body, [(text.start, text.stop)] if dropped else [], vocabulary)
+        return masked, masked.is_target.astype(np.float32)
+
+    def _answered(self, document: Document, template: str, asked: Turns) -> tuple[Masked, np.ndarray]:
+        """A sample that ends in the answers to its questions; what does not fit in the context loses its last questions first."""
+        vocabulary, context = self.documents.vocabulary, self.documents.context
+        asked = asked[: vocabulary.sentinels]
+        while True:
+            segments, answers = lay_out(template, asked, document.codes, vocabulary, self.tokenizer)
+            longest = context - 1 - MARKS * len(answers)
+            if len(asked) == 1 or len(build_body([segments]).tokens) <= longest:
+                break
+            asked = asked[:-1]
         body = fit_body([segments], longest)
-        start, stop = (min(1 + place, body.segments[0].stop) for place in answer)
-        masked = apply_spans(body, [(start, stop)], vocabulary)
+        spans = [(min(1 + start, end := body.segments[0].stop), min(1 + stop, end)) for start, stop in answers]
+        masked = apply_spans(body, spans, vocabulary)
+        tail = len(body.tokens) + len(spans) - sum(stop - start for start, stop in spans)  # where the first answer's mask stands again
         weight = masked.is_target.astype(np.float32)
-        weight[len(body.tokens) + 1 - (stop - start) : -1] *= self.config.answer_weight
+        weight[:tail] *= self.config.input_weight
+        weight[tail:-1] *= self.config.answer_weight
         return masked, weight

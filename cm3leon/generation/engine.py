@@ -126,3 +126,21 @@ def generate_texts(
         if step + 1 < max_tokens:
             stream.advance(torch.where(chosen > 0, chosen - 1 + vocabulary.text_start, EOSS))
     return texts
+
+
+@torch.inference_mode()
+def text_log_likelihoods(model: Decoder, prompts: Sequence[Tokens], text: Tokens) -> Tensor:
+    """How likely the model is to infill ``text`` and then end it, for each of some prompts of one length; (B,) nats.
+
+    Raises:
+        PromptTooLongError: if a prompt and the text do not fit in the context.
+    """
+    answer = np.append(text, EOSS)
+    rows = np.stack([np.concatenate([prompt, answer]) for prompt in prompts])
+    if rows.shape[1] > model.spec.context + 1:
+        raise PromptTooLongError(f"a prompt and a text of {rows.shape[1]} tokens do not fit in the context of {model.spec.context}")
+    tokens_BT = torch.from_numpy(rows).to(model.device)
+    places_BT = torch.from_numpy(np.stack([model.vocabulary.places(row) for row in rows])).to(model.device)
+    hidden_BTD = model(tokens_BT[:, :-1], places_BT[:, :-1])[:, -len(answer) :]
+    found_BTV = model.logits(hidden_BTD).float().log_softmax(-1)
+    return found_BTV.gather(-1, tokens_BT[:, -len(answer) :, None]).squeeze(-1).sum(1)

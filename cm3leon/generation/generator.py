@@ -22,12 +22,11 @@ from cm3leon.config import DecodingConfig, RetrieveConfig
 from cm3leon.data.images import fit_square
 from cm3leon.data.tokens import TokenStore
 from cm3leon.documents import Tokens
-from cm3leon.generation.engine import PromptTooLongError, generate_images, generate_texts
+from cm3leon.generation.engine import PromptTooLongError, generate_images, generate_texts, text_log_likelihoods
 from cm3leon.model import Decoder
 from cm3leon.progress import track
 from cm3leon.tasks import TASKS, answer_prompt, image_prompt
-from cm3leon.tokenizers.image import ImageTokenizer
-from cm3leon.tokenizers.image_training import to_float
+from cm3leon.tokenizers.image import ImageTokenizer, to_float
 from cm3leon.tokenizers.text import TextTokenizer
 
 if TYPE_CHECKING:
@@ -183,10 +182,12 @@ class Generator:
         guidance: float | None = None,
         candidates: int | None = None,
         documents: int | None = None,
+        likelihood: float | None = None,
     ) -> list[list[GeneratedImage]]:
         """Draw ``num_images`` images for each prompt, best first.
 
-        For each image returned ``candidates`` are drawn and ranked by CLIP score. A candidate's noise depends on ``seed`` and its number
+        For each image returned ``candidates`` are drawn and ranked by CLIP score, and by how likely the model finds the prompt as the
+        image's caption, weighted by ``likelihood``. A candidate's noise depends on ``seed`` and its number
         alone. None takes the bundle's decoding default. Retrieved documents that do not fit in the context beside the prompt are left
         out, the least relevant first; ``neighbours`` of an image are those that stood before it.
 
@@ -195,6 +196,7 @@ class Generator:
             PromptTooLongError: if a prompt does not fit in the context.
         """
         asked = {"temperature": temperature, "top_p": top_p, "guidance": guidance, "candidates": candidates, "documents": documents}
+        asked["likelihood"] = likelihood
         settings = self.settings({k: v for k, v in asked.items() if v is not None})
         for number, prompt in enumerate(prompts):
             if not prompt.strip():
@@ -208,10 +210,10 @@ class Generator:
         chunks = [jobs[i : i + ROWS] for i in range(0, len(jobs), ROWS)]
         for chunk in track(chunks, "drawing", unit="batches") if len(chunks) > 1 else chunks:
             for (row, image_seed), image, codes in self._draw(chunk, prompts, neighbours, settings):
-                used = settings.model_dump(include={"temperature", "top_p", "guidance", "candidates", "documents"})
+                used = settings.model_dump(exclude={"max_text_tokens"})
                 drawn[row].append(GeneratedImage(image, prompts[row], image_seed, codes, None, neighbours[row], used))
         if draws > num_images:
-            self.rank(drawn)
+            self.rank(drawn, settings.likelihood)
         return [images[:num_images] for images in drawn]
 
     def settings(self, changes: dict[str, Any]) -> DecodingConfig:
@@ -302,8 +304,11 @@ class Generator:
         documents = self.memory_bank.documents
         return [{**documents.iloc[n.position].to_dict(), "score": round(n.score, 4)} for n in found]
 
-    def rank(self, drawn: list[list[GeneratedImage]]) -> None:
+    def rank(self, drawn: list[list[GeneratedImage]], likelihood: float) -> None:
         """Score images by CLIP similarity to their prompts and sort each list, best first.
+
+        Args:
+            likelihood: weight, beside the CLIP score, of the prompt's log-likelihood as the image's caption under this model, nats.
 
         Raises:
             BadInputError: if the generator has no encoder.
@@ -317,7 +322,20 @@ class Generator:
         for generated, vector in zip(flat, vectors, strict=True):
             generated.score = float(vector @ texts[generated.prompt])
         for images in drawn:
-            images.sort(key=lambda g: -(g.score or 0.0))
+            said = self.caption_log_likelihoods(images) if likelihood else np.zeros(len(images))
+            ranks = [-(image.score or 0.0) - likelihood * value for image, value in zip(images, said, strict=True)]
+            images[:] = [images[int(place)] for place in np.argsort(ranks, kind="stable")]
+
+    def caption_log_likelihoods(self, images: Sequence[GeneratedImage]) -> np.ndarray:
+        """How likely the model is to caption each of some images of one prompt with that prompt, nats; (len(images),)."""
+        template, vocabulary, found = TASKS["caption"].templates[0], self.model.vocabulary, []
+        for start in range(0, len(images), ROWS):
+            part = images[start : start + ROWS]
+            prompts = [answer_prompt(template, {}, image.codes, vocabulary, self.text_tokenizer) for image in part]
+            room = self.model.spec.context - len(prompts[0])
+            text = vocabulary.text(self.text_tokenizer.encode(part[0].prompt)[:room])
+            found.append(text_log_likelihoods(self.model, prompts, text).cpu().numpy())
+        return np.concatenate(found)
 
     def encode(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Codes (B, tokens_per_image) of images of any size; each is fitted to the tokenizer's square."""

@@ -29,6 +29,7 @@ class RequestSettings(Section):
     top_p: float | None = Field(None, gt=0, le=1)
     guidance: float | None = Field(None, ge=0, description="classifier-free guidance scale; 1: none")
     candidates: int | None = Field(None, ge=1, le=64, description="images drawn for each one returned")
+    likelihood: float | None = Field(None, ge=0, description="weight of the prompt's log-likelihood beside the CLIP score in ranking")
     documents: int | None = Field(None, ge=0, description="retrieved documents before the prompt")
 
 

@@ -21,7 +21,7 @@ from cm3leon.evaluation.record import Record, digest
 from cm3leon.generation.generator import Generator
 from cm3leon.stages.common import save_captioned
 from cm3leon.stages.super_resolution import target_side
-from cm3leon.tokenizers.image_training import reconstruct
+from cm3leon.tokenizers.image import reconstruct
 
 SAMPLES = "samples.png"
 CAPTIONED = "captions.png"

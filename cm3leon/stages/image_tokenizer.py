@@ -12,8 +12,8 @@ from cm3leon.config import Config
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
 from cm3leon.stages.common import device, save_pairs
-from cm3leon.tokenizers.image import ImageTokenizer
-from cm3leon.tokenizers.image_training import code_statistics, psnr, reconstruct, train_image_tokenizer
+from cm3leon.tokenizers.image import ImageTokenizer, reconstruct
+from cm3leon.tokenizers.image_training import code_statistics, psnr, train_image_tokenizer
 
 VALIDATION_IMAGES = 512
 SHEET_IMAGES = 16

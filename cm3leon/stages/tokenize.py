@@ -15,8 +15,7 @@ from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.tokens import Document, write_tokens
 from cm3leon.progress import Meter, progress
 from cm3leon.stages.common import device
-from cm3leon.tokenizers.image import ImageTokenizer
-from cm3leon.tokenizers.image_training import to_float
+from cm3leon.tokenizers.image import ImageTokenizer, to_float
 from cm3leon.tokenizers.text import TextTokenizer
 
 SPLITS = ("train", "val", "test")

@@ -32,6 +32,7 @@ class ImageTokenizerSpec:
     decoder_blocks: int
     embedding_dim: int
     codebook_size: int
+    encoder_kernel: int = 3
 
     @property
     def downsampling(self) -> int:
@@ -59,13 +60,13 @@ class ChannelNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + 1x1(SiLU(3x3(norm(x)))); the identity at first, since the 1x1 convolution starts at zero."""
+    """x + 1x1(SiLU(3x3(norm(x)))); the identity at first, since the 1x1 convolution starts at zero. ``kernel`` is 3, or another side."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, kernel: int = 3) -> None:
         super().__init__()
         self.norm, self.conv, self.out = (
             ChannelNorm(channels),
-            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.Conv2d(channels, channels, kernel, padding=kernel // 2),
             nn.Conv2d(channels, channels, 1),
         )
 
@@ -86,7 +87,10 @@ def start_linear(network: nn.Module) -> None:
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) in [-1, 1] -> (B, embedding_dim, h, w)."""
+    """(B, 3, H, W) in [-1, 1] -> (B, embedding_dim, h, w).
+
+    With ``encoder_kernel`` 1 a latent sees its own patch alone, so that equal patches have equal codes, whatever lies around them.
+    """
 
     def __init__(self, spec: ImageTokenizerSpec) -> None:
         super().__init__()
@@ -95,7 +99,7 @@ class Encoder(nn.Module):
         for level, width in enumerate(widths):
             if level:
                 layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * widths[level - 1], width, 1)]
-            layers += [ResidualBlock(width) for _ in range(spec.blocks)]
+            layers += [ResidualBlock(width, spec.encoder_kernel) for _ in range(spec.blocks)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], spec.embedding_dim, 1))
         start_linear(self)
 
@@ -243,3 +247,20 @@ class ImageTokenizer(nn.Module):
         model = cls(ImageTokenizerSpec(**{**fields, "multipliers": tuple(fields["multipliers"])}))
         model.load_state_dict(load_file(directory / "model.safetensors"))
         return model.to(device).eval()
+
+
+def to_float(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
+    return images.to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+
+
+@torch.no_grad()
+def reconstruct(model: ImageTokenizer, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Codes (N, h*w) and reconstructions uint8 (N, H, W, 3) of uint8 images (N, H, W, 3)."""
+    device = next(model.parameters()).device
+    codes, outputs = [], []
+    for batch in images.split(batch_size):
+        codes.append(model.encode(to_float(batch, device)))
+        pixels = model.decode(codes[-1]).add(1).mul(127.5).round().clamp(0, 255)
+        outputs.append(pixels.permute(0, 2, 3, 1).to(torch.uint8).cpu())
+    return torch.cat(codes).cpu(), torch.cat(outputs)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from cm3leon.config import ImageTokenizerConfig, UserError
 from cm3leon.progress import progress
-from cm3leon.tokenizers.image import ImageTokenizer, ImageTokenizerSpec
+from cm3leon.tokenizers.image import ImageTokenizer, ImageTokenizerSpec, to_float
+from cm3leon.training.muon import Muon
 
 
 class Images(Protocol):
@@ -34,6 +35,7 @@ RESTART_EVERY = 20
 RECENT_BATCHES = 32
 """Batches whose latents seed the codebook when quantisation begins."""
 LOG_EVERY = 20
+WEIGHT_DECAY = 1e-4
 
 
 class PatchDiscriminator(nn.Module):
@@ -98,29 +100,21 @@ def learning_rate_at(step: int, config: ImageTokenizerConfig) -> float:
     return config.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
+def make_optimizers(model: nn.Module, config: ImageTokenizerConfig) -> list[torch.optim.Optimizer]:
+    """AdamW over everything, or over biases and scales alone beside Muon over the convolutions."""
+    filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)] if config.optimizer == "muon" else []
+    known = {id(p) for p in filters}
+    others = [p for p in model.parameters() if id(p) not in known]
+    adamw = torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    return [adamw, Muon(filters, config.learning_rate, WEIGHT_DECAY)] if filters else [adamw]
+
+
 def code_statistics(codes: Tensor, size: int) -> dict[str, float]:
     """Share of the codebook in use and the perplexity of its use."""
     p = torch.bincount(codes.flatten(), minlength=size).double()
     p = p / p.sum()
     entropy = -(p[p > 0] * p[p > 0].log()).sum()
     return {"codebook_usage": float((p > 0).double().mean()), "codebook_perplexity": float(entropy.exp())}
-
-
-def to_float(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
-    return images.to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
-
-
-@torch.no_grad()
-def reconstruct(model: ImageTokenizer, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Codes (N, h*w) and reconstructions uint8 (N, H, W, 3) of uint8 images (N, H, W, 3)."""
-    device = next(model.parameters()).device
-    codes, outputs = [], []
-    for batch in images.split(batch_size):
-        codes.append(model.encode(to_float(batch, device)))
-        pixels = model.decode(codes[-1]).add(1).mul(127.5).round().clamp(0, 255)
-        outputs.append(pixels.permute(0, 2, 3, 1).to(torch.uint8).cpu())
-    return torch.cat(codes).cpu(), torch.cat(outputs)
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> float:
@@ -139,6 +133,7 @@ def spec_of(config: ImageTokenizerConfig) -> ImageTokenizerSpec:
         decoder_blocks=config.decoder_blocks,
         embedding_dim=config.embedding_dim,
         codebook_size=config.codebook_size,
+        encoder_kernel=config.encoder_kernel,
     )
 
 
@@ -149,7 +144,7 @@ class ImageTokenizerTrainer:
         torch.manual_seed(seed)
         self.config, self.device = config, device
         self.model = ImageTokenizer(spec_of(config)).to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
+        self.optimizers = make_optimizers(self.model, config)
         self.generator = torch.Generator().manual_seed(seed)
         self.recent: list[Tensor] = []
         self.perceptual = PerceptualLoss(Path(str(config.perceptual_weights))).to(device) if config.perceptual_weight else None
@@ -209,12 +204,13 @@ class ImageTokenizerTrainer:
             generator_loss = -self.discriminator(output).mean()
             loss = loss + self.adversarial_weight(reconstruction, generator_loss) * generator_loss
             figures["generator_loss"] = generator_loss.item()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, config)
+            optimizer.step()
         if adversarial:
             figures["discriminator_loss"] = self.discriminator_step(images, output.detach())
         if not math.isfinite(loss.item()):

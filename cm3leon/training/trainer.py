@@ -14,7 +14,7 @@ from cm3leon.config import TrainConfig
 from cm3leon.data.sequences import Batch
 from cm3leon.model import Decoder
 from cm3leon.progress import progress
-from cm3leon.training.optimizer import learning_rate_at, make_optimizer
+from cm3leon.training.optimizer import learning_rate_at, make_optimizers
 
 Log = Callable[[dict[str, float], int], None]
 LOG_EVERY = 10
@@ -29,12 +29,12 @@ class State:
     """All that a run changes."""
 
     model: Decoder
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     step: int = 0
 
 
 def setup(model: Decoder, config: TrainConfig) -> State:
-    return State(model.train(), make_optimizer(model, config))
+    return State(model.train(), make_optimizers(model, config))
 
 
 def token_losses(model: Decoder, batch: Batch) -> Tensor:
@@ -98,7 +98,7 @@ def fit(
         while state.step < config.steps:
             batch = batch_at(state.step).to(model.device)
             loss = weighted_loss(model, batch)
-            state.optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
@@ -106,9 +106,10 @@ def fit(
                     f"{name} diverged at step {state.step}: loss {loss.item()}, gradient norm {norm.item()}; lower {name}.learning_rate"
                 )
             rate = learning_rate_at(state.step, config)
-            for group in state.optimizer.param_groups:
-                group["lr"] = rate
-            state.optimizer.step()
+            for optimizer in state.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
             state.step += 1
             meter.advance(1, f"loss {loss.item():.3f}")
             if state.step % LOG_EVERY == 0:

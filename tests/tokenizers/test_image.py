@@ -5,16 +5,8 @@ import pytest
 import torch
 
 from cm3leon.config import ImageTokenizerConfig
-from cm3leon.tokenizers.image import Codebook, ImageTokenizer
-from cm3leon.tokenizers.image_training import (
-    ImageTokenizerTrainer,
-    code_statistics,
-    psnr,
-    reconstruct,
-    spec_of,
-    to_float,
-    train_image_tokenizer,
-)
+from cm3leon.tokenizers.image import Codebook, ImageTokenizer, reconstruct, to_float
+from cm3leon.tokenizers.image_training import ImageTokenizerTrainer, code_statistics, psnr, spec_of, train_image_tokenizer
 
 CPU = torch.device("cpu")
 SMALL = {"image_size": 32, "channels": 16, "embedding_dim": 8, "codebook_size": 32, "blocks": 1, "warmup_steps": 5}
@@ -91,14 +83,36 @@ def test_kmeans_start_finds_well_separated_clusters():
     assert torch.cdist(centres, codebook.entries).amin(1).max() < 0.1
 
 
-def test_training_reconstructs_and_is_deterministic():
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 4e-3), ("muon", 2e-2)])
+def test_training_reconstructs_and_is_deterministic(optimizer, rate):
     images = flat_images(64)
-    config = ImageTokenizerConfig(**SMALL, steps=60, batch_size=16, learning_rate=4e-3)
+    config = ImageTokenizerConfig(**SMALL, steps=60, batch_size=16, optimizer=optimizer, learning_rate=rate)
     first, second = (train_image_tokenizer(images, config, 0, CPU) for _ in range(2))
     codes, copies = reconstruct(first, torch.from_numpy(images))
     grey = torch.full_like(copies, 128)
     assert psnr(torch.from_numpy(images), copies) > psnr(torch.from_numpy(images), grey) + 5
     assert torch.equal(codes, reconstruct(second, torch.from_numpy(images))[0])
+
+
+@pytest.mark.parametrize(("kernel", "local"), [(1, True), (3, False)])
+def test_with_kernel_1_a_code_depends_on_its_own_patch_alone(kernel, local):
+    model = ImageTokenizer(spec_of(ImageTokenizerConfig(**SMALL, encoder_kernel=kernel))).eval()
+    for parameter in model.encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    other = image.clone()
+    other[..., :8, :8] = -other[..., :8, :8]
+    with torch.no_grad():
+        changed = (model.encoder(image) != model.encoder(other)).any(1)[0]
+    assert changed[0, 0]
+    assert (changed.sum() == 1) == local
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_of_the_tokenizer_is_in_an_optimiser_once(optimizer):
+    trainer = ImageTokenizerTrainer(ImageTokenizerConfig(**SMALL, optimizer=optimizer), 0, CPU)
+    grouped = [p for each in trainer.optimizers for group in each.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, trainer.model.parameters()))
 
 
 def test_adversarial_training_moves_both_networks():

@@ -10,7 +10,7 @@ from cm3leon.data.sequences import Batch, BatchStream, PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.documents import Vocabulary
 from cm3leon.model import Decoder, DecoderSpec
-from cm3leon.training.optimizer import learning_rate_at, make_optimizer
+from cm3leon.training.optimizer import learning_rate_at, make_optimizers
 from cm3leon.training.trainer import DivergenceError, fit, setup, token_losses, validate, weighted_loss
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
@@ -31,20 +31,22 @@ def make_model():
     return Decoder(DecoderSpec(layers=2, width=32, heads=2, context=80, init_std=0.02, image_positions=True), VOCABULARY)
 
 
-def train(stream):
+def train(stream, config=CONFIG):
     losses = []
     model = make_model()
-    figures = fit(setup(model, CONFIG), stream, CONFIG, [stream(100)], "test", lambda values, step: losses.append((step, values)))
+    figures = fit(setup(model, config), stream, config, [stream(100)], "test", lambda values, step: losses.append((step, values)))
     return model, figures, losses
 
 
-def test_training_learns_and_repeats_itself_exactly(stream):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_learns_and_repeats_itself_exactly(stream, optimizer):
+    config = CONFIG.model_copy(update={"optimizer": optimizer})
     before = validate(make_model(), [stream(100)])
-    model, figures, logged = train(stream)
+    model, figures, logged = train(stream, config)
     assert figures["val_loss"] < before["loss"] - 0.5
     assert {"val_loss", "val_loss_text", "val_loss_image"} == set(figures)
     assert [step for step, values in logged if "val_loss" in values] == [15, 30]
-    again, same, _ = train(stream)
+    again, same, _ = train(stream, config)
     assert same == figures
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
@@ -79,7 +81,11 @@ def test_schedule_warms_up_peaks_and_ends_at_the_floor():
     assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
 
 
-def test_every_parameter_is_in_the_optimiser_once():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_an_optimiser_once(optimizer):
     model = make_model()
-    grouped = [p for group in make_optimizer(model, CONFIG).param_groups for p in group["params"]]
+    optimizers = make_optimizers(model, CONFIG.model_copy(update={"optimizer": optimizer}))
+    grouped = [p for each in optimizers for group in each.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    decayed = [p for each in optimizers for group in each.param_groups for p in group["params"] if group["weight_decay"]]
+    assert {id(p) for p in decayed} == {id(p) for name, p in model.named_parameters() if name.startswith("blocks")}

@@ -54,8 +54,8 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
-    """One or two different captions."""
-    drawn = [caption(scene, rng) for _ in range(rng.choice([1, 2]))]
+    """Up to five different captions, five drawn."""
+    drawn = [caption(scene, rng) for _ in range(5)]
     return list(dict.fromkeys(drawn))
 
 

@@ -17,7 +17,7 @@ def test_captions_parse_back_to_the_scene_that_was_drawn() -> None:
     kinds: Counter[str] = Counter()
     for i, scene in enumerate(SCENES):
         texts = captions(scene, random.Random(i))
-        assert 1 <= len(texts) == len(set(texts)) <= 2
+        assert 1 <= len(texts) == len(set(texts)) <= 5
         for text in texts:
             statement = parse_caption(text)
             assert statement is not None, text
