@@ -1,7 +1,7 @@
 """Sweep decoding settings on prompts of the val split: python benchmarks/decoding.py [--prompts 200]
 
-Composition accuracy, by attribute, for temperatures, top-p, guidance scales and numbers of CLIP-ranked candidates, with the models that the
-last pipeline run left. The test split, which the evaluation uses, is not touched: a profile's defaults are chosen here.
+Composition accuracy, by attribute, for temperatures, guidance scales, numbers of candidates and how they are ranked, with the models that
+the last pipeline run left. The test split, which the evaluation uses, is not touched: a profile's defaults are chosen here.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ from cm3leon.evaluation import composition
 from cm3leon.generation.generator import Generator
 
 GRID: list[dict[str, Any]] = [
-    *({"temperature": t, "guidance": g, "candidates": 1} for t, g in itertools.product((0.3, 0.5, 0.7, 1.0), (1.0, 1.5, 2.0, 3.0))),
-    *({"temperature": t, "guidance": 1.5, "candidates": c} for t, c in itertools.product((0.5, 0.7), (4, 8))),
-    {"temperature": 0.5, "guidance": 1.5, "candidates": 1, "documents": 1},
+    *({"temperature": t, "guidance": g, "candidates": 1} for t, g in itertools.product((0.7, 1.0), (1.0, 1.5, 3.0))),
+    *({"temperature": 1.0, "guidance": g, "candidates": c} for g, c in itertools.product((1.0, 1.5), (8, 32))),
+    *({"temperature": 1.0, "guidance": 1.0, "candidates": c, "likelihood": w} for c, w in itertools.product((8, 32), (0.003, 0.01, 0.03))),
+    {"temperature": 1.0, "guidance": 1.0, "candidates": 64, "likelihood": 0.01},
+    {"temperature": 1.0, "guidance": 1.5, "candidates": 32, "likelihood": 0.01},
+    {"temperature": 0.9, "guidance": 1.0, "candidates": 32, "likelihood": 0.01},
+    {"temperature": 1.0, "guidance": 1.0, "candidates": 32, "likelihood": 0.01, "top_p": 0.98},
+    {"temperature": 1.0, "guidance": 1.0, "candidates": 32, "likelihood": 0.01, "documents": 1},
 ]
-"""What is tried; top-p stays at 0.9."""
+"""What is tried; what a line does not say is the default: top-p 1, likelihood 0, no documents."""
+SETTINGS = ("temperature", "top_p", "guidance", "candidates", "likelihood", "documents")
 
 
 def main(prompts: int) -> None:
@@ -33,18 +39,18 @@ def main(prompts: int) -> None:
         encoder=paths.ENCODER,
         memory_bank=paths.INDEX,
         tokens=paths.TOKENS,
-        decoding=DecodingConfig(top_p=0.9),
+        decoding=DecodingConfig(top_p=1.0),
     )
     captions = [str(texts[0]) for texts in read_manifest(paths.VALIDATED, "val")["captions"][:prompts]]
-    print("| temperature | guidance | candidates | documents | composition | background | count | colour | shape | size | relation | s |")
-    print("|" + "---|" * 12)
+    print(f"| {' | '.join(SETTINGS)} | composition | background | count | colour | shape | size | relation | s |")
+    print("|" + "---|" * (len(SETTINGS) + 8))
     for settings in GRID:
         start = time.perf_counter()
         drawn = [images[0].image for images in generator.text_to_image(captions, **settings)]
         scores = composition.score(captions, drawn)
         names = ("", "/background", "/count", "/colour", "/shape", "/size", "/relation")
         shown = [f"{scores.get(f'composition{name}', float('nan')):.3f}" for name in names]
-        asked = [str(settings.get(key, 0)) for key in ("temperature", "guidance", "candidates", "documents")]
+        asked = [str(getattr(generator.settings(settings), key)) for key in SETTINGS]
         print("| " + " | ".join([*asked, *shown, f"{time.perf_counter() - start:.1f}"]) + " |", flush=True)
 
 

@@ -31,16 +31,25 @@ def configure(profile: str, changes: Iterable[str] = (), configs: Path = CONFIGS
     source = configs / f"{profile}.yaml"
     if not source.is_file():
         raise ConfigError(f"there is no profile {profile!r}; {configs}/ has: {', '.join(profile_names(configs)) or 'none'}")
-    text = source.read_text()
-    changes = list(changes)
-    if changes:
-        text = _changed(text, changes)
-    config = parse_config(yaml.safe_load(text), f"{source} with {' '.join(changes)}" if changes else str(source))
+    text, config = _changed(source, list(changes))
     params.write_text(text)
     return config
 
 
-def _changed(text: str, changes: list[str]) -> str:
+def changed_config(changes: Iterable[str], params: Path = PARAMS) -> Config:
+    """What ``params.yaml`` says with some changes, as :func:`configure` takes them; nothing is written.
+
+    Raises:
+        ConfigError: as :func:`configure`.
+    """
+    return _changed(params, list(changes))[1]
+
+
+def _changed(source: Path, changes: list[str]) -> tuple[str, Config]:
+    """The text of a parameter file with changes, comments kept, and what it says."""
+    text = source.read_text()
+    if not changes:
+        return text, parse_config(yaml.safe_load(text), str(source))
     from ruamel.yaml import YAML
 
     editor = YAML()
@@ -52,7 +61,7 @@ def _changed(text: str, changes: list[str]) -> str:
         _assign(tree, change)
     out = StringIO()
     editor.dump(tree, out)
-    return out.getvalue()
+    return out.getvalue(), parse_config(yaml.safe_load(out.getvalue()), f"{source} with {' '.join(changes)}")
 
 
 def _assign(tree: Any, change: str) -> None:

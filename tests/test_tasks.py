@@ -1,5 +1,7 @@
 """Instruction-tuning templates: what a sample looks like, and that the prompt at inference is the sample's beginning."""
 
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ from cm3leon.config import ObjectiveConfig, SFTConfig, UserError
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.task_samples import TaskSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
-from cm3leon.documents import EOS, EOSS, Vocabulary, check_grammar
+from cm3leon.documents import EOS, EOSS, Vocabulary, check_grammar, split_tail
 from cm3leon.stages.text_tokenizer import texts
 from cm3leon.tasks import TASKS, answer_prompt, available, image_prompt, split_template
 from cm3leon.tokenizers.text import TextTokenizer
@@ -72,6 +74,30 @@ def test_inference_prompt_is_the_samples_beginning(samples, monkeypatch, name, t
             assert (weights[len(prompt) - 1 : -1] == 5).all() and weights[: len(prompt) - 1].max() == 1 and weights[-1] == 1
             seen.append(epoch)
     assert seen, "no sample used this template"
+
+
+QUESTIONS = [{"question": f"What color is number {n}?", "answers": [f"red {n}"]} for n in range(6)]
+
+
+@pytest.mark.parametrize(("context", "most"), [(160, 4), (100, 3)])
+def test_a_sample_asks_several_questions_and_answers_each_behind_the_image(samples, context, most):
+    drawn = samples({"vqa": 1.0}, lambda row: {"questions": QUESTIONS}, questions_per_sample=4, answer_weight=5.0, input_weight=0.5)
+    object.__setattr__(drawn.documents, "context", context)
+    counts = Counter()
+    for epoch in range(40):
+        masked, weights = drawn(epoch, 0)
+        assert len(masked.tokens) <= context
+        check_grammar(masked.tokens, VOCABULARY)
+        body, tail = split_tail(masked.tokens[1:-1], VOCABULARY)
+        counts[len(tail)] += 1
+        asked = [TOKENIZER.decode(body[VOCABULARY.is_text(body)] - VOCABULARY.text_start)]
+        for _, span in tail:
+            answer = TOKENIZER.decode(span - VOCABULARY.text_start).strip()
+            assert f"number {answer.removeprefix('red ')}?" in asked[0]
+        answers = len(masked.tokens) - 2 - len(body)  # each with its mask before it and its end behind it
+        assert weights[-1 - answers : -1].tolist() == [5.0] * answers
+        assert set(weights[: -1 - answers]) == {0.0, 0.5}  # a mask in the body is no target
+    assert sorted(counts) == list(range(1, most + 1))
 
 
 def test_drawing_samples_are_prompt_then_image_and_some_drop_the_caption(samples):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cm3leon import paths, tracking
-from cm3leon.config import Config, ModelConfig
+from cm3leon.config import Config, ModelConfig, PretrainConfig
 from cm3leon.data.sequences import BatchStream, PretrainingSamples, read_neighbours
 from cm3leon.data.tokens import TokenStore
 from cm3leon.documents import Vocabulary
@@ -37,20 +37,20 @@ def build_decoder(config: ModelConfig, seed: int) -> Decoder:
     return model
 
 
+def training_samples(store: TokenStore, model: Decoder, section: PretrainConfig, seed: int) -> PretrainingSamples:
+    """Samples of the documents of ``store``; their neighbours are documents of the train split."""
+    train, neighbours = TokenStore(paths.TOKENS, ["train"]), read_neighbours(paths.NEIGHBOURS)
+    return PretrainingSamples(store, train, neighbours, model.vocabulary, section.objective, section.documents, section.model.context, seed)
+
+
 def run(config: Config) -> dict[str, float]:
     """Writes ``models/pretrained/``; returns validation losses and the number of parameters."""
     section = config.pretrain
     model = build_decoder(section.model, config.seed).to(device())
-    train, neighbours = TokenStore(paths.TOKENS, ["train"]), read_neighbours(paths.NEIGHBOURS)
-
-    def samples(store: TokenStore) -> PretrainingSamples:
-        return PretrainingSamples(
-            store, train, neighbours, model.vocabulary, section.objective, section.documents, section.model.context, config.seed
-        )
-
-    stream = BatchStream(samples(train), len(train), section.batch_size, config.seed)
-    held_out = TokenStore(paths.TOKENS, ["val"])
-    held_out_stream = BatchStream(samples(held_out), len(held_out), section.batch_size, config.seed)
+    train, held_out = TokenStore(paths.TOKENS, ["train"]), TokenStore(paths.TOKENS, ["val"])
+    stream = BatchStream(training_samples(train, model, section, config.seed), len(train), section.batch_size, config.seed)
+    held_out_samples = training_samples(held_out, model, section, config.seed)
+    held_out_stream = BatchStream(held_out_samples, len(held_out), section.batch_size, config.seed)
     validation = [held_out_stream(step) for step in range(max(1, section.validation_documents // section.batch_size))]
     with tracking.stage_run("pretrain", config) as run:
         figures = fit(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cm3leon.documents import BREAK, EOS, EOSS, Vocabulary
-from cm3leon.generation.engine import PromptTooLongError, generate_images, generate_texts
+from cm3leon.generation.engine import PromptTooLongError, generate_images, generate_texts, text_log_likelihoods
 from cm3leon.generation.sampling import sample, top_p_probabilities, uniform_noise
 from cm3leon.model import Decoder, DecoderSpec
 
@@ -84,6 +84,20 @@ def test_texts_equal_the_reference(model):
             expected.append(best - 1)
             tokens = np.append(tokens, best - 1 + VOCABULARY.text_start)
         assert texts[row] == expected
+
+
+def test_likelihoods_equal_the_reference(model):
+    prompts = [np.append(prompt(4, seed), VOCABULARY.sentinel(0)) for seed in (1, 2, 3)]
+    text = VOCABULARY.text([7, 0, 39])
+    found = text_log_likelihoods(model, prompts, text)
+    for row, start in enumerate(prompts):
+        expected, tokens = 0.0, start
+        for token in [*text.tolist(), EOSS]:
+            expected += forward(model, tokens).log_softmax(-1)[token].item()
+            tokens = np.append(tokens, token)
+        assert found[row].item() == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(PromptTooLongError, match="context of 64"):
+        text_log_likelihoods(model, prompts, VOCABULARY.text([1] * 60))
 
 
 def test_what_does_not_fit_is_an_error(model):

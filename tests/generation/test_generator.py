@@ -42,6 +42,18 @@ def test_candidates_are_ranked_by_score_and_the_best_kept(generator):
     assert best.score == pytest.approx(scores[0], abs=1e-5) and best.seed == ranked[0].seed
 
 
+def test_likelihood_ranks_beside_the_clip_score(generator):
+    def ranked(weight):
+        [images] = generator.text_to_image(PROMPTS[1:], num_images=4, candidates=2, likelihood=weight, seed=0)
+        said = generator.caption_log_likelihoods(images)
+        return [image.score + weight * value for image, value in zip(images, said, strict=True)], [image.seed for image in images]
+
+    clip_alone, mixed, likelihood_alone = ranked(0.0), ranked(0.01), ranked(1e6)
+    for scores, _ in (clip_alone, mixed, likelihood_alone):
+        assert all(a >= b or a == pytest.approx(b) for a, b in zip(scores, scores[1:], strict=False))
+    assert clip_alone[1] != likelihood_alone[1]
+
+
 def test_an_image_says_where_it_comes_from(generator, tmp_path):
     [[image]] = generator.text_to_image(PROMPTS[:1], candidates=1, documents=1, seed=5)
     assert image.neighbours[0]["licence"] == "CC0-1.0" and {"id", "caption", "attribution", "score"} <= set(image.neighbours[0])

@@ -1,0 +1,92 @@
+"""Pretrain short, under several settings, on the tokens that the last pipeline run left:
+
+    python benchmarks/decoder.py --steps 600 "pretrain.optimizer=adamw pretrain.learning_rate=0.003" "pretrain.learning_rate=0.01"
+
+Each argument is one variant: changes to ``params.yaml``, separated by blanks. For each a line with steps a second, the losses of the val
+split without masks (nats an image given its caption, nats a caption token given the image), and the composition accuracy of one plain
+sample of each val prompt, by the number of different objects it names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cm3leon import paths
+from cm3leon.config import Config, ObjectiveConfig
+from cm3leon.data.manifest import read_manifest
+from cm3leon.data.sequences import Batch, BatchStream
+from cm3leon.data.tokens import TokenStore
+from cm3leon.evaluation import composition
+from cm3leon.generation.engine import generate_images
+from cm3leon.model import Decoder
+from cm3leon.profiles import PARAMS, changed_config
+from cm3leon.stages.pretrain import build_decoder, training_samples
+from cm3leon.tasks import image_prompt
+from cm3leon.tokenizers.image import ImageTokenizer
+from cm3leon.tokenizers.text import TextTokenizer
+from cm3leon.training.trainer import fit, setup, validate
+
+DRAWN_TOGETHER = 128
+
+
+def held_out_batches(model: Decoder, config: Config, objective: ObjectiveConfig) -> list[Batch]:
+    """The val split once, without retrieved documents, masked as ``objective`` says."""
+    section = config.pretrain.model_copy(update={"objective": objective, "documents": [1.0]})
+    store = TokenStore(paths.TOKENS, ["val"])
+    stream = BatchStream(training_samples(store, model, section, config.seed), len(store), 64, config.seed)
+    return [stream(step) for step in range(max(1, len(store) // 64))]
+
+
+def composition_by_objects(model: Decoder) -> dict[str, float]:
+    """Composition accuracy of one plain sample of each val prompt: of all, and of those that name 1, 2, 3 different objects."""
+    images, texts = ImageTokenizer.load(paths.IMAGE_TOKENIZER), TextTokenizer.load(paths.TEXT_TOKENIZER)
+    captions = [str(found[0]) for found in read_manifest(paths.VALIDATED, "val")["captions"]]
+    prompts = [image_prompt(model.vocabulary.text(texts.encode(caption)), []) for caption in captions]
+    verdicts = []
+    for start in range(0, len(prompts), DRAWN_TOGETHER):
+        part = slice(start, start + DRAWN_TOGETHER)
+        seeds = range(start, start + len(prompts[part]))
+        codes = generate_images(model, prompts[part], prompts[part], seeds, temperature=1.0, top_p=1.0, guidance=1.0)
+        pixels = images.decode(torch.from_numpy(codes)).add(1).mul(127.5).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
+        verdicts += composition.verdicts(captions[part], [Image.fromarray(array) for array in pixels])
+    right = defaultdict(list)
+    for caption, verdict in zip(captions, verdicts, strict=True):
+        if verdict is not None and (statement := composition.parse_caption(caption)) is not None:
+            for key in ("all", str(len(set(statement.objects)))):
+                right[key].append(all(verdict.values()))
+    return {key: float(np.mean(values)) for key, values in sorted(right.items())}
+
+
+def trial(changes: Sequence[str], steps: int) -> str:
+    """Train one variant; its row of the table."""
+    config = changed_config([*changes, f"pretrain.steps={steps}", f"pretrain.validate_every={steps}"], PARAMS)
+    section = config.pretrain
+    model = build_decoder(section.model, config.seed)
+    train = TokenStore(paths.TOKENS, ["train"])
+    stream = BatchStream(training_samples(train, model, section, config.seed), len(train), section.batch_size, config.seed)
+    start = time.perf_counter()
+    fit(setup(model, section), stream, section, [], "pretrain")
+    rate = steps / (time.perf_counter() - start)
+    drawing = validate(model, held_out_batches(model, config, ObjectiveConfig(mean_masks=0, segment_rate=0)))
+    captioning = validate(model, held_out_batches(model, config, ObjectiveConfig(mean_masks=0, segment_rate=1, caption_share=1)))
+    model.eval()
+    shown = ", ".join(f"{key}: {value:.3f}" for key, value in composition_by_objects(model).items())
+    image = drawing["loss_image"] * model.vocabulary.tokens_per_image
+    return f"| {' '.join(changes) or 'params.yaml'} | {rate:.2f} | {image:.2f} | {captioning['loss_text']:.3f} | {shown} |"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("variants", nargs="*", default=[""])
+    parser.add_argument("--steps", type=int, default=600)
+    options = parser.parse_args()
+    print("| changes | steps/s | nats an image | nats a caption token | composition of one sample |\n|---|---|---|---|---|")
+    for variant in options.variants:
+        print(trial(variant.split(), options.steps), flush=True)
