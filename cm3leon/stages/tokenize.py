@@ -30,8 +30,9 @@ def documents(
         part = manifest.iloc[start : start + batch_size]
         pixels = np.stack([np.asarray(fit_square(store.open(ref), images.spec.image_size)) for ref in part["image"]])
         codes = images.encode(to_float(torch.from_numpy(pixels), where)).cpu().numpy()
+        encoded = iter(texts.encode_many([caption for captions in part["captions"] for caption in captions]))
         for name, row_codes, captions in zip(part["id"], codes, part["captions"], strict=True):
-            yield Document(name, row_codes, [np.asarray(ids) for ids in texts.encode_many(list(captions))])
+            yield Document(name, row_codes, [np.asarray(next(encoded), dtype=np.uint32) for _ in captions])
         meter.advance(len(part))
 
 
@@ -39,7 +40,7 @@ def run(config: Config) -> dict[str, float]:
     """Writes ``data/tokens/``; returns the number of documents and tokens."""
     images, texts = ImageTokenizer.load(paths.IMAGE_TOKENIZER, device()), TextTokenizer.load(paths.TEXT_TOKENIZER)
     store = ImageStore(paths.RAW)
-    manifest = read_manifest(paths.VALIDATED)
+    manifest = read_manifest(paths.VALIDATED, columns=["id", "image", "captions", "split"])
     count = 0
     with tracking.stage_run("tokenize", config) as run, progress("tokenising", len(manifest), "documents") as meter:
         for split in SPLITS:
