@@ -258,6 +258,7 @@ def generate(
     temperature: float | None = None,
     top_p: float | None = None,
     candidates: Annotated[int | None, typer.Option(help="images drawn for each one kept")] = None,
+    likelihood: Annotated[float | None, typer.Option(help="weight of the caption's likelihood beside the CLIP score in ranking")] = None,
     documents: Annotated[int | None, typer.Option(help="retrieved documents before the prompt")] = None,
     upscale: Annotated[bool, typer.Option("--upscale", help="enlarge what was drawn with the model's upscaler")] = False,
     model: Model = CHAMPION,
@@ -269,7 +270,7 @@ def generate(
         raise FileNotFoundError(f"--out {out}: there is no directory {out.parent}")
     generator = load_generator(model)
     settings: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_p": top_p}
-    settings |= {"candidates": candidates, "documents": documents}
+    settings |= {"candidates": candidates, "likelihood": likelihood, "documents": documents}
     [images] = generator.text_to_image([prompt], num_images, seed=seed, **settings)
     if upscale:
         for image, enlarged in zip(images, generator.upscale([image.image for image in images]), strict=True):

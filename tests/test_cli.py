@@ -158,7 +158,7 @@ def test_generate_one(generator: FakeGenerator) -> None:
     assert status == 0
     assert generator.asked == {
         "prompts": ["a red circle"], "num_images": 1, "seed": 3, "guidance": 2.5, "temperature": None, "top_p": None,
-        "candidates": None, "documents": 1,
+        "candidates": None, "likelihood": None, "documents": 1,
     }  # fmt: skip
     picture = Image.open("one.png")
     assert picture.size == (8, 8)
