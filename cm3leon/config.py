@@ -300,7 +300,7 @@ class DecodingConfig(Section):
     temperature: float = Field(0.8, ge=0, description="0: greedy")
     top_p: float = Field(0.9, gt=0, le=1)
     guidance: float = Field(2.0, ge=0, description="classifier-free guidance scale; 1: none")
-    candidates: int = Field(4, ge=1, description="images drawn for each one returned; the best by CLIP score is kept")
+    candidates: int = Field(4, ge=1, description="images drawn for each one returned; the best-ranked is kept")
     likelihood: float = Field(
         0.0, ge=0, description="weight, in ranking, of the prompt's log-likelihood as the image's caption (nats), beside the CLIP score"
     )

@@ -1,8 +1,8 @@
 """Muon: momentum whose update of each matrix is made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
 The same update as ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"`` (Liu et al. 2025, arXiv 2502.16982), which a test compares
-it with. It is written here for two reasons: that one always computes in bfloat16, which a CPU without bfloat16 units does a hundred times
-slower, and one matrix at a time, while the layers of a decoder have matrices of a few shapes that can go through together.
+it with. It is written here for two reasons: that one always computes in bfloat16, which a CPU without bfloat16 kernels does some thirty
+times slower, and one matrix at a time, while the layers of a decoder have matrices of a few shapes that can go through together.
 """
 
 from __future__ import annotations
