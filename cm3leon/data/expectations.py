@@ -1,31 +1,23 @@
-"""The Great Expectations gate over the accepted rows and the run as a whole, and its Data Docs.
-
-The docs are made free of times, random numbers and the tracking picture of the original, so that equal data gives equal files.
-"""
+"""The Great Expectations gate over the accepted rows and the run as a whole, and its Data Docs."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import tempfile
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from cm3leon.config import ValidateConfig
+from cm3leon.data import data_docs
 from cm3leon.data.manifest import SPLITS
 
 SITE = "data_docs"
 RUN = "validate"
-FIXED_TIME = datetime(2000, 1, 1, tzinfo=UTC)
-"""Stands wherever Great Expectations wants a time; when a run took place is known to those who track it."""
-_TRACKED_LOGO = re.compile(r'src="https://[^"]*dataContextId=[^"]*"')
-_UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\b")
-_TIME = re.compile(r"\b20\d{6}T\d{6}\.\d{6}Z")
 
 
 def flat_frame(accepted: pd.DataFrame, components: Any) -> pd.DataFrame:
@@ -100,7 +92,7 @@ def check(frames: dict[str, pd.DataFrame], config: ValidateConfig, docs: Path) -
             SITE, {"class_name": "SiteBuilder", "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"}, "store_backend": store}
         )
         source = context.data_sources.add_pandas("manifest")
-        run_id = RunIdentifier(run_name=RUN, run_time=FIXED_TIME)
+        run_id = RunIdentifier(run_name=RUN, run_time=datetime.fromisoformat(data_docs.FIXED_TIME))
         for name, expectations in _expectations(config).items():
             if name not in frames:
                 continue
@@ -110,8 +102,7 @@ def check(frames: dict[str, pd.DataFrame], config: ValidateConfig, docs: Path) -
             result = definition.run(batch_parameters={"dataframe": frames[name]}, result_format="SUMMARY", run_id=run_id)
             failed += [_line(name, item) for item in result.results if not item.success]
         context.build_data_docs(site_names=[SITE])
-    for page in sorted(docs.rglob("*.html")):
-        page.write_text(_settled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    data_docs.settle(docs)
     return failed
 
 
@@ -120,11 +111,3 @@ def _line(suite: str, item: Any) -> str:
     kwargs = {key: value for key, value in config.kwargs.items() if key not in ("batch_id", "column")}
     column, against = config.kwargs.get("column", "table"), item.result.get("unexpected_count", "some")
     return f"{suite}.{column}: {config.type} {kwargs} ({against} against it)"
-
-
-def _settled(html: str) -> str:
-    """A page without what differs between two runs on the same data: random ids, times, and the picture that reports the reader."""
-    numbers: dict[str, str] = {}
-    html = _TRACKED_LOGO.sub('src="data:,"', html)
-    html = _UUID.sub(lambda match: numbers.setdefault(match[0], f"n{len(numbers)}"), html)
-    return _TIME.sub(lambda match: match[0] if match[0].startswith("20000101T000000") else "20000101T000000.000000Z", html)

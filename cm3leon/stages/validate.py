@@ -20,7 +20,7 @@ from rich.table import Table
 
 from cm3leon import paths, tracking
 from cm3leon.config import Config, ValidateConfig
-from cm3leon.data import expectations, splits
+from cm3leon.data import data_docs, expectations, splits
 from cm3leon.data.manifest import MANIFEST_SCHEMA, VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.validation import RULES, Findings, Profile, check_rows, profile_images, thumbnails_of
 
@@ -73,6 +73,8 @@ def validate(raw: Path, output: Path, config: ValidateConfig, seed: int) -> dict
         accepted, report["cleaned"] = _clean(accepted, frame, good)
         frames["rows"] = expectations.flat_frame(accepted, components)
     failed = expectations.check(frames, config, output / "data_docs")
+    rejected = {f"rejected: {reason}": count for reason, count in report["reasons"].items()}
+    data_docs.add_counts(output / "data_docs", "Rows", {name: report[name] for name in ("read", "accepted", "rejected")} | rejected)
     (output / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     if problems:
         raise ValidationError(problems)

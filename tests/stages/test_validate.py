@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,10 @@ def test_half_of_the_rows_damaged_fails_with_rules_and_rows(tmp_path: Path) -> N
     first = min(expected)
     assert f"manifest.csv line {first + 2}" in message
     assert len(read_manifest(tmp_path / "out" / "rejected.parquet")) == 100
-    assert (tmp_path / "out" / "data_docs" / "index.html").is_file()
+    index = (tmp_path / "out" / "data_docs" / "index.html").read_text()
+    assert "<td>read</td><td>200</td>" in index
+    assert "<td>rejected</td><td>100</td>" in index
+    assert "<td>rejected: empty_caption</td>" in index
     assert not (tmp_path / "out" / "manifest.parquet").exists()
 
 
@@ -235,6 +239,16 @@ def test_the_gate_sees_what_the_rules_let_through(tmp_path: Path) -> None:
     failed = {line.split(":")[0] for line in check(frames, ValidateConfig(), tmp_path / "docs")}
     wrong = {"id", "image", "licence", "split", "shortest_side", "captions", "shortest_caption", "splits_of_its_part"}
     assert failed == {f"rows.{name}" for name in wrong} | {"run.unaccounted", "run.rejected_rate"}
+    pages = list((tmp_path / "docs").rglob("*.html"))
+    index = (tmp_path / "docs" / "index.html").read_text()
+    assert len(pages) == 5
+    for page in pages:
+        html = page.read_text()
+        assert not re.search(r"<script|<link|<img|url\(|@import", html), f"{page} loads something"
+        for link in re.findall(r'href="([^"#:]+)"', html):
+            assert (page.parent / link).is_file(), f"{page} leads to {link}, which is not there"
+    assert "text-danger" in index
+    assert index.count("validations/") == 2
 
 
 def test_the_stages_run_on_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

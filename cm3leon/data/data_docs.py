@@ -1,0 +1,112 @@
+"""Great Expectations' Data Docs as pages that stand alone and are equal for equal data.
+
+The pages come with scripts, styles and pictures from outside, without which their tables stay empty; and with random ids and times. Here the
+tables that a script would fill are written out, one style sheet of our own stands for the styles, and nothing is left to load.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+from html import escape
+from pathlib import Path
+from typing import Any
+
+FIXED_TIME = "20000101T000000.000000Z"
+"""Stands for every time on the pages; when a run took place is known to those who track it."""
+
+_STYLE = """
+* { box-sizing: border-box }
+body { margin: 0; font: 15px/1.5 system-ui, sans-serif; color: #212529; background: #fff }
+a { color: #0b5ed7; text-decoration: none }
+a:hover { text-decoration: underline }
+h4, h5, h6, p { margin: 0 0 .3rem }
+h4, h5 { font-size: 1.15rem }
+h6, .h6 { font-size: 1rem; font-weight: 600 }
+body > nav { padding: .8rem 2rem; border-bottom: 1px solid #dee2e6 }
+nav nav { display: flex; gap: 1.5rem; align-items: center }
+.navbar-brand { font-size: 1.2rem; font-weight: 600 }
+.breadcrumb { display: flex; gap: .5rem; list-style: none; margin: 0; padding: 0 }
+.breadcrumb-item + .breadcrumb-item::before { content: "/ "; color: #6c757d }
+body > .container-fluid { padding: 1.5rem 2rem }
+body > .container-fluid > .row { display: grid; grid-template-columns: 15rem minmax(0, 1fr); gap: 2rem }
+.sticky { position: sticky; top: 1rem }
+.card { border: 1px solid #dee2e6; border-radius: 6px; margin: 0 0 1rem }
+.card-header { padding: .4rem .8rem; background: #f1f3f5 }
+.card-body { padding: .6rem .8rem }
+.card .nav { list-style: none; margin: 0; padding: 0; max-height: 65vh; overflow: auto }
+.nav-tabs { display: none }
+.tab-pane { margin: 0 0 2rem }
+.ge-section { margin: 0 0 2rem; scroll-margin-top: 1rem }
+.alert { padding: .6rem 1rem; margin: 0 0 .5rem; background: #e9ecef; border-radius: 6px }
+.badge { padding: .05em .45em; border-radius: 4px; font: .9em ui-monospace, monospace; background: #e2e6ea; overflow-wrap: anywhere }
+table { border-collapse: collapse; width: 100% }
+.table-sm { width: auto; min-width: 24rem }
+th, td { padding: .35rem .8rem; border-bottom: 1px solid #dee2e6; text-align: left; vertical-align: top }
+th { background: #f8f9fa }
+i.fas { font-style: normal; font-weight: 700 }
+i.text-success { color: #19713f }
+i.text-success::before { content: "\\2713" }
+i.text-danger { color: #b02a37 }
+i.text-danger::before { content: "\\2717" }
+i.text-warning { color: #946200 }
+i.text-warning::before { content: "!" }
+.cooltip .top { display: none }
+.collapse { display: none }
+.collapse:target { display: block }
+body:has(#option2:checked) tr:has(i.text-success),
+body:has(#option2:checked) .ge-section:has(td i.text-success):not(:has(i.text-danger, i.text-warning)) { display: none }
+"""
+_SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
+_HEAD_LINK = re.compile(r"<link\b[^>]*>")
+_STYLES = re.compile(r"(?:\s*<style>.*?</style>)+", re.DOTALL)
+_FOOTER = re.compile(r"<footer\b.*?</footer>", re.DOTALL)
+_LOGO = re.compile(r"<img\b[^>]*/>", re.DOTALL)
+_FILLED_TABLE = re.compile(
+    r"<div id=\"(?P<id>[\w-]+)-toolbar\".*?</div>\s*<table\b[^>]*>\s*</table>.*?columns: (?P<columns>\[.*?\]),\n\s*data: (?P<data>\[.*?\]),\n",
+    re.DOTALL,
+)
+_UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\b")
+_TIME = re.compile(r"\b20\d{6}T\d{6}\.\d{6}Z")
+
+
+def settle(docs: Path) -> None:
+    """Rewrite every page under ``docs`` in place (see the module), and remove the files that none of them uses."""
+    for page in sorted(docs.rglob("*.html")):
+        page.write_text(_alone(_equal(page.read_text(encoding="utf-8"))), encoding="utf-8")
+    shutil.rmtree(docs / "static", ignore_errors=True)
+
+
+def add_counts(docs: Path, title: str, counts: dict[str, int]) -> None:
+    """Put a table of ``counts`` before those of the index page."""
+    body = "".join(f"<tr><td>{escape(name)}</td><td>{count:,}</td></tr>" for name, count in counts.items())
+    table = f'<table class="table-sm"><thead><tr><th>{escape(title)}</th><th></th></tr></thead><tbody>{body}</tbody></table><br>\n'
+    page = docs / "index.html"
+    before, tag, after = page.read_text(encoding="utf-8").partition("<table")
+    page.write_text(before + table + tag + after, encoding="utf-8")
+
+
+def _equal(html: str) -> str:
+    numbers: dict[str, str] = {}
+    html = _UUID.sub(lambda match: numbers.setdefault(match[0], f"n{len(numbers)}"), html)
+    return _TIME.sub(FIXED_TIME, html)
+
+
+def _alone(html: str) -> str:
+    html = _FILLED_TABLE.sub(lambda match: _table(ast.literal_eval(match["columns"]), ast.literal_eval(match["data"])) + "<script>", html)
+    for outside in (_SCRIPT, _HEAD_LINK, _FOOTER):
+        html = outside.sub("", html)
+    html = _LOGO.sub("Data Docs", html)
+    return _STYLES.sub(lambda _: f"\n    <style>{_STYLE}</style>", html, count=1)
+
+
+def _table(columns: list[dict[str, str]], rows: list[dict[str, Any]]) -> str:
+    """The rows of an index table, each leading to its page."""
+    shown = [column for column in columns if column["field"] not in ("run_time", "run_name", "batch_identifier")]
+    head = "".join(f"<th>{column['title']}</th>" for column in shown)
+    body = []
+    for row in rows:
+        cells = "".join(f"<td>{row[column['field']]}</td>" for column in shown)
+        body.append(f"<tr>{cells}<td><a href=\"{row['_table_row_link_path']}\">open its page</a></td></tr>")
+    return f"<table><thead><tr>{head}<th></th></tr></thead><tbody>{''.join(body)}</tbody></table>"
