@@ -13,10 +13,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from flows.child import stop_tree
 from flows.environment import PREFECT_HOME, SERVER_FILE, use_environment
@@ -44,41 +45,64 @@ def free_port(wanted: int) -> int:
     raise OSError(f"no free port from {wanted} to {wanted + 99}")
 
 
-def commands(mlflow_port: int, prefect_port: int, docs_port: int) -> dict[str, tuple[list[str], str, str]]:
-    """Name -> (command, address to show, address that answers once it is up)."""
-    from cm3leon import tracking
+class Service(NamedTuple):
+    """One of the pages.
 
-    uri = tracking.tracking_uri()
-    found: dict[str, tuple[list[str], str, str]] = {}
+    Attributes:
+        server: the server's root address.
+        page: where on it to start.
+        health: what answers on it once it is up.
+        command: the arguments of ``python -m`` that start it; none where somebody else runs it.
+    """
+
+    server: str
+    page: str = ""
+    health: str = "/"
+    command: Sequence[str] = ()
+
+    @property
+    def address(self) -> str:
+        """What to open in a browser."""
+        return self.server + self.page
+
+
+def services(uri: str, experiment_id: str, mlflow_port: int, prefect_port: int, docs_port: int) -> dict[str, Service]:
+    """The pages there are to show, by name; ``uri`` is the MLflow store."""
+    runs = f"/#/experiments/{experiment_id}/runs"
     if uri.startswith("http"):
-        found["MLflow"] = ([], uri, uri)
+        mlflow = Service(uri.rstrip("/"), runs)
     else:
         port, artefacts = free_port(mlflow_port), Path("mlruns").absolute().as_uri()
-        command = ["mlflow", "server", "--backend-store-uri", uri, "--default-artifact-root", artefacts]
-        found["MLflow"] = ([*command, "--host", HOST, "--port", str(port), "--workers", "1"], f"http://{HOST}:{port}", "/health")
+        command = ["mlflow", "server", "--backend-store-uri", uri, "--default-artifact-root", artefacts, "--workers", "1"]
+        mlflow = Service(f"http://{HOST}:{port}", runs, "/health", [*command, "--host", HOST, "--port", str(port)])
     if url := os.environ.get("PREFECT_API_URL"):
-        found["Prefect"] = ([], url.removesuffix("/api"), "")
+        prefect = Service(url.removesuffix("/api"))
     else:
         port = free_port(prefect_port)
-        found["Prefect"] = (["prefect", "server", "start", "--host", HOST, "--port", str(port)], f"http://{HOST}:{port}", "/api/health")
+        prefect = Service(f"http://{HOST}:{port}", "", "/api/health", ["prefect", "server", "start", "--host", HOST, "--port", str(port)])
+    found = {"MLflow": mlflow, "Prefect": prefect}
     if (DATA_DOCS / "index.html").is_file():
         port = free_port(docs_port)
-        docs = ["http.server", str(port), "--bind", HOST, "--directory", str(DATA_DOCS)]
-        found["Data Docs"] = (docs, f"http://{HOST}:{port}", "/")
+        found["Data Docs"] = Service(
+            f"http://{HOST}:{port}", command=["http.server", str(port), "--bind", HOST, "--directory", str(DATA_DOCS)]
+        )
     return found
 
 
 def serve(mlflow_port: int = 5000, prefect_port: int = 4200, docs_port: int = 8000) -> None:
     """Start what is not up yet, print the addresses, stop all on Ctrl-C or SIGTERM."""
-    from cm3leon.tracking import prepare_store
+    from mlflow import MlflowClient
+
+    from cm3leon.tracking_store import experiment_id_of, prepare_store
 
     use_environment()
-    prepare_store()
-    services = commands(mlflow_port, prefect_port, docs_port)
-    with _running(services):
-        for name, (_, address, _) in services.items():
-            print(f"{name:<10} {address}", flush=True)
-        if "Data Docs" not in services:
+    uri = prepare_store()
+    experiment_id = experiment_id_of(MlflowClient(tracking_uri=uri, registry_uri=uri), Path("."), uri)
+    shown = services(uri, experiment_id, mlflow_port, prefect_port, docs_port)
+    with _running(shown):
+        for name, service in shown.items():
+            print(f"{name:<10} {service.address}", flush=True)
+        if "Data Docs" not in shown:
             print(f"Data Docs  none yet: {DATA_DOCS} is made by the stage validate", flush=True)
         print(f"Ctrl-C stops them; their logs are in {LOGS}/", flush=True)
         while True:
@@ -90,7 +114,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def _running(services: dict[str, tuple[list[str], str, str]]) -> Iterator[None]:
+def _running(shown: dict[str, Service]) -> Iterator[None]:
     """The services that have a command, up; stopped at the end, however it comes.
 
     Raises:
@@ -100,17 +124,17 @@ def _running(services: dict[str, tuple[list[str], str, str]]) -> Iterator[None]:
     signal.signal(signal.SIGTERM, _leave)
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
-        for name, (command, _, _) in services.items():
-            if command:
+        for name, service in shown.items():
+            if service.command:
                 with (LOGS / f"{name.lower().replace(' ', '-')}.log").open("wb") as log:
                     processes[name] = subprocess.Popen(
-                        [sys.executable, "-m", *command], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+                        [sys.executable, "-m", *service.command], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
                     )
         for name, process in processes.items():
-            _wait(name, process, services[name][1] + services[name][2])
+            _wait(name, process, shown[name].server + shown[name].health)
         if "Prefect" in processes:
             PREFECT_HOME.mkdir(exist_ok=True)
-            SERVER_FILE.write_text(json.dumps({"api_url": f"{services['Prefect'][1]}/api"}) + "\n")
+            SERVER_FILE.write_text(json.dumps({"api_url": f"{shown['Prefect'].server}/api"}) + "\n")
         yield
     except KeyboardInterrupt:
         pass
