@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "cm3leon"
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Makes MLflow's pages open the experiment on its training runs instead of on the pages for traces."""
 SQLITE = "sqlite:///"
 LOCK_SECONDS = 300
 PROCESS_TAG = "process"
@@ -147,7 +145,7 @@ def experiment_id_of(client: MlflowClient, root: Path, uri: str) -> str:
     if found is None:
         local = (root / "mlruns").absolute().as_uri() if uri.startswith(SQLITE) else None
         try:
-            return client.create_experiment(EXPERIMENT, artifact_location=local, tags=EXPERIMENT_TAGS)
+            return client.create_experiment(EXPERIMENT, artifact_location=local)
         except MlflowException:  # another process was faster
             found = client.get_experiment_by_name(EXPERIMENT)
             if found is None:

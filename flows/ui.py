@@ -68,7 +68,7 @@ class Service(NamedTuple):
 
 def services(uri: str, experiment_id: str, mlflow_port: int, prefect_port: int, docs_port: int) -> dict[str, Service]:
     """The pages there are to show, by name; ``uri`` is the MLflow store."""
-    runs = f"/#/experiments/{experiment_id}/runs"
+    runs = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     if uri.startswith("http"):
         mlflow = Service(uri.rstrip("/"), runs)
     else:
