@@ -21,8 +21,8 @@ from PIL import Image
 
 from cm3leon import paths
 from cm3leon.config import Config, ObjectiveConfig
+from cm3leon.data.batches import Batch, SortedStream
 from cm3leon.data.manifest import read_manifest
-from cm3leon.data.sequences import Batch, BatchStream
 from cm3leon.data.tokens import TokenStore
 from cm3leon.evaluation import composition
 from cm3leon.generation.engine import generate_images
@@ -41,7 +41,7 @@ def held_out_batches(model: Decoder, config: Config, objective: ObjectiveConfig)
     """The val split once, without retrieved documents, masked as ``objective`` says."""
     section = config.pretrain.model_copy(update={"objective": objective, "documents": [1.0]})
     store = TokenStore(paths.TOKENS, ["val"])
-    stream = BatchStream(training_samples(store, model, section, config.seed), len(store), 64, config.seed)
+    stream = SortedStream(training_samples(store, model.vocabulary, section, config.seed), len(store), 64, config.seed)
     return [stream(step) for step in range(max(1, len(store) // 64))]
 
 
@@ -73,12 +73,14 @@ def trial(changes: Sequence[str], steps: int) -> str:
     section = config.pretrain
     model = build_decoder(section.model, config.seed)
     train = TokenStore(paths.TOKENS, ["train"])
-    stream = BatchStream(training_samples(train, model, section, config.seed), len(train), section.batch_size, config.seed)
+    stream = SortedStream(training_samples(train, model.vocabulary, section, config.seed), len(train), section.batch_size, config.seed)
     start = time.perf_counter()
-    fit(setup(model, section), stream, section, [], "pretrain")
+    state = setup(model, section)
+    fit(state, stream, section, {}, "pretrain")
     rate = steps / (time.perf_counter() - start)
-    drawing = validate(model, held_out_batches(model, config, ObjectiveConfig(mean_masks=0, segment_rate=0)))
-    captioning = validate(model, held_out_batches(model, config, ObjectiveConfig(mean_masks=0, segment_rate=1, caption_share=1)))
+    drawing = validate(state, held_out_batches(model, config, ObjectiveConfig(mean_masks=0, segment_rate=0)), section)
+    caption = ObjectiveConfig(mean_masks=0, segment_rate=1, caption_share=1)
+    captioning = validate(state, held_out_batches(model, config, caption), section)
     model.eval()
     shown = ", ".join(f"{key}: {value:.3f}" for key, value in composition_by_objects(model).items())
     image = drawing["loss_image"] * model.vocabulary.tokens_per_image

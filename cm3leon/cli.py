@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from cm3leon.generation.generator import GeneratedImage, Generator
+    from cm3leon.model import Decoder
 
 STAGES = {
     "ingest": "Bring the source into image shards and one manifest.",
@@ -207,6 +209,23 @@ def rollback() -> None:
 # --- using a model ---------------------------------------------------------------------------------------------------
 
 
+def find_model(model: str) -> Path:
+    """The directory of a registered model, or the directory that was named.
+
+    Raises:
+        LookupError: if the registry has no such model.
+    """
+    if not model.startswith("models:/"):
+        return Path(model)
+    from cm3leon.registry import fetch_bundle
+
+    try:
+        return fetch_bundle(model)
+    except LookupError as error:
+        hint = "; there is no champion yet: run make run first" if model == CHAMPION else ""
+        raise LookupError(f"{error}{hint}") from None
+
+
 def load_generator(model: str) -> Generator:
     """A generator from a registered model or a bundle directory.
 
@@ -216,13 +235,7 @@ def load_generator(model: str) -> Generator:
     """
     from cm3leon.generation.generator import Generator
 
-    if not model.startswith("models:/"):
-        return Generator.from_bundle(model)
-    try:
-        return Generator.from_registry(model)
-    except LookupError as error:
-        hint = "; there is no champion yet: run make run first" if model == CHAMPION else ""
-        raise LookupError(f"{error}{hint}") from None
+    return Generator.from_bundle(find_model(model))
 
 
 def open_image(path: Path) -> Image.Image:
@@ -305,11 +318,87 @@ def ask(
     print(load_generator(model).answer([opened], [question])[0])
 
 
+# --- other formats ---------------------------------------------------------------------------------------------------
+
+
+class Format(StrEnum):
+    """Formats of decoders that are not this package's own."""
+
+    opt = "opt"
+
+
+CheckpointFormat = Annotated[Format, typer.Option("--format", help="opt: Hugging Face's OPTForCausalLM, in safetensors")]
+
+
+def check_unused(directory: Path) -> None:
+    """Raises :class:`UsageError` unless ``directory`` is empty or not there yet."""
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is a file; name a directory")
+    if directory.is_dir() and any(directory.iterdir()):
+        raise UsageError(f"{directory} is not empty; name a new directory")
+
+
+def load_decoder(directory: Path) -> Decoder:
+    """The decoder of a stage's directory or of a bundle.
+
+    Raises:
+        FileNotFoundError: if there is no model.
+        UsageError: if it is a model of another kind.
+    """
+    from cm3leon.model import Decoder
+
+    config = directory / "config.json"
+    if config.is_file() and not {"decoder", "vocabulary"} <= set(json.loads(config.read_text())):
+        raise UsageError(f"{directory} holds another kind of model; a decoder is in models/pretrained, models/finetuned or a bundle")
+    return Decoder.load(directory)
+
+
+def described(decoder: Decoder) -> str:
+    """``4 layers of width 256, context 256, 1,234,567 parameters``."""
+    spec = decoder.spec
+    return f"{spec.layers} layers of width {spec.width}, context {spec.context}, {decoder.parameter_count:,} parameters"
+
+
+@app.command(rich_help_panel="Model")
+def export(
+    directory: Annotated[Path, typer.Argument(help="new directory to write")],
+    format_: CheckpointFormat = Format.opt,
+    model: Annotated[str, typer.Option(help="a registered model (models:/NAME@ALIAS), a bundle directory or a decoder's")] = CHAMPION,
+) -> None:
+    """Write a model's decoder as a checkpoint that other software reads."""
+    check_unused(directory)
+    decoder = load_decoder(find_model(model))
+    from cm3leon.opt_format import export_opt
+
+    export_opt(decoder, directory)
+    print(f"{directory}: {described(decoder)}; read it with transformers.OPTForCausalLM.from_pretrained")
+
+
+@app.command("import", rich_help_panel="Model")
+def import_(
+    directory: Annotated[Path, typer.Argument(help="the checkpoint: config.json and safetensors")],
+    out: Annotated[Path, typer.Argument(help="new directory to write, in the format of models/pretrained")],
+    format_: CheckpointFormat = Format.opt,
+    vocabulary: Annotated[
+        Path | None, typer.Option(help="a decoder's directory: the checkpoint has its vocabulary (not needed if exported by this package)")
+    ] = None,
+) -> None:
+    """Read a checkpoint of other software as a decoder."""
+    check_unused(out)
+    layout = load_decoder(vocabulary).vocabulary if vocabulary else None
+    from cm3leon.opt_format import import_opt
+
+    decoder = import_opt(directory, layout)
+    decoder.save(out)
+    print(f"{out}: {described(decoder)}")
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 USER_ERRORS = (
     "UsageError", "UserError", "ConfigError", "BadInputError", "PromptTooLongError", "UnknownDocumentError", "SourceError", "ManifestError",
     "ValidationError", "BundleError", "IncompleteRecordError", "PromotionError", "SplitError", "DivergenceError", "ProjectError",
+    "OPTFormatError",
 )  # fmt: skip
 """Names of this package's errors that the user can mend; by name, so that nothing heavy is imported to know them."""
 

@@ -201,6 +201,7 @@ class ModelConfig(Section):
         0.05, ge=0, description="image tokens start as the codebook's vectors, at this deviation; 0: at random, as the paper's"
     )
     sentinels: int = Field(16, ge=1, description="mask tokens in the vocabulary (paper: 512)")
+    reserved: int = Field(0, ge=0, description="ids of the vocabulary kept for later tokens")
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -217,11 +218,16 @@ class ObjectiveConfig(Section):
     caption_share: float = Field(0.67, ge=0, le=1, description="of whole-segment masks: share that falls on the query's text")
 
 
+NeighbourChoice = Literal["paper", "text", "image", "random", "none"]
+
+
 class TrainConfig(Section):
     """What the trainer needs, for pretraining and instruction tuning alike."""
 
     steps: int = Field(1500, ge=1)
-    batch_size: int = Field(32, ge=1, description="sequences a step")
+    batch_size: int = Field(32, ge=1, description="rows a step, over all processes")
+    micro_batch_size: int | None = Field(None, ge=1, description="rows that a process computes at once; null: all of its share")
+    packing: bool = Field(False, description="fill rows of the context's length with several samples, which do not see one another")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: AdamW for the embeddings, Muon for all between them")
     learning_rate: float = Field(2e-3, gt=0)
     final_learning_rate: float = Field(0.05, ge=0, le=1, description="floor of the decay, share of the peak")
@@ -229,13 +235,25 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
     clip: float = Field(1.0, gt=0)
+    z_loss: float = Field(0.0, ge=0, description="weight of log(Z)^2 of the output in the loss (Chameleon: 1e-5)")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the matrix products; parameters and optimiser stay fp32")
+    compile: bool = Field(False, description="compile the blocks; needs a C++ compiler on a CPU")
+    activation_checkpointing: bool = Field(False, description="compute blocks again in the backward pass instead of keeping them")
     validate_every: int = Field(250, ge=1)
     validation_documents: int = Field(256, ge=1)
+    checkpoint_every: int = Field(250, ge=1, description="steps from one checkpoint to the next")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
+    documents: list[float] = Field(
+        default_factory=lambda: [0.6, 0.4],
+        description="share of sequences with 0, 1, 2 ... retrieved documents",
+    )
+    neighbours: NeighbourChoice = Field("paper", description="retrieved documents: by the paper's rules, or for ablation")
 
-
-def _check_shares(documents: list[float]) -> None:
-    if not documents or min(documents) < 0 or abs(sum(documents) - 1) > 1e-6:
-        raise ValueError(f"documents must be shares, none negative, that sum to 1, found {documents}")
+    @model_validator(mode="after")
+    def _check_documents(self) -> TrainConfig:
+        if not self.documents or min(self.documents) < 0 or abs(sum(self.documents) - 1) > 1e-6:
+            raise ValueError(f"documents must be shares, none negative, that sum to 1, found {self.documents}")
+        return self
 
 
 class PretrainConfig(TrainConfig):
@@ -243,15 +261,6 @@ class PretrainConfig(TrainConfig):
 
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    documents: list[float] = Field(
-        default_factory=lambda: [0.6, 0.4],
-        description="share of sequences with 0, 1, 2 ... retrieved documents",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> PretrainConfig:
-        _check_shares(self.documents)
-        return self
 
 
 TASK_NAMES = ("text_to_image", "write", "caption", "long_caption", "vqa")
@@ -269,7 +278,6 @@ class SFTConfig(TrainConfig):
         description="task -> weight in the mix",
     )
     caption_drop: float = Field(0.1, ge=0, le=1, description="share of text_to_image samples whose caption is masked, for CFG")
-    documents: list[float] = Field(default_factory=lambda: [0.6, 0.4])
 
     @model_validator(mode="after")
     def _check(self) -> SFTConfig:
@@ -278,7 +286,6 @@ class SFTConfig(TrainConfig):
             raise ValueError(f"tasks names {', '.join(unknown)}; tasks are {', '.join(TASK_NAMES)}")
         if any(not 0 <= weight < float("inf") for weight in self.tasks.values()) or not any(self.tasks.values()):
             raise ValueError(f"the weights of tasks must be 0 or more and at least one above 0, found {self.tasks}")
-        _check_shares(self.documents)
         return self
 
 

@@ -4,7 +4,7 @@ A training sequence (paper, Fig. 9) is ``<eos> (text <break> image <break>)*K  t
 the query last. ``<eos>`` also opens a sequence. With masks (CM3), each masked span is replaced by ``<mask:i>`` and moved behind the
 body: ``<eos> body (<mask:i> span <eoss>)* <eos>``. An image is always whole: exactly ``tokens_per_image`` codes.
 
-Token ids are laid out as ``specials | sentinels | image codes | text``, so that image rows of the output matrix are contiguous.
+Token ids are laid out as ``specials | sentinels | reserved | image codes | text``, so that image rows of the output matrix are contiguous.
 """
 
 from __future__ import annotations
@@ -27,16 +27,20 @@ class GrammarError(ValueError):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Layout of the token ids; stored with the model."""
+    """Layout of the token ids; stored with the model.
+
+    ``reserved`` ids stand for nothing yet: room for later tokens, and a way to a round size (65,536 in the paper).
+    """
 
     text_size: int
     image_size: int
     sentinels: int
     tokens_per_image: int
+    reserved: int = 0
 
     @property
     def image_start(self) -> int:
-        return len(SPECIALS) + self.sentinels
+        return len(SPECIALS) + self.sentinels + self.reserved
 
     @property
     def text_start(self) -> int:
@@ -53,7 +57,7 @@ class Vocabulary:
         return len(SPECIALS) + index
 
     def is_sentinel(self, ids: Tokens) -> np.ndarray:
-        return (ids >= len(SPECIALS)) & (ids < self.image_start)
+        return (ids >= len(SPECIALS)) & (ids < len(SPECIALS) + self.sentinels)
 
     def is_image(self, ids: Tokens) -> np.ndarray:
         return (ids >= self.image_start) & (ids < self.text_start)
@@ -84,8 +88,10 @@ class Vocabulary:
         """What a token is: ``text``, ``image``, ``<mask:3>``, ``<break>`` ..."""
         if token < len(SPECIALS):
             return SPECIALS[token]
-        if token < self.image_start:
+        if token < len(SPECIALS) + self.sentinels:
             return f"<mask:{token - len(SPECIALS)}>"
+        if token < self.image_start:
+            return "<reserved>"
         return "image" if token < self.text_start else "text"
 
 
@@ -122,6 +128,12 @@ class Body:
     def finished(self) -> Tokens:
         """The plain training sequence."""
         return np.append(self.tokens, EOS)
+
+    def without(self, dropped: np.ndarray) -> Body:
+        """The body without the tokens where ``dropped`` (boolean, one a token) is true; its segments shrink and stay."""
+        before = np.concatenate([[0], np.cumsum(~dropped)])
+        segments = [Segment(int(before[s.start]), int(before[s.stop]), s.document, s.modality) for s in self.segments]
+        return Body(self.tokens[~dropped], tuple(segments))
 
 
 def build_body(documents: Sequence[Sequence[tuple[str, Tokens]]]) -> Body:

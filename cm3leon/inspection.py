@@ -10,11 +10,10 @@ from rich.text import Text
 
 from cm3leon import paths
 from cm3leon.config import Config
-from cm3leon.data.sequences import PretrainingSamples, read_neighbours
 from cm3leon.data.tokens import TokenStore
 from cm3leon.documents import SPECIALS, Vocabulary, check_grammar
 from cm3leon.objective import Masked
-from cm3leon.stages.pretrain import build_vocabulary
+from cm3leon.stages.pretrain import build_vocabulary, training_samples
 from cm3leon.tokenizers.text import TextTokenizer
 
 STYLES = {"text": "green", "image": "blue", "special": "bold magenta", "mask": "bold red"}
@@ -89,23 +88,13 @@ def show(document_id: str, console: Console, config: Config, epoch: int = 0) -> 
     store, row = find_document(document_id)
     section = config.pretrain
     vocabulary, tokenizer = build_vocabulary(section.model), TextTokenizer.load(paths.TEXT_TOKENIZER)
-    neighbours = read_neighbours(paths.NEIGHBOURS)
-    samples = PretrainingSamples(
-        store,
-        TokenStore(paths.TOKENS, ["train"]),
-        neighbours,
-        vocabulary,
-        section.objective,
-        section.documents,
-        section.model.context,
-        config.seed,
-    )
+    samples = training_samples(store, vocabulary, section, config.seed)
     masked, _ = samples(epoch, row)
     name = store.ids[row]
     console.print(
         f"document {name}, epoch {epoch}: {len(masked.tokens)} tokens, masked spans {list(masked.spans) or 'none'}", highlight=False
     )
-    console.print(f"neighbours in the table: {', '.join(neighbours.get(name, [])) or 'none'}", highlight=False)
+    console.print(f"neighbours in the table: {', '.join(samples.neighbours.get(name, [])) or 'none'}", highlight=False)
     table(masked, vocabulary, tokenizer, console)
     console.print()
     console.print(describe(masked, vocabulary, tokenizer), soft_wrap=True)

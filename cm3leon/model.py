@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cm3leon.documents import Vocabulary
+from cm3leon.loss import chunked_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,12 @@ class KeyValueCache:
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
 
+def block_causal(samples_BT: Tensor) -> Tensor:
+    """Attention mask (B, 1, T, T): each token sees itself and what is before it in its own sample."""
+    same = samples_BT[:, :, None] == samples_BT[:, None, :]
+    return same.tril().unsqueeze(1)
+
+
 class Attention(nn.Module):
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
@@ -83,7 +91,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids (B, T) -> hidden states (B, T, D); :meth:`logits` maps those to the vocabulary or a slice of it."""
+    """Token ids (B, T) -> hidden states (B, T, D); :meth:`logits` maps those to the vocabulary or a slice of it.
+
+    Attributes:
+        recompute: whether blocks keep only their inputs for the backward pass and run again in it (activation checkpointing).
+    """
 
     def __init__(self, spec: DecoderSpec, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -92,6 +104,7 @@ class Decoder(nn.Module):
         self.positions = nn.Embedding(spec.context, spec.width)
         self.places = nn.Embedding(1 + vocabulary.tokens_per_image, spec.width, padding_idx=0) if spec.image_positions else None
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
+        self.recompute = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -149,7 +162,10 @@ class Decoder(nn.Module):
         if self.places is not None:
             x_BTD = x_BTD + self.places(places_BT)
         for block in self.blocks:
-            x_BTD = block(x_BTD, cache, mask)
+            if self.recompute and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, cache, mask, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, cache, mask)
         if cache is not None:
             cache.length += length
         return F.layer_norm(x_BTD, x_BTD.shape[-1:])
@@ -157,6 +173,33 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Logits of the ids in ``[start, stop)``, (..., stop - start)."""
         return F.linear(hidden, self.tokens.weight[start:stop])
+
+    def losses(
+        self,
+        tokens_BT: Tensor,
+        weights_BT: Tensor,
+        places_BT: Tensor,
+        samples_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        z_loss: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Next-token losses of a batch: their weighted sum, differentiable, and each token's (B, T), nats, 0 where its weight is.
+
+        Args:
+            weights_BT: weight of each token as a target; the first of a row is none.
+            samples_BT: number of the sample that each token belongs to, where several share a row; attention stays within a sample.
+            positions_BT: of each token in its sample; needed with ``samples_BT``.
+            z_loss: see :func:`~cm3leon.loss.chunked_cross_entropy`.
+        """
+        mask = None if samples_BT is None else block_causal(samples_BT[:, :-1])
+        positions = None if positions_BT is None else positions_BT[:, :-1]
+        hidden_BTD = self(tokens_BT[:, :-1], places_BT[:, :-1], positions_BT=positions, mask=mask)
+        weights = weights_BT[:, 1:]
+        counted = weights > 0
+        total, losses = chunked_cross_entropy(hidden_BTD[counted], self.tokens.weight, tokens_BT[:, 1:][counted], weights[counted], z_loss)
+        losses_BT = torch.zeros(weights_BT.shape, device=losses.device)
+        losses_BT[:, 1:][counted] = losses
+        return total, losses_BT
 
     @property
     def parameter_count(self) -> int:
@@ -166,12 +209,13 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return self.tokens.weight.device
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, tensors: dict[str, Tensor] | None = None) -> None:
+        """Write ``config.json`` and ``model.safetensors``; ``tensors`` are the whole parameters where the model holds shards of them."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {"decoder": asdict(self.spec), "vocabulary": asdict(self.vocabulary)}
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, directory / "model.safetensors")
+        save_file({k: v.contiguous() for k, v in (tensors or self.state_dict()).items()}, directory / "model.safetensors")
 
     @classmethod
     def load(cls, directory: Path, device: str | torch.device = "cpu") -> Decoder:

@@ -18,6 +18,9 @@ FINETUNED = Path("models/finetuned")
 SUPER_RESOLUTION = Path("models/super_resolution")
 EVALUATION = Path("models/evaluation")
 
+CHECKPOINTS = Path("models/checkpoints")
+"""``CHECKPOINTS / stage``: what a training stage goes on from after it was stopped. No stage's output: those are deleted at its start."""
+
 RUNS = Path("models/runs")
 """``RUNS / stage / "mlflow_run.json"``: the MLflow run that made a stage's outputs. Kept apart from the artefacts, so that
 artefacts depend on data, parameters and code alone and a stage that gives the same bytes again leaves later stages up to date."""

@@ -18,17 +18,17 @@ LOG_SECONDS = 15.0
 class Meter:
     """Counts work done and says so; made by :func:`progress`."""
 
-    def __init__(self, description: str, total: int | None, unit: str, bar: Progress | None) -> None:
+    def __init__(self, description: str, total: int | None, unit: str, bar: Progress | None, done: int) -> None:
         self.description, self.total, self.unit, self.bar = description, total, unit, bar
-        self.done = 0
+        self.done = self.before = done
         self.note = ""
         self.start = self.last_line = time.monotonic()
-        self.task = bar.add_task(description, total=total, note="", rate="") if bar else None
+        self.task = bar.add_task(description, total=total, completed=done, note="", rate="") if bar else None
 
     @property
     def rate(self) -> float:
         """Units a second since the start."""
-        return self.done / max(time.monotonic() - self.start, 1e-9)
+        return (self.done - self.before) / max(time.monotonic() - self.start, 1e-9)
 
     def advance(self, amount: int = 1, note: str | None = None) -> None:
         """Record ``amount`` units done; ``note`` (a loss, say) is shown beside the bar."""
@@ -48,17 +48,20 @@ class Meter:
 
 
 @contextmanager
-def progress(description: str, total: int | None = None, unit: str = "it") -> Iterator[Meter]:
-    """A meter on standard error. On a terminal a bar with rate and time left; else a line every 15 seconds and one at the end."""
+def progress(description: str, total: int | None = None, unit: str = "it", done: int = 0) -> Iterator[Meter]:
+    """A meter on standard error, of work of which ``done`` was done before.
+
+    On a terminal a bar with rate and time left; else a line every 15 seconds and one at the end.
+    """
     if sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         )  # fmt: skip
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            yield Meter(description, total, unit, bar)
+            yield Meter(description, total, unit, bar, done)
         return
-    meter = Meter(description, total, unit, None)
+    meter = Meter(description, total, unit, None, done)
     yield meter
     if time.monotonic() - meter.start > 2:
         meter._line()

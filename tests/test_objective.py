@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cm3leon.documents import EOS, EOSS, Vocabulary, build_body, check_grammar, restore, split_tail
-from cm3leon.objective import apply_spans, draw_segment, draw_spans, mask
+from cm3leon.objective import apply_spans, draw_segment, draw_spans, fit, kind_of, mask
 
 VOCABULARY = Vocabulary(text_size=50, image_size=20, sentinels=16, tokens_per_image=16)
 
@@ -89,13 +89,68 @@ def test_masked_caption_gives_the_captioning_prompt_and_the_guidance_prompt():
     assert tokens == [EOS, sentinel, 2, *image, sentinel, *VOCABULARY.text([1, 2, 3]).tolist(), EOSS, EOS]
 
 
-def test_spans_that_do_not_fit_are_left_out():
+def test_too_long_the_source_is_cut_and_never_a_target():
     rng = np.random.default_rng(5)
-    for _ in range(300):
+    cut = 0
+    for _ in range(3000):
         body = random_body(rng)
-        longest = len(body.tokens) + 1 + 3
-        masked = mask(body, VOCABULARY, rng, mean_masks=4.0, longest=longest)
+        spans = draw_spans(body, 2.0, 16, rng)
+        images = sum(s.length for s in body.segments if s.modality == "image" and s.document == body.segments[-1].document)
+        longest = max(len(body.tokens) + 1 + 3 * len(spans) - int(rng.integers(0, 12)), images + 4)
+        shorter, kept = fit(body, spans, longest)
+        masked = apply_spans(shorter, kept, VOCABULARY)
         assert len(masked.tokens) <= longest
+        check_grammar(masked.tokens, VOCABULARY)
+        targets = [body.tokens[start:stop].tolist() for start, stop in spans[: len(kept)]]
+        assert [shorter.tokens[start:stop].tolist() for start, stop in kept] == targets
+        cut += len(shorter.tokens) < len(body.tokens) and len(kept) == len(spans) > 0
+    assert cut > 300
+
+
+def test_a_full_sequence_with_one_span_holds_its_whole_target():
+    body = build_body([[("text", VOCABULARY.text(range(30))), ("image", VOCABULARY.image(range(16)))]])
+    for span in ((1, 31), (32, 48), (5, 12)):
+        longest = len(body.tokens) + 1 if span != (1, 31) else len(body.tokens) + 4
+        shorter, kept = fit(body, [span], longest)
+        masked = apply_spans(shorter, kept, VOCABULARY)
+        assert len(masked.tokens) <= longest
+        _, [(_, target)] = split_tail(masked.tokens[1:-1], VOCABULARY)
+        assert target.tolist() == body.tokens[slice(*span)].tolist()
+
+
+def test_images_that_do_not_fit_are_an_error():
+    body = build_body([[("text", VOCABULARY.text([1])), ("image", VOCABULARY.image(range(16)))]])
+    with pytest.raises(ValueError, match="images alone"):
+        fit(body, [(1, 2)], 15)
+
+
+def test_the_kinds_of_masks_are_told_apart():
+    rng = np.random.default_rng(8)
+    body = random_body(rng, documents=2)
+    while not body.segments[2].length:
+        body = random_body(rng, documents=2)
+    text, image = ((s.start, s.stop) for s in body.segments[2:])
+    own_text = (body.segments[0].start, body.segments[0].start + 1)
+    assert [kind_of(body, spans) for spans in ([], [text], [image], [text, image], [own_text])][:4] == [
+        "plain",
+        "caption",
+        "image",
+        "image",
+    ]
+    kinds = [mask(body, VOCABULARY, rng, mean_masks=1.0, segment_rate=0.3, text_share=0.5).kind for _ in range(3000)]
+    shares = {kind: kinds.count(kind) / 3000 for kind in set(kinds)}
+    assert abs(shares["caption"] - 0.15) < 0.03
+    assert abs(shares["image"] - 0.15) < 0.03
+    assert abs(shares["plain"] - 0.7 * math.exp(-1)) < 0.06
+
+
+@pytest.mark.parametrize("length", [*range(2, 40), 100, 1000, 4096])
+def test_no_length_crashes_with_a_longest(length):
+    rng = np.random.default_rng(length)
+    for _ in range(20):
+        text = VOCABULARY.text(rng.integers(50, size=max(length - 2, 0)))
+        masked = mask(build_body([[("text", text)]]), VOCABULARY, rng, mean_masks=2.0, segment_rate=0.3, longest=length)
+        assert len(masked.tokens) <= length
         check_grammar(masked.tokens, VOCABULARY)
 
 

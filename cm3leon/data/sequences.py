@@ -1,58 +1,48 @@
-"""Training sequences and batches: documents, their neighbours and the objective put together.
+"""Training sequences: documents, their neighbours and the objective put together.
 
-Everything random about a sample derives from ``(seed, epoch, id)``, and batch ``step`` from ``(seed, step)`` alone: the same whatever
-reads them, in whatever order, and after a resume.
+Everything random about a sample derives from ``(seed, epoch, id)``: the same whatever reads it, in whatever order, and after a resume.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from cm3leon.config import ObjectiveConfig, UserError
+from cm3leon.config import NeighbourChoice, ObjectiveConfig, UserError
 from cm3leon.data.tokens import Document, TokenStore
-from cm3leon.documents import PAD, Body, Vocabulary, build_body
+from cm3leon.documents import BREAK, Body, Vocabulary, build_body
 from cm3leon.objective import Masked, mask
-
-SORT_BATCHES = 16
-"""Samples of this many batches are sorted by length together, so that little is padded."""
-
-MASK_ROOM = 12
-"""Tokens of the context kept free for the marks of masked spans, three a span; more spans than fit are not drawn."""
-
-Draw = Callable[[int, int], tuple[Masked, np.ndarray]]
-"""``draw(epoch, row)`` -> a masked sequence and the weight of each of its tokens in the loss."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids (B, T) int64, padded on the right; the weight of each as a target (B, T) float32, 0 on what is not one; and the
-    place of each in its image (B, T) int64, from 1, 0 on what is no image token."""
-
-    tokens: Tensor
-    weights: Tensor
-    places: Tensor
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.tokens.to(device), self.weights.to(device), self.places.to(device))
-
 
 def sample_rng(seed: int, epoch: int, name: str) -> np.random.Generator:
     """The generator of one document in one epoch."""
     return np.random.default_rng((seed, epoch, int(name, 16)))
 
 
-def read_neighbours(directory: Path) -> dict[str, list[str]]:
-    """The neighbour table written by ``retrieve``: id -> ids of its neighbours."""
+def read_neighbours(directory: Path, choice: NeighbourChoice = "paper", pool: TokenStore | None = None) -> dict[str, list[str]]:
+    """The neighbour table written by ``retrieve``: id -> ids of its neighbours, those of ``choice``.
+
+    ``paper``: all; ``text``, ``image``: those found by that modality of the document; ``none``: an empty table; ``random``: as many
+    documents as the table has for each, drawn from ``pool`` once and for all, never the document itself.
+    """
     import pyarrow.parquet as pq
 
-    table = pq.read_table(directory / "neighbours.parquet", columns=["id", "neighbours"])
-    return dict(zip(table["id"].to_pylist(), table["neighbours"].to_pylist(), strict=True))
+    if choice == "none":
+        return {}
+    table = pq.read_table(directory / "neighbours.parquet", columns=["id", "neighbours", "modalities"])
+    rows = zip(table["id"].to_pylist(), table["neighbours"].to_pylist(), table["modalities"].to_pylist(), strict=True)
+    if choice == "random":
+        if pool is None:
+            raise ValueError("random neighbours need the pool to draw them from")
+        return {name: _random_others(name, len(found), pool.ids) for name, found, _ in rows}
+    return {name: [other for other, by in zip(found, how, strict=True) if choice in ("paper", by)] for name, found, how in rows}
+
+
+def _random_others(name: str, count: int, ids: Sequence[str]) -> list[str]:
+    drawn = np.random.default_rng(int(name, 16)).choice(len(ids), min(count + 1, len(ids)), replace=False)
+    return [ids[int(i)] for i in drawn if ids[int(i)] != name][:count]
 
 
 def document_segments(document: Document, vocabulary: Vocabulary, rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
@@ -116,7 +106,7 @@ class PretrainingSamples:
         rng = sample_rng(self.seed, epoch, document.id)
         retrieved = self.neighbours_of(document.id, rng)
         query = document_segments(document, self.vocabulary, rng)
-        body = fit_body([*retrieved, query], self.context - 1 - MASK_ROOM)
+        body = fit_body([*retrieved, query], self.context - 1)
         masked = mask(
             body,
             self.vocabulary,
@@ -128,52 +118,10 @@ class PretrainingSamples:
         )
         return masked, masked.is_target.astype(np.float32)
 
-
-def collate(samples: Sequence[tuple[Masked, np.ndarray]]) -> Batch:
-    """Pad on the right to the longest. The opening ``<eos>`` is never a target."""
-    length = max(len(masked.tokens) for masked, _ in samples)
-    tokens = np.full((len(samples), length), PAD, dtype=np.int64)
-    weights = np.zeros((len(samples), length), dtype=np.float32)
-    places = np.zeros((len(samples), length), dtype=np.int64)
-    for row, (masked, weight) in enumerate(samples):
-        tokens[row, : len(masked.tokens)] = masked.tokens
-        weights[row, : len(masked.tokens)] = weight
-        places[row, : len(masked.tokens)] = masked.places
-    weights[:, 0] = 0
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(weights), torch.from_numpy(places))
-
-
-class BatchStream:
-    """Batch number ``step`` of an endless stream of shuffled epochs.
-
-    Groups of ``SORT_BATCHES`` batches are drawn together, sorted by length and dealt out in random order.
-    """
-
-    def __init__(self, draw: Draw, size: int, batch_size: int, seed: int) -> None:
-        if size < 1:
-            raise ValueError("no documents to train on")
-        self.draw, self.size, self.batch_size, self.seed = draw, size, batch_size, seed
-        self._group = -1
-        self._batches: list[list[tuple[Masked, np.ndarray]]] = []
-        self._orders: dict[int, np.ndarray] = {}
-
-    def __call__(self, step: int) -> Batch:
-        group, within = divmod(step, SORT_BATCHES)
-        if group != self._group:
-            self._group, self._batches = group, self._draw_group(group)
-        return collate(self._batches[within])
-
-    def _draw_group(self, group: int) -> list[list[tuple[Masked, np.ndarray]]]:
-        first = group * SORT_BATCHES * self.batch_size
-        places = [divmod(position, self.size) for position in range(first, first + SORT_BATCHES * self.batch_size)]
-        samples = [self.draw(epoch, int(self._order(epoch)[position])) for epoch, position in places]
-        samples.sort(key=lambda sample: len(sample[0].tokens))
-        batches = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
-        order = np.random.default_rng((self.seed, 2, group)).permutation(len(batches))
-        return [batches[int(i)] for i in order]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
-            self._orders[epoch] = np.random.default_rng((self.seed, 1, epoch)).permutation(self.size)
-        return self._orders[epoch]
+    def query_only(self, epoch: int, row: int) -> tuple[Masked, np.ndarray]:
+        """As a call, of plain sequences, with the weight of retrieved documents zero."""
+        masked, weights = self(epoch, row)
+        breaks = np.flatnonzero(masked.tokens == BREAK)
+        if len(breaks) > 1:
+            weights[: breaks[-2] + 1] = 0  # the query is the last text and the last image
+        return masked, weights

@@ -11,16 +11,14 @@ import numpy as np
 import pandas as pd
 
 from cm3leon.config import SFTConfig, UserError
-from cm3leon.data.sequences import MASK_ROOM, PretrainingSamples, fit_body, sample_rng
+from cm3leon.data.sequences import PretrainingSamples, fit_body, sample_rng
 from cm3leon.data.tokens import Document
 from cm3leon.documents import build_body
-from cm3leon.objective import Masked, apply_spans
+from cm3leon.objective import MARKS, Masked, apply_spans
 from cm3leon.tasks import TASKS, available, lay_out, turns
 from cm3leon.tokenizers.text import TextTokenizer
 
 Turns = list[dict[str, str]]
-MARKS = 3
-"""Tokens by which a masked span lengthens a sequence."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class TaskSamples:
         """A sample that ends in an image; retrieved documents may stand before it, and its text may be masked, for guidance."""
         vocabulary = self.documents.vocabulary
         segments, _ = lay_out(template, asked, document.codes, vocabulary, self.tokenizer)
-        body = fit_body([*self.documents.neighbours_of(document.id, rng), segments], self.documents.context - MASK_ROOM)
+        body = fit_body([*self.documents.neighbours_of(document.id, rng), segments], self.documents.context - 1 - MARKS)
         text = next(s for s in body.segments if s.document == body.segments[-1].document and s.modality == "text")
         dropped = rng.random() < self.config.caption_drop
         masked = apply_spans(body, [(text.start, text.stop)] if dropped else [], vocabulary)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from cm3leon import paths, tracking
-from cm3leon.config import Config, ModelConfig, PretrainConfig
-from cm3leon.data.sequences import BatchStream, PretrainingSamples, read_neighbours
+from cm3leon.config import Config, ModelConfig, ObjectiveConfig, PretrainConfig
+from cm3leon.data.batches import Batch
+from cm3leon.data.sequences import PretrainingSamples, read_neighbours
 from cm3leon.data.tokens import TokenStore
 from cm3leon.documents import Vocabulary
 from cm3leon.model import Decoder, DecoderSpec
-from cm3leon.stages.common import device
 from cm3leon.stages.samples import sample_sheets
+from cm3leon.stages.training import fingerprint, first_batches, stream_of, train
 from cm3leon.tokenizers.image import ImageTokenizer
 from cm3leon.tokenizers.text import TextTokenizer
-from cm3leon.training.trainer import fit, setup
+from cm3leon.training.distributed import world
+
+DRAWS_COUNTED = 1000
+"""Samples from which the shares of what is masked are told."""
 
 
 def build_vocabulary(config: ModelConfig) -> Vocabulary:
@@ -25,42 +31,72 @@ def build_vocabulary(config: ModelConfig) -> Vocabulary:
         image_size=spec.codebook_size,
         sentinels=config.sentinels,
         tokens_per_image=spec.tokens_per_image,
+        reserved=config.reserved,
     )
 
 
 def build_decoder(config: ModelConfig, seed: int) -> Decoder:
     """A fresh decoder over the tokenizers' vocabulary."""
     torch.manual_seed(seed)
-    model = Decoder(DecoderSpec(**config.model_dump(exclude={"sentinels", "codebook_std"})), build_vocabulary(config))
+    model = Decoder(DecoderSpec(**config.model_dump(exclude={"sentinels", "reserved", "codebook_std"})), build_vocabulary(config))
     if config.codebook_std:
         model.start_from_codebook(ImageTokenizer.load(paths.IMAGE_TOKENIZER).codebook.entries, config.codebook_std)
     return model
 
 
-def training_samples(store: TokenStore, model: Decoder, section: PretrainConfig, seed: int) -> PretrainingSamples:
+def training_samples(store: TokenStore, vocabulary: Vocabulary, section: PretrainConfig, seed: int) -> PretrainingSamples:
     """Samples of the documents of ``store``; their neighbours are documents of the train split."""
-    train, neighbours = TokenStore(paths.TOKENS, ["train"]), read_neighbours(paths.NEIGHBOURS)
-    return PretrainingSamples(store, train, neighbours, model.vocabulary, section.objective, section.documents, section.model.context, seed)
+    pool = TokenStore(paths.TOKENS, ["train"])
+    neighbours = read_neighbours(paths.NEIGHBOURS, section.neighbours, pool)
+    return PretrainingSamples(store, pool, neighbours, vocabulary, section.objective, section.documents, section.model.context, seed)
+
+
+def validation_batches(held_out: TokenStore, vocabulary: Vocabulary, section: PretrainConfig, seed: int) -> dict[str, list[Batch]]:
+    """Batches to validate on: drawn as in training; and the plain query alone, and behind as many retrieved documents as there may be.
+
+    Of the last two only the query's tokens count, so that their difference is what retrieval is worth.
+    """
+    drawn = training_samples(held_out, vocabulary, section, seed)
+    batches = {"": first_batches(drawn, len(held_out), section, seed)}
+    most = max(count for count, share in enumerate(section.documents) if share > 0)
+    for name, count in (("alone", 0), *([("retrieved", most)] if most else [])):
+        shares = [0.0] * count + [1.0]
+        changed = section.model_copy(update={"documents": shares, "objective": ObjectiveConfig(mean_masks=0, segment_rate=0)})
+        samples = training_samples(held_out, vocabulary, changed, seed)
+        batches[name] = first_batches(samples.query_only, len(held_out), section, seed)
+    return batches
+
+
+def mask_shares(samples: PretrainingSamples) -> dict[str, float]:
+    """Of the first samples of an epoch, the share that masks nothing, the caption, the image, and other spans.
+
+    ``caption`` is what trains captioning by infilling and the mask-conditioned stream of guidance.
+    """
+    rows = range(min(DRAWS_COUNTED, len(samples)))
+    counts = Counter(samples(0, row)[0].kind for row in rows)
+    return {f"share_{kind}": counts[kind] / len(rows) for kind in ("plain", "caption", "image", "spans")}
 
 
 def run(config: Config) -> dict[str, float]:
-    """Writes ``models/pretrained/``; returns validation losses and the number of parameters."""
+    """Writes ``models/pretrained/``; returns validation losses, what was masked, and the number of parameters."""
     section = config.pretrain
-    model = build_decoder(section.model, config.seed).to(device())
-    train, held_out = TokenStore(paths.TOKENS, ["train"]), TokenStore(paths.TOKENS, ["val"])
-    stream = BatchStream(training_samples(train, model, section, config.seed), len(train), section.batch_size, config.seed)
-    held_out_samples = training_samples(held_out, model, section, config.seed)
-    held_out_stream = BatchStream(held_out_samples, len(held_out), section.batch_size, config.seed)
-    validation = [held_out_stream(step) for step in range(max(1, section.validation_documents // section.batch_size))]
-    with tracking.stage_run("pretrain", config) as run:
-        figures = fit(
-            setup(model, section),
-            stream,
-            section,
-            validation,
+    with world() as processes, tracking.stage_run("pretrain", config) as run:
+        model = build_decoder(section.model, config.seed).to(processes.device)
+        documents, held_out = TokenStore(paths.TOKENS, ["train"]), TokenStore(paths.TOKENS, ["val"])
+        samples = training_samples(documents, model.vocabulary, section, config.seed)
+        shares = mask_shares(samples)
+        run.log_metrics({f"pretrain/{name}": share for name, share in shares.items()})
+        parameters = float(model.parameter_count)
+        figures = train(
             "pretrain",
-            lambda values, step: run.log_metrics({f"pretrain/{k}": v for k, v in values.items()}, step),
+            model,
+            stream_of(samples, len(documents), section, config.seed, section.model.context),
+            section,
+            validation_batches(held_out, model.vocabulary, section, config.seed),
+            paths.PRETRAINED,
+            run,
+            processes,
             sample_sheets(run, model, held_out),
+            fingerprint(config, "pretrain", [paths.TOKENS, paths.NEIGHBOURS, paths.IMAGE_TOKENIZER]),
         )
-        model.save(paths.PRETRAINED)
-    return {**figures, "parameters": float(model.parameter_count)}
+    return {**figures, **shares, "parameters": parameters}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from cm3leon import paths, tracking
 from cm3leon.config import Config, ObjectiveConfig
 from cm3leon.data.manifest import read_manifest
-from cm3leon.data.sequences import BatchStream, PretrainingSamples, read_neighbours
+from cm3leon.data.sequences import PretrainingSamples, read_neighbours
 from cm3leon.data.task_samples import TaskSamples
 from cm3leon.data.tokens import TokenStore
 from cm3leon.model import Decoder
-from cm3leon.stages.common import device
 from cm3leon.stages.samples import sample_sheets
+from cm3leon.stages.training import fingerprint, first_batches, stream_of, train
 from cm3leon.tokenizers.text import TextTokenizer
-from cm3leon.training.trainer import fit, setup
+from cm3leon.training.distributed import world
 
 UNMASKED = ObjectiveConfig(mean_masks=0, segment_rate=0)
 """What is masked in a sample is the task's to say."""
@@ -21,32 +21,31 @@ UNMASKED = ObjectiveConfig(mean_masks=0, segment_rate=0)
 def run(config: Config) -> dict[str, float]:
     """Writes ``models/finetuned/``; returns validation losses of the mix and the number of documents of each task."""
     section = config.sft
-    model = Decoder.load(paths.PRETRAINED, device())
-    train, neighbours = TokenStore(paths.TOKENS, ["train"]), read_neighbours(paths.NEIGHBOURS)
-    tokenizer = TextTokenizer.load(paths.TEXT_TOKENIZER)
+    with world() as processes, tracking.stage_run("sft", config) as run:
+        model = Decoder.load(paths.PRETRAINED, processes.device)
+        documents, held_out = TokenStore(paths.TOKENS, ["train"]), TokenStore(paths.TOKENS, ["val"])
+        neighbours = read_neighbours(paths.NEIGHBOURS, section.neighbours, documents)
+        tokenizer = TextTokenizer.load(paths.TEXT_TOKENIZER)
 
-    def samples(split: str, store: TokenStore) -> TaskSamples:
-        documents = PretrainingSamples(
-            store, train, neighbours, model.vocabulary, UNMASKED, section.documents, model.spec.context, config.seed
-        )
-        return TaskSamples(documents, read_manifest(paths.VALIDATED, split), tokenizer, section)
+        def samples(split: str, store: TokenStore) -> TaskSamples:
+            drawn = PretrainingSamples(
+                store, documents, neighbours, model.vocabulary, UNMASKED, section.documents, model.spec.context, config.seed
+            )
+            return TaskSamples(drawn, read_manifest(paths.VALIDATED, split), tokenizer, section)
 
-    held_out = TokenStore(paths.TOKENS, ["val"])
-    training, held_out_samples = samples("train", train), samples("val", held_out)
-    stream = BatchStream(training, len(training), section.batch_size, config.seed)
-    held_out_stream = BatchStream(held_out_samples, len(held_out_samples), section.batch_size, config.seed)
-    validation = [held_out_stream(step) for step in range(max(1, section.validation_documents // section.batch_size))]
-    with tracking.stage_run("sft", config) as run:
+        training, held_out_samples = samples("train", documents), samples("val", held_out)
         counts = {f"documents_{name}": float(count) for name, count in training.counts().items()}
         run.log_metrics({f"sft/{name}": count for name, count in counts.items()})
-        figures = fit(
-            setup(model, section),
-            stream,
-            section,
-            validation,
+        figures = train(
             "sft",
-            lambda values, step: run.log_metrics({f"sft/{k}": v for k, v in values.items()}, step),
+            model,
+            stream_of(training, len(training), section, config.seed, model.spec.context),
+            section,
+            {"": first_batches(held_out_samples, len(held_out_samples), section, config.seed)},
+            paths.FINETUNED,
+            run,
+            processes,
             sample_sheets(run, model, held_out),
+            fingerprint(config, "sft", [paths.TOKENS, paths.NEIGHBOURS, paths.PRETRAINED, paths.VALIDATED / "manifest.parquet"]),
         )
-        model.save(paths.FINETUNED)
     return {**figures, **counts}

@@ -69,9 +69,10 @@ class Muon(torch.optim.Optimizer):
                     by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
                 rate = group["lr"] * UPDATE_RMS * math.sqrt(max(shape[0], shape[1:].numel()))
-                directions = torch.stack([self._direction(p, group["momentum"]).flatten(1) for p in parameters])
+                directions = torch.stack([_whole(self._direction(p, group["momentum"])).flatten(1) for p in parameters])
                 for parameter, direction in zip(parameters, orthogonalize(directions), strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction.view(shape), alpha=-rate)
+                    update = _sharded_as(parameter, direction.view(shape))
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
         return loss
 
     def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
@@ -82,3 +83,16 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(parameter.grad, 1 - momentum)
         return parameter.grad.lerp(state["momentum"], momentum)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A matrix can only be made orthogonal whole: shards are brought together, on every process."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _sharded_as(parameter: Tensor, update: Tensor) -> Tensor:
+    if not hasattr(parameter, "full_tensor"):
+        return update
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,23 +1,35 @@
-"""The training loop of pretraining and instruction tuning: ``setup`` -> ``fit`` -> ``validate``."""
+"""The training loop of pretraining and instruction tuning: :func:`setup`, :func:`fit`, :func:`validate`.
+
+A run that was killed at any moment goes on from its newest checkpoint and ends with the same bits: parameters, optimiser, schedule, random
+generators, position in the data and the samples held for packing are all in it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cm3leon.config import TrainConfig
-from cm3leon.data.sequences import Batch
+from cm3leon.data.batches import Batch, Stream
 from cm3leon.model import Decoder
 from cm3leon.progress import progress
+from cm3leon.training import distributed
+from cm3leon.training.checkpoint import Checkpoints, generator_states, set_generator_states
+from cm3leon.training.distributed import World
+from cm3leon.training.hardware import flops_per_token, peak_flops
 from cm3leon.training.optimizer import learning_rate_at, make_optimizers
 
 Log = Callable[[dict[str, float], int], None]
 LOG_EVERY = 10
+TERMINATED = 128 + signal.SIGTERM
 
 
 class DivergenceError(RuntimeError):
@@ -26,101 +38,222 @@ class DivergenceError(RuntimeError):
 
 @dataclass
 class State:
-    """All that a run changes."""
+    """All that a run changes. ``losses`` holds the loss of each step, ``best`` the lowest validation loss."""
 
     model: Decoder
     optimizers: list[torch.optim.Optimizer]
+    world: World
     step: int = 0
+    losses: list[float] = field(default_factory=list)
+    best: float = math.inf
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and the optimisers' tensors by name; shards of them where the model is sharded."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        found: dict[str, Tensor] = {f"model.{name}": parameter for parameter, name in names.items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for parameter, values in optimizer.state.items():
+                found |= {f"optimizer{number}.{names[parameter]}.{key}": value for key, value in values.items()}
+        return found
+
+    def fill_optimizers(self) -> None:
+        """Give the optimisers the tensors that they would make in their first step, by a step that changes nothing."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
 
 
-def setup(model: Decoder, config: TrainConfig) -> State:
-    return State(model.train(), make_optimizers(model, config))
+def setup(model: Decoder, config: TrainConfig, world: World | None = None) -> State:
+    """The state before the first step: the model on its device, sharded if there are several processes, and its optimisers."""
+    world = world or World(device=model.device)
+    model.to(world.device).train()
+    model.recompute = config.activation_checkpointing
+    distributed.shard(model, config, world)
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    return State(model, make_optimizers(model, config), world)
 
 
-def token_losses(model: Decoder, batch: Batch) -> Tensor:
-    """Next-token loss of each target, (B, T - 1), nats."""
-    hidden = model(batch.tokens[:, :-1], batch.places[:, :-1])
-    logits = model.logits(hidden)
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.tokens[:, 1:].flatten(), reduction="none").view(hidden.shape[:2])
+@dataclass(frozen=True)
+class Step:
+    """What one step did, over all processes: mean loss, gradient norm before clipping, learning rate, tokens read, padding included."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
 
 
-def weighted_loss(model: Decoder, batch: Batch) -> Tensor:
-    """Mean of the targets' losses by their weights."""
-    weights = batch.weights[:, 1:]
-    return (token_losses(model, batch) * weights).sum() / weights.sum().clamp(min=1)
-
-
-@torch.no_grad()
-def validate(model: Decoder, batches: Sequence[Batch]) -> dict[str, float]:
-    """Mean loss over all targets, and over text and image targets apart."""
-    model.eval()
-    vocabulary = model.vocabulary
-    sums = {"loss": 0.0, "loss_text": 0.0, "loss_image": 0.0}
-    counts = dict.fromkeys(sums, 0.0)
-    for cpu_batch in batches:
-        batch = cpu_batch.to(model.device)
-        losses = token_losses(model, batch)
-        ids, is_target = batch.tokens[:, 1:], batch.weights[:, 1:] > 0
-        image = (ids >= vocabulary.image_start) & (ids < vocabulary.text_start)
-        for name, chosen in (
-            ("loss", is_target),
-            ("loss_text", is_target & (ids >= vocabulary.text_start)),
-            ("loss_image", is_target & image),
-        ):
-            sums[name] += losses[chosen].sum().item()
-            counts[name] += chosen.sum().item()
-    model.train()
-    return {name: sums[name] / counts[name] for name in sums if counts[name]}
-
-
-def fit(
-    state: State,
-    batch_at: Callable[[int], Batch],
-    config: TrainConfig,
-    validation: Sequence[Batch],
-    name: str,
-    log: Log = lambda figures, step: None,
-    after_validation: Callable[[int], None] = lambda step: None,
-) -> dict[str, float]:
-    """Train to ``config.steps``; returns the last validation figures.
-
-    Args:
-        batch_at: batch of a step.
-        name: of the stage, named in errors and progress.
-        after_validation: called with the step after each validation.
+def train_step(state: State, stream: Stream, config: TrainConfig, name: str) -> Step:
+    """Take one step: the own rows of the batch in micro-batches, gradients summed, clipped, applied.
 
     Raises:
         DivergenceError: if the loss or the gradient is not finite; the step is not taken.
     """
-    model = state.model
+    model, world = state.model, state.world
+    batch = stream(state.step, world.own(stream.batch_size))
+    count = batch.tokens.shape[0]
+    size = config.micro_batch_size or max(1, -(-stream.batch_size // world.size))
+    [weight, tokens] = world.sum([float(batch.weights.sum(dtype=torch.float64)), batch.tokens.numel()])
+    model.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=world.device)
+    for start in range(0, max(count, 1), size):
+        part = batch.rows(slice(start, start + size)).to(world.device)
+        distributed.accumulate(model, last=start + size >= count)
+        with distributed.autocast(config, world.device):
+            total, _ = model.losses(part.tokens, part.weights, part.places, part.samples, part.positions, config.z_loss)
+        (total * (world.size / max(weight, 1.0))).backward()
+        loss += total.detach()
+    [mean] = world.sum([loss.item()])
+    mean /= max(weight, 1.0)
+    norm = distributed.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)).item()
+    if not (math.isfinite(mean) and math.isfinite(norm)):
+        raise DivergenceError(f"{name} diverged at step {state.step}: loss {mean}, gradient norm {norm}; lower {name}.learning_rate")
+    rate = learning_rate_at(state.step, config)
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    state.step += 1
+    state.losses.append(mean)
+    return Step(mean, norm, rate, int(tokens))
+
+
+def validate(state: State, batches: Sequence[Batch], config: TrainConfig) -> dict[str, float]:
+    """Mean loss over all targets, and over text and image targets apart; each process takes every so many-th batch."""
+    vocabulary, world = state.model.vocabulary, state.world
+    sums = torch.zeros(3, dtype=torch.float64)
+    counts = torch.zeros(3, dtype=torch.float64)
+    rounds = -(-len(batches) // world.size)
+    with distributed.inference(state.model), distributed.autocast(config, world.device):
+        for number in range(rounds):
+            mine = number * world.size + world.rank
+            batch = batches[min(mine, len(batches) - 1)].to(world.device)
+            _, losses = state.model.losses(batch.tokens, batch.weights, batch.places, batch.samples, batch.positions)
+            if mine >= len(batches):
+                continue  # computed because the others need this process's shards
+            is_target = batch.weights > 0
+            image = (batch.tokens >= vocabulary.image_start) & (batch.tokens < vocabulary.text_start)
+            for place, chosen in enumerate((is_target, is_target & (batch.tokens >= vocabulary.text_start), is_target & image)):
+                sums[place] += losses[chosen].sum(dtype=torch.float64).item()
+                counts[place] += chosen.sum().item()
+    totals = world.sum([*sums.tolist(), *counts.tolist()])
+    names = ("loss", "loss_text", "loss_image")
+    return {name: totals[i] / totals[3 + i] for i, name in enumerate(names) if totals[3 + i]}
+
+
+def save(state: State, stream: Stream, checkpoints: Checkpoints, score: float | None = None) -> None:
+    """Write a checkpoint of the run as it stands."""
+    held: dict[str, object] = {}
+    for part in state.world.gather(stream.state()):
+        held |= part
+    rest = {"step": state.step, "losses": state.losses, "best": state.best, "score": score, "data": held, "generators": generator_states()}
+    checkpoints.save(state.step, state.tensors(), rest)
+
+
+def resume(state: State, stream: Stream, checkpoints: Checkpoints) -> bool:
+    """Go on from the newest whole checkpoint, if there is one; says whether there was."""
+    name = checkpoints.newest()
+    if name is None:
+        return False
+    state.fill_optimizers()
+    found = checkpoints.load(name, state.tensors())
+    state.step, state.losses, state.best = found["step"], found["losses"], found["best"]
+    own = {str(row) for row in state.world.own(stream.batch_size)}
+    stream.load_state({row: held for row, held in found["data"].items() if row in own})
+    set_generator_states(found["generators"])
+    return True
+
+
+def fit(
+    state: State,
+    stream: Stream,
+    config: TrainConfig,
+    validation: Mapping[str, Sequence[Batch]],
+    name: str,
+    log: Log = lambda figures, step: None,
+    after_validation: Callable[[int], None] = lambda step: None,
+    checkpoints: Checkpoints | None = None,
+) -> dict[str, float]:
+    """Train to ``config.steps``; returns the last validation figures.
+
+    With ``checkpoints`` it goes on from the newest, writes one every ``config.checkpoint_every`` steps and at each validation, and on
+    SIGTERM, or when the process that started this one is gone, writes one and leaves.
+
+    Args:
+        validation: name -> batches; figures are called ``val_loss``, ``val_loss_text``, ``val_loss_image``, behind the name if it is
+            not empty: ``val_alone_loss``. The one without a name tells which checkpoint is best.
+        name: of the stage, named in errors and progress.
+        after_validation: called with the step after each validation.
+
+    Raises:
+        DivergenceError: if the loss or the gradient is not finite; the step is not taken, and the last checkpoint stays.
+        SystemExit: with status 143, when told to leave.
+    """
     figures: dict[str, float] = {}
-    with progress(name, config.steps, "steps") as meter:
+    device_flops = peak_flops(torch.cuda.get_device_name()) if state.world.device.type == "cuda" else None
+    token_flops = flops_per_token(state.model.spec, state.model.vocabulary.size, state.model.spec.context)
+    if checkpoints is not None:
+        checkpoints.open()
+        if resume(state, stream, checkpoints):
+            print(f"{name} goes on at step {state.step} of {config.steps}", flush=True)
+    with progress(name, config.steps, "steps", done=state.step) as meter, _told_to_leave() as told:
         while state.step < config.steps:
-            batch = batch_at(state.step).to(model.device)
-            loss = weighted_loss(model, batch)
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-                raise DivergenceError(
-                    f"{name} diverged at step {state.step}: loss {loss.item()}, gradient norm {norm.item()}; lower {name}.learning_rate"
-                )
-            rate = learning_rate_at(state.step, config)
-            for optimizer in state.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-            state.step += 1
-            meter.advance(1, f"loss {loss.item():.3f}")
+            try:
+                step = train_step(state, stream, config, name)
+            except DivergenceError as error:
+                raise DivergenceError(f"{error}{_last_good(checkpoints)}") from None
+            meter.advance(1, f"loss {step.loss:.3f}")
             if state.step % LOG_EVERY == 0:
-                tokens_per_second = meter.rate * batch.tokens.numel()
-                log(
-                    {"loss": loss.item(), "gradient_norm": norm.item(), "learning_rate": rate, "tokens_per_second": tokens_per_second},
-                    state.step,
-                )
+                rate = meter.rate * step.tokens
+                speed = {"tokens_per_second": rate}
+                if device_flops:
+                    speed["mfu"] = rate * token_flops / (device_flops * state.world.size)
+                log({"loss": step.loss, "gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate, **speed}, state.step)
+            score = None
             if state.step % config.validate_every == 0 or state.step == config.steps:
-                figures = {f"val_{key}": value for key, value in validate(model, validation).items()}
-                log(figures, state.step)
-                after_validation(state.step)
-    model.eval()
+                figures = {}
+                for which, batches in validation.items():
+                    found = validate(state, batches, config)
+                    figures |= {f"val_{which}_{key}" if which else f"val_{key}": value for key, value in found.items()}
+                score = figures.get("val_loss")
+                state.best = min(state.best, score if score is not None else math.inf)
+                log({**figures, "best_val_loss": state.best}, state.step)
+                with distributed.inference(state.model):
+                    after_validation(state.step)
+            leave = state.world.sum([float(told())])[0] > 0
+            if checkpoints is not None and (score is not None or state.step % config.checkpoint_every == 0 or leave):
+                save(state, stream, checkpoints, score)
+            if leave and state.step < config.steps:
+                print(f"{name}: told to leave at step {state.step}{_last_good(checkpoints)}", flush=True)
+                raise SystemExit(TERMINATED)
+    if checkpoints is not None:
+        checkpoints.finish()
+    state.model.eval()
     return figures
+
+
+def _last_good(checkpoints: Checkpoints | None) -> str:
+    names = checkpoints.names() if checkpoints is not None else []
+    return f"; the last checkpoint is {checkpoints.directory / names[-1]}" if checkpoints is not None and names else ""
+
+
+@contextmanager
+def _told_to_leave() -> Iterator[Callable[[], bool]]:
+    """A function that says whether SIGTERM has come, or the parent process has gone, since the block began."""
+    heard: list[int] = []
+    parent = os.getppid()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: bool(heard) or os.getppid() != parent
+    finally:
+        signal.signal(signal.SIGTERM, before)

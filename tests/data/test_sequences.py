@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from cm3leon.config import ObjectiveConfig
-from cm3leon.data.sequences import BatchStream, PretrainingSamples, choose_neighbours, fit_body, sample_rng
+from cm3leon.data.batches import SortedStream
+from cm3leon.data.sequences import PretrainingSamples, choose_neighbours, fit_body, sample_rng
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.documents import Vocabulary, check_grammar
 from tests_support import make_documents
@@ -91,12 +92,12 @@ def test_an_epoch_holds_every_document_once_and_batches_repeat(store):
         seen.append((epoch, row))
         return samples(store)(epoch, row)
 
-    stream = BatchStream(draw, len(store), 4, seed=0)
+    stream = SortedStream(draw, len(store), 4, seed=0)
     for step in range(32):
         batch = stream(step)
         assert batch.tokens.shape == batch.weights.shape and batch.tokens.shape[0] == 4
         assert not batch.weights[:, 0].any() and not batch.weights[batch.tokens == 0].any()
     first = [row for epoch, row in seen if epoch == 0]
     assert sorted(first) == list(range(len(store)))
-    again = BatchStream(samples(store), len(store), 4, seed=0)
+    again = SortedStream(samples(store), len(store), 4, seed=0)
     assert again(17).tokens.tolist() == stream(17).tokens.tolist()

@@ -6,12 +6,13 @@ import torch
 from tests_support import make_documents
 
 from cm3leon.config import ObjectiveConfig, TrainConfig
-from cm3leon.data.sequences import Batch, BatchStream, PretrainingSamples
+from cm3leon.data.batches import SortedStream
+from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.documents import Vocabulary
 from cm3leon.model import Decoder, DecoderSpec
 from cm3leon.training.optimizer import learning_rate_at, make_optimizers
-from cm3leon.training.trainer import DivergenceError, fit, setup, token_losses, validate, weighted_loss
+from cm3leon.training.trainer import DivergenceError, fit, setup, validate
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
 CONFIG = TrainConfig(steps=30, batch_size=8, warmup_steps=5, validate_every=15, learning_rate=5e-3)
@@ -23,7 +24,7 @@ def stream(tmp_path_factory):
     write_tokens(directory, "train", make_documents(16), 16, 100)
     store = TokenStore(directory)
     samples = PretrainingSamples(store, store, {}, VOCABULARY, ObjectiveConfig(), [1.0], 80, 0)
-    return BatchStream(samples, len(store), 8, 0)
+    return SortedStream(samples, len(store), 8, 0)
 
 
 def make_model():
@@ -34,14 +35,14 @@ def make_model():
 def train(stream, config=CONFIG):
     losses = []
     model = make_model()
-    figures = fit(setup(model, config), stream, config, [stream(100)], "test", lambda values, step: losses.append((step, values)))
+    figures = fit(setup(model, config), stream, config, {"": [stream(100)]}, "test", lambda values, step: losses.append((step, values)))
     return model, figures, losses
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_training_learns_and_repeats_itself_exactly(stream, optimizer):
     config = CONFIG.model_copy(update={"optimizer": optimizer})
-    before = validate(make_model(), [stream(100)])
+    before = validate(setup(make_model(), config), [stream(100)], config)
     model, figures, logged = train(stream, config)
     assert figures["val_loss"] < before["loss"] - 0.5
     assert {"val_loss", "val_loss_text", "val_loss_image"} == set(figures)
@@ -52,15 +53,16 @@ def test_training_learns_and_repeats_itself_exactly(stream, optimizer):
 
 
 def test_loss_of_a_fresh_model_is_that_of_a_uniform_guess(stream):
-    assert validate(make_model(), [stream(0)])["loss"] == pytest.approx(np.log(VOCABULARY.size), rel=0.02)
+    assert validate(setup(make_model(), CONFIG), [stream(0)], CONFIG)["loss"] == pytest.approx(np.log(VOCABULARY.size), rel=0.02)
 
 
 def test_weights_say_which_tokens_count(stream):
     batch, model = stream(0), make_model()
-    losses = token_losses(model, batch)
+    total, losses = model.losses(batch.tokens, batch.weights, batch.places)
+    assert total.item() == pytest.approx((losses * batch.weights).sum().item(), rel=1e-5)
     only = torch.zeros_like(batch.weights)
     only[2, 5] = 3.0
-    assert weighted_loss(model, Batch(batch.tokens, only, batch.places)).item() == pytest.approx(losses[2, 4].item(), rel=1e-5)
+    assert model.losses(batch.tokens, only, batch.places)[0].item() == pytest.approx(3 * losses[2, 5].item(), rel=1e-5)
 
 
 def test_divergence_stops_before_the_step_is_taken(stream):
@@ -70,7 +72,7 @@ def test_divergence_stops_before_the_step_is_taken(stream):
         model.tokens.weight[:] = model.tokens.weight + model.tokens.weight[0, 0]
     state = setup(model, CONFIG)
     with pytest.raises(DivergenceError, match=r"step 0.*learning_rate"):
-        fit(state, stream, CONFIG, [], "test")
+        fit(state, stream, CONFIG, {}, "test")
     assert state.step == 0
 
 

@@ -1,0 +1,190 @@
+"""A run that was stopped, however it was, goes on to the same bits; and in any number of processes it is the same run."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests_support import make_documents
+
+from cm3leon.data.tokens import write_tokens
+from cm3leon.training.checkpoint import CheckpointError, Checkpoints
+
+JOB = Path(__file__).with_name("job.py")
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A function that makes a new directory with the same tokens."""
+
+    def make():
+        directory = tmp_path_factory.mktemp("run")
+        write_tokens(directory / "tokens", "train", make_documents(16), 16, 100)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """A function of changed parameters: the directory of an uninterrupted run in one process, and its losses."""
+    known = {}
+
+    def get(**changes):
+        key = json.dumps(changes, sort_keys=True)
+        if key not in known:
+            directory = place()
+            known[key] = directory, run(directory, **changes)[0]
+        return known[key]
+
+    return get
+
+
+def start(directory, processes=1, **changes):
+    command = [sys.executable, str(JOB)]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1",
+                   "--master-port", str(port), str(JOB)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [str(directory), json.dumps({"steps": STEPS, **changes})]
+    return subprocess.Popen([*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(directory, processes=1, **changes):
+    """Run to the end; the losses and the output."""
+    job = start(directory, processes, **changes)
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, output
+    return json.loads((directory / "losses.json").read_text()), output
+
+
+def stop(job, directory, step, number):
+    """Send the signal once the checkpoint of ``step`` is there; exit status and output."""
+    end = time.monotonic() + 120
+    while not (directory / "checkpoints" / f"step-{step:08d}").exists():
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    job.send_signal(number)
+    output, _ = job.communicate(timeout=60)
+    return job.returncode, output
+
+
+def same_weights(one, other):
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+MUON_PACKED = {"optimizer": "muon", "packing": True, "micro_batch_size": 3}
+
+
+@pytest.mark.parametrize("changes", [{}, MUON_PACKED], ids=["adamw", "muon-packed"])
+def test_after_a_kill_losses_and_weights_are_the_same_bits(place, whole, changes):
+    expected_directory, expected = whole(**changes)
+    killed = place()
+    status, _ = stop(start(killed, **changes), killed, 8, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    found, output = run(killed, **changes)
+    assert "goes on at step" in output
+    assert found == expected
+    assert same_weights(killed, expected_directory)
+
+
+def test_told_to_leave_it_writes_a_checkpoint_and_goes_on_from_there(place, whole):
+    told = place()
+    begin = time.monotonic()
+    status, output = stop(start(told), told, 4, signal.SIGTERM)
+    assert time.monotonic() - begin < 60
+    assert status == 143
+    left = int(output.partition("told to leave at step ")[2].split(";")[0])
+    assert (told / "checkpoints" / f"step-{left:08d}").is_dir()
+    found, output = run(told)
+    assert f"goes on at step {left} of" in output
+    assert found == whole()[1]
+
+
+def test_a_damaged_checkpoint_is_refused_with_the_reason_and_the_one_before_is_used(place, whole):
+    hurt = place()
+    stop(start(hurt), hurt, 16, signal.SIGKILL)
+    newest = sorted(path for path in (hurt / "checkpoints").glob("step-*") if path.suffix != ".part")[-1]
+    file = next(newest.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-5])
+    found, output = run(hurt)
+    assert f"checkpoint {newest.name} is not used" in output
+    assert "checksum differs" in output
+    assert "goes on at step" in output
+    assert found == whole()[1]
+
+
+def test_another_fingerprint_starts_anew_says_why_and_keeps_the_old(tmp_path, capsys):
+    def checkpoints(**fingerprint):
+        return Checkpoints(tmp_path / "run", fingerprint, 2)
+
+    first = checkpoints(steps="40", data="one")
+    first.open()
+    first.save(7, {"model.w": torch.ones(2, 3)}, {"score": None})
+    same = checkpoints(steps="40", data="one")
+    same.open()
+    assert same.newest() == "step-00000007"
+    other = checkpoints(steps="20", data="one")
+    other.open()
+    assert other.newest() is None
+    assert "steps: 40 then, 20 now" in capsys.readouterr().err
+    assert (tmp_path / "run.old" / "step-00000007").is_dir()
+
+
+def test_a_finished_run_is_not_continued(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run", {"a": "1"}, 2)
+    checkpoints.open()
+    checkpoints.save(1, {"model.w": torch.ones(2, 3)}, {"score": None})
+    checkpoints.finish()
+    assert checkpoints.newest() == "step-00000001"
+    checkpoints.open()
+    assert checkpoints.newest() is None
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run", {"a": "1"}, 2)
+    checkpoints.open()
+    for step, score in enumerate([3.0, 1.0, None, 2.0, 4.0, None], 1):
+        checkpoints.save(step, {"model.w": torch.full((2, 3), float(step))}, {"score": score})
+    assert checkpoints.names() == ["step-00000002", "step-00000005", "step-00000006"]
+
+
+def test_two_processes_are_the_same_run_as_one(place, whole):
+    _, expected = whole(**MUON_PACKED)
+    found, _ = run(place(), processes=2, **MUON_PACKED)
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(place, whole):
+    _, expected = whole(packing=True)
+    directory = place()
+    stop(start(directory, 2, packing=True), directory, 8, signal.SIGTERM)
+    _, output = stop(start(directory, 1, packing=True), directory, 24, signal.SIGTERM)
+    assert "goes on at step" in output
+    found, output = run(directory, 2, packing=True)
+    assert "goes on at step" in output
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run", {"a": "1"}, 2)
+    checkpoints.open()
+    checkpoints.save(1, {"model.w": torch.ones(2, 3)}, {"score": None})
+    with pytest.raises(CheckpointError, match=r"another model.*model\.w"):
+        checkpoints.load("step-00000001", {"model.w": torch.ones(3, 3)})
+    with pytest.raises(CheckpointError, match=r"model\.v"):
+        checkpoints.load("step-00000001", {"model.w": torch.ones(2, 3), "model.v": torch.ones(1)})
