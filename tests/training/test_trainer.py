@@ -11,6 +11,7 @@ from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.documents import Vocabulary
 from cm3leon.model import Decoder, DecoderSpec
+from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.optimizer import learning_rate_at, make_optimizers
 from cm3leon.training.trainer import DivergenceError, fit, setup, validate
 
@@ -91,3 +92,40 @@ def test_every_parameter_is_in_an_optimiser_once(optimizer):
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
     decayed = [p for each in optimizers for group in each.param_groups for p in group["params"] if group["weight_decay"]]
     assert {id(p) for p in decayed} == {id(p) for name, p in model.named_parameters() if name.startswith("blocks")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [({"activation_checkpointing": True}, 1e-6), ({"micro_batch_size": 3}, 2e-3), ({"precision": "bf16"}, 0.05)],
+    ids=["activation-checkpointing", "micro-batches", "bf16"],
+)
+def test_how_a_step_is_computed_does_not_change_what_it_learns(stream, changes, tolerance):
+    expected = train(stream)[1]["val_loss"]
+    found = train(stream, CONFIG.model_copy(update=changes))[1]["val_loss"]
+    assert found == pytest.approx(expected, abs=tolerance)
+
+
+def test_z_loss_draws_the_outputs_scale_to_one(stream):
+    def scale(z_loss):
+        model, _, _ = train(stream, CONFIG.model_copy(update={"z_loss": z_loss}))
+        batch = stream(0)
+        with torch.no_grad():
+            return model.logits(model(batch.tokens, batch.places)).logsumexp(-1).abs().mean().item()
+
+    assert scale(1e-1) < scale(0.0) - 0.5
+
+
+def test_divergence_names_the_last_checkpoint(stream, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run", {"a": "1"}, 2)
+    config = CONFIG.model_copy(update={"checkpoint_every": 4})
+    state = setup(make_model(), config)
+
+    def poisoned(step, rows=None):
+        if step == 6:
+            state.model.tokens.weight.data[:] = float("nan")
+        return stream(step, rows)
+
+    poisoned.batch_size, poisoned.state, poisoned.load_state = stream.batch_size, stream.state, stream.load_state
+    with pytest.raises(DivergenceError, match=r"step 6.*the last checkpoint is .*step-00000004"):
+        fit(state, poisoned, config, {}, "test", checkpoints=checkpoints)
+    assert checkpoints.newest() == "step-00000004"
