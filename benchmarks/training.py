@@ -1,0 +1,141 @@
+"""Speed and memory of training beside ``OPTForCausalLM`` of the same shape, optimiser and precision.
+
+    python benchmarks/training.py                # tokens a second at the small shape, alternated
+    python benchmarks/training.py --memory       # largest resident memory of a step, as the vocabulary grows
+
+Needs transformers. Each of the two takes whole steps (forward, backward, AdamW) on the same random tokens; the ratio is of the medians.
+On a GPU it uses bfloat16, and ``--shape 350m`` and ``--shape 760m`` tell tokens a second and MFU of ours alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+
+from cm3leon._torchvision import make_importable
+from cm3leon.documents import Vocabulary
+from cm3leon.model import Decoder, DecoderSpec
+from cm3leon.training.hardware import flops_per_token, peak_flops
+
+SHAPES = {"small": (4, 128, 4), "350m": (24, 1024, 16), "760m": (24, 1536, 16)}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LEARNING_RATE = 1e-4
+
+
+def step_of_ours(shape: str, context: int, vocabulary: int, tokens_BT: torch.Tensor) -> Callable[[], float]:
+    """A function that takes one step of our decoder."""
+    layers, width, heads = SHAPES[shape]
+    spec = DecoderSpec(layers, width, heads, context)
+    model = Decoder(spec, Vocabulary(vocabulary - 8 - 4 - 64, 64, 8, 64)).to(DEVICE)
+    weights = torch.ones_like(tokens_BT, dtype=torch.float32)
+    places = torch.zeros_like(tokens_BT)
+
+    def loss() -> torch.Tensor:
+        total, _ = model.losses(tokens_BT, weights, places)
+        return total / (tokens_BT.numel() - len(tokens_BT))
+
+    return _step(model, loss)
+
+
+def step_of_opt(shape: str, context: int, vocabulary: int, tokens_BT: torch.Tensor) -> Callable[[], float]:
+    """The same of transformers' OPT."""
+    make_importable()
+    from transformers import OPTConfig, OPTForCausalLM
+
+    layers, width, heads = SHAPES[shape]
+    config = OPTConfig(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, ffn_dim=4 * width, num_attention_heads=heads,
+        max_position_embeddings=context, word_embed_proj_dim=width, dropout=0.0, enable_bias=False, layer_norm_elementwise_affine=False,
+        use_cache=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = OPTForCausalLM(config).to(DEVICE)
+    return _step(model, lambda: model(input_ids=tokens_BT, labels=tokens_BT).loss)
+
+
+def _step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    precision = torch.autocast("cuda", dtype=torch.bfloat16) if DEVICE.type == "cuda" else nullcontext()
+
+    def take() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with precision:
+            value = loss()
+        value.backward()
+        optimizer.step()
+        return value.item()
+
+    return take
+
+
+def seconds(step: Callable[[], float]) -> float:
+    """Of one step."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def compare(shape: str, batch: int, context: int, vocabulary: int, rounds: int) -> None:
+    """Alternate steps of the two; print tokens a second and the ratio of medians."""
+    tokens = torch.randint(vocabulary, (batch, context), device=DEVICE)
+    steps = {"ours": step_of_ours(shape, context, vocabulary, tokens), "OPT": step_of_opt(shape, context, vocabulary, tokens)}
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 3):
+        for name, step in steps.items():
+            took = seconds(step)
+            if number >= 3:
+                taken[name].append(took)
+    medians = {name: statistics.median(found) for name, found in taken.items()}
+    row = " | ".join(f"{tokens.numel() / medians[name]:,.0f}" for name in steps)
+    print(f"| {shape} | {batch} x {context} | {vocabulary} | {row} | {medians['OPT'] / medians['ours']:.2f} |", flush=True)
+
+
+def alone(shape: str, batch: int, context: int, vocabulary: int, rounds: int) -> None:
+    """Tokens a second and MFU of ours."""
+    tokens = torch.randint(vocabulary, (batch, context), device=DEVICE)
+    step = step_of_ours(shape, context, vocabulary, tokens)
+    taken = [seconds(step) for _ in range(rounds + 3)][3:]
+    rate = tokens.numel() / statistics.median(taken)
+    layers, width, heads = SHAPES[shape]
+    peak = peak_flops(torch.cuda.get_device_name()) if DEVICE.type == "cuda" else None
+    mfu = rate * flops_per_token(DecoderSpec(layers, width, heads, context), vocabulary, context) / peak if peak else float("nan")
+    print(f"| {shape} | {batch} x {context} | {vocabulary} | {rate:,.0f} tokens/s | MFU {mfu:.1%} |", flush=True)
+
+
+def peak_megabytes(which: str, batch: int, context: int, vocabulary: int) -> float:
+    """Largest resident memory above that before the step, of a process of its own."""
+    code = (
+        "import resource, sys; sys.path.insert(0, 'benchmarks'); import torch, training; "
+        f"tokens = torch.randint({vocabulary}, ({batch}, {context})); "
+        f"step = training.step_of_{which}('small', {context}, {vocabulary}, tokens); "
+        "now = int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize(); step(); step(); "
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - now) / 1e6)"
+    )
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=2563)
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args()
+    if options.memory:
+        print("| vocabulary | ours, MB | OPT, MB | ratio |\n|---|---|---|---|")
+        for size in (2563, 16384, 65536):
+            ours, opt = (peak_megabytes(which, options.batch, options.context, size) for which in ("ours", "opt"))
+            print(f"| {size} | {ours:,.0f} | {opt:,.0f} | {ours / opt:.2f} |", flush=True)
+    elif options.shape == "small":
+        print("| shape | batch | vocabulary | ours, tokens/s | OPT, tokens/s | ratio |\n|---|---|---|---|---|---|")
+        compare(options.shape, options.batch, options.context, options.vocabulary, options.rounds)
+    else:
+        alone(options.shape, options.batch, options.context, options.vocabulary, options.rounds)

@@ -1,0 +1,66 @@
+"""Loss curves of 50 steps of profile ``tiny`` on made-up documents, kept in ``golden.json``: nobody changes training without noticing.
+
+``python tests/training/test_golden.py`` writes them anew, after a change that is meant to change them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests_support import make_documents
+
+from cm3leon.config import load_config
+from cm3leon.data.batches import PackedStream, SortedStream
+from cm3leon.data.sequences import PretrainingSamples
+from cm3leon.data.tokens import TokenStore, write_tokens
+from cm3leon.documents import Vocabulary
+from cm3leon.model import Decoder, DecoderSpec
+from cm3leon.training.trainer import fit, setup
+
+GOLDEN = Path(__file__).with_name("golden.json")
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=16, tokens_per_image=16)
+TOLERANCE = 5e-3
+"""Sums differ in their last digits between processors, and training makes that larger."""
+
+
+def curve(directory: Path, packing: bool) -> list[float]:
+    config = load_config(TINY)
+    section = config.pretrain.model_copy(update={"steps": 50, "packing": packing})
+    write_tokens(directory, "train", make_documents(60), 16, 100)
+    store = TokenStore(directory)
+    neighbours = {name: [store.ids[(row + i) % len(store)] for i in (1, 2)] for row, name in enumerate(store.ids)}
+    context = section.model.context
+    samples = PretrainingSamples(store, store, neighbours, VOCABULARY, section.objective, section.documents, context, config.seed)
+    stream = (
+        PackedStream(samples, len(store), section.batch_size, config.seed, context)
+        if packing
+        else SortedStream(samples, len(store), section.batch_size, config.seed)
+    )
+    torch.manual_seed(config.seed)
+    model = Decoder(DecoderSpec(**section.model.model_dump(exclude={"sentinels", "reserved", "codebook_std"})), VOCABULARY)
+    state = setup(model, section)
+    fit(state, stream, section, {}, "golden")
+    return state.losses
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["sorted", "packed"])
+def test_the_loss_curve_is_the_one_kept(tmp_path, packing):
+    expected = json.loads(GOLDEN.read_text())["packed" if packing else "sorted"]
+    found = curve(tmp_path, packing)
+    assert len(found) == len(expected) == 50
+    assert found == pytest.approx(expected, abs=TOLERANCE)
+    assert found[-1] < found[0] - 0.3
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        curves = {"sorted": curve(Path(one), False), "packed": curve(Path(two), True)}
+    GOLDEN.write_text(json.dumps({name: [round(loss, 6) for loss in losses] for name, losses in curves.items()}) + "\n")
