@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +73,8 @@ def run_stage(stage: str) -> None:
     config, start = load_config(), time.monotonic()
     figures = importlib.import_module(f"cm3leon.stages.{stage}").run(config)
     resources = {"seconds": round(time.monotonic() - start, 2), "peak_megabytes": round(peak_megabytes(), 1)}
-    print(FIGURES + json.dumps({**figures, **resources}), flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, one
+        print(FIGURES + json.dumps({**figures, **resources}), flush=True)
 
 
 def _stage_command(stage: str) -> Callable[[], None]:
@@ -102,6 +104,23 @@ def configure(
 
     write(profile, changes or [])
     print(f"{PARAMS}: profile {profile}" + "".join(f", {change}" for change in changes or []))
+
+
+@app.command(rich_help_panel="Project")
+def plan(
+    profile: Annotated[str | None, typer.Option(help="a file of configs/, without .yaml; by default what params.yaml says")] = None,
+    gpus: Annotated[int, typer.Option(help="how many, over all machines")] = 8,
+    device: Annotated[str, typer.Option(help="h100, h200, a100, l40s ...; an unknown one lists all")] = "h100",
+    mfu: Annotated[float, typer.Option(help="assumed share of the device's bfloat16 FLOP/s that goes into the model's")] = 0.4,
+    tokens: Annotated[float | None, typer.Option(help="to train on; by default the profile's steps")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; can be given several times")] = None,
+) -> None:
+    """What pretraining needs: memory on each GPU, time, disk; needs no GPU itself."""
+    from rich.console import Console
+
+    from cm3leon import planning
+
+    planning.show(planning.make_plan(planning.read_config(profile, changes or []), gpus, device, mfu, tokens), Console())
 
 
 @app.command(rich_help_panel="Project")

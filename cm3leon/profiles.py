@@ -20,6 +20,18 @@ def profile_names(configs: Path = CONFIGS) -> list[str]:
     return sorted(path.stem for path in configs.glob("*.yaml"))
 
 
+def profile_file(profile: str, configs: Path = CONFIGS) -> Path:
+    """The file of a profile.
+
+    Raises:
+        ConfigError: if there is none; the message lists those there are.
+    """
+    source = configs / f"{profile}.yaml"
+    if not source.is_file():
+        raise ConfigError(f"there is no profile {profile!r}; {configs}/ has: {', '.join(profile_names(configs)) or 'none'}")
+    return source
+
+
 def configure(profile: str, changes: Iterable[str] = (), configs: Path = CONFIGS, params: Path = PARAMS) -> Config:
     """Write ``params.yaml`` from a profile with ``key.path=value`` changes, comments kept; nothing is written unless all is valid.
 
@@ -28,20 +40,19 @@ def configure(profile: str, changes: Iterable[str] = (), configs: Path = CONFIGS
     Raises:
         ConfigError: for an unknown profile or key, a change that is no assignment, or an impossible value.
     """
-    source = configs / f"{profile}.yaml"
-    if not source.is_file():
-        raise ConfigError(f"there is no profile {profile!r}; {configs}/ has: {', '.join(profile_names(configs)) or 'none'}")
-    text, config = _changed(source, list(changes))
+    text, config = _changed(profile_file(profile, configs), list(changes))
     params.write_text(text)
     return config
 
 
 def changed_config(changes: Iterable[str], params: Path = PARAMS) -> Config:
-    """What ``params.yaml`` says with some changes, as :func:`configure` takes them; nothing is written.
+    """What ``params.yaml``, or another parameter file, says with some changes, as :func:`configure` takes them; nothing is written.
 
     Raises:
-        ConfigError: as :func:`configure`.
+        ConfigError: as :func:`configure`; also if there is no such file.
     """
+    if not params.is_file():
+        raise ConfigError(f"{params} does not exist; write it with: cm3leon configure small")
     return _changed(params, list(changes))[1]
 
 
