@@ -146,16 +146,23 @@ def ui(
 
 @app.command("inspect", rich_help_panel="Project")
 def inspect_document(
-    document_id: Annotated[str, typer.Argument(help="id of a document, or an unambiguous beginning of it")],
+    document_id: Annotated[str, typer.Argument(help="id of a document, or an unambiguous beginning of it")] = "",
     epoch: Annotated[int, typer.Option(help="masks, neighbours and their order differ by epoch")] = 0,
+    step: Annotated[int | None, typer.Option(help="show a row of this step's batch instead, as pretraining reads it")] = None,
+    row: Annotated[int, typer.Option(help="which row of the batch")] = 0,
 ) -> None:
-    """The training sequence of a document, token by token, with each token's role."""
+    """A sequence that pretraining reads, token by token: a document's, or a row of a step's batch with all samples packed into it."""
     from rich.console import Console
 
     from cm3leon import inspection
     from cm3leon.config import load_config
 
-    inspection.show(document_id, Console(), load_config(), epoch)
+    if bool(document_id) == (step is not None):
+        raise UsageError("inspect shows either a document (inspect DOCUMENT_ID) or a row of a batch (inspect --step 0 --row 0)")
+    if step is None:
+        inspection.show_document(document_id, Console(), load_config(), epoch)
+    else:
+        inspection.show_row(step, row, Console(), load_config())
 
 
 # --- the registry ----------------------------------------------------------------------------------------------------
@@ -417,7 +424,7 @@ def import_(
 USER_ERRORS = (
     "UsageError", "UserError", "ConfigError", "BadInputError", "PromptTooLongError", "UnknownDocumentError", "SourceError", "ManifestError",
     "ValidationError", "BundleError", "IncompleteRecordError", "PromotionError", "SplitError", "DivergenceError", "ProjectError",
-    "OPTFormatError",
+    "OPTFormatError", "GrammarError",
 )  # fmt: skip
 """Names of this package's errors that the user can mend; by name, so that nothing heavy is imported to know them."""
 

@@ -165,6 +165,9 @@ def check_grammar(tokens: Tokens, vocabulary: Vocabulary) -> None:
     if len(tokens) < 2 or tokens[0] != EOS or tokens[-1] != EOS:
         raise GrammarError("a sequence begins and ends with <eos>")
     inner = tokens[1:-1]
+    if np.any(tokens >= vocabulary.size):
+        position = int(np.flatnonzero(tokens >= vocabulary.size)[0])
+        raise GrammarError(f"token {int(tokens[position])} at {position} is not in the vocabulary of {vocabulary.size}")
     if np.any(inner == EOS) or np.any(inner == PAD):
         raise GrammarError(f"<eos> or <pad> inside the sequence, at {1 + int(np.flatnonzero((inner == EOS) | (inner == PAD))[0])}")
     body, tail = split_tail(inner, vocabulary)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +55,14 @@ class KeyValueCache:
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
 
-def block_causal(samples_BT: Tensor) -> Tensor:
-    """Attention mask (B, 1, T, T): each token sees itself and what is before it in its own sample."""
+def block_causal(samples_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention bias (B, 1, T, T), 0 or -inf: each token sees itself and what is before it in its own sample.
+
+    In the dtype that attention is computed in, so that all blocks share one; of booleans each would make and keep a copy of its own.
+    """
     same = samples_BT[:, :, None] == samples_BT[:, None, :]
-    return same.tril().unsqueeze(1)
+    bias = torch.zeros(same.shape, dtype=dtype, device=samples_BT.device)
+    return bias.masked_fill_(~same.tril(), -torch.inf).unsqueeze(1)
 
 
 class Attention(nn.Module):
@@ -69,13 +74,29 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
         batch, length, width = x_BTD.shape
-        q, k, v = self.qkv(x_BTD).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = (y.view(batch, length, self.heads, -1).transpose(1, 2) for y in self.qkv(x_BTD).split(width, -1))
         if self.qk_norm:
             q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1)
         return self.out(y_BHTK.transpose(1, 2).reshape(batch, length, width))
+
+
+class _Relu(torch.autograd.Function):
+    """ReLU that overwrites its input, and in the backward pass its gradient: the widest tensors of a block are never copied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x.relu_())
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        gradient = gradients[0]
+        return torch.ops.aten.threshold_backward.grad_input(gradient, y, 0, grad_input=gradient)
 
 
 class Block(nn.Module):
@@ -87,7 +108,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
         x_BTD = x_BTD + self.attention(F.layer_norm(x_BTD, x_BTD.shape[-1:]), cache, mask)
-        return x_BTD + self.down(F.relu(self.up(F.layer_norm(x_BTD, x_BTD.shape[-1:]))))
+        return x_BTD + self.down(_Relu.apply(self.up(F.layer_norm(x_BTD, x_BTD.shape[-1:]))))
 
 
 class Decoder(nn.Module):
@@ -147,7 +168,7 @@ class Decoder(nn.Module):
             places_BT: place of each token in its image, from 1; 0 for what is no image token. Used with ``image_positions``.
             cache: keys and values of the tokens before these; extended in place.
             positions_BT: positions of the tokens, by default counted from the cache's length.
-            mask: boolean, broadcastable to (B, 1, T, cached + T), True where attention is allowed; default causal.
+            mask: broadcastable to (B, 1, T, cached + T), boolean, True where attention is allowed, or a bias; default causal.
 
         Raises:
             ValueError: if the sequence is longer than the context.
@@ -191,14 +212,18 @@ class Decoder(nn.Module):
             positions_BT: of each token in its sample; needed with ``samples_BT``.
             z_loss: see :func:`~cm3leon.loss.chunked_cross_entropy`.
         """
-        mask = None if samples_BT is None else block_causal(samples_BT[:, :-1])
-        positions = None if positions_BT is None else positions_BT[:, :-1]
-        hidden_BTD = self(tokens_BT[:, :-1], places_BT[:, :-1], positions_BT=positions, mask=mask)
-        weights = weights_BT[:, 1:]
-        counted = weights > 0
-        total, losses = chunked_cross_entropy(hidden_BTD[counted], self.tokens.weight, tokens_BT[:, 1:][counted], weights[counted], z_loss)
-        losses_BT = torch.zeros(weights_BT.shape, device=losses.device)
-        losses_BT[:, 1:][counted] = losses
+        device = tokens_BT.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.tokens.weight.dtype
+        mask = None if samples_BT is None else block_causal(samples_BT, dtype)
+        hidden_BTD = self(tokens_BT, places_BT, positions_BT=positions_BT, mask=mask)
+        weights_BT = weights_BT.clone()
+        weights_BT[:, 0] = 0
+        targets_N = weights_BT.flatten().nonzero()[:, 0]
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, targets_N - 1)  # the token before each target; never of another row
+        tokens_N, weights_N = tokens_BT.flatten()[targets_N], weights_BT.flatten()[targets_N]
+        total, losses_N = chunked_cross_entropy(hidden_ND, self.tokens.weight, tokens_N, weights_N, z_loss)
+        losses_BT = torch.zeros(weights_BT.shape, device=losses_N.device)
+        losses_BT.view(-1)[targets_N] = losses_N
         return total, losses_BT
 
     @property

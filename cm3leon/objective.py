@@ -31,14 +31,15 @@ class Masked:
     """A finished training sequence.
 
     ``tokens`` (T,); ``is_target`` (T,) says which count in the loss; ``places`` (T,) is each token's place in its image, from 1, else 0;
-    ``spans`` are in coordinates of the body they were cut from; ``kind`` says what they mask.
+    ``spans`` are in coordinates of ``body``, which they were cut from; ``kind`` says what they mask.
     """
 
     tokens: Tokens
     is_target: np.ndarray
     places: np.ndarray
+    body: Body
     spans: tuple[tuple[int, int], ...]
-    kind: Kind = "plain"
+    kind: Kind
 
 
 def draw_spans(body: Body, mean_masks: float, sentinels: int, rng: np.random.Generator) -> Spans:
@@ -134,7 +135,7 @@ def apply_spans(body: Body, spans: Spans, vocabulary: Vocabulary) -> Masked:
         tail += [_mark(sentinel), source[:, start:stop], _mark(EOSS)]
         position = stop
     tokens, is_target, places = np.concatenate([*pieces, source[:, position:], *tail, _mark(EOS)], axis=1)
-    return Masked(tokens, is_target.astype(bool), places, tuple(spans), kind_of(body, spans))
+    return Masked(tokens, is_target.astype(bool), places, body, tuple(spans), kind_of(body, spans))
 
 
 def _mark(token: int, is_target: bool = True) -> np.ndarray:

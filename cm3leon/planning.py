@@ -82,7 +82,6 @@ class Memory:
     parameters: float
     gradients: float
     optimizer: float
-    accumulated: float
     activations: float
     loss: float
     gathered: float
@@ -106,18 +105,16 @@ def rows_at_once(section: TrainConfig, gpus: int) -> tuple[int, int]:
 def memory(model: Decoder, section: TrainConfig, gpus: int) -> Memory:
     """What one of ``gpus`` holds, rows filled to the context.
 
-    Parameters, gradients and optimiser are float32, divided among the GPUs. Between the micro-batches of a step FSDP keeps each GPU's own
-    sum of gradients whole, in float32. Not counted: what compilation saves, and Muon's whole matrices after the backward pass, when the
-    activations are gone.
+    Parameters, gradients and optimiser are float32, divided among the GPUs. Not counted: what compilation saves, and Muon's whole matrices
+    after the backward pass, when the activations are gone.
     """
     parameters, spec = count(model), model.spec
-    share, rows = rows_at_once(section, gpus)
+    _, rows = rows_at_once(section, gpus)
     bf16, sharded = section.precision == "bf16", gpus > 1
     return Memory(
         parameters=FP32 * parameters.total / gpus,
         gradients=FP32 * parameters.total / gpus,
         optimizer=optimizer_bytes(parameters, section) / gpus,
-        accumulated=FP32 * parameters.total if sharded and rows < share else 0,
         activations=activation_bytes(spec, section, rows * spec.context, sharded=sharded),
         loss=loss_bytes(model, rows * spec.context, bf16=bf16, sharded=sharded),
         gathered=gathered_bytes(parameters, bf16=bf16) if sharded else BF16 * parameters.blocks * bf16,
@@ -128,28 +125,28 @@ def block_bytes(spec: DecoderSpec, section: TrainConfig) -> int:
     """What a block keeps of a token for its backward pass.
 
     In widths: the inputs of two norms (float32, also under autocast), and in the run's precision their outputs, queries, keys and values,
-    the output of attention, and four of the feed-forward. Beside those the statistics of norms and softmax, with ``qk_norm`` its inputs
-    and outputs, and with ``packing`` the token's row of the mask.
+    the output of attention, and four of the feed-forward. Beside those the statistics of norms and softmax, and with ``qk_norm`` its inputs
+    and outputs.
     """
     size = BF16 if section.precision == "bf16" else FP32
     widths = 2 * FP32 + (2 + 3 + 1 + 4) * size
     if spec.qk_norm:
         widths += 2 * size + (2 * FP32 if size == BF16 else 0)
     statistics = FP32 * (spec.heads + 4 + (4 * spec.heads if spec.qk_norm else 0))
-    return widths * spec.width + statistics + (size * spec.context if section.packing else 0)
+    return widths * spec.width + statistics
 
 
 def activation_bytes(spec: DecoderSpec, section: TrainConfig, tokens: int, *, sharded: bool) -> float:
     """Of all blocks; with activation checkpointing the input of each, and all of one block, which is computed again.
 
-    In both cases one block's feed-forward is at work, eight widths that are not kept. Hidden states between blocks are float32, unless the
-    embeddings were gathered in bfloat16.
+    In both cases one block's feed-forward is at work, four widths of gradients that are not kept, and with ``packing`` all blocks share one
+    mask, a row of it a token. Hidden states between blocks are float32, unless the embeddings were gathered in bfloat16.
     """
     size = BF16 if section.precision == "bf16" else FP32
     block = block_bytes(spec, section)
     between = (size if sharded else FP32) * spec.width
     kept = spec.layers * between + block if section.activation_checkpointing else spec.layers * block
-    return tokens * (kept + 8 * size * spec.width)
+    return tokens * (kept + 4 * size * spec.width + (size * spec.context if section.packing else 0))
 
 
 def loss_bytes(model: Decoder, tokens: int, *, bf16: bool, sharded: bool) -> float:
@@ -342,7 +339,6 @@ def tables(plan: Plan) -> list[Table]:
     room.add_row("parameters, float32", gigabytes(held.parameters))
     room.add_row("gradients, float32", gigabytes(held.gradients))
     room.add_row(f"optimiser ({section.optimizer}), float32", gigabytes(held.optimizer))
-    room.add_row("own gradients between micro-batches", gigabytes(held.accumulated))
     room.add_row(f"activations, {'with' if checkpointing else 'without'} checkpointing", gigabytes(held.activations))
     room.add_row("last norm, logits of a chunk, loss", gigabytes(held.loss))
     room.add_row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -18,8 +19,8 @@ LOG_SECONDS = 15.0
 class Meter:
     """Counts work done and says so; made by :func:`progress`."""
 
-    def __init__(self, description: str, total: int | None, unit: str, bar: Progress | None, done: int) -> None:
-        self.description, self.total, self.unit, self.bar = description, total, unit, bar
+    def __init__(self, description: str, total: int | None, unit: str, bar: Progress | None, done: int, every: float = LOG_SECONDS) -> None:
+        self.description, self.total, self.unit, self.bar, self.every = description, total, unit, bar, every
         self.done = self.before = done
         self.note = ""
         self.start = self.last_line = time.monotonic()
@@ -36,7 +37,7 @@ class Meter:
         self.note = self.note if note is None else note
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, advance=amount, note=self.note, rate=f"{self.rate:,.1f} {self.unit}/s")
-        elif time.monotonic() - self.last_line >= LOG_SECONDS:
+        elif time.monotonic() - self.last_line >= self.every:
             self.last_line = time.monotonic()
             self._line()
 
@@ -48,12 +49,12 @@ class Meter:
 
 
 @contextmanager
-def progress(description: str, total: int | None = None, unit: str = "it", done: int = 0) -> Iterator[Meter]:
-    """A meter on standard error, of work of which ``done`` was done before.
+def progress(description: str, total: int | None = None, unit: str = "it", done: int = 0, *, shown: bool = True) -> Iterator[Meter]:
+    """A meter on standard error, of work of which ``done`` was done before; it only counts if it is not ``shown``.
 
     On a terminal a bar with rate and time left; else a line every 15 seconds and one at the end.
     """
-    if sys.stderr.isatty():
+    if shown and sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
@@ -61,9 +62,9 @@ def progress(description: str, total: int | None = None, unit: str = "it", done:
         with Progress(*columns, console=Console(stderr=True)) as bar:
             yield Meter(description, total, unit, bar, done)
         return
-    meter = Meter(description, total, unit, None, done)
+    meter = Meter(description, total, unit, None, done, every=LOG_SECONDS if shown else math.inf)
     yield meter
-    if time.monotonic() - meter.start > 2:
+    if shown and time.monotonic() - meter.start > 2:
         meter._line()
 
 

@@ -65,7 +65,7 @@ def test_inference_prompt_is_the_samples_beginning(samples, monkeypatch, name, t
     prompt = answer_prompt(template, values, codes, VOCABULARY, TOKENIZER)
     seen = []
     for epoch in range(30):
-        masked, weights = drawn(epoch, 3)
+        masked, weights, _ = drawn(epoch, 3)
         check_grammar(masked.tokens, VOCABULARY)
         if masked.tokens[: len(prompt)].tolist() == prompt.tolist():
             answer = masked.tokens[len(prompt) : -2]
@@ -85,7 +85,7 @@ def test_a_sample_asks_several_questions_and_answers_each_behind_the_image(sampl
     object.__setattr__(drawn.documents, "context", context)
     counts = Counter()
     for epoch in range(40):
-        masked, weights = drawn(epoch, 0)
+        masked, weights, _ = drawn(epoch, 0)
         assert len(masked.tokens) <= context
         check_grammar(masked.tokens, VOCABULARY)
         body, tail = split_tail(masked.tokens[1:-1], VOCABULARY)
@@ -107,7 +107,7 @@ def test_drawing_samples_are_prompt_then_image_and_some_drop_the_caption(samples
     plain = dropped = 0
     for epoch in range(10):
         for row in range(40):
-            masked, _ = drawn(epoch, row)
+            masked, *_ = drawn(epoch, row)
             plain += masked.tokens[: len(prompt)].tolist() == prompt.tolist()
             dropped += masked.tokens[: len(unconditional)].tolist() == unconditional.tolist()
     assert plain + dropped == 400
@@ -125,7 +125,7 @@ def test_documents_without_a_task_are_no_samples(samples):
     assert len(drawn) == drawn.counts()["vqa"] == 10
     codes = [drawn.documents.store[row].codes for row in range(1, 40, 4)]
     for row in range(len(drawn)):
-        masked, _ = drawn(0, row)
+        masked, *_ = drawn(0, row)
         assert (VOCABULARY.image(codes[row]) == masked.tokens[VOCABULARY.is_image(masked.tokens)]).all()
 
 

@@ -16,17 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm3leon.data.sequences import Sample
 from cm3leon.documents import PAD
-from cm3leon.objective import Masked
 
 SORT_BATCHES = 16
 """Samples of this many batches are sorted by length together, so that little is padded."""
 
 LOOKAHEAD = 16
 """Samples held for each row of a packed batch, to choose from what fits in the room left."""
-
-Sample = tuple[Masked, np.ndarray]
-"""A masked sequence and the weight of each of its tokens in the loss."""
 
 Draw = Callable[[int, int], Sample]
 """``draw(epoch, row)`` -> a sample."""
@@ -62,7 +59,7 @@ class Batch:
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """One row a sample, padded to the longest. The opening ``<eos>`` is never a target."""
-    tokens, weights, places, _, _ = _fill([[sample] for sample in samples], max(len(masked.tokens) for masked, _ in samples))
+    tokens, weights, places, _, _ = _fill([[sample] for sample in samples], max(len(sample.masked.tokens) for sample in samples))
     return Batch(tokens, weights, places)
 
 
@@ -77,7 +74,7 @@ def _fill(rows: Sequence[Sequence[Sample]], length: int) -> tuple[Tensor, ...]:
     weights = np.zeros(shape, dtype=np.float32)
     for row, samples in enumerate(rows):
         start = 0
-        for number, (masked, weight) in enumerate(samples, 1):
+        for number, (masked, weight, _) in enumerate(samples, 1):
             part = slice(start, start + len(masked.tokens))
             tokens[row, part], weights[row, part], places[row, part] = masked.tokens, weight, masked.places
             weights[row, start] = 0
@@ -93,6 +90,9 @@ class Stream(Protocol):
 
     def __call__(self, step: int, rows: Sequence[int] | None = None) -> Batch:
         """Rows of the batch of a step; by default all."""
+
+    def drawn(self, step: int, rows: Sequence[int] | None = None) -> list[list[Sample]]:
+        """The samples that stand in those rows."""
 
     def state(self) -> dict[str, Any]:
         """What JSON must hold to go on from here."""
@@ -131,16 +131,18 @@ class SortedStream:
         self._batches: list[list[Sample]] = []
 
     def __call__(self, step: int, rows: Sequence[int] | None = None) -> Batch:
+        return collate([sample for row in self.drawn(step, rows) for sample in row])
+
+    def drawn(self, step: int, rows: Sequence[int] | None = None) -> list[list[Sample]]:
         group, within = divmod(step, SORT_BATCHES)
         if group != self._group:
             self._group, self._batches = group, self._draw_group(group)
-        samples = self._batches[within]
-        return collate(samples if rows is None else [samples[row] for row in rows])
+        return [[self._batches[within][row]] for row in (range(self.batch_size) if rows is None else rows)]
 
     def _draw_group(self, group: int) -> list[list[Sample]]:
         first = group * SORT_BATCHES * self.batch_size
         samples = [self._epochs[position] for position in range(first, first + SORT_BATCHES * self.batch_size)]
-        samples.sort(key=lambda sample: len(sample[0].tokens))
+        samples.sort(key=lambda sample: len(sample.masked.tokens))
         batches = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
         order = np.random.default_rng((self.seed, 2, group)).permutation(len(batches))
         return [batches[int(i)] for i in order]
@@ -167,7 +169,10 @@ class PackedStream:
         self._held: dict[int, dict[int, Sample]] = {row: {} for row in range(batch_size)}
 
     def __call__(self, step: int, rows: Sequence[int] | None = None) -> Batch:
-        return pack([self._row(row) for row in (range(self.batch_size) if rows is None else rows)], self.length)
+        return pack(self.drawn(step, rows), self.length)
+
+    def drawn(self, step: int, rows: Sequence[int] | None = None) -> list[list[Sample]]:
+        return [self._row(row) for row in (range(self.batch_size) if rows is None else rows)]
 
     def _row(self, row: int) -> list[Sample]:
         held = self._held[row]
@@ -177,17 +182,17 @@ class PackedStream:
             while len(held) < LOOKAHEAD:
                 held[self._next[row]] = self._epochs[row + self._next[row] * self.batch_size]
                 self._next[row] += 1
-            fitting = [number for number, (masked, _) in held.items() if len(masked.tokens) <= room]
+            fitting = [number for number, sample in held.items() if len(sample.masked.tokens) <= room]
             if not taken:
                 chosen = min(held)
                 if chosen not in fitting:
-                    raise ValueError(f"a sample of {len(held[chosen][0].tokens)} tokens does not fit in rows of {self.length}")
+                    raise ValueError(f"a sample of {len(held[chosen].masked.tokens)} tokens does not fit in rows of {self.length}")
             elif fitting:
-                chosen = max(fitting, key=lambda number: (len(held[number][0].tokens), -number))
+                chosen = max(fitting, key=lambda number: (len(held[number].masked.tokens), -number))
             else:
                 return taken
             taken.append(held.pop(chosen))
-            room -= len(taken[-1][0].tokens)
+            room -= len(taken[-1].masked.tokens)
 
     def state(self) -> dict[str, Any]:
         return {str(row): [self._next[row], *self._held[row]] for row in range(self.batch_size) if self._next[row]}

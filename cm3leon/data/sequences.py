@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,33 +17,39 @@ from cm3leon.data.tokens import Document, TokenStore
 from cm3leon.documents import BREAK, Body, Vocabulary, build_body
 from cm3leon.objective import Masked, mask
 
+
+class Sample(NamedTuple):
+    """A masked sequence, the weight of each of its tokens in the loss (T,), and the ids of its documents, the query's last.
+
+    ``documents[segment.document]`` is the document that a segment of ``masked.body`` came from.
+    """
+
+    masked: Masked
+    weights: np.ndarray
+    documents: tuple[str, ...]
+
+
 def sample_rng(seed: int, epoch: int, name: str) -> np.random.Generator:
     """The generator of one document in one epoch."""
     return np.random.default_rng((seed, epoch, int(name, 16)))
 
 
-def read_neighbours(directory: Path, choice: NeighbourChoice = "paper", pool: TokenStore | None = None) -> dict[str, list[str]]:
+def read_neighbours(directory: Path, choice: NeighbourChoice = "paper") -> dict[str, list[str]]:
     """The neighbour table written by ``retrieve``: id -> ids of its neighbours, those of ``choice``.
 
-    ``paper``: all; ``text``, ``image``: those found by that modality of the document; ``none``: an empty table; ``random``: as many
-    documents as the table has for each, drawn from ``pool`` once and for all, never the document itself.
+    ``paper``: all; ``text``, ``image``: those found by that modality of the document; ``none``: an empty table; ``random``: documents drawn
+    at random under the same rules.
     """
     import pyarrow.parquet as pq
 
     if choice == "none":
         return {}
-    table = pq.read_table(directory / "neighbours.parquet", columns=["id", "neighbours", "modalities"])
-    rows = zip(table["id"].to_pylist(), table["neighbours"].to_pylist(), table["modalities"].to_pylist(), strict=True)
-    if choice == "random":
-        if pool is None:
-            raise ValueError("random neighbours need the pool to draw them from")
-        return {name: _random_others(name, len(found), pool.ids) for name, found, _ in rows}
-    return {name: [other for other, by in zip(found, how, strict=True) if choice in ("paper", by)] for name, found, how in rows}
-
-
-def _random_others(name: str, count: int, ids: Sequence[str]) -> list[str]:
-    drawn = np.random.default_rng(int(name, 16)).choice(len(ids), min(count + 1, len(ids)), replace=False)
-    return [ids[int(i)] for i in drawn if ids[int(i)] != name][:count]
+    column = "random" if choice == "random" else "neighbours"
+    table = pq.read_table(directory / "neighbours.parquet", columns=["id", column, "modalities"])
+    rows = zip(table["id"].to_pylist(), table[column].to_pylist(), table["modalities"].to_pylist(), strict=True)
+    if choice in ("paper", "random"):
+        return {name: found for name, found, _ in rows}
+    return {name: [other for other, by in zip(found, how, strict=True) if by == choice] for name, found, how in rows}
 
 
 def document_segments(document: Document, vocabulary: Vocabulary, rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
@@ -81,6 +88,11 @@ def fit_body(documents: list[list[tuple[str, np.ndarray]]], longest: int) -> Bod
     return body
 
 
+def standing(body: Body, documents: Sequence[str]) -> tuple[str, ...]:
+    """Of documents that were to be laid out, those that :func:`fit_body` kept: the last ones."""
+    return tuple(documents[len(documents) - 1 - body.segments[-1].document :])
+
+
 @dataclass(frozen=True)
 class PretrainingSamples:
     """Samples of CM3 pretraining: neighbours, the document, one draw of the objective."""
@@ -97,14 +109,15 @@ class PretrainingSamples:
     def __len__(self) -> int:
         return len(self.store)
 
-    def neighbours_of(self, name: str, rng: np.random.Generator) -> list[list[tuple[str, np.ndarray]]]:
+    def neighbours_of(self, name: str, rng: np.random.Generator) -> tuple[list[str], list[list[tuple[str, np.ndarray]]]]:
+        """Ids and segments of the documents drawn to stand before a document."""
         chosen = choose_neighbours(self.neighbours.get(name, []), self.documents, rng)
-        return [document_segments(self.pool.by_id(other), self.vocabulary, rng) for other in chosen]
+        return chosen, [document_segments(self.pool.by_id(other), self.vocabulary, rng) for other in chosen]
 
-    def __call__(self, epoch: int, row: int) -> tuple[Masked, np.ndarray]:
+    def __call__(self, epoch: int, row: int) -> Sample:
         document = self.store[row]
         rng = sample_rng(self.seed, epoch, document.id)
-        retrieved = self.neighbours_of(document.id, rng)
+        chosen, retrieved = self.neighbours_of(document.id, rng)
         query = document_segments(document, self.vocabulary, rng)
         body = fit_body([*retrieved, query], self.context - 1)
         masked = mask(
@@ -116,12 +129,12 @@ class PretrainingSamples:
             text_share=self.objective.caption_share,
             longest=self.context,
         )
-        return masked, masked.is_target.astype(np.float32)
+        return Sample(masked, masked.is_target.astype(np.float32), standing(body, [*chosen, document.id]))
 
-    def query_only(self, epoch: int, row: int) -> tuple[Masked, np.ndarray]:
+    def query_only(self, epoch: int, row: int) -> Sample:
         """As a call, of plain sequences, with the weight of retrieved documents zero."""
-        masked, weights = self(epoch, row)
-        breaks = np.flatnonzero(masked.tokens == BREAK)
+        sample = self(epoch, row)
+        breaks = np.flatnonzero(sample.masked.tokens == BREAK)
         if len(breaks) > 1:
-            weights[: breaks[-2] + 1] = 0  # the query is the last text and the last image
-        return masked, weights
+            sample.weights[: breaks[-2] + 1] = 0  # the query is the last text and the last image
+        return sample

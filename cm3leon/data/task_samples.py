@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from cm3leon.config import SFTConfig, UserError
-from cm3leon.data.sequences import PretrainingSamples, fit_body, sample_rng
+from cm3leon.data.sequences import PretrainingSamples, Sample, fit_body, sample_rng, standing
 from cm3leon.data.tokens import Document
 from cm3leon.documents import build_body
-from cm3leon.objective import MARKS, Masked, apply_spans
+from cm3leon.objective import MARKS, apply_spans
 from cm3leon.tasks import TASKS, available, lay_out, turns
 from cm3leon.tokenizers.text import TextTokenizer
 
@@ -66,7 +66,7 @@ class TaskSamples:
         """Documents available to each task of the mix."""
         return Counter(name for row in self._rows.values() for name in self.choices(row))
 
-    def __call__(self, epoch: int, row: int) -> tuple[Masked, np.ndarray]:
+    def __call__(self, epoch: int, row: int) -> Sample:
         document = self.documents.store[self._usable[row]]
         rng = sample_rng(self.documents.seed + 1, epoch, document.id)
         values = self._rows[document.id]
@@ -80,17 +80,18 @@ class TaskSamples:
             return self._drawn(document, template, asked, rng)
         return self._answered(document, template, asked)
 
-    def _drawn(self, document: Document, template: str, asked: Turns, rng: np.random.Generator) -> tuple[Masked, np.ndarray]:
+    def _drawn(self, document: Document, template: str, asked: Turns, rng: np.random.Generator) -> Sample:
         """A sample that ends in an image; retrieved documents may stand before it, and its text may be masked, for guidance."""
         vocabulary = self.documents.vocabulary
         segments, _ = lay_out(template, asked, document.codes, vocabulary, self.tokenizer)
-        body = fit_body([*self.documents.neighbours_of(document.id, rng), segments], self.documents.context - 1 - MARKS)
+        chosen, retrieved = self.documents.neighbours_of(document.id, rng)
+        body = fit_body([*retrieved, segments], self.documents.context - 1 - MARKS)
         text = next(s for s in body.segments if s.document == body.segments[-1].document and s.modality == "text")
         dropped = rng.random() < self.config.caption_drop
         masked = apply_spans(body, [(text.start, text.stop)] if dropped else [], vocabulary)
-        return masked, masked.is_target.astype(np.float32)
+        return Sample(masked, masked.is_target.astype(np.float32), standing(body, [*chosen, document.id]))
 
-    def _answered(self, document: Document, template: str, asked: Turns) -> tuple[Masked, np.ndarray]:
+    def _answered(self, document: Document, template: str, asked: Turns) -> Sample:
         """A sample that ends in the answers to its questions; what does not fit in the context loses its last questions first."""
         vocabulary, context = self.documents.vocabulary, self.documents.context
         asked = asked[: vocabulary.sentinels]
@@ -107,4 +108,4 @@ class TaskSamples:
         weight = masked.is_target.astype(np.float32)
         weight[:tail] *= self.config.input_weight
         weight[tail:-1] *= self.config.answer_weight
-        return masked, weight
+        return Sample(masked, weight, (document.id,))

@@ -8,7 +8,7 @@ documents with text and image, of the train split.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,12 +94,15 @@ def find(
     *,
     text: np.ndarray | None = None,
     image: np.ndarray | None = None,
+    whole: np.ndarray | None = None,
     own: np.ndarray | None = None,
 ) -> list[list[Neighbour]]:
     """Neighbours of queries: first those found by text, then those found by image, each at most ``candidates_per_modality``.
 
     Args:
         text, image: unit vectors ``(q, d)`` of the queries' texts and images; one may be missing (a prompt has no image).
+        whole: unit vectors ``(q, d)`` of the queries as documents, to which no neighbour may be too like; by default made of the two.
+            Another, where ``text`` is of less than the whole text.
         own: positions of the queries in the bank, -1 for others; None: no query is in it.
 
     Raises:
@@ -110,17 +113,17 @@ def find(
         raise ValueError("a query needs a text or an image")
     count = len(by_modality[0][1])
     own = np.full(count, -1) if own is None else np.asarray(own)
+    whole = document_vectors(by_modality[0][1], by_modality[-1][1]) if whole is None else whole
     result: list[list[Neighbour]] = []
     depth = min(config.search_depth, len(bank))
     for part in _chunks(count, max(1, _VALUES // (depth * bank.settings["dimensions"]))):
-        result += _find_chunk(bank, config, [(name, vectors[part]) for name, vectors in by_modality], own[part], depth)
+        result += _find_chunk(bank, config, [(name, vectors[part]) for name, vectors in by_modality], whole[part], own[part], depth)
     return result
 
 
 def _find_chunk(
-    bank: MemoryBank, config: RetrieveConfig, by_modality: list[tuple[str, np.ndarray]], own: np.ndarray, depth: int
+    bank: MemoryBank, config: RetrieveConfig, by_modality: list[tuple[str, np.ndarray]], query: np.ndarray, own: np.ndarray, depth: int
 ) -> list[list[Neighbour]]:
-    query = document_vectors(by_modality[0][1], by_modality[-1][1])
     found: list[list[Neighbour]] = [[] for _ in own]
     taken, taken_positions = np.zeros((len(own), 0, query.shape[1]), dtype=np.float32), np.full((len(own), 0), -1)
     rows = np.arange(len(own))[:, None]
@@ -137,6 +140,31 @@ def _find_chunk(
         taken = np.concatenate([taken, candidates[rows, columns] * present[:, :, None]], axis=1)
         taken_positions = np.concatenate([taken_positions, np.where(present, positions[rows, columns], -1)], axis=1)
     return found
+
+
+def draw_random(
+    bank: MemoryBank,
+    config: RetrieveConfig,
+    *,
+    whole: np.ndarray,
+    own: np.ndarray,
+    counts: Sequence[int],
+    keys: Sequence[str],
+) -> list[list[int]]:
+    """Positions of ``counts`` documents for each query, drawn at random under the same rules: what retrieved ones are compared with.
+
+    Args:
+        whole, own: as in :func:`find`.
+        keys: of each query; the same key draws the same.
+    """
+    most = max(counts, default=0)
+    depth = min(len(bank), 4 * most + 1)
+    positions = np.array([random.Random(key).sample(range(len(bank)), depth) for key in keys], dtype=np.int64).reshape(len(keys), depth)
+    nothing = np.zeros((len(keys), 0, bank.settings["dimensions"]), dtype=np.float32)
+    scores = np.zeros(positions.shape)  # nothing found them; the bound on likeness to the query is what holds
+    columns = select(positions, scores, bank.vectors(positions), whole, own, nothing, most, config.max_score)
+    rows = zip(positions, columns, counts, strict=True)
+    return [[int(row[column]) for column in chosen if column >= 0][:count] for row, chosen, count in rows]
 
 
 def coverage(neighbours: list[list[Neighbour]], config: RetrieveConfig, modalities: int = 2) -> dict[str, float]:

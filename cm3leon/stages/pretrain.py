@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
@@ -47,23 +48,21 @@ def build_decoder(config: ModelConfig, seed: int) -> Decoder:
 def training_samples(store: TokenStore, vocabulary: Vocabulary, section: PretrainConfig, seed: int) -> PretrainingSamples:
     """Samples of the documents of ``store``; their neighbours are documents of the train split."""
     pool = TokenStore(paths.TOKENS, ["train"])
-    neighbours = read_neighbours(paths.NEIGHBOURS, section.neighbours, pool)
+    neighbours = read_neighbours(paths.NEIGHBOURS, section.neighbours)
     return PretrainingSamples(store, pool, neighbours, vocabulary, section.objective, section.documents, section.model.context, seed)
 
 
-def validation_batches(held_out: TokenStore, vocabulary: Vocabulary, section: PretrainConfig, seed: int) -> dict[str, list[Batch]]:
-    """Batches to validate on: drawn as in training; and the plain query alone, and behind as many retrieved documents as there may be.
+def validation_batches(drawn: PretrainingSamples, section: PretrainConfig) -> dict[str, list[Batch]]:
+    """Batches to validate on: ``drawn`` as in training; and the plain query alone, and behind as many retrieved documents as there may be.
 
     Of the last two only the query's tokens count, so that their difference is what retrieval is worth.
     """
-    drawn = training_samples(held_out, vocabulary, section, seed)
-    batches = {"": first_batches(drawn, len(held_out), section, seed)}
+    batches = {"": first_batches(drawn, len(drawn), section, drawn.seed)}
     most = max(count for count, share in enumerate(section.documents) if share > 0)
     for name, count in (("alone", 0), *([("retrieved", most)] if most else [])):
         shares = [0.0] * count + [1.0]
-        changed = section.model_copy(update={"documents": shares, "objective": ObjectiveConfig(mean_masks=0, segment_rate=0)})
-        samples = training_samples(held_out, vocabulary, changed, seed)
-        batches[name] = first_batches(samples.query_only, len(held_out), section, seed)
+        samples = replace(drawn, documents=shares, objective=ObjectiveConfig(mean_masks=0, segment_rate=0))
+        batches[name] = first_batches(samples.query_only, len(samples), section, samples.seed)
     return batches
 
 
@@ -73,7 +72,7 @@ def mask_shares(samples: PretrainingSamples) -> dict[str, float]:
     ``caption`` is what trains captioning by infilling and the mask-conditioned stream of guidance.
     """
     rows = range(min(DRAWS_COUNTED, len(samples)))
-    counts = Counter(samples(0, row)[0].kind for row in rows)
+    counts = Counter(samples(0, row).masked.kind for row in rows)
     return {f"share_{kind}": counts[kind] / len(rows) for kind in ("plain", "caption", "image", "spans")}
 
 
@@ -92,7 +91,7 @@ def run(config: Config) -> dict[str, float]:
             model,
             stream_of(samples, len(documents), section, config.seed, section.model.context),
             section,
-            validation_batches(held_out, model.vocabulary, section, config.seed),
+            validation_batches(replace(samples, store=held_out), section),
             paths.PRETRAINED,
             run,
             processes,

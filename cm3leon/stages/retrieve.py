@@ -13,7 +13,7 @@ from cm3leon.data.manifest import SPLITS, ImageStore, read_manifest
 from cm3leon.progress import progress
 from cm3leon.retrieval import strategy
 from cm3leon.retrieval.encoder import Encoder
-from cm3leon.retrieval.index import MemoryBank
+from cm3leon.retrieval.index import MemoryBank, document_vectors
 from cm3leon.retrieval.strategy import Neighbour
 from cm3leon.stages.common import device
 from cm3leon.stages.index import multimodal
@@ -25,37 +25,46 @@ SCHEMA = pa.schema(
         ("neighbours", pa.list_(pa.string())),  # ids of train documents, those found by text first
         ("scores", pa.list_(pa.float32())),  # cosine of the query's text or image with the neighbour
         ("modalities", pa.list_(pa.string())),  # "text" or "image": what of the query found it
+        ("random", pa.list_(pa.string())),  # as many train documents drawn at random under the same rules, for comparison
     ]
 )
 CHUNK = 1024
 
 
-def image_vectors(encoder: Encoder, bank: MemoryBank, rows: pd.DataFrame) -> np.ndarray:
-    """Image vectors of the rows: from the bank where they are in it, else encoded."""
-    positions = rows["id"].map(bank.position)
-    known = positions.notna().to_numpy()
-    vectors = np.zeros((len(rows), bank.settings["dimensions"]), dtype=np.float32)
-    vectors[known] = bank.image[positions[known].to_numpy(dtype=np.int64)]
-    vectors[~known] = encoder.encode_refs(ImageStore(paths.RAW), rows["image"][~known].tolist())
-    return vectors
+def own_vectors(encoder: Encoder, bank: MemoryBank, rows: pd.DataFrame, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Text and image vectors of the rows, (n, d) each: from the bank where they are in it, else encoded."""
+    known = own >= 0
+    text = np.zeros((len(rows), bank.settings["dimensions"]), dtype=np.float32)
+    image = np.zeros_like(text)
+    text[known], image[known] = bank.text[own[known]], bank.image[own[known]]
+    text[~known] = encoder.encode_texts(rows["caption"][~known].tolist())
+    image[~known] = encoder.encode_refs(ImageStore(paths.RAW), rows["image"][~known].tolist())
+    return text, image
 
 
-def neighbours(encoder: Encoder, bank: MemoryBank, rows: pd.DataFrame, config: RetrieveConfig, seed: int) -> list[list[Neighbour]]:
-    """Neighbours of documents by their caption, some of its words dropped, and by their image."""
-    image = image_vectors(encoder, bank, rows)
+def neighbours(
+    encoder: Encoder, bank: MemoryBank, rows: pd.DataFrame, config: RetrieveConfig, seed: int
+) -> tuple[list[list[Neighbour]], list[list[int]]]:
+    """Neighbours of documents by their caption, some of its words dropped, and by their image; and positions of as many random ones."""
     own = rows["id"].map(bank.position).fillna(-1).to_numpy(dtype=np.int64)
+    text, image = own_vectors(encoder, bank, rows, own)
+    whole = document_vectors(text, image)
     found: list[list[Neighbour]] = []
+    others: list[list[int]] = []
     with progress("retrieving", len(rows), "documents") as meter:
         for start in range(0, len(rows), CHUNK):
             part = rows.iloc[start : start + CHUNK]
             texts = [strategy.drop_words(text, config.query_drop, seed, key) for text, key in zip(part["caption"], part["id"], strict=True)]
             chunk = slice(start, start + CHUNK)
-            found += strategy.find(bank, config, text=encoder.encode_texts(texts), image=image[chunk], own=own[chunk])
+            query = {"whole": whole[chunk], "own": own[chunk]}
+            found += strategy.find(bank, config, text=encoder.encode_texts(texts), image=image[chunk], **query)
+            keys = [f"{seed}/{name}" for name in part["id"]]
+            others += strategy.draw_random(bank, config, **query, counts=[len(group) for group in found[chunk]], keys=keys)
             meter.advance(len(part))
-    return found
+    return found, others
 
 
-def to_table(ids: list[str], found: list[list[Neighbour]], bank: MemoryBank) -> pa.Table:
+def to_table(ids: list[str], found: list[list[Neighbour]], others: list[list[int]], bank: MemoryBank) -> pa.Table:
     """The neighbour table."""
     names = bank.documents["id"].tolist()
     return pa.table(
@@ -64,6 +73,7 @@ def to_table(ids: list[str], found: list[list[Neighbour]], bank: MemoryBank) -> 
             "neighbours": [[names[n.position] for n in group] for group in found],
             "scores": [[n.score for n in group] for group in found],
             "modalities": [[n.modality for n in group] for group in found],
+            "random": [[names[position] for position in group] for group in others],
         },
         schema=SCHEMA,
     )
@@ -77,14 +87,16 @@ def run(config: Config) -> dict[str, float]:
         bank.check_encoder(encoder.fingerprint)
         ids: list[str] = []
         found: list[list[Neighbour]] = []
+        others: list[list[int]] = []
         figures: dict[str, float] = {}
         for split in SPLITS:
             rows = multimodal(read_manifest(paths.VALIDATED, split, ["id", "image", "captions"]))
-            part = neighbours(encoder, bank, rows, config.retrieve, config.seed)
+            part, drawn = neighbours(encoder, bank, rows, config.retrieve, config.seed)
             figures |= {f"{split}_{name}": value for name, value in strategy.coverage(part, config.retrieve).items()}
             ids += rows["id"].tolist()
             found += part
+            others += drawn
         paths.NEIGHBOURS.mkdir(parents=True, exist_ok=True)
-        pq.write_table(to_table(ids, found, bank), paths.NEIGHBOURS / FILE)
+        pq.write_table(to_table(ids, found, others, bank), paths.NEIGHBOURS / FILE)
         run.log_metrics({f"retrieve/{name}": value for name, value in figures.items()})
     return figures

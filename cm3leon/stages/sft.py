@@ -24,7 +24,7 @@ def run(config: Config) -> dict[str, float]:
     with world() as processes, tracking.stage_run("sft", config) as run:
         model = Decoder.load(paths.PRETRAINED, processes.device)
         documents, held_out = TokenStore(paths.TOKENS, ["train"]), TokenStore(paths.TOKENS, ["val"])
-        neighbours = read_neighbours(paths.NEIGHBOURS, section.neighbours, documents)
+        neighbours = read_neighbours(paths.NEIGHBOURS, section.neighbours)
         tokenizer = TextTokenizer.load(paths.TEXT_TOKENIZER)
 
         def samples(split: str, store: TokenStore) -> TaskSamples:

@@ -40,6 +40,14 @@ class World:
         dist.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
 
+    def highest(self, value: int) -> int:
+        """The highest of the processes' values."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor.item())
+
     def gather(self, value: Any) -> list[Any]:
         """Each process's JSON value, in order of rank."""
         if self.size == 1:
@@ -101,12 +109,6 @@ def shard(model: Decoder, config: TrainConfig, world: World) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-
-
-def accumulate(model: nn.Module, *, last: bool) -> None:
-    """Say whether the backward pass to come is the last of a step: gradients are only then summed over the processes."""
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(last)
 
 
 @contextmanager

@@ -29,7 +29,6 @@ from cm3leon.training.optimizer import learning_rate_at, make_optimizers
 
 Log = Callable[[dict[str, float], int], None]
 LOG_EVERY = 10
-TERMINATED = 128 + signal.SIGTERM
 
 
 class DivergenceError(RuntimeError):
@@ -104,7 +103,6 @@ def train_step(state: State, stream: Stream, config: TrainConfig, name: str) -> 
     loss = torch.zeros((), device=world.device)
     for start in range(0, max(count, 1), size):
         part = batch.rows(slice(start, start + size)).to(world.device)
-        distributed.accumulate(model, last=start + size >= count)
         with distributed.autocast(config, world.device):
             total, _ = model.losses(part.tokens, part.weights, part.places, part.samples, part.positions, config.z_loss)
         (total * (world.size / max(weight, 1.0))).backward()
@@ -183,7 +181,7 @@ def fit(
     """Train to ``config.steps``; returns the last validation figures.
 
     With ``checkpoints`` it goes on from the newest, writes one every ``config.checkpoint_every`` steps and at each validation, and on
-    SIGTERM, or when the process that started this one is gone, writes one and leaves.
+    SIGTERM or SIGINT, or when the process that started this one is gone, writes one and leaves; a second SIGINT leaves at once.
 
     Args:
         validation: name -> batches; figures are called ``val_loss``, ``val_loss_text``, ``val_loss_image``, behind the name if it is
@@ -193,16 +191,23 @@ def fit(
 
     Raises:
         DivergenceError: if the loss or the gradient is not finite; the step is not taken, and the last checkpoint stays.
-        SystemExit: with status 143, when told to leave.
+        SystemExit: when told to leave, with 128 and the signal's number.
     """
     figures: dict[str, float] = {}
+
+    def say(message: str) -> None:
+        if state.world.rank == 0:
+            print(message, flush=True)
+
     device_flops = peak_flops(torch.cuda.get_device_name()) if state.world.device.type == "cuda" else None
     token_flops = flops_per_token(state.model.spec, state.model.vocabulary.size, state.model.spec.context)
     if checkpoints is not None:
         checkpoints.open()
         if resume(state, stream, checkpoints):
-            print(f"{name} goes on at step {state.step} of {config.steps}", flush=True)
-    with progress(name, config.steps, "steps", done=state.step) as meter, _told_to_leave() as told:
+            say(f"{name} goes on at step {state.step} of {config.steps}")
+            for done in range(LOG_EVERY, state.step + 1, LOG_EVERY):
+                log({"loss": state.losses[done - 1]}, done)  # the curve is whole in whatever records this start
+    with progress(name, config.steps, "steps", done=state.step, shown=state.world.rank == 0) as meter, _told_to_leave() as told:
         while state.step < config.steps:
             try:
                 step = train_step(state, stream, config, name)
@@ -226,12 +231,12 @@ def fit(
                 log({**figures, "best_val_loss": state.best}, state.step)
                 with distributed.inference(state.model):
                     after_validation(state.step)
-            leave = state.world.sum([float(told())])[0] > 0
+            leave = state.world.highest(told())
             if checkpoints is not None and (score is not None or state.step % config.checkpoint_every == 0 or leave):
                 save(state, stream, checkpoints, score)
             if leave and state.step < config.steps:
-                print(f"{name}: told to leave at step {state.step}{_last_good(checkpoints)}", flush=True)
-                raise SystemExit(TERMINATED)
+                say(f"{name}: told to leave at step {state.step}{_last_good(checkpoints)}")
+                raise SystemExit(128 + leave)
     if checkpoints is not None:
         checkpoints.finish()
     state.model.eval()
@@ -244,16 +249,19 @@ def _last_good(checkpoints: Checkpoints | None) -> str:
 
 
 @contextmanager
-def _told_to_leave() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGTERM has come, or the parent process has gone, since the block began."""
+def _told_to_leave() -> Iterator[Callable[[], int]]:
+    """A function that tells the signal on which to leave, or 0: SIGTERM or SIGINT when it has come, SIGTERM when the parent has gone."""
     heard: list[int] = []
     parent = os.getppid()
 
     def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in heard:
+            raise KeyboardInterrupt
         heard.append(number)
 
-    before = signal.signal(signal.SIGTERM, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(heard) or os.getppid() != parent
+        yield lambda: max(heard, default=signal.SIGTERM if os.getppid() != parent else 0)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

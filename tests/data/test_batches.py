@@ -51,7 +51,7 @@ def test_every_sample_appears_once_whole_and_in_the_grammar(samples):
     for sample in found:
         check_grammar(np.array(sample), VOCABULARY)
     held = 4 * (LOOKAHEAD - 1)
-    every = sorted(masked.tokens.tolist() for masked, _ in drawn)
+    every = sorted(masked.tokens.tolist() for masked, *_ in drawn)
     assert len(every) - 4 * LOOKAHEAD <= len(found) <= len(every) - held + 4
     for sample in found:
         every.remove(sample)  # each is one that was drawn, and none comes twice

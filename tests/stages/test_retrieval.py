@@ -1,6 +1,7 @@
 """Stages encoder, index, retrieve and super_resolution on a small collection: outputs, rules and repeatability."""
 
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Iterator
@@ -13,13 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tests_support import make_documents
 
 from cm3leon import paths, tracking
-from cm3leon.config import Config
+from cm3leon.config import Config, PretrainConfig
 from cm3leon.data.manifest import VALIDATED_SCHEMA
+from cm3leon.data.tokens import Document, TokenStore, write_tokens
+from cm3leon.documents import Vocabulary
 from cm3leon.retrieval.encoder import Encoder
 from cm3leon.retrieval.index import MemoryBank
 from cm3leon.stages import encoder, index, retrieve, super_resolution
+from cm3leon.stages.pretrain import training_samples
 
 CONFIG = Config.model_validate(
     {
@@ -54,7 +59,7 @@ def collection() -> None:
             split = "train" if number < TRAIN else "val" if number < TRAIN + VAL else "test"
             rows.append(
                 dict.fromkeys(VALIDATED_SCHEMA.names)
-                | {"id": f"id{number:02d}", "image": f"images-00000.tar/{member.name}", "captions": [" ".join(words)] if number else []}
+                | {"id": f"ab{number:02d}", "image": f"images-00000.tar/{member.name}", "captions": [" ".join(words)] if number else []}
                 | {"licence": "CC0-1.0", "attribution": "test", "source": "test", "width": 16, "height": 16, "split": split}
             )
     pq.write_table(pa.Table.from_pylist(rows, schema=VALIDATED_SCHEMA), paths.VALIDATED / "manifest.parquet")
@@ -81,7 +86,7 @@ STAGES = {"encoder": encoder, "index": index, "retrieve": retrieve, "super_resol
 def test_index_holds_the_multimodal_train_documents(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
     _, figures = project
     bank = MemoryBank.load(paths.INDEX)
-    assert bank.documents["id"].tolist() == [f"id{i:02d}" for i in range(1, TRAIN)]
+    assert bank.documents["id"].tolist() == [f"ab{i:02d}" for i in range(1, TRAIN)]
     assert figures["index"]["documents"] == TRAIN - 1
     assert figures["index"]["left_out"] == 1
     bank.check_encoder(Encoder.load(paths.ENCODER).fingerprint)
@@ -91,17 +96,42 @@ def test_neighbours_come_from_train_and_are_never_the_query(project: tuple[Path,
     _, figures = project
     table = pd.read_parquet(paths.NEIGHBOURS / retrieve.FILE)
     assert pq.read_schema(paths.NEIGHBOURS / retrieve.FILE).equals(retrieve.SCHEMA)
-    assert table["id"].tolist() == [f"id{i:02d}" for i in range(1, TRAIN + VAL + TEST)]
-    train = {f"id{i:02d}" for i in range(1, TRAIN)}
+    assert table["id"].tolist() == [f"ab{i:02d}" for i in range(1, TRAIN + VAL + TEST)]
+    train = {f"ab{i:02d}" for i in range(1, TRAIN)}
     for row in table.itertuples():
         assert set(row.neighbours) <= train - {row.id}
         assert len(set(row.neighbours)) == len(row.neighbours) == len(row.scores) == len(row.modalities) <= 4
         assert (row.scores <= 0.99).all()
+        assert set(row.random) <= train - {row.id} and len(set(row.random)) == len(row.random) <= len(row.neighbours)
         assert sorted(row.modalities, reverse=True) == list(row.modalities)  # text first
     lengths = table["neighbours"].map(len)[: TRAIN - 1]
     assert figures["retrieve"]["train_neighbours"] == pytest.approx(lengths.mean())
     assert figures["retrieve"]["train_complete"] == pytest.approx((lengths == 4).mean())
     assert lengths.max() > 0
+
+
+def test_nothing_of_the_query_and_nothing_held_out_stands_before_it(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
+    """In the sequences themselves: retrieved documents are train documents, never the query nor one too like it, whatever the choice."""
+    vocabulary = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
+    for split, first, count in (("train", 1, TRAIN - 1), ("val", TRAIN, VAL), ("test", TRAIN + VAL, TEST)):
+        documents = make_documents(count)
+        named = [Document(f"ab{first + number:02d}", d.codes, d.texts) for number, d in enumerate(documents)]
+        write_tokens(paths.TOKENS, split, named, 16, 100)
+    bank = MemoryBank.load(paths.INDEX)
+    vectors = bank.vectors(np.arange(len(bank)))
+    alike = 0
+    for choice, split in itertools.product(("paper", "text", "image", "random", "none"), ("train", "val", "test")):
+        section = PretrainConfig(neighbours=choice, documents=[0.0, 0.0, 1.0], model={"context": 200})
+        samples = training_samples(TokenStore(paths.TOKENS, [split]), vocabulary, section, 0)
+        for epoch, row in itertools.product(range(3), range(len(samples))):
+            *retrieved, query = samples(epoch, row).documents
+            assert set(retrieved) <= set(bank.documents["id"]) - {query}
+            assert len(retrieved) == (0 if choice == "none" else min(2, len(samples.neighbours[query])))
+            if split == "train":
+                scores = vectors @ vectors[bank.position[query]]
+                assert all(scores[bank.position[name]] <= CONFIG.retrieve.max_score + 1e-6 for name in retrieved)
+                alike += (scores > CONFIG.retrieve.max_score).sum() > 1
+    assert alike  # there were near-duplicates to avoid
 
 
 def test_index_of_another_encoder_is_refused(project: tuple[Path, dict[str, dict[str, float]]], monkeypatch: pytest.MonkeyPatch) -> None:

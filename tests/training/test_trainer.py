@@ -1,5 +1,8 @@
 """The training loop: it learns, repeats itself exactly, and stops on divergence."""
 
+import shutil
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,7 @@ from cm3leon.documents import Vocabulary
 from cm3leon.model import Decoder, DecoderSpec
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.optimizer import learning_rate_at, make_optimizers
-from cm3leon.training.trainer import DivergenceError, fit, setup, validate
+from cm3leon.training.trainer import LOG_EVERY, DivergenceError, fit, setup, validate
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
 CONFIG = TrainConfig(steps=30, batch_size=8, warmup_steps=5, validate_every=15, learning_rate=5e-3)
@@ -129,3 +132,48 @@ def test_divergence_names_the_last_checkpoint(stream, tmp_path):
     with pytest.raises(DivergenceError, match=r"step 6.*the last checkpoint is .*step-00000004"):
         fit(state, poisoned, config, {}, "test", checkpoints=checkpoints)
     assert checkpoints.newest() == "step-00000004"
+
+
+def test_an_interrupt_writes_a_checkpoint_and_leaves_a_second_one_leaves_at_once(stream, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run", {"a": "1"}, 2)
+
+    def interrupted(times):
+        def log(figures, step):
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+
+        return lambda: fit(setup(make_model(), CONFIG), stream, CONFIG, {}, "test", log, checkpoints=checkpoints)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(2)()
+    assert checkpoints.newest() is None
+    with pytest.raises(SystemExit) as left:
+        interrupted(1)()
+    assert left.value.code == 130
+    assert checkpoints.newest() == f"step-{LOG_EVERY:08d}"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_that_goes_on_records_its_losses_from_the_beginning(stream, tmp_path):
+    checkpoints, logged = Checkpoints(tmp_path / "run", {"a": "1"}, 2), {}
+
+    def train_to(steps):
+        config = CONFIG.model_copy(update={"steps": steps, "checkpoint_every": LOG_EVERY})
+        fit(setup(make_model(), config), stream, config, {}, "test", lambda f, step: logged.setdefault(step, f), checkpoints=checkpoints)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints.__class__, "finish", lambda self: None)
+        train_to(2 * LOG_EVERY)
+    first = {step: found["loss"] for step, found in logged.items() if "loss" in found}
+    assert sorted(first) == [LOG_EVERY, 2 * LOG_EVERY]
+    logged.clear()
+    train_to(3 * LOG_EVERY)
+    assert {step: logged[step]["loss"] for step in first} == first
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_learn_the_same(stream):
+    short = CONFIG.model_copy(update={"steps": 3})
+    expected = train(stream, short)[1]["val_loss"]
+    assert train(stream, short.model_copy(update={"compile": True}))[1]["val_loss"] == pytest.approx(expected, abs=1e-4)
