@@ -28,7 +28,7 @@ VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_im
 def main(directory: Path, changes: dict) -> None:
     torch.set_num_threads(1)
     config = TrainConfig(
-        **{"batch_size": 8, "warmup_steps": 5, "validate_every": 15, "checkpoint_every": 4, "learning_rate": 5e-3, **changes}
+        **{"batch_size": 8, "warmup_steps": 5, "validate_every": 15, "checkpoint_every": 4, "learning_rate": 1e-3, **changes}
     )
     store = TokenStore(directory / "tokens")
     samples = PretrainingSamples(store, store, {}, VOCABULARY, ObjectiveConfig(), [1.0], 80, 0)
