@@ -20,12 +20,13 @@ import torch
 from PIL import Image
 
 from cm3leon import paths
-from cm3leon.config import Config, ObjectiveConfig
+from cm3leon.config import Config, DecodingConfig, ObjectiveConfig
 from cm3leon.data.batches import Batch, SortedStream
 from cm3leon.data.manifest import read_manifest
 from cm3leon.data.tokens import TokenStore
 from cm3leon.evaluation import composition
 from cm3leon.generation.engine import generate_images
+from cm3leon.generation.sampling import Sampler
 from cm3leon.model import Decoder
 from cm3leon.profiles import PARAMS, changed_config
 from cm3leon.stages.pretrain import build_decoder, training_samples
@@ -49,12 +50,14 @@ def composition_by_objects(model: Decoder) -> dict[str, float]:
     """Composition accuracy of one plain sample of each val prompt: of all, of those that name 1, 2, 3 different objects, of relations."""
     images, texts = ImageTokenizer.load(paths.IMAGE_TOKENIZER), TextTokenizer.load(paths.TEXT_TOKENIZER)
     captions = [str(found[0]) for found in read_manifest(paths.VALIDATED, "val")["captions"]]
-    prompts = [image_prompt(model.vocabulary.text(texts.encode(caption)), []) for caption in captions]
+    vocabulary = model.vocabulary
+    prompts = [[image_prompt([("text", vocabulary.text(texts.encode(caption)))], [], vocabulary)] for caption in captions]
+    plain = Sampler(DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0))
     verdicts = []
     for start in range(0, len(prompts), DRAWN_TOGETHER):
         part = slice(start, start + DRAWN_TOGETHER)
-        seeds = range(start, start + len(prompts[part]))
-        codes = generate_images(model, prompts[part], prompts[part], seeds, temperature=1.0, top_p=1.0, guidance=1.0)
+        seeds = [[row] for row in range(start, start + len(prompts[part]))]
+        codes = generate_images(model, prompts[part], seeds, plain)[:, 0]
         pixels = images.decode(torch.from_numpy(codes)).add(1).mul(127.5).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
         verdicts += composition.verdicts(captions[part], [Image.fromarray(array) for array in pixels])
     right = defaultdict(list)

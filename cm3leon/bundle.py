@@ -1,6 +1,7 @@
 """A bundle: one directory with everything a finished model needs to draw, caption and answer, and what is known about it.
 
     config.json, model.safetensors     the decoder
+    training.json                      the tasks it was tuned for, and whether on masked prompts, which guidance needs
     image_tokenizer/ text_tokenizer/ encoder/ memory_bank/ super_resolution/
     decoding.json, retrieval.json      decoding defaults; the rules by which documents are retrieved
     evaluation/                        record.json and sheets
@@ -49,7 +50,7 @@ class Part:
 
 
 PARTS = (
-    Part("sft", paths.FINETUNED, ""),
+    Part("sft", paths.FINETUNED, "", others="training.json"),
     Part("image_tokenizer", paths.IMAGE_TOKENIZER, "image_tokenizer"),
     Part("text_tokenizer", paths.TEXT_TOKENIZER, "text_tokenizer", ("tokenizer.json",)),
     Part("encoder", paths.ENCODER, "encoder", others="tokenizer.json"),

@@ -13,17 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from cm3leon.generation.generator import GeneratedImage, Generator
-    from cm3leon.model import Decoder
+from cm3leon import format_commands, model_commands
+from cm3leon.model_commands import UsageError
 
 STAGES = {
     "ingest": "Bring the source into image shards and one manifest.",
@@ -41,15 +37,8 @@ STAGES = {
 }
 FIGURES = "figures: "
 HELP = "Train, evaluate, version and serve a CM3leon model on your own licensed image-text collection."
-CHAMPION = "models:/cm3leon@champion"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
-Model = Annotated[str, typer.Option(help="a registered model (models:/NAME@ALIAS) or a bundle directory")]
-Seed = Annotated[int, typer.Option(help="the same seed draws the same")]
-
-
-class UsageError(ValueError):
-    """A command was given something it cannot use; the message says what to change."""
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------
@@ -234,189 +223,8 @@ def rollback() -> None:
 
 # --- using a model ---------------------------------------------------------------------------------------------------
 
-
-def find_model(model: str) -> Path:
-    """The directory of a registered model, or the directory that was named.
-
-    Raises:
-        LookupError: if the registry has no such model.
-    """
-    if not model.startswith("models:/"):
-        return Path(model)
-    from cm3leon.registry import fetch_bundle
-
-    try:
-        return fetch_bundle(model)
-    except LookupError as error:
-        hint = "; there is no champion yet: run make run first" if model == CHAMPION else ""
-        raise LookupError(f"{error}{hint}") from None
-
-
-def load_generator(model: str) -> Generator:
-    """A generator from a registered model or a bundle directory.
-
-    Raises:
-        LookupError: if the registry has no such model.
-        FileNotFoundError: if there is no such bundle.
-    """
-    from cm3leon.generation.generator import Generator
-
-    return Generator.from_bundle(find_model(model))
-
-
-def open_image(path: Path) -> Image.Image:
-    """An image file as RGB.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        UsageError: if it cannot be read as an image.
-    """
-    from cm3leon.data.images import ImageError, decode
-
-    try:
-        return decode(path.read_bytes())
-    except ImageError as error:
-        raise UsageError(f"{path}: {error}") from None
-
-
-def save_images(images: list[GeneratedImage], out: Path) -> list[Path]:
-    """Write each as a PNG with what made it in its metadata: the first as ``out.png``, the others ``out-2.png``, ``out-3.png`` ..."""
-    files = [out if number == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(1, len(images) + 1)]
-    for image, file in zip(images, files, strict=True):
-        image.save(file)
-    return files
-
-
-@app.command(rich_help_panel="Model")
-def generate(
-    prompt: Annotated[str, typer.Argument(help="what to draw")],
-    num_images: Annotated[int, typer.Option(min=1, help="how many; the best is OUT, the others OUT-2, OUT-3 ...")] = 1,
-    out: Annotated[Path, typer.Option(help="PNG file to write, of the best image")] = Path("out.png"),
-    seed: Seed = 0,
-    guidance: Annotated[float | None, typer.Option(help="classifier-free guidance scale; 1: none")] = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    candidates: Annotated[int | None, typer.Option(help="images drawn for each one kept")] = None,
-    likelihood: Annotated[float | None, typer.Option(help="weight of the caption's likelihood beside the CLIP score in ranking")] = None,
-    documents: Annotated[int | None, typer.Option(help="retrieved documents before the prompt")] = None,
-    upscale: Annotated[bool, typer.Option("--upscale", help="enlarge what was drawn with the model's upscaler")] = False,
-    model: Model = CHAMPION,
-) -> None:
-    """Draw a prompt. Settings not given are the model's own."""
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"--out {out}: images are written as PNG; give a name that ends in .png")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no directory {out.parent}")
-    generator = load_generator(model)
-    settings: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_p": top_p}
-    settings |= {"candidates": candidates, "likelihood": likelihood, "documents": documents}
-    [images] = generator.text_to_image([prompt], num_images, seed=seed, **settings)
-    if upscale:
-        for image, enlarged in zip(images, generator.upscale([image.image for image in images]), strict=True):
-            image.image, image.settings = enlarged, {**image.settings, "upscale": True}
-    for image, file in zip(images, save_images(images, out), strict=True):
-        print(f"{file}: seed {image.seed}" + ("" if image.score is None else f", CLIP score {image.score:.3f}"))
-    for neighbour in images[0].neighbours:
-        credit = ", ".join(str(neighbour[key]) for key in ("licence", "attribution") if neighbour.get(key))
-        print(f"retrieved: {neighbour.get('id')} {neighbour.get('caption')!r} ({credit})")
-
-
-@app.command(rich_help_panel="Model")
-def caption(
-    images: Annotated[list[Path], typer.Argument(help="image files")],
-    long: Annotated[bool, typer.Option(help="describe at length")] = False,
-    model: Model = CHAMPION,
-) -> None:
-    """Describe images, a line for each."""
-    opened = [open_image(path) for path in images]
-    for path, text in zip(images, load_generator(model).caption(opened, long=long), strict=True):
-        print(text if len(images) == 1 else f"{path}: {text}")
-
-
-@app.command(rich_help_panel="Model")
-def ask(
-    image: Annotated[Path, typer.Argument(help="image file")],
-    question: Annotated[str, typer.Argument(help="a question about it")],
-    model: Model = CHAMPION,
-) -> None:
-    """Answer a question about an image."""
-    opened = open_image(image)
-    print(load_generator(model).answer([opened], [question])[0])
-
-
-# --- other formats ---------------------------------------------------------------------------------------------------
-
-
-class Format(StrEnum):
-    """Formats of decoders that are not this package's own."""
-
-    opt = "opt"
-
-
-CheckpointFormat = Annotated[Format, typer.Option("--format", help="opt: Hugging Face's OPTForCausalLM, in safetensors")]
-
-
-def check_unused(directory: Path) -> None:
-    """Raises :class:`UsageError` unless ``directory`` is empty or not there yet."""
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory} is a file; name a directory")
-    if directory.is_dir() and any(directory.iterdir()):
-        raise UsageError(f"{directory} is not empty; name a new directory")
-
-
-def load_decoder(directory: Path) -> Decoder:
-    """The decoder of a stage's directory or of a bundle.
-
-    Raises:
-        FileNotFoundError: if there is no model.
-        UsageError: if it is a model of another kind.
-    """
-    from cm3leon.model import Decoder
-
-    config = directory / "config.json"
-    if config.is_file() and not {"decoder", "vocabulary"} <= set(json.loads(config.read_text())):
-        raise UsageError(f"{directory} holds another kind of model; a decoder is in models/pretrained, models/finetuned or a bundle")
-    return Decoder.load(directory)
-
-
-def described(decoder: Decoder) -> str:
-    """``4 layers of width 256, context 256, 1,234,567 parameters``."""
-    spec = decoder.spec
-    return f"{spec.layers} layers of width {spec.width}, context {spec.context}, {decoder.parameter_count:,} parameters"
-
-
-@app.command(rich_help_panel="Model")
-def export(
-    directory: Annotated[Path, typer.Argument(help="new directory to write")],
-    format_: CheckpointFormat = Format.opt,
-    model: Annotated[str, typer.Option(help="a registered model (models:/NAME@ALIAS), a bundle directory or a decoder's")] = CHAMPION,
-) -> None:
-    """Write a model's decoder as a checkpoint that other software reads."""
-    check_unused(directory)
-    decoder = load_decoder(find_model(model))
-    from cm3leon.opt_format import export_opt
-
-    export_opt(decoder, directory)
-    print(f"{directory}: {described(decoder)}; read it with transformers.OPTForCausalLM.from_pretrained")
-
-
-@app.command("import", rich_help_panel="Model")
-def import_(
-    directory: Annotated[Path, typer.Argument(help="the checkpoint: config.json and safetensors")],
-    out: Annotated[Path, typer.Argument(help="new directory to write, in the format of models/pretrained")],
-    format_: CheckpointFormat = Format.opt,
-    vocabulary: Annotated[
-        Path | None, typer.Option(help="a decoder's directory: the checkpoint has its vocabulary (not needed if exported by this package)")
-    ] = None,
-) -> None:
-    """Read a checkpoint of other software as a decoder."""
-    check_unused(out)
-    layout = load_decoder(vocabulary).vocabulary if vocabulary else None
-    from cm3leon.opt_format import import_opt
-
-    decoder = import_opt(directory, layout)
-    decoder.save(out)
-    print(f"{out}: {described(decoder)}")
+app.add_typer(model_commands.app)
+app.add_typer(format_commands.app)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -306,7 +306,15 @@ class DecodingConfig(Section):
 
     temperature: float = Field(0.8, ge=0, description="0: greedy")
     top_p: float = Field(0.9, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1, description="only this many most likely tokens; null: all")
     guidance: float = Field(2.0, ge=0, description="classifier-free guidance scale; 1: none")
+    guidance_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="over an image: the scale throughout, or rising to it from 1"
+    )
+    image_guidance: float = Field(1.5, ge=0, description="in editing, guidance towards the image that is edited")
+    contrastive: float = Field(0.0, ge=0, le=1, description="share of the candidates that is drawn by contrastive decoding (CD-K)")
+    contrastive_k: int = Field(4, ge=1, description="CD-K: plausible is what is not much less likely than the k-th most likely token")
+    contrastive_alpha: float = Field(0.5, ge=0, le=1, description="CD-K: how much less likely it may be")
     candidates: int = Field(4, ge=1, description="images drawn for each one returned; the best-ranked is kept")
     likelihood: float = Field(
         0.0, ge=0, description="weight, in ranking, of the prompt's log-likelihood as the image's caption (nats), beside the CLIP score"

@@ -125,6 +125,10 @@ class Body:
                 places[segment.start : segment.stop] = np.arange(1, segment.length + 1)
         return places
 
+    def prompt(self) -> Prompt:
+        """To be continued where it ends."""
+        return Prompt(self.tokens, self.places)
+
     def finished(self) -> Tokens:
         """The plain training sequence."""
         return np.append(self.tokens, EOS)
@@ -134,6 +138,21 @@ class Body:
         before = np.concatenate([[0], np.cumsum(~dropped)])
         segments = [Segment(int(before[s.start]), int(before[s.stop]), s.document, s.modality) for s in self.segments]
         return Body(self.tokens[~dropped], tuple(segments))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What stands before tokens that are to be generated, and each token's place in its image, as :attr:`Body.places`; (T,) both."""
+
+    tokens: Tokens
+    places: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def followed_by(self, *marks: int) -> Prompt:
+        """With tokens behind it that are of no image."""
+        return Prompt(np.append(self.tokens, marks), np.append(self.places, [0] * len(marks)))
 
 
 def build_body(documents: Sequence[Sequence[tuple[str, Tokens]]]) -> Body:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,21 +38,11 @@ class DecoderSpec:
     image_positions: bool = False
 
 
-class KeyValueCache:
-    """Preallocated keys and values of all layers for up to ``capacity`` tokens."""
+class Cache(Protocol):
+    """Keys and values of tokens before those of a forward pass."""
 
-    def __init__(self, spec: DecoderSpec, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (spec.layers, batch, spec.heads, capacity, spec.width // spec.heads)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    def extend(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values behind those held; returns all of the layer's."""
-        stop = self.length + k_BHTK.shape[2]
-        self.keys[layer, :, :, self.length : stop] = k_BHTK
-        self.values[layer, :, :, self.length : stop] = v_BHTK
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of new tokens, (B, H, T, K) each and so the result, to those held and to one another; keeps what they bring."""
 
 
 def block_causal(samples_BT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,14 +62,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(spec.width, 3 * spec.width, bias=False)
         self.out = nn.Linear(spec.width, spec.width, bias=False)
 
-    def forward(self, x_BTD: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         batch, length, width = x_BTD.shape
         q, k, v = (y.view(batch, length, self.heads, -1).transpose(1, 2) for y in self.qkv(x_BTD).split(width, -1))
         if self.qk_norm:
             q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1)
+            y_BHTK = cache.attend(self.layer, q, k, v)
+        else:
+            y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.out(y_BHTK.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -106,7 +97,7 @@ class Block(nn.Module):
         self.up = nn.Linear(spec.width, 4 * spec.width, bias=False)
         self.down = nn.Linear(4 * spec.width, spec.width, bias=False)
 
-    def forward(self, x_BTD: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         x_BTD = x_BTD + self.attention(F.layer_norm(x_BTD, x_BTD.shape[-1:]), cache, mask)
         return x_BTD + self.down(_Relu.apply(self.up(F.layer_norm(x_BTD, x_BTD.shape[-1:]))))
 
@@ -158,7 +149,7 @@ class Decoder(nn.Module):
         self,
         tokens_BT: Tensor,
         places_BT: Tensor,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
         positions_BT: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
@@ -166,19 +157,17 @@ class Decoder(nn.Module):
 
         Args:
             places_BT: place of each token in its image, from 1; 0 for what is no image token. Used with ``image_positions``.
-            cache: keys and values of the tokens before these; extended in place.
-            positions_BT: positions of the tokens, by default counted from the cache's length.
-            mask: broadcastable to (B, 1, T, cached + T), boolean, True where attention is allowed, or a bias; default causal.
+            cache: what of the tokens before these attention reads; it also says which of them a token sees.
+            positions_BT: positions of the tokens, by default counted from 0.
+            mask: broadcastable to (B, 1, T, T), boolean, True where attention is allowed, or a bias; default causal. Without a cache.
 
         Raises:
             ValueError: if the sequence is longer than the context.
         """
-        start = cache.length if cache is not None else 0
-        length = tokens_BT.shape[1]
-        if start + length > self.spec.context:
-            raise ValueError(f"sequence of {start + length} tokens is longer than the context of {self.spec.context}")
+        if tokens_BT.shape[1] > self.spec.context:
+            raise ValueError(f"sequence of {tokens_BT.shape[1]} tokens is longer than the context of {self.spec.context}")
         if positions_BT is None:
-            positions_BT = torch.arange(start, start + length, device=tokens_BT.device)
+            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTD = self.tokens(tokens_BT) + self.positions(positions_BT)
         if self.places is not None:
             x_BTD = x_BTD + self.places(places_BT)
@@ -187,8 +176,6 @@ class Decoder(nn.Module):
                 x_BTD = checkpoint(block, x_BTD, cache, mask, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD, cache, mask)
-        if cache is not None:
-            cache.length += length
         return F.layer_norm(x_BTD, x_BTD.shape[-1:])
 
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:

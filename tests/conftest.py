@@ -61,7 +61,11 @@ def make_models(root):
     )
     images.save(root / paths.IMAGE_TOKENIZER)
     vocabulary = Vocabulary(text.size, 16, sentinels=4, tokens_per_image=images.spec.tokens_per_image)
-    Decoder(DecoderSpec(layers=1, width=32, heads=2, context=160), vocabulary).save(root / paths.FINETUNED)
+    decoder = Decoder(DecoderSpec(layers=1, width=32, heads=2, context=160, init_std=0.1), vocabulary)
+    for block in decoder.blocks:  # output layers start at zero, and hide what a block does
+        torch.nn.init.normal_(block.attention.out.weight, std=0.2)
+        torch.nn.init.normal_(block.down.weight, std=0.2)
+    decoder.save(root / paths.FINETUNED)
     small = EncoderConfig(image_size=32, width=8, layers=1, embedding_dim=16, vocabulary_size=300)
     settings = trained_settings(small, text.size + 3)
     encoder = Encoder(build_clip(settings["model"]), settings, ClipTokenizer(text, small.context_length))

@@ -3,60 +3,55 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from cm3leon import cli
-from cm3leon.config import UserError
-from cm3leon.generation.generator import BadInputError, GeneratedImage
+from cm3leon import cli, model_commands, paths
+from cm3leon.config import DecodingConfig, UserError
+from cm3leon.generation.generator import Generator
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "mlflow", "prefect", "dvc", "great_expectations", "open_clip", "faiss", "pandas", "numpy")
 
 
-class FakeGenerator:
-    """Remembers what it was asked."""
+class Recorder:
+    """A real generator on untrained models, of which it remembers what it was asked."""
 
-    asked: dict[str, Any]
+    def __init__(self, generator: Generator) -> None:
+        self.generator, self.asked = generator, []
 
-    def text_to_image(self, prompts: list[str], num_images: int, **settings: Any) -> list[list[GeneratedImage]]:
-        self.asked = {"prompts": prompts, "num_images": num_images, **settings}
-        if settings["top_p"] == 2:
-            raise BadInputError("top_p: at most 1")
-        colours = ["red", "green", "blue", "white"]
-        neighbours = [{"id": "ab12", "caption": "a square", "licence": "CC-BY-4.0", "attribution": "Ada", "score": 0.5}]
-        return [
-            [
-                GeneratedImage(Image.new("RGB", (8, 8), colours[n % 4]), prompts[0], n, np.zeros(4), 0.5 - n / 10, neighbours)
-                for n in range(num_images)
-            ]
-        ]
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.generator, name)
 
-    def upscale(self, images: list[Image.Image]) -> list[Image.Image]:
-        return [image.resize((2 * image.width, 2 * image.height)) for image in images]
+        def recorded(*arguments: Any, **settings: Any) -> Any:
+            self.asked.append((name, arguments, settings))
+            return method(*arguments, **settings)
 
-    def caption(self, images: list[Image.Image], *, long: bool = False) -> list[str]:
-        return [f"{'long' if long else 'short'} {image.size}" for image in images]
+        return recorded
 
-    def answer(self, images: list[Image.Image], questions: list[str]) -> list[str]:
-        return [f"{questions[0]} {images[0].mode}"]
+
+@pytest.fixture(scope="session")
+def loaded(tiny_models: Path) -> Generator:
+    parts = {"model": paths.FINETUNED, "image_tokenizer": paths.IMAGE_TOKENIZER, "text_tokenizer": paths.TEXT_TOKENIZER}
+    parts |= {"encoder": paths.ENCODER, "memory_bank": paths.INDEX, "tokens": paths.TOKENS, "super_resolution": paths.SUPER_RESOLUTION}
+    return Generator.from_parts(**{name: tiny_models / path for name, path in parts.items()}, decoding=DecodingConfig(candidates=2))
 
 
 @pytest.fixture
-def generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGenerator:
+def generator(loaded: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.chdir(tmp_path)
-    fake = FakeGenerator()
-    monkeypatch.setattr(cli, "load_generator", lambda model: fake)
-    return fake
+    recorder = Recorder(loaded)
+    monkeypatch.setattr(model_commands, "load_generator", lambda model: recorder)
+    return recorder
 
 
 def call(*arguments: str) -> tuple[int, str, str]:
@@ -153,51 +148,97 @@ def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.M
         call("ingest")
 
 
-def test_generate_one(generator: FakeGenerator) -> None:
-    status, out, _ = call("generate", "a red circle", "--seed", "3", "--guidance", "2.5", "--documents", "1", "--out", "one.png")
+def test_generate_one(generator: Recorder) -> None:
+    status, out, _ = call(
+        "generate", "a red circle", "--seed", "3", "--guidance", "2.5", "--documents", "1", "--set", "top_k=5", "--out", "one.png"
+    )
     assert status == 0
-    assert generator.asked == {
-        "prompts": ["a red circle"], "num_images": 1, "seed": 3, "guidance": 2.5, "temperature": None, "top_p": None,
-        "candidates": None, "likelihood": None, "documents": 1,
-    }  # fmt: skip
+    name, (prompts, number), settings = generator.asked[0]
+    assert (name, prompts, number) == ("text_to_image", ["a red circle"], 1)
+    assert settings == {"references": None, "seed": 3, "guidance": 2.5, "documents": 1, "top_k": 5}
     picture = Image.open("one.png")
-    assert picture.size == (8, 8)
-    assert json.loads(picture.info["cm3leon"])["prompt"] == "a red circle"
-    assert "one.png: seed 0, CLIP score 0.500" in out
-    assert "Ada" in out
-    assert "CC-BY-4.0" in out
+    assert picture.size == (32, 32)
+    record = json.loads(picture.info["cm3leon"])
+    assert record["prompt"] == "a red circle" and record["settings"]["top_k"] == 5
+    assert re.fullmatch(r"one.png: seed [34], CLIP score -?0\.\d{3}", out.splitlines()[0])
+    assert out.splitlines()[1] == f"retrieved: {record['neighbours'][0]['id']} (CC0-1.0, us)"
 
 
-def test_generate_several_are_files_of_their_own_the_best_first(generator: FakeGenerator) -> None:
+def test_neighbours_are_shown(generator: Recorder) -> None:
+    Image.new("RGB", (4, 4), "red").save("a.png")
+    _, out, _ = call("text_to_image", "a ring", "--documents", "2", "--reference", "a.png", "--show-neighbours")
+    shown = [line for line in out.splitlines() if line.startswith("    ")]
+    assert len(shown) == out.count("retrieved: ") == 2
+    assert all(re.search(r"'.+', score -?\d\.\d{3}, source test", line) for line in shown)
+
+
+def test_generate_several_are_files_of_their_own_the_best_first(generator: Recorder) -> None:
     status, out, _ = call("generate", "shapes", "--num-images", "3", "--out", "some.png")
     assert status == 0
-    assert sorted(path.name for path in Path().iterdir()) == ["some-2.png", "some-3.png", "some.png"]
-    for number, (name, colour) in enumerate({"some.png": (255, 0, 0), "some-2.png": (0, 128, 0), "some-3.png": (0, 0, 255)}.items()):
-        picture = Image.open(name)
-        assert picture.size == (8, 8) and picture.getpixel((2, 2)) == colour
-        assert json.loads(picture.info["cm3leon"])["seed"] == number
-        assert f"{name}: seed {number}, CLIP score {0.5 - number / 10:.3f}" in out
-    assert out.count("retrieved: ab12") == 1
-    assert call("caption", "some.png")[1] == "short (8, 8)\n"
+    files = ["some.png", "some-2.png", "some-3.png"]
+    assert sorted(path.name for path in Path().iterdir()) == sorted(files)
+    records = [json.loads(Image.open(file).info["cm3leon"]) for file in files]
+    assert [record["score"] for record in records] == sorted((record["score"] for record in records), reverse=True)
+    assert out.splitlines() == [f"{f}: seed {r['seed']}, CLIP score {r['score']:.3f}" for f, r in zip(files, records, strict=True)]
+    assert call("generate", "one", "two", "--num-images", "2")[0] == 0
+    assert {p.name for p in Path().glob("out*")} == {"out-p1.png", "out-p1-2.png", "out-p2.png", "out-p2-2.png"}
 
 
-def test_generate_upscaled(generator: FakeGenerator) -> None:
+def test_generate_upscaled(generator: Recorder) -> None:
     assert call("generate", "shapes", "--num-images", "2", "--upscale")[0] == 0
     for name in ("out.png", "out-2.png"):
         picture = Image.open(name)
-        assert picture.size == (16, 16)
+        assert picture.size == (64, 64)
         assert json.loads(picture.info["cm3leon"])["settings"]["upscale"] is True
+
+
+DRAWING = {
+    "write": ["hello"],
+    "layout_to_image": ["two things", "--object", "red circle=0,0,16,16", "--object", "ring=16,16,32,32"],
+    "condition_to_image": ["a ring", "a.png", "--kind", "canny edge"],
+    "edit": ["a.png", "make it blue", "--image-guidance", "1.2"],
+    "infill": ["a.png", "5,5,30,20", "a ring"],
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_every_drawing_command_writes_what_it_is_named_after(name: str, generator: Recorder) -> None:
+    Image.new("RGB", (40, 30), "red").save("a.png")
+    status, out, err = call(name, *DRAWING[name], "--num-images", "2", "--set", "temperature=0.9")
+    assert (status, err) == (0, "")
+    for file, line in zip(("out.png", "out-2.png"), out.splitlines(), strict=True):
+        record = json.loads(Image.open(file).info["cm3leon"])
+        assert record["task"] == name and record["settings"]["temperature"] == 0.9
+        assert line.startswith(f"{file}: seed {record['seed']}, CLIP score")
+    if "_" in name:
+        assert call(name.replace("_", "-"), *DRAWING[name])[0] == 0
+
+
+def test_documents_texts_and_scores(generator: Recorder) -> None:
+    Image.new("RGB", (40, 30), "red").save("a.png")
+    status, out, _ = call("interleave", "a red circle", "--segments", "1")
+    assert (status, out) == (0, "out.png\n") and Image.open("out.png").size == (32, 32)
+    assert call("infill_text", "a ___ circle", "--image", "a.png")[1].startswith("a ")
+    _, out, _ = call("score", "a.png", "a ring", "a red circle")
+    assert re.fullmatch(r"(a ring|a red circle): text given image -\d+\.\d{3}, image given text -\d+\.\d{3}", out.splitlines()[1])
+    assert call("upscale", "a.png", "--out", "big.png")[1] == "big.png: 80 x 60\n"
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["generate", "x", "--out", "out.jpg"], "error: --out out.jpg: images are written as PNG"),
     (["generate", "x", "--out", "no/out.png"], "error: --out no/out.png: there is no directory no"),
-    (["generate", "x", "--top-p", "2"], "error: top_p: at most 1"),
+    (["generate", "x", "--top-p", "2"], "error: top_p: Input should be less than or equal to 1"),
+    (["generate", "x", "--set", "topk=2"], "error: topk: Extra inputs are not permitted"),
+    (["generate", "x", "--set", "topk"], "error: --set topk: write it as name=value"),
+    (["layout_to_image", "x", "--object", "dog"], "error: --object dog: write it as label=left,top,right,bottom"),
+    (["layout_to_image", "x", "--object", "dog=1,2"], "error: --object dog: '1,2': write it as left,top,right,bottom"),
+    (["infill", "missing.png", "1,2,3,4", "x"], "missing.png"),
+    (["infill", "missing.png", "1,2,3", "x"], "error: box '1,2,3'"),
     (["caption", "missing.png"], "missing.png"),
     (["caption", "text.png"], "error: text.png: unreadable"),
     (["configure", "huge"], "error: there is no profile 'huge'"),
 ])  # fmt: skip
-def test_users_errors_are_one_line_and_status_2(arguments: list[str], message: str, generator: FakeGenerator) -> None:
+def test_users_errors_are_one_line_and_status_2(arguments: list[str], message: str, generator: Recorder) -> None:
     Path("text.png").write_text("not an image")
     status, out, err = call(*arguments)
     assert status == 2
@@ -206,12 +247,16 @@ def test_users_errors_are_one_line_and_status_2(arguments: list[str], message: s
     assert err.count("\n") == 1
 
 
-def test_caption_and_ask(generator: FakeGenerator) -> None:
+def test_caption_and_ask(generator: Recorder) -> None:
     Image.new("RGBA", (4, 6)).save("a.png")
     Image.new("L", (5, 5)).save("b.png")
-    assert call("caption", "a.png")[1] == "short (4, 6)\n"
-    assert call("caption", "a.png", "b.png", "--long")[1] == "a.png: long (4, 6)\nb.png: long (5, 5)\n"
-    assert call("ask", "b.png", "What color?")[1] == "What color? RGB\n"
+    [said] = generator.generator.caption([model_commands.open_image(Path("a.png"))])
+    assert call("caption", "a.png")[1] == f"{said.text}\n"
+    out = call("caption", "a.png", "b.png", "--long")[1].splitlines()
+    assert [line.split(":")[0] for line in out] == ["a.png", "b.png"]
+    [told] = generator.generator.answer([model_commands.open_image(Path("b.png"))], ["What color?"])
+    assert call("ask", "b.png", "What color?")[1] == call("answer", "b.png", "What color?")[1] == f"{told.text}\n"
+    assert len(call("answer", "b.png", "What color?", "How many?")[1].splitlines()) == 2
 
 
 def test_no_champion_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

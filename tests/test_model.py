@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cm3leon.documents import Vocabulary
-from cm3leon.model import Decoder, DecoderSpec, KeyValueCache
+from cm3leon.model import Decoder, DecoderSpec
 
 VOCABULARY = Vocabulary(text_size=40, image_size=20, sentinels=4, tokens_per_image=9)
 
@@ -42,16 +42,6 @@ def test_a_token_sees_nothing_after_it():
     changed[0, 12:] = torch.randint(VOCABULARY.size, (8,))
     assert torch.equal(model(tokens, places)[:, :12], model(changed, places)[:, :12])
     assert not torch.allclose(model(tokens, places)[:, 12:], model(changed, places)[:, 12:])
-
-
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"image_positions": True}])
-def test_cached_decoding_equals_the_full_pass(options):
-    model = make(**options)
-    tokens, places = draw(3, 20)
-    cache = KeyValueCache(model.spec, 3, 20, torch.device("cpu"), torch.float32)
-    cuts = [slice(0, 7)] + [slice(i, i + 1) for i in range(7, 20)]
-    parts = [model(tokens[:, cut], places[:, cut], cache) for cut in cuts]
-    torch.testing.assert_close(torch.cat(parts, 1), model(tokens, places), atol=1e-5, rtol=1e-5)
 
 
 def test_places_matter_to_image_tokens_only_where_the_option_is_on():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cm3leon import cli
+from cm3leon import cli, model_commands
 from cm3leon._torchvision import make_importable
 from cm3leon.documents import EOS, PAD, Vocabulary
 from cm3leon.model import Decoder, DecoderSpec
@@ -304,7 +304,7 @@ def test_export_takes_the_decoder_of_a_registered_model(
     make().save(tmp_path / "bundle")
     monkeypatch.setattr(registry, "fetch_bundle", lambda uri: asked.append(uri) or tmp_path / "bundle")
     assert call(capsys, "export", tmp_path / "opt")[0] == 0
-    assert asked == [cli.CHAMPION]
+    assert asked == [model_commands.CHAMPION]
     assert same(import_opt(tmp_path / "opt"), make())
 
 

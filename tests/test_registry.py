@@ -57,7 +57,7 @@ def test_bundle_has_every_part_and_its_hash_is_of_the_content_alone(stages):
         assert (bundle / name).is_file()
     assert DecodingConfig.model_validate_json((bundle / "decoding.json").read_text()) == CONFIG.decoding
     loaded = Generator.from_bundle(bundle, device="cpu")
-    assert loaded.retrieval == CONFIG.retrieve and loaded.super_resolution is not None
+    assert loaded.memory.rules == CONFIG.retrieve and loaded.super_resolution is not None
     first = bundle_hash(bundle)
     paths.run_file("sft").parent.mkdir(parents=True)
     paths.run_file("sft").write_text('{"run_id": "r1"}')

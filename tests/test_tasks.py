@@ -67,7 +67,7 @@ def test_inference_prompt_is_the_samples_beginning(samples, monkeypatch, name, t
     for epoch in range(30):
         masked, weights, _ = drawn(epoch, 3)
         check_grammar(masked.tokens, VOCABULARY)
-        if masked.tokens[: len(prompt)].tolist() == prompt.tolist():
+        if masked.tokens[: len(prompt)].tolist() == prompt.tokens.tolist():
             answer = masked.tokens[len(prompt) : -2]
             assert masked.tokens[-2:].tolist() == [EOSS, EOS]
             assert TOKENIZER.decode(answer - VOCABULARY.text_start).strip() == values["answer"]
@@ -102,8 +102,8 @@ def test_a_sample_asks_several_questions_and_answers_each_behind_the_image(sampl
 
 def test_drawing_samples_are_prompt_then_image_and_some_drop_the_caption(samples):
     drawn = samples({"text_to_image": 1.0}, caption_drop=0.3)
-    prompt = image_prompt(VOCABULARY.text(TOKENIZER.encode("a red circle")), [])
-    unconditional = image_prompt(np.array([VOCABULARY.sentinel(0)]), [])
+    query = [("text", VOCABULARY.text(TOKENIZER.encode("a red circle")))]
+    prompt, unconditional = (image_prompt(query, [], VOCABULARY, masked).tokens for masked in (frozenset(), frozenset({0})))
     plain = dropped = 0
     for epoch in range(10):
         for row in range(40):

@@ -1,7 +1,8 @@
-"""Prefill and cached decoding of token sequences, many prompts of different lengths at once.
+"""Prefill and cached decoding: many prompts of different lengths at once, each with several continuations.
 
-Prompts are padded on the left; pads take no part in attention and positions count from a row's own first token, so that a row's result
-does not depend on its neighbours in the batch. Shapes: B rows, T tokens, V vocabulary.
+A prompt is read once for all its continuations, and the retrieved documents that streams of guidance have in common once for all of
+these. A continuation depends on its prompt and its seed, not on what else is in the batch. Shapes: S streams of guidance, P prompts,
+C continuations of each, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,137 +11,142 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from cm3leon.documents import EOSS, PAD, Tokens
-from cm3leon.generation.guidance import classifier_free
-from cm3leon.generation.sampling import sample, top_p_probabilities, uniform_noise
-from cm3leon.model import Decoder, KeyValueCache
+from cm3leon.documents import EOSS, PAD, Prompt
+from cm3leon.generation.cache import DecodingCache, padded, read_prompts
+from cm3leon.generation.sampling import Sampler, at_temperature, keep_top_p, sample, uniform_noise
+from cm3leon.loss import chunked_cross_entropy
+from cm3leon.model import Decoder
 
 
 class PromptTooLongError(ValueError):
     """A prompt and what is to be generated do not fit in the model's context."""
 
 
-class Stream:
-    """A batch of sequences being decoded: their cache, attention mask and positions."""
+def check_fits(model: Decoder, prompts: Sequence[Prompt], room: int) -> None:
+    """Raises:
+    PromptTooLongError: if the longest of the prompts leaves less than ``room`` tokens of the context.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    if longest + room > model.spec.context:
+        raise PromptTooLongError(
+            f"a prompt of {longest} tokens and {room} to generate do not fit in the context of {model.spec.context}; "
+            "shorten the prompt or use fewer retrieved documents"
+        )
 
-    def __init__(self, model: Decoder, prompts: Sequence[Tokens], room: int) -> None:
-        longest = max(len(p) for p in prompts)
-        if longest + room > model.spec.context:
-            raise PromptTooLongError(
-                f"a prompt of {longest} tokens and {room} to generate do not fit in the context of {model.spec.context}; "
-                "shorten the prompt or use fewer retrieved documents"
-            )
-        tokens = np.full((len(prompts), longest), PAD, dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, longest - len(prompt) :] = prompt
-        places = np.stack([model.vocabulary.places(row) for row in tokens])
-        device = model.device
-        self.model = model
-        self.pads_B = torch.tensor([longest - len(p) for p in prompts], device=device)
-        self.cache = KeyValueCache(model.spec, len(prompts), longest + room, device, model.tokens.weight.dtype)
-        columns = torch.arange(longest + room, device=device)
-        self.allowed_BT = columns[None, :] >= self.pads_B[:, None]
-        self.last_hidden_BD = self._prefill(torch.from_numpy(tokens).to(device), torch.from_numpy(places).to(device))
 
-    def _prefill(self, tokens_BT: Tensor, places_BT: Tensor) -> Tensor:
-        length = tokens_BT.shape[1]
-        columns = torch.arange(length, device=tokens_BT.device)
-        positions_BT = (columns[None, :] - self.pads_B[:, None]).clamp(min=0)
-        causal_TT = columns[:, None] >= columns[None, :]
-        own_TT = torch.eye(length, dtype=torch.bool, device=tokens_BT.device)
-        mask = causal_TT & (self.allowed_BT[:, None, None, :length] | own_TT)
-        return self.model(tokens_BT, places_BT, self.cache, positions_BT, mask)[:, -1]
-
-    def advance(self, tokens_B: Tensor, place: int = 0) -> None:
-        """Append one token to every row; ``place``: of the tokens in their images, from 1, 0 for text."""
-        positions_BT = self.cache.length - self.pads_B[:, None]
-        mask = self.allowed_BT[:, None, None, : self.cache.length + 1]
-        places_BT = torch.full_like(tokens_B[:, None], place)
-        self.last_hidden_BD = self.model(tokens_B[:, None], places_BT, self.cache, positions_BT, mask)[:, -1]
+def common_beginning(streams: Sequence[Prompt]) -> int:
+    """How many tokens prompts begin with in common, so that each has at least one of its own."""
+    shortest = min(len(stream) for stream in streams) - 1
+    rows = np.stack([stream.tokens[:shortest] for stream in streams])
+    differs = np.flatnonzero((rows != rows[0]).any(0))
+    return int(differs[0]) if len(differs) else shortest
 
 
 @torch.inference_mode()
 def generate_images(
     model: Decoder,
-    prompts: Sequence[Tokens],
-    unconditional: Sequence[Tokens],
-    seeds: Sequence[int],
-    *,
-    temperature: float,
-    top_p: float,
-    guidance: float,
+    streams: Sequence[Sequence[Prompt]],
+    seeds: Sequence[Sequence[int]],
+    sampler: Sampler,
+    span: tuple[int, int] | None = None,
+    known: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Draw one image for each prompt, which must end where its image begins; codes (B, tokens_per_image).
+    """Draw images for each prompt; codes (P, C, tokens_per_image), or those of ``span``.
 
     Args:
-        unconditional: the mask-conditioned prompt of each row; unused when ``guidance`` is 1.
-        seeds: of each row's noise.
+        streams: of each prompt, what its streams of guidance read (see :class:`Sampler`), all ending where the image, or the span, begins.
+        seeds: of each prompt's candidates, of which all have the same number.
+        span: which codes of the image to draw; by default all.
+        known: (P, length of the span), codes that are given, -1 where one is to be drawn.
 
     Raises:
-        PromptTooLongError: if a prompt and an image do not fit in the context.
+        PromptTooLongError: if a prompt and what is drawn do not fit in the context.
     """
     vocabulary = model.vocabulary
-    steps = vocabulary.tokens_per_image
-    guided = guidance != 1
-    rows = len(prompts)
-    stream = Stream(model, [*prompts, *unconditional] if guided else prompts, steps)
-    noise = uniform_noise(list(seeds), steps)
-    codes = torch.empty(rows, steps, dtype=torch.int64, device=model.device)
+    start, stop = vocabulary.image_start, vocabulary.text_start
+    first, last = span or (0, vocabulary.tokens_per_image)
+    steps = last - first
+    count, prompts, candidates = len(streams[0]), len(streams), len(seeds[0])
+    read = [own[number] for number in range(count) for own in streams]
+    check_fits(model, read, steps)
+    prompt_cache, hidden_GD = read_prompts(model, read, [common_beginning(own) for own in streams] * count)
+    cache = DecodingCache(prompt_cache, candidates, steps)
+    hidden_RD = hidden_GD.repeat_interleave(candidates, 0)
+    noise = uniform_noise([seed for own in seeds for seed in own], steps).view(prompts, candidates, steps).to(model.device)
+    codes = torch.empty(prompts, candidates, steps, dtype=torch.int64, device=model.device)
+    given = None if known is None else torch.from_numpy(known).to(model.device)
     for step in range(steps):
-        logits = model.logits(stream.last_hidden_BD, vocabulary.image_start, vocabulary.text_start).float()
-        if guided:
-            logits = classifier_free(logits[:rows], logits[rows:], guidance)
-        codes[:, step] = sample(top_p_probabilities(logits, temperature, top_p), noise[:, step])
+        logits_RV = model.logits(hidden_RD, start, stop).float()
+        found = sampler.probabilities(logits_RV.view(count, prompts, candidates, -1), step / max(1, steps - 1))
+        drawn = sample(found, noise[..., step])
+        codes[..., step] = drawn if given is None else torch.where(given[:, step, None] < 0, drawn, given[:, step, None])
         if step + 1 < steps:
-            chosen = codes[:, step] + vocabulary.image_start
-            stream.advance(torch.cat([chosen, chosen]) if guided else chosen, place=step + 1)
+            chosen_R = (codes[..., step].flatten() + start).repeat(count)
+            hidden_RD = cache.advance(model, chosen_R, place=first + step + 1)
     return codes.cpu().numpy()
 
 
 @torch.inference_mode()
 def generate_texts(
-    model: Decoder, prompts: Sequence[Tokens], seeds: Sequence[int], *, temperature: float, top_p: float, max_tokens: int
-) -> list[list[int]]:
-    """Infill one text for each prompt, which must end with the sentinel of the span; text-tokenizer ids up to ``<eoss>``.
+    model: Decoder,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    *,
+    temperature: float,
+    top_p: float,
+    max_tokens: int,
+    ends: Sequence[int] = (EOSS,),
+) -> list[tuple[list[int], int | None]]:
+    """Continue each prompt with text up to one of ``ends``; text-tokenizer ids, and which of ``ends`` came, None if ``max_tokens`` did.
 
     Raises:
         PromptTooLongError: if a prompt and ``max_tokens`` do not fit in the context.
     """
     vocabulary = model.vocabulary
-    stream = Stream(model, prompts, max_tokens)
-    noise = uniform_noise(list(seeds), max_tokens)
-    texts: list[list[int]] = [[] for _ in prompts]
-    open_rows = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
+    check_fits(model, prompts, max_tokens)
+    prompt_cache, hidden_RD = read_prompts(model, prompts, [0] * len(prompts))
+    cache = DecodingCache(prompt_cache, 1, max_tokens)
+    noise = uniform_noise(list(seeds), max_tokens).to(model.device)
+    allowed = torch.tensor([*ends, *range(vocabulary.text_start, vocabulary.size)], device=model.device)
+    weight_VD = model.tokens.weight[allowed]
+    chosen = torch.full((len(prompts), max_tokens), PAD, dtype=torch.int64, device=model.device)
+    open_R = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
     for step in range(max_tokens):
-        text_logits = model.logits(stream.last_hidden_BD, vocabulary.text_start)
-        end_logits = model.logits(stream.last_hidden_BD, EOSS, EOSS + 1)
-        logits = torch.cat([end_logits, text_logits], -1).float()
-        chosen = sample(top_p_probabilities(logits, temperature, top_p), noise[:, step])
-        open_rows &= chosen > 0
-        if not open_rows.any():
+        found = at_temperature((hidden_RD @ weight_VD.T).float(), temperature)
+        picked = sample(found if top_p == 1 else keep_top_p(found, top_p), noise[:, step])
+        chosen[:, step] = torch.where(open_R, allowed[picked], PAD)
+        open_R = open_R & (picked >= len(ends))
+        if step + 1 == max_tokens or not open_R.any():
             break
-        for row in open_rows.nonzero().flatten().tolist():
-            texts[row].append(int(chosen[row]) - 1)
-        if step + 1 < max_tokens:
-            stream.advance(torch.where(chosen > 0, chosen - 1 + vocabulary.text_start, EOSS))
-    return texts
+        hidden_RD = cache.advance(model, allowed[picked], place=0)
+    return [_text_and_end(row, vocabulary.text_start) for row in chosen.cpu().numpy()]
+
+
+def _text_and_end(row: np.ndarray, text_start: int) -> tuple[list[int], int | None]:
+    others = np.flatnonzero(row < text_start)
+    length = int(others[0]) if len(others) else len(row)
+    end = int(row[length]) if length < len(row) and row[length] != PAD else None
+    return (row[:length] - text_start).tolist(), end
 
 
 @torch.inference_mode()
-def text_log_likelihoods(model: Decoder, prompts: Sequence[Tokens], text: Tokens) -> Tensor:
-    """How likely the model is to infill ``text`` and then end it, for each of some prompts of one length; (B,) nats.
+def log_likelihoods(model: Decoder, prompts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[np.ndarray]:
+    """The log-likelihood of each token of a continuation after its prompt, nats; one array for each pair.
 
     Raises:
-        PromptTooLongError: if a prompt and the text do not fit in the context.
+        PromptTooLongError: if a prompt and its continuation do not fit in the context.
     """
-    answer = np.append(text, EOSS)
-    rows = np.stack([np.concatenate([prompt, answer]) for prompt in prompts])
-    if rows.shape[1] > model.spec.context + 1:
-        raise PromptTooLongError(f"a prompt and a text of {rows.shape[1]} tokens do not fit in the context of {model.spec.context}")
-    tokens_BT = torch.from_numpy(rows).to(model.device)
-    places_BT = torch.from_numpy(np.stack([model.vocabulary.places(row) for row in rows])).to(model.device)
-    hidden_BTD = model(tokens_BT[:, :-1], places_BT[:, :-1])[:, -len(answer) :]
-    found_BTV = model.logits(hidden_BTD).float().log_softmax(-1)
-    return found_BTV.gather(-1, tokens_BT[:, -len(answer) :, None]).squeeze(-1).sum(1)
+    pairs = list(zip(prompts, continuations, strict=True))
+    rows = [Prompt(np.append(p.tokens, c.tokens)[:-1], np.append(p.places, c.places)[:-1]) for p, c in pairs]
+    check_fits(model, rows, 0)
+    length = max(map(len, rows))
+    hidden_BTD = model(
+        padded([row.tokens for row in rows], length, model.device), padded([row.places for row in rows], length, model.device)
+    )
+    lengths = [len(continuation) for continuation in continuations]
+    before = [hidden_BTD[row, len(p) - 1 : len(p) - 1 + length] for row, (p, length) in enumerate(zip(prompts, lengths, strict=True))]
+    targets_N = torch.from_numpy(np.concatenate([c.tokens for c in continuations])).to(model.device)
+    ones_N = torch.ones(len(targets_N), device=model.device)
+    _, losses_N = chunked_cross_entropy(torch.cat(before), model.tokens.weight, targets_N, ones_N)
+    return np.split(-losses_N.cpu().numpy(), np.cumsum(lengths)[:-1])

@@ -1,4 +1,4 @@
-"""The user's interface: a trained bundle that draws, captions and answers.
+"""The user's interface: a trained bundle that draws, captions, answers, edits and infills.
 
 generator = Generator.from_bundle("models/bundle")
 [[image]] = generator.text_to_image(["a red circle left of a blue square on a gray background"])
@@ -7,404 +7,398 @@ image.save("out.png")
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from cm3leon.config import DecodingConfig, RetrieveConfig
+from cm3leon.config import DecodingConfig
 from cm3leon.data.images import fit_square
-from cm3leon.data.tokens import TokenStore
-from cm3leon.documents import Tokens
-from cm3leon.generation.engine import PromptTooLongError, generate_images, generate_texts, text_log_likelihoods
-from cm3leon.model import Decoder
+from cm3leon.documents import BREAK, EOS, EOSS, Prompt, build_body
+from cm3leon.generation.drawing import ROWS, Drawing, Gap, draw
+from cm3leon.generation.engine import PromptTooLongError, generate_images, generate_texts, log_likelihoods
+from cm3leon.generation.parts import BadInputError, Parts
+from cm3leon.generation.rerank import caption_log_likelihoods
+from cm3leon.generation.results import GeneratedImage, GeneratedText, Neighbour, PairScore
+from cm3leon.generation.sampling import Sampler
 from cm3leon.progress import track
-from cm3leon.tasks import TASKS, answer_prompt, image_prompt
-from cm3leon.tokenizers.image import ImageTokenizer, to_float
-from cm3leon.tokenizers.text import TextTokenizer
+from cm3leon.tasks import (
+    CONDITIONS,
+    EDIT,
+    TASKS,
+    Box,
+    Segment,
+    answer_prompt,
+    blanks_prompt,
+    condition_text,
+    image_prompt,
+    infill_prompt,
+    layout_text,
+)  # fmt: skip
 
-if TYPE_CHECKING:
-    from cm3leon.retrieval.encoder import Encoder
-    from cm3leon.retrieval.index import MemoryBank
-    from cm3leon.super_resolution import SuperResolution
-
-ROWS = 128
-"""Sequences decoded together."""
-
-PICTURES = 64
-"""Images encoded or decoded together."""
-
-
-class BadInputError(ValueError):
-    """What was asked cannot be done; the message says what to change."""
+BLANK = "___"
 
 
-@dataclass
-class GeneratedImage:
-    """An image and how it came about."""
+class Generator(Parts):
+    """Draws, captions, answers, edits and infills with a bundle. Lists in, lists out; one call at a time.
 
-    image: Image.Image
-    prompt: str
-    seed: int
-    codes: np.ndarray
-    score: float | None = None
-    neighbours: list[dict[str, Any]] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
+    Settings of a call that are not given, or None, are the bundle's decoding defaults (:class:`~cm3leon.config.DecodingConfig`).
+    """
 
-    def save(self, path: str | Path) -> None:
-        """Write a PNG whose metadata hold prompt, seed, settings and the retrieved documents' ids, licences and attributions."""
-        info = PngInfo()
-        record = {"prompt": self.prompt, "seed": self.seed, "score": self.score, "settings": self.settings, "neighbours": self.neighbours}
-        info.add_itxt("cm3leon", json.dumps(record))
-        self.image.save(path, format="PNG", pnginfo=info)
-
-
-def image_of(pixels: torch.Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] -> PIL images."""
-    arrays = pixels.add(1).mul(127.5).round().clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
-    return [Image.fromarray(array) for array in arrays]
-
-
-class Generator:
-    """All of a bundle's parts, ready to use."""
-
-    def __init__(
-        self,
-        model: Decoder,
-        image_tokenizer: ImageTokenizer,
-        text_tokenizer: TextTokenizer,
-        decoding: DecodingConfig,
-        encoder: Encoder | None = None,
-        memory_bank: MemoryBank | None = None,
-        tokens: TokenStore | None = None,
-        super_resolution: SuperResolution | None = None,
-        retrieval: RetrieveConfig | None = None,
-    ) -> None:
-        self.model, self.image_tokenizer, self.text_tokenizer = model, image_tokenizer, text_tokenizer
-        self.decoding, self.encoder, self.memory_bank, self.tokens = decoding, encoder, memory_bank, tokens
-        self.super_resolution, self.retrieval = super_resolution, retrieval or RetrieveConfig()
-
-    @classmethod
-    def from_parts(
-        cls,
-        *,
-        model: Path,
-        image_tokenizer: Path,
-        text_tokenizer: Path,
-        decoding: DecodingConfig,
-        encoder: Path | None = None,
-        memory_bank: Path | None = None,
-        tokens: Path | None = None,
-        super_resolution: Path | None = None,
-        retrieval: RetrieveConfig | None = None,
-        device: str | None = None,
-    ) -> Generator:
-        """Load from the directories of the stages.
-
-        Without ``encoder`` there is no reranking, without ``memory_bank`` no retrieval, without ``super_resolution`` no upscaling.
-        ``retrieval`` has the rules by which neighbours are taken; None: the package's.
-        """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded_encoder, loaded_bank, upscaler = None, None, None
-        if encoder is not None:
-            from cm3leon.retrieval.encoder import Encoder
-
-            loaded_encoder = Encoder.load(encoder).to(device)
-        if memory_bank is not None:
-            from cm3leon.retrieval.index import MemoryBank
-
-            loaded_bank = MemoryBank.load(memory_bank)
-        if super_resolution is not None:
-            from cm3leon.super_resolution import SuperResolution
-
-            upscaler = SuperResolution.load(super_resolution).to(device)
-        return cls(
-            Decoder.load(model, device),
-            ImageTokenizer.load(image_tokenizer, device),
-            TextTokenizer.load(text_tokenizer),
-            decoding,
-            loaded_encoder,
-            loaded_bank,
-            TokenStore(tokens) if tokens is not None else None,
-            upscaler,
-            retrieval,
-        )
-
-    @classmethod
-    def from_bundle(cls, path: str | Path, device: str | None = None) -> Generator:
-        """Load a bundle directory.
-
-        Raises:
-            FileNotFoundError: if it is not one.
-        """
-        path = Path(path)
-        if not (path / "decoding.json").is_file():
-            raise FileNotFoundError(f"{path} is not a bundle: it has no decoding.json")
-        upscaler, retrieval = path / "super_resolution", path / "retrieval.json"
-        return cls.from_parts(
-            model=path,
-            image_tokenizer=path / "image_tokenizer",
-            text_tokenizer=path / "text_tokenizer",
-            decoding=DecodingConfig.model_validate_json((path / "decoding.json").read_text()),
-            encoder=path / "encoder",
-            memory_bank=path / "memory_bank",
-            tokens=path / "memory_bank" / "tokens",
-            super_resolution=upscaler if upscaler.is_dir() else None,
-            retrieval=RetrieveConfig.model_validate_json(retrieval.read_text()) if retrieval.is_file() else None,
-            device=device,
-        )
-
-    @classmethod
-    def from_registry(cls, uri: str = "models:/cm3leon@champion", tracking_uri: str | None = None) -> Generator:
-        """Load a registered model, by default the champion.
-
-        Raises:
-            LookupError: if the registry has no such model.
-        """
-        from cm3leon.registry import fetch_bundle
-
-        return cls.from_bundle(fetch_bundle(uri, tracking_uri))
+    # --- images ----------------------------------------------------------------------------------------------------------
 
     def text_to_image(
         self,
         prompts: Sequence[str],
         num_images: int = 1,
         *,
+        references: Sequence[Image.Image] | None = None,
         seed: int = 0,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        guidance: float | None = None,
-        candidates: int | None = None,
-        documents: int | None = None,
-        likelihood: float | None = None,
+        **settings: Any,
     ) -> list[list[GeneratedImage]]:
         """Draw ``num_images`` images for each prompt, best first.
 
         For each image returned ``candidates`` are drawn and ranked by CLIP score, and by how likely the model finds the prompt as the
-        image's caption, weighted by ``likelihood``. A candidate's noise depends on ``seed`` and its number
-        alone. None takes the bundle's decoding default. Retrieved documents that do not fit in the context beside the prompt are left
-        out, the least relevant first; ``neighbours`` of an image are those that stood before it.
+        image's caption, weighted by ``likelihood``. A candidate's noise depends on ``seed`` and its number alone. Retrieved documents that
+        do not fit in the context beside the prompt are left out, the least relevant first; ``neighbours`` of an image are those that stood
+        before it.
+
+        Args:
+            references: an image for each prompt, by which documents are retrieved too.
+            settings: fields of :class:`~cm3leon.config.DecodingConfig`.
 
         Raises:
             BadInputError: for an empty prompt or an impossible setting.
             PromptTooLongError: if a prompt does not fit in the context.
         """
-        asked = {"temperature": temperature, "top_p": top_p, "guidance": guidance, "candidates": candidates, "documents": documents}
-        asked["likelihood"] = likelihood
-        settings = self.settings({k: v for k, v in asked.items() if v is not None})
-        for number, prompt in enumerate(prompts):
-            if not prompt.strip():
-                raise BadInputError(f"prompt {number} is empty")
-        if num_images < 1:
-            raise BadInputError(f"num_images must be at least 1, found {num_images}")
-        draws = num_images * settings.candidates
-        neighbours = [self._fitting(prompt, self.neighbours(prompt, settings.documents)) for prompt in prompts]
-        jobs = [(row, seed + number) for row in range(len(prompts)) for number in range(draws)]
-        drawn: list[list[GeneratedImage]] = [[] for _ in prompts]
-        chunks = [jobs[i : i + ROWS] for i in range(0, len(jobs), ROWS)]
-        for chunk in track(chunks, "drawing", unit="batches") if len(chunks) > 1 else chunks:
-            for (row, image_seed), image, codes in self._draw(chunk, prompts, neighbours, settings):
-                used = settings.model_dump(exclude={"max_text_tokens"})
-                drawn[row].append(GeneratedImage(image, prompts[row], image_seed, codes, None, neighbours[row], used))
-        if draws > num_images:
-            self.rank(drawn, settings.likelihood)
-        return [images[:num_images] for images in drawn]
+        return self._text_to_image("text_to_image", prompts, prompts, references, num_images, seed, settings)
 
-    def settings(self, changes: dict[str, Any]) -> DecodingConfig:
-        """The decoding defaults with changes, checked.
+    def write(self, texts: Sequence[str], num_images: int = 1, *, seed: int = 0, **settings: Any) -> list[list[GeneratedImage]]:
+        """Draw each text as writing; otherwise as :meth:`text_to_image`."""
+        self.check_filled("text", texts)
+        return self._text_to_image(
+            "write", [TASKS["write"].templates[0].format(text=t) for t in texts], texts, None, num_images, seed, settings
+        )
+
+    def layout_to_image(
+        self,
+        captions: Sequence[str],
+        layouts: Sequence[Sequence[tuple[str, Box]]],
+        num_images: int = 1,
+        *,
+        seed: int = 0,
+        **settings: Any,
+    ) -> list[list[GeneratedImage]]:
+        """Draw each caption with labelled objects at places; boxes in pixels of the drawn image.
 
         Raises:
-            BadInputError: naming the setting and what is allowed.
+            BadInputError: for a box that is empty or outside the image, or a layout without objects.
         """
-        from pydantic import ValidationError
+        self.check_same_length("caption", captions, "layout", layouts)
+        self.check_filled("caption", captions)
+        size = (self.image_size, self.image_size)
+        for number, layout in enumerate(layouts):
+            if not layout:
+                raise BadInputError(f"layout {number} holds no object; for an image without places use text_to_image")
+            self.check_filled("label", [label for label, _ in layout])
+            for _, box in layout:
+                self.check_inside(f"a box of layout {number}", box, size)
+        asked = [layout_text(caption, layout, self.image_size) for caption, layout in zip(captions, layouts, strict=True)]
+        return self._text_to_image("layout_to_image", asked, captions, None, num_images, seed, settings)
 
-        try:
-            return DecodingConfig.model_validate({**self.decoding.model_dump(), **changes})
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise BadInputError(f"{first['loc'][0]}: {first['msg']} (found {first['input']!r})") from None
+    def _text_to_image(
+        self,
+        task: str,
+        asked: Sequence[str],
+        shown: Sequence[str],
+        references: Sequence[Image.Image] | None,
+        num_images: int,
+        seed: int,
+        changes: dict[str, Any],
+    ) -> list[list[GeneratedImage]]:
+        settings = self.settings_of(task, changes)
+        self.check_filled("prompt", asked)
+        if references is not None:
+            self.check_same_length("prompt", asked, "reference", references)
+        found = self.neighbours(shown, settings.documents, references)
+        drawings = []
+        for text, name, neighbours in zip(asked, shown, found, strict=True):
+            neighbours = self._fitting(text, neighbours)
+            drawings.append(Drawing(name, self._text_streams(text, neighbours), neighbours))
+        return draw(self, task, drawings, num_images, seed, settings)
 
-    def _draw(
-        self, jobs: list[tuple[int, int]], prompts: Sequence[str], neighbours: list[list[dict[str, Any]]], settings: DecodingConfig
-    ) -> list[tuple[tuple[int, int], Image.Image, np.ndarray]]:
-        mask = np.array([self.model.vocabulary.sentinel(0)])
-        conditional = [self._image_prompt(prompts[row], neighbours[row]) for row, _ in jobs]
-        unconditional = [image_prompt(mask, [self._segments(n["id"]) for n in neighbours[row]]) for row, _ in jobs]
-        codes = generate_images(
-            self.model,
-            conditional,
-            unconditional,
-            [image_seed for _, image_seed in jobs],
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            guidance=settings.guidance,
-        )
-        return list(zip(jobs, self.decode(codes), codes, strict=True))
+    def _text_streams(self, text: str, neighbours: Sequence[Neighbour]) -> list[Prompt]:
+        """The conditional stream and the mask-conditioned one, which keeps the retrieved documents."""
+        query = [("text", self.ids(text))]
+        before = [] if self.memory is None else [self.memory.segments(n, self.model.vocabulary) for n in neighbours]
+        return [image_prompt(query, before, self.model.vocabulary, masked) for masked in (frozenset(), frozenset({0}))]
 
-    def _image_prompt(self, prompt: str, neighbours: Sequence[dict[str, Any]]) -> Tokens:
-        text = self.model.vocabulary.text(self.text_tokenizer.encode(prompt))
-        return image_prompt(text, [self._segments(n["id"]) for n in neighbours])
+    def condition_to_image(
+        self,
+        captions: Sequence[str],
+        images: Sequence[Image.Image],
+        kinds: Sequence[str],
+        num_images: int = 1,
+        *,
+        seed: int = 0,
+        **settings: Any,
+    ) -> list[list[GeneratedImage]]:
+        """Draw each caption over the structure of an image: edges, a segmentation map, a scribble (``cm3leon.tasks.CONDITIONS``).
 
-    def _segments(self, name: str) -> list[tuple[str, Tokens]]:
-        """A document of the memory bank as it stands before a prompt: its first caption, the one shown, and its image."""
-        assert self.tokens is not None
-        document, vocabulary = self.tokens.by_id(name), self.model.vocabulary
-        return [("text", vocabulary.text(document.texts[0])), ("image", vocabulary.image(document.codes))]
+        Raises:
+            BadInputError: for an unknown kind.
+        """
+        used = self.settings_of("condition_to_image", settings)
+        self.check_same_length("caption", captions, "image", images)
+        self.check_same_length("caption", captions, "kind", kinds)
+        self.check_filled("caption", captions)
+        for kind in kinds:
+            if kind not in CONDITIONS:
+                raise BadInputError(f"unknown condition {kind!r}; known are {', '.join(CONDITIONS)}")
+        queries = [
+            [("text", self.ids(condition_text(kind))), ("image", self.model.vocabulary.image(codes)), ("text", self.ids(caption))]
+            for caption, codes, kind in zip(captions, self.encode(images), kinds, strict=True)
+        ]
+        return draw(self, "condition_to_image", self._masked_drawings(captions, queries, ((), (1, 2))), num_images, seed, used)
 
-    def fits(self, prompt: str, neighbours: Sequence[dict[str, Any]] = ()) -> bool:
+    def edit(
+        self, images: Sequence[Image.Image], instructions: Sequence[str], num_images: int = 1, *, seed: int = 0, **settings: Any
+    ) -> list[list[GeneratedImage]]:
+        """Change each image as its instruction says, guided by three streams: ``image_guidance`` keeps the image, ``guidance`` follows the
+        instruction.
+
+        Raises:
+            BadInputError: if the lists differ in length or an instruction is empty.
+        """
+        used = self.settings_of("edit", settings)
+        self.check_same_length("image", images, "instruction", instructions)
+        self.check_filled("instruction", instructions)
+        queries = [
+            [("text", self.ids(EDIT)), ("image", self.model.vocabulary.image(codes)), ("text", self.ids(instruction))]
+            for codes, instruction in zip(self.encode(images), instructions, strict=True)
+        ]
+        return draw(self, "edit", self._masked_drawings(instructions, queries, ((), (2,), (1, 2))), num_images, seed, used)
+
+    def _masked_drawings(
+        self, prompts: Sequence[str], queries: Sequence[Sequence[Segment]], streams: Sequence[Sequence[int]]
+    ) -> list[Drawing]:
+        """Drawings without retrieved documents; each stream masks some of the query's segments."""
+        vocabulary = self.model.vocabulary
+        return [
+            Drawing(prompt, [image_prompt(query, [], vocabulary, frozenset(masked)) for masked in streams])
+            for prompt, query in zip(prompts, queries, strict=True)
+        ]
+
+    def infill(
+        self,
+        images: Sequence[Image.Image],
+        boxes: Sequence[Box],
+        captions: Sequence[str],
+        num_images: int = 1,
+        *,
+        seed: int = 0,
+        **settings: Any,
+    ) -> list[list[GeneratedImage]]:
+        """Draw anew what is inside a box of each image, so that the whole shows its caption; boxes in pixels of the given image.
+
+        The box grows to whole patches of the image tokenizer. What is outside stays as the tokenizer gives it back. No guidance: the
+        model knows no image with two masks.
+
+        Raises:
+            BadInputError: if a box is empty or outside its image.
+        """
+        self.check_same_length("image", images, "box", boxes)
+        self.check_same_length("image", images, "caption", captions)
+        self.check_filled("caption", captions)
+        used = self.settings({**settings, "guidance": 1.0, "contrastive": 0.0})
+        results = []
+        for image, box, caption, codes in zip(images, boxes, captions, self.encode(images), strict=True):
+            self.check_inside("the box", box, image.size)
+            open_codes = self._codes_inside(box, image)
+            span = (int(open_codes[0]), int(open_codes[-1]) + 1)
+            known = codes.astype(np.int64)
+            known[open_codes] = -1
+            drawing = Drawing(caption, [infill_prompt(self.ids(caption), codes, span, self.model.vocabulary)])
+            results += draw(self, "infill", [drawing], num_images, seed, used, Gap(span, known))
+        return results
+
+    def _codes_inside(self, box: Box, image: Image.Image) -> np.ndarray:
+        """Numbers of the codes whose patches a box of a picture touches, once the picture is fitted to the tokenizer's square."""
+        side = round(self.model.vocabulary.tokens_per_image**0.5)
+        mask = Image.new("L", image.size)
+        mask.paste(255, (int(box[0]), int(box[1]), int(np.ceil(box[2])), int(np.ceil(box[3]))))
+        fitted = np.asarray(fit_square(mask.convert("RGB"), self.image_size))[..., 0] > 0
+        touched = fitted.reshape(side, self.image_size // side, side, -1).any((1, 3))
+        if not touched.any():
+            raise BadInputError(
+                f"the box {box} is outside the square that the model sees of an image of {image.width} x {image.height} pixels"
+            )
+        return np.flatnonzero(touched)
+
+    def fits(self, prompt: str, neighbours: Sequence[Neighbour] = ()) -> bool:
         """Whether a prompt, its retrieved documents and the image to draw fit in the context."""
-        return len(self._image_prompt(prompt, neighbours)) + self.model.vocabulary.tokens_per_image <= self.model.spec.context
+        longest = max(len(stream) for stream in self._text_streams(prompt, neighbours))
+        return longest + self.model.vocabulary.tokens_per_image <= self.model.spec.context
 
-    def _fitting(self, prompt: str, neighbours: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _fitting(self, prompt: str, neighbours: list[Neighbour]) -> list[Neighbour]:
         while neighbours and not self.fits(prompt, neighbours):
             neighbours = neighbours[:-1]
         return neighbours
 
-    def shorten(self, prompt: str) -> str:
-        """As much of a prompt's beginning as fits in the context with the image to draw; what fits already stays as it is."""
-        vocabulary = self.model.vocabulary
-        around = len(image_prompt(np.array([vocabulary.sentinel(0)]), [])) - 1 + vocabulary.tokens_per_image
-        return self._cut(prompt, self.model.spec.context - around)
+    # --- texts -----------------------------------------------------------------------------------------------------------
 
-    def shorten_question(self, question: str) -> str:
-        """As :meth:`shorten`, for a question about an image; leaves room for an answer of ``max_text_tokens``, or of half the rest."""
-        template, blank = TASKS["vqa"].templates[0], np.zeros(self.model.vocabulary.tokens_per_image, dtype=np.int64)
-        empty = answer_prompt(template, {"question": ""}, blank, self.model.vocabulary, self.text_tokenizer)
-        room = self.model.spec.context - len(empty)
-        return self._cut(question, room - min(self.decoding.max_text_tokens, room // 2))
-
-    def _cut(self, text: str, room: int) -> str:
-        cut, ids = text, self.text_tokenizer.encode(text)
-        keep = max(1, room)
-        while len(self.text_tokenizer.encode(cut)) > max(1, room) and keep > 0:  # a beginning read again can take more tokens than before
-            cut = self.text_tokenizer.decode(ids[:keep]).rstrip("\ufffd ")  # the cut may fall inside a character
-            keep -= 1
-        return cut
-
-    def neighbours(self, prompt: str, count: int) -> list[dict[str, Any]]:
-        """Documents of the memory bank that stand before a prompt: id, caption, licence, attribution, source, score.
-
-        Raises:
-            BadInputError: if documents are asked for and the generator has no memory bank.
-        """
-        if count == 0:
-            return []
-        if self.encoder is None or self.memory_bank is None or self.tokens is None:
-            raise BadInputError("documents > 0 needs a bundle with an encoder and a memory bank")
-        from cm3leon.retrieval.strategy import find
-
-        wanted = self.retrieval.model_copy(update={"candidates_per_modality": count})
-        [found] = find(self.memory_bank, wanted, text=self.encoder.encode_texts([prompt]))
-        documents = self.memory_bank.documents
-        return [{**documents.iloc[n.position].to_dict(), "score": round(n.score, 4)} for n in found]
-
-    def rank(self, drawn: list[list[GeneratedImage]], likelihood: float) -> None:
-        """Score images by CLIP similarity to their prompts and sort each list, best first.
-
-        Args:
-            likelihood: weight, beside the CLIP score, of the prompt's log-likelihood as the image's caption under this model, nats.
-
-        Raises:
-            BadInputError: if the generator has no encoder.
-        """
-        if self.encoder is None:
-            raise BadInputError("candidates > 1 needs a bundle with an encoder to rank them")
-        flat = [image for images in drawn for image in images]
-        vectors = self.encoder.encode_images([g.image for g in flat])
-        prompts = list(dict.fromkeys(g.prompt for g in flat))
-        texts = dict(zip(prompts, self.encoder.encode_texts(prompts), strict=True))
-        for generated, vector in zip(flat, vectors, strict=True):
-            generated.score = float(vector @ texts[generated.prompt])
-        for images in drawn:
-            said = self.caption_log_likelihoods(images) if likelihood else np.zeros(len(images))
-            ranks = [-(image.score or 0.0) - likelihood * value for image, value in zip(images, said, strict=True)]
-            images[:] = [images[int(place)] for place in np.argsort(ranks, kind="stable")]
-
-    def caption_log_likelihoods(self, images: Sequence[GeneratedImage]) -> np.ndarray:
-        """How likely the model is to caption each of some images of one prompt with that prompt, nats; (len(images),)."""
-        template, vocabulary, found = TASKS["caption"].templates[0], self.model.vocabulary, []
-        for start in range(0, len(images), ROWS):
-            part = images[start : start + ROWS]
-            prompts = [answer_prompt(template, {}, image.codes, vocabulary, self.text_tokenizer) for image in part]
-            room = self.model.spec.context - len(prompts[0])
-            text = vocabulary.text(self.text_tokenizer.encode(part[0].prompt)[:room])
-            found.append(text_log_likelihoods(self.model, prompts, text).cpu().numpy())
-        return np.concatenate(found)
-
-    def encode(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Codes (B, tokens_per_image) of images of any size; each is fitted to the tokenizer's square."""
-        size = self.image_tokenizer.spec.image_size
-        parts = []
-        for start in range(0, len(images), PICTURES):
-            pixels = np.stack([np.asarray(fit_square(image, size)) for image in images[start : start + PICTURES]])
-            parts.append(self.image_tokenizer.encode(to_float(torch.from_numpy(pixels), self.model.device)).cpu().numpy())
-        return np.concatenate(parts)
-
-    def decode(self, codes: np.ndarray) -> list[Image.Image]:
-        """Images of codes (B, tokens_per_image)."""
-        parts = torch.from_numpy(codes).split(PICTURES)
-        return [image for part in parts for image in image_of(self.image_tokenizer.decode(part.to(self.model.device)))]
-
-    def upscale(self, images: Sequence[Image.Image]) -> list[Image.Image]:
-        """Images enlarged by the bundle's upscaler.
-
-        Raises:
-            BadInputError: if the generator has none.
-        """
-        if self.super_resolution is None:
-            raise BadInputError("upscaling needs a bundle with super_resolution/")
-        return self.super_resolution.upscale(images)
-
-    def caption(self, images: Sequence[Image.Image], *, long: bool = False, temperature: float = 0.0, seed: int = 0) -> list[str]:
+    def caption(self, images: Sequence[Image.Image], *, long: bool = False, temperature: float = 0.0, seed: int = 0) -> list[GeneratedText]:
         """Describe each image, briefly or at length."""
-        template = TASKS["long_caption" if long else "caption"].templates[0]
-        return self._answer(template, [{} for _ in images], images, temperature, seed)
+        task = "long_caption" if long else "caption"
+        return self._answer(task, [{} for _ in images], images, temperature, seed)
 
-    def answer(self, images: Sequence[Image.Image], questions: Sequence[str], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
+    def answer(
+        self, images: Sequence[Image.Image], questions: Sequence[str], *, temperature: float = 0.0, seed: int = 0
+    ) -> list[GeneratedText]:
         """Answer one question about each image.
 
         Raises:
             BadInputError: if the lists differ in length or a question is empty.
             PromptTooLongError: if a question leaves no room for an answer.
         """
-        if len(images) != len(questions):
-            raise BadInputError(f"{len(images)} images but {len(questions)} questions; give one question for each image")
-        if any(not question.strip() for question in questions):
-            raise BadInputError("a question is empty")
-        return self._answer(TASKS["vqa"].templates[0], [{"question": q} for q in questions], images, temperature, seed)
+        self.check_same_length("image", images, "question", questions)
+        self.check_filled("question", questions)
+        return self._answer("vqa", [{"question": q} for q in questions], images, temperature, seed)
 
     def _answer(
-        self, template: str, values: Sequence[dict[str, str]], images: Sequence[Image.Image], temperature: float, seed: int
-    ) -> list[str]:
-        answers: list[str] = []
-        starts = range(0, len(images), ROWS)
-        for start in track(starts, "answering", unit="batches") if len(starts) > 1 else starts:
+        self, task: str, values: Sequence[dict[str, str]], images: Sequence[Image.Image], temperature: float, seed: int
+    ) -> list[GeneratedText]:
+        settings = self.settings_of(task, {"temperature": temperature, "guidance": 1.0, "contrastive": 0.0})
+        template, prompts = TASKS[task].templates[0], []
+        for given, codes in zip(values, self.encode(images), strict=True):
+            prompts.append(answer_prompt(template, given, codes, self.model.vocabulary, self.text_tokenizer))
+            if len(prompts[-1]) >= self.model.spec.context:
+                what = f"the question {given['question'][:60]!r}" if "question" in given else "the instruction"
+                raise PromptTooLongError(
+                    f"{what} and the image take {len(prompts[-1])} tokens and leave no room for an answer in the context of "
+                    f"{self.model.spec.context}; shorten it"
+                )
+        found = self._continue(prompts, seed, settings, (EOSS,))
+        used = {"temperature": settings.temperature, "top_p": settings.top_p}
+        return [GeneratedText(self.text_tokenizer.decode(ids).strip(), seed, ids, used, task) for ids, _ in found]
+
+    def _continue(
+        self, prompts: Sequence[Prompt], seed: int, settings: DecodingConfig, ends: tuple[int, ...]
+    ) -> list[tuple[list[int], int | None]]:
+        """Text after each prompt, of ``max_text_tokens`` or as many as there is room for, and what ended it.
+
+        Those with little room go apart, so that a long prompt does not cut the texts of others.
+        """
+        rooms = [min(settings.max_text_tokens, self.model.spec.context - len(prompt)) for prompt in prompts]
+        found: dict[int, tuple[list[int], int | None]] = {}
+        groups = [[row for row, own in enumerate(rooms) if own == room] for room in sorted(set(rooms))]
+        jobs = [group[start : start + ROWS] for group in groups for start in range(0, len(group), ROWS)]
+        for rows in track(jobs, "writing", unit="batches") if len(jobs) > 1 else jobs:
+            options = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": rooms[rows[0]], "ends": ends}
+            texts = generate_texts(self.model, [prompts[row] for row in rows], [seed] * len(rows), **options)
+            found |= dict(zip(rows, texts, strict=True))
+        return [found[row] for row in range(len(prompts))]
+
+    def infill_text(
+        self, texts: Sequence[str], images: Sequence[Image.Image] | None = None, *, temperature: float = 0.0, seed: int = 0
+    ) -> list[GeneratedText]:
+        """Fill each blank, ``___``, of texts, of images if those are given; the whole texts. Blanks are filled from left to right.
+
+        Raises:
+            BadInputError: if a text has no blank or more than the model has masks.
+            PromptTooLongError: if a text leaves no room for what goes into its blanks.
+        """
+        if images is not None:
+            self.check_same_length("text", texts, "image", images)
+        settings = self.settings({"temperature": temperature})
+        vocabulary, context = self.model.vocabulary, self.model.spec.context
+        codes = [None] * len(texts) if images is None else list(self.encode(images))
+        parts = [text.split(BLANK) for text in texts]
+        for number, pieces in enumerate(parts):
+            if not 2 <= len(pieces) <= vocabulary.sentinels + 1:
+                raise BadInputError(f"text {number} must have 1 to {vocabulary.sentinels} blanks ({BLANK}), found {len(pieces) - 1}")
+        prompts = [
+            blanks_prompt([self.ids(piece.strip()) for piece in own], image, vocabulary) for own, image in zip(parts, codes, strict=True)
+        ]
+        found: list[list[list[int]]] = [[] for _ in texts]
+        for blank in range(max(len(own) for own in parts) - 1 if parts else 0):
+            rows = [row for row, own in enumerate(parts) if blank < len(own) - 1]
+            for row in rows:
+                if len(prompts[row]) >= context:
+                    raise PromptTooLongError(f"text {row} leaves no room for blank {blank + 1} in the context of {context}; shorten it")
+            for row, (ids, _) in zip(rows, self._continue([prompts[row] for row in rows], seed, settings, (EOSS,)), strict=True):
+                found[row].append(ids)
+                following = [vocabulary.sentinel(blank + 1)] if blank + 2 < len(parts[row]) else []
+                prompts[row] = prompts[row].followed_by(*(vocabulary.text(ids)), EOSS, *following)
+        filled = []
+        for own, answers in zip(parts, found, strict=True):
+            said = [self.text_tokenizer.decode(answer).strip() for answer in answers]
+            text = "".join(piece + word for piece, word in zip(own, [*said, ""], strict=True))
+            tokens = [token for answer in answers for token in answer]
+            filled.append(GeneratedText(text, seed, tokens, {"temperature": temperature}, "infill_text"))
+        return filled
+
+    # --- documents and pairs ---------------------------------------------------------------------------------------------
+
+    def interleave(
+        self, documents: Sequence[Sequence[str | Image.Image]], segments: int = 2, *, seed: int = 0, **settings: Any
+    ) -> list[list[str | Image.Image]]:
+        """Continue documents of texts and images by up to ``segments`` more, in turn: after a text an image, after an image a text.
+
+        A document ends early where the model ends it. Each is returned whole.
+
+        Raises:
+            BadInputError: for an empty document or text.
+            PromptTooLongError: if a document does not fit in the context with what follows.
+        """
+        used = self.settings(settings | {"guidance": 1.0, "contrastive": 0.0, "candidates": 1})
+        return [self._continued(document, segments, seed, used) for document in documents]
+
+    def _continued(self, document: Sequence[str | Image.Image], segments: int, seed: int, used: DecodingConfig) -> list[str | Image.Image]:
+        vocabulary, whole = self.model.vocabulary, list(document)
+        if not whole:
+            raise BadInputError("a document to continue needs at least one text or image")
+        self.check_filled("text", [part for part in whole if isinstance(part, str)])
+        body: list[Segment] = []
+        for part in whole:
+            ids = self.ids(part) if isinstance(part, str) else vocabulary.image(self.encode([part])[0])
+            body.append(("text" if isinstance(part, str) else "image", ids))
+        for number in range(segments):
+            prompt = build_body([body]).prompt().followed_by(BREAK)
+            if body[-1][0] == "text":
+                codes = generate_images(self.model, [[prompt]], [[seed + number]], Sampler(used))[0, 0]
+                body.append(("image", vocabulary.image(codes)))
+                whole += self.decode(codes[None])
+                continue
+            if len(prompt) >= self.model.spec.context:
+                raise PromptTooLongError(
+                    f"a document of {len(prompt)} tokens leaves no room for a text in the context of {self.model.spec.context}"
+                )
+            [(text, end)] = self._continue([prompt], seed + number, used, (BREAK, EOS))
+            if text:
+                body.append(("text", vocabulary.text(text)))
+                whole.append(self.text_tokenizer.decode(text).strip())
+            if end == EOS or not text:
+                break
+        return whole
+
+    def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[PairScore]:
+        """How likely the model finds each image and text together, nats: the text given the image, and the image given the text.
+
+        Raises:
+            BadInputError: if the lists differ in length or a text is empty.
+            PromptTooLongError: if a text and an image do not fit in the context.
+        """
+        self.check_same_length("image", images, "text", texts)
+        self.check_filled("text", texts)
+        vocabulary, codes = self.model.vocabulary, self.encode(images)
+        of_texts = caption_log_likelihoods(self.model, self.text_tokenizer, list(codes), texts)
+        of_images: list[float] = []
+        places = np.arange(1, vocabulary.tokens_per_image + 1)
+        for start in range(0, len(texts), ROWS):
             part = slice(start, start + ROWS)
-            codes = self.encode(images[part])
-            prompts = [
-                answer_prompt(template, given, row, self.model.vocabulary, self.text_tokenizer)
-                for given, row in zip(values[part], codes, strict=True)
-            ]
-            rooms = [min(self.decoding.max_text_tokens, self.model.spec.context - len(prompt)) for prompt in prompts]
-            for given, room, prompt in zip(values[part], rooms, prompts, strict=True):
-                if room < 1:
-                    what = f"the question {given['question'][:60]!r}" if "question" in given else "the instruction"
-                    raise PromptTooLongError(
-                        f"{what} and the image take {len(prompt)} tokens and leave no room for an answer in the context of "
-                        f"{self.model.spec.context}; shorten it"
-                    )
-            found = [""] * len(prompts)
-            for room in sorted(set(rooms)):  # those with little room go apart, so that a long question does not cut others' answers
-                same = [row for row, own in enumerate(rooms) if own == room]
-                options = {"temperature": temperature, "top_p": self.decoding.top_p}
-                texts = generate_texts(self.model, [prompts[row] for row in same], [seed] * len(same), max_tokens=room, **options)
-                for row, ids in zip(same, texts, strict=True):
-                    found[row] = self.text_tokenizer.decode(ids).strip()
-            answers += found
-        return answers
+            prompts = [image_prompt([("text", self.ids(text))], [], vocabulary) for text in texts[part]]
+            wanted = [Prompt(vocabulary.image(row), places) for row in codes[part]]
+            of_images += [float(scores.sum()) for scores in log_likelihoods(self.model, prompts, wanted)]
+        return [PairScore(float(text), image) for text, image in zip(of_texts, of_images, strict=True)]

@@ -77,12 +77,12 @@ class BundleModel(mlflow.pyfunc.PythonModel):
 
     def _caption(self, generator: Generator, rows: list[tuple[int, Any]], settings: RequestSettings) -> list[dict[str, Any]]:
         texts = generator.caption([read_image(number, row["image"]) for number, row in rows])
-        return [{"row": number, "task": "caption", "text": text} for (number, _), text in zip(rows, texts, strict=True)]
+        return [{"row": number, "task": "caption", "text": text.text} for (number, _), text in zip(rows, texts, strict=True)]
 
     def _vqa(self, generator: Generator, rows: list[tuple[int, Any]], settings: RequestSettings) -> list[dict[str, Any]]:
         images = [read_image(number, row["image"]) for number, row in rows]
         texts = generator.answer(images, [row["question"] for _, row in rows])
-        return [{"row": number, "task": "vqa", "text": text} for (number, _), text in zip(rows, texts, strict=True)]
+        return [{"row": number, "task": "vqa", "text": text.text} for (number, _), text in zip(rows, texts, strict=True)]
 
 
 NEEDED = {"text_to_image": ("prompt",), "caption": ("image",), "vqa": ("image", "question")}

@@ -61,7 +61,7 @@ def first_caption(captions: Sequence[str]) -> str:
 def answer_all(generator: Generator, store: ImageStore, refs: Sequence[str], questions: Sequence[str]) -> list[str]:
     """An answer to each question about its image; questions too long for the context lose their end."""
     images = fitted(generator, store, refs)
-    return generator.answer(images, [generator.shorten_question(question) for question in questions])
+    return [answer.text for answer in generator.answer(images, [generator.shorten_question(question) for question in questions])]
 
 
 def fitted(generator: Generator, store: ImageStore, refs: Sequence[str]) -> list[Image.Image]:
@@ -131,7 +131,7 @@ def run(config: Config) -> dict[str, float]:
         measure.measure_images(record, generator.encoder, prompts, drawn, reconstructions, originals, *resampling)
         measure_upscaler(record, generator, store, rows["image"].tolist(), side)
         pictures = fitted(generator, store, captioned["image"].tolist())
-        captions = generator.caption(pictures)
+        captions = [caption.text for caption in generator.caption(pictures)]
         measure.measure_captions(record, captioned["id"].tolist(), captions, [list(texts) for texts in captioned["captions"]])
         if asked:
             questions, truths = [question for _, question, _ in asked], [truth for _, _, truth in asked]

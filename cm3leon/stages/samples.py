@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from cm3leon import paths
+from cm3leon.config import DecodingConfig
 from cm3leon.data.tokens import TokenStore
 from cm3leon.generation.engine import generate_images
+from cm3leon.generation.sampling import Sampler
 from cm3leon.model import Decoder
 from cm3leon.stages.common import save_captioned
 from cm3leon.tasks import image_prompt
@@ -33,11 +35,12 @@ def sample_sheets(run: Run, model: Decoder, held_out: TokenStore) -> Callable[[i
     vocabulary = model.vocabulary
     texts = [held_out[row].texts[0] for row in range(min(PROMPTS, len(held_out)))]
     longest = model.spec.context - vocabulary.tokens_per_image - 2
-    prompts = [image_prompt(vocabulary.text(ids[:longest]), []) for ids in texts]
+    prompts = [[image_prompt([("text", vocabulary.text(ids[:longest]))], [], vocabulary)] for ids in texts]
+    plain = Sampler(DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0))
 
     def draw(step: int) -> None:
         model.eval()
-        codes = generate_images(model, prompts, prompts, range(len(prompts)), temperature=1.0, top_p=1.0, guidance=1.0)
+        codes = generate_images(model, prompts, [[row] for row in range(len(prompts))], plain)[:, 0]
         pixels = image_tokenizer.decode(torch.from_numpy(codes).to(model.device)).add(1).mul(127.5).round()
         images = [Image.fromarray(a) for a in pixels.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()]
         with tempfile.TemporaryDirectory() as folder:

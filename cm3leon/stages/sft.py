@@ -8,6 +8,7 @@ from cm3leon.data.manifest import read_manifest
 from cm3leon.data.sequences import PretrainingSamples, read_neighbours
 from cm3leon.data.task_samples import TaskSamples
 from cm3leon.data.tokens import TokenStore
+from cm3leon.generation.parts import Training
 from cm3leon.model import Decoder
 from cm3leon.stages.samples import sample_sheets
 from cm3leon.stages.training import fingerprint, first_batches, stream_of, train
@@ -48,4 +49,8 @@ def run(config: Config) -> dict[str, float]:
             sample_sheets(run, model, held_out),
             fingerprint(config, "sft", [paths.TOKENS, paths.NEIGHBOURS, paths.PRETRAINED, paths.VALIDATED / "manifest.parquet"]),
         )
+        if processes.rank == 0:
+            objective = config.pretrain.objective
+            masked = section.caption_drop > 0 or objective.segment_rate * objective.caption_share > 0
+            Training(frozenset(training.counts()), masked).write(paths.FINETUNED)
     return {**figures, **counts}

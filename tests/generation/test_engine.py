@@ -4,122 +4,193 @@ import numpy as np
 import pytest
 import torch
 
-from cm3leon.documents import BREAK, EOS, EOSS, Vocabulary
-from cm3leon.generation.engine import PromptTooLongError, generate_images, generate_texts, text_log_likelihoods
-from cm3leon.generation.sampling import sample, top_p_probabilities, uniform_noise
+from cm3leon.config import DecodingConfig
+from cm3leon.documents import BREAK, EOS, EOSS, Prompt, Vocabulary
+from cm3leon.generation import cache as caches
+from cm3leon.generation.cache import DecodingCache, read_prompts
+from cm3leon.generation.engine import PromptTooLongError, common_beginning, generate_images, generate_texts, log_likelihoods
+from cm3leon.generation.sampling import Sampler, at_temperature, sample, uniform_noise
 from cm3leon.model import Decoder, DecoderSpec
 
 VOCABULARY = Vocabulary(text_size=40, image_size=20, sentinels=4, tokens_per_image=9)
-OPTIONS = {"temperature": 1.0, "top_p": 0.9}
+CONTEXT = 128
 
 
-@pytest.fixture(scope="module")
-def model():
+def make(**options):
     torch.manual_seed(0)
-    model = Decoder(DecoderSpec(layers=2, width=32, heads=4, context=64, init_std=0.5, image_positions=True), VOCABULARY)
+    spec = DecoderSpec(layers=2, width=32, heads=4, context=CONTEXT, init_std=0.5, position_std=0.3, **options)
+    model = Decoder(spec, VOCABULARY)
     for block in model.blocks:
         torch.nn.init.normal_(block.attention.out.weight, std=0.3)
         torch.nn.init.normal_(block.down.weight, std=0.3)
     return model.eval()
 
 
-def prompt(length, seed=0):
-    text = VOCABULARY.text(np.random.default_rng(seed).integers(40, size=length))
-    return np.concatenate([[EOS], text, [BREAK]])
+@pytest.fixture(scope="module")
+def model():
+    return make(image_positions=True)
 
 
-UNCONDITIONAL = np.array([EOS, VOCABULARY.sentinel(0), BREAK])
+def plain(tokens):
+    return Prompt(np.asarray(tokens), VOCABULARY.places(np.asarray(tokens)))
+
+
+def prompt(length, seed=0, documents=0):
+    rng = np.random.default_rng(seed)
+    before: list[int] = []
+    for _ in range(documents):
+        before += [*VOCABULARY.text(rng.integers(40, size=7)), BREAK, *VOCABULARY.image(rng.integers(20, size=9)), BREAK]
+    return plain([EOS, *before, *VOCABULARY.text(rng.integers(40, size=length)), BREAK])
+
+
+UNCONDITIONAL = plain([EOS, VOCABULARY.sentinel(0), BREAK])
+
+
+def sampler(**changes):
+    return Sampler(DecodingConfig(**{"temperature": 1.0, "top_p": 0.9, "guidance": 1.0, **changes}))
 
 
 @torch.no_grad()
-def forward(model, tokens):
+def forward(model, tokens, places):
     """Logits after the last token, all recomputed."""
-    hidden = model(torch.from_numpy(tokens)[None], torch.from_numpy(VOCABULARY.places(tokens))[None])
+    hidden = model(torch.from_numpy(tokens)[None], torch.from_numpy(places)[None])
     return model.logits(hidden)[0, -1]
 
 
 @torch.no_grad()
-def reference_image(model, conditional, unconditional, seed, scale, temperature, top_p):
+def reference_image(model, streams, seed, chosen_by):
+    """One candidate of one prompt."""
     noise = uniform_noise([seed], VOCABULARY.tokens_per_image)
     codes = []
     for step in range(VOCABULARY.tokens_per_image):
         drawn = np.array([c + VOCABULARY.image_start for c in codes], dtype=np.int64)
-        rows = [forward(model, np.concatenate([p, drawn])) for p in (conditional, unconditional)]
-        c, u = (row[None, VOCABULARY.image_start : VOCABULARY.text_start] for row in rows)
-        logits = u + scale * (c - u)
-        codes.append(int(sample(top_p_probabilities(logits, temperature, top_p), noise[:, step])))
+        places = np.arange(1, step + 1)
+        rows = [forward(model, np.append(p.tokens, drawn), np.append(p.places, places)) for p in streams]
+        logits = torch.stack(rows)[:, None, None, VOCABULARY.image_start : VOCABULARY.text_start]
+        codes.append(int(sample(chosen_by.probabilities(logits, step / 8), noise[:, None, step])))
     return codes
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_images_equal_the_reference_whatever_the_batch(model, scale):
-    prompts = [prompt(3, 1), prompt(11, 2), prompt(1, 3)]
-    seeds = [5, 6, 7]
-    codes = generate_images(model, prompts, [UNCONDITIONAL] * 3, seeds, guidance=scale, **OPTIONS)
-    assert codes.shape == (3, 9) and codes.min() >= 0 and codes.max() < 20
-    for row in range(3):
-        assert codes[row].tolist() == reference_image(model, prompts[row], UNCONDITIONAL, seeds[row], scale, 1.0, 0.9)
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"image_positions": True}])
+@pytest.mark.parametrize("shared", [0, 40])
+def test_reading_and_continuing_prompts_equals_the_full_pass(options, shared):
+    """Hidden states of prompts of different lengths and of three continuations of each, with a beginning in common or not."""
+    model, rng = make(**options), np.random.default_rng(0)
+    lengths = [50, 41, 63]
+    rows = [plain(np.append(EOS, VOCABULARY.text(rng.integers(40, size=length - 1)))) for length in lengths]
+    if shared:
+        rows[1].tokens[:shared] = rows[0].tokens[:shared]
+    with torch.inference_mode():
+        prompts, hidden = read_prompts(model, rows, [shared, shared, 0])
+        cache = DecodingCache(prompts, 3, 9)
+        following = torch.from_numpy(rng.integers(20, size=(9, 9)) + VOCABULARY.image_start)  # rows, steps
+        found = [cache.advance(model, following[:, step], step + 1) for step in range(9)]
+        for group, row in enumerate(rows):
+            for copy in range(3):
+                tokens = torch.cat([torch.from_numpy(row.tokens), following[3 * group + copy]])[None]
+                expected = model(tokens, torch.from_numpy(VOCABULARY.places(tokens[0].numpy()))[None])[0]
+                torch.testing.assert_close(hidden[group], expected[len(row) - 1], atol=2e-5, rtol=1e-4)
+                got = torch.stack([step[3 * group + copy] for step in found])
+                torch.testing.assert_close(got, expected[len(row) :], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance": 2.5}, {"guidance": 2.5, "guidance_schedule": "cosine"}, {"contrastive": 1.0}])
+def test_images_equal_the_reference_whatever_the_batch(model, changes):
+    prompts, chosen_by = [prompt(3, 1), prompt(11, 2, documents=3), prompt(1, 3)], sampler(**changes)
+    streams = [[p, UNCONDITIONAL][: chosen_by.streams] for p in prompts]
+    seeds = [[5, 6], [7, 8], [9, 10]]
+    codes = generate_images(model, streams, seeds, chosen_by)
+    assert codes.shape == (3, 2, 9) and codes.min() >= 0 and codes.max() < 20
+    for own, own_seeds, found in zip(streams, seeds, codes, strict=True):
+        assert found.tolist() == [reference_image(model, own, seed, chosen_by) for seed in own_seeds]
+
+
+def test_three_streams_equal_the_reference(model):
+    streams = [[prompt(12, 1, documents=2), prompt(5, 1, documents=2), prompt(2, 1, documents=2)]]
+    chosen_by = sampler(guidance=4.0, image_guidance=1.5)
+    [[found]] = generate_images(model, streams, [[3]], chosen_by)
+    assert found.tolist() == reference_image(model, streams[0], 3, chosen_by)
+
+
+def test_documents_before_all_streams_and_candidates_are_read_once(model, monkeypatch):
+    """Counted by what the decoder is given: the documents once, each stream's own tokens once, then one token a row."""
+    given = []
+    forward_pass = model.forward
+    monkeypatch.setattr(model, "forward", lambda tokens, *rest: given.append(tuple(tokens.shape)) or forward_pass(tokens, *rest))
+    body = prompt(6, 4, documents=3)
+    masked = plain([*body.tokens[:-7], VOCABULARY.sentinel(0), BREAK])
+    generate_images(model, [[body, masked]], [list(range(8))], sampler(guidance=3.0))
+    shared = common_beginning([body, masked])
+    assert shared == len(body) - 7 >= caches.WORTH_SHARING
+    assert given == [(1, shared), (2, 7), *[(16, 1)] * 8]
 
 
 def test_guidance_with_another_stream_changes_the_image(model):
     greedy = {"temperature": 0.0, "top_p": 1.0}
-    plain = generate_images(model, [prompt(5)], [UNCONDITIONAL], [0], guidance=1.0, **greedy)
-    guided = generate_images(model, [prompt(5)], [UNCONDITIONAL], [0], guidance=8.0, **greedy)
-    same = generate_images(model, [prompt(5)], [prompt(5)], [0], guidance=8.0, **greedy)
-    assert not np.array_equal(plain, guided)
-    assert np.array_equal(plain, same)
+    plain_one = generate_images(model, [[prompt(5)]], [[0]], sampler(**greedy))
+    guided = generate_images(model, [[prompt(5), UNCONDITIONAL]], [[0]], sampler(guidance=8.0, **greedy))
+    same = generate_images(model, [[prompt(5), prompt(5)]], [[0]], sampler(guidance=8.0, **greedy))
+    assert not np.array_equal(plain_one, guided)
+    assert np.array_equal(plain_one, same)
+
+
+def test_a_span_is_drawn_around_what_is_known(model):
+    """From the fourth code to the eighth, of which the sixth is given: the others are those a full pass draws, with their places."""
+    start = prompt(4, 1)
+    known = np.array([[-1, -1, 13, -1, -1]])
+    [[found]] = generate_images(model, [[start]], [[2]], sampler(), (3, 8), known)
+    assert found[2] == 13 and len(found) == 5
+    noise = uniform_noise([2], 5)
+    for step in (0, 1, 3, 4):
+        drawn = found[:step] + VOCABULARY.image_start
+        logits = forward(model, np.append(start.tokens, drawn), np.append(start.places, np.arange(4, 4 + step)))
+        row = logits[None, None, None, VOCABULARY.image_start : VOCABULARY.text_start]
+        assert found[step] == int(sample(sampler().probabilities(row, step / 4), noise[:, None, step]))
 
 
 def test_texts_equal_the_reference(model):
-    prompts = [np.append(prompt(4, 1), VOCABULARY.sentinel(0)), np.append(prompt(9, 2), VOCABULARY.sentinel(0))]
-    texts = generate_texts(model, prompts, [0, 0], temperature=0.0, top_p=1.0, max_tokens=12)
+    prompts = [prompt(4, 1).followed_by(VOCABULARY.sentinel(0)), prompt(9, 2).followed_by(VOCABULARY.sentinel(0))]
+    texts = generate_texts(model, prompts, [0, 0], temperature=0.0, top_p=1.0, max_tokens=12, ends=(EOSS, BREAK))
     for row, start in enumerate(prompts):
-        tokens, expected = start, []
-        while len(expected) < 12:
-            logits = forward(model, tokens)
-            allowed = torch.cat([logits[EOSS : EOSS + 1], logits[VOCABULARY.text_start :]])
-            best = int(allowed.argmax())
-            if best == 0:
-                break
-            expected.append(best - 1)
-            tokens = np.append(tokens, best - 1 + VOCABULARY.text_start)
-        assert texts[row] == expected
+        tokens, expected, end = start.tokens, [], None
+        while len(expected) < 12 and end is None:
+            logits = forward(model, tokens, VOCABULARY.places(tokens))
+            allowed = [EOSS, BREAK, *range(VOCABULARY.text_start, VOCABULARY.size)]
+            best = allowed[int(logits[allowed].argmax())]
+            if best in (EOSS, BREAK):
+                end = best
+            else:
+                expected.append(best - VOCABULARY.text_start)
+                tokens = np.append(tokens, best)
+        assert texts[row] == (expected, end)
+
+
+def test_texts_are_drawn_by_their_own_seed(model):
+    options = {"temperature": 1.5, "top_p": 1.0, "max_tokens": 8}
+    three = generate_texts(model, [prompt(4, 1), prompt(9, 2), prompt(4, 1)], [1, 2, 3], **options)
+    assert [generate_texts(model, [p], [s], **options)[0] for p, s in ((prompt(4, 1), 1), (prompt(9, 2), 2), (prompt(4, 1), 3))] == three
+    assert three[0] != three[2]
 
 
 def test_likelihoods_equal_the_reference(model):
-    prompts = [np.append(prompt(4, seed), VOCABULARY.sentinel(0)) for seed in (1, 2, 3)]
-    text = VOCABULARY.text([7, 0, 39])
-    found = text_log_likelihoods(model, prompts, text)
-    for row, start in enumerate(prompts):
-        expected, tokens = 0.0, start
-        for token in [*text.tolist(), EOSS]:
-            expected += forward(model, tokens).log_softmax(-1)[token].item()
+    prompts = [prompt(4, 1), prompt(9, 2), prompt(2, 3)]
+    texts = [plain([*VOCABULARY.text(ids), EOSS]) for ids in ([7, 0, 39], [5], [1, 2])]
+    for start, text, found in zip(prompts, texts, log_likelihoods(model, prompts, texts), strict=True):
+        tokens, expected = start.tokens, []
+        for token in text.tokens:
+            logits = forward(model, tokens, VOCABULARY.places(tokens))
+            expected.append(logits.log_softmax(-1)[int(token)].item())
             tokens = np.append(tokens, token)
-        assert found[row].item() == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(PromptTooLongError, match="context of 64"):
-        text_log_likelihoods(model, prompts, VOCABULARY.text([1] * 60))
+        assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_what_does_not_fit_is_an_error(model):
-    with pytest.raises(PromptTooLongError, match="context of 64"):
-        generate_images(model, [prompt(60)], [UNCONDITIONAL], [0], guidance=1.0, **OPTIONS)
+    with pytest.raises(PromptTooLongError, match="context of 128"):
+        generate_images(model, [[prompt(122)]], [[0]], sampler())
+    with pytest.raises(PromptTooLongError, match="context of 128"):
+        log_likelihoods(model, [prompt(100)], [plain(VOCABULARY.text([1] * 60))])
+    assert generate_images(model, [[prompt(117)]], [[0]], sampler()).shape == (1, 1, 9)
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_the_mass():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    torch.testing.assert_close(top_p_probabilities(logits, 1.0, 0.6), torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
-    torch.testing.assert_close(top_p_probabilities(logits, 1.0, 0.01), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
-    torch.testing.assert_close(top_p_probabilities(logits, 1.0, 1.0), logits.exp())
-    assert top_p_probabilities(logits, 0.0, 1.0).tolist() == [[1.0, 0.0, 0.0, 0.0]]
-
-
-def test_samples_follow_the_probabilities():
-    probabilities = torch.tensor([[0.1, 0.0, 0.6, 0.3]]).expand(20_000, 4)
-    drawn = sample(probabilities, torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    shares = torch.bincount(drawn, minlength=4) / 20_000
-    torch.testing.assert_close(shares, torch.tensor([0.1, 0.0, 0.6, 0.3]), atol=0.015, rtol=0)
-    assert shares[1] == 0
-
-
-def test_noise_belongs_to_the_seed():
-    assert torch.equal(uniform_noise([3, 4], 5)[1], uniform_noise([4], 9)[0, :5])
+def test_greedy_is_what_temperature_zero_chooses():
+    assert at_temperature(torch.tensor([0.0, 2.0]), 0.0).tolist() == [0.0, 1.0]

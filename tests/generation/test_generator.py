@@ -1,17 +1,25 @@
 """The user's interface on untrained models: repeatable, independent of the batch, with provenance, and clear about bad input."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cm3leon import paths
 from cm3leon.config import DecodingConfig, RetrieveConfig
 from cm3leon.generation.engine import PromptTooLongError
-from cm3leon.generation.generator import BadInputError, Generator
+from cm3leon.generation.generator import Generator
+from cm3leon.generation.memory import Memory
+from cm3leon.generation.parts import BadInputError, Training
+from cm3leon.generation.rerank import caption_log_likelihoods
+from cm3leon.generation.results import GeneratedText
+from cm3leon.tasks import CONDITIONS
 
 PROMPTS = ["a red circle", "two green crosses and a blue square on white"]
+PICTURE = Image.new("RGB", (32, 32), "red")
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +52,9 @@ def test_candidates_are_ranked_by_score_and_the_best_kept(generator):
 
 def test_likelihood_ranks_beside_the_clip_score(generator):
     def ranked(weight):
-        [images] = generator.text_to_image(PROMPTS[1:], num_images=4, candidates=2, likelihood=weight, seed=0)
-        said = generator.caption_log_likelihoods(images)
+        [images] = generator.text_to_image(PROMPTS[1:], num_images=8, candidates=2, likelihood=weight, seed=0)
+        codes, prompts = [image.codes for image in images], [image.prompt for image in images]
+        said = caption_log_likelihoods(generator.model, generator.text_tokenizer, codes, prompts)
         return [image.score + weight * value for image, value in zip(images, said, strict=True)], [image.seed for image in images]
 
     clip_alone, mixed, likelihood_alone = ranked(0.0), ranked(0.01), ranked(1e6)
@@ -73,7 +82,8 @@ def test_images_of_any_size_are_captioned_and_asked_about(generator):
     pictures = [Image.new("RGB", size, "red") for size in [(32, 32), (90, 40), (7, 300)]]
     assert len(generator.caption(pictures)) == len(generator.caption(pictures, long=True)) == 3
     answers = generator.answer(pictures, ["What?", "What color is it?", "How many objects are there on the picture?"])
-    assert all(isinstance(answer, str) for answer in answers)
+    assert all(isinstance(answer, GeneratedText) and answer.task == "vqa" for answer in answers)
+    assert [generator.text_tokenizer.decode(answer.tokens).strip() for answer in answers] == [answer.text for answer in answers]
     assert generator.answer(pictures[1:2], ["What color is it?"]) == answers[1:2]
 
 
@@ -93,7 +103,7 @@ def test_documents_that_do_not_fit_beside_the_prompt_are_left_out(generator):
     prompt = generator.shorten("circle " * 300)
     [[image]] = generator.text_to_image([prompt], candidates=1, documents=2)
     assert image.neighbours == []
-    found = generator.neighbours("a red circle", 2)
+    [found] = generator.neighbours(["a red circle"], 2)
     [[roomy]] = generator.text_to_image(["a red circle"], candidates=1, documents=2)
     assert roomy.neighbours == found != []
 
@@ -118,23 +128,14 @@ def test_a_retrieved_document_stands_with_the_caption_that_is_shown(generator):
 
     codes = np.zeros(generator.model.vocabulary.tokens_per_image, dtype=np.uint16)
     several = Document("m", codes, [np.array(generator.text_tokenizer.encode(text)) for text in ("first", "second", "third")])
-    other = Generator(generator.model, generator.image_tokenizer, generator.text_tokenizer, generator.decoding)
-    other.tokens = type("Tokens", (), {"by_id": lambda self, name: several})()
-    [(_, ids), _] = other._segments("m")
+    tokens = type("Tokens", (), {"by_id": lambda self, name: several})()
+    [(_, ids), _] = replace(generator.memory, tokens=tokens).segments({"id": "m"}, generator.model.vocabulary)
     assert generator.text_tokenizer.decode(ids - generator.model.vocabulary.text_start) == "first"
 
 
 def test_neighbours_are_taken_by_the_rules_given(generator):
-    parts = (generator.encoder, generator.memory_bank, generator.tokens)
-    strict = Generator(
-        generator.model,
-        generator.image_tokenizer,
-        generator.text_tokenizer,
-        generator.decoding,
-        *parts,
-        retrieval=RetrieveConfig(max_score=-1.0),
-    )
-    assert strict.neighbours("a red circle", 2) == [] != generator.neighbours("a red circle", 2)
+    strict: Memory = replace(generator.memory, rules=RetrieveConfig(max_score=-1.0))
+    assert strict.find(2, ["a red circle"]) == [[]] != generator.memory.find(2, ["a red circle"])
 
 
 def test_images_are_encoded_and_decoded_in_parts(generator, monkeypatch):
@@ -142,7 +143,7 @@ def test_images_are_encoded_and_decoded_in_parts(generator, monkeypatch):
     pictures = [Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)) for _ in range(7)]
     codes = generator.encode(pictures)
     decoded = [np.asarray(image) for image in generator.decode(codes)]
-    monkeypatch.setattr("cm3leon.generation.generator.PICTURES", 3)
+    monkeypatch.setattr("cm3leon.generation.parts.PICTURES", 3)
     assert np.array_equal(generator.encode(pictures), codes)
     assert np.abs(np.stack([np.asarray(image) for image in generator.decode(codes)]).astype(int) - decoded).max() <= 1
 
@@ -157,6 +158,89 @@ def test_drawn_images_are_enlarged_by_the_bundles_upscaler(generator):
         plain.upscale([image.image])
 
 
+def test_every_drawing_task_says_what_it_did(generator):
+    layout = [("circle", (0, 0, 16, 16)), ("square", (16, 8, 32, 32))]
+    drawn = {
+        "write": generator.write(["hello"], 2),
+        "layout_to_image": generator.layout_to_image(["a scene"], [layout], 2),
+        "condition_to_image": generator.condition_to_image(["a scene"], [PICTURE], [CONDITIONS[0]], 2),
+        "edit": generator.edit([PICTURE], ["make it blue"], 2, guidance=3.0),
+        "infill": generator.infill([PICTURE], [(8, 8, 24, 24)], ["a red circle"], 2),
+    }
+    for task, [images] in drawn.items():
+        assert len(images) == 2 and all(image.task == task and image.image.size == (32, 32) for image in images)
+        assert [image.score for image in images] == sorted((image.score for image in images), reverse=True)
+        assert images[0].record["task"] == task and images[0].settings["temperature"] == generator.decoding.temperature
+    assert codes(generator.edit([PICTURE], ["make it blue"], 2, guidance=3.0)) == codes([drawn["edit"][0]])
+
+
+def test_infilling_leaves_codes_outside_the_box_as_they_are(generator):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8))
+    [before] = generator.encode([picture])
+    [images] = generator.infill([picture], [(8.5, 4, 23, 15)], ["a red circle"], 4, candidates=1, temperature=3.0, top_p=1.0)
+    side = round(len(before) ** 0.5)  # 4 codes a row, of 8 pixels
+    inside = np.zeros((side, side), dtype=bool)
+    inside[4 * side // 32 : -(-15 * side // 32), int(8.5 * side / 32) : -(-23 * side // 32)] = True
+    for image in images:
+        assert np.array_equal(image.codes[~inside.ravel()], before[~inside.ravel()])
+    assert len({tuple(image.codes[inside.ravel()]) for image in images}) > 1
+
+
+def test_blanks_are_filled_and_the_rest_of_the_text_kept(generator):
+    texts = ["a ___ circle", "two ___ and a ___ on white"]
+    for images in (None, [PICTURE, PICTURE]):
+        found = generator.infill_text(texts, images)
+        assert found[0].text.startswith("a ") and found[0].text.endswith(" circle")
+        assert found[1].text.startswith("two ") and " and a " in found[1].text and found[1].text.endswith(" on white")
+        assert [generator.infill_text([text], images and [PICTURE])[0].text for text in texts] == [each.text for each in found]
+
+
+def test_documents_are_continued_in_turn(generator):
+    [one, other] = generator.interleave([["a red circle"], ["a red circle", PICTURE]], segments=2, seed=1)
+    assert one[0] == "a red circle" and isinstance(one[1], Image.Image) and one[1].size == (32, 32)
+    assert other[:2] == ["a red circle", PICTURE] and all(isinstance(part, str) for part in other[2:3])
+    assert len(one) <= 3 and len(other) <= 4
+
+
+def test_scores_are_likelihoods_of_the_text_and_of_the_image(generator):
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)) for _ in range(2)]
+    both = generator.score(pictures, PROMPTS)
+    assert all(pair.text < 0 and pair.image < 0 for pair in both)
+    alone = [generator.score([picture], [text])[0] for picture, text in zip(pictures, PROMPTS, strict=True)]
+    for pair, single in zip(both, alone, strict=True):
+        assert (pair.text, pair.image) == pytest.approx((single.text, single.image), rel=1e-4)
+    # the image's tokens, one by one, by a full pass over "<eos> text <break> image"
+    model, vocabulary = generator.model, generator.model.vocabulary
+    [image] = generator.encode(pictures[:1])
+    tokens = np.concatenate([[1], generator.ids(PROMPTS[0]), [2], vocabulary.image(image)])
+    hidden = model(torch.from_numpy(tokens)[None], torch.from_numpy(vocabulary.places(tokens))[None])
+    scores = model.logits(hidden)[0].log_softmax(-1)
+    expected = sum(scores[-len(image) - 1 + n, token].item() for n, token in enumerate(vocabulary.image(image)))
+    assert both[0].image == pytest.approx(expected, rel=1e-4)
+
+
+def test_documents_are_found_by_text_by_image_or_by_both(generator):
+    white = [Image.new("RGB", (32, 32), "white")]
+    memory = replace(generator.memory, rules=RetrieveConfig(max_score=1.1))
+    [by_text], [by_image], [by_both] = memory.find(2, PROMPTS[:1]), memory.find(2, None, white), memory.find(2, PROMPTS[:1], white)
+    assert len(by_text) == len(by_image) == len(by_both) == 2
+    assert by_both[0]["id"] == by_text[0]["id"] and {n["id"] for n in by_both} & {n["id"] for n in by_image}
+    [[image]] = generator.text_to_image(PROMPTS[:1], references=white, documents=2, candidates=1)
+    assert [image.neighbours] == generator.neighbours(PROMPTS[:1], 2, white)
+
+
+def test_what_a_model_was_not_trained_for_is_refused(generator):
+    parts = (generator.model, generator.image_tokenizer, generator.text_tokenizer, generator.decoding)
+    plain = Generator(*parts, training=Training(frozenset({"text_to_image", "caption"}), masked_prompts=False))
+    with pytest.raises(BadInputError, match=r"not tuned for edit \(it knows caption, text_to_image\)"):
+        plain.edit([PICTURE], ["x"])
+    with pytest.raises(BadInputError, match="guidance and contrastive decoding need"):
+        plain.text_to_image(["x"], guidance=2.0, candidates=1)
+    assert plain.text_to_image(["x"], guidance=1.0, candidates=1) and plain.caption([PICTURE])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -166,6 +250,23 @@ def test_drawn_images_are_enlarged_by_the_bundles_upscaler(generator):
         (lambda g: g.text_to_image(["circle " * 300]), PromptTooLongError, "context of 160"),
         (lambda g: g.answer([Image.new("RGB", (8, 8))], []), BadInputError, "1 images but 0 questions"),
         (lambda g: g.answer([Image.new("RGB", (8, 8))], [" "]), BadInputError, "empty"),
+        (lambda g: g.write([""]), BadInputError, "text 0 is empty"),
+        (lambda g: g.text_to_image(["x"], no_such=1), BadInputError, "no_such"),
+        (lambda g: g.text_to_image(["x"], contrastive=2.0), BadInputError, "contrastive"),
+        (lambda g: g.text_to_image(["x"], references=[]), BadInputError, "1 prompts but 0 references"),
+        (lambda g: g.edit([PICTURE], []), BadInputError, "1 images but 0 instructions"),
+        (lambda g: g.edit([PICTURE], [" "]), BadInputError, "instruction 0 is empty"),
+        (lambda g: g.infill([PICTURE], [(0, 0, 33, 8)], ["x"]), BadInputError, r"the box, \(0, 0, 33, 8\).*inside the image of 32 x 32"),
+        (lambda g: g.infill([PICTURE], [(8, 8, 8, 9)], ["x"]), BadInputError, "not empty"),
+        (lambda g: g.layout_to_image(["x"], [[]]), BadInputError, "layout 0 holds no object"),
+        (lambda g: g.layout_to_image(["x"], [[("dog", (0, 0, 40, 4))]]), BadInputError, "a box of layout 0"),
+        (lambda g: g.condition_to_image(["x"], [PICTURE], ["fog"]), BadInputError, "unknown condition 'fog'; known are canny edge"),
+        (lambda g: g.infill_text(["no blank"]), BadInputError, r"1 to 4 blanks \(___\), found 0"),
+        (lambda g: g.infill_text(["___" * 5]), BadInputError, "found 5"),
+        (lambda g: g.infill_text(["circle " * 300 + "___"]), PromptTooLongError, "text 0 leaves no room for blank 1"),
+        (lambda g: g.interleave([[]]), BadInputError, "at least one text or image"),
+        (lambda g: g.score([PICTURE], ["circle " * 300]), PromptTooLongError, "context of 160"),
+        (lambda g: g.neighbours(None, 1), BadInputError, "by prompts, by images, or by both"),
         (lambda g: g.answer([Image.new("RGB", (8, 8))], ["how many " * 200]), PromptTooLongError, "the question 'how many how.*no room"),
     ],
 )
