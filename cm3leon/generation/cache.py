@@ -18,6 +18,9 @@ from cm3leon.model import Decoder
 WORTH_SHARING = 32
 """A beginning that prompts have in common is computed on its own from this many tokens on."""
 
+LONG = 128
+"""Prompts of this many tokens are held once for all their continuations; shorter ones are copied, which is less work."""
+
 
 class PromptCache:
     """Keys and values (layers, G, H, P, K) of prompts that are read in one or more parts; ``bias`` (G, 1, 1, P) hides what is padding."""
@@ -87,31 +90,42 @@ def read_prompts(model: Decoder, prompts: Sequence[Prompt], shared: Sequence[int
 class DecodingCache:
     """Keys and values of ``copies`` continuations of each prompt of a :class:`PromptCache`, up to ``room`` tokens each, all of one length.
 
-    Attention to the prompt is computed for all its continuations together. Its result then stands among a continuation's own tokens as
-    one more, first, whose score is the logarithm of what the prompt's tokens weigh together.
+    Short prompts stand before the tokens of each continuation. Of long ones nothing is copied: attention to the prompt is computed for all
+    its continuations together, and its result stands before a continuation's own tokens as one more, whose score is the logarithm of what
+    the prompt's tokens weigh together.
     """
 
     def __init__(self, prompt: PromptCache, copies: int, room: int) -> None:
         layers, groups, heads, _, size = prompt.keys.shape
         self.prompt, self.copies, self.length = prompt, copies, 0
-        shape = (layers, groups * copies, heads, 1 + room, size)
+        self.shared = prompt.stop >= LONG
+        self.first = 1 if self.shared else prompt.stop
+        shape = (layers, groups * copies, heads, self.first + room, size)
         self.keys, self.values = (torch.zeros(shape, device=prompt.keys.device, dtype=prompt.keys.dtype) for _ in range(2))
-        self.mask = torch.zeros(groups * copies, heads, 1, 1 + room, device=prompt.keys.device, dtype=prompt.keys.dtype)
+        self.mask = prompt.bias.new_zeros(groups * copies, heads if self.shared else 1, 1, self.first + room)
+        if not self.shared:
+            self.keys[:, :, :, : self.first] = prompt.keys.repeat_interleave(copies, 1)
+            self.values[:, :, :, : self.first] = prompt.values.repeat_interleave(copies, 1)
+            self.mask[..., : self.first] = prompt.bias.repeat_interleave(copies, 0)
         self.lengths = prompt.lengths.repeat_interleave(copies)[:, None]
 
     def attend(self, layer: int, q_RH1K: Tensor, k_RH1K: Tensor, v_RH1K: Tensor) -> Tensor:
         """Attention of each row's new token to the row's prompt and to what continues it."""
-        rows, heads, _, size = q_RH1K.shape
-        groups, stop = rows // self.copies, self.length + 2
-        q_GHCK = q_RH1K.view(groups, self.copies, heads, size).transpose(1, 2)
-        scores_GHCP = torch.matmul(q_GHCK, self.prompt.keys[layer].mT).mul_(size**-0.5).add_(self.prompt.bias)
-        weight_GHC1 = scores_GHCP.logsumexp(-1, keepdim=True)
-        seen_GHCK = torch.matmul(scores_GHCP.sub_(weight_GHC1).exp_(), self.prompt.values[layer])
+        stop = self.first + self.length + 1
         keys, values, mask = self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop], self.mask[..., :stop]
         keys[:, :, -1:], values[:, :, -1:] = k_RH1K, v_RH1K
-        values[:, :, 0] = seen_GHCK.transpose(1, 2).reshape(rows, heads, size)
-        mask[..., 0] = weight_GHC1.transpose(1, 2).reshape(rows, heads, 1)
+        if self.shared:
+            values[:, :, 0], mask[..., 0] = self._prompt_as_one(layer, q_RH1K)
         return F.scaled_dot_product_attention(q_RH1K, keys, values, attn_mask=mask)
+
+    def _prompt_as_one(self, layer: int, q_RH1K: Tensor) -> tuple[Tensor, Tensor]:
+        """What each row sees of its prompt (R, H, K), and its score (R, H, 1)."""
+        rows, heads, _, size = q_RH1K.shape
+        q_GHCK = q_RH1K.view(rows // self.copies, self.copies, heads, size).transpose(1, 2)
+        scores_GHCP = torch.matmul(q_GHCK, self.prompt.keys[layer].mT).mul_(size**-0.5).add_(self.prompt.bias)
+        score_GHC1 = scores_GHCP.logsumexp(-1, keepdim=True)
+        seen_GHCK = torch.matmul(scores_GHCP.sub_(score_GHC1).exp_(), self.prompt.values[layer])
+        return seen_GHCK.transpose(1, 2).reshape(rows, heads, size), score_GHC1.transpose(1, 2).reshape(rows, heads, 1)
 
     def advance(self, model: Decoder, tokens_R: Tensor, place: int) -> Tensor:
         """Append a token to each row; the hidden state after it (R, D). ``place``: of the tokens in their images, from 1; 0 for text."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,11 +38,19 @@ def keep_top_k(probabilities: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
-    """Only the smallest set of tokens whose mass reaches ``p``, scaled to sum to 1 (Holtzman et al. 2020); never empty."""
-    ordered, order = probabilities.sort(-1, descending=True)
-    outside = ordered.cumsum(-1) - ordered >= p
-    kept = torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(outside, 0))
+    """Only the smallest set of most likely tokens whose mass reaches ``p``, and those as likely as its last, scaled to sum to 1.
+
+    Holtzman et al. 2020, arXiv 1904.09751. The most likely token always stays.
+    """
+    descending = _sorted(probabilities).flip(-1)
+    needed = (descending.cumsum(-1) - descending < p).sum(-1, keepdim=True).clamp(min=1)
+    kept = probabilities.masked_fill(probabilities < descending.gather(-1, needed - 1), 0)
     return kept / kept.sum(-1, keepdim=True)
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """Ascending. On a CPU NumPy's sort, as torch's also finds the order, which takes ten times as long."""
+    return torch.from_numpy(np.sort(values.numpy())) if values.device.type == "cpu" else values.sort(-1).values
 
 
 def contrastive(conditional: Tensor, unconditional: Tensor, k: int, alpha: float) -> Tensor:

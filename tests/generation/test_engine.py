@@ -73,8 +73,10 @@ def reference_image(model, streams, seed, chosen_by):
 
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"image_positions": True}])
 @pytest.mark.parametrize("shared", [0, 40])
-def test_reading_and_continuing_prompts_equals_the_full_pass(options, shared):
+@pytest.mark.parametrize("long", [0, 1000], ids=["held-once", "copied"])
+def test_reading_and_continuing_prompts_equals_the_full_pass(options, shared, long, monkeypatch):
     """Hidden states of prompts of different lengths and of three continuations of each, with a beginning in common or not."""
+    monkeypatch.setattr(caches, "LONG", long)
     model, rng = make(**options), np.random.default_rng(0)
     lengths = [50, 41, 63]
     rows = [plain(np.append(EOS, VOCABULARY.text(rng.integers(40, size=length - 1)))) for length in lengths]
@@ -94,8 +96,10 @@ def test_reading_and_continuing_prompts_equals_the_full_pass(options, shared):
                 torch.testing.assert_close(got, expected[len(row) :], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("long", [0, 1000], ids=["held-once", "copied"])
 @pytest.mark.parametrize("changes", [{}, {"guidance": 2.5}, {"guidance": 2.5, "guidance_schedule": "cosine"}, {"contrastive": 1.0}])
-def test_images_equal_the_reference_whatever_the_batch(model, changes):
+def test_images_equal_the_reference_whatever_the_batch(model, changes, long, monkeypatch):
+    monkeypatch.setattr(caches, "LONG", long)
     prompts, chosen_by = [prompt(3, 1), prompt(11, 2, documents=3), prompt(1, 3)], sampler(**changes)
     streams = [[p, UNCONDITIONAL][: chosen_by.streams] for p in prompts]
     seeds = [[5, 6], [7, 8], [9, 10]]
