@@ -1,33 +1,40 @@
 """The registered model's code: MLflow runs this file to load and serve a bundle (``mlflow models serve``, ``mlflow.pyfunc.load_model``).
 
-A request is a table or a list of rows. ``task`` is ``text_to_image`` (the default; ``prompt``), ``caption`` (``image``) or ``vqa``
-(``image`` and ``question``); ``image`` is a base64 PNG or JPEG, with or without a ``data:`` prefix, or the path of a file that the
-server may read. Answers are rows in the order of the request, ``row`` naming the row answered:
+A request is a table or a list of rows. ``task`` is one of the generator's methods, by default ``text_to_image``; the other columns are the
+fields of that task's request (:mod:`cm3leon.serving.requests`): ``{"prompt": ...}``, ``{"task": "answer", "image": ..., "question": ...}``,
+``{"task": "edit", "image": ..., "instruction": ...}`` and so on. ``image`` is a base64 PNG or JPEG, with or without a ``data:`` prefix, or
+the path of a file that the server may read; ``box``, ``objects`` and ``document`` are JSON. Answers are rows in the order of the request,
+``row`` naming the row answered; a row may have several:
 
-    {"dataframe_records": [{"prompt": "a red circle"}, {"task": "vqa", "image": "iVBO...", "question": "how many circles?"}],
+    {"dataframe_records": [{"prompt": "a red circle"}, {"task": "infill", "image": "iVBO...", "box": "[0, 0, 32, 32]", "prompt": "a ring"}],
      "params": {"seed": 1, "num_images": 2}}
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
-import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
 from PIL import Image
+from pydantic import ValidationError
 
-from cm3leon.serving.signature import COLUMNS, TASKS, RequestSettings, request_settings
+from cm3leon.serving.batching import Call, perform
+from cm3leon.serving.errors import ApiError, from_validation
+from cm3leon.serving.requests import TASKS, TextToImage
+from cm3leon.serving.responses import png
+from cm3leon.serving.schemas import Drawing, TaskRequest, Writing
+from cm3leon.serving.signature import COLUMNS, JSON_COLUMNS, OUTPUTS, RequestSettings, request_settings
 
 if TYPE_CHECKING:
     from cm3leon.generation.generator import Generator
 
-MAX_PIXELS = 50_000_000
+ALL: tuple[type[TaskRequest], ...] = (TextToImage, *TASKS)
+REQUESTS = {request.task: request for request in ALL}
 
 
 class BundleModel(mlflow.pyfunc.PythonModel):
@@ -45,92 +52,88 @@ class BundleModel(mlflow.pyfunc.PythonModel):
         return self._generator
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Answer every row.
+        """Answer every row; those that differ in texts and images alone are answered together.
 
         Raises:
             ValueError: naming the row or the parameter that is wrong and what is allowed.
         """
         settings = request_settings(params)
-        rows = read_rows(model_input)
+        generator = self.generator(context)
+        calls = [call_of(number, record, settings, generator) for number, record in enumerate(records_of(model_input))]
+        groups: dict[Any, list[int]] = {}
+        for number, call in enumerate(calls):
+            groups.setdefault(call.key, []).append(number)
         answers: list[dict[str, Any]] = []
-        for task in TASKS:
-            part = [(number, row) for number, row in enumerate(rows) if row["task"] == task]
-            if part:
-                answers += getattr(self, f"_{task}")(self.generator(context), part, settings)
+        for numbers in groups.values():
+            results = perform(generator, [calls[number] for number in numbers])
+            for number, result in zip(numbers, results, strict=True):
+                answers += [{"row": number, "task": calls[number].task, **answer} for answer in answers_of(result)]
         answers.sort(key=lambda answer: answer["row"])
-        return pd.DataFrame(answers, columns=["row", "task", "text", "image_png", "score", "seed", "neighbours"])
-
-    def _text_to_image(self, generator: Generator, rows: list[tuple[int, Any]], settings: RequestSettings) -> list[dict[str, Any]]:
-        drawn = generator.text_to_image([row["prompt"] for _, row in rows], **settings.model_dump())
-        return [
-            {
-                "row": number,
-                "task": "text_to_image",
-                "image_png": png(image),
-                "score": image.score,
-                "seed": image.seed,
-                "neighbours": json.dumps(image.neighbours),
-            }
-            for (number, _), images in zip(rows, drawn, strict=True)
-            for image in images
-        ]
-
-    def _caption(self, generator: Generator, rows: list[tuple[int, Any]], settings: RequestSettings) -> list[dict[str, Any]]:
-        texts = generator.caption([read_image(number, row["image"]) for number, row in rows])
-        return [{"row": number, "task": "caption", "text": text.text} for (number, _), text in zip(rows, texts, strict=True)]
-
-    def _vqa(self, generator: Generator, rows: list[tuple[int, Any]], settings: RequestSettings) -> list[dict[str, Any]]:
-        images = [read_image(number, row["image"]) for number, row in rows]
-        texts = generator.answer(images, [row["question"] for _, row in rows])
-        return [{"row": number, "task": "vqa", "text": text.text} for (number, _), text in zip(rows, texts, strict=True)]
+        return pd.DataFrame(answers, columns=list(OUTPUTS))
 
 
-NEEDED = {"text_to_image": ("prompt",), "caption": ("image",), "vqa": ("image", "question")}
-
-
-def read_rows(model_input: Any) -> list[dict[str, str]]:
-    """The request's rows with their task filled in; every column a task needs is a non-empty string."""
+def records_of(model_input: Any) -> list[Any]:
+    """The request's rows."""
     if isinstance(model_input, pd.DataFrame):
-        records = model_input.to_dict("records")
-    elif isinstance(model_input, Mapping):
-        records = [dict(model_input)]
-    else:
-        records = list(model_input)
-    rows: list[dict[str, str]] = []
-    for number, record in enumerate(records):
-        if not isinstance(record, Mapping):
-            raise ValueError(f"row {number}: expected a mapping with {', '.join(COLUMNS)}, found {type(record).__name__}")
-        if unknown := sorted(map(str, set(record) - set(COLUMNS))):
-            raise ValueError(f"row {number}: unknown column {unknown[0]!r}; known are {', '.join(COLUMNS)}")
-        row = {str(name): value for name, value in record.items() if isinstance(value, str) and value.strip()}
-        task = row.setdefault("task", TASKS[0])
-        if task not in TASKS:
-            raise ValueError(f"row {number}: unknown task {task!r}; known are {', '.join(TASKS)}")
-        if lacking := [name for name in NEEDED[task] if name not in row]:
-            raise ValueError(f"row {number}: task {task} needs {' and '.join(lacking)}, as text that is not empty")
-        rows.append(row)
-    return rows
+        return model_input.to_dict("records")
+    return [dict(model_input)] if isinstance(model_input, Mapping) else list(model_input)
 
 
-def read_image(number: int, value: str) -> Image.Image:
-    """The image of row ``number``: base64, or the path of a file."""
+def call_of(number: int, record: Any, settings: RequestSettings, generator: Generator) -> Call:
+    """The generator's call for row ``number``.
+
+    Raises:
+        ValueError: naming the row and what is wrong with it.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"row {number}: expected a mapping with {', '.join(COLUMNS)}, found {type(record).__name__}")
+    if unknown := sorted(map(str, set(record) - set(COLUMNS))):
+        raise ValueError(f"row {number}: unknown column {unknown[0]!r}; known are {', '.join(COLUMNS)}")
+    row = {str(name): value for name, value in record.items() if isinstance(value, str) and value.strip()}
+    task = row.pop("task", "text_to_image")
+    if task not in REQUESTS:
+        raise ValueError(f"row {number}: unknown task {task!r}; known are {', '.join(REQUESTS)}")
     try:
-        if len(value) < 1024 and Path(value).is_file():
-            image = Image.open(value)
+        fields = {name: json.loads(value) if name in JSON_COLUMNS else value for name, value in row.items()}
+    except ValueError as error:
+        raise ValueError(f"row {number}: {' and '.join(JSON_COLUMNS)} must be JSON ({error})") from None
+    if "image" in fields:
+        fields["image"] = image_of(fields["image"])
+    request = REQUESTS[task]
+    given = settings.model_dump(exclude_none=True)
+    given |= {"n": given["num_images"]} if issubclass(request, Drawing) else {"temperature": given["text_temperature"]}
+    if not issubclass(request, Drawing | Writing):
+        given.pop("temperature", None)
+    used = {name: value for name, value in given.items() if name in request.model_fields}
+    try:
+        return request.model_validate(used | fields).call(generator)
+    except ValidationError as error:
+        raise ValueError(f"row {number}: task {task}: {from_validation(error.errors()).message}") from None  # type: ignore[arg-type]
+    except ApiError as error:
+        raise ValueError(f"row {number}: {error.message}") from None
+
+
+def image_of(value: str) -> str:
+    """The image of a row as base64: it is that already, or the path of a file."""
+    if len(value) < 1024 and Path(value).is_file():
+        return base64.b64encode(Path(value).read_bytes()).decode()
+    return value
+
+
+def answers_of(result: Any) -> Iterator[dict[str, Any]]:
+    """What the generator returned for one row, as rows of the answer."""
+    from cm3leon.generation.results import GeneratedImage, GeneratedText, PairScore
+
+    if isinstance(result, PairScore):
+        yield {"text_log_likelihood": result.text, "image_log_likelihood": result.image}
+        return
+    for part in result if isinstance(result, list) else [result]:
+        if isinstance(part, GeneratedImage):
+            yield {"image_png": png(part), "score": part.score, "seed": part.seed, "neighbours": json.dumps(part.neighbours)}
+        elif isinstance(part, GeneratedText):
+            yield {"text": part.text, "seed": part.seed}
         else:
-            image = Image.open(io.BytesIO(base64.b64decode(value.partition("base64,")[2] or value, validate=True)))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} are taken")
-        return image.convert("RGB")
-    except (OSError, ValueError, binascii.Error) as error:
-        raise ValueError(f"row {number}: image is neither the path of an image nor a base64 PNG or JPEG ({error})") from None
-
-
-def png(generated: Any) -> str:
-    """A drawn image as base64 PNG, with prompt, settings and retrieved documents in its metadata."""
-    stream = io.BytesIO()
-    generated.save(stream)
-    return base64.b64encode(stream.getvalue()).decode()
+            yield {"image_png": png(part)} if isinstance(part, Image.Image) else {"text": part}
 
 
 mlflow.models.set_model(BundleModel())

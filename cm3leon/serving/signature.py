@@ -1,4 +1,4 @@
-"""What the served model takes and gives: its MLflow signature and the settings of a request.
+"""What the served model takes and gives: its MLflow signature and the parameters of a request.
 
 MLflow drops parameters that the signature does not name, with a warning in the server's log, before the model sees them; what it lets
 through is checked here.
@@ -16,21 +16,31 @@ from cm3leon.config import DecodingConfig, Section
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
-COLUMNS = ("task", "prompt", "image", "question")
-TASKS = ("text_to_image", "caption", "vqa")
+COLUMNS = ("task", "prompt", "image", "question", "instruction", "text", "kind", "box", "objects", "document")
+"""Of a request, all text; ``box``, ``objects`` and ``document`` are JSON."""
+JSON_COLUMNS = ("box", "objects", "document")
+
+OUTPUTS = {
+    "row": "long", "task": "string", "text": "string", "image_png": "string", "score": "double", "seed": "long", "neighbours": "string",
+    "text_log_likelihood": "double", "image_log_likelihood": "double",
+}  # fmt: skip
+"""Columns of an answer and MLflow's types of them; the first two are always there."""
 
 
 class RequestSettings(Section):
-    """Parameters of a request. None takes the bundle's decoding default."""
+    """Parameters of a request. None takes the bundle's decoding default; a task ignores those that it has no use for."""
 
-    num_images: int = Field(1, ge=1, le=64, description="images returned for each prompt")
+    num_images: int = Field(1, ge=1, le=16, description="images returned for each prompt")
     seed: int = Field(0, ge=0)
-    temperature: float | None = Field(None, ge=0, description="0: greedy")
+    temperature: float | None = Field(None, ge=0, le=10, description="of drawing; 0: greedy")
     top_p: float | None = Field(None, gt=0, le=1)
-    guidance: float | None = Field(None, ge=0, description="classifier-free guidance scale; 1: none")
+    guidance: float | None = Field(None, ge=0, le=50, description="classifier-free guidance scale; 1: none")
+    image_guidance: float | None = Field(None, ge=0, le=50, description="in editing, towards the image that is edited")
     candidates: int | None = Field(None, ge=1, le=64, description="images drawn for each one returned")
-    likelihood: float | None = Field(None, ge=0, description="weight of the prompt's log-likelihood beside the CLIP score in ranking")
-    documents: int | None = Field(None, ge=0, description="retrieved documents before the prompt")
+    documents: int | None = Field(None, ge=0, le=16, description="retrieved documents before the prompt")
+    text_temperature: float = Field(0.0, ge=0, le=10, description="of writing; 0: the likeliest text")
+    long: bool = Field(False, description="captions at length")
+    segments: int = Field(2, ge=1, le=8, description="texts and images that interleave adds, at most")
 
 
 def request_settings(params: Mapping[str, Any] | None) -> RequestSettings:
@@ -58,15 +68,8 @@ def signature(decoding: DecodingConfig) -> ModelSignature:
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     defaults = RequestSettings().model_dump() | decoding.model_dump(include=set(RequestSettings.model_fields))
+    types = {bool: DataType.boolean, int: DataType.long, float: DataType.double}
     columns = [ColSpec(DataType.string, name, required=False) for name in COLUMNS]
-    params = [ParamSpec(name, DataType.double if isinstance(value, float) else DataType.long, value) for name, value in defaults.items()]
-    outputs = [
-        ColSpec(DataType.long, "row"),
-        ColSpec(DataType.string, "task"),
-        ColSpec(DataType.string, "text", required=False),
-        ColSpec(DataType.string, "image_png", required=False),
-        ColSpec(DataType.double, "score", required=False),
-        ColSpec(DataType.long, "seed", required=False),
-        ColSpec(DataType.string, "neighbours", required=False),
-    ]
+    outputs = [ColSpec(DataType[kind], name, required=name in ("row", "task")) for name, kind in OUTPUTS.items()]
+    params = [ParamSpec(name, types[type(value)], value) for name, value in defaults.items()]
     return ModelSignature(inputs=Schema(columns), outputs=Schema(outputs), params=ParamSchema(params))

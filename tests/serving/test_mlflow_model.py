@@ -15,7 +15,7 @@ from PIL import Image
 
 from cm3leon.bundle import build_bundle
 from cm3leon.config import Config, DecodingConfig
-from cm3leon.serving.signature import RequestSettings, request_settings, signature
+from cm3leon.serving.signature import COLUMNS, RequestSettings, request_settings, signature
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +48,43 @@ def opened(value):
 
 def test_answers_come_in_the_order_of_the_rows_and_say_which_they_answer(predict):
     rows = [
-        {"task": "vqa", "image": picture(), "question": "what colour?"},
+        {"task": "answer", "image": picture(), "question": "what colour?"},
         {"prompt": "a red circle"},
         {"task": "caption", "image": "data:image/png;base64," + picture("blue")},
         {"task": "text_to_image", "prompt": "a ring"},
     ]
     answers = predict(pd.DataFrame(rows), {"num_images": 2, "candidates": 1, "seed": 5})
     assert answers["row"].tolist() == [0, 1, 1, 2, 3, 3]
-    assert answers["task"].tolist() == ["vqa", "text_to_image", "text_to_image", "caption", "text_to_image", "text_to_image"]
+    assert answers["task"].tolist() == ["answer", "text_to_image", "text_to_image", "caption", "text_to_image", "text_to_image"]
     drawn = answers[answers["row"] == 1]
     assert set(drawn["seed"]) == {5, 6}
     assert opened(drawn["image_png"].iloc[0]).size == (32, 32)
     assert json.loads(opened(drawn["image_png"].iloc[0]).text["cm3leon"])["prompt"] == "a red circle"
     assert isinstance(answers["text"].iloc[0], str)
     assert isinstance(answers["text"].iloc[3], str)
+
+
+def test_every_task_is_answered(predict):
+    image, box = picture(), "[4, 4, 24, 20]"
+    asked = {
+        "write": {"text": "hi"},
+        "layout_to_image": {"prompt": "a ring", "objects": '[{"label": "ring", "box": [0, 0, 16, 16]}]'},
+        "condition_to_image": {"prompt": "a ring", "image": image, "kind": "canny edge"},
+        "edit": {"image": image, "instruction": "make it blue"},
+        "infill": {"image": image, "box": box, "prompt": "a ring"},
+        "infill_text": {"text": "a ___ circle", "image": image},
+        "interleave": {"document": '[{"text": "a ring"}]'},
+        "score": {"image": image, "text": "a ring"},
+        "upscale": {"image": image},
+    }
+    answers = predict([{"task": task, **fields} for task, fields in asked.items()], {"candidates": 1, "segments": 1})
+    assert answers["row"].drop_duplicates().tolist() == list(range(len(asked)))
+    by_task = {task: part.iloc[-1] for task, part in answers.groupby("task")}
+    for task in ("write", "layout_to_image", "condition_to_image", "edit", "infill", "interleave"):
+        assert opened(by_task[task]["image_png"]).size == (32, 32), task
+    assert opened(by_task["upscale"]["image_png"]).size == (80, 60)
+    assert by_task["infill_text"]["text"].startswith("a ")
+    assert by_task["score"]["text_log_likelihood"] < 0 and by_task["score"]["image_log_likelihood"] < 0
 
 
 def test_the_same_request_gives_the_same_answer_and_documents_are_named(predict):
@@ -91,11 +114,14 @@ def test_wrong_parameters_are_named(predict, params, complaint):
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ({"prompt": " "}, "row 1: task text_to_image needs prompt"),
+        ({"prompt": " "}, "row 1: task text_to_image: prompt: Field required"),
         ({"task": "paint", "prompt": "x"}, "row 1: unknown task 'paint'"),
-        ({"task": "vqa", "image": "x"}, "row 1: task vqa needs question"),
-        ({"task": "caption", "image": "no image"}, "row 1: image is neither"),
-        ({"task": "caption", "image": base64.b64encode(b"no image").decode()}, "row 1: image is neither"),
+        ({"task": "answer", "image": picture()}, "row 1: task answer: question: Field required"),
+        ({"task": "caption", "image": "no image"}, "row 1: image: not base64"),
+        ({"task": "caption", "image": base64.b64encode(b"no image").decode()}, "row 1: image: unreadable"),
+        ({"task": "caption", "image": picture(), "prompt": "x"}, "row 1: task caption: prompt: unknown field"),
+        ({"task": "infill", "image": picture(), "box": "1, 2", "prompt": "x"}, "row 1: box and objects and document must be JSON"),
+        ({"task": "infill", "image": picture(), "box": "[1, 2]", "prompt": "x"}, "row 1: task infill: box"),
         ({"promt": "x"}, "row 1: unknown column 'promt'"),
     ],
 )
@@ -111,7 +137,7 @@ def test_an_image_may_be_a_path(predict, tmp_path):
 
 def test_the_signature_states_all_columns_and_the_bundles_defaults():
     stated = signature(DecodingConfig(guidance=4.0))
-    assert [c.name for c in stated.inputs.inputs] == ["task", "prompt", "image", "question"]
+    assert [c.name for c in stated.inputs.inputs] == list(COLUMNS)
     defaults = {p.name: p.default for p in stated.params.params}
     assert set(defaults) == set(RequestSettings.model_fields)
     assert defaults["guidance"] == 4.0

@@ -1,0 +1,92 @@
+"""What stands before the application: limits on bodies, names of this host, security headers, and the count of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cm3leon.serving.errors import ApiError
+from cm3leon.serving.metrics import Metrics
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = [
+    (b"cache-control", b"no-cache"),
+    (b"content-security-policy", POLICY.encode()),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+]
+
+
+class Guard:
+    """An ASGI application around another.
+
+    Args:
+        tasks: path -> task, of the requests that are counted.
+        max_body: bytes.
+        hosts: names under which this server may be asked for, so that a page of another site that is made to resolve to this address gets
+            nothing; None: any.
+    """
+
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, tasks: Mapping[str, str], max_body: int, hosts: Collection[str] | None = None
+    ) -> None:
+        self.app, self.metrics, self.tasks, self.max_body, self.hosts = app, metrics, tasks, max_body, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *HEADERS]
+                if scope["path"] in self.tasks:
+                    self.metrics.requests.labels(self.tasks[scope["path"]], message["status"]).inc()
+            await send(message)
+
+        try:
+            self.check_host(Headers(scope=scope).get("host", ""))
+            body = await self.read_body(Headers(scope=scope), receive)
+        except ApiError as error:
+            return await error.response()(scope, receive, send_on)
+        if body is None:
+            return None
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive_on() -> Message:
+            return unread.pop() if unread else await receive()
+
+        await self.app(scope, receive_on, send_on)
+
+    def check_host(self, host: str) -> None:
+        """Raises :class:`ApiError` for the name of another host."""
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        if self.hosts is not None and name.strip("[]").lower() not in self.hosts:
+            raise ApiError(421, f"this server is not {name or 'without a name'}; ask for {' or '.join(self.hosts)}", code="host")
+
+    async def read_body(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The body, or None if the client left.
+
+        Raises:
+            ApiError: 413 as soon as it is known to be too large.
+        """
+        too_large = ApiError(413, f"the body is larger than {self.max_body} bytes; send smaller images", code="body_too_large")
+        told = headers.get("content-length", "0")
+        if told.isdigit() and int(told) > self.max_body:
+            raise too_large
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self.max_body:
+                raise too_large
+            if not message.get("more_body", False):
+                return bytes(body)

@@ -1,0 +1,110 @@
+"""``cm3leon serve``: one process that loads a model and answers over HTTP until it is told to stop.
+
+At SIGTERM or Ctrl-C new requests get 503, those that wait are answered within a limit, and the process ends with status 0; at a second
+signal it ends at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from cm3leon.generation.generator import Generator
+from cm3leon.serving.app import LOOPBACK, create_app
+from cm3leon.serving.batching import State, Worker
+from cm3leon.serving.metrics import Metrics
+
+OPTIONS: dict[str, Any] = {
+    "ws": "none", "lifespan": "off", "access_log": False, "server_header": False, "timeout_graceful_shutdown": 10
+}  # fmt: skip
+"""Of uvicorn."""
+
+WARNING = "warning: --host {host}: whoever reaches this address can use the model; there is no authentication and no encryption"
+
+
+class Server(uvicorn.Server):
+    """A server that finishes what waits before it stops."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker, drain_seconds: float) -> None:
+        super().__init__(config)
+        self.worker, self.drain_seconds = worker, drain_seconds
+        self.signals = 0
+        self._deadline = float("inf")
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then load the model."""
+        await super().startup(sockets)
+        self.worker.start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Note a signal; :meth:`on_tick` acts on it."""
+        self.signals += 1
+        self.force_exit = self.signals > 1
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop, asked ten times a second."""
+        if self.signals and self.worker.state is not State.STOPPING:
+            self.worker.close()
+            self._deadline = time.monotonic() + self.drain_seconds
+        stopping = self.worker.state is State.STOPPING
+        late = self.force_exit or time.monotonic() > self._deadline
+        if stopping and late:
+            self.worker.abandon()
+        return await super().on_tick(counter) or self.worker.failure is not None or (stopping and (late or self.worker.idle))
+
+
+def load(model: str) -> Generator:
+    """The generator of a registered model or a bundle directory.
+
+    Raises:
+        LookupError: if the registry has no such model.
+        FileNotFoundError: if there is no such bundle.
+    """
+    return Generator.from_registry(model) if model.startswith("models:/") else Generator.from_bundle(model)
+
+
+def name_of(model: str) -> str:
+    """The id under which a model is served: ``cm3leon@champion`` of a registered one, the directory's name of a bundle."""
+    return model.removeprefix("models:/") if model.startswith("models:/") else Path(model).resolve().name
+
+
+def run(
+    model: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    name: str | None = None,
+    capacity: int = 64,
+    drain_seconds: float = 60.0,
+) -> None:
+    """Serve a model until a signal.
+
+    Args:
+        model: a registered model (``models:/NAME@ALIAS``) or a bundle directory.
+        name: the id under which it is served; None: :func:`name_of` it.
+        capacity: requests that may wait; more are answered 429.
+        drain_seconds: how long what waits is still answered after a signal.
+
+    Raises:
+        LookupError, FileNotFoundError: if there is no such model.
+    """
+    local = host in LOOPBACK
+    if not local:
+        print(WARNING.format(host=host), file=sys.stderr, flush=True)
+    worker = Worker(lambda: load(model), Metrics(), capacity=capacity)
+    app = create_app(worker, name or name_of(model), LOOPBACK if local else None)
+    Server(uvicorn.Config(app, host, port, **OPTIONS), worker, drain_seconds).run()
+    if worker.failure is not None:
+        raise worker.failure
+    if not worker.join(seconds=1):
+        # The thread is still in the model. To end the interpreter under it can crash the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
