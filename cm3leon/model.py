@@ -61,11 +61,12 @@ FEW_ROWS, LARGE_WEIGHT = 48, 1 << 19
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``.
 
-    A few rows and a large matrix on a CPU, as in decoding, are multiplied from the other side: MKL does that a third faster.
+    A few rows and a large matrix on a CPU, as in decoding, are multiplied from the other side: MKL does that a third faster. The result
+    then lies in memory as its transpose, as the next product wants it.
     """
     few = x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1] and weight.numel() >= LARGE_WEIGHT
     if few and not torch.is_grad_enabled():
-        return torch.mm(weight, x.flatten(0, -2).T).T.contiguous().view(*x.shape[:-1], len(weight))
+        return torch.mm(weight, x.flatten(0, -2).T).T.reshape(*x.shape[:-1], len(weight))
     return F.linear(x, weight)
 
 
@@ -88,7 +89,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         batch, length, width = x_BTD.shape
-        q, k, v = (y.view(batch, length, self.heads, -1).transpose(1, 2) for y in self.qkv(x_BTD).split(width, -1))
+        q, k, v = (y.view(batch, length, self.heads, -1).transpose(1, 2) for y in self.qkv(x_BTD).contiguous().split(width, -1))
         if self.qk_norm:
             q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         if cache is not None:

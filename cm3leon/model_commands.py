@@ -385,4 +385,4 @@ def serve(
     """Answer over HTTP: OpenAI's images endpoint, one for each task, and a page at /; until Ctrl-C."""
     from cm3leon.serving.server import run
 
-    run(str(find_model(model)), host, port)
+    run(str(find_model(model)), host, port, name=model.removeprefix("models:/") if model.startswith("models:/") else None)

@@ -40,7 +40,7 @@ class Gap:
 def draw(
     parts: Parts, task: str, drawings: Sequence[Drawing], num_images: int, seed: int, settings: DecodingConfig, gap: Gap | None = None
 ) -> list[list[GeneratedImage]]:
-    """The ``num_images`` best of ``num_images * candidates`` for each drawing; candidate ``n`` has the seed ``seed + n``.
+    """The ``num_images`` best of ``num_images * candidates`` for each drawing, best first; candidate ``n`` has the seed ``seed + n``.
 
     Raises:
         BadInputError: if there is no number of images, or nothing to rank candidates with.
@@ -65,7 +65,7 @@ def draw(
                 GeneratedImage(next(pictures), asked.prompt, own_seed, found, None, asked.neighbours, used, task)
                 for own_seed, found in zip(own_seeds, own_codes, strict=True)
             ]
-    if draws > num_images and parts.encoder is not None:
+    if parts.encoder is not None:
         drawn = rank(drawn, parts.encoder, parts.model, parts.text_tokenizer, settings.likelihood)
     return [images[:num_images] for images in drawn]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from starlette.responses import JSONResponse
+if TYPE_CHECKING:
+    from starlette.responses import JSONResponse
 
 CLIENT_GONE = 499
 """Status counted, and sent to nobody, where the client left before its answer."""
@@ -27,6 +28,8 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """What the client gets."""
+        from starlette.responses import JSONResponse  # a registered model knows these errors where no server is installed
+
         body = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         headers = {"Retry-After": str(self.retry_after)} if self.retry_after is not None else None
         return JSONResponse({"error": body}, self.status, headers)

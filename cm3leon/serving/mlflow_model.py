@@ -23,7 +23,7 @@ import pandas as pd
 from PIL import Image
 from pydantic import ValidationError
 
-from cm3leon.serving.batching import Call, perform
+from cm3leon.serving.calls import Call, perform
 from cm3leon.serving.errors import ApiError, from_validation
 from cm3leon.serving.requests import TASKS, TextToImage
 from cm3leon.serving.responses import png

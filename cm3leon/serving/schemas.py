@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from cm3leon.data.images import ImageError, decode
 from cm3leon.generation.generator import Generator
-from cm3leon.serving.batching import Call
+from cm3leon.serving.calls import Call
 from cm3leon.serving.errors import ApiError
 
 MAX_BODY = 32 * 2**20
