@@ -89,3 +89,18 @@ def test_save_and_load_give_the_same_model(tmp_path):
 def test_load_says_where_nothing_is(tmp_path):
     with pytest.raises(FileNotFoundError, match="no decoder here"):
         Decoder.load(tmp_path)
+
+
+def test_eight_bit_matrices_are_a_quarter_as_large_and_almost_the_same():
+    model, tokens = make(), draw(3, 20)
+    expected = model(*tokens)
+    before = sum(p.nbytes for p in model.blocks.parameters())
+    model.quantize()
+    assert not list(model.blocks.parameters())
+    assert sum(b.nbytes for b in model.blocks.buffers()) < before / 4 * 1.2  # with the scales, which are much beside a width of 32
+    found = model(*tokens)
+    assert (found - expected).norm() / expected.norm() < 0.02
+    weight = make().blocks[0].up.weight
+    step = weight.abs().amax(1, keepdim=True) / 127
+    held = model.blocks[0].up
+    assert ((held.weight * held.scale[:, None] - weight).abs() <= step / 2 + 1e-7).all()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ UNTOLD = frozenset([*TASKS, "edit", "layout_to_image", "condition_to_image"])
 """What a model may be asked that does not say what it was trained for."""
 
 
+Precision = Literal["float32", "bfloat16", "int8"]
+
+
 class BadInputError(ValueError):
     """What was asked cannot be done; the message says what to change."""
 
@@ -59,6 +62,22 @@ class Training:
             return None
         found = json.loads((directory / TRAINING).read_text())
         return cls(frozenset(found["tasks"]), found["masked_prompts"])
+
+
+def load_decoder(directory: Path, device: str, precision: Precision | None) -> Decoder:
+    """A decoder to generate with.
+
+    Args:
+        precision: ``int8`` holds the blocks' matrices as 8-bit integers, and the rest in bfloat16 on a GPU, float32 on a CPU; by default
+            bfloat16 on a GPU and float32 on a CPU.
+    """
+    model = Decoder.load(directory, device)
+    on_gpu = model.device.type != "cpu"
+    if precision == "bfloat16" or (on_gpu and precision != "float32"):
+        model = model.bfloat16()
+    if precision == "int8":
+        model.quantize()
+    return model
 
 
 def image_of(pixels: torch.Tensor) -> list[Image.Image]:
@@ -98,12 +117,16 @@ class Parts:
         super_resolution: Path | None = None,
         retrieval: RetrieveConfig | None = None,
         device: str | None = None,
+        precision: Precision | None = None,
     ) -> Self:
         """Load from the directories of the stages.
 
         Without ``encoder`` there is no reranking; without it, ``memory_bank`` or ``tokens`` no retrieval; without ``super_resolution`` no
         upscaling. ``retrieval`` has the rules by which neighbours are taken; None: the package's. A decoder's directory may say what it
         was trained for (``training.json``); of one that does not, every task and guidance may be asked.
+
+        Args:
+            precision: see :func:`load_decoder`.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded_encoder, memory, upscaler = None, None, None
@@ -120,7 +143,7 @@ class Parts:
 
             upscaler = SuperResolution.load(super_resolution).to(device)
         return cls(
-            Decoder.load(model, device),
+            load_decoder(model, device, precision),
             ImageTokenizer.load(image_tokenizer, device),
             TextTokenizer.load(text_tokenizer),
             decoding,
@@ -131,8 +154,8 @@ class Parts:
         )
 
     @classmethod
-    def from_bundle(cls, path: str | Path, device: str | None = None) -> Self:
-        """Load a bundle directory.
+    def from_bundle(cls, path: str | Path, device: str | None = None, precision: Precision | None = None) -> Self:
+        """Load a bundle directory; ``precision``: see :func:`load_decoder`.
 
         Raises:
             FileNotFoundError: if it is not one.
@@ -152,6 +175,7 @@ class Parts:
             super_resolution=upscaler if upscaler.is_dir() else None,
             retrieval=RetrieveConfig.model_validate_json(retrieval.read_text()) if retrieval.is_file() else None,
             device=device,
+            precision=precision,
         )
 
     @classmethod

@@ -241,6 +241,19 @@ def test_what_a_model_was_not_trained_for_is_refused(generator):
     assert plain.text_to_image(["x"], guidance=1.0, candidates=1) and plain.caption([PICTURE])
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_other_precisions_find_almost_the_same_likelihoods(generator, tiny_models, precision):
+    parts = {"model": paths.FINETUNED, "image_tokenizer": paths.IMAGE_TOKENIZER, "text_tokenizer": paths.TEXT_TOKENIZER}
+    other = Generator.from_parts(
+        **{name: tiny_models / path for name, path in parts.items()}, decoding=DecodingConfig(candidates=1), precision=precision
+    )
+    [expected], [found] = (g.score([PICTURE], PROMPTS[:1]) for g in (generator, other))
+    assert (found.text, found.image) == pytest.approx((expected.text, expected.image), rel=0.02)
+    [[image]] = other.text_to_image(PROMPTS[:1], guidance=2.0)
+    assert image.codes.min() >= 0 and image.codes.max() < 16 and image.image.size == (32, 32)
+    assert other.caption([PICTURE])[0].tokens is not None
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
