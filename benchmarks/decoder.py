@@ -26,11 +26,11 @@ from cm3leon.data.manifest import read_manifest
 from cm3leon.data.tokens import TokenStore
 from cm3leon.evaluation import composition
 from cm3leon.generation.engine import generate_images
+from cm3leon.generation.prompts import image_prompt
 from cm3leon.generation.sampling import Sampler
 from cm3leon.model import Decoder
 from cm3leon.profiles import PARAMS, changed_config
 from cm3leon.stages.pretrain import build_decoder, training_samples
-from cm3leon.tasks import image_prompt
 from cm3leon.tokenizers.image import ImageTokenizer
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.training.trainer import fit, setup, validate

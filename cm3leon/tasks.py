@@ -7,15 +7,15 @@ each with a mask of its own; at inference there is one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cm3leon.documents import Prompt, Tokens, Vocabulary, build_body
-from cm3leon.objective import apply_spans
+from cm3leon.documents import Tokens, Vocabulary
 from cm3leon.tokenizers.text import TextTokenizer
 
 ANSWER = "{answer}"
@@ -109,46 +109,6 @@ def lay_out(
     return [("text", np.concatenate(pieces)), ("image", vocabulary.image(codes))], answers
 
 
-def answer_prompt(template: str, values: Mapping[str, str], codes: np.ndarray, vocabulary: Vocabulary, tokenizer: TextTokenizer) -> Prompt:
-    """The prompt whose continuation, up to ``<eoss>``, is the answer."""
-    before, _, after = split_template(template, values)
-    mask = vocabulary.sentinel(0)
-    text = np.concatenate([vocabulary.text(tokenizer.encode(before)), [mask], vocabulary.text(tokenizer.encode(after))])
-    return build_body([[("text", text), ("image", vocabulary.image(codes))]]).prompt().followed_by(mask)
-
-
-def blanks_prompt(parts: Sequence[Tokens], codes: np.ndarray | None, vocabulary: Vocabulary) -> Prompt:
-    """A text between whose ``parts`` is something to be infilled, an image behind it if there is one; ends with the first blank's mask."""
-    text = np.concatenate([parts[0], *([vocabulary.sentinel(number), *part] for number, part in enumerate(parts[1:]))]).astype(np.int64)
-    image = [] if codes is None else [("image", vocabulary.image(codes))]
-    return build_body([[("text", text), *image]]).prompt().followed_by(vocabulary.sentinel(0))
-
-
-def image_prompt(
-    query: Sequence[Segment], retrieved: Sequence[Sequence[Segment]], vocabulary: Vocabulary, masked: AbstractSet[int] = frozenset()
-) -> Prompt:
-    """The prompt whose continuation is an image: retrieved documents, the query's segments, ``<break>``.
-
-    Args:
-        masked: which of the query's segments only their mask stands for; that of all is the unconditional stream of guidance.
-    """
-    segments, masks = [], 0
-    for number, (modality, ids) in enumerate(query):
-        if number in masked:
-            modality, ids, masks = "text", np.array([vocabulary.sentinel(masks)]), masks + 1
-        segments.append((modality, ids))
-    return build_body([*retrieved, [*segments, ("image", np.zeros(0, dtype=np.int64))]]).prompt()
-
-
-def infill_prompt(text: Tokens, codes: np.ndarray, span: tuple[int, int], vocabulary: Vocabulary) -> Prompt:
-    """The prompt whose continuation are the image's codes in ``span``, up to ``<eoss>``: as the objective masks them."""
-    body = build_body([[("text", text), ("image", vocabulary.image(codes))]])
-    start = body.segments[-1].start
-    masked = apply_spans(body, [(start + span[0], start + span[1])], vocabulary)
-    end = len(masked.tokens) - 2 - (span[1] - span[0])  # behind the mask in the tail; its span, <eoss> and <eos> follow
-    return Prompt(masked.tokens[:end], masked.places[:end])
-
-
 EDIT = "Edit first image following the instruction"
 CONDITIONS = ("canny edge", "segmentation map", "hed", "openpose", "depth", "3D norm", "children's scribbles", "M-LSD lines")
 """What an image can be made from (paper, Table 5)."""
@@ -169,3 +129,27 @@ def layout_text(caption: str, objects: Sequence[tuple[str, Box]], size: int) -> 
 def condition_text(kind: str) -> str:
     """The text before a condition image."""
     return f"Make high quality image from {kind} features"
+
+
+TRAINING = "training.json"
+"""File beside a decoder that says what it was trained for."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a model was trained for: tasks of instruction tuning, and whether it knows masked prompts, which guidance needs."""
+
+    tasks: frozenset[str]
+    masked_prompts: bool
+
+    def write(self, directory: Path) -> None:
+        """Write ``training.json`` beside a decoder."""
+        (directory / TRAINING).write_text(json.dumps({"tasks": sorted(self.tasks), "masked_prompts": self.masked_prompts}) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> Training | None:
+        """What :meth:`write` wrote, if it is there."""
+        if not (directory / TRAINING).is_file():
+            return None
+        found = json.loads((directory / TRAINING).read_text())
+        return cls(frozenset(found["tasks"]), found["masked_prompts"])

@@ -12,8 +12,9 @@ from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.task_samples import TaskSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.documents import EOS, EOSS, Vocabulary, check_grammar, split_tail
+from cm3leon.generation.prompts import answer_prompt, image_prompt
 from cm3leon.stages.text_tokenizer import texts
-from cm3leon.tasks import TASKS, answer_prompt, available, image_prompt, split_template
+from cm3leon.tasks import TASKS, available, split_template
 from cm3leon.tokenizers.text import TextTokenizer
 
 TOKENIZER = TextTokenizer.train(["Question: What color is the circle? Answer: red."] * 3, 300)

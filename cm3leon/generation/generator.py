@@ -19,23 +19,12 @@ from cm3leon.documents import BREAK, EOS, EOSS, Prompt, build_body
 from cm3leon.generation.drawing import ROWS, Drawing, Gap, draw
 from cm3leon.generation.engine import PromptTooLongError, generate_images, generate_texts, log_likelihoods
 from cm3leon.generation.parts import BadInputError, Parts
+from cm3leon.generation.prompts import answer_prompt, blanks_prompt, image_prompt, infill_prompt
 from cm3leon.generation.rerank import caption_log_likelihoods
 from cm3leon.generation.results import GeneratedImage, GeneratedText, Neighbour, PairScore
 from cm3leon.generation.sampling import Sampler
 from cm3leon.progress import track
-from cm3leon.tasks import (
-    CONDITIONS,
-    EDIT,
-    TASKS,
-    Box,
-    Segment,
-    answer_prompt,
-    blanks_prompt,
-    condition_text,
-    image_prompt,
-    infill_prompt,
-    layout_text,
-)  # fmt: skip
+from cm3leon.tasks import CONDITIONS, EDIT, TASKS, Box, Segment, condition_text, layout_text
 
 BLANK = "___"
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -17,9 +15,10 @@ from cm3leon.data.images import fit_square
 from cm3leon.data.tokens import TokenStore
 from cm3leon.documents import Tokens
 from cm3leon.generation.memory import Memory
+from cm3leon.generation.prompts import answer_prompt, image_prompt
 from cm3leon.generation.results import Neighbour
 from cm3leon.model import Decoder
-from cm3leon.tasks import TASKS, answer_prompt, image_prompt
+from cm3leon.tasks import TASKS, Training
 from cm3leon.tokenizers.image import ImageTokenizer, to_float
 from cm3leon.tokenizers.text import TextTokenizer
 
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 PICTURES = 64
 """Images encoded or decoded together."""
 
-TRAINING = "training.json"
-"""File of a bundle that says what it was trained for."""
-
 UNTOLD = frozenset([*TASKS, "edit", "layout_to_image", "condition_to_image"])
 """What a model may be asked that does not say what it was trained for."""
 
@@ -42,26 +38,6 @@ Precision = Literal["float32", "bfloat16", "int8"]
 
 class BadInputError(ValueError):
     """What was asked cannot be done; the message says what to change."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a model was trained for: tasks of instruction tuning, and whether it knows masked prompts, which guidance needs."""
-
-    tasks: frozenset[str]
-    masked_prompts: bool
-
-    def write(self, directory: Path) -> None:
-        """Write ``training.json`` beside a decoder."""
-        (directory / TRAINING).write_text(json.dumps({"tasks": sorted(self.tasks), "masked_prompts": self.masked_prompts}) + "\n")
-
-    @classmethod
-    def read(cls, directory: Path) -> Training | None:
-        """What :meth:`write` wrote, if it is there."""
-        if not (directory / TRAINING).is_file():
-            return None
-        found = json.loads((directory / TRAINING).read_text())
-        return cls(frozenset(found["tasks"]), found["masked_prompts"])
 
 
 def load_decoder(directory: Path, device: str, precision: Precision | None) -> Decoder:

@@ -9,9 +9,10 @@ import numpy as np
 
 from cm3leon.documents import EOSS, Prompt
 from cm3leon.generation.engine import log_likelihoods
+from cm3leon.generation.prompts import answer_prompt
 from cm3leon.generation.results import GeneratedImage
 from cm3leon.model import Decoder
-from cm3leon.tasks import TASKS, answer_prompt
+from cm3leon.tasks import TASKS
 from cm3leon.tokenizers.text import TextTokenizer
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from cm3leon import paths
 from cm3leon.config import DecodingConfig
 from cm3leon.data.tokens import TokenStore
 from cm3leon.generation.engine import generate_images
+from cm3leon.generation.prompts import image_prompt
 from cm3leon.generation.sampling import Sampler
 from cm3leon.model import Decoder
 from cm3leon.stages.common import save_captioned
-from cm3leon.tasks import image_prompt
 from cm3leon.tokenizers.image import ImageTokenizer
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.tracking import Run

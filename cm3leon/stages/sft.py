@@ -8,10 +8,10 @@ from cm3leon.data.manifest import read_manifest
 from cm3leon.data.sequences import PretrainingSamples, read_neighbours
 from cm3leon.data.task_samples import TaskSamples
 from cm3leon.data.tokens import TokenStore
-from cm3leon.generation.parts import Training
 from cm3leon.model import Decoder
 from cm3leon.stages.samples import sample_sheets
 from cm3leon.stages.training import fingerprint, first_batches, stream_of, train
+from cm3leon.tasks import Training
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.training.distributed import world
 

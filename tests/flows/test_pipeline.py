@@ -175,6 +175,8 @@ def test_whole_project_with_profile_tiny(tmp_path: Path, prefect_server: str) ->
     assert (tmp_path / "models/evaluation/samples.png").is_file()
     run = json.loads((tmp_path / "models/runs/evaluate/mlflow_run.json").read_text())
     assert run["run_id"]
+    trained = json.loads((tmp_path / "models/finetuned/training.json").read_text())
+    assert {"text_to_image", "caption", "vqa"} <= set(trained["tasks"]) and trained["masked_prompts"]
     outputs = hashes(tmp_path)
 
     second = flow()

@@ -13,10 +13,10 @@ from cm3leon.config import DecodingConfig, RetrieveConfig
 from cm3leon.generation.engine import PromptTooLongError
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.memory import Memory
-from cm3leon.generation.parts import BadInputError, Training
+from cm3leon.generation.parts import BadInputError
 from cm3leon.generation.rerank import caption_log_likelihoods
 from cm3leon.generation.results import GeneratedText
-from cm3leon.tasks import CONDITIONS
+from cm3leon.tasks import CONDITIONS, Training
 
 PROMPTS = ["a red circle", "two green crosses and a blue square on white"]
 PICTURE = Image.new("RGB", (32, 32), "red")
