@@ -337,18 +337,20 @@ def interleave(
     model: Model = CHAMPION,
 ) -> None:
     """Continue a document of texts and images, in turn."""
+    from cm3leon.generation.results import GeneratedImage
+
     check_out(out)
     document = [open_image(Path(part)) if Path(part).is_file() else part for part in parts]
     [whole] = load_generator(model).interleave([document], segments, seed=seed, **settings_of(settings))
     drawn = 0
     for part in whole[len(parts) :]:
-        if isinstance(part, str):
+        if not isinstance(part, GeneratedImage):
             print(part)
             continue
         drawn += 1
         file = out if drawn == 1 else out.with_name(f"{out.stem}-{drawn}{out.suffix}")
         part.save(file)
-        print(file)
+        print(f"{file}: seed {part.seed}")
 
 
 @command("score")

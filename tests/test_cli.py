@@ -217,7 +217,7 @@ def test_every_drawing_command_writes_what_it_is_named_after(name: str, generato
 def test_documents_texts_and_scores(generator: Recorder) -> None:
     Image.new("RGB", (40, 30), "red").save("a.png")
     status, out, _ = call("interleave", "a red circle", "--segments", "1")
-    assert (status, out) == (0, "out.png\n") and Image.open("out.png").size == (32, 32)
+    assert (status, out) == (0, "out.png: seed 0\n") and Image.open("out.png").size == (32, 32)
     assert call("infill_text", "a ___ circle", "--image", "a.png")[1].startswith("a ")
     _, out, _ = call("score", "a.png", "a ring", "a red circle")
     assert re.fullmatch(r"(a ring|a red circle): text given image -\d+\.\d{3}, image given text -\d+\.\d{3}", out.splitlines()[1])

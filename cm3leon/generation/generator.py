@@ -21,7 +21,7 @@ from cm3leon.generation.engine import PromptTooLongError, generate_images, gener
 from cm3leon.generation.parts import BadInputError, Parts
 from cm3leon.generation.prompts import answer_prompt, blanks_prompt, image_prompt, infill_prompt
 from cm3leon.generation.rerank import caption_log_likelihoods
-from cm3leon.generation.results import GeneratedImage, GeneratedText, Neighbour, PairScore
+from cm3leon.generation.results import GeneratedImage, GeneratedText, Neighbour, PairScore, Part
 from cm3leon.generation.sampling import Sampler
 from cm3leon.progress import track
 from cm3leon.tasks import CONDITIONS, EDIT, TASKS, Box, Segment, condition_text, layout_text
@@ -332,10 +332,10 @@ class Generator(Parts):
 
     def interleave(
         self, documents: Sequence[Sequence[str | Image.Image]], segments: int = 2, *, seed: int = 0, **settings: Any
-    ) -> list[list[str | Image.Image]]:
+    ) -> list[list[Part]]:
         """Continue documents of texts and images by up to ``segments`` more, in turn: after a text an image, after an image a text.
 
-        A document ends early where the model ends it. Each is returned whole.
+        A document ends early where the model ends it. Each is returned whole: what was given as it was, what is new as results.
 
         Raises:
             BadInputError: for an empty document or text.
@@ -344,13 +344,14 @@ class Generator(Parts):
         used = self.settings(settings | {"guidance": 1.0, "contrastive": 0.0, "candidates": 1})
         return [self._continued(document, segments, seed, used) for document in documents]
 
-    def _continued(self, document: Sequence[str | Image.Image], segments: int, seed: int, used: DecodingConfig) -> list[str | Image.Image]:
-        vocabulary, whole = self.model.vocabulary, list(document)
-        if not whole:
+    def _continued(self, document: Sequence[str | Image.Image], segments: int, seed: int, used: DecodingConfig) -> list[Part]:
+        if not document:
             raise BadInputError("a document to continue needs at least one text or image")
-        self.check_filled("text", [part for part in whole if isinstance(part, str)])
+        self.check_filled("text", [part for part in document if isinstance(part, str)])
+        vocabulary, settings = self.model.vocabulary, used.model_dump()
+        whole: list[Part] = list(document)
         body: list[Segment] = []
-        for part in whole:
+        for part in document:
             ids = self.ids(part) if isinstance(part, str) else vocabulary.image(self.encode([part])[0])
             body.append(("text" if isinstance(part, str) else "image", ids))
         for number in range(segments):
@@ -358,7 +359,9 @@ class Generator(Parts):
             if body[-1][0] == "text":
                 codes = generate_images(self.model, [[prompt]], [[seed + number]], Sampler(used))[0, 0]
                 body.append(("image", vocabulary.image(codes)))
-                whole += self.decode(codes[None])
+                before = self.text_tokenizer.decode((body[-2][1] - vocabulary.text_start).tolist())
+                [image] = self.decode(codes[None])
+                whole.append(GeneratedImage(image, before, seed + number, codes, settings=settings, task="interleave"))
                 continue
             if len(prompt) >= self.model.spec.context:
                 raise PromptTooLongError(
@@ -367,7 +370,7 @@ class Generator(Parts):
             [(text, end)] = self._continue([prompt], seed + number, used, (BREAK, EOS))
             if text:
                 body.append(("text", vocabulary.text(text)))
-                whole.append(self.text_tokenizer.decode(text).strip())
+                whole.append(GeneratedText(self.text_tokenizer.decode(text).strip(), seed + number, text, settings, "interleave"))
             if end == EOS or not text:
                 break
         return whole

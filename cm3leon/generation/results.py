@@ -57,6 +57,10 @@ class GeneratedText:
         return self.text
 
 
+Part = str | Image.Image | GeneratedText | GeneratedImage
+"""A part of a document of texts and images: given, or generated."""
+
+
 @dataclass(frozen=True)
 class PairScore:
     """How likely a model finds an image and a text together, nats: the ``text`` given the image, and the ``image`` given the text."""

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from cm3leon.generation.generator import Generator
-from cm3leon.generation.results import GeneratedImage, GeneratedText, PairScore
+from cm3leon.generation.results import GeneratedImage, GeneratedText, PairScore, Part
 from cm3leon.serving.schemas import MAX_DRAWN, MAX_IMAGE_BYTES, MAX_IMAGES, MAX_PIXELS, sizes
 
 
@@ -41,7 +41,13 @@ def body(result: Any) -> dict[str, Any]:
         return {"created": int(time.time()), "data": [{"b64_json": png(result)}]}
     if all(isinstance(part, GeneratedImage) for part in result):
         return {"created": int(time.time()), "data": [drawn(image) for image in result]}
-    return {"document": [{"text": part} if isinstance(part, str) else {"image": png(part)} for part in result]}
+    return {"document": [part_of_document(part) for part in result]}
+
+
+def part_of_document(part: Part) -> dict[str, Any]:
+    """A part as a request would give it; of what was generated its seed too."""
+    seed = {"seed": part.seed} if isinstance(part, GeneratedText | GeneratedImage) else {}
+    return {"text": str(part), **seed} if isinstance(part, str | GeneratedText) else {"image": png(part), **seed}
 
 
 NEEDED = {

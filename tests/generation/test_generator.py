@@ -198,8 +198,9 @@ def test_blanks_are_filled_and_the_rest_of_the_text_kept(generator):
 
 def test_documents_are_continued_in_turn(generator):
     [one, other] = generator.interleave([["a red circle"], ["a red circle", PICTURE]], segments=2, seed=1)
-    assert one[0] == "a red circle" and isinstance(one[1], Image.Image) and one[1].size == (32, 32)
-    assert other[:2] == ["a red circle", PICTURE] and all(isinstance(part, str) for part in other[2:3])
+    assert one[0] == "a red circle" and one[1].image.size == (32, 32)
+    assert (one[1].prompt, one[1].seed, one[1].task) == ("a red circle", 1, "interleave")
+    assert other[:2] == ["a red circle", PICTURE] and all(isinstance(part, GeneratedText) and part.seed == 1 for part in other[2:3])
     assert len(one) <= 3 and len(other) <= 4
 
 

@@ -104,8 +104,11 @@ def test_documents_scores_and_enlarged_images_are_the_generators(server, generat
     body = {"document": [{"text": "a red circle"}, {"image": PICTURE}], "segments": 2, "seed": 2}
     found = server.client.post("/v1/tasks/interleave", json=body).json()["document"]
     [expected] = generator.interleave([["a red circle", RED]], 2, seed=2)
-    assert [part.get("text") for part in found] == [part if isinstance(part, str) else None for part in expected]
-    assert all(same(opened(part["image"]), image) for part, image in zip(found, expected, strict=True) if "image" in part)
+    assert [part.get("text") for part in found] == [getattr(part, "text", part if isinstance(part, str) else None) for part in expected]
+    assert [part.get("seed") for part in found] == [getattr(part, "seed", None) for part in expected]
+    assert all(
+        same(opened(part["image"]), getattr(image, "image", image)) for part, image in zip(found, expected, strict=True) if "image" in part
+    )
     [score] = generator.score([RED], ["a ring"])
     found = server.client.post("/v1/tasks/score", json={"image": PICTURE, "text": "a ring"}).json()
     assert found == {"text": pytest.approx(score.text, rel=1e-4), "image": pytest.approx(score.image, rel=1e-4)}
