@@ -101,6 +101,8 @@ def call_of(number: int, record: Any, settings: RequestSettings, generator: Gene
         fields["image"] = image_of(fields["image"])
     request = REQUESTS[task]
     given = settings.model_dump(exclude_none=True)
+    if settings.candidates == generator.decoding.candidates:
+        given.pop("candidates")  # MLflow fills in the signature's default: as if left out, which fits it to the number of images
     given |= {"n": given["num_images"]} if issubclass(request, Drawing) else {"temperature": given["text_temperature"]}
     if not issubclass(request, Drawing | Writing):
         given.pop("temperature", None)

@@ -64,6 +64,18 @@ def test_answers_come_in_the_order_of_the_rows_and_say_which_they_answer(predict
     assert isinstance(answers["text"].iloc[3], str)
 
 
+def test_the_default_number_of_candidates_leaves_room_for_several_images():
+    """MLflow sends the signature's defaults along; 4 images with 32 candidates each would be more than are drawn for a request."""
+    from cm3leon.serving.mlflow_model import call_of
+
+    generator = SimpleNamespace(decoding=DecodingConfig(candidates=32), image_size=32, super_resolution=None)
+    row = {"prompt": "a ring"}
+    assert dict(call_of(0, row, RequestSettings(num_images=4, candidates=32), generator).settings)["candidates"] == 16
+    assert dict(call_of(0, row, RequestSettings(num_images=4, candidates=8), generator).settings)["candidates"] == 8
+    with pytest.raises(ValueError, match="row 0: 4 images with 33 candidates each are more"):
+        call_of(0, row, RequestSettings(num_images=4, candidates=33), generator)
+
+
 def test_every_task_is_answered(predict):
     image, box = picture(), "[4, 4, 24, 20]"
     asked = {
