@@ -40,6 +40,14 @@ def tiny_models(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def tiny_parts(tiny_models):
+    """Where the parts of a generator on those models are, for ``Generator.from_parts``."""
+    places = {"model": paths.FINETUNED, "image_tokenizer": paths.IMAGE_TOKENIZER, "text_tokenizer": paths.TEXT_TOKENIZER}
+    places |= {"encoder": paths.ENCODER, "memory_bank": paths.INDEX, "tokens": paths.TOKENS, "super_resolution": paths.SUPER_RESOLUTION}
+    return {name: tiny_models / path for name, path in places.items()}
+
+
 def make_models(root):
     from PIL import Image
 

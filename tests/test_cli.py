@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from cm3leon import cli, model_commands, paths
+from cm3leon import cli, model_commands
 from cm3leon.config import DecodingConfig, UserError
 from cm3leon.generation.generator import Generator
 
@@ -40,10 +40,8 @@ class Recorder:
 
 
 @pytest.fixture(scope="session")
-def loaded(tiny_models: Path) -> Generator:
-    parts = {"model": paths.FINETUNED, "image_tokenizer": paths.IMAGE_TOKENIZER, "text_tokenizer": paths.TEXT_TOKENIZER}
-    parts |= {"encoder": paths.ENCODER, "memory_bank": paths.INDEX, "tokens": paths.TOKENS, "super_resolution": paths.SUPER_RESOLUTION}
-    return Generator.from_parts(**{name: tiny_models / path for name, path in parts.items()}, decoding=DecodingConfig(candidates=2))
+def loaded(tiny_parts: dict[str, Path]) -> Generator:
+    return Generator.from_parts(**tiny_parts, decoding=DecodingConfig(candidates=2))  # type: ignore[arg-type]
 
 
 @pytest.fixture

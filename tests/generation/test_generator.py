@@ -23,11 +23,8 @@ PICTURE = Image.new("RGB", (32, 32), "red")
 
 
 @pytest.fixture(scope="module")
-def generator(tiny_models):
-    parts = {"model": paths.FINETUNED, "image_tokenizer": paths.IMAGE_TOKENIZER, "text_tokenizer": paths.TEXT_TOKENIZER}
-    parts |= {"encoder": paths.ENCODER, "memory_bank": paths.INDEX, "tokens": paths.TOKENS, "super_resolution": paths.SUPER_RESOLUTION}
-    decoding = DecodingConfig(candidates=2, max_text_tokens=8)
-    return Generator.from_parts(**{name: tiny_models / path for name, path in parts.items()}, decoding=decoding)
+def generator(tiny_parts):
+    return Generator.from_parts(**tiny_parts, decoding=DecodingConfig(candidates=2, max_text_tokens=8))
 
 
 def codes(results):
