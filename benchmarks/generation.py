@@ -6,7 +6,8 @@
 Needs transformers. Eight candidates of one prompt with classifier-free guidance: ours in one call, OPT's through ``generate`` with
 ``guidance_scale``. Both run in this process and take turns; the ratio is of the medians. Before that both draw greedily, and the images
 must be equal. The floor is the time in which the weights that a step needs are read once, at the memory bandwidth measured here.
-On a GPU, in bfloat16, ``--alone`` tells seconds for an image of 1,024 tokens and throughput for 1 to 64 images at once of 350m, 760m, 7b.
+On a GPU, in bfloat16, ``--alone`` tells seconds for an image of 1,024 tokens and throughput for 1 to 64 images at once of 350m, 760m, 7b;
+``--compiled`` compiles ours.
 """
 
 from __future__ import annotations
@@ -122,9 +123,10 @@ def floor_seconds(model: Decoder) -> float:
     return (sum(p.nbytes for p in model.blocks.parameters()) + rows.nbytes) / bandwidth()
 
 
-def compare(shape: str, tokens: int | None, rounds: int) -> None:
+def compare(shape: str, tokens: int | None, rounds: int, compiled: bool) -> None:
     """Print images a second of both, their ratio, and ours beside the floor."""
     model = make_model(shape, tokens)
+    model.compiled_decoding = compiled
     opt = opt_of(model)
     same = np.array_equal(ours(model, CANDIDATES, temperature=0.0), theirs(opt, model, CANDIDATES, greedy=True))
     if not same:
@@ -144,9 +146,10 @@ def compare(shape: str, tokens: int | None, rounds: int) -> None:
     )
 
 
-def alone(shape: str, tokens: int | None) -> None:
+def alone(shape: str, tokens: int | None, compiled: bool) -> None:
     """Print seconds and throughput of ours, for several images at once, with guidance."""
     model = make_model(shape, tokens or 1024)
+    model.compiled_decoding = compiled
     floor = floor_seconds(model) * model.vocabulary.tokens_per_image
     print(f"{shape}, {model.vocabulary.tokens_per_image} tokens, floor {floor:.2f} s")
     print("| images | seconds | images/s | times the floor |\n|---|---|---|---|")
@@ -162,8 +165,9 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, help="tokens an image; by default the shape's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
     if options.alone:
-        alone(options.shape, options.tokens)
+        alone(options.shape, options.tokens, options.compiled)
     else:
-        compare(options.shape, options.tokens, options.rounds)
+        compare(options.shape, options.tokens, options.rounds, options.compiled)

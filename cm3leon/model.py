@@ -128,6 +128,11 @@ class _Relu(torch.autograd.Function):
         return torch.ops.aten.threshold_backward.grad_input(gradient, y, 0, grad_input=gradient)
 
 
+def relu(x: Tensor) -> Tensor:
+    """ReLU that overwrites its input; where blocks are compiled, the compiler sees to that."""
+    return F.relu(x) if torch.compiler.is_compiling() else _Relu.apply(x)
+
+
 class Block(nn.Module):
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
@@ -137,7 +142,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         x_BTD = x_BTD + self.attention(F.layer_norm(x_BTD, x_BTD.shape[-1:]), cache, mask)
-        return x_BTD + self.down(_Relu.apply(self.up(F.layer_norm(x_BTD, x_BTD.shape[-1:]))))
+        return x_BTD + self.down(relu(self.up(F.layer_norm(x_BTD, x_BTD.shape[-1:]))))
 
 
 class Decoder(nn.Module):
@@ -145,6 +150,7 @@ class Decoder(nn.Module):
 
     Attributes:
         recompute: whether blocks keep only their inputs for the backward pass and run again in it (activation checkpointing).
+        compiled_decoding: whether cached decoding runs compiled, which pays on a GPU.
     """
 
     def __init__(self, spec: DecoderSpec, vocabulary: Vocabulary) -> None:
@@ -155,6 +161,7 @@ class Decoder(nn.Module):
         self.places = nn.Embedding(1 + vocabulary.tokens_per_image, spec.width, padding_idx=0) if spec.image_positions else None
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
         self.recompute = False
+        self.compiled_decoding = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

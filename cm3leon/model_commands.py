@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -383,8 +383,14 @@ def serve(
     model: Model = CHAMPION,
     host: Annotated[str, typer.Option(help="address to listen on; there is no authentication")] = "127.0.0.1",
     port: int = 8000,
+    precision: Annotated[
+        Literal["float32", "bfloat16", "int8"] | None,
+        typer.Option(help="of the weights; by default bfloat16 on a GPU, else float32"),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="compile decoding, while the first requests wait")] = False,
 ) -> None:
     """Answer over HTTP: OpenAI's images endpoint, one for each task, and a page at /; until Ctrl-C."""
     from cm3leon.serving.server import run
 
-    run(str(find_model(model)), host, port, name=model.removeprefix("models:/") if model.startswith("models:/") else None)
+    name = model.removeprefix("models:/") if model.startswith("models:/") else None
+    run(str(find_model(model)), host, port, name=name, precision=precision, compiled=compiled)

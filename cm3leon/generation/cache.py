@@ -5,7 +5,8 @@ Shapes: G prompts, C continuations of each, R = G * C rows, H heads, K head dim,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +18,12 @@ from cm3leon.model import Decoder
 
 WORTH_SHARING = 32
 """A beginning that prompts have in common is computed on its own from this many tokens on."""
+
+PROMPT_STEP, STATIC_STEP = 32, 256
+"""Compiled decoding pads prompts, and what attention looks at, to whole multiples of this many tokens."""
+
+SHAPES = 128
+"""Most shapes (rows, prompt and length) that decoding is compiled for; those beyond run uncompiled."""
 
 LONG = 128
 """Prompts of this many tokens are held once for all their continuations; shorter ones are copied, which is less work."""
@@ -74,7 +81,8 @@ def read_prompts(model: Decoder, prompts: Sequence[Prompt], shared: Sequence[int
     """
     shared = list(shared) if max(shared) >= WORTH_SHARING else [0] * len(prompts)
     longest = max(shared)
-    cache = PromptCache(model, len(prompts), longest + max(len(p) - n for p, n in zip(prompts, shared, strict=True)))
+    capacity = longest + max(len(p) - n for p, n in zip(prompts, shared, strict=True))
+    cache = PromptCache(model, len(prompts), _rounded_up(capacity, PROMPT_STEP) if model.compiled_decoding else capacity)
     if longest:
         beginnings = [Prompt(prompt.tokens[:n], prompt.places[:n]) for prompt, n in zip(prompts, shared, strict=True)]
         keys = [beginning.tokens.tobytes() for beginning in beginnings]
@@ -96,23 +104,24 @@ class DecodingCache:
     """
 
     def __init__(self, prompt: PromptCache, copies: int, room: int) -> None:
-        layers, groups, heads, _, size = prompt.keys.shape
+        layers, groups, heads, capacity, size = prompt.keys.shape
         self.prompt, self.copies, self.length = prompt, copies, 0
-        self.shared = prompt.stop >= LONG
-        self.first = 1 if self.shared else prompt.stop
-        shape = (layers, groups * copies, heads, self.first + room, size)
-        self.keys, self.values = (torch.zeros(shape, device=prompt.keys.device, dtype=prompt.keys.dtype) for _ in range(2))
+        self.shared = capacity >= LONG
+        self.first = 1 if self.shared else capacity
+        shape = (groups * copies, heads, self.first + room, size)
+        self.keys, self.values = ([prompt.keys.new_zeros(shape) for _ in range(layers)] for _ in range(2))
         self.mask = prompt.bias.new_zeros(groups * copies, heads if self.shared else 1, 1, self.first + room)
         if not self.shared:
-            self.keys[:, :, :, : self.first] = prompt.keys.repeat_interleave(copies, 1)
-            self.values[:, :, :, : self.first] = prompt.values.repeat_interleave(copies, 1)
+            for layer in range(layers):
+                self.keys[layer][:, :, : self.first] = prompt.keys[layer].repeat_interleave(copies, 0)
+                self.values[layer][:, :, : self.first] = prompt.values[layer].repeat_interleave(copies, 0)
             self.mask[..., : self.first] = prompt.bias.repeat_interleave(copies, 0)
         self.lengths = prompt.lengths.repeat_interleave(copies)[:, None]
 
     def attend(self, layer: int, q_RH1K: Tensor, k_RH1K: Tensor, v_RH1K: Tensor) -> Tensor:
         """Attention of each row's new token to the row's prompt and to what continues it."""
         stop = self.first + self.length + 1
-        keys, values, mask = self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop], self.mask[..., :stop]
+        keys, values, mask = self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop], self.mask[..., :stop]
         keys[:, :, -1:], values[:, :, -1:] = k_RH1K, v_RH1K
         if self.shared:
             values[:, :, 0], mask[..., 0] = self._prompt_as_one(layer, q_RH1K)
@@ -133,3 +142,58 @@ class DecodingCache:
         hidden_R1D = model(tokens_R[:, None], places, self, self.lengths + self.length)
         self.length += 1
         return hidden_R1D[:, 0]
+
+
+class CompiledDecodingCache(DecodingCache):
+    """A :class:`DecodingCache` whose steps run compiled: on a GPU as one CUDA graph, instead of hundreds of kernels launched one by one.
+
+    For that, shapes stay the same from step to step: attention also looks at what is not filled yet, in whole multiples of
+    :data:`STATIC_STEP`, and a mask hides it. The first steps take as long as the compilation of each size does.
+    """
+
+    def __init__(self, prompt: PromptCache, copies: int, room: int) -> None:
+        super().__init__(prompt, copies, room)
+        self.mask[..., self.first :] = -torch.inf
+        self.position = torch.tensor([self.first - 1], device=prompt.keys.device)
+        self.bound = 0
+        for tensor in (*self.keys, *self.values, self.mask, self.position, prompt.keys, prompt.values, prompt.bias):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def attend(self, layer: int, q_RH1K: Tensor, k_RH1K: Tensor, v_RH1K: Tensor) -> Tensor:
+        """As :meth:`DecodingCache.attend`, over ``bound`` tokens."""
+        keys, values, mask = self.keys[layer], self.values[layer], self.mask[..., : self.bound]
+        keys.index_copy_(2, self.position, k_RH1K)
+        values.index_copy_(2, self.position, v_RH1K)
+        if self.shared:
+            values[:, :, 0], mask[..., 0] = self._prompt_as_one(layer, q_RH1K)
+        return F.scaled_dot_product_attention(q_RH1K, keys[:, :, : self.bound], values[:, :, : self.bound], attn_mask=mask)
+
+    def advance(self, model: Decoder, tokens_R: Tensor, place: int) -> Tensor:
+        """As :meth:`DecodingCache.advance`."""
+        self.position += 1
+        self.mask.index_fill_(-1, self.position, 0)
+        self.bound = min(_rounded_up(self.first + self.length + 1, STATIC_STEP), self.mask.shape[-1])
+        places = torch.full_like(tokens_R[:, None], place)
+        torch.compiler.cudagraph_mark_step_begin()
+        hidden_R1D = _compiled_step(self.position.device.type)(model, tokens_R[:, None], places, self, self.lengths + self.length)
+        self.length += 1
+        return hidden_R1D[:, 0].clone()  # a graph's output is overwritten when it runs again
+
+
+def decoding_cache(model: Decoder, prompt: PromptCache, copies: int, room: int) -> DecodingCache:
+    """The cache that a model decodes with; see ``Decoder.compiled_decoding``."""
+    return (CompiledDecodingCache if model.compiled_decoding else DecodingCache)(prompt, copies, room)
+
+
+def _rounded_up(length: int, step: int) -> int:
+    return -(-length // step) * step
+
+
+def _step(model: Decoder, tokens_R1: Tensor, places_R1: Tensor, cache: DecodingCache, positions_R1: Tensor) -> Tensor:
+    return model(tokens_R1, places_R1, cache, positions_R1)
+
+
+@functools.cache
+def _compiled_step(device: str) -> Callable[[Decoder, Tensor, Tensor, DecodingCache, Tensor], Tensor]:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    return torch.compile(_step, dynamic=False, fullgraph=True, mode="reduce-overhead" if device == "cuda" else None)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cm3leon.documents import EOSS, PAD, Prompt
-from cm3leon.generation.cache import DecodingCache, padded, read_prompts
+from cm3leon.generation.cache import decoding_cache, padded, read_prompts
 from cm3leon.generation.sampling import Sampler, at_temperature, keep_top_p, sample, uniform_noise
 from cm3leon.loss import chunked_cross_entropy
 from cm3leon.model import Decoder
@@ -71,7 +71,7 @@ def generate_images(
     read = [own[number] for number in range(count) for own in streams]
     check_fits(model, read, steps)
     prompt_cache, hidden_GD = read_prompts(model, read, [common_beginning(own) for own in streams] * count)
-    cache = DecodingCache(prompt_cache, candidates, steps)
+    cache = decoding_cache(model, prompt_cache, candidates, steps)
     hidden_RD = hidden_GD.repeat_interleave(candidates, 0)
     noise = uniform_noise([seed for own in seeds for seed in own], steps).view(prompts, candidates, steps).to(model.device)
     codes = torch.empty(prompts, candidates, steps, dtype=torch.int64, device=model.device)
@@ -106,7 +106,7 @@ def generate_texts(
     vocabulary = model.vocabulary
     check_fits(model, prompts, max_tokens)
     prompt_cache, hidden_RD = read_prompts(model, prompts, [0] * len(prompts))
-    cache = DecodingCache(prompt_cache, 1, max_tokens)
+    cache = decoding_cache(model, prompt_cache, 1, max_tokens)
     noise = uniform_noise(list(seeds), max_tokens).to(model.device)
     allowed = torch.tensor([*ends, *range(vocabulary.text_start, vocabulary.size)], device=model.device)
     weight_VD = model.tokens.weight[allowed]

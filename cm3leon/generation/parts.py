@@ -40,14 +40,17 @@ class BadInputError(ValueError):
     """What was asked cannot be done; the message says what to change."""
 
 
-def load_decoder(directory: Path, device: str, precision: Precision | None) -> Decoder:
+def load_decoder(directory: Path, device: str, precision: Precision | None, compiled: bool = False) -> Decoder:
     """A decoder to generate with.
 
     Args:
         precision: ``int8`` holds the blocks' matrices as 8-bit integers, and the rest in bfloat16 on a GPU, float32 on a CPU; by default
             bfloat16 on a GPU and float32 on a CPU.
+        compiled: run each step of decoding compiled. Compilation takes from seconds to minutes, once for each number of rows and length;
+            on a GPU it pays for a server or for many images, on a CPU hardly.
     """
     model = Decoder.load(directory, device)
+    model.compiled_decoding = compiled
     on_gpu = model.device.type != "cpu"
     if precision == "bfloat16" or (on_gpu and precision != "float32"):
         model = model.bfloat16()
@@ -94,6 +97,7 @@ class Parts:
         retrieval: RetrieveConfig | None = None,
         device: str | None = None,
         precision: Precision | None = None,
+        compiled: bool = False,
     ) -> Self:
         """Load from the directories of the stages.
 
@@ -102,7 +106,7 @@ class Parts:
         was trained for (``training.json``); of one that does not, every task and guidance may be asked.
 
         Args:
-            precision: see :func:`load_decoder`.
+            precision, compiled: see :func:`load_decoder`.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded_encoder, memory, upscaler = None, None, None
@@ -119,7 +123,7 @@ class Parts:
 
             upscaler = SuperResolution.load(super_resolution).to(device)
         return cls(
-            load_decoder(model, device, precision),
+            load_decoder(model, device, precision, compiled),
             ImageTokenizer.load(image_tokenizer, device),
             TextTokenizer.load(text_tokenizer),
             decoding,
@@ -130,8 +134,8 @@ class Parts:
         )
 
     @classmethod
-    def from_bundle(cls, path: str | Path, device: str | None = None, precision: Precision | None = None) -> Self:
-        """Load a bundle directory; ``precision``: see :func:`load_decoder`.
+    def from_bundle(cls, path: str | Path, device: str | None = None, precision: Precision | None = None, compiled: bool = False) -> Self:
+        """Load a bundle directory; ``precision`` and ``compiled``: see :func:`load_decoder`.
 
         Raises:
             FileNotFoundError: if it is not one.
@@ -152,18 +156,26 @@ class Parts:
             retrieval=RetrieveConfig.model_validate_json(retrieval.read_text()) if retrieval.is_file() else None,
             device=device,
             precision=precision,
+            compiled=compiled,
         )
 
     @classmethod
-    def from_registry(cls, uri: str = "models:/cm3leon@champion", tracking_uri: str | None = None) -> Self:
-        """Load a registered model, by default the champion.
+    def from_registry(
+        cls,
+        uri: str = "models:/cm3leon@champion",
+        tracking_uri: str | None = None,
+        device: str | None = None,
+        precision: Precision | None = None,
+        compiled: bool = False,
+    ) -> Self:
+        """Load a registered model, by default the champion; ``precision`` and ``compiled``: see :func:`load_decoder`.
 
         Raises:
             LookupError: if the registry has no such model.
         """
         from cm3leon.registry import fetch_bundle
 
-        return cls.from_bundle(fetch_bundle(uri, tracking_uri))
+        return cls.from_bundle(fetch_bundle(uri, tracking_uri), device, precision, compiled)
 
     @property
     def image_size(self) -> int:

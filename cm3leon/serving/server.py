@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 
 from cm3leon.generation.generator import Generator
+from cm3leon.generation.parts import Precision
 from cm3leon.serving.app import LOOPBACK, create_app
 from cm3leon.serving.batching import State, Worker
 from cm3leon.serving.metrics import Metrics
@@ -60,14 +61,15 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or self.worker.failure is not None or (stopping and (late or self.worker.idle))
 
 
-def load(model: str) -> Generator:
+def load(model: str, precision: Precision | None = None, compiled: bool = False) -> Generator:
     """The generator of a registered model or a bundle directory.
 
     Raises:
         LookupError: if the registry has no such model.
         FileNotFoundError: if there is no such bundle.
     """
-    return Generator.from_registry(model) if model.startswith("models:/") else Generator.from_bundle(model)
+    source = Generator.from_registry if model.startswith("models:/") else Generator.from_bundle
+    return source(model, precision=precision, compiled=compiled)
 
 
 def name_of(model: str) -> str:
@@ -81,6 +83,8 @@ def run(
     port: int = 8000,
     *,
     name: str | None = None,
+    precision: Precision | None = None,
+    compiled: bool = False,
     capacity: int = 64,
     drain_seconds: float = 60.0,
 ) -> None:
@@ -89,6 +93,7 @@ def run(
     Args:
         model: a registered model (``models:/NAME@ALIAS``) or a bundle directory.
         name: the id under which it is served; None: :func:`name_of` it.
+        precision, compiled: see :func:`~cm3leon.generation.parts.load_decoder`.
         capacity: requests that may wait; more are answered 429.
         drain_seconds: how long what waits is still answered after a signal.
 
@@ -98,7 +103,7 @@ def run(
     local = host in LOOPBACK
     if not local:
         print(WARNING.format(host=host), file=sys.stderr, flush=True)
-    worker = Worker(lambda: load(model), Metrics(), capacity=capacity)
+    worker = Worker(lambda: load(model, precision, compiled), Metrics(), capacity=capacity)
     app = create_app(worker, name or name_of(model), LOOPBACK if local else None)
     Server(uvicorn.Config(app, host, port, **OPTIONS), worker, drain_seconds).run()
     if worker.failure is not None:

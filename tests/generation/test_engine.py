@@ -109,6 +109,23 @@ def test_images_equal_the_reference_whatever_the_batch(model, changes, long, mon
         assert found.tolist() == [reference_image(model, own, seed, chosen_by) for seed in own_seeds]
 
 
+@pytest.mark.parametrize("long", [0, 1000], ids=["held-once", "copied"])
+def test_compiled_decoding_draws_and_writes_the_same(long, monkeypatch):
+    """Over a boundary of what attention looks at, so that two lengths are compiled."""
+    monkeypatch.setattr(caches, "LONG", long)
+    monkeypatch.setattr(caches, "STATIC_STEP", 6 if long == 0 else 38)
+    model, chosen_by = make(), sampler(guidance=2.5)
+    streams = [[p, UNCONDITIONAL] for p in (prompt(3, 1), prompt(11, 2))]
+    expected = generate_images(model, streams, [[5, 6], [7, 8]], chosen_by)
+    options = {"temperature": 1.5, "top_p": 1.0, "max_tokens": 8}
+    text = generate_texts(model, [prompt(4, 1), prompt(9, 2)], [1, 2], **options)
+    model.compiled_decoding = True
+    torch._dynamo.utils.counters.clear()
+    assert np.array_equal(generate_images(model, streams, [[5, 6], [7, 8]], chosen_by), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 and not torch._dynamo.utils.counters["graph_break"]
+    assert generate_texts(model, [prompt(4, 1), prompt(9, 2)], [1, 2], **options) == text
+
+
 def test_three_streams_equal_the_reference(model):
     streams = [[prompt(12, 1, documents=2), prompt(5, 1, documents=2), prompt(2, 1, documents=2)]]
     chosen_by = sampler(guidance=4.0, image_guidance=1.5)
