@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup run ui test lint types format lock clean
+.PHONY: help install setup run ui study test lint types format lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ run: $(STAMP)  ## the whole pipeline; PROFILE=tiny writes params.yaml from confi
 
 ui: $(STAMP)  ## MLflow, Prefect and Data Docs on 127.0.0.1
 	@$(BIN)/cm3leon ui
+
+study: $(STAMP)  ## the paper's claims measured again, into docs/study.md; needs a finished run, takes over an hour
+	@$(BIN)/python -m benchmarks.study
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -74,9 +74,28 @@ def _stage_command(stage: str) -> Callable[[], None]:
 
 
 for _stage, _help in STAGES.items():
+    if _stage == "evaluate":
+        continue
     app.command(_stage, help=_help, rich_help_panel="Stages")(_stage_command(_stage))
     if "_" in _stage:
         app.command(_stage.replace("_", "-"), help=_help, hidden=True)(_stage_command(_stage))
+
+
+@app.command(help=STAGES["evaluate"], rich_help_panel="Stages")
+def evaluate(
+    reproduce: Annotated[Path | None, typer.Option(help="an evaluation record: measure again as it says, and compare every figure")] = None,
+) -> None:
+    if reproduce is None:
+        return run_stage("evaluate")
+    from cm3leon.config import load_config
+    from cm3leon.stages import evaluate as stage
+
+    count, differing = stage.reproduce(load_config(), reproduce)
+    for name, recorded, again in differing:
+        print(f"{name}: recorded {recorded}, now {again}")
+    print(f"{count - len(differing)} of {count} figures of {reproduce} agree")
+    if differing:
+        raise typer.Exit(1)
 
 
 # --- the project -----------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class ShapesConfig(Section):
     grid: int = Field(8, ge=0, description="object centres lie on a grid of this many steps a side; 0: anywhere")
     letters: float = Field(0.04, ge=0, le=1, description="share of scenes that show a drawn letter")
     edits: float = Field(0.05, ge=0, le=1, description="share of scenes that also appear edited, with the instruction")
-    conditions: float = Field(0.05, ge=0, le=1, description="share of scenes with segmentation and edge maps")
+    conditions: float = Field(0.05, ge=0, le=1, description="share of scenes with condition images of all kinds")
 
 
 class FolderConfig(Section):
@@ -216,6 +216,7 @@ class ObjectiveConfig(Section):
     mean_masks: float = Field(1.0, ge=0, description="lambda of the Poisson number of masked spans")
     segment_rate: float = Field(0.15, ge=0, le=1, description="share of samples that mask one whole segment instead of spans")
     caption_share: float = Field(0.67, ge=0, le=1, description="of whole-segment masks: share that falls on the query's text")
+    across_breaks: bool = Field(False, description="masked spans may cross from a text into an image, as CM3's did; CM3leon's may not")
 
 
 NeighbourChoice = Literal["paper", "text", "image", "random", "none"]
@@ -263,7 +264,9 @@ class PretrainConfig(TrainConfig):
     objective: ObjectiveConfig = ObjectiveConfig()
 
 
-TASK_NAMES = ("text_to_image", "write", "caption", "long_caption", "vqa")
+TASK_NAMES = (
+    "text_to_image", "write", "layout_to_image", "condition_to_image", "edit", "caption", "long_caption", "vqa", "reasoning"
+)  # fmt: skip
 """The keys of ``tasks.TASKS``, which is not imported here: parameters are read without loading a tokenizer."""
 
 
@@ -275,9 +278,13 @@ class SFTConfig(TrainConfig):
     questions_per_sample: int = Field(1, ge=1, description="most questions that one sample asks about its image")
     tasks: dict[str, float] = Field(
         default_factory=lambda: {"text_to_image": 3.0, "caption": 1.0, "long_caption": 0.5, "vqa": 3.0},
-        description="task -> weight in the mix",
+        description="task -> weight in the mix; a task is in it where the collection has its columns",
     )
-    caption_drop: float = Field(0.1, ge=0, le=1, description="share of text_to_image samples whose caption is masked, for CFG")
+    upsampling: float = Field(3.0, ge=1, description="a task is drawn at most this many times as often as its share of the samples")
+    downsampling: float = Field(0.3, ge=0, le=1, description="and at least this many times as often")
+    caption_drop: float = Field(
+        0.1, ge=0, le=1, description="share of the samples of drawing tasks in which what was asked is masked, for guidance"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> SFTConfig:
@@ -321,6 +328,19 @@ class DecodingConfig(Section):
     )
     documents: int = Field(0, ge=0, description="retrieved documents before the prompt")
     max_text_tokens: int = Field(64, ge=1)
+    tasks: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="task -> its own values of the settings above, where they differ"
+    )
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> DecodingConfig:
+        for task, own in self.tasks.items():
+            if task not in TASK_NAMES:
+                raise ValueError(f"tasks names {task}; tasks are {', '.join(TASK_NAMES)}")
+            if "tasks" in own:
+                raise ValueError(f"tasks.{task}: a task's settings have no tasks of their own")
+            self.model_validate({**self.model_dump(exclude={"tasks"}), **own})
+        return self
 
 
 class EvaluateConfig(Section):
@@ -329,6 +349,8 @@ class EvaluateConfig(Section):
     prompts: int = Field(256, ge=1, description="held-out prompts drawn")
     captions: int = Field(256, ge=1, description="held-out images captioned")
     questions: int = Field(400, ge=1, description="held-out questions asked")
+    tasks: int = Field(128, ge=1, description="held-out samples of each other task")
+    inception: str | None = Field(None, description="path of the FID Inception weights; null: distances of the encoder's features alone")
     sheet: int = Field(24, ge=1, description="prompts on the sample sheet")
     seed: int = 0
     bootstrap: int = Field(1000, ge=1)

@@ -9,7 +9,7 @@ from typing import Any
 from cm3leon.config import GateConfig
 from cm3leon.evaluation.record import Record
 
-LOWER_IS_BETTER = ("fd_", "fid", "perplexity", "loss")
+LOWER_IS_BETTER = ("fd_", "kd_", "fid", "perplexity", "loss")
 """Scores whose names start so are better when lower; all others are better when higher."""
 
 

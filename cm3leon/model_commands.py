@@ -327,6 +327,23 @@ def answer(
         print(found.text)
 
 
+@command("reason")
+def reason(
+    image: ImageFile,
+    question: Annotated[str, typer.Argument(help="about it")],
+    options: Annotated[list[str], typer.Option("--option", help="an answer to choose from; give at least two")],
+    context: Annotated[str, typer.Option(help="what is known beside the image")] = "",
+    explain: Annotated[bool, typer.Option(help="with the reasons before the answer")] = True,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    model: Model = CHAMPION,
+) -> None:
+    """Answer a question about an image with one of several options, and say why."""
+    given = [open_image(image)], [question], [options], [context]
+    [found] = load_generator(model).reason(*given, explain=explain, temperature=temperature, seed=seed)
+    print(found.text)
+
+
 @command("interleave")
 def interleave(
     parts: Annotated[list[str], typer.Argument(help="the document so far: texts, and names of image files")],

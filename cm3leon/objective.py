@@ -42,16 +42,23 @@ class Masked:
     kind: Kind
 
 
-def draw_spans(body: Body, mean_masks: float, sentinels: int, rng: np.random.Generator) -> Spans:
+def draw_spans(body: Body, mean_masks: float, sentinels: int, rng: np.random.Generator, across_breaks: bool = False) -> Spans:
     """Draw Poisson(mean_masks) spans, clamped to [0, sentinels - 1], each inside one segment; sorted, non-overlapping.
 
     A span is drawn uniformly over the sequence and clipped to the segment it overlaps most, as in the authors' trainer.
     Spans that would overlap one already drawn are dropped, so that a short sequence gets fewer.
+
+    Args:
+        across_breaks: leave spans as they are drawn, as CM3 did.
     """
     count = min(int(rng.poisson(mean_masks)), max(sentinels - 1, 0)) if body.segments else 0
     spans: Spans = []
     for _ in range(count):
         low, high = sorted(int(x) for x in rng.integers(1, len(body.tokens) + 1, size=2))
+        if across_breaks:
+            if low < high and all(high <= start or low >= stop for start, stop in spans):
+                spans.append((low, high))
+            continue
         overlaps = [min(high, s.stop) - max(low, s.start) for s in body.segments]
         best = int(np.argmax(overlaps))
         if overlaps[best] <= 0:
@@ -150,6 +157,7 @@ def mask(
     mean_masks: float = 1.0,
     segment_rate: float = 0.0,
     text_share: float = 0.5,
+    across_breaks: bool = False,
     longest: int | None = None,
 ) -> Masked:
     """One draw of the objective for one sequence, of at most ``longest`` tokens.
@@ -158,7 +166,7 @@ def mask(
         ValueError: see :func:`fit`.
     """
     segment = draw_segment(body, text_share, rng) if segment_rate and rng.random() < segment_rate else None
-    spans = [(segment.start, segment.stop)] if segment else draw_spans(body, mean_masks, vocabulary.sentinels, rng)
+    spans = [(segment.start, segment.stop)] if segment else draw_spans(body, mean_masks, vocabulary.sentinels, rng, across_breaks)
     if longest is not None:
         body, spans = fit(body, spans, longest)
     return apply_spans(body, spans, vocabulary)

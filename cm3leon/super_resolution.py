@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,8 +22,11 @@ from torch.nn.functional import interpolate, l1_loss, pixel_shuffle
 from cm3leon.config import SuperResolutionConfig, UserError
 from cm3leon.data.images import to_rgb
 from cm3leon.data.pixels import ImageSet
+from cm3leon.evaluation.restoration import WINDOW, psnr_y, ssim_y
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MOST_DECIBELS = 100.0
+"""Of images that agree."""
 CORRECTION_SCALE = 0.3
 """Of the network's output. It tames the first steps, so that a high learning rate does not begin by undoing the interpolation."""
 
@@ -121,22 +125,28 @@ def psnr_rgb(originals: torch.Tensor, copies: torch.Tensor) -> float:
     """Mean over images of the peak signal-to-noise ratio, dB, over all three channels of uint8 ``(B, 3, H, W)``; 100 where they agree."""
     error = (originals.float() - copies.float()).square().mean(dim=(1, 2, 3))
     decibels = 10 * torch.log10(255**2 / error.clamp(min=1e-9))
-    return float(decibels.clamp(max=100).double().mean())
+    return float(decibels.clamp(max=MOST_DECIBELS).double().mean())
 
 
 @torch.inference_mode()
 def evaluate(model: SuperResolution, images: ImageSet, batch_size: int = 64) -> dict[str, float]:
-    """``psnr_rgb`` of the network and ``psnr_rgb_bicubic`` of plain interpolation, on reductions of ``images``."""
-    own: list[float] = []
-    plain: list[float] = []
+    """``psnr_rgb``, ``psnr_y`` and ``ssim_y`` of the network, and with ``_bicubic`` behind them those of plain interpolation, on
+    reductions of ``images``; those of Y without a border as wide as the scale (``evaluation/restoration.py``)."""
+    found: dict[str, list[float]] = defaultdict(list)
     device = model.head.weight.device
     for start in range(0, len(images), batch_size):
         high = torch.from_numpy(images[np.arange(start, min(start + batch_size, len(images)))]).permute(0, 3, 1, 2).to(device)
         low = to_unit(reduce(high, model.scale))
         bicubic = to_bytes(interpolate(low, scale_factor=model.scale, mode="bicubic", align_corners=False))
-        for copies, scores in ((to_bytes(model(low)), own), (bicubic, plain)):
-            scores += [psnr_rgb(high[i : i + 1], copies[i : i + 1]) for i in range(len(high))]
-    return {"psnr_rgb": float(np.mean(own)), "psnr_rgb_bicubic": float(np.mean(plain))}
+        for copies, suffix in ((to_bytes(model(low)), ""), (bicubic, "_bicubic")):
+            found[f"psnr_rgb{suffix}"] += [psnr_rgb(high[i : i + 1], copies[i : i + 1]) for i in range(len(high))]
+            pairs = [
+                (one.permute(1, 2, 0).cpu().numpy(), other.permute(1, 2, 0).cpu().numpy()) for one, other in zip(high, copies, strict=True)
+            ]
+            found[f"psnr_y{suffix}"] += [min(psnr_y(*pair, model.scale), MOST_DECIBELS) for pair in pairs]
+            if images.size - 2 * model.scale >= WINDOW:
+                found[f"ssim_y{suffix}"] += [ssim_y(*pair, model.scale) for pair in pairs]
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def train(

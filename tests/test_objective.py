@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cm3leon.documents import EOS, EOSS, Vocabulary, build_body, check_grammar, restore, split_tail
+from cm3leon.documents import BREAK, EOS, EOSS, Vocabulary, build_body, check_grammar, restore, split_tail
 from cm3leon.objective import apply_spans, draw_segment, draw_spans, fit, kind_of, mask
 
 VOCABULARY = Vocabulary(text_size=50, image_size=20, sentinels=16, tokens_per_image=16)
@@ -67,6 +67,18 @@ def test_segment_masking_takes_a_whole_segment_of_the_query(share, modality):
         [span] = masked.spans
         segment = next(s for s in body.segments if (s.start, s.stop) == span)
         assert (segment.document, segment.modality) == (1, modality)
+
+
+def test_masks_cross_breaks_only_where_they_may():
+    rng, crossed = np.random.default_rng(6), {True: 0, False: 0}
+    for allowed in crossed:
+        for _ in range(300):
+            body = random_body(rng)
+            masked = mask(body, VOCABULARY, rng, mean_masks=2.0, across_breaks=allowed)
+            crossed[allowed] += any(BREAK in body.tokens[start:stop] for start, stop in masked.spans)
+            inside, tail = split_tail(masked.tokens[1:-1], VOCABULARY)
+            assert np.array_equal(restore(inside, tail), body.tokens[1:])
+    assert crossed[True] > 100 and crossed[False] == 0
 
 
 def test_image_tokens_keep_their_places_when_moved():

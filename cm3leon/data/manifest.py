@@ -23,6 +23,15 @@ from cm3leon.data.images import decode
 SPLITS = ("train", "val", "test")
 
 OBJECT = pa.struct([("label", pa.string()), ("box", pa.list_(pa.float32()))])
+PROBLEM = pa.struct(
+    [
+        ("question", pa.string()),
+        ("context", pa.string()),
+        ("options", pa.list_(pa.string())),
+        ("answer", pa.string()),
+        ("explanation", pa.string()),
+    ]
+)
 QUESTION = pa.struct([("question", pa.string()), ("answers", pa.list_(pa.string()))])
 CONDITION = pa.struct([("kind", pa.string()), ("image", pa.string())])
 
@@ -42,6 +51,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("long_caption", pa.string()),
         ("objects", pa.list_(OBJECT)),  # boxes are x0, y0, x1, y1 in pixels of the stored image
         ("questions", pa.list_(QUESTION)),
+        ("reasoning", pa.list_(PROBLEM)),  # questions with options, whose answer is explained
         ("instruction", pa.string()),
         ("edited_from", pa.string()),  # id of the document this one is an edit of
         ("conditions", pa.list_(CONDITION)),
@@ -52,6 +62,17 @@ MANIFEST_SCHEMA = pa.schema(
 
 VALIDATED_SCHEMA = pa.schema([*MANIFEST_SCHEMA, ("width", pa.int32()), ("height", pa.int32()), ("split", pa.string())])
 """Columns of ``data/validated/manifest.parquet``; width and height in pixels are those of what :meth:`ImageStore.open` gives."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with options, of which ``answer`` is one, and why."""
+
+    question: str
+    options: list[str]
+    answer: str
+    explanation: str
+    context: str = ""
 
 
 @dataclass
@@ -76,6 +97,7 @@ class SourceRow:
     long_caption: str | None = None
     objects: list[tuple[str, tuple[float, float, float, float]]] = field(default_factory=list)
     questions: list[tuple[str, list[str]]] = field(default_factory=list)
+    reasoning: list[Problem] = field(default_factory=list)
     instruction: str | None = None
     edited_from: str | None = None
     conditions: dict[str, bytes] = field(default_factory=dict)

@@ -8,6 +8,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,11 @@ def pack(rows: Iterable[SourceRow], directory: Path, shard_megabytes: float) -> 
 
 def _record(row: SourceRow, number: int, shards: ShardWriter) -> dict[str, Any]:
     """The manifest's record of a row, its images added to the shards."""
-    made = ("id", "row", "image", "objects", "questions", "conditions")
+    made = ("id", "row", "image", "objects", "questions", "reasoning", "conditions")
     record: dict[str, Any] = {name: getattr(row, name) for name in MANIFEST_SCHEMA.names if name not in made}
     record["row"] = number
     record["objects"] = [{"label": label, "box": list(box)} for label, box in row.objects]
+    record["reasoning"] = [asdict(problem) for problem in row.reasoning]
     record["questions"] = [{"question": question, "answers": list(answers)} for question, answers in row.questions]
     if row.image is None:
         content = json.dumps({**record, "key": row.key}, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass")

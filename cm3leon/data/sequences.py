@@ -127,6 +127,7 @@ class PretrainingSamples:
             mean_masks=self.objective.mean_masks,
             segment_rate=self.objective.segment_rate,
             text_share=self.objective.caption_share,
+            across_breaks=self.objective.across_breaks,
             longest=self.context,
         )
         return Sample(masked, masked.is_target.astype(np.float32), standing(body, [*chosen, document.id]))

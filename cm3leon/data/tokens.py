@@ -4,7 +4,8 @@ Codes and texts stay on disk until they are read. What grows with the data in me
 200 bytes a document, in each process that opens a store.
 
 Columns (fixed): ``id`` (string), ``codes`` (fixed-size list of uint16), ``texts`` (list of lists of uint32: the captions).
-Files are named after their split: ``train-00000.arrow``.
+Files are named after their split: ``train-00000.arrow``. ``conditions-train-00000.arrow`` holds the condition images of that split's
+documents, without texts; an id is the document's with the kind behind it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+
+
+CONDITIONS_OF = "conditions-"
+"""Before the name of a split: the condition images of its documents."""
+
+
+CONDITIONS = ("canny edge", "segmentation map", "hed", "openpose", "depth", "3D norm", "children's scribbles", "M-LSD lines")
+"""Kinds of condition images from which models learn to draw (paper, Table 5); a document may have others, which are kept and not used."""
+
+
+def condition_key(name: str, kind: str) -> str:
+    """The id under which the codes of a document's condition image are kept."""
+    return f"{name}/{kind}"
 
 
 def schema(tokens_per_image: int) -> pa.Schema:
@@ -85,6 +99,11 @@ class TokenStore:
         self._table = pa.concat_tables(tables)
         self.ids: list[str] = self._table["id"].to_pylist()
         self._row = {name: row for row, name in enumerate(self.ids)}
+
+    @staticmethod
+    def holds(directory: Path, split: str) -> bool:
+        """Whether the directory has tokens of a split."""
+        return any(Path(directory).glob(f"{split}-*.arrow"))
 
     def __len__(self) -> int:
         return self._table.num_rows

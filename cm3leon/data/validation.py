@@ -53,6 +53,11 @@ class Profile:
     bad_condition: str | None = None
 
 
+def thumbnail_of(image: Image.Image) -> bytes:
+    """THUMBNAIL x THUMBNAIL RGB bytes, each the mean of its area."""
+    return image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).tobytes()
+
+
 def profile_image(store: ImageStore, ref: str | None, conditions: Sequence[dict[str, str]], max_pixels: int) -> Profile:
     """Decode one row's image and condition images; ``ref`` None (the source had no image to give) is an empty profile."""
     profile = Profile()
@@ -61,7 +66,7 @@ def profile_image(store: ImageStore, ref: str | None, conditions: Sequence[dict[
             image = decode(store.read(ref), max_pixels)
             profile.width, profile.height = image.size
             profile.pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-            profile.thumbnail = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).tobytes()
+            profile.thumbnail = thumbnail_of(image)
         except ImageError as error:
             profile.reason, profile.detail = error.reason, error.detail
     for condition in conditions:

@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-class TextImageEncoder(Protocol):
-    """What :class:`cm3leon.retrieval.encoder.Encoder` offers here."""
+class ImageEncoder(Protocol):
+    """What gives features (n, d) of images."""
 
     def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray: ...
+
+
+class TextImageEncoder(ImageEncoder, Protocol):
+    """What :class:`cm3leon.retrieval.encoder.Encoder` offers here."""
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray: ...
 

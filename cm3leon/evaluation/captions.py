@@ -177,11 +177,23 @@ def score(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
     empty = [key for key, group in references.items() if not group]
     if empty:
         raise ValueError(f"{len(empty)} images have no reference caption: {empty[:3]}")
-    split = str.split if tokenized else tokenize
-    keys = list(references)
-    candidates = [split(hypotheses[key]) for key in keys]
-    targets = [[split(reference) for reference in references[key]] for key in keys]
+    candidates, targets = _split(hypotheses, references, tokenized)
     scores = {f"bleu_{n}": value for n, value in enumerate(bleu(candidates, targets), start=1)}
-    scores["rouge_l"] = float(np.mean([rouge_l(c, group) for c, group in zip(candidates, targets, strict=True)]))
-    scores["cider"] = float(np.mean(cider(candidates, targets)))
-    return scores
+    return scores | {name: float(np.mean(values)) for name, values in per_image(hypotheses, references, tokenized).items()}
+
+
+def per_image(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenized: bool = False) -> dict[str, list[float]]:
+    """``rouge_l`` and ``cider`` of each caption, in the order of ``references``; their means are the corpus scores."""
+    candidates, targets = _split(hypotheses, references, tokenized)
+    return {
+        "rouge_l": [rouge_l(c, group) for c, group in zip(candidates, targets, strict=True)],
+        "cider": cider(candidates, targets),
+    }
+
+
+def _split(
+    hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenized: bool
+) -> tuple[list[Words], list[list[Words]]]:
+    split = str.split if tokenized else tokenize
+    candidates = [split(hypotheses[key]) for key in references]
+    return candidates, [[split(reference) for reference in group] for group in references.values()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -109,6 +110,24 @@ def _holds(place: str, first: Object, second: Object) -> bool:
     return abs(along) > abs(across) and (along < 0) == (place in ("left of", "above"))
 
 
+def match(statement: Statement, scene: Scene) -> list[Object | None]:
+    """For each mention the object of the scene that it is taken to be, None for a missing one: so that most attributes are right, then most
+    single properties."""
+    wanted = len(statement.objects)
+    seen: list[Object | None] = list(scene.objects[:MOST_OBJECTS])
+    seen += [None] * (wanted - len(seen))
+
+    def quality(order: Sequence[Object | None]) -> tuple[int, int]:
+        single = sum(
+            (o.color == m.color) + (o.shape == m.shape) + (o.size == m.size)
+            for m, o in zip(statement.objects, order, strict=True)
+            if o is not None
+        )
+        return sum(_compare(statement, order).values()), single
+
+    return max((list(order) for order in itertools.permutations(seen, wanted)), key=quality)
+
+
 def _compare(statement: Statement, seen: Sequence[Object | None]) -> dict[str, bool]:
     """The verdicts on the objects' attributes when mention ``i`` is taken to be ``seen[i]`` (None: missing)."""
     pairs = list(zip(statement.objects, seen, strict=True))
@@ -130,26 +149,13 @@ def _compare(statement: Statement, seen: Sequence[Object | None]) -> dict[str, b
 def check(statement: Statement, scene: Scene) -> dict[str, bool]:
     """Whether each stated attribute is right in ``scene``; attributes that the caption does not state are absent.
 
-    Objects are matched to mentions so that most attributes are right, then most single properties. Each attribute must hold for every
-    object that states it; a missing object makes its attributes wrong.
+    Objects are matched to mentions by :func:`match`. Each attribute must hold for every object that states it; a missing object makes its
+    attributes wrong.
     """
     verdict = {"count": len(scene.objects) == len(statement.objects)}
     if statement.background:
         verdict["background"] = scene.background == statement.background
-    wanted = len(statement.objects)
-    seen: list[Object | None] = list(scene.objects[:MOST_OBJECTS])
-    seen += [None] * (wanted - len(seen))
-
-    def quality(order: tuple[Object | None, ...]) -> tuple[int, int]:
-        single = sum(
-            (o.color == m.color) + (o.shape == m.shape) + (o.size == m.size)
-            for m, o in zip(statement.objects, order, strict=True)
-            if o is not None
-        )
-        return sum(_compare(statement, order).values()), single
-
-    best = max(itertools.permutations(seen, wanted), key=quality)
-    verdict |= _compare(statement, best)
+    verdict |= _compare(statement, match(statement, scene))
     return {name: verdict[name] for name in ATTRIBUTES if name in verdict}
 
 
@@ -180,4 +186,35 @@ def score(captions: Sequence[str], images: Sequence[Image.Image | np.ndarray]) -
     return summarize(verdicts(captions, images))
 
 
-__all__ = ["ATTRIBUTES", "Mention", "Statement", "check", "parse_caption", "read_scene", "score", "summarize", "verdicts"]
+def confusions(captions: Sequence[str], images: Sequence[Image.Image | np.ndarray]) -> str:
+    """What was stated and what was drawn instead, as CSV: ``attribute,stated,drawn,count``, with what is right, the most frequent first."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for text, image in zip(captions, images, strict=True):
+        statement = parse_caption(text)
+        if statement is None:
+            continue
+        scene = read_scene(image)
+        counts["count", str(len(statement.objects)), str(len(scene.objects))] += 1
+        if statement.background:
+            counts["background", statement.background, scene.background] += 1
+        for mention, seen in zip(statement.objects, match(statement, scene), strict=True):
+            for name, stated in (("shape", mention.shape), ("color", mention.color), ("size", mention.size), ("letter", mention.letter)):
+                if stated is not None:
+                    counts[name, stated, str(getattr(seen, name)) if seen is not None else "missing"] += 1
+    lines = [f"{','.join(key)},{count}" for key, count in sorted(counts.items(), key=lambda item: (item[0][0], -item[1], item[0]))]
+    return "\n".join(["attribute,stated,drawn,count", *lines]) + "\n"
+
+
+__all__ = [
+    "ATTRIBUTES",
+    "Mention",
+    "Statement",
+    "check",
+    "confusions",
+    "match",
+    "parse_caption",
+    "read_scene",
+    "score",
+    "summarize",
+    "verdicts",
+]

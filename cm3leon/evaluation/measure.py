@@ -15,11 +15,16 @@ from PIL import Image
 
 from cm3leon.evaluation import captions as caption_metrics
 from cm3leon.evaluation import composition, vqa
-from cm3leon.evaluation.alignment import TextImageEncoder
-from cm3leon.evaluation.fidelity import frechet_distance
+from cm3leon.evaluation.alignment import ImageEncoder, TextImageEncoder
+from cm3leon.evaluation.fidelity import frechet_distance, kernel_distance, precision_recall
 from cm3leon.evaluation.record import Record
 
 Images = Sequence[Image.Image]
+
+NEIGHBOURS = 3
+"""Of the manifolds of precision and recall."""
+SUBSET, SUBSETS = 1000, 20
+"""Images of a subset of kernel distance, and how many of those are averaged."""
 
 KINDS = 12
 """Most kinds of questions with a score of their own."""
@@ -75,15 +80,53 @@ def measure_images(
     if len(texts) < 2:
         return
     record.calibration["clip_score_other_captions"] = float((found * texts[others(len(texts))]).sum(1).mean())
-    record.scores["fd_encoder"] = frechet_distance(found, real)
-    record.calibration["fd_encoder_reconstructions"] = frechet_distance(encoder.encode_images(list(reconstructions)), real)
+    measure_fidelity(record, "encoder", encoder, drawn, reconstructions, originals, seed)
 
 
-def measure_captions(record: Record, names: Sequence[str], hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    """CIDEr, BLEU and ROUGE-L of captions. Calibration: the same captions against the references of other documents."""
+def measure_fidelity(
+    record: Record, extractor: str, network: ImageEncoder, drawn: Images, reconstructions: Images, originals: Images, seed: int
+) -> None:
+    """Frechet and kernel distance, precision and recall on the features of a network, which all names end in.
+
+    Kernel distance is unbiased, which matters where few images make a Frechet distance meaningless. Calibration: reconstructions, and one
+    half of the originals against the other.
+    """
+    if len(originals) < 2:
+        return
+    found, copies, real = (network.encode_images(list(images)) for images in (drawn, reconstructions, originals))
+    subset = min(SUBSET, len(real))
+    record.scores[f"fd_{extractor}"] = frechet_distance(found, real)
+    record.scores[f"kd_{extractor}"] = kernel_distance(found, real, SUBSETS, subset, seed)
+    record.calibration[f"fd_{extractor}_reconstructions"] = frechet_distance(copies, real)
+    record.calibration[f"kd_{extractor}_reconstructions"] = kernel_distance(copies, real, SUBSETS, subset, seed)
+    if len(real) > 2 * NEIGHBOURS:
+        record.scores[f"precision_{extractor}"], record.scores[f"recall_{extractor}"] = precision_recall(real, found, NEIGHBOURS)
+        half = len(real) // 2
+        record.calibration[f"fd_{extractor}_real_halves"] = frechet_distance(real[:half], real[half:])
+        record.calibration[f"kd_{extractor}_real_halves"] = kernel_distance(real[:half], real[half:], SUBSETS, half, seed)
+        known = precision_recall(real, copies, NEIGHBOURS)
+        record.calibration[f"precision_{extractor}_reconstructions"], record.calibration[f"recall_{extractor}_reconstructions"] = known
+
+
+def measure_captions(
+    record: Record, names: Sequence[str], hypotheses: Sequence[str], references: Sequence[Sequence[str]], resamples: int, seed: int
+) -> None:
+    """CIDEr, BLEU and ROUGE-L of captions.
+
+    Calibration: the same captions against the references of other documents, and where there are several, each document's first reference
+    against its others: what a person who describes the image scores.
+    """
     wanted = {name: list(texts) for name, texts in zip(names, references, strict=True)}
-    for name, value in caption_metrics.score(dict(zip(names, hypotheses, strict=True)), wanted).items():
-        record.scores[name] = value
+    given = dict(zip(names, hypotheses, strict=True))
+    record.scores |= {name: value for name, value in caption_metrics.score(given, wanted).items() if name.startswith("bleu")}
+    for name, values in caption_metrics.per_image(given, wanted).items():
+        record.add(name, values, resamples, seed)
+    several = {name: texts for name, texts in wanted.items() if len(texts) > 1}
+    if len(several) > 1:
+        first, rest = {name: texts[0] for name, texts in several.items()}, {name: texts[1:] for name, texts in several.items()}
+        record.calibration["cider_one_reference"] = caption_metrics.score(first, rest)["cider"]
+        said = {name: given[name] for name in several}
+        record.calibration["cider_beside_one_reference"] = caption_metrics.score(said, rest)["cider"]
     if len(names) < 2:
         return
     shuffled = {name: hypotheses[i] for name, i in zip(names, others(len(names)), strict=True)}

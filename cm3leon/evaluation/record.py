@@ -21,13 +21,16 @@ class Record:
 
     scores: the model's figures. intervals: 95 % bootstrap intervals of those that are means over prompts. calibration: what the same
     measures give for real images, reconstructions, other documents' captions, majority answers. contract: what was asked, and how;
-    two records can be compared only if their contracts are equal.
+    two records can be compared only if their contracts are equal. settings: the parameters with which to evaluate again. models: hashes of
+    what was evaluated.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     calibration: dict[str, float] = field(default_factory=dict)
     contract: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, values: Sequence[float] | np.ndarray, resamples: int, seed: int) -> None:
         """A score that is a mean over prompts, with its interval."""
@@ -40,7 +43,12 @@ class Record:
 
     @classmethod
     def read(cls, directory: Path) -> Record:
-        data = json.loads((directory / FILE).read_text())
+        return cls.read_file(directory / FILE)
+
+    @classmethod
+    def read_file(cls, path: Path) -> Record:
+        """A record at any place."""
+        data = json.loads(path.read_text())
         data["intervals"] = {name: (low, high) for name, (low, high) in data["intervals"].items()}
         return cls(**data)
 

@@ -11,6 +11,7 @@ from cm3leon.config import DecodingConfig
 from cm3leon.documents import Prompt
 from cm3leon.generation.engine import generate_images
 from cm3leon.generation.parts import BadInputError, Parts
+from cm3leon.generation.prompts import Query
 from cm3leon.generation.rerank import rank
 from cm3leon.generation.results import GeneratedImage, Neighbour
 from cm3leon.generation.sampling import Sampler
@@ -22,9 +23,10 @@ ROWS = 128
 
 @dataclass(frozen=True)
 class Drawing:
-    """One image asked for: what its streams of guidance read, what it is ranked by, and the documents before it."""
+    """One image asked for: the prompt shown, what is asked, what its streams of guidance read, and the documents before it."""
 
     prompt: str
+    query: Query
     streams: list[Prompt]
     neighbours: list[Neighbour] = field(default_factory=list)
 
@@ -49,10 +51,10 @@ def draw(
     if num_images < 1:
         raise BadInputError(f"num_images must be at least 1, found {num_images}")
     draws, sampler = num_images * settings.candidates, Sampler(settings)
-    if draws > num_images and parts.encoder is None:
+    if draws > num_images and parts.encoder is None and any(drawing.query.describes for drawing in drawings):
         raise BadInputError("candidates > 1 needs a bundle with an encoder to rank them")
-    streams = [drawing.streams if len(drawing.streams) > 2 else drawing.streams[: sampler.streams] for drawing in drawings]
-    used = settings.model_dump(exclude={"max_text_tokens"})
+    streams = [drawing.streams[: sampler.streams_of(len(drawing.streams))] for drawing in drawings]
+    used = settings.model_dump(exclude={"max_text_tokens", "tasks"})
     drawn: list[list[GeneratedImage]] = [[] for _ in drawings]
     jobs = list(_jobs(len(drawings), draws, max(1, ROWS // len(streams[0])))) if drawings else []
     for rows, numbers in track(jobs, "drawing", unit="batches") if len(jobs) > 1 else jobs:
@@ -65,8 +67,7 @@ def draw(
                 GeneratedImage(next(pictures), asked.prompt, own_seed, found, None, asked.neighbours, used, task)
                 for own_seed, found in zip(own_seeds, own_codes, strict=True)
             ]
-    if parts.encoder is not None:
-        drawn = rank(drawn, parts.encoder, parts.model, parts.text_tokenizer, settings.likelihood)
+    drawn = rank([drawing.query for drawing in drawings], drawn, parts.encoder, parts.model, settings.likelihood)
     return [images[:num_images] for images in drawn]
 
 

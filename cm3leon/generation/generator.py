@@ -15,16 +15,17 @@ from PIL import Image
 
 from cm3leon.config import DecodingConfig
 from cm3leon.data.images import fit_square
+from cm3leon.data.tokens import CONDITIONS
 from cm3leon.documents import BREAK, EOS, EOSS, Prompt, build_body
 from cm3leon.generation.drawing import ROWS, Drawing, Gap, draw
 from cm3leon.generation.engine import PromptTooLongError, generate_images, generate_texts, log_likelihoods
 from cm3leon.generation.parts import BadInputError, Parts
-from cm3leon.generation.prompts import answer_prompt, blanks_prompt, image_prompt, infill_prompt
-from cm3leon.generation.rerank import caption_log_likelihoods
+from cm3leon.generation.prompts import Query, answer_prompt, blanks_prompt, image_prompt, infill_prompt
+from cm3leon.generation.rerank import read_likelihoods
 from cm3leon.generation.results import GeneratedImage, GeneratedText, Neighbour, PairScore, Part
 from cm3leon.generation.sampling import Sampler
 from cm3leon.progress import track
-from cm3leon.tasks import CONDITIONS, EDIT, TASKS, Box, Segment, condition_text, layout_text
+from cm3leon.tasks import TASKS, Box, Segment, Values, lay_out, layout_text, problem_values
 
 BLANK = "___"
 
@@ -61,14 +62,14 @@ class Generator(Parts):
             BadInputError: for an empty prompt or an impossible setting.
             PromptTooLongError: if a prompt does not fit in the context.
         """
-        return self._text_to_image("text_to_image", prompts, prompts, references, num_images, seed, settings)
+        return self._from_text(
+            "text_to_image", [{"caption": prompt} for prompt in prompts], prompts, references, num_images, seed, settings
+        )
 
     def write(self, texts: Sequence[str], num_images: int = 1, *, seed: int = 0, **settings: Any) -> list[list[GeneratedImage]]:
         """Draw each text as writing; otherwise as :meth:`text_to_image`."""
         self.check_filled("text", texts)
-        return self._text_to_image(
-            "write", [TASKS["write"].templates[0].format(text=t) for t in texts], texts, None, num_images, seed, settings
-        )
+        return self._from_text("write", [{"text": text} for text in texts], texts, None, num_images, seed, settings)
 
     def layout_to_image(
         self,
@@ -93,13 +94,20 @@ class Generator(Parts):
             self.check_filled("label", [label for label, _ in layout])
             for _, box in layout:
                 self.check_inside(f"a box of layout {number}", box, size)
-        asked = [layout_text(caption, layout, self.image_size) for caption, layout in zip(captions, layouts, strict=True)]
-        return self._text_to_image("layout_to_image", asked, captions, None, num_images, seed, settings)
+        asked = [
+            {"caption": caption, "layout": layout_text([(label, self._shares(box)) for label, box in layout])}
+            for caption, layout in zip(captions, layouts, strict=True)
+        ]
+        return self._from_text("layout_to_image", asked, captions, None, num_images, seed, settings)
 
-    def _text_to_image(
+    def _shares(self, box: Box) -> Box:
+        x0, y0, x1, y1 = (value / self.image_size for value in box)
+        return x0, y0, x1, y1
+
+    def _from_text(
         self,
         task: str,
-        asked: Sequence[str],
+        asked: Sequence[Values],
         shown: Sequence[str],
         references: Sequence[Image.Image] | None,
         num_images: int,
@@ -107,21 +115,26 @@ class Generator(Parts):
         changes: dict[str, Any],
     ) -> list[list[GeneratedImage]]:
         settings = self.settings_of(task, changes)
-        self.check_filled("prompt", asked)
+        self.check_filled("prompt", shown)
         if references is not None:
-            self.check_same_length("prompt", asked, "reference", references)
+            self.check_same_length("prompt", shown, "reference", references)
         found = self.neighbours(shown, settings.documents, references)
         drawings = []
-        for text, name, neighbours in zip(asked, shown, found, strict=True):
-            neighbours = self._fitting(text, neighbours)
-            drawings.append(Drawing(name, self._text_streams(text, neighbours), neighbours))
+        for values, name, neighbours in zip(asked, shown, found, strict=True):
+            query = self._query(task, values, {})
+            while neighbours and not self._fit(query, neighbours):
+                neighbours = neighbours[:-1]
+            drawings.append(Drawing(name, Query(query, TASKS[task].hidden[0]), self._streams(task, query, neighbours), neighbours))
         return draw(self, task, drawings, num_images, seed, settings)
 
-    def _text_streams(self, text: str, neighbours: Sequence[Neighbour]) -> list[Prompt]:
-        """The conditional stream and the mask-conditioned one, which keeps the retrieved documents."""
-        query = [("text", self.ids(text))]
+    def _query(self, task: str, values: Values, images: dict[str, np.ndarray]) -> list[Segment]:
+        """The segments before the image to draw, as in training; ``images`` are codes of other pictures."""
+        return lay_out(TASKS[task].templates[0], [values], images, self.model.vocabulary, self.text_tokenizer)[0]
+
+    def _streams(self, task: str, query: Sequence[Segment], neighbours: Sequence[Neighbour] = ()) -> list[Prompt]:
+        """The conditional stream, and those in which masks stand for what was asked, which keep the retrieved documents."""
         before = [] if self.memory is None else [self.memory.segments(n, self.model.vocabulary) for n in neighbours]
-        return [image_prompt(query, before, self.model.vocabulary, masked) for masked in (frozenset(), frozenset({0}))]
+        return [image_prompt(query, before, self.model.vocabulary, frozenset(masked)) for masked in ((), *TASKS[task].hidden)]
 
     def condition_to_image(
         self,
@@ -133,7 +146,7 @@ class Generator(Parts):
         seed: int = 0,
         **settings: Any,
     ) -> list[list[GeneratedImage]]:
-        """Draw each caption over the structure of an image: edges, a segmentation map, a scribble (``cm3leon.tasks.CONDITIONS``).
+        """Draw each caption over the structure of an image: edges, a segmentation map, a scribble (``cm3leon.data.tokens.CONDITIONS``).
 
         Raises:
             BadInputError: for an unknown kind.
@@ -145,11 +158,12 @@ class Generator(Parts):
         for kind in kinds:
             if kind not in CONDITIONS:
                 raise BadInputError(f"unknown condition {kind!r}; known are {', '.join(CONDITIONS)}")
-        queries = [
-            [("text", self.ids(condition_text(kind))), ("image", self.model.vocabulary.image(codes)), ("text", self.ids(caption))]
-            for caption, codes, kind in zip(captions, self.encode(images), kinds, strict=True)
+        codes = self.encode(images)
+        asked = [
+            (caption, {"caption": caption, "kind": kind}, {"condition": own})
+            for caption, kind, own in zip(captions, kinds, codes, strict=True)
         ]
-        return draw(self, "condition_to_image", self._masked_drawings(captions, queries, ((), (1, 2))), num_images, seed, used)
+        return self._from_pictures("condition_to_image", asked, num_images, seed, used)
 
     def edit(
         self, images: Sequence[Image.Image], instructions: Sequence[str], num_images: int = 1, *, seed: int = 0, **settings: Any
@@ -163,21 +177,21 @@ class Generator(Parts):
         used = self.settings_of("edit", settings)
         self.check_same_length("image", images, "instruction", instructions)
         self.check_filled("instruction", instructions)
-        queries = [
-            [("text", self.ids(EDIT)), ("image", self.model.vocabulary.image(codes)), ("text", self.ids(instruction))]
-            for codes, instruction in zip(self.encode(images), instructions, strict=True)
+        asked = [
+            (instruction, {"instruction": instruction}, {"source": own})
+            for instruction, own in zip(instructions, self.encode(images), strict=True)
         ]
-        return draw(self, "edit", self._masked_drawings(instructions, queries, ((), (2,), (1, 2))), num_images, seed, used)
+        return self._from_pictures("edit", asked, num_images, seed, used)
 
-    def _masked_drawings(
-        self, prompts: Sequence[str], queries: Sequence[Sequence[Segment]], streams: Sequence[Sequence[int]]
-    ) -> list[Drawing]:
-        """Drawings without retrieved documents; each stream masks some of the query's segments."""
-        vocabulary = self.model.vocabulary
-        return [
-            Drawing(prompt, [image_prompt(query, [], vocabulary, frozenset(masked)) for masked in streams])
-            for prompt, query in zip(prompts, queries, strict=True)
-        ]
+    def _from_pictures(
+        self, task: str, asked: Sequence[tuple[str, Values, dict[str, np.ndarray]]], num_images: int, seed: int, settings: DecodingConfig
+    ) -> list[list[GeneratedImage]]:
+        """Images drawn from others, without retrieved documents. ``asked``: prompt shown, texts, codes of the other pictures."""
+        drawings = []
+        for prompt, values, images in asked:
+            query = self._query(task, values, images)
+            drawings.append(Drawing(prompt, Query(query, TASKS[task].hidden[0], task != "edit"), self._streams(task, query)))
+        return draw(self, task, drawings, num_images, seed, settings)
 
     def infill(
         self,
@@ -208,7 +222,9 @@ class Generator(Parts):
             span = (int(open_codes[0]), int(open_codes[-1]) + 1)
             known = codes.astype(np.int64)
             known[open_codes] = -1
-            drawing = Drawing(caption, [infill_prompt(self.ids(caption), codes, span, self.model.vocabulary)])
+            query = self._query("text_to_image", {"caption": caption}, {})
+            prompt = infill_prompt(query[0][1], codes, span, self.model.vocabulary)
+            drawing = Drawing(caption, Query(query, TASKS["text_to_image"].hidden[0]), [prompt])
             results += draw(self, "infill", [drawing], num_images, seed, used, Gap(span, known))
         return results
 
@@ -225,15 +241,21 @@ class Generator(Parts):
             )
         return np.flatnonzero(touched)
 
-    def fits(self, prompt: str, neighbours: Sequence[Neighbour] = ()) -> bool:
-        """Whether a prompt, its retrieved documents and the image to draw fit in the context."""
-        longest = max(len(stream) for stream in self._text_streams(prompt, neighbours))
-        return longest + self.model.vocabulary.tokens_per_image <= self.model.spec.context
+    def fits(self, task: str, values: Values) -> bool:
+        """Whether a task's texts and images fit in the context, with the image to draw or at least one token of an answer.
 
-    def _fitting(self, prompt: str, neighbours: list[Neighbour]) -> list[Neighbour]:
-        while neighbours and not self.fits(prompt, neighbours):
-            neighbours = neighbours[:-1]
-        return neighbours
+        Args:
+            values: what fills the fields of the task's template (``cm3leon.tasks``).
+        """
+        blank = np.zeros(self.model.vocabulary.tokens_per_image, dtype=np.int64)
+        if TASKS[task].draws:
+            return self._fit(self._query(task, values, {"source": blank, "condition": blank}), ())
+        prompt = answer_prompt(TASKS[task].templates[0], values, blank, self.model.vocabulary, self.text_tokenizer)
+        return len(prompt) < self.model.spec.context
+
+    def _fit(self, query: Sequence[Segment], neighbours: Sequence[Neighbour]) -> bool:
+        longest = max(len(stream) for stream in self._streams("text_to_image", query, neighbours))
+        return longest + self.model.vocabulary.tokens_per_image <= self.model.spec.context
 
     # --- texts -----------------------------------------------------------------------------------------------------------
 
@@ -255,13 +277,43 @@ class Generator(Parts):
         self.check_filled("question", questions)
         return self._answer("vqa", [{"question": q} for q in questions], images, temperature, seed)
 
+    def reason(
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        options: Sequence[Sequence[str]],
+        contexts: Sequence[str] | None = None,
+        *,
+        explain: bool = True,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[GeneratedText]:
+        """Answer a question about each image with one of its options; ``explain``: with the reasons before it.
+
+        :func:`cm3leon.tasks.conclusion` takes the answer out of an explanation.
+
+        Raises:
+            BadInputError: if the lists differ in length, a question is empty or has less than two options.
+            PromptTooLongError: if a question leaves no room for an answer.
+        """
+        contexts = [""] * len(questions) if contexts is None else contexts
+        for name, values in (("question", questions), ("options", options), ("context", contexts)):
+            self.check_same_length("image", images, name, values)
+        self.check_filled("question", questions)
+        for number, own in enumerate(options):
+            if len(own) < 2:
+                raise BadInputError(f"question {number} has {len(own)} options; give at least two")
+            self.check_filled("option", own)
+        asked = [problem_values(*problem) for problem in zip(questions, options, contexts, strict=True)]
+        return self._answer("reasoning", asked, images, temperature, seed, template=0 if explain else 1)
+
     def _answer(
-        self, task: str, values: Sequence[dict[str, str]], images: Sequence[Image.Image], temperature: float, seed: int
+        self, task: str, values: Sequence[dict[str, str]], images: Sequence[Image.Image], temperature: float, seed: int, template: int = 0
     ) -> list[GeneratedText]:
         settings = self.settings_of(task, {"temperature": temperature, "guidance": 1.0, "contrastive": 0.0})
-        template, prompts = TASKS[task].templates[0], []
+        text, prompts = TASKS[task].templates[template], []
         for given, codes in zip(values, self.encode(images), strict=True):
-            prompts.append(answer_prompt(template, given, codes, self.model.vocabulary, self.text_tokenizer))
+            prompts.append(answer_prompt(text, given, codes, self.model.vocabulary, self.text_tokenizer))
             if len(prompts[-1]) >= self.model.spec.context:
                 what = f"the question {given['question'][:60]!r}" if "question" in given else "the instruction"
                 raise PromptTooLongError(
@@ -385,7 +437,8 @@ class Generator(Parts):
         self.check_same_length("image", images, "text", texts)
         self.check_filled("text", texts)
         vocabulary, codes = self.model.vocabulary, self.encode(images)
-        of_texts = caption_log_likelihoods(self.model, self.text_tokenizer, list(codes), texts)
+        queries = [Query(self._query("text_to_image", {"caption": text}, {}), TASKS["text_to_image"].hidden[0]) for text in texts]
+        of_texts = read_likelihoods(self.model, queries, list(codes))
         of_images: list[float] = []
         places = np.arange(1, vocabulary.tokens_per_image + 1)
         for start in range(0, len(texts), ROWS):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PICTURES = 64
 """Images encoded or decoded together."""
 
-UNTOLD = frozenset([*TASKS, "edit", "layout_to_image", "condition_to_image"])
+UNTOLD = frozenset(TASKS)
 """What a model may be asked that does not say what it was trained for."""
 
 
@@ -204,16 +204,18 @@ class Parts:
             raise BadInputError(f"{first['loc'][0]}: {first['msg']} (found {first['input']!r})") from None
 
     def settings_of(self, task: str, changes: dict[str, Any]) -> DecodingConfig:
-        """As :meth:`settings`, for a task that the model must have been trained for, like the guidance asked for.
+        """As :meth:`settings`, with the task's own defaults, for a task that the model must have been trained for, like the guidance asked
+        for.
 
         Raises:
             BadInputError: if it was not.
         """
-        settings = self.settings(changes)
+        given = {name: value for name, value in changes.items() if value is not None}
+        settings = self.settings({**self.decoding.tasks.get(task, {}), **given})
         if task not in self.trained_tasks:
             known = ", ".join(sorted(self.trained_tasks))
             raise BadInputError(f"this model was not tuned for {task} (it knows {known}); add it to sft.tasks and train again")
-        guided = settings.guidance != 1 or settings.contrastive > 0 or task == "edit"
+        guided = settings.guidance != 1 or settings.contrastive > 0 or (task == "edit" and settings.image_guidance != 1)
         if guided and self.training is not None and not self.training.masked_prompts:
             raise BadInputError(
                 "guidance and contrastive decoding need a model that was trained on masked prompts (sft.caption_drop or "

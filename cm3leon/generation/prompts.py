@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 
 import numpy as np
 
 from cm3leon.documents import Prompt, Tokens, Vocabulary, build_body
 from cm3leon.objective import apply_spans
-from cm3leon.tasks import Segment, split_template
+from cm3leon.tasks import BREAK, Segment, split_template
 from cm3leon.tokenizers.text import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Query:
+    """What stands before an image to draw.
+
+    hidden: the segments by whose likelihood, read from the image, candidates are ranked (none: they are not). describes: whether the prompt
+    shown describes the image, so that CLIP can compare the two.
+    """
+
+    segments: list[Segment]
+    hidden: tuple[int, ...] = ()
+    describes: bool = True
 
 
 def answer_prompt(template: str, values: Mapping[str, str], codes: np.ndarray, vocabulary: Vocabulary, tokenizer: TextTokenizer) -> Prompt:
     """The prompt whose continuation, up to ``<eoss>``, is the answer."""
-    before, _, after = split_template(template, values)
+    before, _, after = split_template(template.split(BREAK)[0], values)
     mask = vocabulary.sentinel(0)
     text = np.concatenate([vocabulary.text(tokenizer.encode(before)), [mask], vocabulary.text(tokenizer.encode(after))])
     return build_body([[("text", text), ("image", vocabulary.image(codes))]]).prompt().followed_by(mask)
@@ -51,3 +65,13 @@ def infill_prompt(text: Tokens, codes: np.ndarray, span: tuple[int, int], vocabu
     masked = apply_spans(body, [(start + span[0], start + span[1])], vocabulary)
     end = len(masked.tokens) - 2 - (span[1] - span[0])  # behind the mask in the tail; its span, <eoss> and <eos> follow
     return Prompt(masked.tokens[:end], masked.places[:end])
+
+
+def reading_pair(query: Sequence[Segment], codes: np.ndarray, hidden: Sequence[int], vocabulary: Vocabulary) -> tuple[Prompt, Prompt]:
+    """How a model reads from a drawn image what it was asked: the prompt up to the first mask behind the image, and what follows, which is
+    the ``hidden`` segments of the query, as in training."""
+    body = build_body([[*query, ("image", vocabulary.image(codes))]])
+    masked = apply_spans(body, [(body.segments[number].start, body.segments[number].stop) for number in hidden], vocabulary)
+    split = len(body.tokens) + len(hidden) - sum(body.segments[number].length for number in hidden) + 1
+    whole = Prompt(masked.tokens[:-1], masked.places[:-1])
+    return Prompt(whole.tokens[:split], whole.places[:split]), Prompt(whole.tokens[split:], whole.places[split:])

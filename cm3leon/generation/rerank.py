@@ -1,4 +1,4 @@
-"""Ranking candidates: by the CLIP encoder, and by how likely the decoder itself finds the prompt as the image's caption."""
+"""Ranking candidates: by the CLIP encoder, and by how likely the decoder itself is to read from an image what was asked."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cm3leon.documents import EOSS, Prompt
+from cm3leon.documents import Prompt
 from cm3leon.generation.engine import log_likelihoods
-from cm3leon.generation.prompts import answer_prompt
+from cm3leon.generation.prompts import Query, reading_pair
 from cm3leon.generation.results import GeneratedImage
 from cm3leon.model import Decoder
-from cm3leon.tasks import TASKS
-from cm3leon.tokenizers.text import TextTokenizer
 
 if TYPE_CHECKING:
     from cm3leon.retrieval.encoder import Encoder
@@ -23,33 +21,43 @@ ROWS = 128
 
 
 def rank(
-    drawn: Sequence[list[GeneratedImage]], encoder: Encoder, model: Decoder, tokenizer: TextTokenizer, likelihood: float
+    queries: Sequence[Query], drawn: Sequence[list[GeneratedImage]], encoder: Encoder | None, model: Decoder, likelihood: float
 ) -> list[list[GeneratedImage]]:
-    """Give each image its CLIP score to its prompt, all encoded together; each list sorted, best first.
+    """Each list sorted, best first; images of queries that describe them get their CLIP score, all encoded together.
 
     Args:
-        likelihood: weight, beside the CLIP score, of the prompt's log-likelihood as the image's caption, nats.
+        queries: what was asked, one for each list. Those that do not describe their image (an instruction) are ranked by likelihood alone.
+        likelihood: weight, beside the CLIP score, of how likely what was asked is, read from the image, nats.
     """
-    flat = [image for images in drawn for image in images]
-    vectors = encoder.encode_images([generated.image for generated in flat])
-    prompts = list(dict.fromkeys(generated.prompt for generated in flat))
-    texts = dict(zip(prompts, encoder.encode_texts(prompts), strict=True))
-    for generated, vector in zip(flat, vectors, strict=True):
-        generated.score = float(vector @ texts[generated.prompt])
-    codes = [generated.codes for generated in flat]
-    said = caption_log_likelihoods(model, tokenizer, codes, [generated.prompt for generated in flat]) if likelihood else np.zeros(len(flat))
-    keys = {id(generated): -(generated.score or 0.0) - likelihood * value for generated, value in zip(flat, said, strict=True)}
-    return [sorted(images, key=lambda generated: keys[id(generated)]) for images in drawn]
+    flat = [(query, image) for query, images in zip(queries, drawn, strict=True) for image in images]
+    keys = np.zeros(len(flat))
+    described = [row for row, (query, _) in enumerate(flat) if query.describes and encoder is not None]
+    if described and encoder is not None:
+        vectors = encoder.encode_images([flat[row][1].image for row in described])
+        prompts = list(dict.fromkeys(flat[row][1].prompt for row in described))
+        texts = dict(zip(prompts, encoder.encode_texts(prompts), strict=True))
+        for row, vector in zip(described, vectors, strict=True):
+            generated = flat[row][1]
+            keys[row] = generated.score = float(vector @ texts[generated.prompt])
+    read = [row for row, (query, _) in enumerate(flat) if query.hidden and (likelihood or not query.describes)]
+    if read:
+        weights = [likelihood if flat[row][0].describes else 1.0 for row in read]
+        keys[read] += np.array(weights) * read_likelihoods(model, [flat[row][0] for row in read], [flat[row][1].codes for row in read])
+    order = {id(image): -key for (_, image), key in zip(flat, keys, strict=True)}
+    return [sorted(images, key=lambda image: order[id(image)]) for images in drawn]
 
 
-def caption_log_likelihoods(model: Decoder, tokenizer: TextTokenizer, codes: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
-    """How likely the model is to caption each image with its text and to end it there, nats; of a text too long, of its beginning."""
-    template, vocabulary = TASKS["caption"].templates[0], model.vocabulary
+def read_likelihoods(model: Decoder, queries: Sequence[Query], codes: Sequence[np.ndarray]) -> np.ndarray:
+    """How likely the model is to read from each image what was asked, and nothing more, nats; of what is too long for the context, of its
+    beginning."""
     found: list[float] = []
     for start in range(0, len(codes), ROWS):
-        prompts = [answer_prompt(template, {}, row, vocabulary, tokenizer) for row in codes[start : start + ROWS]]
-        room = model.spec.context - len(prompts[0])
-        answers = [np.append(vocabulary.text(tokenizer.encode(text)[:room]), EOSS) for text in texts[start : start + ROWS]]
-        scores = log_likelihoods(model, prompts, [Prompt(ids, np.zeros_like(ids)) for ids in answers])
-        found += [float(score.sum()) for score in scores]
+        part = slice(start, start + ROWS)
+        pairs = [
+            reading_pair(query.segments, row, query.hidden, model.vocabulary) for query, row in zip(queries[part], codes[part], strict=True)
+        ]
+        prompts = [prompt for prompt, _ in pairs]
+        rooms = [model.spec.context + 1 - len(prompt) for prompt in prompts]
+        wanted = [Prompt(tail.tokens[:room], tail.places[:room]) for (_, tail), room in zip(pairs, rooms, strict=True)]
+        found += [float(score.sum()) for score in log_likelihoods(model, prompts, wanted)]
     return np.array(found)

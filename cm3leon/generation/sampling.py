@@ -80,10 +80,11 @@ class Sampler:
 
     settings: DecodingConfig
 
-    @property
-    def streams(self) -> int:
-        """How many streams text-to-image and its like need with these settings."""
-        return 1 if self.settings.guidance == 1 and self.settings.contrastive == 0 else 2
+    def streams_of(self, known: int) -> int:
+        """How many of the streams that a drawing has are needed with these settings; the conditional one comes first."""
+        settings = self.settings
+        plain = settings.guidance == 1 and settings.contrastive == 0 and (known < 3 or settings.image_guidance == 1)
+        return 1 if plain else known
 
     def probabilities(self, logits_SPCV: Tensor, progress: float) -> Tensor:
         """Probabilities (P, C, V) from logits of S streams for P prompts with C candidates each.

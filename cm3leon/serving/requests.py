@@ -7,7 +7,20 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from cm3leon.serving.errors import ApiError
-from cm3leon.serving.schemas import COMMON, Box, Drawing, Guided, Picture, Retrieved, Seeded, TaskRequest, Text, Writing, read_image
+from cm3leon.serving.schemas import (
+    COMMON,
+    MAX_CHARACTERS,
+    Box,
+    Drawing,
+    Guided,
+    Picture,
+    Retrieved,
+    Seeded,
+    TaskRequest,
+    Text,
+    Writing,
+    read_image,
+)
 
 MAX_UPSCALED_SIDE = 1024
 
@@ -109,6 +122,20 @@ class Answer(Writing):
         return read_image(self.image, "image"), self.question
 
 
+class Reason(Writing):
+    """Answer a question about an image with one of several options, and say why."""
+
+    task, apart = "reason", frozenset({"model", "image", "question", "options", "context"})
+    image: Picture
+    question: Text
+    options: list[Annotated[Text, StringConstraints(max_length=200)]] = Field(min_length=2, max_length=16)
+    context: Annotated[str, StringConstraints(max_length=MAX_CHARACTERS)] = ""
+    explain: bool = Field(True, description="with the reasons before the answer")
+
+    def item(self) -> tuple[Any, ...]:
+        return read_image(self.image, "image"), self.question, self.options, self.context
+
+
 class InfillText(Writing):
     """Fill the blanks of a text, which may be about an image."""
 
@@ -174,6 +201,6 @@ class Upscale(TaskRequest):
 
 
 TASKS: tuple[type[TaskRequest], ...] = (
-    Caption, Answer, Edit, Infill, InfillText, LayoutToImage, ConditionToImage, Write, Interleave, Score, Upscale,
+    Caption, Answer, Reason, Edit, Infill, InfillText, LayoutToImage, ConditionToImage, Write, Interleave, Score, Upscale,
 )  # fmt: skip
 """Those with an address ``/v1/tasks/{task}``."""

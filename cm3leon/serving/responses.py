@@ -52,7 +52,7 @@ def part_of_document(part: Part) -> dict[str, Any]:
 
 NEEDED = {
     "text_to_image": "text_to_image", "write": "write", "layout_to_image": "layout_to_image", "condition_to_image": "condition_to_image",
-    "edit": "edit", "caption": "caption", "long_caption": "long_caption", "answer": "vqa",
+    "edit": "edit", "caption": "caption", "long_caption": "long_caption", "answer": "vqa", "reason": "reasoning",
     "infill": None, "infill_text": None, "interleave": None, "score": None,
 }  # fmt: skip
 """What is asked of a model -> the task of instruction tuning without which it cannot; the others come with pretraining."""

@@ -16,9 +16,9 @@ from cm3leon.config import DecodingConfig, Section
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
-COLUMNS = ("task", "prompt", "image", "question", "instruction", "text", "kind", "box", "objects", "document")
-"""Of a request, all text; ``box``, ``objects`` and ``document`` are JSON."""
-JSON_COLUMNS = ("box", "objects", "document")
+COLUMNS = ("task", "prompt", "image", "question", "instruction", "text", "kind", "context", "box", "objects", "document", "options")
+"""Of a request, all text; ``box``, ``objects``, ``document`` and ``options`` are JSON."""
+JSON_COLUMNS = ("box", "objects", "document", "options")
 
 OUTPUTS = {
     "row": "long", "task": "string", "text": "string", "image_png": "string", "score": "double", "seed": "long", "neighbours": "string",

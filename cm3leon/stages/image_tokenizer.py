@@ -5,18 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from cm3leon import paths, tracking
 from cm3leon.config import Config
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
+from cm3leon.data.tokens import CONDITIONS
 from cm3leon.stages.common import device, save_pairs
 from cm3leon.tokenizers.image import ImageTokenizer, reconstruct
 from cm3leon.tokenizers.image_training import code_statistics, psnr, train_image_tokenizer
 
 VALIDATION_IMAGES = 512
 SHEET_IMAGES = 16
+
+
+def pictures(manifest: pd.DataFrame) -> list[str]:
+    """All that the model will read or draw: the documents' images, and their condition images."""
+    return [*manifest["image"], *(item["image"] for items in manifest["conditions"] for item in items if item["kind"] in CONDITIONS)]
 
 
 def run(config: Config) -> dict[str, float]:
@@ -29,7 +36,7 @@ def run(config: Config) -> dict[str, float]:
         if section.pretrained:
             model = ImageTokenizer.load(Path(section.pretrained), device())
         else:
-            images = ImageSet(store, read_manifest(paths.VALIDATED, "train")["image"].tolist(), section.image_size)
+            images = ImageSet(store, pictures(read_manifest(paths.VALIDATED, "train")), section.image_size)
             model = train_image_tokenizer(
                 images,
                 section,

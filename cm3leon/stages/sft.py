@@ -7,13 +7,16 @@ from cm3leon.config import Config, ObjectiveConfig
 from cm3leon.data.manifest import read_manifest
 from cm3leon.data.sequences import PretrainingSamples, read_neighbours
 from cm3leon.data.task_samples import TaskSamples
-from cm3leon.data.tokens import TokenStore
+from cm3leon.data.tokens import CONDITIONS_OF, TokenStore
 from cm3leon.model import Decoder
 from cm3leon.stages.samples import sample_sheets
 from cm3leon.stages.training import fingerprint, first_batches, stream_of, train
 from cm3leon.tasks import Training
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.training.distributed import world
+
+TASK_PART = 4
+"""Each task on its own is validated on this part of the number of samples that the mix is."""
 
 UNMASKED = ObjectiveConfig(mean_masks=0, segment_rate=0)
 """What is masked in a sample is the task's to say."""
@@ -32,17 +35,25 @@ def run(config: Config) -> dict[str, float]:
             drawn = PretrainingSamples(
                 store, documents, neighbours, model.vocabulary, UNMASKED, section.documents, model.spec.context, config.seed
             )
-            return TaskSamples(drawn, read_manifest(paths.VALIDATED, split), tokenizer, section)
+            kept = CONDITIONS_OF + split
+            conditions = TokenStore(paths.TOKENS, [kept]) if TokenStore.holds(paths.TOKENS, kept) else None
+            return TaskSamples(drawn, read_manifest(paths.VALIDATED, split), tokenizer, section, conditions)
 
         training, held_out_samples = samples("train", documents), samples("val", held_out)
-        counts = {f"documents_{name}": float(count) for name, count in training.counts().items()}
+        counts = {f"documents_{name}": float(count) for name, count in training.counts.items()}
         run.log_metrics({f"sft/{name}": count for name, count in counts.items()})
+        run.log_metrics({f"sft/share_{name}": share for name, share in training.shares.items()})
+        validation = {"": first_batches(held_out_samples, len(held_out_samples), section, config.seed)}
+        few = section.model_copy(update={"validation_documents": section.validation_documents // TASK_PART})
+        for name in held_out_samples.rows:
+            alone = held_out_samples.only(name)
+            validation[name] = first_batches(alone, len(alone), few, config.seed)
         figures = train(
             "sft",
             model,
             stream_of(training, len(training), section, config.seed, model.spec.context),
             section,
-            {"": first_batches(held_out_samples, len(held_out_samples), section, config.seed)},
+            validation,
             paths.FINETUNED,
             run,
             processes,
@@ -52,5 +63,6 @@ def run(config: Config) -> dict[str, float]:
         if processes.rank == 0:
             objective = config.pretrain.objective
             masked = section.caption_drop > 0 or objective.segment_rate * objective.caption_share > 0
-            Training(frozenset(training.counts()), masked).write(paths.FINETUNED)
-    return {**figures, **counts}
+            Training(frozenset(training.counts), masked).write(paths.FINETUNED)
+    parts = tuple(f"{name}_loss_{kind}" for name in validation if name for kind in ("text", "image"))
+    return {**{name: value for name, value in figures.items() if not name.endswith(parts)}, **counts}

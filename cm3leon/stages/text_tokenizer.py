@@ -5,30 +5,37 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import numpy as np
 import pandas as pd
 
 from cm3leon import paths, tracking
 from cm3leon.config import Config
 from cm3leon.data.manifest import read_manifest
-from cm3leon.tasks import TASKS
+from cm3leon.tasks import BREAK, COLUMNS, PICTURES, TASKS, available
 from cm3leon.tokenizers.text import TextTokenizer
+
+CAPTIONED = ("text_to_image", "caption", "condition_to_image")
+"""Tasks whose only texts of a row are captions, which are read whole."""
+OTHERS = ("caption", "source", "condition", "kind")
+"""Fields that are captions, read whole, or no text of the row."""
 
 TEMPLATE_WEIGHT = 20
 """Times each template counts, so that its words become tokens also on small data."""
 
 
 def texts(manifest: pd.DataFrame) -> Iterator[str]:
-    """Captions, long captions, questions and answers, and the templates' own words, as they stand between what fills them."""
-    for row in manifest.itertuples():
-        yield from row.captions
-        if isinstance(row.long_caption, str):
-            yield row.long_caption
-        for item in row.questions if row.questions is not None else ():
-            yield item["question"]
-            yield from (f" {answer}" for answer in item["answers"])
+    """All captions; of the other texts what tasks make of a row, once each; the templates' own words, as they stand between what fills
+    them."""
+    rng = np.random.default_rng(0)
+    for row in manifest[[name for name in COLUMNS if name in manifest.columns]].to_dict("records"):
+        yield from row["captions"]
+        for name in available(row):
+            for values in TASKS[name].turns(row, rng) if name not in CAPTIONED else ():
+                yield from (f" {text}" if field == "answer" else text for field, text in values.items() if field not in OTHERS)
     for task in TASKS.values():
         for template in task.templates:
-            yield from [part for part in re.split(r" ?\{\w+\}", template) if part] * TEMPLATE_WEIGHT
+            parts = [part for segment in template.split(BREAK) if segment not in PICTURES for part in re.split(r" ?\{\w+\}", segment)]
+            yield from [part for part in parts if part] * TEMPLATE_WEIGHT
 
 
 def run(config: Config) -> dict[str, float]:

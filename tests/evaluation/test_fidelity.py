@@ -1,10 +1,11 @@
-"""Distances of feature sets against closed forms and SciPy's matrix square root."""
+"""Distances of feature sets against closed forms, SciPy's matrix square root, and loops over pairs."""
 
 import numpy as np
 import pytest
 from scipy import linalg
 
-from cm3leon.evaluation.fidelity import frechet_distance, gaussian_distance
+from cm3leon.evaluation import fidelity
+from cm3leon.evaluation.fidelity import frechet_distance, gaussian_distance, kernel_distance, precision_recall
 
 
 def features(seed: int, n: int, d: int, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:
@@ -64,3 +65,109 @@ def test_refuses_bad_features() -> None:
         frechet_distance(good, good[:, :3])
     with pytest.raises(ValueError, match="not finite"):
         frechet_distance(good, np.full((5, 4), np.nan))
+
+
+def discrepancy_by_loop(a: np.ndarray, b: np.ndarray) -> float:
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return (float(np.dot(x, y)) / len(x) + 1) ** 3
+
+    n, m = len(a), len(b)
+    within_a = sum(kernel(a[i], a[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    within_b = sum(kernel(b[i], b[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return within_a + within_b - 2 * sum(kernel(x, y) for x in a for y in b) / (n * m)
+
+
+def test_kernel_distance_agrees_with_a_loop() -> None:
+    a, b = features(0, 31, 5), features(1, 24, 5, shift=0.4)
+    expected = discrepancy_by_loop(a, b)
+    assert kernel_distance(a, b, 10, 31, 0) == pytest.approx(expected, rel=1e-10)
+    assert kernel_distance(a.astype(np.float32), b, 1, 1000, 0) == pytest.approx(expected, rel=1e-4)
+
+
+def test_kernel_distance_averages_over_subsets() -> None:
+    a, b = features(0, 31, 5), features(1, 8, 5, shift=0.4)
+    rng = np.random.default_rng(7)
+    expected = []
+    for _ in range(4):
+        rows_a, rows_b = (rng.choice(len(x), size, replace=False) for x, size in ((a, 12), (b, 8)))
+        expected.append(discrepancy_by_loop(a[rows_a], b[rows_b]))
+    assert kernel_distance(a, b, 4, 12, 7) == pytest.approx(np.mean(expected), rel=1e-10)
+    assert kernel_distance(a, b, 4, 12, 8) != kernel_distance(a, b, 4, 12, 7)
+
+
+def test_kernel_distance_of_point_masses() -> None:
+    a, b = np.zeros((6, 4)), np.ones((9, 4))
+    assert kernel_distance(a, b, 1, 100, 0) == pytest.approx(1 + 8 - 2, rel=1e-12)
+
+
+def test_kernel_distance_is_unbiased_and_grows_with_shift() -> None:
+    pairs = [(features(2 * i, 20, 6), features(2 * i + 1, 20, 6)) for i in range(300)]
+    same = np.array([kernel_distance(a, b, 1, 20, 0) for a, b in pairs])
+    assert (same < 0).any() and abs(same.mean()) < 4 * same.std() / np.sqrt(len(same))
+    near, far = (kernel_distance(features(0, 400, 6), features(1, 400, 6, shift=shift), 5, 200, 0) for shift in (0.3, 1.0))
+    assert 0 < near < far
+
+
+def manifold_share_by_loop(queries: np.ndarray, members: np.ndarray, neighbours: int) -> float:
+    radii = [sorted(np.linalg.norm(x - y) for j, y in enumerate(members) if j != i)[neighbours - 1] for i, x in enumerate(members)]
+    return float(np.mean([any(np.linalg.norm(q - x) <= radius for x, radius in zip(members, radii)) for q in queries]))
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 5])
+def test_precision_recall_agrees_with_a_loop(neighbours: int) -> None:
+    real, generated = features(0, 60, 4), features(1, 45, 4, shift=0.7, scale=0.8)
+    precision, recall = precision_recall(real, generated, neighbours)
+    assert precision == manifold_share_by_loop(generated, real, neighbours)
+    assert recall == manifold_share_by_loop(real, generated, neighbours)
+    assert 0 < recall < 1 and 0 < precision < 1
+
+
+def test_precision_recall_of_equal_and_of_distant_sets() -> None:
+    real = features(0, 80, 16) + 1000
+    assert precision_recall(real, real[::-1]) == (1, 1)
+    once = features(1, 13, 333)
+    assert precision_recall(np.repeat(once, 4, axis=0), once) == (1, 1)  # balls of radius 0 hold their centres
+    assert precision_recall(real, real + 100) == (0, 0)
+
+
+def test_equal_rows_are_exactly_zero_apart() -> None:
+    a = features(1, 40, 333)
+    (squared,) = fidelity._squared_distances(a, np.concatenate([a, a[::-1] + 0.01]))
+    assert (np.diag(squared) == 0).all() and (squared > 0).sum() == squared.size - 40
+    np.testing.assert_allclose(np.diag(squared[:, :39:-1]), 333 * 0.01**2, rtol=1e-8)
+
+
+def test_mode_collapse_lowers_recall_and_junk_lowers_precision() -> None:
+    def modes(seed: int, *centres: float) -> np.ndarray:
+        return np.concatenate([features(seed + int(centre), 100, 6, shift=centre) for centre in centres])
+
+    real = modes(0, 0, 20)
+    good = precision_recall(real, modes(50, 0, 20))
+    collapsed = precision_recall(real, modes(50, 0))
+    junk = precision_recall(real, modes(50, 0, 20, 40))
+    assert min(good) > 0.7
+    assert collapsed[0] > 0.7 and collapsed[1] == pytest.approx(good[1] / 2, abs=0.1)
+    assert junk[0] == pytest.approx(good[0] * 2 / 3, abs=1e-12) and junk[1] == good[1]
+
+
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = features(0, 50, 5), features(1, 40, 5, shift=0.4)
+    distance, shares = kernel_distance(a, b, 1, 50, 0), precision_recall(a, b)
+    for cells in (1, 7 * 40):  # a row at a time; parts that do not divide the rows
+        monkeypatch.setattr(fidelity, "CELLS", cells)
+        assert kernel_distance(a, b, 1, 50, 0) == pytest.approx(distance, rel=1e-10)
+        assert precision_recall(a, b) == shares
+
+
+def test_kernel_distance_and_precision_recall_refuse_bad_arguments() -> None:
+    good = features(0, 10, 4)
+    for subsets, size in ((0, 5), (3, 1)):
+        with pytest.raises(ValueError, match="subsets must be at least 1 and subset_size at least 2"):
+            kernel_distance(good, good, subsets, size, 0)
+    with pytest.raises(ValueError, match="different widths"):
+        kernel_distance(good, good[:, :3], 1, 10, 0)
+    for neighbours in (0, 5):
+        with pytest.raises(ValueError, match=f"neighbours {neighbours} must .* the 5 rows of generated|neighbours 0"):
+            precision_recall(good, good[:5], neighbours)
+    with pytest.raises(ValueError, match="generated holds values that are not finite"):
+        precision_recall(good, np.full((5, 4), np.nan))

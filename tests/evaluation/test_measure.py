@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from cm3leon.evaluation import measure
+from cm3leon.evaluation.captions import score
 from cm3leon.evaluation.record import Record, bootstrap, digest
 
 
@@ -105,7 +106,7 @@ def test_one_document_is_measured_without_distance_and_baselines():
     record, image, caption = Record(), [flat(250, 0, 0)], "a red circle on a white background"
     measure.measure_images(record, ColourEncoder(), ["red"], image, image, image, 10, 0)
     measure.measure_composition(record, [caption], image, image, image, 10, 0)
-    measure.measure_captions(record, ["a"], [caption], [[caption]])
+    measure.measure_captions(record, ["a"], [caption], [[caption]], 10, 0)
     assert set(record.calibration) == {"clip_score_real", "composition_real", "composition_reconstructions"}
     assert {"clip_score", "composition", "cider"} <= set(record.scores) and "fd_encoder" not in record.scores
 
@@ -114,9 +115,38 @@ def test_captions_of_other_images_score_less():
     names = ["a", "b", "c"]
     texts = ["a red circle on white", "two blue squares on black", "the letter A in green on gray"]
     record = Record()
-    measure.measure_captions(record, names, texts, [[t] for t in texts])
+    measure.measure_captions(record, names, texts, [[t] for t in texts], 10, 0)
     assert record.scores["cider"] > 5 and record.scores["bleu_4"] == pytest.approx(1, abs=1e-3)
     assert record.calibration["cider_other_images"] < 1
+
+
+def test_a_persons_caption_is_scored_against_the_others():
+    references = [["a red circle on white", "a red circle", "one red circle"], ["two blue squares", "two squares on black"], ["a ring"]]
+    record = Record()
+    measure.measure_captions(record, ["a", "b", "c"], ["a red circle", "two blue squares", "a ring"], references, 10, 0)
+    several = {"a": references[0], "b": references[1]}
+    rest = {name: texts[1:] for name, texts in several.items()}
+    assert record.calibration["cider_one_reference"] == score({name: texts[0] for name, texts in several.items()}, rest)["cider"]
+    assert record.calibration["cider_beside_one_reference"] == score({"a": "a red circle", "b": "two blue squares"}, rest)["cider"]
+    low, high = record.intervals["cider"]
+    assert low <= record.scores["cider"] <= high
+
+
+def test_fidelity_names_its_extractor_and_says_what_is_normal():
+    rng = np.random.default_rng(0)
+    real = [Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)) for _ in range(20)]
+    dark = [Image.fromarray(np.asarray(image) // 4) for image in real]
+
+    class Pixels:
+        def encode_images(self, images):
+            return np.stack([np.asarray(image, dtype=float).reshape(-1, 3).mean(0) for image in images])
+
+    record = Record()
+    measure.measure_fidelity(record, "pixels", Pixels(), dark, real, real, 0)
+    assert record.scores["fd_pixels"] > 1000 > record.calibration["fd_pixels_real_halves"] > record.calibration["fd_pixels_reconstructions"]
+    assert record.scores["kd_pixels"] > record.calibration["kd_pixels_real_halves"]
+    assert record.scores["precision_pixels"] == record.scores["recall_pixels"] == 0
+    assert record.calibration["precision_pixels_reconstructions"] == record.calibration["recall_pixels_reconstructions"] == 1
 
 
 def test_composition_is_absent_where_captions_state_no_scene():

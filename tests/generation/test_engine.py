@@ -101,7 +101,7 @@ def test_reading_and_continuing_prompts_equals_the_full_pass(options, shared, lo
 def test_images_equal_the_reference_whatever_the_batch(model, changes, long, monkeypatch):
     monkeypatch.setattr(caches, "LONG", long)
     prompts, chosen_by = [prompt(3, 1), prompt(11, 2, documents=3), prompt(1, 3)], sampler(**changes)
-    streams = [[p, UNCONDITIONAL][: chosen_by.streams] for p in prompts]
+    streams = [[p, UNCONDITIONAL][: chosen_by.streams_of(2)] for p in prompts]
     seeds = [[5, 6], [7, 8], [9, 10]]
     codes = generate_images(model, streams, seeds, chosen_by)
     assert codes.shape == (3, 2, 9) and codes.min() >= 0 and codes.max() < 20

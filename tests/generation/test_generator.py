@@ -10,13 +10,14 @@ from PIL import Image
 
 from cm3leon import paths
 from cm3leon.config import DecodingConfig, RetrieveConfig
-from cm3leon.generation.engine import PromptTooLongError
+from cm3leon.data.tokens import CONDITIONS
+from cm3leon.documents import BREAK, EOS, EOSS, Prompt
+from cm3leon.generation.engine import PromptTooLongError, log_likelihoods
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.memory import Memory
 from cm3leon.generation.parts import BadInputError
-from cm3leon.generation.rerank import caption_log_likelihoods
 from cm3leon.generation.results import GeneratedText
-from cm3leon.tasks import CONDITIONS, Training
+from cm3leon.tasks import Training
 
 PROMPTS = ["a red circle", "two green crosses and a blue square on white"]
 PICTURE = Image.new("RGB", (32, 32), "red")
@@ -47,12 +48,35 @@ def test_candidates_are_ranked_by_score_and_the_best_kept(generator):
     assert best.score == pytest.approx(scores[0], abs=1e-5) and best.seed == ranked[0].seed
 
 
+@torch.no_grad()
+def read_from(generator, text, codes):
+    """How likely the model is to caption an image with a text and to end it there, nats."""
+    vocabulary = generator.model.vocabulary
+    start = [EOS, vocabulary.sentinel(0), BREAK, *vocabulary.image(codes), vocabulary.sentinel(0)]
+    tokens = torch.tensor([[*start, *vocabulary.text(generator.text_tokenizer.encode(text)), EOSS]])
+    logits = generator.model.logits(generator.model(tokens, torch.from_numpy(vocabulary.places(tokens[0].numpy()))[None]))
+    return logits[0].log_softmax(-1)[torch.arange(len(start) - 1, tokens.shape[1] - 1), tokens[0, len(start) :]].sum().item()
+
+
+def test_edits_are_ranked_by_how_likely_the_instruction_is_read_from_both_pictures(generator):
+    [images] = generator.edit([PICTURE], ["make it blue"], 4, guidance=1.0, image_guidance=1.0)
+    assert all(image.score is None for image in images)  # an instruction does not describe the image
+    vocabulary, [source] = generator.model.vocabulary, generator.encode([PICTURE])
+    said = [*vocabulary.text(generator.text_tokenizer.encode("make it blue")), EOSS]
+    read = []
+    for image in images:
+        edit, picture = generator.ids("Edit first image following the instruction"), vocabulary.image(image.codes)
+        tokens = [EOS, *edit, BREAK, *vocabulary.image(source), BREAK, vocabulary.sentinel(0), BREAK, *picture, vocabulary.sentinel(0)]
+        prompt = Prompt(np.array(tokens), vocabulary.places(np.array(tokens)))
+        read.append(log_likelihoods(generator.model, [prompt], [Prompt(np.array(said), np.zeros(len(said), int))])[0].sum())
+    assert read == sorted(read, reverse=True)
+
+
 def test_likelihood_ranks_beside_the_clip_score(generator):
     def ranked(weight):
         [images] = generator.text_to_image(PROMPTS[1:], num_images=8, candidates=2, likelihood=weight, seed=0)
-        codes, prompts = [image.codes for image in images], [image.prompt for image in images]
-        said = caption_log_likelihoods(generator.model, generator.text_tokenizer, codes, prompts)
-        return [image.score + weight * value for image, value in zip(images, said, strict=True)], [image.seed for image in images]
+        scores = [image.score + weight * read_from(generator, image.prompt, image.codes) for image in images]
+        return scores, [image.seed for image in images]
 
     clip_alone, mixed, likelihood_alone = ranked(0.0), ranked(0.01), ranked(1e6)
     for scores, _ in (clip_alone, mixed, likelihood_alone):
@@ -88,7 +112,7 @@ def test_images_of_any_size_are_captioned_and_asked_about(generator):
 def test_what_is_too_long_can_be_shortened_to_what_fits(generator, text):
     short = generator.shorten(text)
     assert text.startswith(short) and len(short) > 10
-    assert generator.fits(short) and not generator.fits(text) and not generator.fits(short + text[: len(text) // 20])
+    assert [generator.fits("text_to_image", {"caption": t}) for t in (short, text, short + text[: len(text) // 20])] == [True, False, False]
     assert len(generator.text_to_image([short], candidates=1)) == 1
     question = generator.shorten_question(text)
     assert text.startswith(question) and len(question) > 10
@@ -166,7 +190,8 @@ def test_every_drawing_task_says_what_it_did(generator):
     }
     for task, [images] in drawn.items():
         assert len(images) == 2 and all(image.task == task and image.image.size == (32, 32) for image in images)
-        assert [image.score for image in images] == sorted((image.score for image in images), reverse=True)
+        if task != "edit":
+            assert [image.score for image in images] == sorted((image.score for image in images), reverse=True)
         assert images[0].record["task"] == task and images[0].settings["temperature"] == generator.decoding.temperature
     assert codes(generator.edit([PICTURE], ["make it blue"], 2, guidance=3.0)) == codes([drawn["edit"][0]])
 
@@ -266,6 +291,7 @@ def test_other_precisions_find_almost_the_same_likelihoods(generator, tiny_model
         (lambda g: g.text_to_image(["x"], contrastive=2.0), BadInputError, "contrastive"),
         (lambda g: g.text_to_image(["x"], references=[]), BadInputError, "1 prompts but 0 references"),
         (lambda g: g.edit([PICTURE], []), BadInputError, "1 images but 0 instructions"),
+        (lambda g: g.reason([PICTURE], ["Which?"], [["a"]]), BadInputError, "question 0 has 1 options; give at least two"),
         (lambda g: g.edit([PICTURE], [" "]), BadInputError, "instruction 0 is empty"),
         (lambda g: g.infill([PICTURE], [(0, 0, 33, 8)], ["x"]), BadInputError, r"the box, \(0, 0, 33, 8\).*inside the image of 32 x 32"),
         (lambda g: g.infill([PICTURE], [(8, 8, 8, 9)], ["x"]), BadInputError, "not empty"),

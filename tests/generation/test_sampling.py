@@ -110,8 +110,9 @@ def test_three_streams_are_for_editing():
 
 
 def test_streams_that_are_needed():
-    assert Sampler(settings(guidance=1.0)).streams == 1
-    assert Sampler(settings()).streams == Sampler(settings(guidance=1.0, contrastive=0.5)).streams == 2
+    plain, edits = Sampler(settings(guidance=1.0)), Sampler(settings(guidance=1.0, image_guidance=1.0))
+    assert plain.streams_of(2) == edits.streams_of(2) == edits.streams_of(3) == 1 and plain.streams_of(3) == 3
+    assert Sampler(settings()).streams_of(2) == Sampler(settings(guidance=1.0, contrastive=0.5)).streams_of(2) == 2
 
 
 def test_samples_follow_the_probabilities():

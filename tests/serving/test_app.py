@@ -96,6 +96,8 @@ def test_every_task_that_writes_is_the_generators(server, generator):
         == generator.caption([RED], long=True, temperature=1.0, seed=4)[0].text
     )
     assert text("answer", image=PICTURE, question="What?") == generator.answer([RED], ["What?"])[0].text
+    asked = {"question": "Which?", "options": ["a", "b"], "explain": False}
+    assert text("reason", image=PICTURE, **asked) == generator.reason([RED], ["Which?"], [["a", "b"]], explain=False)[0].text
     assert text("infill_text", text="a ___ circle") == generator.infill_text(["a ___ circle"])[0].text
     assert text("infill_text", text="a ___ circle", image=PICTURE) == generator.infill_text(["a ___ circle"], [RED])[0].text
 

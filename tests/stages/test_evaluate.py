@@ -1,9 +1,11 @@
 """Stage evaluate on untrained models: captions and questions of any length, shared images, a contract that covers what was asked."""
 
 import io
+import json
 import shutil
 import tarfile
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,16 +15,21 @@ import pytest
 from PIL import Image
 
 from cm3leon import paths, tracking
-from cm3leon.config import Config
-from cm3leon.data.manifest import VALIDATED_SCHEMA
+from cm3leon.config import Config, ShapesConfig, UserError
+from cm3leon.data.manifest import VALIDATED_SCHEMA, read_manifest
+from cm3leon.data.packing import pack
+from cm3leon.data.sources import shapes
+from cm3leon.evaluation.leakage import LeakageError
 from cm3leon.evaluation.record import Record
 from cm3leon.generation.engine import PromptTooLongError
 from cm3leon.stages import evaluate
+from cm3leon.stages.evaluation_tasks import MEASURES
+from cm3leon.tasks import TASKS
 
 CONFIG = Config.model_validate(
     {
         "decoding": {"candidates": 1, "documents": 1, "max_text_tokens": 4},
-        "evaluate": {"prompts": 3, "captions": 2, "questions": 6, "sheet": 2, "bootstrap": 10},
+        "evaluate": {"prompts": 3, "captions": 2, "questions": 6, "tasks": 6, "sheet": 2, "bootstrap": 10},
     }
 )
 TOO_LONG = "a red circle beside a ring " * 60
@@ -73,6 +80,54 @@ def test_long_captions_and_questions_are_cut_not_fatal(collection):
         evaluate.Generator.from_parts(
             model=paths.FINETUNED, image_tokenizer=paths.IMAGE_TOKENIZER, text_tokenizer=paths.TEXT_TOKENIZER, decoding=CONFIG.decoding
         ).text_to_image([TOO_LONG], candidates=1, documents=0)
+
+
+@pytest.fixture
+def scenes(collection):
+    """Test documents of the shapes source with all that tasks need, and one training document."""
+    config = ShapesConfig(count=9, letters=0.3, edits=1.0, conditions=1.0, seed=1)
+    pack(shapes.rows(config, paths.RAW), paths.RAW, 32)
+    frame = read_manifest(paths.RAW).assign(width=64, height=64, split="test")
+    frame.loc[len(frame) - 1, "split"] = "train"
+    paths.VALIDATED.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(frame[VALIDATED_SCHEMA.names].to_dict("records"), schema=VALIDATED_SCHEMA)
+    pq.write_table(table, paths.VALIDATED / "manifest.parquet")
+
+
+def test_every_task_is_measured_beside_its_calibrations_and_again(scenes):
+    evaluate.run(CONFIG)
+    record = Record.read(paths.EVALUATION)
+    for task in TASKS.values():
+        assert task.score in record.scores, task.score
+    means = {name for name in record.intervals if name.split("/")[0] in ("edit", "layout", "condition", "write", "reasoning", "infill")}
+    assert {"edit/done", "edit/kept", "edit/psnr_outside", "layout/iou", "condition/agreement", "infill/composition"} <= means
+    assert record.calibration["edit/done_and_kept_real"] == 1 > record.calibration["edit/done_and_kept_unchanged"] == 0
+    assert record.calibration["layout/iou_real"] > 0.8 and record.calibration["write/text_real"] == 1
+    assert record.calibration["condition/agreement_real"] > 0.8 > record.calibration["condition/agreement_other_images"]
+    assert set(record.contract["tasks"]) == {*MEASURES, "infill"}
+    sheets = {path.stem for path in paths.EVALUATION.glob("*.png")}
+    assert {*MEASURES, "infill", "samples", "captions"} <= sheets
+    assert (paths.EVALUATION / "confusions.csv").read_text().startswith("attribute,stated,drawn,count\n")
+
+    count, differing = evaluate.reproduce(Config(), paths.EVALUATION / "record.json")
+    assert count == len(record.scores) + len(record.calibration) and differing == []
+    saved = json.loads((paths.EVALUATION / "record.json").read_text())
+    saved["scores"]["edit/kept"] += 0.1
+    Path("changed.json").write_text(json.dumps(saved))
+    [(name, recorded, again)] = evaluate.reproduce(Config(), Path("changed.json"))[1]
+    assert name == "edit/kept" and recorded == pytest.approx(again + 0.1)
+    (paths.TEXT_TOKENIZER / "tokenizer.json").write_text((paths.TEXT_TOKENIZER / "tokenizer.json").read_text() + " ")
+    with pytest.raises(UserError, match="other models: models/text_tokenizer changed since"):
+        evaluate.reproduce(Config(), Path("changed.json"))
+
+
+def test_held_out_documents_that_stand_in_training_are_refused(scenes):
+    frame = read_manifest(paths.VALIDATED)
+    frame.loc[1, "image"], frame.loc[1, "split"] = frame.loc[0, "image"], "train"
+    table = pa.Table.from_pylist(frame[VALIDATED_SCHEMA.names].to_dict("records"), schema=VALIDATED_SCHEMA)
+    pq.write_table(table, paths.VALIDATED / "manifest.parquet")
+    with pytest.raises(LeakageError, match="near-duplicates of training images"):
+        evaluate.run(CONFIG)
 
 
 def test_one_test_document_is_measured(collection):

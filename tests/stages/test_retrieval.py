@@ -158,7 +158,7 @@ def test_stages_repeat_byte_for_byte(project: tuple[Path, dict[str, dict[str, fl
 
 def test_super_resolution_reports_both(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
     _, figures = project
-    assert set(figures["super_resolution"]) == {"psnr_rgb", "psnr_rgb_bicubic"}
+    assert set(figures["super_resolution"]) == {"psnr_rgb", "psnr_y", "ssim_y", "psnr_rgb_bicubic", "psnr_y_bicubic", "ssim_y_bicubic"}
 
 
 def test_side_of_the_targets() -> None:

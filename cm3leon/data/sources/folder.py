@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from cm3leon.config import FolderConfig
-from cm3leon.data.manifest import SourceRow
+from cm3leon.data.manifest import Problem, SourceRow
 from cm3leon.data.sources import SourceError
 from cm3leon.data.tables import parse_json, read_table
 
 COLUMNS = (
-    "image", "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions",
+    "image", "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions", "reasoning",
     "instruction", "edited_from", "conditions", "text_in_image",
 )  # fmt: skip
 NEEDED = ("image", "captions", "licence")
@@ -103,6 +103,7 @@ def _row(cells: dict[str, Any], origin: str, fault: str | None, root: Path, conf
         long_caption=_text(cells.get("long_caption")),
         objects=attempt("objects", _objects, []),
         questions=attempt("questions", _questions, []),
+        reasoning=attempt("reasoning", _reasoning, []),
         instruction=_text(cells.get("instruction")),
         edited_from=_text(cells.get("edited_from")),
         conditions=attempt("conditions", lambda cell: _conditions(root, cell), {}),
@@ -199,6 +200,22 @@ def _questions(cell: Any) -> list[tuple[str, list[str]]]:
     if any(not question or not answers or "" in answers for question, answers in questions):
         raise _RowProblem("malformed_row", f"a question, its list of answers or an answer is empty: {str(cell)[:60]!r}")
     return questions
+
+
+def _reasoning(cell: Any) -> list[Problem]:
+    expected = 'a JSON list of {"question": ..., "options": [...], "answer": one of them, "explanation": ..., "context": may be left out}'
+    value = _json(cell, expected)
+    problems = []
+    try:
+        for item in value or []:
+            texts = {name: _text(item[name]) or "" for name in ("question", "answer", "explanation")}
+            options = [_text(option) or "" for option in item["options"]]
+            if "" in texts.values() or texts["answer"] not in options:
+                raise ValueError
+            problems.append(Problem(options=options, context=_text(item.get("context")) or "", **texts))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise _RowProblem("malformed_row", f"expected {expected}, found {str(cell)[:60]!r}") from None
+    return problems
 
 
 def _conditions(root: Path, cell: Any) -> dict[str, bytes]:

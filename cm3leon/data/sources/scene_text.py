@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 
+from cm3leon.data.manifest import Problem
 from cm3leon.data.sources.scene import COLORS, SHAPES, Object, Scene, relation
 
 NUMBERS = {1: "one", 2: "two", 3: "three"}
@@ -145,3 +146,82 @@ def questions(scene: Scene, rng: random.Random, most: int = 6) -> list[tuple[str
     chosen = [rng.choice(kind) for kind in kinds if kind]
     rng.shuffle(chosen)
     return [(question, [answer]) for question, answer in chosen[:most]]
+
+
+def reasoning(scene: Scene, rng: random.Random) -> list[Problem]:
+    """One question whose answer takes a step of thought, with options and the explanation; none of a letter."""
+    if scene.letter:
+        return []
+    makers = [_more_or_less, _remaining] if scene.identical or len(scene.objects) == 1 else [_larger, _further, _more_or_less, _remaining]
+    rng.shuffle(makers)
+    return [next(problem for problem in (make(scene, rng) for make in makers) if problem)]
+
+
+def _more_or_less(scene: Scene, rng: random.Random) -> Problem:
+    shapes = sorted({item.shape for item in scene.objects})
+    first = rng.choice(shapes)
+    second = rng.choice([shape for shape in (shapes if len(shapes) > 1 and rng.random() < 0.7 else SHAPES) if shape != first] or ["ring"])
+    one, other = (sum(item.shape == shape for item in scene.objects) for shape in (first, second))
+    return Problem(
+        f"Are there more {plural(first)} than {plural(second)}?",
+        ["yes", "no"],
+        "yes" if one > other else "no",
+        f"There {_counted(one, first)} and {_counted(other, second, verb=False)}.",
+        "Only whole shapes count.",
+    )
+
+
+def _counted(count: int, shape: str, verb: bool = True) -> str:
+    number = {0: "no"}.get(count, NUMBERS.get(count, str(count)))
+    words = f"{number} {shape if count == 1 else plural(shape)}"
+    return f"{'is' if count == 1 else 'are'} {words}" if verb else words
+
+
+def _remaining(scene: Scene, rng: random.Random) -> Problem:
+    shape = rng.choice(sorted({item.shape for item in scene.objects}))
+    whole, gone = len(scene.objects), sum(item.shape == shape for item in scene.objects)
+    counted = [f"{NUMBERS[number]} {noun if number == 1 else plural(noun)}" for number, noun in ((whole, "object"), (gone, shape))]
+    return Problem(
+        f"How many objects remain without the {plural(shape)}?",
+        [str(number) for number in range(4)],
+        str(whole - gone),
+        f"{counted[0].capitalize()} less {counted[1]} is {NUMBERS.get(whole - gone, 'none')}.",
+        "Only whole shapes count.",
+    )
+
+
+def _larger(scene: Scene, rng: random.Random) -> Problem | None:
+    pairs = [(a, b) for a in scene.objects for b in scene.objects if a.size == "large" and b.size == "small"]
+    if not pairs:
+        return None
+    large, small = rng.choice(pairs)
+    smaller = rng.random() < 0.5
+    names = [f"{item.color} {item.shape}" for item in (large, small)]
+    return Problem(
+        f"Which is {'smaller' if smaller else 'larger'}, {_either(names, rng)}?",
+        sorted(names),
+        names[1] if smaller else names[0],
+        f"The {names[0]} is large and the {names[1]} is small.",
+        "Shapes are large or small.",
+    )
+
+
+def _further(scene: Scene, rng: random.Random) -> Problem | None:
+    pairs = [(a, b, place) for a in scene.objects for b in scene.objects if a is not b and (place := relation(a, b))]
+    if not pairs:
+        return None
+    first, second, place = rng.choice(pairs)
+    names = [f"{item.color} {item.shape}" for item in (first, second)]
+    way = {"left of": "further left", "right of": "further right", "above": "higher", "below": "lower"}[place]
+    return Problem(
+        f"Which is {way}, {_either(names, rng)}?",
+        sorted(names),
+        names[0],
+        f"The {names[0]} is {place} the {names[1]}.",
+        "Left is the viewer's left.",
+    )
+
+
+def _either(names: list[str], rng: random.Random) -> str:
+    one, other = rng.sample(names, 2)
+    return f"the {one} or the {other}"

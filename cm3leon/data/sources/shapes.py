@@ -17,15 +17,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy import ndimage
 
 from cm3leon.config import ConfigError, ShapesConfig
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import scene_text
 from cm3leon.data.sources.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Object, Scene, is_valid, place, sample_scene
+from cm3leon.data.sources.scene_conditions import conditions
 
-SEGMENT_COLORS = dict(zip([*SHAPES, "letter"], [*list(COLORS.values())[:6], (255, 255, 255)], strict=True))
-"""Colour of each class in a segmentation map; the background is black."""
 TRIES = 500
 
 
@@ -66,11 +64,10 @@ def _unique_scene(rng: random.Random, config: ShapesConfig, seen: set[tuple]) ->
 
 
 def _row(scene: Scene, key: str, origin: str, config: ShapesConfig, rng: random.Random) -> SourceRow:
-    pixels = scene.render(config.size)
     row = SourceRow(
         key=key,
         origin=origin,
-        image=_png(pixels),
+        image=_png(scene.render(config.size)),
         captions=scene_text.captions(scene, rng),
         licence="CC0-1.0",
         attribution="cm3leon shapes",
@@ -78,10 +75,11 @@ def _row(scene: Scene, key: str, origin: str, config: ShapesConfig, rng: random.
         long_caption=scene_text.long_caption(scene),
         objects=[(item.label, _pixel_box(item, config.size)) for item in scene.objects],
         questions=scene_text.questions(scene, rng),
+        reasoning=scene_text.reasoning(scene, rng),
         text_in_image=scene.letter,
     )
     if rng.random() < config.conditions:
-        row.conditions = {"segmentation map": _png(segmentation_map(scene, config.size)), "canny edge": _png(canny(pixels))}
+        row.conditions = {kind: _png(image) for kind, image in conditions(scene, config.size).items()}
     return row
 
 
@@ -136,39 +134,6 @@ def _draw_edit(scene: Scene, rng: random.Random, config: ShapesConfig) -> tuple[
     else:
         return None
     return instruction, replace(scene, objects=tuple(changed if item is target else item for item in scene.objects))
-
-
-def segmentation_map(scene: Scene, side: int) -> np.ndarray:
-    """Every object filled with the colour of its shape's class on black, uint8 (side, side, 3)."""
-    pixels = np.zeros((side, side, 3), np.uint8)
-    for item in scene.objects:
-        pixels[item.coverage(side) >= 0.5] = SEGMENT_COLORS[item.shape]
-    return pixels
-
-
-def canny(pixels: np.ndarray, sigma: float = 1.0, low: float = 8.0, high: float = 20.0) -> np.ndarray:
-    """Canny's edge detector (IEEE PAMI 8(6), 1986): white edges one pixel wide on black, uint8 (h, w, 3).
-
-    Gaussian smoothing, Sobel gradients of the strongest channel, non-maximum suppression, hysteresis between ``low`` and ``high``
-    (grey levels a pixel).
-    """
-    smooth = ndimage.gaussian_filter(pixels.astype(np.float32), (sigma, sigma, 0))
-    gx, gy = ndimage.sobel(smooth, axis=1) / 8, ndimage.sobel(smooth, axis=0) / 8
-    strongest = np.argmax(gx**2 + gy**2, axis=2)[..., None]
-    gx, gy = np.take_along_axis(gx, strongest, 2)[..., 0], np.take_along_axis(gy, strongest, 2)[..., 0]
-    strength = np.hypot(gx, gy)
-    direction = np.round(np.arctan2(gy, gx) / (np.pi / 4)).astype(int) % 4
-    padded = np.pad(strength, 1)
-    height, width = strength.shape
-    keep = np.zeros_like(strength, bool)
-    for index, (dy, dx) in enumerate([(0, 1), (1, 1), (1, 0), (1, -1)]):
-        ahead = padded[1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
-        behind = padded[1 - dy : 1 - dy + height, 1 - dx : 1 - dx + width]
-        keep |= (direction == index) & (strength >= ahead) & (strength > behind)
-    labels, _ = ndimage.label(keep & (strength >= low), np.ones((3, 3)))
-    strong = np.unique(labels[keep & (strength >= high)])
-    edges = np.isin(labels, strong[strong > 0])
-    return np.repeat((edges * np.uint8(255))[..., None], 3, axis=2)
 
 
 def sheet(config: ShapesConfig, columns: int = 6, cell: int = 192) -> Image.Image:

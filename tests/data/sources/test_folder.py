@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from cm3leon.config import FolderConfig, IngestConfig
+from cm3leon.data.manifest import Problem
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import SourceError, source_rows
 from cm3leon.data.sources.folder import rows
@@ -40,6 +41,7 @@ def test_every_kind_of_manifest_gives_the_same_row(tmp_path: Path, name: str) ->
         "captions": ["a cat", "the cat"],
         "objects": [{"label": "cat", "box": [0, 1, 2.5, 3]}],
         "questions": [{"question": "What?", "answers": ["a cat", "cat"]}],
+        "reasoning": [{"question": "Which?", "options": ["a", "b"], "answer": "b", "explanation": "Because.", "context": "So."}],
     }
     cells = lists if not name.endswith("csv") else {key: json.dumps(value) for key, value in lists.items()}
     record = {"image": "images/a.png", "licence": "MIT", "attribution": "me", "id": "k1", "edited_from": "k1", "group": "g", **cells}
@@ -48,6 +50,7 @@ def test_every_kind_of_manifest_gives_the_same_row(tmp_path: Path, name: str) ->
     assert (row.image, row.captions, row.licence, row.attribution) == (b"picture", ["a cat", "the cat"], "MIT", "me")
     assert row.objects == [("cat", (0, 1, 2.5, 3))]
     assert row.questions == [("What?", ["a cat", "cat"])]
+    assert row.reasoning == [Problem("Which?", ["a", "b"], "b", "Because.", "So.")]
     assert (row.key, row.edited_from, row.group, row.source, row.extension) == ("k1", "k1", "g", "folder", "png")
 
 
@@ -90,6 +93,9 @@ def test_only_files_under_the_root_are_read(tmp_path: Path, image: str, problem:
         {"objects": '[{"label": "x"}]'},
         {"objects": '[{"label": "x", "box": [1, 2, 3]}]'},
         {"questions": '{"question": "?"}'},
+        {"reasoning": '[{"question": "Which?", "options": ["a", "b"], "answer": "c", "explanation": "x"}]'},
+        {"reasoning": '[{"question": "Which?", "options": ["a", "b"], "answer": "a"}]'},
+        {"reasoning": '["Which?"]'},
         {"questions": '[{"question": "What?", "answers": []}]'},
         {"questions": '[{"question": "What?", "answers": ["a", " "]}]'},
         {"questions": '[{"question": "What?", "answers": [null]}]'},

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 
 from cm3leon.data.sources.scene import COLORS, Scene, sample_scene
-from cm3leon.data.sources.scene_text import captions, long_caption, questions, with_article
+from cm3leon.data.sources.scene_text import captions, long_caption, questions, reasoning, with_article
 from cm3leon.evaluation.composition import parse_caption
 
 SCENES = [sample_scene(random.Random(i), 3, 16, 0.1) for i in range(600)]
@@ -111,3 +111,34 @@ def test_kinds_of_questions_are_mixed_and_yes_no_is_balanced() -> None:
         assert color in COLORS
         hard += any(color == o.color or shape == o.shape for o in scene.objects)
     assert hard > 0.6 * len(negatives)
+
+
+def _concludes(scene: Scene, question: str) -> str:
+    """The answer to a question that takes a step of thought, worked out from the objects."""
+    shapes = [o.shape for o in scene.objects]
+    if found := re.fullmatch(r"Are there more (\w+?)(?:(?<=ss)es|s) than (\w+?)(?:(?<=ss)es|s)\?", question):
+        return "yes" if shapes.count(found[1]) > shapes.count(found[2]) else "no"
+    if found := re.fullmatch(r"How many objects remain without the (\w+?)(?:(?<=ss)es|s)\?", question):
+        return str(len(shapes) - shapes.count(found[1]))
+    found = re.fullmatch(r"Which is (.+), the (\w+ \w+) or the (\w+ \w+)\?", question)
+    assert found, question
+    by_name = {f"{o.color} {o.shape}": o for o in scene.objects}
+    worth = {
+        "larger": lambda o: o.radius, "smaller": lambda o: -o.radius, "further left": lambda o: -o.x, "further right": lambda o: o.x,
+        "higher": lambda o: -o.y, "lower": lambda o: o.y,
+    }[found[1]]  # fmt: skip
+    return max(found.groups()[1:], key=lambda name: worth(by_name[name]))
+
+
+def test_reasoning_comes_to_the_right_conclusion_and_is_true() -> None:
+    kinds = Counter()
+    for i, scene in enumerate(SCENES):
+        problems = reasoning(scene, random.Random(i))
+        assert len(problems) == (0 if scene.letter else 1)
+        for problem in problems:
+            assert problem.answer in problem.options and problem.answer == _concludes(scene, problem.question), problem
+            kinds[problem.question.split()[0]] += 1
+            if "large" in problem.explanation:
+                sizes = dict(re.findall(r"[Tt]he (\w+ \w+) is (large|small)", problem.explanation))
+                assert sizes == {f"{o.color} {o.shape}": o.size for o in scene.objects if f"{o.color} {o.shape}" in sizes}
+    assert min(kinds[word] for word in ("Are", "How", "Which")) > len(SCENES) / 10

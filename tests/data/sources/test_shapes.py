@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import io
-import random
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import ndimage
 
 from cm3leon.config import ShapesConfig
-from cm3leon.data.sources.scene import Scene, sample_scene
-from cm3leon.data.sources.shapes import SEGMENT_COLORS, canny, rows, segmentation_map
+from cm3leon.data.sources.scene import Scene
+from cm3leon.data.sources.shapes import rows
 from cm3leon.evaluation.composition import check, parse_caption
 from cm3leon.evaluation.scene_reading import read_scene
+from cm3leon.tasks import CONDITIONS
 
 CONFIG = ShapesConfig(count=200, letters=0.1, edits=0.3, conditions=0.2)
 ROWS = list(rows(CONFIG, Path()))
@@ -123,31 +122,5 @@ def test_shares_of_letters_and_conditions() -> None:
     assert 0.13 < np.mean([bool(row.conditions) for row in ROWS]) < 0.28
     for row in ROWS:
         if row.conditions:
-            assert row.conditions.keys() == {"segmentation map", "canny edge"}
+            assert row.conditions.keys() == set(CONDITIONS)
             assert all(picture(data).shape == (CONFIG.size, CONFIG.size, 3) for data in row.conditions.values())
-
-
-def test_segmentation_map_marks_each_class() -> None:
-    for i in range(50):
-        scene = sample_scene(random.Random(i), 3, 16, 0.1)
-        segments = segmentation_map(scene, 64)
-        for item in scene.objects:
-            assert (segments[item.coverage(64) == 1] == SEGMENT_COLORS[item.shape]).all()
-        assert (segments[np.sum([item.coverage(64) for item in scene.objects], axis=0) == 0] == 0).all()
-
-
-def test_canny_edges_are_thin_and_lie_on_the_outlines() -> None:
-    for i in range(50):
-        scene = sample_scene(random.Random(i), 3, 16, 0)
-        edges = canny(scene.render(64))[..., 0] == 255
-        inside = np.sum([item.coverage(64) for item in scene.objects], axis=0) >= 0.5
-        outline = inside & ~ndimage.binary_erosion(inside, np.ones((3, 3)))
-        assert (ndimage.distance_transform_edt(~outline)[edges] <= 2.3).all()
-        # All of the outline is found, save where strong smoothing rounds off corners.
-        assert (ndimage.distance_transform_edt(~edges)[outline] <= 2.3).mean() > 0.95
-        assert edges.sum() < 1.3 * outline.sum()
-        assert not (edges[1:, 1:] & edges[1:, :-1] & edges[:-1, 1:] & edges[:-1, :-1]).any()
-
-
-def test_flat_image_has_no_edges() -> None:
-    assert not canny(np.full((32, 32, 3), 150, np.uint8)).any()

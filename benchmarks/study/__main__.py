@@ -1,0 +1,47 @@
+"""The paper's claims measured again on the project's own data: python -m benchmarks.study
+
+Uses the tokenizers, encoder, memory bank and tuned model that the last pipeline run left, trains small decoders beside them under
+``models/study/``, and writes ``docs/study.md`` with its plots. What is done is not done again: stop it and start it as you like. Everything
+is measured on prompts of the val split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from benchmarks.study import claims
+from benchmarks.study.report import write
+from benchmarks.study.runs import Study
+from cm3leon.config import load_config
+
+CLAIMS = {
+    "retrieval": claims.retrieval,
+    "guidance": claims.guidance,
+    "candidates": claims.candidates,
+    "masking": claims.masking,
+    "tuning": claims.tuning,
+    "sizes": claims.sizes,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=float, default=5e6, help="that each decoder is trained on")
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", choices=CLAIMS, nargs="*", default=list(CLAIMS))
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="directory of the report")
+    options = parser.parse_args()
+    study = Study(load_config(), int(options.tokens), options.prompts, options.seeds)
+    start = time.perf_counter()
+    sections = {}
+    for name in options.only:
+        sections[name] = CLAIMS[name](study)
+        print(f"{name}: done after {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
+    write(study, sections, options.out)
+
+
+if __name__ == "__main__":
+    main()

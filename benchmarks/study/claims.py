@@ -1,0 +1,299 @@
+"""The claims: for each what the paper says, what is measured, and whether it holds here. A claim holds where the intervals part, or every
+seed agrees; else the page says that it cannot be told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study.runs import Study
+from cm3leon import paths
+from cm3leon.data.manifest import ImageStore, read_manifest
+from cm3leon.evaluation import composition, measure
+from cm3leon.evaluation.record import Record
+from cm3leon.stages.evaluate import answer_all, ask_questions, choose, fitted, load
+from cm3leon.stages.evaluation_tasks import MEASURES, Evaluation, infill
+
+BASE: tuple[str, ...] = ("pretrain.documents=[0.2, 0.4, 0.4]",)
+ALONE = ("pretrain.documents=[1.0]",)
+SIZES = {
+    "small": ("pretrain.model.layers=2", "pretrain.model.width=64", "pretrain.model.heads=2"),
+    "medium": (),
+    "large": ("pretrain.model.layers=6", "pretrain.model.width=192", "pretrain.model.heads=6"),
+}
+SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+COUNTS = (1, 2, 4, 8, 16, 32)
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "temperature 1": {},
+    "temperature 0.7": {"temperature": 0.7},
+    "top-p 0.9": {"top_p": 0.9},
+    "CD-K": {"contrastive": 1.0, "guidance": 1.0},
+    "half top-p, half CD-K": {"top_p": 0.9, "contrastive": 0.5},
+}
+"""CD-K with the profile's k and alpha."""
+
+
+@dataclass
+class Section:
+    """A part of the report: ``curves`` are drawn as lines, name -> points (x, y, low, high)."""
+
+    title: str
+    paper: str
+    verdict: str
+    table: list[list[str]]
+    axes: tuple[str, str] = ("", "")
+    curves: dict[str, list[tuple[float, float, float, float]]] = field(default_factory=dict)
+    logarithmic: bool = False
+
+
+def _shown(result: dict[str, Any]) -> str:
+    low, high = result["interval"]
+    return f"{result['mean']:.3f} [{low:.2f}, {high:.2f}]"
+
+
+def _better(one: Sequence[float], other: Sequence[float]) -> str:
+    """Whether every seed of one is above every seed of the other."""
+    if min(one) > max(other):
+        return "holds here"
+    return "does not hold here" if max(one) < min(other) else "cannot be told here: the seeds overlap"
+
+
+def _last(curve: Sequence[dict[str, float]], name: str) -> float:
+    return curve[-1][name]
+
+
+def _tokens_to(curve: Sequence[dict[str, float]], name: str, goal: float) -> float | None:
+    """Tokens after which a loss falls to ``goal``, interpolated."""
+    points = [(point["tokens"], point[name]) for point in curve if name in point]
+    for (before, high), (after, low) in zip(points, points[1:], strict=False):
+        if low <= goal < high:
+            return before + (after - before) * (high - goal) / (high - low)
+    return None
+
+
+def retrieval(study: Study) -> Section:
+    """(a) With and without retrieval at equal compute."""
+    runs = {
+        name: [study.trained(name, changes, seed) for seed in range(study.seeds)]
+        for name, changes in (("retrieval", BASE), ("no-retrieval", ALONE))
+    }
+    table = [["trained", "seed", "loss, no documents", "loss, two documents", "composition with 0", "with 1", "with 2 documents"]]
+    for name, found in runs.items():
+        for seed, (model, trained) in enumerate(found):
+            scores = [_shown(study.composition(model, documents=count)) for count in (0, 1, 2)]
+            losses = [f"{_last(trained['curve'], f'val_{key}_loss'):.3f}" for key in ("alone", "retrieved")]
+            table.append([name, str(seed), *losses, *scores])
+    best = {
+        name: [_last(t["curve"], key) for _, t in runs[name]]
+        for name, key in (("retrieval", "val_retrieved_loss"), ("no-retrieval", "val_alone_loss"))
+    }
+    goal = float(np.mean(best["no-retrieval"]))
+    needed = [_tokens_to(t["curve"], "val_retrieved_loss", goal) for _, t in runs["retrieval"]]
+    share = [value / study.tokens for value in needed if value is not None]
+    compute = (
+        f"to the final loss of those without, it needs {np.mean(share):.2f} of the tokens"
+        if share
+        else "the loss of those without is not reached"
+    )
+    documents = [study.composition(model, documents=2)["mean"] for model, _ in runs["retrieval"]]
+    none = [study.composition(model, documents=0)["mean"] for model, _ in runs["no-retrieval"]]
+    curves = {
+        f"{name}, seed {seed}": [(p["tokens"], p[key], p[key], p[key]) for p in t["curve"]]
+        for name, key in (("retrieval", "val_retrieved_loss"), ("no-retrieval", "val_alone_loss"))
+        for seed, (_, t) in enumerate(runs[name])
+    }
+    lower = _better([-x for x in best["retrieval"]], [-x for x in best["no-retrieval"]])
+    return Section(
+        "(a) Retrieval at equal compute",
+        "FID 10.82, 5.78, 4.88 with 0, 1, 2 retrieved documents (7B); retrieval-augmented training needs several times less compute.",
+        f"A lower loss of the query behind two documents: {lower}; {compute}. Better images with two documents than without retrieval: "
+        f"{_better(documents, none)}.",
+        table,
+        ("tokens", "validation loss of the query"),
+        curves,
+    )
+
+
+def guidance(study: Study) -> Section:
+    """(b) The guidance scale at three sizes."""
+    table, curves, best = [["size", *[f"guidance {scale:g}" for scale in SCALES], "best"]], {}, {}
+    for size, changes in SIZES.items():
+        model, _ = study.trained("retrieval" if size == "medium" else f"size-{size}", (*BASE, *changes), 0)
+        found = [study.composition(model, 4, guidance=scale) for scale in SCALES]
+        best[size] = SCALES[int(np.argmax([result["mean"] for result in found]))]
+        table.append([size, *map(_shown, found), f"{best[size]:g}"])
+        curves[size] = [(scale, r["mean"], *r["interval"]) for scale, r in zip(SCALES, found, strict=True)]
+    same = (
+        "holds here"
+        if len(set(best.values())) == 1
+        else f"does not hold here: the best are {', '.join(f'{s} {v:g}' for s, v in best.items())}"
+    )
+    return Section(
+        "(b) Guidance scale and model size",
+        "One scale of guidance was used for all sizes.",
+        f"The best scale is the same for all sizes: {same}.",
+        table,
+        ("guidance scale", "composition of one image"),
+        curves,
+    )
+
+
+def candidates(study: Study) -> Section:
+    """(c) Ways of sampling as candidates grow, the best chosen by CLIP."""
+    model = paths.FINETUNED
+    table, curves = [["sampling", *[f"{count} candidates" for count in COUNTS]]], {}
+    means: dict[str, list[float]] = {}
+    for name, settings in SAMPLINGS.items():
+        found = study.kept("candidates", [name, settings], lambda settings=settings: _best_of(study, model, settings))
+        shown = [{"mean": float(np.mean(values)), "interval": _interval(values)} for values in found]
+        table.append([name, *map(_shown, shown)])
+        means[name] = [result["mean"] for result in shown]
+        curves[name] = [(count, r["mean"], *r["interval"]) for count, r in zip(COUNTS, shown, strict=True)]
+    gains = {name: values[-1] - values[-2] for name, values in means.items()}
+    best = max(means, key=lambda name: means[name][-1])
+    return Section(
+        "(c) More candidates",
+        "Top-p and CD-K alone stagnate as candidates grow; half of each keeps improving.",
+        f"Best with {COUNTS[-1]} candidates: {best}. From {COUNTS[-2]} to {COUNTS[-1]}: "
+        + ", ".join(f"{name} {gain:+.3f}" for name, gain in gains.items())
+        + ". That the mixture is the best "
+        + ("holds here." if best == "half top-p, half CD-K" else "does not hold here."),
+        table,
+        ("candidates, the best by CLIP", "composition"),
+        curves,
+        logarithmic=True,
+    )
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    record = Record()
+    record.add("x", values, 1000, 0)
+    return record.intervals["x"]
+
+
+def _best_of(study: Study, model: Any, settings: dict[str, Any]) -> list[list[float]]:
+    """For each number of candidates whether the one with the highest CLIP score is right, for each prompt.
+
+    All are drawn by one call for half and half to hold within each number: that many at a time.
+    """
+    generator, found = study.generator(model), []
+    for count in COUNTS:
+        drawn = [images[0].image for images in generator.text_to_image(study.captions, candidates=count, **settings)]
+        found.append([float(all(verdict.values())) for verdict in composition.verdicts(study.captions, drawn) if verdict is not None])
+    return found
+
+
+def masking(study: Study) -> Section:
+    """(d) Masks across breaks, and how often a whole segment is masked."""
+    variants = {
+        "within segments (0.15)": ("pretrain.objective.mean_masks=1.0", "pretrain.objective.segment_rate=0.15"),
+        "across breaks (0.15)": (
+            "pretrain.objective.mean_masks=1.0", "pretrain.objective.segment_rate=0.15", "pretrain.objective.across_breaks=true"
+        ),
+        "whole segments never": ("pretrain.objective.mean_masks=1.0", "pretrain.objective.segment_rate=0.0"),
+        "whole segments in half": ("pretrain.objective.mean_masks=1.0", "pretrain.objective.segment_rate=0.5"),
+    }  # fmt: skip
+    table, scores = (
+        [
+            [
+                "masks (share of whole segments)",
+                "seed",
+                "loss of plain documents",
+                "composition",
+                "CIDEr by infilling",
+                "composition at guidance 2",
+            ]
+        ],
+        {},
+    )
+    for name, changes in variants.items():
+        scores[name] = []
+        for seed in range(min(2, study.seeds)):
+            model, trained = study.trained(f"masks-{name.split(' (')[0].replace(' ', '-')}", (*ALONE, *changes), seed)
+            plain, guided = study.composition(model, 2), study.composition(model, 2, guidance=2.0)
+            cider = study.kept("cider", [str(model)], lambda model=model: _cider(study, model))
+            scores[name].append(plain["mean"])
+            table.append(
+                [name, str(seed), f"{_last(trained['curve'], 'val_alone_loss'):.3f}", _shown(plain), f"{cider:.2f}", _shown(guided)]
+            )
+    verdict = _better(scores["within segments (0.15)"], scores["across breaks (0.15)"])
+    return Section(
+        "(d) Where masks may lie",
+        "Masks do not cross breaks, which keeps the model from generating images around text; no figure is given.",
+        f"That masks within segments give better images than masks across breaks {verdict}. Without whole segments neither captions by "
+        "infilling nor the unconditional stream of guidance are learned: see their columns.",
+        table,
+    )
+
+
+def _cider(study: Study, model: Any) -> float:
+    """CIDEr of captions by infilling of val images."""
+    generator = study.generator(model)
+    rows = choose(read_manifest(paths.VALIDATED, "val"), study.prompts, 0)
+    pictures = fitted(generator, ImageStore(paths.RAW), rows["image"].tolist())
+    record = Record()
+    said = [text.text for text in generator.caption(pictures)]
+    measure.measure_captions(record, rows["id"].tolist(), said, [list(texts) for texts in rows["captions"]], 10, 0)
+    return record.scores["cider"]
+
+
+def tuning(study: Study) -> Section:
+    """(e) Before and after instruction tuning, on every task."""
+    found = {
+        name: study.kept("tasks", [name, str(model)], lambda model=model: _all_tasks(study, model))
+        for name, model in (("pretrained", paths.PRETRAINED), ("tuned", paths.FINETUNED))
+    }
+    names = [name for name in found["tuned"] if name in found["pretrained"]]
+    table = [["score", "pretrained", "tuned"], *[[name, *(f"{found[which][name]:.3f}" for which in found)] for name in names]]
+    better = [name for name in names if found["tuned"][name] > found["pretrained"][name]]
+    return Section(
+        "(e) Instruction tuning",
+        "Tuning brings image and text tasks that pretraining alone does not.",
+        f"{len(better)} of {len(names)} scores are higher after tuning; not: {', '.join(sorted(set(names) - set(better))) or 'none'}.",
+        table,
+    )
+
+
+def _all_tasks(study: Study, model: Any) -> dict[str, float]:
+    """The main scores of each task on the val split."""
+    config = study.config.model_copy(update={"evaluate": study.config.evaluate.model_copy(update={"tasks": study.prompts})})
+    generator, record = load(config, model), Record()
+    generator.training = None
+    store, val = ImageStore(paths.RAW), read_manifest(paths.VALIDATED, "val")
+    evaluation = Evaluation(config, generator, store, val, record)
+    for measured in (*MEASURES.values(), infill):
+        measured(evaluation)
+    drawn = [images[0].image for images in generator.text_to_image(study.captions)]
+    record.scores["composition"] = composition.score(study.captions, drawn)["composition"]
+    asked = ask_questions(val, 2 * study.prompts, 0)
+    questions, truths = [question for _, question, _ in asked], [truth for _, _, truth in asked]
+    answers = answer_all(generator, store, [ref for ref, _, _ in asked], questions)
+    measure.measure_answers(record, questions, answers, None, truths, measure.Counter(), 10, 0)
+    record.scores["cider"] = _cider(study, model)
+    return {name: value for name, value in record.scores.items() if not name.startswith(("vqa_accuracy/", "condition/agreement/"))}
+
+
+def sizes(study: Study) -> Section:
+    """(f) Three model sizes."""
+    table = [["size", "parameters", "seed", "loss", "composition of one image"]]
+    losses: dict[str, list[float]] = {}
+    curves = {}
+    for size, changes in SIZES.items():
+        losses[size] = []
+        for seed in range(min(2, study.seeds)):
+            model, trained = study.trained("retrieval" if size == "medium" else f"size-{size}", (*BASE, *changes), seed)
+            losses[size].append(_last(trained["curve"], "val_alone_loss"))
+            table.append([size, f"{trained['parameters']:,}", str(seed), f"{losses[size][-1]:.3f}", _shown(study.composition(model, 4))])
+            curves[f"{size}, seed {seed}"] = [(p["tokens"], p["val_alone_loss"], *[p["val_alone_loss"]] * 2) for p in trained["curve"]]
+    larger = _better([-x for x in losses["large"]], [-x for x in losses["small"]])
+    return Section(
+        "(f) Model size",
+        "Loss and FID fall with size (350M, 760M, 7B) and tokens.",
+        f"That a larger model has a lower loss after the same number of tokens {larger}.",
+        table,
+        ("tokens", "validation loss"),
+        curves,
+    )

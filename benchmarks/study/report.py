@@ -1,0 +1,51 @@
+"""The page: a section for each claim, with its table and plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.study.claims import Section
+from benchmarks.study.runs import Study
+
+HEAD = """# The paper's claims, measured again
+
+Written by `make study`. {runs} on scenes of the `shapes` source, {tokens:,} tokens each, {seeds} seeds where a row says so; scores on
+{prompts} prompts of the val split, with 95 % intervals over prompts in brackets. The decoders are a thousandth of the paper's and see
+pictures that are simpler than any photograph: what holds here need not hold there, and the other way round.
+"""
+
+
+def write(study: Study, sections: dict[str, Section], out: Path) -> None:
+    """Write ``study.md`` and its plots, ``study-NAME.png``."""
+    out.mkdir(parents=True, exist_ok=True)
+    head = HEAD.format(runs="Small decoders", tokens=study.tokens, seeds=study.seeds, prompts=len(study.captions))
+    parts = [head, "| claim | here |\n|---|---|\n" + "\n".join(f"| {s.title} | {s.verdict} |" for s in sections.values()) + "\n"]
+    for name, section in sections.items():
+        header, *rows = section.table
+        table = "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+        plot = f"![{section.title}](study-{name}.png)\n\n" if section.curves else ""
+        parts.append(f"## {section.title}\n\nThe paper: {section.paper}\n\n{section.verdict}\n\n{plot}{table}\n")
+        if section.curves:
+            _plot(section, out / f"study-{name}.png")
+    (out / "study.md").write_text("\n".join(parts))
+
+
+def _plot(section: Section, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, points in section.curves.items():
+        xs, ys, lows, highs = zip(*points, strict=True)
+        [line] = axes.plot(xs, ys, marker="o", markersize=3, label=name)
+        axes.fill_between(xs, lows, highs, alpha=0.12, color=line.get_color())
+    if section.logarithmic:
+        axes.set_xscale("log", base=2)
+    axes.set_xlabel(section.axes[0])
+    axes.set_ylabel(section.axes[1])
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

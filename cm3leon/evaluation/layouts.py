@@ -1,0 +1,39 @@
+"""Do objects stand where they were asked to stand?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom, in one unit for all."""
+
+
+def iou(one: Box, other: Box) -> float:
+    """Area that two boxes have in common, as a share of what they cover together."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    common = max(width, 0.0) * max(height, 0.0)
+    covered = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)) - common
+    return common / covered if covered > 0 else 0.0
+
+
+def mean_iou(asked: Sequence[tuple[str, Box]], found: Sequence[tuple[str, Box]], labelled: bool = False) -> float:
+    """Mean over the boxes asked for of the overlap with the found box assigned to each, so that the mean is highest; 0 for a missing one.
+
+    Args:
+        labelled: only boxes with the same label can be assigned to one another.
+
+    Raises:
+        ValueError: if no box was asked for.
+    """
+    if not asked:
+        raise ValueError("a layout needs at least one box")
+    overlaps = np.zeros((len(asked), len(found)))
+    for row, (label, box) in enumerate(asked):
+        for column, (name, other) in enumerate(found):
+            overlaps[row, column] = iou(box, other) if not labelled or label == name else 0.0
+    rows, columns = linear_sum_assignment(overlaps, maximize=True)
+    return float(overlaps[rows, columns].sum() / len(asked))
