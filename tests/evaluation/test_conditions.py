@@ -41,7 +41,7 @@ def test_a_true_image_agrees_and_another_does_not(kind: str) -> None:
     assert np.mean(true) > 0.99
     assert min(true) == 1 if kind in EXTRACTORS else min(true) > 0.9
     blurred = agreements(kind, [worn(image) for image in images])
-    assert np.mean(blurred) > 0.97
+    assert np.mean(blurred) > 0.93
     others = [agreement(kind, asked[kind], other[kind]) for asked, other in zip(ASKED, ASKED[1:] + ASKED[:1], strict=True)]
     assert np.mean(others) < 0.25
     assert (np.array(others) < np.array(blurred)).all()
