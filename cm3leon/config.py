@@ -60,6 +60,10 @@ class IngestConfig(Section):
     source: Literal["shapes", "folder"] = "shapes"
     path: str = Field("data/source", description="the collection's root; a dependency of the stage")
     shard_megabytes: float = Field(32.0, gt=0)
+    extract: list[Literal["canny edge", "hed", "children's scribbles", "M-LSD lines"]] = Field(
+        default_factory=list, description="condition images to compute of the source's images, where a row has none of that kind"
+    )
+    extract_share: float = Field(0.1, ge=0, le=1, description="share of the images of which they are computed")
     shapes: ShapesConfig = ShapesConfig()
     folder: FolderConfig = FolderConfig()
 

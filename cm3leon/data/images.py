@@ -62,6 +62,13 @@ def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
         raise ImageError("unreadable", f"{type(error).__name__}: {error}") from None
 
 
+def encode(pixels: np.ndarray) -> bytes:
+    """uint8 (h, w, 3) as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def fit_square(image: Image.Image, size: int) -> Image.Image:
     """The shorter side resized to ``size`` pixels (Lanczos), then the centre ``size`` x ``size``; always RGB."""
     image = to_rgb(image)

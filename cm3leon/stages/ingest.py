@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from cm3leon import paths, tracking
 from cm3leon.config import Config
+from cm3leon.data.images import ImageError, decode, encode
+from cm3leon.data.manifest import SourceRow
 from cm3leon.data.packing import pack
 from cm3leon.data.sources import source_rows
 from cm3leon.progress import track
+
+MAX_PIXELS = 50_000_000
+"""Of larger images none is computed; validate refuses them by its own limit."""
+EXTRACTED_SIDE = 512
+"""Condition images are computed of images reduced to at most this side, pixels."""
+
+
+def with_conditions(rows: Iterable[SourceRow], kinds: Sequence[str], share: float) -> Iterator[SourceRow]:
+    """The rows, some with condition images computed of their image; which ones follows from their keys."""
+    from cm3leon.data.conditions import EXTRACTORS
+
+    for row in rows:
+        missing = [kind for kind in kinds if kind not in row.conditions]
+        if missing and row.image is not None and random.Random(row.key).random() < share:
+            try:
+                image = decode(row.image, MAX_PIXELS)
+            except ImageError:
+                missing = []  # validate says what is wrong with the image
+            else:
+                image.thumbnail((EXTRACTED_SIDE, EXTRACTED_SIDE))
+            row.conditions |= {kind: encode(EXTRACTORS[kind](np.asarray(image))) for kind in missing}
+        yield row
 
 
 def run(config: Config) -> dict[str, float]:
@@ -19,7 +47,8 @@ def run(config: Config) -> dict[str, float]:
         SourceError: if the collection cannot be read as configured. A single row at fault is no error: it is kept with its problem.
     """
     with tracking.stage_run("ingest", config) as stage:
-        rows = track(source_rows(config.ingest), f"ingest: {config.ingest.source}", _expected(config), "rows")
+        found = with_conditions(source_rows(config.ingest), config.ingest.extract, config.ingest.extract_share)
+        rows = track(found, f"ingest: {config.ingest.source}", _expected(config), "rows")
         figures = pack(rows, paths.RAW, config.ingest.shard_megabytes)
         stage.log_metrics({f"ingest/{name}": value for name, value in figures.items()})
     table = Table("figure", "value", title=f"ingest from {config.ingest.source}, in {paths.RAW}")

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from cm3leon.config import ConfigError, ShapesConfig
+from cm3leon.data.images import encode
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import scene_text
 from cm3leon.data.sources.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Object, Scene, is_valid, place, sample_scene
@@ -67,7 +68,7 @@ def _row(scene: Scene, key: str, origin: str, config: ShapesConfig, rng: random.
     row = SourceRow(
         key=key,
         origin=origin,
-        image=_png(scene.render(config.size)),
+        image=encode(scene.render(config.size)),
         captions=scene_text.captions(scene, rng),
         licence="CC0-1.0",
         attribution="cm3leon shapes",
@@ -79,19 +80,13 @@ def _row(scene: Scene, key: str, origin: str, config: ShapesConfig, rng: random.
         text_in_image=scene.letter,
     )
     if rng.random() < config.conditions:
-        row.conditions = {kind: _png(image) for kind, image in conditions(scene, config.size).items()}
+        row.conditions = {kind: encode(image) for kind, image in conditions(scene, config.size).items()}
     return row
 
 
 def _pixel_box(item: Object, side: int) -> tuple[float, float, float, float]:
     x0, y0, x1, y1 = (round(value * side, 2) for value in item.box)
     return x0, y0, x1, y1
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def edit(scene: Scene, rng: random.Random, config: ShapesConfig, seen: set[tuple]) -> tuple[str, Scene] | None:

@@ -1,0 +1,38 @@
+"""Condition images computed where the source has none."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cm3leon.data.conditions import EXTRACTORS
+from cm3leon.data.images import encode
+from cm3leon.data.manifest import SourceRow
+from cm3leon.data.sources.scene import Object, Scene
+from cm3leon.stages.ingest import EXTRACTED_SIDE, with_conditions
+
+PICTURE = Scene("white", (Object("circle", "red", "large", 0.5, 0.5),)).render(64)
+
+
+def row(number, image=None, **more):
+    return SourceRow(f"key {number}", "", encode(PICTURE) if image is None else image, ["x"], "MIT", None, "test", **more)
+
+
+def test_missing_kinds_are_computed_and_given_ones_kept():
+    [found] = with_conditions([row(0, conditions={"hed": b"given"})], ["canny edge", "hed"], 1.0)
+    assert list(found.conditions) == ["hed", "canny edge"] and found.conditions["hed"] == b"given"
+    edges = np.asarray(Image.open(io.BytesIO(found.conditions["canny edge"])))
+    assert np.array_equal(edges, EXTRACTORS["canny edge"](PICTURE)) and edges.any()
+
+
+def test_which_rows_follows_from_their_keys_and_the_share():
+    chosen = [[bool(r.conditions) for r in with_conditions(map(row, range(200)), ["hed"], 0.3)] for _ in range(2)]
+    assert chosen[0] == chosen[1] and sum(chosen[0]) == pytest.approx(60, abs=20)
+    assert not any(r.conditions for r in with_conditions(map(row, range(20)), [], 1.0))
+
+
+def test_large_images_are_reduced_and_damaged_ones_left_to_validate():
+    large = np.kron(PICTURE, np.ones((16, 20, 1), np.uint8))
+    wide, broken = with_conditions([row(0, encode(large)), row(1, b"no image")], ["canny edge"], 1.0)
+    assert Image.open(io.BytesIO(wide.conditions["canny edge"])).width == EXTRACTED_SIDE and broken.conditions == {}
