@@ -204,9 +204,6 @@ class ModelConfig(Section):
     codebook_std: float = Field(
         0.05, ge=0, description="image tokens start as the codebook's vectors, at this deviation; 0: at random, as the paper's"
     )
-    place_std: float = Field(
-        0.05, ge=0, description="places of image tokens start as waves over rows and columns, at this deviation; 0: at random"
-    )
     sentinels: int = Field(16, ge=1, description="mask tokens in the vocabulary (paper: 512)")
     reserved: int = Field(0, ge=0, description="ids of the vocabulary kept for later tokens")
 

@@ -190,24 +190,6 @@ class Decoder(nn.Module):
         start, stop = self.vocabulary.image_start, self.vocabulary.text_start
         self.tokens.weight[start:stop] = vectors * (std / vectors.std())
 
-    @torch.no_grad()
-    def start_from_waves(self, std: float) -> None:
-        """Start the places of image tokens as waves over rows and columns, turned into this width at random.
-
-        A step to the side is then one rotation whatever the place, so that a head learns to look at the same place of another image, or
-        beside or above a token, for all places at once.
-        """
-        if self.places is None:
-            return
-        side = round(self.vocabulary.tokens_per_image**0.5)
-        count = min(side, self.spec.width // 4)
-        place = torch.arange(self.vocabulary.tokens_per_image)
-        angles = torch.arange(1, count + 1) * torch.pi / side
-        waves = [wave(axis[:, None] * angles) for axis in (place // side, place % side) for wave in (torch.cos, torch.sin)]
-        rotation = nn.init.orthogonal_(torch.empty(4 * count, self.spec.width))
-        vectors = torch.cat(waves, 1) @ rotation
-        self.places.weight[1:] = vectors * (std / vectors.std())
-
     def forward(
         self,
         tokens_BT: Tensor,

@@ -65,22 +65,6 @@ def test_image_tokens_that_look_alike_start_alike():
     assert torch.equal(model.tokens.weight[VOCABULARY.text_start :], before[VOCABULARY.text_start :])
 
 
-def test_places_start_so_that_a_step_is_one_turn():
-    """Inner products of two places depend on how far apart they are alone, and are highest at the same place."""
-    vocabulary = Vocabulary(text_size=40, image_size=20, sentinels=4, tokens_per_image=64)
-    torch.manual_seed(0)
-    model = Decoder(DecoderSpec(layers=1, width=64, heads=2, context=100, image_positions=True), vocabulary)
-    model.start_from_waves(0.05)
-    places = model.places.weight[1:].detach()
-    assert places.std().item() == pytest.approx(0.05, rel=1e-3) and not model.places.weight[0].any()
-    alike = (places @ places.T).view(8, 8, 8, 8)  # row, column, row, column
-    for down, right in ((0, 1), (1, 0), (2, 3)):
-        pairs = torch.stack([alike[r, c, r + down, c + right] for r in range(8 - down) for c in range(8 - right)])
-        torch.testing.assert_close(pairs, pairs[:1].expand_as(pairs), rtol=1e-3, atol=1e-5)
-        assert (pairs < alike[0, 0, 0, 0] * 0.9).all()
-    assert (alike.view(64, 64).argmax(1) == torch.arange(64)).all()
-
-
 def test_logits_of_a_slice_are_the_slice_of_the_logits():
     model = make()
     hidden = model(*draw(2, 5))

@@ -43,7 +43,7 @@ def curve(directory: Path, packing: bool) -> list[float]:
         else SortedStream(samples, len(store), section.batch_size, config.seed)
     )
     torch.manual_seed(config.seed)
-    model = Decoder(DecoderSpec(**section.model.model_dump(exclude={"sentinels", "reserved", "codebook_std", "place_std"})), VOCABULARY)
+    model = Decoder(DecoderSpec(**section.model.model_dump(exclude={"sentinels", "reserved", "codebook_std"})), VOCABULARY)
     state = setup(model, section)
     fit(state, stream, section, {}, "golden")
     return state.losses
