@@ -1,8 +1,8 @@
 """How well candidates are ranked: python benchmarks/ranking.py [--prompts 128] [--candidates 32] [--model models/finetuned]
 
-Draws candidates for prompts of the val split with the models that the last pipeline run left, and tells the composition accuracy of a random
-one, of the best by CLIP score, by how likely the model reads the prompt from the image, by both with several weights, and of any: what
-perfect ranking would reach.
+Draws candidates for prompts of the val split with the models that the last pipeline run left. Prints the composition accuracy of a random
+one; of the best by CLIP score, by how likely the model reads the prompt from the image, and by both with several weights; and of any, which
+is what perfect ranking would reach.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from benchmarks.study import claims, report
+from benchmarks.study.__main__ import CLAIMS
+
 SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
 
 
@@ -32,3 +35,27 @@ def test_uncertainty_of_a_code_given_its_patch() -> None:
     assert load(script).code_uncertainty(images, same, 4) == 0
     half = np.array([[1, 3, 2, 2], [1, 3, 2, 2]])  # the first has one of two codes, four times in two images
     assert load(script).code_uncertainty(images, half, 4) == pytest.approx(2 * math.log(2))
+
+
+def test_a_claim_holds_only_where_every_seed_agrees() -> None:
+    assert claims._better([3.0, 4.0], [1.0, 2.0]) == "holds here"
+    assert claims._better([1.0, 2.0], [3.0, 4.0]) == "does not hold here"
+    assert "cannot be told" in claims._better([1.0, 3.0], [2.0, 4.0])
+
+
+def test_tokens_to_a_loss_lie_between_two_points_of_the_curve() -> None:
+    curve = [{"tokens": 100.0, "loss": 3.0}, {"tokens": 200.0, "loss": 2.0}, {"tokens": 300.0, "loss": 1.0}]
+    assert claims._tokens_to(curve, "loss", 1.5) == 250 and claims._tokens_to(curve, "loss", 0.5) is None
+
+
+def test_the_study_is_a_page_with_a_section_and_a_plot_a_claim(tmp_path: Path) -> None:
+    points = [(1.0, 0.2, 0.1, 0.3), (2.0, 0.4, 0.3, 0.5)]
+    sections = {name: claims.Section(f"({name})", "so", "holds", [["a", "b"], ["1", "2"]], ("x", "y"), {"one": points}) for name in CLAIMS}
+
+    class Study:
+        tokens, seeds, captions = 10, 2, ("x",)
+
+    report.write(Study(), sections, tmp_path)  # type: ignore[arg-type]
+    page = (tmp_path / "study.md").read_text()
+    for name in CLAIMS:
+        assert f"## ({name})" in page and (tmp_path / f"study-{name}.png").is_file()
