@@ -17,6 +17,7 @@ Words = list[str]
 Ngrams = Counter[tuple[str, ...]]
 
 LONGEST = 4
+BLEU = tuple(f"bleu_{n}" for n in range(1, LONGEST + 1))
 BETA = 1.2
 SIGMA = 6.0
 
@@ -71,22 +72,30 @@ def ngrams(words: Words) -> Ngrams:
 # --- BLEU -----------------------------------------------------------------------------------------------------------------------------
 
 
-def bleu(hypotheses: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
-    """Corpus BLEU-1..4: clipped n-gram precision over all captions, brevity penalty against the closest reference length.
+def bleu_counts(hypotheses: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:
+    """What BLEU counts of each caption, ``(n, 10)``: clipped and all n-grams of one to four words, its length and the closest reference's.
 
-    Of two references equally close in length the shorter counts. Tiny constants stand in for zero counts (1e-15 above, 1e-9 below).
+    Of two references equally close in length the shorter counts.
     """
-    correct, guessed = np.zeros(LONGEST), np.zeros(LONGEST)
-    length = reference_length = 0
-    for hypothesis, group in zip(hypotheses, references, strict=True):
+    counts = np.zeros((len(hypotheses), 2 * LONGEST + 2))
+    for row, hypothesis, group in zip(counts, hypotheses, references, strict=True):
         most: Ngrams = Counter()
         for reference in group:
             most |= ngrams(reference)
         for gram, count in ngrams(hypothesis).items():
-            correct[len(gram) - 1] += min(count, most[gram])
-        guessed += [max(0, len(hypothesis) - n) for n in range(LONGEST)]
-        length += len(hypothesis)
-        reference_length += min((abs(len(reference) - len(hypothesis)), len(reference)) for reference in group)[1]
+            row[len(gram) - 1] += min(count, most[gram])
+        row[LONGEST : 2 * LONGEST] = [max(0, len(hypothesis) - n) for n in range(LONGEST)]
+        row[-2:] = len(hypothesis), min((abs(len(reference) - len(hypothesis)), len(reference)) for reference in group)[1]
+    return counts
+
+
+def bleu_of(counts: np.ndarray) -> list[float]:
+    """BLEU-1..4 of captions from their :func:`bleu_counts`: clipped n-gram precision over all of them, brevity penalty.
+
+    Tiny constants stand in for zero counts (1e-15 above, 1e-9 below).
+    """
+    sums = counts.sum(0)
+    correct, guessed, length, reference_length = sums[:LONGEST], sums[LONGEST : 2 * LONGEST], sums[-2], sums[-1]
     precision = np.cumprod((correct + 1e-15) / (guessed + 1e-9)) ** (1 / np.arange(1, LONGEST + 1))
     ratio = (length + 1e-15) / (reference_length + 1e-9)
     return [float(value) for value in precision * (math.exp(1 - 1 / ratio) if ratio < 1 else 1.0)]
@@ -177,23 +186,21 @@ def score(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
     empty = [key for key, group in references.items() if not group]
     if empty:
         raise ValueError(f"{len(empty)} images have no reference caption: {empty[:3]}")
-    candidates, targets = _split(hypotheses, references, tokenized)
-    scores = {f"bleu_{n}": value for n, value in enumerate(bleu(candidates, targets), start=1)}
-    return scores | {name: float(np.mean(values)) for name, values in per_image(hypotheses, references, tokenized).items()}
+    means = {name: float(np.mean(values)) for name, values in per_image(hypotheses, references, tokenized).items()}
+    return dict(zip(BLEU, bleu_of(bleu_counts(*split(hypotheses, references, tokenized))), strict=True)) | means
 
 
 def per_image(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenized: bool = False) -> dict[str, list[float]]:
     """``rouge_l`` and ``cider`` of each caption, in the order of ``references``; their means are the corpus scores."""
-    candidates, targets = _split(hypotheses, references, tokenized)
+    candidates, targets = split(hypotheses, references, tokenized)
     return {
         "rouge_l": [rouge_l(c, group) for c, group in zip(candidates, targets, strict=True)],
         "cider": cider(candidates, targets),
     }
 
 
-def _split(
-    hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenized: bool
-) -> tuple[list[Words], list[list[Words]]]:
-    split = str.split if tokenized else tokenize
-    candidates = [split(hypotheses[key]) for key in references]
-    return candidates, [[split(reference) for reference in group] for group in references.values()]
+def split(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenized: bool) -> tuple[list[Words], list[list[Words]]]:
+    """The words of captions and of their references, in the order of ``references``."""
+    words = str.split if tokenized else tokenize
+    candidates = [words(hypotheses[key]) for key in references]
+    return candidates, [[words(reference) for reference in group] for group in references.values()]

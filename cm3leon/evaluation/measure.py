@@ -26,6 +26,9 @@ NEIGHBOURS = 3
 SUBSET, SUBSETS = 1000, 20
 """Images of a subset of kernel distance, and how many of those are averaged."""
 
+FEW, WIDEST = 50, 512
+"""Resamples for intervals of distances, and the widest features for which they are computed: each takes the cube of the width."""
+
 KINDS = 12
 """Most kinds of questions with a score of their own."""
 KIND_CHARACTERS = 40
@@ -88,7 +91,8 @@ def measure_fidelity(
 ) -> None:
     """Frechet and kernel distance, precision and recall on the features of a network, which all names end in.
 
-    Kernel distance is unbiased, which matters where few images make a Frechet distance meaningless. Calibration: reconstructions, and one
+    Intervals of the distances are those over resampled drawn images, of which some then come twice: a little too high. Kernel distance is
+    unbiased, which matters where few images make a Frechet distance meaningless. Calibration: reconstructions, and one
     half of the originals against the other.
     """
     if len(originals) < 2:
@@ -99,6 +103,14 @@ def measure_fidelity(
     record.scores[f"kd_{extractor}"] = kernel_distance(found, real, SUBSETS, subset, seed)
     record.calibration[f"fd_{extractor}_reconstructions"] = frechet_distance(copies, real)
     record.calibration[f"kd_{extractor}_reconstructions"] = kernel_distance(copies, real, SUBSETS, subset, seed)
+    if real.shape[1] <= WIDEST:
+        record.add_intervals(
+            (f"fd_{extractor}", f"kd_{extractor}"),
+            lambda rows: (frechet_distance(found[rows], real), kernel_distance(found[rows], real, SUBSETS, subset, seed)),
+            len(found),
+            FEW,
+            seed,
+        )
     if len(real) > 2 * NEIGHBOURS:
         record.scores[f"precision_{extractor}"], record.scores[f"recall_{extractor}"] = precision_recall(real, found, NEIGHBOURS)
         half = len(real) // 2
@@ -118,7 +130,9 @@ def measure_captions(
     """
     wanted = {name: list(texts) for name, texts in zip(names, references, strict=True)}
     given = dict(zip(names, hypotheses, strict=True))
-    record.scores |= {name: value for name, value in caption_metrics.score(given, wanted).items() if name.startswith("bleu")}
+    counts = caption_metrics.bleu_counts(*caption_metrics.split(given, wanted, False))
+    record.scores |= dict(zip(caption_metrics.BLEU, caption_metrics.bleu_of(counts), strict=True))
+    record.add_intervals(caption_metrics.BLEU, lambda rows: caption_metrics.bleu_of(counts[rows]), len(counts), resamples, seed)
     for name, values in caption_metrics.per_image(given, wanted).items():
         record.add(name, values, resamples, seed)
     several = {name: texts for name, texts in wanted.items() if len(texts) > 1}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,15 @@ class Record:
         """A score that is a mean over prompts, with its interval."""
         self.scores[name] = float(np.mean(values))
         self.intervals[name] = bootstrap(values, resamples, seed)
+
+    def add_intervals(
+        self, names: Sequence[str], statistic: Callable[[np.ndarray], Sequence[float]], count: int, resamples: int, seed: int
+    ) -> None:
+        """Intervals of scores that are no means: those of ``statistic`` over resampled rows, of which there are ``count``."""
+        rng = np.random.default_rng(seed)
+        found = np.array([statistic(rng.integers(count, size=count)) for _ in range(resamples)])
+        for name, (low, high) in zip(names, np.quantile(found, [0.025, 0.975], axis=0).T.tolist(), strict=True):
+            self.intervals[name] = (low, high)
 
     def write(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)

@@ -117,7 +117,7 @@ def test_short_captions_pay_the_brevity_penalty() -> None:
 
 def test_closest_length_prefers_the_shorter_of_two() -> None:
     """All four words are right; there is no brevity penalty against three words, there would be against five."""
-    assert captions.bleu([["a"] * 4], [[["a"] * 3, ["a"] * 5]])[0] == pytest.approx(1)
+    assert captions.bleu_of(captions.bleu_counts([["a"] * 4], [[["a"] * 3, ["a"] * 5]]))[0] == pytest.approx(1)
 
 
 def test_repeated_words_are_clipped() -> None:
