@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -273,3 +274,12 @@ def test_no_such_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     status, _, err = call("generate", "a red circle", "--model", "models/bundle")
     assert status == 2
     assert "models/bundle is not a bundle" in err
+
+
+def test_a_record_that_cannot_be_reproduced_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(ROOT / "params.yaml", "params.yaml")
+    status, _, err = call("evaluate", "--reproduce", "nothing.json")
+    assert status == 2 and "nothing.json is no evaluation record" in err
+    Path("old.json").write_text('{"scores": {}, "intervals": {}}')
+    assert "old.json does not say with which settings it was made" in call("evaluate", "--reproduce", "old.json")[2]
