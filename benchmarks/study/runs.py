@@ -20,7 +20,7 @@ from cm3leon.evaluation import composition
 from cm3leon.evaluation.record import bootstrap, digest
 from cm3leon.generation.generator import Generator
 from cm3leon.profiles import PARAMS, changed_config
-from cm3leon.stages.evaluate import content_hash
+from cm3leon.stages.evaluate import content_hash, load
 from cm3leon.stages.pretrain import build_decoder, training_samples, validation_batches
 from cm3leon.training.trainer import fit, setup
 
@@ -101,15 +101,8 @@ class Study:
 
     def generator(self, model: Path) -> Generator:
         """A generator on a decoder of the study, or of the pipeline, with the pipeline's other parts and plain sampling."""
-        return Generator.from_parts(
-            model=model,
-            image_tokenizer=paths.IMAGE_TOKENIZER,
-            text_tokenizer=paths.TEXT_TOKENIZER,
-            encoder=paths.ENCODER,
-            memory_bank=paths.INDEX,
-            tokens=paths.TOKENS,
-            decoding=DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0, candidates=1),
-        )
+        plain = DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0, candidates=1)
+        return load(self.config.model_copy(update={"decoding": plain}), model)
 
     def composition(self, model: Path, number: int = 1, **settings: Any) -> dict[str, Any]:
         """Composition accuracy of ``number`` unranked images of each prompt, with its interval over prompts."""

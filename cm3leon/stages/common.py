@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS = 8
-CAPTION_LINES = 4
+CAPTION_LINES = 6
 
 
 def device() -> torch.device:

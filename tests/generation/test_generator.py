@@ -17,7 +17,7 @@ from cm3leon.generation.generator import Generator
 from cm3leon.generation.memory import Memory
 from cm3leon.generation.parts import BadInputError
 from cm3leon.generation.results import GeneratedText
-from cm3leon.tasks import Training
+from cm3leon.tasks import TASKS, Training
 
 PROMPTS = ["a red circle", "two green crosses and a blue square on white"]
 PICTURE = Image.new("RGB", (32, 32), "red")
@@ -177,6 +177,10 @@ def test_drawn_images_are_enlarged_by_the_bundles_upscaler(generator):
     plain = Generator(generator.model, generator.image_tokenizer, generator.text_tokenizer, generator.decoding)
     with pytest.raises(BadInputError, match="super_resolution"):
         plain.upscale([image.image])
+
+
+def test_every_task_names_the_method_that_does_it():
+    assert all(callable(getattr(Generator, task.method)) for task in TASKS.values())
 
 
 def test_every_drawing_task_says_what_it_did(generator):
