@@ -104,6 +104,7 @@ class ImageTokenizerConfig(Section):
     continuous_share: float = Field(0.25, ge=0, lt=1, description="share of the training before latents are quantised")
     restart_below: float = Field(0.05, ge=0, description="codes used less often than this share of the mean are restarted")
     restart_until: float = Field(0.7, ge=0, le=1, description="share of the training after which no code is restarted")
+    condition_share: float = Field(0.1, ge=0, lt=1, description="share of condition images, of all kinds, among those it learns from")
     steps: int = Field(2200, ge=1)
     batch_size: int = Field(16, ge=1)
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for the convolutions, with AdamW for biases and scales")
@@ -201,6 +202,7 @@ class ModelConfig(Section):
     position_std: float = Field(0.0002, gt=0)
     qk_norm: bool = False
     image_positions: bool = Field(True, description="image tokens also know their place in the image; not in the paper")
+    image_rotation: bool = Field(False, description="attention turns by places in the image, to find the same one in another; not in the paper")
     codebook_std: float = Field(
         0.05, ge=0, description="image tokens start as the codebook's vectors, at this deviation; 0: at random, as the paper's"
     )
@@ -278,7 +280,7 @@ class SFTConfig(TrainConfig):
     """``sft``: multitask instruction tuning."""
 
     answer_weight: float = Field(4.0, gt=0, description="weight in the loss of answer tokens, which are few beside an image's")
-    input_weight: float = Field(1.0, ge=0, description="weight in the loss of what stands before the answer: instruction and image")
+    input_weight: float = Field(1.0, ge=0, description="weight in the loss of what stands before the answer or the image to draw")
     questions_per_sample: int = Field(1, ge=1, description="most questions that one sample asks about its image")
     tasks: dict[str, float] = Field(
         default_factory=lambda: {"text_to_image": 3.0, "caption": 1.0, "long_caption": 0.5, "vqa": 3.0},

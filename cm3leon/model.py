@@ -3,13 +3,15 @@
 OPT's layout with the paper's changes (arXiv 2309.02591, section 3): pre-norm, ReLU feed-forward of four widths, learned absolute
 positions, no biases, no learnable LayerNorm parameters, tied embeddings; truncated-normal initialisation, output layers zero.
 Not in the paper, and off in its presets: ``image_positions`` adds to an image token the embedding of its place in the image, which a
-small model would otherwise have to learn by counting from the break.
+small model would otherwise have to learn by counting from the break; ``image_rotation`` lets attention tell by rotation where in their
+images two tokens stand, so that a small model soon finds the same place of another image.
 Shapes: B batch, T tokens, D width, H heads, K head dim, V vocabulary.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +38,7 @@ class DecoderSpec:
     position_std: float = 0.0002
     qk_norm: bool = False
     image_positions: bool = False
+    image_rotation: bool = False
 
 
 class Cache(Protocol):
@@ -43,6 +46,10 @@ class Cache(Protocol):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of new tokens, (B, H, T, K) each and so the result, to those held and to one another; keeps what they bring."""
+
+
+FASTEST_TURN = 1.5
+"""Radians by which a step to the next row or column turns the first pair of a head; the last turns as many times less as an image has rows."""
 
 
 def block_causal(samples_BT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,6 +60,38 @@ def block_causal(samples_BT: Tensor, dtype: torch.dtype) -> Tensor:
     same = samples_BT[:, :, None] == samples_BT[:, None, :]
     bias = torch.zeros(same.shape, dtype=dtype, device=samples_BT.device)
     return bias.masked_fill_(~same.tril(), -torch.inf).unsqueeze(1)
+
+
+class Rotation(nn.Module):
+    """Rotary embedding of places in an image (RoFormer, arXiv 2104.09864, over rows and columns), of the first half of each head.
+
+    A key is turned by its own row and column, a query by those of the token that comes next, whose place the model knows: what is found at
+    no turn between the two is the same place in another image. What is no image token is not turned, as the first place of an image is not.
+    """
+
+    def __init__(self, head_dim: int, tokens_per_image: int) -> None:
+        super().__init__()
+        side = math.isqrt(tokens_per_image)
+        if side**2 != tokens_per_image or head_dim % 8:
+            raise ValueError(f"image_rotation needs square images and heads of a multiple of 8, found {tokens_per_image} and {head_dim}")
+        turns_F = FASTEST_TURN * side ** -torch.linspace(0, 1, head_dim // 8)  # radians a row or column
+        index = torch.arange(tokens_per_image)
+        angles_NE = torch.cat([(index // side)[:, None] * turns_F, (index % side)[:, None] * turns_F], 1)
+        of_keys_NE, of_queries_NE = torch.cat([angles_NE[:1], angles_NE]), torch.cat([angles_NE, angles_NE[:1]])
+        for name, angles in (("keys", of_keys_NE), ("queries", of_queries_NE)):
+            self.register_buffer(name, torch.stack([angles.cos(), angles.sin()], 1), persistent=False)
+
+    def forward(self, places_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, 1, T, 2, E) of the turns of queries and of keys at these places."""
+        return self.get_buffer("queries")[places_BT].unsqueeze(1), self.get_buffer("keys")[places_BT].unsqueeze(1)
+
+
+def rotate(x_BHTK: Tensor, turns_B1T2E: Tensor) -> Tensor:
+    """The first half of each vector turned, pair by pair, the rest as it is."""
+    cos, sin = turns_B1T2E.to(x_BHTK.dtype).unbind(-2)
+    size = cos.shape[-1]
+    a, b, rest = x_BHTK.split([size, size, x_BHTK.shape[-1] - 2 * size], -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
 
 
 FEW_ROWS, LARGE_WEIGHT = 48, 1 << 19
@@ -100,11 +139,13 @@ class Attention(nn.Module):
         self.qkv = Linear(spec.width, 3 * spec.width)
         self.out = Linear(spec.width, spec.width)
 
-    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None, turns: tuple[Tensor, Tensor] | None) -> Tensor:
         batch, length, width = x_BTD.shape
         q, k, v = (y.view(batch, length, self.heads, -1).transpose(1, 2) for y in self.qkv(x_BTD).contiguous().split(width, -1))
         if self.qk_norm:
             q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
+        if turns is not None:
+            q, k = rotate(q, turns[0]), rotate(k, turns[1])
         if cache is not None:
             y_BHTK = cache.attend(self.layer, q, k, v)
         else:
@@ -140,8 +181,8 @@ class Block(nn.Module):
         self.up = Linear(spec.width, 4 * spec.width)
         self.down = Linear(4 * spec.width, spec.width)
 
-    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(F.layer_norm(x_BTD, x_BTD.shape[-1:]), cache, mask)
+    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None, turns: tuple[Tensor, Tensor] | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(F.layer_norm(x_BTD, x_BTD.shape[-1:]), cache, mask, turns)
         return x_BTD + self.down(relu(self.up(F.layer_norm(x_BTD, x_BTD.shape[-1:]))))
 
 
@@ -159,6 +200,7 @@ class Decoder(nn.Module):
         self.tokens = nn.Embedding(vocabulary.size, spec.width)
         self.positions = nn.Embedding(spec.context, spec.width)
         self.places = nn.Embedding(1 + vocabulary.tokens_per_image, spec.width, padding_idx=0) if spec.image_positions else None
+        self.rotation = Rotation(spec.width // spec.heads, vocabulary.tokens_per_image) if spec.image_rotation else None
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
         self.recompute = False
         self.compiled_decoding = False
@@ -201,7 +243,7 @@ class Decoder(nn.Module):
         """Hidden states (B, T, D) after the last norm.
 
         Args:
-            places_BT: place of each token in its image, from 1; 0 for what is no image token. Used with ``image_positions``.
+            places_BT: place of each token in its image, from 1; 0 for what is no image token. Used with ``image_positions`` and ``image_rotation``.
             cache: what of the tokens before these attention reads; it also says which of them a token sees.
             positions_BT: positions of the tokens, by default counted from 0.
             mask: broadcastable to (B, 1, T, T), boolean, True where attention is allowed, or a bias; default causal. Without a cache.
@@ -216,11 +258,12 @@ class Decoder(nn.Module):
         x_BTD = self.tokens(tokens_BT) + self.positions(positions_BT)
         if self.places is not None:
             x_BTD = x_BTD + self.places(places_BT)
+        turns = None if self.rotation is None else self.rotation(places_BT)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, cache, mask, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, cache, mask, turns, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, cache, mask)
+                x_BTD = block(x_BTD, cache, mask, turns)
         return F.layer_norm(x_BTD, x_BTD.shape[-1:])
 
     def quantize(self) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cm3leon.documents import Vocabulary
-from cm3leon.model import Decoder, DecoderSpec
+from cm3leon.model import Decoder, DecoderSpec, Rotation, rotate
 
 VOCABULARY = Vocabulary(text_size=40, image_size=20, sentinels=4, tokens_per_image=9)
 
@@ -50,6 +50,35 @@ def test_places_matter_to_image_tokens_only_where_the_option_is_on():
     model = make(image_positions=True)
     assert not torch.allclose(model(tokens, places), model(tokens, places.flip(1)))
     assert not model.places.weight[0].any()
+
+
+def test_rotation_depends_on_the_step_from_a_key_to_the_place_that_comes_next():
+    """The product of a turned query and a turned key is that of the same two further along an image by the same rows and columns."""
+    rotation = Rotation(16, 16)
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+
+    def product(query_place, key_place):
+        of_query, of_key = rotation(torch.tensor([[query_place]]))[0], rotation(torch.tensor([[key_place]]))[1]
+        return (rotate(q, of_query) * rotate(k, of_key)).sum().item()
+
+    unturned = (q * k).sum().item()
+    for place in range(1, 17):  # the token before it is at place - 1, or no image token
+        assert product(place - 1, place) == pytest.approx(unturned, abs=1e-5)
+    assert product(16, 0) == pytest.approx(unturned, abs=1e-5)
+    assert product(5, 2) == pytest.approx(product(9, 6), abs=1e-5)  # a row further down
+    assert product(5, 2) == pytest.approx(product(6, 3), abs=1e-5)  # a column further right
+    steps = [product(0, place) for place in range(1, 17)]
+    assert len({round(step, 4) for step in steps}) == 16
+
+
+def test_rotation_leaves_text_alone_and_can_be_refused():
+    text = torch.randint(VOCABULARY.text_start, VOCABULARY.size, (1, 20))
+    zeros = torch.zeros_like(text)
+    assert torch.equal(make()(text, zeros), make(image_rotation=True)(text, zeros))
+    tokens, places = draw(1, 20)
+    assert not torch.allclose(make()(tokens, places), make(image_rotation=True)(tokens, places))
+    with pytest.raises(ValueError, match="square images"):
+        Rotation(16, 12)
 
 
 def test_image_tokens_that_look_alike_start_alike():

@@ -182,6 +182,16 @@ def test_drawing_samples_are_prompt_then_image_and_some_drop_the_caption(samples
     assert 0.2 < dropped / 400 < 0.4
 
 
+def test_what_stands_before_the_image_to_draw_has_the_inputs_weight(samples):
+    for task in ("text_to_image", "condition_to_image", "edit"):
+        drawn = samples({task: 1.0}, change, caption_drop=0.5, input_weight=0.25)
+        for number in range(len(drawn)):
+            masked, weights, _ = drawn(0, number)
+            first = int(np.flatnonzero(masked.places)[-16])  # an image has 16 tokens, and the last is the one to draw
+            assert set(weights[:first]) <= {0.0, 0.25} and set(weights[first:]) == {1.0}
+            assert np.array_equal(weights > 0, masked.is_target)
+
+
 def test_the_mix_follows_its_weights(samples):
     drawn = samples({"text_to_image": 3.0, "caption": 1.0}, caption_drop=0.0)
     masked = sum(bool(drawn(epoch, row)[0].spans) for epoch in range(20) for row in range(40))

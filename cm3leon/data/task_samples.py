@@ -155,7 +155,9 @@ class TaskSamples:
         own = [segment for segment in body.segments if segment.document == body.segments[-1].document]
         hidden = task.hidden[int(rng.integers(len(task.hidden)))] if rng.random() < self.config.caption_drop else ()
         masked = apply_spans(body, [(own[number].start, own[number].stop) for number in hidden], vocabulary)
-        return Sample(masked, masked.is_target.astype(np.float32), standing(body, [*chosen, document.id]))
+        weight = masked.is_target.astype(np.float32)
+        weight[: np.flatnonzero(masked.places == 1)[-1]] *= self.config.input_weight  # the image to draw is the last
+        return Sample(masked, weight, standing(body, [*chosen, document.id]))
 
     def _answered(self, document: Document, template: str, asked: Sequence[Values]) -> Sample:
         """A sample that ends in the answers to its questions; what does not fit in the context loses its last questions first."""

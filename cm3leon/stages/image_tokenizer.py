@@ -21,9 +21,13 @@ VALIDATION_IMAGES = 512
 SHEET_IMAGES = 16
 
 
-def pictures(manifest: pd.DataFrame) -> list[str]:
-    """All that the model will read or draw: the documents' images, and their condition images."""
-    return [*manifest["image"], *(item["image"] for items in manifest["conditions"] for item in items if item["kind"] in CONDITIONS)]
+def pictures(manifest: pd.DataFrame, condition_share: float, seed: int) -> list[str]:
+    """What the tokenizer learns from: the documents' images and, drawn at random, condition images up to their share of all."""
+    documents = manifest["image"].tolist()
+    conditions = [item["image"] for items in manifest["conditions"] for item in items if item["kind"] in CONDITIONS]
+    wanted = min(round(len(documents) * condition_share / (1 - condition_share)), len(conditions))
+    chosen = np.random.default_rng((seed, 4)).permutation(len(conditions))[:wanted]
+    return documents + [conditions[int(number)] for number in chosen]
 
 
 def run(config: Config) -> dict[str, float]:
@@ -36,7 +40,8 @@ def run(config: Config) -> dict[str, float]:
         if section.pretrained:
             model = ImageTokenizer.load(Path(section.pretrained), device())
         else:
-            images = ImageSet(store, pictures(read_manifest(paths.VALIDATED, "train")), section.image_size)
+            manifest = read_manifest(paths.VALIDATED, "train")
+            images = ImageSet(store, pictures(manifest, section.condition_share, config.seed), section.image_size)
             model = train_image_tokenizer(
                 images,
                 section,
