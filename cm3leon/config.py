@@ -202,7 +202,8 @@ class ModelConfig(Section):
     position_std: float = Field(0.0002, gt=0)
     qk_norm: bool = False
     image_positions: bool = Field(True, description="image tokens also know their place in the image; not in the paper")
-    image_rotation: bool = Field(False, description="attention turns by places in the image, to find the same one in another; not in the paper")
+    rotation: bool = Field(False, description="attention turns by positions, and by places to find the same one in another image; not in the paper")
+    previous_token: bool = Field(False, description="tokens also know the one before; not in the paper")
     codebook_std: float = Field(
         0.05, ge=0, description="image tokens start as the codebook's vectors, at this deviation; 0: at random, as the paper's"
     )
@@ -213,6 +214,8 @@ class ModelConfig(Section):
     def _check(self) -> ModelConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.rotation and self.width // self.heads % 8:
+            raise ValueError(f"rotation needs heads of a multiple of 8, found {self.width // self.heads} (width / heads)")
         return self
 
 
@@ -243,7 +246,9 @@ class TrainConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
     clip: float = Field(1.0, gt=0)
     z_loss: float = Field(0.0, ge=0, description="weight of log(Z)^2 of the output in the loss (Chameleon: 1e-5)")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the matrix products; parameters and optimiser stay fp32")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "fp32", description="of the matrix products; auto: bf16 where there are instructions for it; parameters and optimiser stay fp32"
+    )
     compile: bool = Field(False, description="compile the blocks; needs a C++ compiler on a CPU")
     activation_checkpointing: bool = Field(False, description="compute blocks again in the backward pass instead of keeping them")
     validate_every: int = Field(250, ge=1)

@@ -3,7 +3,7 @@
 OPT's layout with the paper's changes (arXiv 2309.02591, section 3): pre-norm, ReLU feed-forward of four widths, learned absolute
 positions, no biases, no learnable LayerNorm parameters, tied embeddings; truncated-normal initialisation, output layers zero.
 Not in the paper, and off in its presets: ``image_positions`` adds to an image token the embedding of its place in the image, which a
-small model would otherwise have to learn by counting from the break; ``image_rotation`` lets attention tell by rotation where in their
+small model would otherwise have to learn by counting from the break; ``rotation`` lets attention tell by rotation where in their
 images two tokens stand, so that a small model soon finds the same place of another image.
 Shapes: B batch, T tokens, D width, H heads, K head dim, V vocabulary.
 """
@@ -38,7 +38,8 @@ class DecoderSpec:
     position_std: float = 0.0002
     qk_norm: bool = False
     image_positions: bool = False
-    image_rotation: bool = False
+    rotation: bool = False
+    previous_token: bool = False
 
 
 class Cache(Protocol):
@@ -49,7 +50,7 @@ class Cache(Protocol):
 
 
 FASTEST_TURN = 1.5
-"""Radians by which a step to the next row or column turns the first pair of a head; the last turns as many times less as an image has rows."""
+"""Radians by which a step to the next row, column or position turns the fastest pair of a head."""
 
 
 def block_causal(samples_BT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,31 +64,44 @@ def block_causal(samples_BT: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Rotation(nn.Module):
-    """Rotary embedding of places in an image (RoFormer, arXiv 2104.09864, over rows and columns), of the first half of each head.
+    """Rotary embedding (RoFormer, arXiv 2104.09864) of three quarters of each head: a half by places in an image, a quarter by positions.
 
-    A key is turned by its own row and column, a query by those of the token that comes next, whose place the model knows: what is found at
-    no turn between the two is the same place in another image. What is no image token is not turned, as the first place of an image is not.
+    By its place a key is turned by its row and column, a query by those of the token that comes next, whose place the model knows: what is
+    found at no turn between the two is the same place in another image. What is no image token is turned as the first place of an image is,
+    not at all. By its position every token is turned the same, as query and as key.
     """
 
-    def __init__(self, head_dim: int, tokens_per_image: int) -> None:
+    def __init__(self, head_dim: int, tokens_per_image: int, context: int) -> None:
         super().__init__()
         side = math.isqrt(tokens_per_image)
         if side**2 != tokens_per_image or head_dim % 8:
-            raise ValueError(f"image_rotation needs square images and heads of a multiple of 8, found {tokens_per_image} and {head_dim}")
-        turns_F = FASTEST_TURN * side ** -torch.linspace(0, 1, head_dim // 8)  # radians a row or column
+            raise ValueError(f"rotation needs square images and heads of a multiple of 8, found {tokens_per_image} and {head_dim}")
         index = torch.arange(tokens_per_image)
-        angles_NE = torch.cat([(index // side)[:, None] * turns_F, (index % side)[:, None] * turns_F], 1)
-        of_keys_NE, of_queries_NE = torch.cat([angles_NE[:1], angles_NE]), torch.cat([angles_NE, angles_NE[:1]])
-        for name, angles in (("keys", of_keys_NE), ("queries", of_queries_NE)):
+        pairs = head_dim // 8  # for rows, for columns and for positions
+        of_places_NE = torch.cat([_angles(index // side, pairs, side), _angles(index % side, pairs, side)], 1)
+        of_positions_CE = _angles(torch.arange(context), pairs, context)
+        tables = {
+            "keys": torch.cat([of_places_NE[:1], of_places_NE]),
+            "queries": torch.cat([of_places_NE, of_places_NE[:1]]),
+            "positions": of_positions_CE,
+        }
+        for name, angles in tables.items():
             self.register_buffer(name, torch.stack([angles.cos(), angles.sin()], 1), persistent=False)
 
-    def forward(self, places_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (B, 1, T, 2, E) of the turns of queries and of keys at these places."""
-        return self.get_buffer("queries")[places_BT].unsqueeze(1), self.get_buffer("keys")[places_BT].unsqueeze(1)
+    def forward(self, places_BT: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, 1, T, 2, E) of the turns of queries and of keys."""
+        of_positions = self.get_buffer("positions")[positions_BT].expand(*places_BT.shape, -1, -1)
+        of_queries, of_keys = (self.get_buffer(name)[places_BT] for name in ("queries", "keys"))
+        return torch.cat([of_queries, of_positions], -1).unsqueeze(1), torch.cat([of_keys, of_positions], -1).unsqueeze(1)
+
+
+def _angles(steps_N: Tensor, pairs: int, longest: int) -> Tensor:
+    """Angles (N, pairs) of so many steps: the first pair turns by :data:`FASTEST_TURN` a step, the last ``longest`` times less."""
+    return steps_N[:, None] * (FASTEST_TURN * float(longest) ** -torch.linspace(0, 1, pairs))
 
 
 def rotate(x_BHTK: Tensor, turns_B1T2E: Tensor) -> Tensor:
-    """The first half of each vector turned, pair by pair, the rest as it is."""
+    """The first 2 E numbers of each vector turned, pair by pair, the rest as they are."""
     cos, sin = turns_B1T2E.to(x_BHTK.dtype).unbind(-2)
     size = cos.shape[-1]
     a, b, rest = x_BHTK.split([size, size, x_BHTK.shape[-1] - 2 * size], -1)
@@ -132,6 +146,14 @@ class Int8Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype)) * self.scale
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention under a mask, or causal; under autocast on a CPU in float32, as its backward pass in bfloat16 is far slower there."""
+    if q.device.type != "cpu" or q.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=mask is None)
+
+
 class Attention(nn.Module):
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
@@ -149,7 +171,7 @@ class Attention(nn.Module):
         if cache is not None:
             y_BHTK = cache.attend(self.layer, q, k, v)
         else:
-            y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            y_BHTK = attention(q, k, v, mask)
         return self.out(y_BHTK.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -200,7 +222,8 @@ class Decoder(nn.Module):
         self.tokens = nn.Embedding(vocabulary.size, spec.width)
         self.positions = nn.Embedding(spec.context, spec.width)
         self.places = nn.Embedding(1 + vocabulary.tokens_per_image, spec.width, padding_idx=0) if spec.image_positions else None
-        self.rotation = Rotation(spec.width // spec.heads, vocabulary.tokens_per_image) if spec.image_rotation else None
+        self.previous = Linear(spec.width, spec.width) if spec.previous_token else None
+        self.rotation = Rotation(spec.width // spec.heads, vocabulary.tokens_per_image, spec.context) if spec.rotation else None
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
         self.recompute = False
         self.compiled_decoding = False
@@ -239,14 +262,17 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         positions_BT: Tensor | None = None,
         mask: Tensor | None = None,
+        previous_BT: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D) after the last norm.
 
         Args:
-            places_BT: place of each token in its image, from 1; 0 for what is no image token. Used with ``image_positions`` and ``image_rotation``.
+            places_BT: place of each token in its image, from 1; 0 for what is no image token. Used with ``image_positions`` and ``rotation``.
             cache: what of the tokens before these attention reads; it also says which of them a token sees.
             positions_BT: positions of the tokens, by default counted from 0.
             mask: broadcastable to (B, 1, T, T), boolean, True where attention is allowed, or a bias; default causal. Without a cache.
+            previous_BT: the token before each, by default as they stand in the rows; that at position 0 has none. Used with
+                ``previous_token``.
 
         Raises:
             ValueError: if the sequence is longer than the context.
@@ -255,10 +281,14 @@ class Decoder(nn.Module):
             raise ValueError(f"sequence of {tokens_BT.shape[1]} tokens is longer than the context of {self.spec.context}")
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        x_BTD = self.tokens(tokens_BT) + self.positions(positions_BT)
+        x_BTD = self.tokens(tokens_BT)
+        if self.previous is not None:
+            before_BTD = F.pad(x_BTD[:, :-1], (0, 0, 1, 0)) if previous_BT is None else self.tokens(previous_BT)
+            x_BTD = x_BTD + self.previous(before_BTD * (positions_BT > 0).unsqueeze(-1))
+        x_BTD = x_BTD + self.positions(positions_BT)
         if self.places is not None:
             x_BTD = x_BTD + self.places(places_BT)
-        turns = None if self.rotation is None else self.rotation(places_BT)
+        turns = None if self.rotation is None else self.rotation(places_BT, positions_BT)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, cache, mask, turns, use_reentrant=False)
@@ -296,7 +326,7 @@ class Decoder(nn.Module):
             z_loss: see :func:`~cm3leon.loss.chunked_cross_entropy`.
         """
         device = tokens_BT.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.tokens.weight.dtype
+        dtype = torch.get_autocast_dtype(device) if device != "cpu" and torch.is_autocast_enabled(device) else self.tokens.weight.dtype
         mask = None if samples_BT is None else block_causal(samples_BT, dtype)
         hidden_BTD = self(tokens_BT, places_BT, positions_BT=positions_BT, mask=mask)
         weights_BT = weights_BT.clone()

@@ -110,7 +110,7 @@ def memory(model: Decoder, section: TrainConfig, gpus: int) -> Memory:
     """
     parameters, spec = count(model), model.spec
     _, rows = rows_at_once(section, gpus)
-    bf16, sharded = section.precision == "bf16", gpus > 1
+    bf16, sharded = section.precision != "fp32", gpus > 1
     return Memory(
         parameters=FP32 * parameters.total / gpus,
         gradients=FP32 * parameters.total / gpus,
@@ -128,7 +128,7 @@ def block_bytes(spec: DecoderSpec, section: TrainConfig) -> int:
     the output of attention, and four of the feed-forward. Beside those the statistics of norms and softmax, and with ``qk_norm`` its inputs
     and outputs.
     """
-    size = BF16 if section.precision == "bf16" else FP32
+    size = BF16 if section.precision != "fp32" else FP32
     widths = 2 * FP32 + (2 + 3 + 1 + 4) * size
     if spec.qk_norm:
         widths += 2 * size + (2 * FP32 if size == BF16 else 0)
@@ -142,7 +142,7 @@ def activation_bytes(spec: DecoderSpec, section: TrainConfig, tokens: int, *, sh
     In both cases one block's feed-forward is at work, four widths of gradients that are not kept, and with ``packing`` all blocks share one
     mask, a row of it a token. Hidden states between blocks are float32, unless the embeddings were gathered in bfloat16.
     """
-    size = BF16 if section.precision == "bf16" else FP32
+    size = BF16 if section.precision != "fp32" else FP32
     block = block_bytes(spec, section)
     between = (size if sharded else FP32) * spec.width
     kept = spec.layers * between + block if section.activation_checkpointing else spec.layers * block
@@ -365,7 +365,7 @@ def show(plan: Plan, console: Console) -> None:
     """Print the plan, and what would make it fit if it does not."""
     for table in tables(plan):
         console.print(table)
-    if plan.config.pretrain.precision != "bf16":
+    if plan.config.pretrain.precision == "fp32":
         console.print(f"The time is that of bfloat16 products; the profile computes in {plan.config.pretrain.precision}.")
     if not plan.fits:
         if plan.advice:

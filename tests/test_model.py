@@ -53,32 +53,44 @@ def test_places_matter_to_image_tokens_only_where_the_option_is_on():
 
 
 def test_rotation_depends_on_the_step_from_a_key_to_the_place_that_comes_next():
-    """The product of a turned query and a turned key is that of the same two further along an image by the same rows and columns."""
-    rotation = Rotation(16, 16)
+    """The product of a turned query and a turned key is that of the same two further along, in an image or a sequence."""
+    rotation = Rotation(16, 16, 48)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
-    def product(query_place, key_place):
-        of_query, of_key = rotation(torch.tensor([[query_place]]))[0], rotation(torch.tensor([[key_place]]))[1]
-        return (rotate(q, of_query) * rotate(k, of_key)).sum().item()
+    def product(query, key):
+        """Of a query and a key at (place, position)."""
+        turns = [rotation(torch.tensor([[place]]), torch.tensor([[position]]))[which] for which, (place, position) in enumerate((query, key))]
+        return (rotate(q, turns[0]) * rotate(k, turns[1])).sum().item()
 
     unturned = (q * k).sum().item()
     for place in range(1, 17):  # the token before it is at place - 1, or no image token
-        assert product(place - 1, place) == pytest.approx(unturned, abs=1e-5)
-    assert product(16, 0) == pytest.approx(unturned, abs=1e-5)
-    assert product(5, 2) == pytest.approx(product(9, 6), abs=1e-5)  # a row further down
-    assert product(5, 2) == pytest.approx(product(6, 3), abs=1e-5)  # a column further right
-    steps = [product(0, place) for place in range(1, 17)]
-    assert len({round(step, 4) for step in steps}) == 16
+        assert product((place - 1, 7), (place, 7)) == pytest.approx(unturned, abs=1e-5)
+    assert product((16, 0), (0, 0)) == pytest.approx(unturned, abs=1e-5)
+    assert product((5, 0), (2, 0)) == pytest.approx(product((9, 0), (6, 0)), abs=1e-5)  # a row further down
+    assert product((5, 0), (2, 0)) == pytest.approx(product((6, 0), (3, 0)), abs=1e-5)  # a column further right
+    assert product((0, 9), (0, 4)) == pytest.approx(product((0, 29), (0, 24)), abs=1e-5)
+    assert len({round(product((0, 0), (place, 0)), 4) for place in range(1, 17)}) == 16
+    assert len({round(product((0, 47), (0, position)), 4) for position in range(48)}) == 48
 
 
-def test_rotation_leaves_text_alone_and_can_be_refused():
-    text = torch.randint(VOCABULARY.text_start, VOCABULARY.size, (1, 20))
-    zeros = torch.zeros_like(text)
-    assert torch.equal(make()(text, zeros), make(image_rotation=True)(text, zeros))
-    tokens, places = draw(1, 20)
-    assert not torch.allclose(make()(tokens, places), make(image_rotation=True)(tokens, places))
+def test_rotation_needs_square_images():
     with pytest.raises(ValueError, match="square images"):
-        Rotation(16, 12)
+        Rotation(16, 12, 48)
+
+
+def test_a_token_knows_the_one_before_in_its_own_sample():
+    """Of a decoder whose attention does nothing."""
+    model = make(previous_token=True)
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attention.out.weight)
+    tokens, places = draw(1, 20)
+    changed = tokens.clone()
+    changed[0, 7] = (tokens[0, 7] + 1) % VOCABULARY.size
+    differs = (model(tokens, places) != model(changed, places)).any(-1)[0]
+    assert differs.nonzero()[:, 0].tolist() == [7, 8]
+    positions = torch.tensor([[*range(8), *range(12)]])  # a second sample begins behind it
+    differs = (model(tokens, places, positions_BT=positions) != model(changed, places, positions_BT=positions)).any(-1)[0]
+    assert differs.nonzero()[:, 0].tolist() == [7]
 
 
 def test_image_tokens_that_look_alike_start_alike():

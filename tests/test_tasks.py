@@ -82,7 +82,7 @@ def test_inference_prompt_is_the_samples_beginning(samples, name, template):
     prompt = answer_prompt(template, values, codes, VOCABULARY, TOKENIZER)
     wanted = values["explained" if "{explained}" in template else "answer"]
     seen = []
-    for masked, weights in ((m, w) for epoch in range(30) for row in range(40) for m, w, d in [drawn(epoch, row)] if d == (f"{4:016x}",)):
+    for masked, weights in ((m, w) for epoch in range(30) for row in range(40) for m, w, d, _ in [drawn(epoch, row)] if d == (f"{4:016x}",)):
         check_grammar(masked.tokens, VOCABULARY)
         if masked.tokens[: len(prompt)].tolist() == prompt.tokens.tolist():
             answer = masked.tokens[len(prompt) : -2]
@@ -153,7 +153,7 @@ def test_a_sample_asks_several_questions_and_answers_each_behind_the_image(sampl
     object.__setattr__(drawn.documents, "context", context)
     counts = Counter()
     for epoch in range(40):
-        masked, weights, _ = drawn(epoch, 0)
+        masked, weights, *_ = drawn(epoch, 0)
         assert len(masked.tokens) <= context
         check_grammar(masked.tokens, VOCABULARY)
         body, tail = split_tail(masked.tokens[1:-1], VOCABULARY)
@@ -186,7 +186,7 @@ def test_what_stands_before_the_image_to_draw_has_the_inputs_weight(samples):
     for task in ("text_to_image", "condition_to_image", "edit"):
         drawn = samples({task: 1.0}, change, caption_drop=0.5, input_weight=0.25)
         for number in range(len(drawn)):
-            masked, weights, _ = drawn(0, number)
+            masked, weights, *_ = drawn(0, number)
             first = int(np.flatnonzero(masked.places)[-16])  # an image has 16 tokens, and the last is the one to draw
             assert set(weights[:first]) <= {0.0, 0.25} and set(weights[first:]) == {1.0}
             assert np.array_equal(weights > 0, masked.is_target)

@@ -34,13 +34,14 @@ class Batch:
     """Rows of token ids (B, T) int64, padded on the right, and of the same shape, for each token:
 
     ``weights`` float32, as a target of the loss, 0 on what is not one; ``places`` int64, in its image, from 1, 0 on what is no image
-    token; where several samples share a row, ``samples`` int64, which it belongs to, from 1, 0 on padding, and ``positions`` int64, where
-    in its sample.
+    token; ``tasks`` int64, the number of its sample's task; where several samples share a row, ``samples`` int64, which it belongs to, from
+    1, 0 on padding, and ``positions`` int64, where in its sample.
     """
 
     tokens: Tensor
     weights: Tensor
     places: Tensor
+    tasks: Tensor
     samples: Tensor | None = None
     positions: Tensor | None = None
 
@@ -59,8 +60,8 @@ class Batch:
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """One row a sample, padded to the longest. The opening ``<eos>`` is never a target."""
-    tokens, weights, places, _, _ = _fill([[sample] for sample in samples], max(len(sample.masked.tokens) for sample in samples))
-    return Batch(tokens, weights, places)
+    rows, length = [[sample] for sample in samples], max(len(sample.masked.tokens) for sample in samples)
+    return Batch(*_fill(rows, length)[:4])
 
 
 def pack(rows: Sequence[Sequence[Sample]], length: int) -> Batch:
@@ -70,17 +71,17 @@ def pack(rows: Sequence[Sequence[Sample]], length: int) -> Batch:
 
 def _fill(rows: Sequence[Sequence[Sample]], length: int) -> tuple[Tensor, ...]:
     shape = (len(rows), length)
-    tokens, places, numbers, positions = (np.full(shape, value, dtype=np.int64) for value in (PAD, 0, 0, 0))
+    tokens, places, tasks, numbers, positions = (np.full(shape, value, dtype=np.int64) for value in (PAD, 0, 0, 0, 0))
     weights = np.zeros(shape, dtype=np.float32)
     for row, samples in enumerate(rows):
         start = 0
-        for number, (masked, weight, _) in enumerate(samples, 1):
+        for number, (masked, weight, _, task) in enumerate(samples, 1):
             part = slice(start, start + len(masked.tokens))
             tokens[row, part], weights[row, part], places[row, part] = masked.tokens, weight, masked.places
-            weights[row, start] = 0
+            weights[row, start], tasks[row, part] = 0, task
             numbers[row, part], positions[row, part] = number, np.arange(len(masked.tokens))
             start = part.stop
-    return tuple(torch.from_numpy(array) for array in (tokens, weights, places, numbers, positions))
+    return tuple(torch.from_numpy(array) for array in (tokens, weights, places, tasks, numbers, positions))
 
 
 class Stream(Protocol):

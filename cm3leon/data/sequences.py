@@ -21,12 +21,14 @@ from cm3leon.objective import Masked, mask
 class Sample(NamedTuple):
     """A masked sequence, the weight of each of its tokens in the loss (T,), and the ids of its documents, the query's last.
 
-    ``documents[segment.document]`` is the document that a segment of ``masked.body`` came from.
+    ``documents[segment.document]`` is the document that a segment of ``masked.body`` came from. ``task`` is the number of its task, from 1,
+    for losses to be told apart; 0 for none.
     """
 
     masked: Masked
     weights: np.ndarray
     documents: tuple[str, ...]
+    task: int = 0
 
 
 def sample_rng(seed: int, epoch: int, name: str) -> np.random.Generator:

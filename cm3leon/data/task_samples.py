@@ -106,8 +106,10 @@ class TaskSamples:
         turns = task.turns(self._values[document.id], rng)
         template = task.templates[int(rng.integers(len(task.templates)))]
         if task.draws:
-            return self._drawn(document, task, template, self._with_pictures(turns), rng)
-        return self._answered(document, template, turns[: int(rng.integers(1, self.config.questions_per_sample + 1))])
+            sample = self._drawn(document, task, template, self._with_pictures(turns), rng)
+        else:
+            sample = self._answered(document, template, turns[: int(rng.integers(1, self.config.questions_per_sample + 1))])
+        return sample._replace(task=1 + list(TASKS).index(name))
 
     def _with_pictures(self, turns: Sequence[Values]) -> Values:
         """The first turn whose other picture is there."""

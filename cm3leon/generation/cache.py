@@ -30,7 +30,8 @@ LONG = 128
 
 
 class PromptCache:
-    """Keys and values (layers, G, H, P, K) of prompts that are read in one or more parts; ``bias`` (G, 1, 1, P) hides what is padding."""
+    """Keys and values (layers, G, H, P, K) of prompts that are read in one or more parts; ``bias`` (G, 1, 1, P) hides what is padding;
+    ``last`` (G, 1) is the token that each ends in."""
 
     def __init__(self, model: Decoder, rows: int, capacity: int) -> None:
         spec, weight = model.spec, model.tokens.weight
@@ -38,6 +39,7 @@ class PromptCache:
         self.keys, self.values = (torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in range(2))
         self.bias = torch.full((rows, 1, 1, capacity), -torch.inf, device=weight.device, dtype=weight.dtype)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        self.last = torch.zeros(rows, 1, dtype=torch.int64, device=weight.device)
         self.start = 0
 
     def read(self, model: Decoder, parts: Sequence[Prompt]) -> Tensor:
@@ -50,10 +52,13 @@ class PromptCache:
         causal[:, self.start :].masked_fill_(columns > columns[:, None], -torch.inf)
         self.mask = self.bias[..., : self.stop] + causal
         self.mask[..., self.start :].diagonal(dim1=-2, dim2=-1).zero_()  # padding sees itself: a row that sees nothing is not a number
-        tokens, places = ([part.tokens for part in parts], [part.places for part in parts])
-        inputs = (padded(rows, len(columns), self.bias.device) for rows in (tokens, places))
-        hidden_GTD = model(*inputs, self, self.lengths[:, None] + columns.minimum((counts[:, None] - 1).clamp(min=0)))
+        rows = ([part.tokens for part in parts], [part.places for part in parts])
+        tokens, places = (padded(values, len(columns), self.bias.device) for values in rows)
+        positions = self.lengths[:, None] + columns.minimum((counts[:, None] - 1).clamp(min=0))
+        previous = torch.cat([self.last, tokens[:, :-1]], 1)
+        hidden_GTD = model(tokens, places, self, positions, previous_BT=previous)
         self.lengths += counts
+        self.last = torch.cat([self.last, tokens], 1).gather(1, counts[:, None])
         self.start = self.stop
         return hidden_GTD[torch.arange(len(counts)), counts - 1]
 
@@ -91,7 +96,8 @@ def read_prompts(model: Decoder, prompts: Sequence[Prompt], shared: Sequence[int
         order = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         rows = torch.tensor([order[key] for key in keys], device=cache.bias.device)
         cache.keys[:, :, :, :longest], cache.values[:, :, :, :longest] = first.keys[:, rows], first.values[:, rows]
-        cache.bias[..., :longest], cache.lengths, cache.start = first.bias[rows], first.lengths[rows], longest
+        cache.bias[..., :longest], cache.start = first.bias[rows], longest
+        cache.lengths, cache.last = first.lengths[rows], first.last[rows]
     return cache, cache.read(model, [Prompt(p.tokens[n:], p.places[n:]) for p, n in zip(prompts, shared, strict=True)])
 
 
@@ -117,6 +123,7 @@ class DecodingCache:
                 self.values[layer][:, :, : self.first] = prompt.values[layer].repeat_interleave(copies, 0)
             self.mask[..., : self.first] = prompt.bias.repeat_interleave(copies, 0)
         self.lengths = prompt.lengths.repeat_interleave(copies)[:, None]
+        self.last = prompt.last.repeat_interleave(copies, 0)
 
     def attend(self, layer: int, q_RH1K: Tensor, k_RH1K: Tensor, v_RH1K: Tensor) -> Tensor:
         """Attention of each row's new token to the row's prompt and to what continues it."""
@@ -139,8 +146,9 @@ class DecodingCache:
     def advance(self, model: Decoder, tokens_R: Tensor, place: int) -> Tensor:
         """Append a token to each row; the hidden state after it (R, D). ``place``: of the tokens in their images, from 1; 0 for text."""
         places = torch.full_like(tokens_R[:, None], place)
-        hidden_R1D = model(tokens_R[:, None], places, self, self.lengths + self.length)
+        hidden_R1D = model(tokens_R[:, None], places, self, self.lengths + self.length, previous_BT=self.last)
         self.length += 1
+        self.last = tokens_R[:, None]
         return hidden_R1D[:, 0]
 
 
@@ -175,8 +183,10 @@ class CompiledDecodingCache(DecodingCache):
         self.bound = min(_rounded_up(self.first + self.length + 1, STATIC_STEP), self.mask.shape[-1])
         places = torch.full_like(tokens_R[:, None], place)
         torch.compiler.cudagraph_mark_step_begin()
-        hidden_R1D = _compiled_step(self.position.device.type)(model, tokens_R[:, None], places, self, self.lengths + self.length)
+        step = _compiled_step(self.position.device.type)
+        hidden_R1D = step(model, tokens_R[:, None], places, self, self.lengths + self.length, self.last)
         self.length += 1
+        self.last = tokens_R[:, None]
         return hidden_R1D[:, 0].clone()  # a graph's output is overwritten when it runs again
 
 
@@ -189,11 +199,13 @@ def _rounded_up(length: int, step: int) -> int:
     return -(-length // step) * step
 
 
-def _step(model: Decoder, tokens_R1: Tensor, places_R1: Tensor, cache: DecodingCache, positions_R1: Tensor) -> Tensor:
-    return model(tokens_R1, places_R1, cache, positions_R1)
+def _step(
+    model: Decoder, tokens_R1: Tensor, places_R1: Tensor, cache: DecodingCache, positions_R1: Tensor, previous_R1: Tensor
+) -> Tensor:
+    return model(tokens_R1, places_R1, cache, positions_R1, previous_BT=previous_R1)
 
 
 @functools.cache
-def _compiled_step(device: str) -> Callable[[Decoder, Tensor, Tensor, DecodingCache, Tensor], Tensor]:
+def _compiled_step(device: str) -> Callable[[Decoder, Tensor, Tensor, DecodingCache, Tensor, Tensor], Tensor]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     return torch.compile(_step, dynamic=False, fullgraph=True, mode="reduce-overhead" if device == "cuda" else None)

@@ -11,7 +11,7 @@ from cm3leon.data.tokens import CONDITIONS_OF, TokenStore
 from cm3leon.model import Decoder
 from cm3leon.stages.samples import sample_sheets
 from cm3leon.stages.training import fingerprint, first_batches, stream_of, train
-from cm3leon.tasks import Training
+from cm3leon.tasks import TASKS, Training
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.training.distributed import world
 
@@ -59,6 +59,7 @@ def run(config: Config) -> dict[str, float]:
             processes,
             sample_sheets(run, model, held_out),
             fingerprint(config, "sft", [paths.TOKENS, paths.NEIGHBOURS, paths.PRETRAINED, paths.VALIDATED / "manifest.parquet"]),
+            list(TASKS),
         )
         if processes.rank == 0:
             objective = config.pretrain.objective

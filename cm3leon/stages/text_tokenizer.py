@@ -11,31 +11,21 @@ import pandas as pd
 from cm3leon import paths, tracking
 from cm3leon.config import Config
 from cm3leon.data.manifest import read_manifest
-from cm3leon.tasks import BREAK, COLUMNS, PICTURES, TASKS, available
+from cm3leon.tasks import BREAK, COLUMNS, PICTURES, TASKS, available, split_template
 from cm3leon.tokenizers.text import TextTokenizer
 
-CAPTIONED = ("text_to_image", "caption", "condition_to_image")
-"""Tasks whose only texts of a row are captions, which are read whole."""
-OTHERS = ("caption", "source", "condition", "kind")
-"""Fields that are captions, read whole, or no text of the row."""
-
-TEMPLATE_WEIGHT = 20
-"""Times each template counts, so that its words become tokens also on small data."""
-
-
 def texts(manifest: pd.DataFrame) -> Iterator[str]:
-    """All captions; of the other texts what tasks make of a row, once each; the templates' own words, as they stand between what fills
-    them."""
+    """All captions, and all texts that tasks make of each row, each task by one of its templates in turn; and the words of all templates
+    once, for those that no row allows."""
     rng = np.random.default_rng(0)
-    for row in manifest[[name for name in COLUMNS if name in manifest.columns]].to_dict("records"):
+    for number, row in enumerate(manifest[[name for name in COLUMNS if name in manifest.columns]].to_dict("records")):
         yield from row["captions"]
         for name in available(row):
-            for values in TASKS[name].turns(row, rng) if name not in CAPTIONED else ():
-                yield from (f" {text}" if field == "answer" else text for field, text in values.items() if field not in OTHERS)
-    for task in TASKS.values():
-        for template in task.templates:
-            parts = [part for segment in template.split(BREAK) if segment not in PICTURES for part in re.split(r" ?\{\w+\}", segment)]
-            yield from [part for part in parts if part] * TEMPLATE_WEIGHT
+            segments = TASKS[name].templates[number % len(TASKS[name].templates)].split(BREAK)
+            for values in TASKS[name].turns(row, rng):
+                yield from ("".join(split_template(segment, values)) for segment in segments if segment not in PICTURES)
+    for segment in (segment for task in TASKS.values() for template in task.templates for segment in template.split(BREAK)):
+        yield from (part for part in re.split(r" ?\{\w+\}", segment) if part and segment not in PICTURES)
 
 
 def run(config: Config) -> dict[str, float]:

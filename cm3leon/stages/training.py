@@ -49,8 +49,12 @@ def train(
     processes: World,
     after_validation: Callable[[int], None],
     identity: Fingerprint,
+    tasks: Sequence[str] = (),
 ) -> dict[str, float]:
     """Train, or go on from where a run with the same ``identity`` was stopped; writes the decoder and ``losses.csv`` to ``output``.
+
+    Args:
+        tasks: see :func:`~cm3leon.training.trainer.fit`.
 
     Returns:
         The last validation figures.
@@ -66,6 +70,7 @@ def train(
         lambda values, step: run.log_metrics({f"{stage}/{name}": value for name, value in values.items()}, step),
         after_validation,
         checkpoints,
+        tasks,
     )
     tensors = {name: whole(parameter).detach().cpu() for name, parameter in model.named_parameters()}
     if processes.rank == 0:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cm3leon.config import TrainConfig
 from cm3leon.model import Decoder
+from cm3leon.training.hardware import computes_bfloat16
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def shard(model: Decoder, config: TrainConfig, world: World) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    compute = products_dtype(config, world.device)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -132,4 +133,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
     """Matrix products in the run's precision."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if config.precision == "bf16" else nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16) if products_dtype(config, device) == torch.bfloat16 else nullcontext()
+
+
+def products_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Of matrix products: the run's precision, or what ``auto`` means on a device."""
+    bf16 = computes_bfloat16(device) if config.precision == "auto" else config.precision == "bf16"
+    return torch.bfloat16 if bf16 else torch.float32

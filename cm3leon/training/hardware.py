@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 
 class Shape(Protocol):
     """Of a decoder: what decides its cost."""
@@ -63,6 +65,14 @@ def peak_flops(device_name: str) -> float | None:
     if words & OTHERS:
         return None
     return next((device.flops for device in DEVICES if words.issuperset(device.words)), None)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for products in bfloat16, rather than emulating them in float32, which is slower than that."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def flops_per_token(spec: Shape, vocabulary_size: int, context: int) -> float:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm3leon.training.hardware import computes_bfloat16
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration: steepest at zero, so that small singular values grow fast."""
 ITERATIONS = 5
@@ -27,7 +29,7 @@ def orthogonalize(matrices_NRC: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     wide = matrices_NRC.shape[-2] <= matrices_NRC.shape[-1]
     x = matrices_NRC if wide else matrices_NRC.mT
-    x = x.bfloat16() if x.is_cuda else x.float()
+    x = x.bfloat16() if computes_bfloat16(x.device) else x.float()
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.mT

@@ -37,7 +37,8 @@ class DivergenceError(RuntimeError):
 
 @dataclass
 class State:
-    """All that a run changes. ``losses`` holds the loss of each step, ``best`` the lowest validation loss."""
+    """All that a run changes. ``losses`` holds the loss of each step, ``best`` the lowest validation loss, ``by_task`` (2, tasks) the sums of
+    the losses of each task's tokens and their number, since they were last logged."""
 
     model: Decoder
     optimizers: list[torch.optim.Optimizer]
@@ -45,6 +46,7 @@ class State:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     best: float = math.inf
+    by_task: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and the optimisers' tensors by name; shards of them where the model is sharded."""
@@ -104,9 +106,12 @@ def train_step(state: State, stream: Stream, config: TrainConfig, name: str) -> 
     for start in range(0, max(count, 1), size):
         part = batch.rows(slice(start, start + size)).to(world.device)
         with distributed.autocast(config, world.device):
-            total, _ = model.losses(part.tokens, part.weights, part.places, part.samples, part.positions, config.z_loss)
+            total, losses_BT = model.losses(part.tokens, part.weights, part.places, part.samples, part.positions, config.z_loss)
         (total * (world.size / max(weight, 1.0))).backward()
         loss += total.detach()
+        if state.by_task.numel():
+            targets = (part.weights > 0).flatten()
+            state.by_task.index_add_(1, part.tasks.flatten()[targets], torch.stack([losses_BT.flatten(), targets.float()])[:, targets])
     [mean] = world.sum([loss.item()])
     mean /= max(weight, 1.0)
     norm = distributed.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)).item()
@@ -120,6 +125,14 @@ def train_step(state: State, stream: Stream, config: TrainConfig, name: str) -> 
     state.step += 1
     state.losses.append(mean)
     return Step(mean, norm, rate, int(tokens))
+
+
+def task_losses(state: State, tasks: Sequence[str]) -> dict[str, float]:
+    """Mean loss of each task's tokens, unweighted, since the last call, of those tasks that had any."""
+    totals = state.world.sum(state.by_task.flatten().tolist())
+    state.by_task.zero_()
+    sums, counts = totals[: len(tasks) + 1], totals[len(tasks) + 1 :]
+    return {f"loss_{task}": sums[number] / counts[number] for number, task in enumerate(tasks, 1) if counts[number]}
 
 
 def validate(state: State, batches: Sequence[Batch], config: TrainConfig) -> dict[str, float]:
@@ -177,6 +190,7 @@ def fit(
     log: Log = lambda figures, step: None,
     after_validation: Callable[[int], None] = lambda step: None,
     checkpoints: Checkpoints | None = None,
+    tasks: Sequence[str] = (),
 ) -> dict[str, float]:
     """Train to ``config.steps``; returns the last validation figures.
 
@@ -188,6 +202,7 @@ def fit(
             not empty: ``val_alone_loss``. The one without a name tells which checkpoint is best.
         name: of the stage, named in errors and progress.
         after_validation: called with the step after each validation.
+        tasks: names of the tasks that samples are numbered by, from 1, whose losses are logged apart, as ``loss_TASK``.
 
     Raises:
         DivergenceError: if the loss or the gradient is not finite; the step is not taken, and the last checkpoint stays.
@@ -200,6 +215,7 @@ def fit(
             print(message, flush=True)
 
     device_flops = peak_flops(torch.cuda.get_device_name()) if state.world.device.type == "cuda" else None
+    state.by_task = torch.zeros(2, len(tasks) + 1 if tasks else 0, device=state.world.device)
     token_flops = flops_per_token(state.model.spec, state.model.vocabulary.size, state.model.spec.context)
     if checkpoints is not None:
         checkpoints.open()
@@ -219,7 +235,9 @@ def fit(
                 speed = {"tokens_per_second": rate}
                 if device_flops:
                     speed["mfu"] = rate * token_flops / (device_flops * state.world.size)
-                log({"loss": step.loss, "gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate, **speed}, state.step)
+                apart = task_losses(state, tasks) if tasks else {}
+                rates = {"gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate}
+                log({"loss": step.loss, **apart, **rates, **speed}, state.step)
             score = None
             if state.step % config.validate_every == 0 or state.step == config.steps:
                 figures = {}

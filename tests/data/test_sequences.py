@@ -61,7 +61,7 @@ def test_every_sample_follows_the_grammar_and_fits(store):
     drawn = samples(store, context=80, mean_masks=2.0, segment_rate=0.3)
     for epoch in range(20):
         for row in range(len(store)):
-            masked, weights, _ = drawn(epoch, row)
+            masked, weights, *_ = drawn(epoch, row)
             assert len(masked.tokens) <= 80
             check_grammar(masked.tokens, VOCABULARY)
             assert np.array_equal(weights > 0, masked.is_target)

@@ -28,7 +28,7 @@ def make(**options):
 
 @pytest.fixture(scope="module")
 def model():
-    return make(image_positions=True)
+    return make(image_positions=True, rotation=True, previous_token=True)
 
 
 def plain(tokens):
@@ -71,7 +71,7 @@ def reference_image(model, streams, seed, chosen_by):
     return codes
 
 
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"image_positions": True}, {"image_rotation": True}])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"image_positions": True}, {"rotation": True}, {"previous_token": True}])
 @pytest.mark.parametrize("shared", [0, 40])
 @pytest.mark.parametrize("long", [0, 1000], ids=["held-once", "copied"])
 def test_reading_and_continuing_prompts_equals_the_full_pass(options, shared, long, monkeypatch):
@@ -137,7 +137,12 @@ def test_documents_before_all_streams_and_candidates_are_read_once(model, monkey
     """Counted by what the decoder is given: the documents once, each stream's own tokens once, then one token a row."""
     given = []
     forward_pass = model.forward
-    monkeypatch.setattr(model, "forward", lambda tokens, *rest: given.append(tuple(tokens.shape)) or forward_pass(tokens, *rest))
+
+    def counted(tokens, *rest, **options):
+        given.append(tuple(tokens.shape))
+        return forward_pass(tokens, *rest, **options)
+
+    monkeypatch.setattr(model, "forward", counted)
     body = prompt(6, 4, documents=3)
     masked = plain([*body.tokens[:-7], VOCABULARY.sentinel(0), BREAK])
     generate_images(model, [[body, masked]], [list(range(8))], sampler(guidance=3.0))

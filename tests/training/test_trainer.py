@@ -9,7 +9,7 @@ import torch
 from tests_support import make_documents
 
 from cm3leon.config import ObjectiveConfig, TrainConfig
-from cm3leon.data.batches import SortedStream
+from cm3leon.data.batches import PackedStream, SortedStream, collate
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.documents import Vocabulary
@@ -67,6 +67,29 @@ def test_weights_say_which_tokens_count(stream):
     only = torch.zeros_like(batch.weights)
     only[2, 5] = 3.0
     assert model.losses(batch.tokens, only, batch.places)[0].item() == pytest.approx(3 * losses[2, 5].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_losses_of_each_task_are_means_over_its_tokens_since_the_last_were_logged(stream, packing):
+    """Of a model that does not move: those of each sample on its own."""
+    samples = stream._epochs.draw
+
+    def draw(epoch, row):
+        sample = samples(epoch, row)
+        return sample._replace(task=row % 3, weights=sample.weights * 0.25)
+
+    config = CONFIG.model_copy(update={"steps": 2 * LOG_EVERY, "learning_rate": 1e-30, "micro_batch_size": 3})
+    drawn = PackedStream(draw, 16, 8, 0, 80) if packing else SortedStream(draw, 16, 8, 0)
+    model, logged = make_model(), []
+    fit(setup(model, config), drawn, config, {}, "test", lambda values, step: logged.append(values), tasks=["odd", "even"])
+    logged = [values for values in logged if "loss" in values]
+    again = PackedStream(draw, 16, 8, 0, 80) if packing else SortedStream(draw, 16, 8, 0)
+    for part in range(2):
+        found = [sample for step in range(LOG_EVERY) for row in again.drawn(part * LOG_EVERY + step) for sample in row]
+        for number, name in enumerate(["odd", "even"], 1):
+            own = collate([sample for sample in found if sample.task == number])
+            losses = model.losses(own.tokens, own.weights, own.places)[1][own.weights > 0]
+            assert logged[part][f"loss_{name}"] == pytest.approx(losses.mean().item(), rel=1e-4)
 
 
 def test_divergence_stops_before_the_step_is_taken(stream):
