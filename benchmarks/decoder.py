@@ -5,12 +5,14 @@
 Each argument is one variant: changes to ``params.yaml``, separated by blanks. For each a line with steps a second, the losses of the val
 split without masks (nats an image given its caption, nats a caption token given the image), and the composition accuracy of one plain
 sample of each val prompt, by the number of different objects it names; "relation": how often a stated relation holds where number and
-colours are right (chance: about 0.25).
+colours are right (chance: about 0.25); "binding": how often an image of two objects is likelier under its caption than under the same with
+the two colours swapped (chance: 0.5).
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,9 +25,11 @@ from cm3leon import paths
 from cm3leon.config import Config, DecodingConfig, ObjectiveConfig
 from cm3leon.data.batches import Batch, SortedStream
 from cm3leon.data.manifest import read_manifest
+from cm3leon.data.sources.scene import COLORS, SHAPES
 from cm3leon.data.tokens import TokenStore
+from cm3leon.documents import Prompt
 from cm3leon.evaluation import composition
-from cm3leon.generation.engine import generate_images
+from cm3leon.generation.engine import generate_images, log_likelihoods
 from cm3leon.generation.prompts import image_prompt
 from cm3leon.generation.sampling import Sampler
 from cm3leon.model import Decoder
@@ -70,6 +74,30 @@ def composition_by_objects(model: Decoder) -> dict[str, float]:
     return {key: float(np.mean(values)) for key, values in sorted(right.items())}
 
 
+def swapped_colours(caption: str) -> str | None:
+    """A caption of two objects of different colours and shapes with the colours swapped; None of others."""
+    object_ = rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b"
+    found = re.findall(object_, caption)
+    if len(found) != 2 or len({color for color, _ in found}) < 2 or len({shape for _, shape in found}) < 2:
+        return None
+    other = {found[0][0]: found[1][0], found[1][0]: found[0][0]}
+    return re.sub(object_, lambda match: f"{other[match[1]]} {match[2]}", caption)
+
+
+def binding(model: Decoder) -> float:
+    """Share of val images of two objects that are likelier under their caption than under the same with the colours swapped."""
+    texts, store, vocabulary = TextTokenizer.load(paths.TEXT_TOKENIZER), TokenStore(paths.TOKENS, ["val"]), model.vocabulary
+    rows = read_manifest(paths.VALIDATED, "val")
+    asked = [(store.by_id(name).codes, str(captions[0])) for name, captions in zip(rows["id"], rows["captions"], strict=True)]
+    pairs = [(codes, caption, other) for codes, caption in asked if (other := swapped_colours(caption)) is not None]
+    images = [Prompt(vocabulary.image(codes), np.arange(1, vocabulary.tokens_per_image + 1)) for codes, _, _ in pairs]
+    found = []
+    for which in (1, 2):
+        prompts = [image_prompt([("text", vocabulary.text(texts.encode(str(pair[which]))))], [], vocabulary) for pair in pairs]
+        found.append([float(scores.sum()) for scores in log_likelihoods(model, prompts, images)])
+    return float(np.mean(np.array(found[0]) > np.array(found[1])))
+
+
 def trial(changes: Sequence[str], steps: int) -> str:
     """Train one variant; its row of the table."""
     config = changed_config([*changes, f"pretrain.steps={steps}", f"pretrain.validate_every={steps}"], PARAMS)
@@ -87,7 +115,8 @@ def trial(changes: Sequence[str], steps: int) -> str:
     model.eval()
     shown = ", ".join(f"{key}: {value:.3f}" for key, value in composition_by_objects(model).items())
     image = drawing["loss_image"] * model.vocabulary.tokens_per_image
-    return f"| {' '.join(changes) or 'params.yaml'} | {rate:.2f} | {image:.2f} | {captioning['loss_text']:.3f} | {shown} |"
+    figures = f"{rate:.2f} | {image:.2f} | {captioning['loss_text']:.3f} | {shown} | {binding(model):.2f}"
+    return f"| {' '.join(changes) or 'params.yaml'} | {figures} |"
 
 
 if __name__ == "__main__":
@@ -95,6 +124,6 @@ if __name__ == "__main__":
     parser.add_argument("variants", nargs="*", default=[""])
     parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
-    print("| changes | steps/s | nats an image | nats a caption token | composition of one sample |\n|---|---|---|---|---|")
+    print("| changes | steps/s | nats an image | nats a caption token | composition of one sample | binding |\n|---|---|---|---|---|---|")
     for variant in options.variants:
         print(trial(variant.split(), options.steps), flush=True)

@@ -202,7 +202,7 @@ class ModelConfig(Section):
     position_std: float = Field(0.0002, gt=0)
     qk_norm: bool = False
     image_positions: bool = Field(True, description="image tokens also know their place in the image; not in the paper")
-    rotation: bool = Field(False, description="attention turns by positions, and by places to find the same one in another image; not in the paper")
+    rotation: bool = Field(False, description="attention turns by positions, and by places in images; not in the paper")
     previous_token: bool = Field(False, description="tokens also know the one before; not in the paper")
     codebook_std: float = Field(
         0.05, ge=0, description="image tokens start as the codebook's vectors, at this deviation; 0: at random, as the paper's"

@@ -2,9 +2,10 @@
 
 OPT's layout with the paper's changes (arXiv 2309.02591, section 3): pre-norm, ReLU feed-forward of four widths, learned absolute
 positions, no biases, no learnable LayerNorm parameters, tied embeddings; truncated-normal initialisation, output layers zero.
-Not in the paper, and off in its presets: ``image_positions`` adds to an image token the embedding of its place in the image, which a
-small model would otherwise have to learn by counting from the break; ``rotation`` lets attention tell by rotation where in their
-images two tokens stand, so that a small model soon finds the same place of another image.
+Not in the paper, and off in its presets, three options by which a small model soon learns what it would else need long for:
+``image_positions`` adds to an image token the embedding of its place in the image, instead of counting from the break; ``rotation`` lets
+attention tell how far apart two tokens stand, and which stand at the same place of two images; ``previous_token`` adds to a token the one
+before it, turned by a matrix, so that a noun is read with its adjective.
 Shapes: B batch, T tokens, D width, H heads, K head dim, V vocabulary.
 """
 
@@ -267,7 +268,7 @@ class Decoder(nn.Module):
         """Hidden states (B, T, D) after the last norm.
 
         Args:
-            places_BT: place of each token in its image, from 1; 0 for what is no image token. Used with ``image_positions`` and ``rotation``.
+            places_BT: place of each token in its image, from 1; 0 for what is no image token. For ``image_positions``, ``rotation``.
             cache: what of the tokens before these attention reads; it also says which of them a token sees.
             positions_BT: positions of the tokens, by default counted from 0.
             mask: broadcastable to (B, 1, T, T), boolean, True where attention is allowed, or a bias; default causal. Without a cache.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from cm3leon.config import Config, TrainConfig, UserError
 from cm3leon.documents import Vocabulary
@@ -51,7 +50,7 @@ def meta_decoder(config: Config) -> Decoder:
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters: all embeddings (tokens, positions, places), one block, how many blocks."""
+    """How many parameters: what is outside the blocks (embeddings of tokens, positions, places), one block, how many blocks."""
 
     embeddings: int
     block: int
@@ -68,8 +67,8 @@ class Parameters:
 
 def count(model: Decoder) -> Parameters:
     """The parameters of a decoder."""
-    embeddings = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
-    return Parameters(embeddings, sum(p.numel() for p in model.blocks[0].parameters()), len(model.blocks))
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    return Parameters(model.parameter_count - len(model.blocks) * block, block, len(model.blocks))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -37,6 +37,16 @@ def test_uncertainty_of_a_code_given_its_patch() -> None:
     assert load(script).code_uncertainty(images, half, 4) == pytest.approx(2 * math.log(2))
 
 
+def test_colours_are_swapped_between_two_different_objects_only() -> None:
+    [script] = [path for path in SCRIPTS if path.stem == "decoder"]
+    swapped = load(script).swapped_colours
+    assert swapped("a small red circle left of a blue square on a red background") == (
+        "a small blue circle left of a red square on a red background"
+    )
+    assert swapped("a red circle above a red square") is None and swapped("a red circle left of a blue circle") is None
+    assert swapped("two red circles on white") is None and swapped("a red circle on blue") is None
+
+
 def test_a_claim_holds_only_where_every_seed_agrees() -> None:
     assert claims._better([3.0, 4.0], [1.0, 2.0]) == "holds here"
     assert claims._better([1.0, 2.0], [3.0, 4.0]) == "does not hold here"

@@ -59,8 +59,8 @@ def test_rotation_depends_on_the_step_from_a_key_to_the_place_that_comes_next():
 
     def product(query, key):
         """Of a query and a key at (place, position)."""
-        turns = [rotation(torch.tensor([[place]]), torch.tensor([[position]]))[which] for which, (place, position) in enumerate((query, key))]
-        return (rotate(q, turns[0]) * rotate(k, turns[1])).sum().item()
+        of_query, of_key = (rotation(*(torch.tensor([[value]]) for value in where)) for where in (query, key))
+        return (rotate(q, of_query[0]) * rotate(k, of_key[1])).sum().item()
 
     unturned = (q * k).sum().item()
     for place in range(1, 17):  # the token before it is at place - 1, or no image token

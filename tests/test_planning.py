@@ -60,7 +60,7 @@ def test_the_papers_sizes(name: str, layers: int, width: int, heads: int, rate: 
 
 
 def test_the_count_is_that_of_a_real_decoder() -> None:
-    for changes in ({}, {"image_positions": True, "layers": 3}):
+    for changes in ({}, {"image_positions": True, "layers": 3}, {"previous_token": True}):
         model = decoder(**changes)
         assert count(model).total == model.parameter_count
 

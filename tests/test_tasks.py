@@ -82,7 +82,7 @@ def test_inference_prompt_is_the_samples_beginning(samples, name, template):
     prompt = answer_prompt(template, values, codes, VOCABULARY, TOKENIZER)
     wanted = values["explained" if "{explained}" in template else "answer"]
     seen = []
-    for masked, weights in ((m, w) for epoch in range(30) for row in range(40) for m, w, d, _ in [drawn(epoch, row)] if d == (f"{4:016x}",)):
+    for masked, weights in ((s.masked, s.weights) for n in range(1200) if (s := drawn(*divmod(n, 40))).documents == (f"{4:016x}",)):
         check_grammar(masked.tokens, VOCABULARY)
         if masked.tokens[: len(prompt)].tolist() == prompt.tokens.tolist():
             answer = masked.tokens[len(prompt) : -2]

@@ -199,9 +199,7 @@ def _rounded_up(length: int, step: int) -> int:
     return -(-length // step) * step
 
 
-def _step(
-    model: Decoder, tokens_R1: Tensor, places_R1: Tensor, cache: DecodingCache, positions_R1: Tensor, previous_R1: Tensor
-) -> Tensor:
+def _step(model: Decoder, tokens_R1: Tensor, places_R1: Tensor, cache: DecodingCache, positions_R1: Tensor, previous_R1: Tensor) -> Tensor:
     return model(tokens_R1, places_R1, cache, positions_R1, previous_BT=previous_R1)
 
 

@@ -14,6 +14,7 @@ from cm3leon.data.manifest import read_manifest
 from cm3leon.tasks import BREAK, COLUMNS, PICTURES, TASKS, available, split_template
 from cm3leon.tokenizers.text import TextTokenizer
 
+
 def texts(manifest: pd.DataFrame) -> Iterator[str]:
     """All captions, and all texts that tasks make of each row, each task by one of its templates in turn; and the words of all templates
     once, for those that no row allows."""

@@ -71,7 +71,7 @@ def computes_bfloat16(device: torch.device) -> bool:
     """Whether a device has instructions for products in bfloat16, rather than emulating them in float32, which is slower than that."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 

@@ -37,8 +37,8 @@ class DivergenceError(RuntimeError):
 
 @dataclass
 class State:
-    """All that a run changes. ``losses`` holds the loss of each step, ``best`` the lowest validation loss, ``by_task`` (2, tasks) the sums of
-    the losses of each task's tokens and their number, since they were last logged."""
+    """All that a run changes. ``losses`` holds the loss of each step, ``best`` the lowest validation loss, ``by_task`` (2, tasks) the sum
+    of the losses of each task's tokens and their number, since they were last logged."""
 
     model: Decoder
     optimizers: list[torch.optim.Optimizer]
