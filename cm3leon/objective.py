@@ -30,8 +30,8 @@ Spans = list[tuple[int, int]]
 class Masked:
     """A finished training sequence.
 
-    ``tokens`` (T,); ``is_target`` (T,) says which count in the loss; ``places`` (T,) is each token's place in its image, from 1, else 0;
-    ``spans`` are in coordinates of ``body``, which they were cut from; ``kind`` says what they mask.
+    ``tokens`` (T,); ``is_target`` (T,) says which count in the loss; ``places`` (T,) is each token's place in its image, from 1, else 0; a
+    mask behind which the middle of an image comes has the place before it, so that what comes is at the next place, as ever; ``spans`` are in coordinates of ``body``, which they were cut from; ``kind`` says what they mask.
     """
 
     tokens: Tokens
@@ -138,15 +138,20 @@ def apply_spans(body: Body, spans: Spans, vocabulary: Vocabulary) -> Masked:
     position = 0
     for index, (start, stop) in enumerate(spans):
         sentinel = vocabulary.sentinel(index)
-        pieces += [source[:, position:start], _mark(sentinel, is_target=False)]
-        tail += [_mark(sentinel), source[:, start:stop], _mark(EOSS)]
+        pieces += [source[:, position:start], _mark(sentinel, is_target=False, place=_before(source, stop))]
+        tail += [_mark(sentinel, place=_before(source, start)), source[:, start:stop], _mark(EOSS)]
         position = stop
     tokens, is_target, places = np.concatenate([*pieces, source[:, position:], *tail, _mark(EOS)], axis=1)
     return Masked(tokens, is_target.astype(bool), places, body, tuple(spans), kind_of(body, spans))
 
 
-def _mark(token: int, is_target: bool = True) -> np.ndarray:
-    return np.array([[token], [int(is_target)], [0]])
+def _before(source: np.ndarray, position: int) -> int:
+    """The place before that of a token; 0 before what is no image token."""
+    return max(int(source[2, position]) - 1, 0) if position < source.shape[1] else 0
+
+
+def _mark(token: int, is_target: bool = True, place: int = 0) -> np.ndarray:
+    return np.array([[token], [int(is_target)], [place]])
 
 
 def mask(

@@ -87,8 +87,11 @@ def test_image_tokens_keep_their_places_when_moved():
         body = random_body(rng)
         assert np.array_equal(body.places, VOCABULARY.places(body.tokens))
         masked = mask(body, VOCABULARY, rng, mean_masks=3.0)
-        assert np.array_equal(masked.places > 0, VOCABULARY.is_image(masked.tokens))
-        pairs = sorted(zip(masked.tokens[masked.places > 0], masked.places[masked.places > 0], strict=True))
+        image, mark = VOCABULARY.is_image(masked.tokens), VOCABULARY.is_sentinel(masked.tokens)
+        assert np.all(masked.places[image] > 0) and not masked.places[~image & ~mark].any()
+        before, after = masked.places[:-1][image[1:]], masked.places[1:][image[1:]]
+        assert np.array_equal(before + 1, after)  # behind a mask too
+        pairs = sorted(zip(masked.tokens[image], masked.places[image], strict=True))
         assert pairs == sorted(zip(body.tokens[body.places > 0], body.places[body.places > 0], strict=True))
 
 
