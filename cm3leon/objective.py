@@ -30,8 +30,9 @@ Spans = list[tuple[int, int]]
 class Masked:
     """A finished training sequence.
 
-    ``tokens`` (T,); ``is_target`` (T,) says which count in the loss; ``places`` (T,) is each token's place in its image, from 1, else 0; a
-    mask behind which the middle of an image comes has the place before it, so that what comes is at the next place, as ever; ``spans`` are in coordinates of ``body``, which they were cut from; ``kind`` says what they mask.
+    ``tokens`` (T,); ``is_target`` (T,) says which count in the loss; ``places`` (T,) is each token's place in its image, from 1, else 0. A
+    mask behind which the middle of an image comes has the place before it, so that what comes is at the next place, as ever. ``spans`` are
+    in coordinates of ``body``, which they were cut from; ``kind`` says what they mask.
     """
 
     tokens: Tokens
