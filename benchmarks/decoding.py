@@ -17,18 +17,18 @@ from cm3leon.data.manifest import read_manifest
 from cm3leon.evaluation import composition
 from cm3leon.generation.generator import Generator
 
+RANKED = {"candidates": 32, "likelihood": 0.03}
 GRID: list[dict[str, Any]] = [
-    *({"temperature": t, "guidance": g, "candidates": 1} for t, g in itertools.product((0.7, 1.0), (1.0, 1.5, 3.0))),
-    *({"temperature": 1.0, "guidance": g, "candidates": c} for g, c in itertools.product((1.0, 1.5), (8, 32))),
-    *({"temperature": 1.0, "guidance": 1.0, "candidates": c, "likelihood": w} for c, w in itertools.product((8, 32), (0.003, 0.01, 0.03))),
-    {"temperature": 1.0, "guidance": 1.0, "candidates": 64, "likelihood": 0.01},
-    {"temperature": 1.0, "guidance": 1.5, "candidates": 32, "likelihood": 0.01},
-    {"temperature": 0.9, "guidance": 1.0, "candidates": 32, "likelihood": 0.01},
-    {"temperature": 1.0, "guidance": 1.0, "candidates": 32, "likelihood": 0.01, "top_p": 0.98},
-    {"temperature": 1.0, "guidance": 1.0, "candidates": 32, "likelihood": 0.01, "documents": 1},
+    *({"temperature": t, "guidance": g, "candidates": 1} for t, g in itertools.product((0.0, 0.7, 1.0), (1.0, 1.5, 2.0, 3.0))),
+    {"temperature": 0.7, "guidance": 2.0, "candidates": 1, "guidance_schedule": "cosine"},
+    *({"temperature": t, "guidance": 1.5, **RANKED} for t in (0.5, 0.7, 0.85, 1.0)),
+    *({"temperature": 0.7, "guidance": 1.5, "candidates": c, "likelihood": 0.03} for c in (8, 16, 64)),
+    *({"temperature": 0.7, "guidance": 1.5, "candidates": 32, "likelihood": w} for w in (0.0, 0.01, 0.1)),
+    {"temperature": 0.7, "guidance": 1.5, **RANKED, "top_p": 0.98},
+    {"temperature": 0.7, "guidance": 1.5, **RANKED, "documents": 1},
 ]
 """What is tried; what a line does not say is the default: top-p 1, likelihood 0, no documents."""
-SETTINGS = ("temperature", "top_p", "guidance", "candidates", "likelihood", "documents")
+SETTINGS = ("temperature", "top_p", "guidance", "guidance_schedule", "candidates", "likelihood", "documents")
 
 
 def main(prompts: int) -> None:

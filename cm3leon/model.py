@@ -148,11 +148,13 @@ class Int8Linear(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention under a mask, or causal; under autocast on a CPU in float32, as its backward pass in bfloat16 is far slower there."""
+    """Attention under a mask, or causal; on a CPU always in float32, as its backward pass in bfloat16 is far slower there."""
     if q.device.type != "cpu" or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    mask = None if mask is None else mask if mask.dtype == torch.bool else mask.float()
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=mask is None)
+    return y.to(q.dtype)
 
 
 class Attention(nn.Module):

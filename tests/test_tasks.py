@@ -126,7 +126,7 @@ def test_a_drawing_sample_is_the_prompt_of_one_of_its_streams_and_the_image(samp
         wholes.append([*before.tokens, *read.tokens, EOS])
         assert before.tokens[: len(streams[len(wholes) - 1])].tolist() == streams[len(wholes) - 1].tolist()
     found = [drawn(epoch, number) for epoch in range(12) for number in range(len(drawn))]
-    own = [masked.tokens.tolist() for masked, _, documents in found if documents[-1] == store.ids[3]]
+    own = [masked.tokens.tolist() for masked, _, documents, _ in found if documents[-1] == store.ids[3]]
     assert all(tokens in wholes for tokens in own) and all(whole in own for whole in wholes)
     for masked, *_ in found:
         check_grammar(masked.tokens, VOCABULARY)

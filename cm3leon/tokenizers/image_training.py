@@ -106,7 +106,10 @@ def make_optimizers(model: nn.Module, config: ImageTokenizerConfig) -> list[torc
     known = {id(p) for p in filters}
     others = [p for p in model.parameters() if id(p) not in known]
     adamw = torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
-    return [adamw, Muon(filters, config.learning_rate, WEIGHT_DECAY)] if filters else [adamw]
+    if not filters:
+        return [adamw]
+    dtype = torch.bfloat16 if filters[0].is_cuda else torch.float32
+    return [adamw, Muon(filters, config.learning_rate, WEIGHT_DECAY, dtype=dtype)]
 
 
 def code_statistics(codes: Tensor, size: int) -> dict[str, float]:

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cm3leon.training.hardware import computes_bfloat16
-
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration: steepest at zero, so that small singular values grow fast."""
 ITERATIONS = 5
@@ -24,12 +22,12 @@ UPDATE_RMS = 0.2
 """Root mean square of an update at learning rate 1, about that of AdamW's."""
 
 
-def orthogonalize(matrices_NRC: Tensor) -> Tensor:
-    """Bring the singular values of each matrix near 1 by five Newton-Schulz iterations; same shape and dtype."""
+def orthogonalize(matrices_NRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Bring the singular values of each matrix near 1 by five Newton-Schulz iterations, computed in ``dtype``; same shape and dtype."""
     a, b, c = COEFFICIENTS
     wide = matrices_NRC.shape[-2] <= matrices_NRC.shape[-1]
     x = matrices_NRC if wide else matrices_NRC.mT
-    x = x.bfloat16() if computes_bfloat16(x.device) else x.float()
+    x = x.to(dtype)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
@@ -45,13 +43,22 @@ class Muon(torch.optim.Optimizer):
         lr: as one would give AdamW for them, or a few times more.
         weight_decay: decoupled.
         momentum: of Nesterov's kind.
+        dtype: that the iterations are computed in; bfloat16 is enough, where the device is fast in it.
 
     Raises:
         ValueError: if a parameter has fewer than two dimensions.
     """
 
-    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim < 2:
@@ -72,7 +79,7 @@ class Muon(torch.optim.Optimizer):
             for shape, parameters in by_shape.items():
                 rate = group["lr"] * UPDATE_RMS * math.sqrt(max(shape[0], shape[1:].numel()))
                 directions = torch.stack([_whole(self._direction(p, group["momentum"])).flatten(1) for p in parameters])
-                for parameter, direction in zip(parameters, orthogonalize(directions), strict=True):
+                for parameter, direction in zip(parameters, orthogonalize(directions, self.dtype), strict=True):
                     update = _sharded_as(parameter, direction.view(shape))
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
         return loss

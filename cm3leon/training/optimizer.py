@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cm3leon.config import TrainConfig
+from cm3leon.training.distributed import products_dtype
 from cm3leon.training.muon import Muon
 
 
@@ -21,7 +22,11 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     if config.optimizer == "adamw":
         groups.append({"params": matrices, "weight_decay": config.weight_decay})
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    return [adamw] if config.optimizer == "adamw" else [adamw, Muon(matrices, config.learning_rate, config.weight_decay)]
+    if config.optimizer == "adamw":
+        return [adamw]
+    device = embeddings[0].device
+    dtype = torch.bfloat16 if device.type == "cuda" else products_dtype(config, device)
+    return [adamw, Muon(matrices, config.learning_rate, config.weight_decay, dtype=dtype)]
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
