@@ -53,6 +53,10 @@ class Cache(Protocol):
 FASTEST_TURN = 1.5
 """Radians by which a step to the next row, column or position turns the fastest pair of a head."""
 
+SHARPEST_LOGIT = 11.0
+"""Of attention with ``qk_norm``, where a query and a key have one direction: about what Henry et al. (2020, arXiv 2010.04245) derive for a
+hundred keys. At the square root of the heads' size, small heads cannot single a token out (docs/log.md)."""
+
 
 def block_causal(samples_BT: Tensor, dtype: torch.dtype) -> Tensor:
     """Attention bias (B, 1, T, T), 0 or -inf: each token sees itself and what is before it in its own sample.
@@ -168,7 +172,8 @@ class Attention(nn.Module):
         batch, length, width = x_BTD.shape
         q, k, v = (y.view(batch, length, self.heads, -1).transpose(1, 2) for y in self.qkv(x_BTD).contiguous().split(width, -1))
         if self.qk_norm:
-            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
+            size = q.shape[-1]
+            q, k = F.layer_norm(q, (size,)) * (SHARPEST_LOGIT / size**0.5), F.layer_norm(k, (size,))
         if turns is not None:
             q, k = rotate(q, turns[0]), rotate(k, turns[1])
         if cache is not None:

@@ -14,7 +14,7 @@ from cm3leon import paths
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.evaluation import composition, measure
 from cm3leon.evaluation.record import Record
-from cm3leon.stages.evaluate import answer_all, ask_questions, choose, fitted, load
+from cm3leon.stages.evaluate import answer_all, ask_questions, choose, content_hash, fitted, load
 from cm3leon.stages.evaluation_tasks import MEASURES, Evaluation, infill
 
 BASE: tuple[str, ...] = ("pretrain.documents=[0.2, 0.4, 0.4]",)
@@ -147,7 +147,7 @@ def candidates(study: Study) -> Section:
     table, curves = [["sampling", *[f"{count} candidates" for count in COUNTS]]], {}
     means: dict[str, list[float]] = {}
     for name, settings in SAMPLINGS.items():
-        found = study.kept("candidates", [name, settings], lambda settings=settings: _best_of(study, model, settings))
+        found = study.kept("candidates", [name, settings, content_hash(model)], lambda settings=settings: _best_of(study, model, settings))
         shown = [{"mean": float(np.mean(values)), "interval": _interval(values)} for values in found]
         table.append([name, *map(_shown, shown)])
         means[name] = [result["mean"] for result in shown]
@@ -214,7 +214,7 @@ def masking(study: Study) -> Section:
         for seed in range(min(2, study.seeds)):
             model, trained = study.trained(f"masks-{name.split(' (')[0].replace(' ', '-')}", (*ALONE, *changes), seed)
             plain, guided = study.composition(model, 2), study.composition(model, 2, guidance=2.0)
-            cider = study.kept("cider", [str(model)], lambda model=model: _cider(study, model))
+            cider = study.kept("cider", [content_hash(model)], lambda model=model: _cider(study, model))
             scores[name].append(plain["mean"])
             table.append(
                 [name, str(seed), f"{_last(trained['curve'], 'val_alone_loss'):.3f}", _shown(plain), f"{cider:.2f}", _shown(guided)]
@@ -243,7 +243,7 @@ def _cider(study: Study, model: Any) -> float:
 def tuning(study: Study) -> Section:
     """(e) Before and after instruction tuning, on every task."""
     found = {
-        name: study.kept("tasks", [name, str(model)], lambda model=model: _all_tasks(study, model))
+        name: study.kept("tasks", [name, content_hash(model)], lambda model=model: _all_tasks(study, model))
         for name, model in (("pretrained", paths.PRETRAINED), ("tuned", paths.FINETUNED))
     }
     names = [name for name in found["tuned"] if name in found["pretrained"]]
