@@ -54,8 +54,9 @@ FASTEST_TURN = 1.5
 """Radians by which a step to the next row, column or position turns the fastest pair of a head."""
 
 SHARPEST_LOGIT = 11.0
-"""Of attention with ``qk_norm``, where a query and a key have one direction: about what Henry et al. (2020, arXiv 2010.04245) derive for a
-hundred keys. At the square root of the heads' size, small heads cannot single a token out (docs/log.md)."""
+"""Of attention with ``qk_norm``, where a query and a key have one direction: what Henry et al. (2020, arXiv 2010.04245) derive for fifty
+keys, ``log2(50**2 - 50)``. At the square root of the heads' size small heads cannot single a token out, at twice as much they learn more
+slowly (docs/log.md)."""
 
 
 def block_causal(samples_BT: Tensor, dtype: torch.dtype) -> Tensor:

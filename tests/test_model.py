@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cm3leon.documents import Vocabulary
-from cm3leon.model import Decoder, DecoderSpec, Rotation, rotate
+from cm3leon.model import SHARPEST_LOGIT, Attention, Decoder, DecoderSpec, Rotation, rotate
 
 VOCABULARY = Vocabulary(text_size=40, image_size=20, sentinels=4, tokens_per_image=9)
 
@@ -111,6 +111,23 @@ def test_logits_of_a_slice_are_the_slice_of_the_logits():
     hidden = model(*draw(2, 5))
     start, stop = VOCABULARY.image_start, VOCABULARY.text_start
     torch.testing.assert_close(model.logits(hidden, start, stop), model.logits(hidden)[..., start:stop])
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+def test_normalised_attention_is_as_sharp_in_heads_of_any_size_and_length(heads):
+    """A query that meets a key of its own direction and others against it gives those e ** -22 of its weight, however long all are."""
+    attention = Attention(DecoderSpec(layers=1, width=32, heads=heads, context=8, qk_norm=True), 0)
+    size = 32 // heads
+    with torch.no_grad():
+        attention.out.weight.copy_(torch.eye(32))
+        for scale in (0.1, 10.0):
+            direction = torch.randn(size)
+            tokens = torch.stack([-direction, direction]).repeat(1, heads)
+            keys = torch.eye(32) * scale
+            attention.qkv.weight.copy_(torch.cat([keys, keys, torch.eye(32)]))
+            [_, found] = attention(tokens[None], None, None, None)[0]
+            away = torch.sigmoid(torch.tensor(-2 * SHARPEST_LOGIT))
+            torch.testing.assert_close(found, (1 - 2 * away) * tokens[1], rtol=1e-4, atol=1e-5)
 
 
 def test_too_long_is_an_error():

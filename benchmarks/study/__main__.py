@@ -28,7 +28,7 @@ CLAIMS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=float, default=2.5e6, help="that each decoder is trained on")
+    parser.add_argument("--tokens", type=float, default=2e6, help="that each decoder is trained on")
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=CLAIMS, nargs="*", default=list(CLAIMS))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS = 8
-CAPTION_LINES = 6
+MOST_LINES = 18
 
 
 def device() -> torch.device:
@@ -31,18 +31,19 @@ def save_pairs(originals: np.ndarray, copies: np.ndarray, path: Path, scale: int
 
 
 def save_captioned(images: Sequence[Image.Image], captions: Sequence[str], path: Path, columns: int = 6, cell: int = 160) -> None:
-    """A sheet of images, each with its caption below."""
+    """A sheet of images, each with its caption below; what is behind :data:`MOST_LINES` lines is left out."""
     font = ImageFont.load_default(12)
     line = 14
-    height = cell + CAPTION_LINES * line + 8
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (cell + 8) + 8, rows * height + 8), "white")
+    lines = [wrap(caption, cell, font)[:MOST_LINES] for caption in captions]
+    heights = [cell + max(len(found) for found in lines[start : start + columns]) * line + 14 for start in range(0, len(images), columns)]
+    sheet = Image.new("RGB", (columns * (cell + 8) + 8, sum(heights) + 8), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = 8 + (number % columns) * (cell + 8), 8 + (number // columns) * height
+    for number, (image, own) in enumerate(zip(images, lines, strict=True)):
+        row, column = divmod(number, columns)
+        x, y = 8 + column * (cell + 8), 8 + sum(heights[:row])
         sheet.paste(image.convert("RGB").resize((cell, cell), Image.Resampling.NEAREST), (x, y))
         draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline=(200, 200, 200))
-        for index, text in enumerate(wrap(caption, cell, font)[:CAPTION_LINES]):
+        for index, text in enumerate(own):
             draw.text((x, y + cell + 2 + index * line), text, fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from cm3leon.config import Config
 from cm3leon.data.conditions import EXTRACTORS
@@ -34,6 +34,8 @@ from cm3leon.tasks import Values, box_in_square, conclusion, layout_text, proble
 Sheet = list[tuple[Image.Image, str]]
 MARGIN = 1.15
 """The box of an object to redraw, as a multiple of the object's own."""
+OUTLINED_SIDE = 320
+"""Of pictures with outlined boxes on a sheet, pixels."""
 
 
 @dataclass(frozen=True)
@@ -199,9 +201,18 @@ def layout(e: Evaluation) -> Sheet:
         if len(scenes) > 1:
             e.calibrate("layout/iou_other_layouts", overlaps(drawn, [wanted[n] for n in others(len(wanted))], False))
     return [
-        (image, f"{caption}: {', '.join(label for label, _ in boxes)}")
+        (_outlined(image, [box for _, box in boxes]), f"{caption}: {', '.join(label for label, _ in boxes)}")
         for image, caption, boxes in zip(drawn, captions, asked, strict=True)
     ]
+
+
+def _outlined(image: Image.Image, boxes: Sequence[layouts.Box]) -> Image.Image:
+    """A picture, larger, with boxes in shares of its side outlined."""
+    shown = image.resize((OUTLINED_SIDE, OUTLINED_SIDE), Image.Resampling.NEAREST)
+    for box in boxes:
+        x0, y0, x1, y1 = (round(value * (OUTLINED_SIDE - 1)) for value in box)
+        ImageDraw.Draw(shown).rectangle((x0, y0, x1, y1), outline="magenta", width=2)
+    return shown
 
 
 def condition(e: Evaluation) -> Sheet:
