@@ -130,8 +130,14 @@ def guidance(study: Study) -> Section:
         as_good.append({scale for scale, r in zip(SCALES, found, strict=True) if r["interval"][1] >= highest["interval"][0]})
         table.append([size, *map(_shown, found), f"{best[size]:g}"])
         curves[size] = [(scale, r["mean"], *r["interval"]) for scale, r in zip(SCALES, found, strict=True)]
-    common = ", ".join(f"{scale:g}" for scale in sorted(set.intersection(*as_good)))
-    same = f"holds here, as {common} is within the interval of the best at each" if common else "does not hold here"
+    common = sorted(set.intersection(*as_good))
+    if len(common) == 1:
+        same = "holds here"
+    elif common:
+        overlapping = ", ".join(f"{scale:g}" for scale in common)
+        same = f"cannot be told here: at {overlapping} the intervals overlap that of the best"
+    else:
+        same = "does not hold here"
     scales = ", ".join(f"{size} {scale:g}" for size, scale in best.items())
     return Section(
         "(b) Guidance scale and model size",
