@@ -24,8 +24,8 @@ from cm3leon import lineage, paths
 from cm3leon.config import Config, load_config
 from cm3leon.evaluation.record import FILE as RECORD
 from cm3leon.evaluation.record import Record
+from cm3leon.lineage import content_hash
 
-SAMPLES = "samples.png"
 LINEAGE = "lineage.json"
 PICKLED = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib"}
 
@@ -57,7 +57,7 @@ PARTS = (
     Part("index", paths.INDEX, "memory_bank", ("index.faiss", "documents.parquet"), others="*"),
     Part("tokenize", paths.TOKENS, "memory_bank/tokens", ("train-00000.arrow",), others="train-*.arrow"),
     Part("super_resolution", paths.SUPER_RESOLUTION, "super_resolution"),
-    Part("evaluate", paths.EVALUATION, "evaluation", (RECORD, SAMPLES), others="*.png"),
+    Part("evaluate", paths.EVALUATION, "evaluation", (RECORD,), others="*.png"),
 )
 
 
@@ -69,7 +69,7 @@ def build_bundle(out: Path, config: Config | None = None) -> Path:
         config: for the defaults of decoding and retrieval; None reads ``params.yaml``.
 
     Raises:
-        BundleError: if a stage's output is missing, is pickled, or was evaluated with other decoding defaults.
+        BundleError: if a stage's output is missing or is pickled, or if what was evaluated was another model or other decoding defaults.
     """
     config = config or load_config()
     out = Path(out)
@@ -81,7 +81,12 @@ def build_bundle(out: Path, config: Config | None = None) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             _link(file, target)
     decoding = config.decoding.model_dump(mode="json")
-    evaluated = Record.read(partial / "evaluation").contract.get("decoding", decoding)
+    record = Record.read(partial / "evaluation")
+    others = [path for path, known in record.models.items() if content_hash(Path(path)) != known]
+    if others or not record.models:
+        which = ", ".join(others) or "the models"
+        raise BundleError(f"{which} changed since the evaluation, so its scores are not those of this model; run: cm3leon evaluate")
+    evaluated = record.contract.get("decoding", decoding)
     if evaluated != decoding:
         changed = sorted(name for name in decoding | evaluated if decoding.get(name) != evaluated.get(name))
         raise BundleError(f"decoding defaults changed since the evaluation ({', '.join(changed)}); run: cm3leon evaluate")
@@ -135,7 +140,7 @@ def read_record(bundle: Path) -> Record:
     """The bundle's evaluation record.
 
     Raises:
-        IncompleteRecordError: if it has no scores, no contract or no samples, or a score is not a finite number.
+        IncompleteRecordError: if it has no scores, no contract or no sheet of samples, or a score is not a finite number.
     """
     directory = Path(bundle) / "evaluation"
     try:
@@ -146,7 +151,7 @@ def read_record(bundle: Path) -> Record:
         raise IncompleteRecordError(f"{directory / RECORD} is not an evaluation record ({error}); run: cm3leon evaluate") from None
     lacking = [name for name in ("scores", "contract") if not getattr(record, name)]
     lacking += [f"a finite value of {name}" for name, value in record.scores.items() if not math.isfinite(value)]
-    lacking += [] if (directory / SAMPLES).is_file() else [SAMPLES]
+    lacking += [] if any(directory.glob("*.png")) else ["sheets of samples"]
     if lacking:
         raise IncompleteRecordError(f"the evaluation record in {directory} lacks {', '.join(lacking)}; run: cm3leon evaluate")
     return record

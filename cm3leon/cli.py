@@ -251,15 +251,17 @@ app.add_typer(format_commands.app)
 USER_ERRORS = (
     "UsageError", "UserError", "ConfigError", "BadInputError", "PromptTooLongError", "UnknownDocumentError", "SourceError", "ManifestError",
     "ValidationError", "BundleError", "IncompleteRecordError", "PromotionError", "SplitError", "DivergenceError", "ProjectError",
-    "OPTFormatError", "GrammarError",
+    "OPTFormatError", "GrammarError", "CheckpointError", "ImageError",
 )  # fmt: skip
-"""Names of this package's errors that the user can mend; by name, so that nothing heavy is imported to know them."""
+"""Names of this package's errors that the user can mend, those derived from them included; by name, so that nothing heavy is imported to
+know them."""
 
 
 def is_users(error: Exception) -> bool:
     """Whether the message of ``error`` is all the user needs: ours by name, or the plain ones that commands above raise."""
-    if type(error).__module__.split(".")[0] in ("cm3leon", "flows", "__main__") and type(error).__name__ in USER_ERRORS:
-        return True
+    for kind in type(error).__mro__:
+        if kind.__module__.split(".")[0] in ("cm3leon", "flows", "__main__") and kind.__name__ in USER_ERRORS:
+            return True
     return type(error) is LookupError or isinstance(error, (FileNotFoundError, IsADirectoryError, PermissionError, ConnectionError))
 
 

@@ -361,7 +361,9 @@ class EvaluateConfig(Section):
     captions: int = Field(256, ge=1, description="held-out images captioned")
     questions: int = Field(400, ge=1, description="held-out questions asked")
     tasks: int = Field(128, ge=1, description="held-out samples of each other task")
-    inception: str | None = Field(None, description="path of the FID Inception weights; null: distances of the encoder's features alone")
+    inception: str | None = Field(
+        None, description="the FID Inception's weights: a path, or download; null: distances of the encoder's features alone"
+    )
     sheet: int = Field(24, ge=1, description="prompts on the sample sheet")
     seed: int = 0
     bootstrap: int = Field(1000, ge=1)

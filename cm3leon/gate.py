@@ -8,8 +8,9 @@ from typing import Any
 
 from cm3leon.config import GateConfig
 from cm3leon.evaluation.record import Record
+from cm3leon.tasks import TASKS
 
-LOWER_IS_BETTER = ("fd_", "kd_", "fid", "perplexity", "loss")
+LOWER_IS_BETTER = ("fd_", "kd_")
 """Scores whose names start so are better when lower; all others are better when higher."""
 
 
@@ -86,25 +87,28 @@ def compare(
 ) -> Verdict:
     """Judge a challenger, given as (version, record), by floors, ceilings and, against a champion, margins.
 
-    Scores can be compared only if both were evaluated under the same contract. Where the contracts differ the margins cannot be applied:
-    ``config.on_contract_change`` says whether floors and ceilings then decide alone or the challenger is held back.
+    A score can be compared only if both were evaluated under the same contract, as far as it concerns that score
+    (:func:`concerns`). To others margins cannot be applied: ``config.on_contract_change`` says whether floors and ceilings then decide
+    alone or the challenger is held back.
     """
     version, record = challenger
     refusals, notes, rows = list(refusals or []), [], []
-    base = champion[1] if champion else None
+    base = dict(champion[1].scores) if champion else {}
     if champion is None:
         notes.append("floors and ceilings decide")
     elif champion[0] == version:
         notes.append("the challenger is the champion")
     elif changed := contract_changes(record.contract, champion[1].contract):
-        text = f"evaluated differently from the champion ({', '.join(changed)}), so scores cannot be compared"
+        concerned = {metric for metric in base if any(concerns(entry, metric) for entry in changed)}
+        which = "scores" if concerned == set(base) else ", ".join(sorted(concerned)) or "no score"
+        text = f"evaluated differently from the champion ({', '.join(changed)}), so {which} cannot be compared"
         if config.on_contract_change == "refuse":
             refusals.append(f"{text}, and gate.on_contract_change is refuse")
         else:
-            notes.append(f"{text}: floors and ceilings decide")
-        base = None
+            notes.append(f"{text}: there floors and ceilings decide")
+        base = {metric: value for metric, value in base.items() if metric not in concerned}
     for metric in sorted({*record.scores, *config.floors, *config.ceilings, *config.margins}):
-        rows += _rows(config, metric, record.scores.get(metric), base.scores.get(metric) if base else None, base is not None)
+        rows += _rows(config, metric, record.scores.get(metric), base.get(metric), bool(base))
     return Verdict(version, champion[0] if champion else None, rows, notes, refusals)
 
 
@@ -134,5 +138,22 @@ def _rows(config: GateConfig, metric: str, value: float | None, old: float | Non
 
 
 def contract_changes(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
-    """The contract's entries that differ."""
-    return sorted(name for name in new | old if new.get(name) != old.get(name))
+    """The contract's entries that differ. A task that both were asked counts by what was asked, as ``tasks/NAME``; one that only one of
+    them was asked does not count."""
+    new, old = dict(new), dict(old)
+    ours, theirs = new.pop("tasks", {}), old.pop("tasks", {})
+    tasks = [f"tasks/{name}" for name in ours.keys() & theirs.keys() if ours[name].get("asked") != theirs[name].get("asked")]
+    return sorted([name for name in new | old if new.get(name) != old.get(name)] + tasks)
+
+
+def concerns(entry: str, metric: str) -> bool:
+    """Whether an entry of the contract concerns a score: that of a task its own scores, a feature extractor what is measured by it, all
+    others every score."""
+    if entry == "features":
+        return metric in ("clip_score", "edit/image_similarity") or metric.endswith("_encoder")
+    if entry == "inception":
+        return metric.endswith("_inception")
+    if entry.startswith("tasks/"):
+        task = entry.removeprefix("tasks/")
+        return metric.partition("/")[0] == (TASKS[task].score.partition("/")[0] if task in TASKS else task)
+    return True

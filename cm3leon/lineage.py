@@ -1,4 +1,4 @@
-"""Where an artefact came from: the git commit and the content hashes that DVC recorded."""
+"""Where an artefact came from: the git commit, the content hashes that DVC recorded, and hashes of what lies in a directory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from pathlib import Path
 from typing import Any
 
 DVC_LOCK = Path("dvc.lock")
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 over the names and contents of a directory's files, first 16 hex digits; pictures and logs apart."""
+    found = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file() and file.suffix not in (".png", ".csv")):
+        with file.open("rb") as stream:
+            found.update(f"{file.relative_to(path)}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return found.hexdigest()[:16]
 
 
 def git_commit(root: Path = Path(".")) -> str | None:

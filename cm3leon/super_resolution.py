@@ -129,9 +129,9 @@ def psnr_rgb(originals: torch.Tensor, copies: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def evaluate(model: SuperResolution, images: ImageSet, batch_size: int = 64) -> dict[str, float]:
-    """``psnr_rgb``, ``psnr_y`` and ``ssim_y`` of the network, and with ``_bicubic`` behind them those of plain interpolation, on
-    reductions of ``images``; those of Y without a border as wide as the scale (``evaluation/restoration.py``)."""
+def evaluate(model: SuperResolution, images: ImageSet, batch_size: int = 64) -> dict[str, list[float]]:
+    """``psnr_rgb``, ``psnr_y`` and ``ssim_y`` of the network, and with ``_bicubic`` behind them those of plain interpolation, image
+    for image, on reductions of ``images``; those of Y without a border as wide as the scale (``evaluation/restoration.py``)."""
     found: dict[str, list[float]] = defaultdict(list)
     device = model.head.weight.device
     for start in range(0, len(images), batch_size):
@@ -146,7 +146,7 @@ def evaluate(model: SuperResolution, images: ImageSet, batch_size: int = 64) -> 
             found[f"psnr_y{suffix}"] += [min(psnr_y(*pair, model.scale), MOST_DECIBELS) for pair in pairs]
             if images.size - 2 * model.scale >= WINDOW:
                 found[f"ssim_y{suffix}"] += [ssim_y(*pair, model.scale) for pair in pairs]
-    return {name: float(np.mean(values)) for name, values in found.items()}
+    return dict(found)
 
 
 def train(

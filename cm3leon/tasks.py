@@ -66,10 +66,9 @@ def _reasoning(row: Row, rng: np.random.Generator) -> list[Values]:
 
 
 def _layout(row: Row, rng: np.random.Generator) -> list[Values]:
-    placed = [(item["label"], box_in_square(item["box"], row["width"], row["height"])) for item in row["objects"]]
-    seen = [(label, box) for label, box in placed if box is not None]
+    seen = visible_objects(row)
     order = [seen[int(number)] for number in rng.permutation(len(seen))]
-    return [{**_captions(row, rng)[0], "layout": layout_text(order)}] if seen else []
+    return [{**_captions(row, rng)[0], "layout": layout_text(order)}]
 
 
 def _condition(row: Row, rng: np.random.Generator) -> list[Values]:
@@ -181,12 +180,13 @@ COLUMNS = ("id", "width", "height", *dict.fromkeys(column for task in TASKS.valu
 """Of the manifest, those that tasks read."""
 
 
+def filled(value: Any) -> bool:
+    """Whether a manifest's cell holds something: a number, a text or a list that is not empty."""
+    return value is not None and (len(value) > 0 if hasattr(value, "__len__") else value == value)
+
+
 def available(row: Row) -> list[str]:
     """Names of the tasks whose columns a manifest row has filled."""
-
-    def filled(value: Any) -> bool:
-        return value is not None and (len(value) > 0 if hasattr(value, "__len__") else value == value)
-
     return [name for name, task in TASKS.items() if all(filled(row.get(column)) for column in task.columns)]
 
 
@@ -213,6 +213,12 @@ def box_in_square(box: Sequence[float], width: int, height: int) -> Box | None:
     return max(x0, 0.0), max(y0, 0.0), min(x1, 1.0), min(y1, 1.0)
 
 
+def visible_objects(row: Row) -> list[tuple[str, Box]]:
+    """Labels and boxes, as :func:`box_in_square`, of a manifest row's objects that models see."""
+    placed = [(item["label"], box_in_square(item["box"], row["width"], row["height"])) for item in row["objects"]]
+    return [(label, box) for label, box in placed if box is not None]
+
+
 def problem_values(question: str, options: Sequence[str], context: str) -> Values:
     """What fills the templates of reasoning, but for the answer."""
     told = " ".join(f"({chr(ord('A') + number)}) {option}" for number, option in enumerate(options))
@@ -220,7 +226,7 @@ def problem_values(question: str, options: Sequence[str], context: str) -> Value
 
 
 def conclusion(text: str) -> str:
-    """The answer at the end of an explanation; the whole text where it comes to none."""
+    """The answer at the end of an explanation, or the whole text where it comes to none, without the full stop."""
     return text.rpartition(SO_THE_ANSWER_IS)[2].strip().rstrip(".")
 
 

@@ -45,10 +45,13 @@ def _scratch() -> Path:
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
 def gate_task(config: GateConfig) -> State:
-    """Compare challenger and champion; ends Completed when it may be promoted, HeldBack when not."""
+    """Compare challenger and champion, the table as an artefact; ends Completed when it may be promoted, HeldBack when not."""
+    from prefect.artifacts import create_markdown_artifact
+
     from cm3leon import registry
 
     verdict = registry.gate(config)
+    create_markdown_artifact(verdict.to_markdown(), key="cm3leon-gate", description="Scores of challenger and champion, margins, verdict")
     get_run_logger().info(str(verdict))
     return Completed(name="Completed" if verdict.passed else "HeldBack", message=str(verdict), data=verdict)
 

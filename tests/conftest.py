@@ -54,6 +54,7 @@ def make_models(root):
     from cm3leon.data.tokens import Document, write_tokens
     from cm3leon.documents import Vocabulary
     from cm3leon.evaluation.record import Record
+    from cm3leon.lineage import content_hash
     from cm3leon.model import Decoder, DecoderSpec
     from cm3leon.retrieval.encoder import ClipTokenizer, Encoder, build_clip, trained_settings
     from cm3leon.retrieval.index import MemoryBank
@@ -87,5 +88,6 @@ def make_models(root):
     write_tokens(root / paths.TOKENS, "train", tokens, vocabulary.tokens_per_image, 100)
     SuperResolution(scale=2, channels=4, blocks=1).save(root / paths.SUPER_RESOLUTION)
     contract = {"prompts": "1", "seed": 0, "decoding": Config().decoding.model_dump()}
-    Record({"composition": 0.5, "fd_encoder": 3.0}, {}, {}, contract).write(root / paths.EVALUATION)
+    models = {str(path): content_hash(root / path) for path in (paths.FINETUNED, paths.IMAGE_TOKENIZER)}
+    Record({"composition": 0.5, "fd_encoder": 3.0}, {}, {}, contract, {}, models).write(root / paths.EVALUATION)
     pictures[0].save(root / paths.EVALUATION / "samples.png")

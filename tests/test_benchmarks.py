@@ -8,8 +8,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from benchmarks.study import claims, report
+from benchmarks.study import claims, report, runs
 from benchmarks.study.__main__ import CLAIMS
+from cm3leon.config import Config
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
 
@@ -51,6 +52,30 @@ def test_a_claim_holds_only_where_every_seed_agrees() -> None:
     assert claims._better([3.0, 4.0], [1.0, 2.0]) == "holds here"
     assert claims._better([1.0, 2.0], [3.0, 4.0]) == "does not hold here"
     assert "cannot be told" in claims._better([1.0, 3.0], [2.0, 4.0])
+
+
+def test_a_difference_is_judged_prompt_for_prompt() -> None:
+    hard = [float(n % 2) for n in range(200)]  # half of the prompts are always wrong: only the differences matter
+    better = [1.0 if n % 2 or n % 20 == 0 else 0.0 for n in range(200)]
+    assert claims._paired(better, hard).startswith("holds here (+0.050 [")
+    assert claims._paired(hard, better).startswith("does not hold here (-0.050 [")
+    assert claims._paired(hard, hard[::-1]).startswith("cannot be told here (+0.000 [")
+
+
+def test_what_was_computed_is_kept_for_the_same_question_and_inputs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    study = runs.Study(Config(), 10, 5, 1)
+    study.__dict__["inputs"] = "hash"
+    asked: list[int] = []
+
+    def compute() -> int:
+        asked.append(1)
+        return len(asked)
+
+    assert [study.kept("x", "a", compute), study.kept("x", "a", compute), study.kept("x", "b", compute)] == [1, 1, 2]
+    other = runs.Study(Config(), 10, 5, 1)
+    other.__dict__["inputs"] = "another hash"
+    assert other.kept("x", "a", compute) == 3 and study.kept("x", "a", compute) == 1
 
 
 def test_tokens_to_a_loss_lie_between_two_points_of_the_curve() -> None:

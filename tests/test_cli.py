@@ -24,6 +24,15 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "mlflow", "prefect", "dvc", "great_expectations", "open_clip", "faiss", "pandas", "numpy")
 
 
+def test_every_error_that_derives_from_the_users_own_is_one_line():
+    from cm3leon.bundle import IncompleteRecordError
+    from cm3leon.evaluation.leakage import LeakageError
+    from cm3leon.training.checkpoint import CheckpointError
+
+    assert all(cli.is_users(kind("x")) for kind in (UserError, LeakageError, IncompleteRecordError, CheckpointError))
+    assert not any(cli.is_users(kind("x")) for kind in (ValueError, RuntimeError, KeyError))
+
+
 class Recorder:
     """A real generator on untrained models, of which it remembers what it was asked."""
 

@@ -76,6 +76,36 @@ def test_a_changed_contract_leaves_floors_or_refuses():
     assert verdict(new, None, GATE.model_copy(update={"on_contract_change": "refuse"})).passed
 
 
+TUNED = {"edit": {"asked": "e", "count": 3}, "layout_to_image": {"asked": "l", "count": 3}}
+TASKS_GATE = GateConfig(margins={"composition": 0.02, "edit/done": 0.1, "layout/iou": 0.1, "clip_score": 0.1, "fd_encoder": 0.5})
+
+
+def test_a_task_that_the_challenger_has_lost_fails_its_margin_and_the_others_still_hold():
+    old = record(contract={**CONTRACT, "tasks": TUNED}, **{"edit/done": 0.6, "layout/iou": 0.5})
+    lost = record(0.3, contract={**CONTRACT, "tasks": {"layout_to_image": TUNED["layout_to_image"]}}, **{"layout/iou": 0.5})
+    assert failed(verdict(lost, old, TASKS_GATE)) == {("edit/done", "margin"), ("composition", "margin")}
+    gained = record(contract={**CONTRACT, "tasks": TUNED}, **{"edit/done": 0.6, "layout/iou": 0.5})
+    assert verdict(gained, record(), TASKS_GATE).passed
+
+
+@pytest.mark.parametrize(
+    ("change", "compared"),
+    [
+        ({"tasks": TUNED | {"edit": {"asked": "other", "count": 3}}}, {"clip_score", "composition", "fd_encoder", "layout/iou"}),
+        ({"features": "other"}, {"composition", "edit/done", "layout/iou"}),
+        ({"inception": "other"}, {"clip_score", "composition", "edit/done", "fd_encoder", "layout/iou"}),
+        ({"seed": 1}, set()),
+    ],
+)
+def test_a_changed_part_of_the_contract_frees_only_the_scores_it_concerns(change, compared):
+    scores = {"edit/done": 0.6, "layout/iou": 0.5, "clip_score": 0.9}
+    worse = dict.fromkeys(scores, 0.1)
+    contract = {**CONTRACT, "tasks": TUNED, "features": "f", "inception": None}
+    result = verdict(record(0.1, 9.0, contract | change, **worse), record(contract=contract, **scores), TASKS_GATE)
+    assert failed(result) == {(name, "margin") for name in compared}
+    assert next(iter(change)) in str(result.notes)
+
+
 def test_a_refusal_holds_back_whatever_the_scores():
     result = verdict(record(0.9, 1.0), record(), refusals=["it was rolled back"])
     assert not result.passed
@@ -93,5 +123,5 @@ def test_the_table_has_a_row_for_every_score_and_check():
 
 
 def test_direction_of_scores():
-    assert all(lower_is_better(name) for name in ("fd_encoder", "fid", "perplexity", "perplexity_text"))
+    assert all(lower_is_better(name) for name in ("fd_encoder", "kd_inception"))
     assert not any(lower_is_better(name) for name in ("composition", "cider", "clip_score", "vqa_accuracy"))

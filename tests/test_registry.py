@@ -73,6 +73,15 @@ def test_bundle_has_every_part_and_its_hash_is_of_the_content_alone(stages):
     assert weights.resolve() != (paths.TEXT_TOKENIZER / "tokenizer.json").resolve()
 
 
+def test_a_model_is_not_bundled_with_the_scores_of_another(stages):
+    weights = paths.FINETUNED / "model.safetensors"
+    changed = weights.read_bytes()[:-1] + b"\0"
+    weights.unlink()
+    weights.write_bytes(changed)
+    with pytest.raises(BundleError, match=r"models/finetuned changed since the evaluation.*cm3leon evaluate"):
+        build_bundle(Path("bundle"), CONFIG)
+
+
 def test_bundle_names_what_is_missing_pickled_or_out_of_date(stages):
     with pytest.raises(BundleError, match="guidance"):
         build_bundle(Path("bundle"), CONFIG.model_copy(update={"decoding": DecodingConfig(guidance=5.0)}))
@@ -85,13 +94,13 @@ def test_bundle_names_what_is_missing_pickled_or_out_of_date(stages):
     assert not Path("bundle").exists()
 
 
-@pytest.mark.parametrize("lack", ["scores", "contract", "samples.png", "record.json", "nan"])
+@pytest.mark.parametrize("lack", ["scores", "contract", "sheets of samples", "record.json", "nan"])
 def test_a_model_without_a_complete_record_is_refused(stages, lack):
     bundle = build_bundle(Path("bundle"), CONFIG)
     file = bundle / "evaluation" / "record.json"
     record = json.loads(file.read_text())
-    if lack.endswith(("png", "json")):
-        (bundle / "evaluation" / lack).unlink()
+    if lack in ("sheets of samples", "record.json"):
+        (bundle / "evaluation" / ("samples.png" if lack == "sheets of samples" else lack)).unlink()
     else:
         file.unlink()
         record |= {"scores": {"composition": float("nan")}} if lack == "nan" else {lack: {}}

@@ -134,6 +134,9 @@ def test_a_drawing_sample_is_the_prompt_of_one_of_its_streams_and_the_image(samp
 
 def test_a_sample_needs_its_other_picture(samples):
     assert samples({"edit": 1.0, "text_to_image": 1.0}, lambda row: change(row) | {"edited_from": "f" * 16}).counts == {"text_to_image": 40}
+    outside = [{"label": "outside", "box": [0, 0, 10, 10]}]  # the sides of a wide image are cut away
+    wide = samples({"layout_to_image": 1.0, "caption": 1.0}, lambda row: change(row) | {"width": 64, "height": 32, "objects": outside})
+    assert wide.counts == {"caption": 40}
     fog = [{"kind": "fog", "image": ""}]
     assert samples({"condition_to_image": 1.0, "caption": 1.0}, lambda row: change(row) | {"conditions": fog}).counts == {"caption": 40}
 
@@ -186,8 +189,10 @@ def test_what_stands_before_the_image_to_draw_has_the_inputs_weight(samples):
     for task in ("text_to_image", "condition_to_image", "edit"):
         drawn = samples({task: 1.0}, change, caption_drop=0.5, input_weight=0.25)
         for number in range(len(drawn)):
-            masked, weights, *_ = drawn(0, number)
-            first = int(np.flatnonzero(masked.places)[-16])  # an image has 16 tokens, and the last is the one to draw
+            masked, weights, documents, _ = drawn(0, number)
+            image = VOCABULARY.image(drawn.documents.store.by_id(documents[-1]).codes)
+            tokens = " ".join(map(str, masked.tokens))
+            first = tokens[: tokens.rindex(" " + " ".join(map(str, image)))].count(" ") + 1
             assert set(weights[:first]) <= {0.0, 0.25} and set(weights[first:]) == {1.0}
             assert np.array_equal(weights > 0, masked.is_target)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.study import claims
 from benchmarks.study.report import write
-from benchmarks.study.runs import Study
+from benchmarks.study.runs import ROOT, Study
 from cm3leon.config import load_config
 
 CLAIMS = {
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=CLAIMS, nargs="*", default=list(CLAIMS))
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="directory of the report")
+    parser.add_argument("--out", type=Path, help="directory of the page: docs, or models/study for one of some sections --only")
     options = parser.parse_args()
     study = Study(load_config(), int(options.tokens), options.prompts, options.seeds)
     start = time.perf_counter()
@@ -40,7 +40,7 @@ def main() -> None:
     for name in options.only:
         sections[name] = CLAIMS[name](study)
         print(f"{name}: done after {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
-    write(study, sections, options.out)
+    write(study, sections, options.out or (Path("docs") if len(sections) == len(CLAIMS) else ROOT))
 
 
 if __name__ == "__main__":

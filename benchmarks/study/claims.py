@@ -1,5 +1,5 @@
-"""The claims: for each what the paper says, what is measured, and whether it holds here. A claim holds where the intervals part, or every
-seed agrees; else the page says that it cannot be told."""
+"""The claims: for each what the paper says, what is measured, and whether it holds here. A claim holds where every seed agrees, the
+intervals part, or the interval of the difference prompt for prompt is above 0; else the page says that it cannot be told."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from cm3leon import paths
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.evaluation import composition, measure
 from cm3leon.evaluation.record import Record
-from cm3leon.stages.evaluate import answer_all, ask_questions, choose, content_hash, fitted, load
+from cm3leon.lineage import content_hash
+from cm3leon.stages.evaluate import answer_all, ask_questions, choose, fitted, load
 from cm3leon.stages.evaluation_tasks import MEASURES, Evaluation, infill
 
 BASE: tuple[str, ...] = ("pretrain.documents=[0.2, 0.4, 0.4]",)
@@ -33,7 +34,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "CD-K": {"contrastive": 1.0, "guidance": 1.0},
     "half top-p, half CD-K": {"top_p": 0.9, "contrastive": 0.5},
 }
-"""CD-K with the profile's k and alpha."""
+"""CD-K with the k and alpha that are the program's defaults."""
 
 
 @dataclass
@@ -59,6 +60,14 @@ def _better(one: Sequence[float], other: Sequence[float]) -> str:
     if min(one) > max(other):
         return "holds here"
     return "does not hold here" if max(one) < min(other) else "cannot be told here: the seeds overlap"
+
+
+def _paired(one: Sequence[float], other: Sequence[float]) -> str:
+    """Whether one is above the other, prompt for prompt: the difference with its interval, and what it says."""
+    difference = np.asarray(one) - np.asarray(other)
+    low, high = _interval(difference)
+    told = "holds here" if low > 0 else "does not hold here" if high < 0 else "cannot be told here"
+    return f"{told} ({difference.mean():+.3f} [{low:+.2f}, {high:+.2f}])"
 
 
 def _last(curve: Sequence[dict[str, float]], name: str) -> float:
@@ -153,22 +162,22 @@ def candidates(study: Study) -> Section:
     """(c) Ways of sampling as candidates grow, the best chosen by CLIP."""
     model = paths.FINETUNED
     table, curves = [["sampling", *[f"{count} candidates" for count in COUNTS]]], {}
-    means: dict[str, list[float]] = {}
+    right: dict[str, list[list[float]]] = {}
     for name, settings in SAMPLINGS.items():
         found = study.kept("candidates", [name, settings, content_hash(model)], lambda settings=settings: _best_of(study, model, settings))
         shown = [{"mean": float(np.mean(values)), "interval": _interval(values)} for values in found]
         table.append([name, *map(_shown, shown)])
-        means[name] = [result["mean"] for result in shown]
+        right[name] = found
         curves[name] = [(count, r["mean"], *r["interval"]) for count, r in zip(COUNTS, shown, strict=True)]
-    gains = {name: values[-1] - values[-2] for name, values in means.items()}
-    best = max(means, key=lambda name: means[name][-1])
+    mixed = right.pop("half top-p, half CD-K")
+    best = max(right, key=lambda name: np.mean(right[name][-1]))
+    gains = {name: np.mean(values[-1]) - np.mean(values[-3]) for name, values in [*right.items(), ("the mixture", mixed)]}
     return Section(
         "(c) More candidates",
         "Top-p and CD-K alone stagnate as candidates grow; half of each keeps improving.",
-        f"Best with {COUNTS[-1]} candidates: {best}. From {COUNTS[-2]} to {COUNTS[-1]}: "
-        + ", ".join(f"{name} {gain:+.3f}" for name, gain in gains.items())
-        + ". That the mixture is the best "
-        + ("holds here." if best == "half top-p, half CD-K" else "does not hold here."),
+        f"That with {COUNTS[-1]} candidates half top-p and half CD-K is better than the best of the others, {best}, "
+        f"{_paired(mixed[-1], right[best][-1])}. That the mixture still improves from {COUNTS[-3]} to {COUNTS[-1]} candidates "
+        f"{_paired(mixed[-1], mixed[-3])}; " + ", ".join(f"{name} {gain:+.3f}" for name, gain in gains.items()) + ".",
         table,
         ("candidates, the best by CLIP", "composition"),
         curves,
@@ -176,7 +185,7 @@ def candidates(study: Study) -> Section:
     )
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
+def _interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     record = Record()
     record.add("x", values, 1000, 0)
     return record.intervals["x"]
@@ -204,35 +213,37 @@ def masking(study: Study) -> Section:
         "whole segments never": ("pretrain.objective.mean_masks=1.0", "pretrain.objective.segment_rate=0.0"),
         "whole segments in half": ("pretrain.objective.mean_masks=1.0", "pretrain.objective.segment_rate=0.5"),
     }  # fmt: skip
-    table, scores = (
+    table = [
         [
-            [
-                "masks (share of whole segments)",
-                "seed",
-                "loss of plain documents",
-                "composition",
-                "CIDEr by infilling",
-                "composition at guidance 2",
-            ]
-        ],
-        {},
-    )
+            "masks (share of whole segments)",
+            "seed",
+            "loss of plain documents",
+            "composition",
+            "CIDEr by infilling",
+            "composition at guidance 2",
+        ]
+    ]
+    scores: dict[str, list[float]] = {}
+    ciders: dict[str, list[float]] = {}
     for name, changes in variants.items():
-        scores[name] = []
+        scores[name], ciders[name] = [], []
         for seed in range(min(2, study.seeds)):
             model, trained = study.trained(f"masks-{name.split(' (')[0].replace(' ', '-')}", (*ALONE, *changes), seed)
             plain, guided = study.composition(model, 2), study.composition(model, 2, guidance=2.0)
             cider = study.kept("cider", [content_hash(model)], lambda model=model: _cider(study, model))
             scores[name].append(plain["mean"])
+            ciders[name].append(cider)
             table.append(
                 [name, str(seed), f"{_last(trained['curve'], 'val_alone_loss'):.3f}", _shown(plain), f"{cider:.2f}", _shown(guided)]
             )
-    verdict = _better(scores["within segments (0.15)"], scores["across breaks (0.15)"])
+    within = _better(scores["within segments (0.15)"], scores["across breaks (0.15)"])
+    whole = _better(ciders["whole segments in half"], ciders["whole segments never"])
+    cost = _better(scores["whole segments never"], scores["whole segments in half"])
     return Section(
         "(d) Where masks may lie",
         "Masks do not cross breaks, which keeps the model from generating images around text; no figure is given.",
-        f"That masks within segments give better images than masks across breaks {verdict}. Without whole segments neither captions by "
-        "infilling nor the unconditional stream of guidance are learned: see their columns.",
+        f"That masks within segments give better images than masks across breaks {within}. That captions by infilling are better where "
+        f"whole segments are masked in half of the samples than where they never are {whole}; that this costs composition {cost}.",
         table,
     )
 
@@ -250,23 +261,27 @@ def _cider(study: Study, model: Any) -> float:
 
 def tuning(study: Study) -> Section:
     """(e) Before and after instruction tuning, on every task."""
+    decoding = study.config.decoding.model_dump(mode="json")
     found = {
-        name: study.kept("tasks", [name, content_hash(model)], lambda model=model: _all_tasks(study, model))
+        name: study.kept("tasks", [name, content_hash(model), decoding], lambda model=model: _all_tasks(study, model))
         for name, model in (("pretrained", paths.PRETRAINED), ("tuned", paths.FINETUNED))
     }
-    names = [name for name in found["tuned"] if name in found["pretrained"]]
-    table = [["score", "pretrained", "tuned"], *[[name, *(f"{found[which][name]:.3f}" for which in found)] for name in names]]
-    better = [name for name in names if found["tuned"][name] > found["pretrained"][name]]
+    before, after = found["pretrained"], found["tuned"]
+    names = [name for name in after if name in before]
+    table = [["score", "pretrained", "tuned"], *[[name, _shown(before[name]), _shown(after[name])] for name in names]]
+    higher = [name for name in names if after[name]["interval"][0] > before[name]["interval"][1]]
+    lower = [name for name in names if after[name]["interval"][1] < before[name]["interval"][0]]
     return Section(
         "(e) Instruction tuning",
         "Tuning brings image and text tasks that pretraining alone does not.",
-        f"{len(better)} of {len(names)} scores are higher after tuning; not: {', '.join(sorted(set(names) - set(better))) or 'none'}.",
+        f"After tuning {len(higher)} of {len(names)} scores are higher, their intervals apart. Lower: {', '.join(lower) or 'none'}. "
+        f"The intervals of the others overlap: {', '.join(sorted(set(names) - set(higher) - set(lower))) or 'none'}.",
         table,
     )
 
 
-def _all_tasks(study: Study, model: Any) -> dict[str, float]:
-    """The main scores of each task on the val split."""
+def _all_tasks(study: Study, model: Any) -> dict[str, dict[str, Any]]:
+    """The main scores of each task on the val split, with their intervals."""
     config = study.config.model_copy(update={"evaluate": study.config.evaluate.model_copy(update={"tasks": study.prompts})})
     generator, record = load(config, model), Record()
     generator.training = None
@@ -274,14 +289,21 @@ def _all_tasks(study: Study, model: Any) -> dict[str, float]:
     evaluation = Evaluation(config, generator, store, val, record)
     for measured in (*MEASURES.values(), infill):
         measured(evaluation)
+    bootstrap = (config.evaluate.bootstrap, 0)
     drawn = [images[0].image for images in generator.text_to_image(study.captions)]
-    record.scores["composition"] = composition.score(study.captions, drawn)["composition"]
+    for name, values in composition.by_attribute(composition.verdicts(study.captions, drawn)).items():
+        record.add(name, values, *bootstrap)
     asked = ask_questions(val, 2 * study.prompts, 0)
-    questions, truths = [question for _, question, _ in asked], [truth for _, _, truth in asked]
-    answers = answer_all(generator, store, [ref for ref, _, _ in asked], questions)
-    measure.measure_answers(record, questions, answers, None, truths, measure.Counter(), 10, 0)
-    record.scores["cider"] = _cider(study, model)
-    return {name: value for name, value in record.scores.items() if not name.startswith(("vqa_accuracy/", "condition/agreement/"))}
+    refs, questions, truths = zip(*asked, strict=True)
+    answers = answer_all(generator, store, refs, questions)
+    measure.measure_answers(record, questions, answers, None, truths, refs, measure.Counter(), *bootstrap)
+    captioned = choose(val, study.prompts, 0)
+    said = [text.text for text in generator.caption(fitted(generator, store, captioned["image"].tolist()))]
+    measure.measure_captions(record, captioned["id"].tolist(), said, [list(texts) for texts in captioned["captions"]], *bootstrap)
+    parts = ("vqa_accuracy/", "condition/agreement/", "composition/", "bleu_1", "bleu_2", "bleu_3")
+    return {
+        name: {"mean": value, "interval": record.intervals[name]} for name, value in record.scores.items() if not name.startswith(parts)
+    }
 
 
 def sizes(study: Study) -> Section:

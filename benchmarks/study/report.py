@@ -9,7 +9,7 @@ from benchmarks.study.runs import Study
 
 HEAD = """# The paper's claims, measured again
 
-Written by `make study`. {runs} on scenes of the `shapes` source, {tokens:,} tokens each, {seeds} seeds where a row says so; scores on
+Written by `make study`. {runs} on scenes of the `shapes` source, {tokens:,} tokens each, several seeds where a row says so; scores on
 {prompts} prompts of the val split, with 95 % intervals over prompts in brackets. The decoders are a thousandth of the paper's and see
 pictures that are simpler than any photograph: what holds here need not hold there, and the other way round.
 """
@@ -18,7 +18,7 @@ pictures that are simpler than any photograph: what holds here need not hold the
 def write(study: Study, sections: dict[str, Section], out: Path) -> None:
     """Write ``study.md`` and its plots, ``study-NAME.png``."""
     out.mkdir(parents=True, exist_ok=True)
-    head = HEAD.format(runs="Small decoders", tokens=study.tokens, seeds=study.seeds, prompts=len(study.captions))
+    head = HEAD.format(runs="Small decoders", tokens=study.tokens, prompts=len(study.captions))
     parts = [head, "| claim | here |\n|---|---|\n" + "\n".join(f"| {s.title} | {s.verdict} |" for s in sections.values()) + "\n"]
     for name, section in sections.items():
         header, *rows = section.table
@@ -37,10 +37,14 @@ def _plot(section: Section, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    colours: dict[str, str] = {}  # seeds of the same have one colour and one entry in the legend
     for name, points in section.curves.items():
+        group = name.partition(", seed ")[0]
+        label = "_" if group in colours else group
+        colour = colours.setdefault(group, f"C{len(colours)}")
         xs, ys, lows, highs = zip(*points, strict=True)
-        [line] = axes.plot(xs, ys, marker="o", markersize=3, label=name)
-        axes.fill_between(xs, lows, highs, alpha=0.12, color=line.get_color())
+        axes.plot(xs, ys, marker="o", markersize=3, label=label, color=colour)
+        axes.fill_between(xs, lows, highs, alpha=0.12, color=colour)
     if section.logarithmic:
         axes.set_xscale("log", base=2)
     axes.set_xlabel(section.axes[0])

@@ -19,8 +19,9 @@ from cm3leon.data.tokens import TokenStore
 from cm3leon.evaluation import composition
 from cm3leon.evaluation.record import bootstrap, digest
 from cm3leon.generation.generator import Generator
+from cm3leon.lineage import content_hash
 from cm3leon.profiles import PARAMS, changed_config
-from cm3leon.stages.evaluate import content_hash, load
+from cm3leon.stages.evaluate import load
 from cm3leon.stages.pretrain import build_decoder, training_samples, validation_batches
 from cm3leon.training.trainer import fit, setup
 

@@ -19,7 +19,7 @@ from cm3leon.data.sequences import PretrainingSamples, Sample, fit_body, sample_
 from cm3leon.data.tokens import Document, TokenStore, condition_key
 from cm3leon.documents import build_body
 from cm3leon.objective import MARKS, apply_spans
-from cm3leon.tasks import COLUMNS, TASKS, Task, Values, available, lay_out
+from cm3leon.tasks import COLUMNS, TASKS, Task, Values, available, lay_out, visible_objects
 from cm3leon.tokenizers.text import TextTokenizer
 
 @dataclass(frozen=True)
@@ -69,12 +69,14 @@ class TaskSamples:
         return {name: np.array(rows) for name, rows in found.items() if rows}
 
     def _allowed(self, values: Mapping[str, Any]) -> list[str]:
-        """Tasks of the mix that a row allows, its other pictures being there."""
+        """Tasks of the mix that a row allows, its other pictures being there and its objects in sight."""
         allowed = [name for name in available(values) if self.config.tasks.get(name, 0) > 0]
         if "edit" in allowed and values["edited_from"] not in self.documents.store:
             allowed.remove("edit")
         if "condition_to_image" in allowed and not self._kinds(values):
             allowed.remove("condition_to_image")
+        if "layout_to_image" in allowed and not visible_objects(values):
+            allowed.remove("layout_to_image")
         return allowed
 
     def _kinds(self, values: Mapping[str, Any]) -> list[str]:
@@ -156,9 +158,10 @@ class TaskSamples:
         body = fit_body([*retrieved, segments], self.documents.context - 1 - MARKS * max(map(len, task.hidden)))
         own = [segment for segment in body.segments if segment.document == body.segments[-1].document]
         hidden = task.hidden[int(rng.integers(len(task.hidden)))] if rng.random() < self.config.caption_drop else ()
-        masked = apply_spans(body, [(own[number].start, own[number].stop) for number in hidden], vocabulary)
+        spans = [(own[number].start, own[number].stop) for number in hidden]
+        masked = apply_spans(body, spans, vocabulary)
         weight = masked.is_target.astype(np.float32)
-        weight[: np.flatnonzero(masked.places == 1)[-1]] *= self.config.input_weight  # the image to draw is the last
+        weight[: own[-1].start + len(spans) - sum(stop - start for start, stop in spans)] *= self.config.input_weight
         return Sample(masked, weight, standing(body, [*chosen, document.id]))
 
     def _answered(self, document: Document, template: str, asked: Sequence[Values]) -> Sample:

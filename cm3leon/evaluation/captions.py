@@ -174,7 +174,7 @@ def score(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
         tokenized: the captions are tokens separated by spaces already, and :func:`tokenize` is not applied.
 
     Raises:
-        ValueError: if the two do not name the same images, there are none, or an image has no reference.
+        ValueError: if the two do not name the same images, there are none, or an image's references are no list or an empty one.
     """
     if hypotheses.keys() != references.keys():
         missing, unknown = sorted(references.keys() - hypotheses.keys()), sorted(hypotheses.keys() - references.keys())
@@ -186,6 +186,9 @@ def score(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
     empty = [key for key, group in references.items() if not group]
     if empty:
         raise ValueError(f"{len(empty)} images have no reference caption: {empty[:3]}")
+    texts = [key for key, group in references.items() if isinstance(group, str)]
+    if texts:
+        raise ValueError(f"{len(texts)} images have one text in the place of a list of reference captions: {texts[:3]}")
     means = {name: float(np.mean(values)) for name, values in per_image(hypotheses, references, tokenized).items()}
     return dict(zip(BLEU, bleu_of(bleu_counts(*split(hypotheses, references, tokenized))), strict=True)) | means
 

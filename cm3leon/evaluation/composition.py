@@ -170,15 +170,16 @@ def verdicts(captions: Sequence[str], images: Sequence[Image.Image | np.ndarray]
 def summarize(verdicts: Sequence[dict[str, bool] | None]) -> dict[str, float]:
     """Means over prompts: ``composition`` (every stated attribute right), ``composition/NAME`` over the prompts that state NAME, and
     ``composition/prompts``, the number of prompts counted: those that follow the grammar. Without any, only that last, 0."""
+    counted = sum(verdict is not None for verdict in verdicts)
+    return {"composition/prompts": float(counted)} | {name: float(np.mean(values)) for name, values in by_attribute(verdicts).items()}
+
+
+def by_attribute(verdicts: Sequence[dict[str, bool] | None]) -> dict[str, list[bool]]:
+    """The verdicts of which :func:`summarize` takes the means, prompt for prompt; only names that some prompt states."""
     counted = [verdict for verdict in verdicts if verdict is not None]
-    scores = {"composition/prompts": float(len(counted))}
-    if counted:
-        scores["composition"] = float(np.mean([all(verdict.values()) for verdict in counted]))
-    for name in ATTRIBUTES:
-        stated = [verdict[name] for verdict in counted if name in verdict]
-        if stated:
-            scores[f"composition/{name}"] = float(np.mean(stated))
-    return scores
+    found = {"composition": [all(verdict.values()) for verdict in counted]}
+    found |= {f"composition/{name}": [verdict[name] for verdict in counted if name in verdict] for name in ATTRIBUTES}
+    return {name: values for name, values in found.items() if values}
 
 
 def score(captions: Sequence[str], images: Sequence[Image.Image | np.ndarray]) -> dict[str, float]:

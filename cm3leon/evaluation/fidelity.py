@@ -127,6 +127,13 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, neighbours: int = 
     Raises:
         ValueError: for too few rows, different widths, or values that are not finite.
     """
+    inside, reached = within_manifolds(real, generated, neighbours)
+    return float(inside.mean()), float(reached.mean())
+
+
+def within_manifolds(real: np.ndarray, generated: np.ndarray, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the generated features lie in the manifold of real ones, bool ``(m,)``, and which real ones in that of generated ones,
+    ``(n,)``: what :func:`precision_recall` takes the means of."""
     real, generated = _check(real, generated, ("real", "generated"))
     for name, features in (("real", real), ("generated", generated)):
         if not 1 <= neighbours < len(features):
@@ -136,12 +143,12 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, neighbours: int = 
     return _covered(generated, real, neighbours), _covered(real, generated, neighbours)
 
 
-def _covered(queries: np.ndarray, members: np.ndarray, neighbours: int) -> float:
-    """Share of ``queries`` in the manifold of ``members``."""
+def _covered(queries: np.ndarray, members: np.ndarray, neighbours: int) -> np.ndarray:
+    """Which of ``queries`` lie in the manifold of ``members``."""
     # The nearest of all, position 0, is the member itself.
     radii = [np.partition(squared, neighbours, axis=1)[:, neighbours] for squared in _squared_distances(members, members)]
     reach = np.concatenate(radii)
-    return float(np.concatenate([(squared <= reach).any(axis=1) for squared in _squared_distances(queries, members)]).mean())
+    return np.concatenate([(squared <= reach).any(axis=1) for squared in _squared_distances(queries, members)])
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[np.ndarray]:

@@ -25,10 +25,26 @@ from cm3leon.data.images import to_rgb
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 """Name of the weights file that pytorch-fid publishes; its end is the beginning of the file's SHA-256."""
 
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
+CACHE = Path(".cache/inception")
+
 SIZE, DIMENSIONS, CLASSES = 299, 2048, 1008
 BATCH = 32
 AVERAGED = ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7b")
 MAXED = "Mixed_7c"
+
+
+def fetch_weights() -> Path:
+    """The published weights, downloaded to :data:`CACHE` (92 MB) if they are not there, and checked against their hash.
+
+    Raises:
+        OSError, RuntimeError: if they cannot be fetched, or are not what was published.
+    """
+    path = CACHE / WEIGHTS
+    if not path.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL, str(path), hash_prefix=path.stem.rpartition("-")[2])
+    return path
 
 
 def average_pool(x: torch.Tensor) -> torch.Tensor:

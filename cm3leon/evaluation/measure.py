@@ -16,7 +16,7 @@ from PIL import Image
 from cm3leon.evaluation import captions as caption_metrics
 from cm3leon.evaluation import composition, vqa
 from cm3leon.evaluation.alignment import ImageEncoder, TextImageEncoder
-from cm3leon.evaluation.fidelity import frechet_distance, kernel_distance, precision_recall
+from cm3leon.evaluation.fidelity import frechet_distance, kernel_distance, precision_recall, within_manifolds
 from cm3leon.evaluation.record import Record
 
 Images = Sequence[Image.Image]
@@ -51,8 +51,9 @@ def measure_composition(
     counted = [verdict for verdict in verdicts if verdict is not None]
     if not counted:
         return verdicts
-    record.scores.update(composition.summarize(verdicts))
-    record.add("composition", [float(all(verdict.values())) for verdict in counted], resamples, seed)
+    record.scores["composition/prompts"] = float(len(counted))
+    for name, values in composition.by_attribute(verdicts).items():
+        record.add(name, values, resamples, seed)
     record.calibration["composition_real"] = composition.score(prompts, originals)["composition"]
     record.calibration["composition_reconstructions"] = composition.score(prompts, reconstructions)["composition"]
     if len(prompts) > 1:
@@ -83,17 +84,24 @@ def measure_images(
     if len(texts) < 2:
         return
     record.calibration["clip_score_other_captions"] = float((found * texts[others(len(texts))]).sum(1).mean())
-    measure_fidelity(record, "encoder", encoder, drawn, reconstructions, originals, seed)
+    measure_fidelity(record, "encoder", encoder, drawn, reconstructions, originals, resamples, seed)
 
 
 def measure_fidelity(
-    record: Record, extractor: str, network: ImageEncoder, drawn: Images, reconstructions: Images, originals: Images, seed: int
+    record: Record,
+    extractor: str,
+    network: ImageEncoder,
+    drawn: Images,
+    reconstructions: Images,
+    originals: Images,
+    resamples: int,
+    seed: int,
 ) -> None:
     """Frechet and kernel distance, precision and recall on the features of a network, which all names end in.
 
-    Intervals of the distances are those over resampled drawn images, of which some then come twice: a little too high. Kernel distance is
-    unbiased, which matters where few images make a Frechet distance meaningless. Calibration: reconstructions, and one
-    half of the originals against the other.
+    Intervals of the distances are those over resampled drawn images, where the features are no wider than :data:`WIDEST`. Kernel distance
+    is unbiased, which matters where few images make a Frechet distance meaningless. Calibration: reconstructions, and one half of the
+    originals against the other.
     """
     if len(originals) < 2:
         return
@@ -111,8 +119,11 @@ def measure_fidelity(
             FEW,
             seed,
         )
+        low, high = record.intervals[f"fd_{extractor}"]
+        record.intervals[f"fd_{extractor}"] = (max(low, 0.0), high)
     if len(real) > 2 * NEIGHBOURS:
-        record.scores[f"precision_{extractor}"], record.scores[f"recall_{extractor}"] = precision_recall(real, found, NEIGHBOURS)
+        for name, inside in zip(("precision", "recall"), within_manifolds(real, found, NEIGHBOURS), strict=True):
+            record.add(f"{name}_{extractor}", inside, resamples, seed)
         half = len(real) // 2
         record.calibration[f"fd_{extractor}_real_halves"] = frechet_distance(real[:half], real[half:])
         record.calibration[f"kd_{extractor}_real_halves"] = kernel_distance(real[:half], real[half:], SUBSETS, half, seed)
@@ -126,7 +137,7 @@ def measure_captions(
     """CIDEr, BLEU and ROUGE-L of captions.
 
     Calibration: the same captions against the references of other documents, and where there are several, each document's first reference
-    against its others: what a person who describes the image scores.
+    against its others: what another description of the image scores.
     """
     wanted = {name: list(texts) for name, texts in zip(names, references, strict=True)}
     given = dict(zip(names, hypotheses, strict=True))
@@ -166,11 +177,12 @@ def measure_answers(
     answers: Sequence[str],
     answers_of_others: Sequence[str] | None,
     truths: Sequence[Sequence[str]],
+    images: Sequence[str],
     training_answers: Counter[tuple[str, str]],
     resamples: int,
     seed: int,
 ) -> None:
-    """VQA accuracy, as a share, also by kind of question.
+    """VQA accuracy, as a share, also by kind of question; intervals over images, which may have several questions each.
 
     Only the most frequent kinds have a score of their own. Calibration: the answers given to the same questions about *other* images
     (None: there are none), and the most frequent training answer of each kind.
@@ -180,13 +192,14 @@ def measure_answers(
         return [vqa.accuracy({"q": answer}, {"q": list(truth)}) / 100 for answer, truth in zip(given, truths, strict=True)]
 
     scores = shares(answers)
-    record.add("vqa_accuracy", scores, resamples, seed)
+    record.add("vqa_accuracy", scores, resamples, seed, images)
     by_kind = defaultdict(list)
-    for question, value in zip(questions, scores, strict=True):
-        by_kind[question_kind(question)].append(value)
+    for question, value, image in zip(questions, scores, images, strict=True):
+        by_kind[question_kind(question)].append((value, image))
     frequent = sorted(by_kind.items(), key=lambda item: (-len(item[1]), item[0]))[:KINDS]
-    for kind, values in frequent:
-        record.scores[f"vqa_accuracy/{kind}"] = float(np.mean(values))
+    for kind, found in frequent:
+        values, about = zip(*found, strict=True)
+        record.add(f"vqa_accuracy/{kind}", values, resamples, seed, about)
     if answers_of_others is not None:
         record.calibration["vqa_accuracy_other_images"] = float(np.mean(shares(answers_of_others)))
     majority: dict[str, str] = {}

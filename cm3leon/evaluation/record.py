@@ -32,17 +32,22 @@ class Record:
     settings: dict[str, Any] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, values: Sequence[float] | np.ndarray, resamples: int, seed: int) -> None:
-        """A score that is a mean over prompts, with its interval."""
+    def add(self, name: str, values: Sequence[float] | np.ndarray, resamples: int, seed: int, groups: Sequence[str] | None = None) -> None:
+        """A score that is a mean over prompts, with its interval; ``groups`` as :func:`bootstrap` takes them."""
         self.scores[name] = float(np.mean(values))
-        self.intervals[name] = bootstrap(values, resamples, seed)
+        self.intervals[name] = bootstrap(values, resamples, seed, groups)
 
     def add_intervals(
         self, names: Sequence[str], statistic: Callable[[np.ndarray], Sequence[float]], count: int, resamples: int, seed: int
     ) -> None:
-        """Intervals of scores that are no means: those of ``statistic`` over resampled rows, of which there are ``count``."""
+        """Intervals of scores that are no means: those of ``statistic`` over resampled rows, of which there are ``count``.
+
+        A resample has some rows twice, which raises distances; the intervals are moved by as much as the resamples' mean differs from the
+        score, which must have been noted.
+        """
         rng = np.random.default_rng(seed)
         found = np.array([statistic(rng.integers(count, size=count)) for _ in range(resamples)])
+        found += np.array([self.scores[name] for name in names]) - found.mean(0)
         for name, (low, high) in zip(names, np.quantile(found, [0.025, 0.975], axis=0).T.tolist(), strict=True):
             self.intervals[name] = (low, high)
 
@@ -62,11 +67,17 @@ class Record:
         return cls(**data)
 
 
-def bootstrap(values: Sequence[float] | np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean, by resampling prompts with replacement."""
+def bootstrap(values: Sequence[float] | np.ndarray, resamples: int, seed: int, groups: Sequence[str] | None = None) -> tuple[float, float]:
+    """95 % interval of the mean, by resampling prompts with replacement.
+
+    Args:
+        groups: which values belong together, as several questions about one image do; whole groups are then resampled.
+    """
     array = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
-    low, high = np.quantile(array[picks].mean(axis=1), [0.025, 0.975])
+    numbers = np.unique(groups, return_inverse=True)[1] if groups is not None else np.arange(len(array))
+    sums, counts = np.bincount(numbers, array), np.bincount(numbers)
+    picks = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
+    low, high = np.quantile(sums[picks].sum(axis=1) / counts[picks].sum(axis=1), [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-ANNOTATORS = 10
-"""Human answers a question has in VQA v1, VQA v2 and VizWiz; with so many, the server's rules apply to the letter."""
+ENOUGH = 4
+"""References with which the server's rule, three matches among the others, can be met: from there on it applies to the letter."""
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = frozenset({"a", "an", "the"})
@@ -71,20 +71,22 @@ def _strip_space(text: str) -> str:
 def answer_score(answer: str, references: Sequence[str]) -> float:
     """Score in [0, 1] of one answer against its human answers.
 
-    With :data:`ANNOTATORS` or more references this is the server's rule to the letter: the mean, over the references, of
-    ``min(1, matches among the others / 3)``; and unless the references differ among themselves, *nothing is normalised*, so that
-    "Yes." does not match ten times "yes".
+    With :data:`ENOUGH` or more references (VQA v1, VQA v2 and VizWiz have ten) this is the server's rule to the letter: the mean, over
+    the references, of ``min(1, matches among the others / 3)``; and unless the references differ among themselves, *nothing is
+    normalised*, so that "Yes." does not match ten times "yes".
 
-    With fewer references the server has no rule. Here both sides are always normalised and the bar of three matches drops to as many
-    as there are other references; a single reference is an exact match after normalisation.
+    With fewer references no answer could be wholly right by that rule. Here both sides are then always normalised and the bar of three
+    matches drops to as many as there are other references; a single reference is an exact match after normalisation.
 
     Raises:
-        ValueError: if there is no reference.
+        ValueError: if there is no reference, or one text in the place of a list of them.
     """
+    if isinstance(references, str):
+        raise ValueError(f"references must be a list of answers, found the text {references!r}")
     if not references:
         raise ValueError("no reference answers")
     answer, cleaned = _strip_space(answer), [_strip_space(reference) for reference in references]
-    if len(cleaned) < ANNOTATORS or len(set(cleaned)) > 1:
+    if len(cleaned) < ENOUGH or len(set(cleaned)) > 1:
         answer, cleaned = normalize_answer(answer), [normalize_answer(reference) for reference in cleaned]
     matches = np.array([reference == answer for reference in cleaned], dtype=np.int64)
     if len(matches) == 1:
@@ -101,7 +103,7 @@ def accuracy(answers: Mapping[str, str], annotations: Mapping[str, Sequence[str]
         annotations: question id -> human answers; see :func:`answer_score` for how their number matters.
 
     Raises:
-        ValueError: if the two do not name the same questions, there are none, or a question has no reference.
+        ValueError: if the two do not name the same questions, there are none, or a question's references are no list or an empty one.
     """
     if answers.keys() != annotations.keys():
         missing, unknown = sorted(annotations.keys() - answers.keys()), sorted(answers.keys() - annotations.keys())
@@ -111,6 +113,8 @@ def accuracy(answers: Mapping[str, str], annotations: Mapping[str, Sequence[str]
     if not answers:
         raise ValueError("no questions to score")
     for question, references in annotations.items():
+        if isinstance(references, str):
+            raise ValueError(f"question {question!r} needs a list of reference answers, found the text {references!r}")
         if not references:
             raise ValueError(f"question {question!r} has no reference answers")
     return 100 * float(np.mean([answer_score(answers[question], annotations[question]) for question in annotations]))

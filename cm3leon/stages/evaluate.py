@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import tempfile
 from collections import Counter
@@ -14,23 +13,25 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from cm3leon import paths, super_resolution, tracking
 from cm3leon.config import Config, UserError
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
-from cm3leon.evaluation import composition, leakage, measure
-from cm3leon.evaluation.inception import Inception
+from cm3leon.evaluation import composition, leakage, measure, vqa
+from cm3leon.evaluation.alignment import clip_score
+from cm3leon.evaluation.inception import Inception, fetch_weights
+from cm3leon.evaluation.record import FILE as RECORD
 from cm3leon.evaluation.record import Record, digest
 from cm3leon.generation.generator import Generator
-from cm3leon.stages.common import save_captioned
-from cm3leon.stages.evaluation_tasks import MEASURES, Evaluation, first_caption, infill
+from cm3leon.lineage import content_hash
+from cm3leon.stages.common import device, save_captioned
+from cm3leon.stages.evaluation_tasks import MEASURES, Evaluation, Sheet, best, first_caption, infill
 from cm3leon.stages.super_resolution import target_side
 from cm3leon.tokenizers.image import reconstruct
 
-SAMPLES = "samples.png"
-CAPTIONED = "captions.png"
 CONFUSIONS = "confusions.csv"
 SECTIONS = ("evaluate", "decoding", "retrieve")
 """Parameters that an evaluation depends on, which its record repeats."""
@@ -78,22 +79,35 @@ def fitted(generator: Generator, store: ImageStore, refs: Sequence[str]) -> list
     return [fit_square(store.open(ref), generator.image_tokenizer.spec.image_size) for ref in refs]
 
 
-def measure_upscaler(record: Record, generator: Generator, store: ImageStore, refs: Sequence[str], side: int) -> None:
+def measure_upscaler(
+    record: Record, generator: Generator, store: ImageStore, refs: Sequence[str], side: int, resamples: int, seed: int
+) -> None:
     """PSNR (RGB and Y) and SSIM (Y) of reductions of the images, upscaled again, against the images. Calibration: bicubic interpolation."""
     assert generator.super_resolution is not None
     figures = super_resolution.evaluate(generator.super_resolution, ImageSet(store, refs, side))
     for name in ("psnr_rgb", "psnr_y", "ssim_y"):
         if name in figures:
-            record.scores[f"super_resolution_{name}"] = figures[name]
-            record.calibration[f"super_resolution_{name}_bicubic"] = figures[f"{name}_bicubic"]
+            record.add(f"super_resolution_{name}", figures[name], resamples, seed)
+            record.calibration[f"super_resolution_{name}_bicubic"] = float(np.mean(figures[f"{name}_bicubic"]))
 
 
 def contract(
-    config: Config, rows: pd.DataFrame, prompts: list[str], captioned: pd.DataFrame, asked: list[Any], generator: Generator, side: int
+    config: Config,
+    rows: pd.DataFrame,
+    prompts: list[str],
+    captioned: pd.DataFrame,
+    asked: list[Any],
+    generator: Generator,
+    side: int,
+    inception: str | None,
 ) -> dict[str, Any]:
-    """What was asked and how: equal contracts make scores comparable. ``side``: of the images the upscaler is measured on, pixels."""
+    """What was asked and how: equal contracts make scores comparable.
+
+    Args:
+        side: of the images the upscaler is measured on, pixels.
+        inception: fingerprint of the FID network's weights.
+    """
     references = [list(texts) for texts in captioned["captions"]]
-    inception = config.evaluate.inception
     return {
         "images": digest(rows["id"].tolist()),
         "prompts": digest(prompts),
@@ -107,7 +121,7 @@ def contract(
         "image_path": f"fit_square to {generator.image_tokenizer.spec.image_size} px, Lanczos, no file format between",
         "super_resolution": f"bicubic reductions of images of {side} px; Y without a border as wide as the scale",
         "features": f"open_clip image tower {generator.encoder.fingerprint}" if generator.encoder else None,
-        "inception": hashlib.sha256(Path(inception).read_bytes()).hexdigest()[:16] if inception else None,
+        "inception": inception,
         "bootstrap": config.evaluate.bootstrap,
     }
 
@@ -130,66 +144,105 @@ def load(config: Config, model: Path = paths.FINETUNED) -> Generator:
 def evaluate(config: Config, output: Path) -> Record:
     """Measure the models in ``models/``; writes the record, sheets and the table of confusions to ``output``.
 
+    What the model was not tuned for is not measured.
+
     Raises:
         LeakageError: if held-out documents stand in training or in the memory bank.
+        UserError: if Inception's weights are asked for and cannot be had.
     """
     section = config.evaluate
     resampling = (section.bootstrap, section.seed)
     generator = load(config)
     assert generator.encoder is not None and generator.super_resolution is not None and generator.memory is not None
+    inception = inception_of(section.inception)
     store, test, train = ImageStore(paths.RAW), read_manifest(paths.VALIDATED, "test"), read_manifest(paths.VALIDATED, "train")
     known = generator.memory.bank.documents["id"].tolist()
     leakage.check(test, train, known, store, config.validate_.near_duplicate_distance)
     rows, captioned = choose(test, section.prompts, section.seed), choose(test, section.captions, section.seed)
     prompts = [generator.shorten(first_caption(captions)) for captions in rows["captions"]]
-    originals = fitted(generator, store, rows["image"].tolist())
-    _, pixels = reconstruct(generator.image_tokenizer, torch.from_numpy(np.stack([np.asarray(image) for image in originals])))
-    reconstructions = [Image.fromarray(array) for array in pixels.numpy()]
     asked = ask_questions(test, section.questions, section.seed)
     side = target_side(rows, generator.image_tokenizer.spec.image_size, generator.super_resolution.scale)
-
     record = Record(
-        contract=contract(config, rows, prompts, captioned, asked, generator, side),
+        contract=contract(config, rows, prompts, captioned, asked, generator, side, inception.fingerprint if inception else None),
         settings={name: getattr(config, name).model_dump(mode="json") for name in SECTIONS},
         models={str(path): content_hash(path) for path in MODELS},
     )
-    drawn = [images[0].image for images in generator.text_to_image(prompts, seed=section.seed)]
-    measure.measure_composition(record, prompts, drawn, reconstructions, originals, *resampling)
-    measure.measure_images(record, generator.encoder, prompts, drawn, reconstructions, originals, *resampling)
-    if section.inception:
-        measure.measure_fidelity(
-            record, "inception", Inception.load(Path(section.inception)), drawn, reconstructions, originals, section.seed
-        )
-    measure_upscaler(record, generator, store, rows["image"].tolist(), side)
-    pictures = fitted(generator, store, captioned["image"].tolist())
-    captions = [caption.text for caption in generator.caption(pictures)]
-    measure.measure_captions(record, captioned["id"].tolist(), captions, [list(texts) for texts in captioned["captions"]], *resampling)
-    if asked:
-        questions, truths = [question for _, question, _ in asked], [truth for _, _, truth in asked]
-        answers, others = answer_all(generator, store, [ref for ref, _, _ in asked], questions), measure.pictures_of_others(asked)
-        answers_of_others = answer_all(generator, store, others, questions) if others else None
-        measure.measure_answers(record, questions, answers, answers_of_others, truths, training_answers(train), *resampling)
+    measure_upscaler(record, generator, store, rows["image"].tolist(), side, *resampling)
     evaluation = Evaluation(config, generator, store, test, record)
-    sheets = {name: measured(evaluation) for name, measured in MEASURES.items() if name in generator.trained_tasks}
+    sheets: dict[str, Sheet] = {}
+    if "text_to_image" in generator.trained_tasks:
+        sheets["samples"] = draw(evaluation, rows, prompts, inception)
+    if "caption" in generator.trained_tasks:
+        sheets["captions"] = describe(evaluation, captioned)
+    if asked and "vqa" in generator.trained_tasks:
+        sheets["vqa"] = answer(evaluation, asked, training_answers(train))
+    sheets |= {name: measured(evaluation) for name, measured in MEASURES.items() if name in generator.trained_tasks}
     sheets["infill"] = infill(evaluation)
+    for old in [*output.glob("*.png"), output / CONFUSIONS]:  # of an evaluation of another model
+        old.unlink(missing_ok=True)
     record.write(output)
-    save_captioned(drawn[: section.sheet], prompts[: section.sheet], output / SAMPLES)
-    save_captioned(pictures[: section.sheet], captions[: section.sheet], output / CAPTIONED)
     for name, shown in sheets.items():
         if shown:
             images, texts = zip(*shown[: section.sheet], strict=True)
             save_captioned(images, texts, output / f"{name}.png")
-    (output / CONFUSIONS).write_text(composition.confusions(prompts, drawn))
+    if "samples" in sheets:
+        (output / CONFUSIONS).write_text(composition.confusions(prompts, [image for image, _ in sheets["samples"]]))
     return record
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 over the names and contents of a directory's files, first 16 hex digits; pictures and logs apart."""
-    found = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file() and file.suffix not in (".png", ".csv")):
-        with file.open("rb") as stream:
-            found.update(f"{file.relative_to(path)}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return found.hexdigest()[:16]
+def inception_of(weights: str | None) -> Inception | None:
+    """The FID network as ``evaluate.inception`` names it: a path, or ``download``."""
+    if weights is None:
+        return None
+    try:
+        return Inception.load(fetch_weights() if weights == "download" else Path(weights)).to(device())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"evaluate.inception {weights}: {error}") from None
+
+
+def draw(e: Evaluation, rows: pd.DataFrame, prompts: list[str], inception: Inception | None) -> Sheet:
+    """Images of held-out captions. Calibration, beside those of the measures: the same of one candidate each, which nothing ranked."""
+    generator, section = e.generator, e.config.evaluate
+    resampling = (section.bootstrap, section.seed)
+    assert generator.encoder is not None
+    originals = e.pictures(rows["image"].tolist())
+    _, pixels = reconstruct(generator.image_tokenizer, torch.from_numpy(np.stack([np.asarray(image) for image in originals])))
+    reconstructions = [Image.fromarray(array) for array in pixels.numpy()]
+    drawn = best(generator.text_to_image(prompts, seed=section.seed))
+    measure.measure_composition(e.record, prompts, drawn, reconstructions, originals, *resampling)
+    measure.measure_images(e.record, generator.encoder, prompts, drawn, reconstructions, originals, *resampling)
+    unranked = best(generator.text_to_image(prompts, seed=section.seed, candidates=1))
+    e.calibrate("clip_score_one_candidate", clip_score(generator.encoder, unranked, prompts))
+    if "composition" in e.record.scores:
+        e.record.calibration["composition_one_candidate"] = composition.score(prompts, unranked)["composition"]
+    if inception:
+        measure.measure_fidelity(e.record, "inception", inception, drawn, reconstructions, originals, *resampling)
+    return list(zip(drawn, prompts, strict=True))
+
+
+def describe(e: Evaluation, captioned: pd.DataFrame) -> Sheet:
+    """Captions of held-out images."""
+    pictures = e.pictures(captioned["image"].tolist())
+    captions = [caption.text for caption in e.generator.caption(pictures)]
+    references = [list(texts) for texts in captioned["captions"]]
+    section = e.config.evaluate
+    measure.measure_captions(e.record, captioned["id"].tolist(), captions, references, section.bootstrap, section.seed)
+    return list(zip(pictures, captions, strict=True))
+
+
+def answer(e: Evaluation, asked: Sequence[tuple[str, str, list[str]]], frequent: Counter[tuple[str, str]]) -> Sheet:
+    """Answers to questions about held-out images; on the sheet the first reference stands behind an answer that is none of them."""
+    images, questions, truths = zip(*asked, strict=True)
+    answers, others = answer_all(e.generator, e.store, images, questions), measure.pictures_of_others(asked)
+    answers_of_others = answer_all(e.generator, e.store, others, questions) if others else None
+    section = e.config.evaluate
+    measure.measure_answers(
+        e.record, questions, answers, answers_of_others, truths, images, frequent, section.bootstrap, section.seed
+    )  # fmt: skip
+    shown = list(zip(asked, answers, strict=True))[: section.sheet]
+    pictures = e.pictures([image for (image, _, _), _ in shown])
+    wrong = ["" if vqa.answer_score(said, truth) else f" (not {truth[0]})" for (_, _, truth), said in shown]
+    return [(p, f"{question} {said}{note}") for p, ((_, question, _), said), note in zip(pictures, shown, wrong, strict=True)]
 
 
 def run(config: Config) -> dict[str, float]:
@@ -200,8 +253,9 @@ def run(config: Config) -> dict[str, float]:
         run.log_metrics({f"calibration/{name}": value for name, value in record.calibration.items()})
         for sheet in sorted(paths.EVALUATION.glob("*.png")):
             run.log_artifact(sheet, "samples")
-        run.log_artifact(paths.EVALUATION / CONFUSIONS)
-        run.log_artifact(paths.EVALUATION / "record.json")
+        for table in (CONFUSIONS, RECORD):
+            if (paths.EVALUATION / table).is_file():
+                run.log_artifact(paths.EVALUATION / table)
     return headline(record)
 
 
@@ -232,7 +286,11 @@ def reproduce(config: Config, path: Path) -> tuple[int, list[Difference]]:
         raise UserError(
             f"{path} was made with other models: {', '.join(changed)} changed since; check out those of the record (dvc checkout)"
         )
-    sections = {name: type(getattr(config, name)).model_validate(values) for name, values in old.settings.items()}
+    try:
+        sections = {name: type(getattr(config, name)).model_validate(values) for name, values in old.settings.items()}
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, found["loc"])) for found in error.errors())
+        raise UserError(f"{path} was made by other code, with settings that this one does not take: {wrong}; evaluate anew") from None
     with tempfile.TemporaryDirectory() as folder:
         new = evaluate(config.model_copy(update=sections), Path(folder))
         new = Record.read(Path(folder))

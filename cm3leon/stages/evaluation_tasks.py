@@ -29,7 +29,7 @@ from cm3leon.evaluation.measure import others
 from cm3leon.evaluation.record import Record, digest
 from cm3leon.evaluation.scene_reading import UNKNOWN, read_scene
 from cm3leon.generation.generator import Generator
-from cm3leon.tasks import Values, box_in_square, conclusion, layout_text, problem_values
+from cm3leon.tasks import Values, box_in_square, conclusion, filled, layout_text, problem_values, visible_objects
 
 Sheet = list[tuple[Image.Image, str]]
 MARGIN = 1.15
@@ -60,10 +60,11 @@ class Evaluation:
         Args:
             values: what a row asks of the task; rows that do not fit in the context are left out, and the contract says how many.
         """
-        found = [row for row in self.test.itertuples() if all(_filled(getattr(row, column)) for column in columns) and usable(row)]
+        found = [row for row in self.test.itertuples() if all(filled(getattr(row, column)) for column in columns) and usable(row)]
         fitting = [row for row in found if values is None or self.generator.fits(task, values(row))]
-        if found:
-            self.record.contract.setdefault("tasks", {})[task] = {"too_long": len(found) - len(fitting)}
+        self.record.contract.setdefault("tasks", {})[task] = {"count": 0, "too_long": len(found) - len(fitting)}
+        if not fitting:
+            print(f"{task}: not measured, no held-out document has what it needs and fits in the context", flush=True)
         order = np.random.default_rng(self.config.evaluate.seed).permutation(len(fitting))[: self.config.evaluate.tasks]
         return [fitting[int(number)] for number in sorted(order)]
 
@@ -79,7 +80,7 @@ class Evaluation:
         """A score that is a mean, with its interval."""
         self.record.add(name, values, self.config.evaluate.bootstrap, self.config.evaluate.seed)
 
-    def calibrate(self, name: str, values: Sequence[float]) -> None:
+    def calibrate(self, name: str, values: Sequence[float] | np.ndarray) -> None:
         """What the same measure gives for something known."""
         if len(values):
             self.record.calibration[name] = float(np.mean(values))
@@ -87,10 +88,6 @@ class Evaluation:
     def asked(self, task: str, what: Any) -> None:
         """Note in the contract what was asked."""
         self.record.contract["tasks"][task] |= {"asked": digest(what), "count": len(what)}
-
-
-def _filled(value: Any) -> bool:
-    return value is not None and (len(value) > 0 if hasattr(value, "__len__") else value == value)
 
 
 def first_caption(captions: Sequence[str]) -> str:
@@ -107,7 +104,8 @@ def _is_scene(row: Any) -> bool:
     return composition.parse_caption(first_caption(row.captions)) is not None
 
 
-def _best(drawn: Sequence[Sequence[Any]]) -> list[Image.Image]:
+def best(drawn: Sequence[Sequence[Any]]) -> list[Image.Image]:
+    """The first image drawn for each prompt."""
     return [images[0].image for images in drawn]
 
 
@@ -123,7 +121,7 @@ def edit(e: Evaluation) -> Sheet:
     before, after = e.pictures([refs[row.edited_from] for row in rows]), e.pictures([row.image for row in rows])
     instructions = [row.instruction for row in rows]
     e.asked("edit", [[row.edited_from, row.id, row.instruction] for row in rows])
-    drawn = _best(e.generator.edit(before, instructions, seed=e.config.evaluate.seed))
+    drawn = best(e.generator.edit(before, instructions, seed=e.config.evaluate.seed))
     copies, unchanged = e.reconstructed(after), e.reconstructed(before)
     regions = [edits.changed_region(one, other) for one, other in zip(before, after, strict=True)]
 
@@ -167,8 +165,7 @@ def layout(e: Evaluation) -> Sheet:
     """
 
     def placed(row: Any) -> list[tuple[str, layouts.Box]]:
-        found = [(item["label"], box_in_square(item["box"], row.width, row.height)) for item in row.objects]
-        return [(label, box) for label, box in found if box is not None]
+        return visible_objects(row._asdict())
 
     rows = e.rows(
         "layout_to_image",
@@ -182,7 +179,7 @@ def layout(e: Evaluation) -> Sheet:
     size = e.generator.image_size
     in_pixels = [[(label, (box[0] * size, box[1] * size, box[2] * size, box[3] * size)) for label, box in boxes] for boxes in asked]
     e.asked("layout_to_image", [[row.id, caption, boxes] for row, caption, boxes in zip(rows, captions, asked, strict=True)])
-    drawn = _best(e.generator.layout_to_image(captions, in_pixels, seed=e.config.evaluate.seed))
+    drawn = best(e.generator.layout_to_image(captions, in_pixels, seed=e.config.evaluate.seed))
     real = e.pictures([row.image for row in rows])
     scenes = [number for number, row in enumerate(rows) if _is_scene(row)]
     if scenes:
@@ -234,7 +231,7 @@ def condition(e: Evaluation) -> Sheet:
     asked = e.pictures([image for _, image in chosen])
     captions, kinds = [first_caption(row.captions) for row in rows], [kind for kind, _ in chosen]
     e.asked("condition_to_image", [[row.id, kind, caption] for row, kind, caption in zip(rows, kinds, captions, strict=True)])
-    drawn = _best(e.generator.condition_to_image(captions, asked, kinds, seed=e.config.evaluate.seed))
+    drawn = best(e.generator.condition_to_image(captions, asked, kinds, seed=e.config.evaluate.seed))
     real = e.pictures([row.image for row in rows])
     scored = [n for n, (row, kind) in enumerate(zip(rows, kinds, strict=True)) if kind in EXTRACTORS or _is_scene(row)]
 
@@ -253,7 +250,7 @@ def condition(e: Evaluation) -> Sheet:
             by_kind[kinds[number]].append(value)
         for kind, own in by_kind.items():
             name = re.sub(r"\W+", "_", kind)
-            e.record.scores[f"condition/agreement/{name}"] = float(np.mean(own))
+            e.add(f"condition/agreement/{name}", own)
         e.calibrate("condition/agreement_real", agreements(real, scored))
         e.calibrate("condition/agreement_reconstructions", agreements(e.reconstructed(real), scored))
         if len(scored) > 1:
@@ -282,7 +279,7 @@ def infill(e: Evaluation) -> Sheet:
         boxes.append(_widened(shares, size))
     real = e.pictures([row.image for row in rows])
     e.asked("infill", [[row.id, box, caption] for row, box, caption in zip(rows, boxes, captions, strict=True)])
-    drawn = _best(e.generator.infill(real, boxes, captions, seed=e.config.evaluate.seed))
+    drawn = best(e.generator.infill(real, boxes, captions, seed=e.config.evaluate.seed))
     grey = [image.copy() for image in real]
     for image, box in zip(grey, boxes, strict=True):
         x0, y0, x1, y1 = (round(value) for value in box)
@@ -316,7 +313,7 @@ def write(e: Evaluation) -> Sheet:
         return []
     texts = [row.text_in_image for row in rows]
     e.asked("write", [[row.id, row.text_in_image] for row in rows])
-    drawn = _best(e.generator.write(texts, seed=e.config.evaluate.seed))
+    drawn = best(e.generator.write(texts, seed=e.config.evaluate.seed))
 
     def right(images: Sequence[Image.Image]) -> list[float]:
         return [float(read_scene(image).letter == text) for image, text in zip(images, texts, strict=True)]
@@ -362,15 +359,15 @@ def reasoning(e: Evaluation) -> Sheet:
     asked = tuple([problem[name] for problem in problems] for name in ("question", "options", "context"))
 
     def right(answers: Sequence[str]) -> list[float]:
-        return [float(answer == truth) for answer, truth in zip(answers, truths, strict=True)]
+        return [float(conclusion(answer) == conclusion(truth)) for answer, truth in zip(answers, truths, strict=True)]
 
     explained = [text.text for text in e.generator.reason(pictures, *asked)]
-    e.add("reasoning/accuracy", right([conclusion(text) for text in explained]))
+    e.add("reasoning/accuracy", right(explained))
     e.add("reasoning/accuracy_unexplained", right([text.text for text in e.generator.reason(pictures, *asked, explain=False)]))
     e.calibrate("reasoning/accuracy_guess", [1 / len(problem["options"]) for problem in problems])
     if len(rows) > 1:
         elsewhere = [pictures[number] for number in others(len(pictures))]
-        e.calibrate("reasoning/accuracy_other_images", right([conclusion(text.text) for text in e.generator.reason(elsewhere, *asked)]))
+        e.calibrate("reasoning/accuracy_other_images", right([text.text for text in e.generator.reason(elsewhere, *asked)]))
     return [(image, f"{question} {text}") for image, question, text in zip(pictures, asked[0], explained, strict=True)]
 
 

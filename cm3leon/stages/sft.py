@@ -44,7 +44,7 @@ def run(config: Config) -> dict[str, float]:
         run.log_metrics({f"sft/{name}": count for name, count in counts.items()})
         run.log_metrics({f"sft/share_{name}": share for name, share in training.shares.items()})
         validation = {"": first_batches(held_out_samples, len(held_out_samples), section, config.seed)}
-        few = section.model_copy(update={"validation_documents": section.validation_documents // TASK_PART})
+        few = section.model_copy(update={"validation_documents": max(1, section.validation_documents // TASK_PART)})
         for name in held_out_samples.rows:
             alone = held_out_samples.only(name)
             validation[name] = first_batches(alone, len(alone), few, config.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from cm3leon import paths, tracking
@@ -42,6 +43,6 @@ def run(config: Config) -> dict[str, float]:
             model = train(section, images, config.seed, device(), on_step)
         model.save(paths.SUPER_RESOLUTION)
         held_out = ImageSet(store, manifest[manifest["split"] == "val"]["image"].tolist()[:VALIDATION_IMAGES], side)
-        figures = evaluate(model, held_out)
+        figures = {name: float(np.mean(values)) for name, values in evaluate(model, held_out).items()}
         run.log_metrics({f"super_resolution/{name}": value for name, value in figures.items()})
     return figures

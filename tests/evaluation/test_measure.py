@@ -68,7 +68,7 @@ def test_answers_are_compared_with_blind_guesses():
     truths = [["red"], ["blue"], ["2"]]
     known = measure.Counter({("what_color", "red"): 5, ("what_color", "blue"): 1, ("how_many", "3"): 9})
     record = Record()
-    measure.measure_answers(record, questions, ["red", "blue", "3"], ["blue", "2", "2"], truths, known, 100, 0)
+    measure.measure_answers(record, questions, ["red", "blue", "3"], ["blue", "2", "2"], truths, ["x", "x", "y"], known, 100, 0)
     assert record.scores["vqa_accuracy"] == pytest.approx(2 / 3)
     assert record.scores["vqa_accuracy/what_color"] == 1 and record.scores["vqa_accuracy/how_many"] == 0
     assert record.calibration["vqa_accuracy_other_images"] == pytest.approx(1 / 3)
@@ -85,7 +85,7 @@ def test_kinds_of_questions_are_names_that_trackers_take():
 def test_only_the_most_frequent_kinds_have_a_score():
     questions = [f"kind {number}?" for number in range(30) for _ in range(number + 1)]
     record = Record()
-    measure.measure_answers(record, questions, ["a"] * len(questions), None, [["a"]] * len(questions), measure.Counter(), 10, 0)
+    measure.measure_answers(record, questions, ["a"] * len(questions), None, [["a"]] * len(questions), questions, measure.Counter(), 10, 0)
     kinds = {name for name in record.scores if "/" in name}
     assert kinds == {f"vqa_accuracy/kind_{number}" for number in range(30 - measure.KINDS, 30)}
     assert "vqa_accuracy_other_images" not in record.calibration
@@ -142,11 +142,34 @@ def test_fidelity_names_its_extractor_and_says_what_is_normal():
             return np.stack([np.asarray(image, dtype=float).reshape(-1, 3).mean(0) for image in images])
 
     record = Record()
-    measure.measure_fidelity(record, "pixels", Pixels(), dark, real, real, 0)
+    measure.measure_fidelity(record, "pixels", Pixels(), dark, real, real, 50, 0)
     assert record.scores["fd_pixels"] > 1000 > record.calibration["fd_pixels_real_halves"] > record.calibration["fd_pixels_reconstructions"]
     assert record.scores["kd_pixels"] > record.calibration["kd_pixels_real_halves"]
     assert record.scores["precision_pixels"] == record.scores["recall_pixels"] == 0
     assert record.calibration["precision_pixels_reconstructions"] == record.calibration["recall_pixels_reconstructions"] == 1
+
+
+def test_every_score_of_images_answers_and_upscaling_lies_in_its_interval():
+    rng = np.random.default_rng(1)
+    real = [Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)) for _ in range(40)]
+    near = [Image.fromarray(np.clip(np.asarray(image).astype(int) + 3, 0, 255).astype(np.uint8)) for image in real]
+    record = Record()
+    measure.measure_images(record, ColourEncoder(), ["red", "blue"] * 20, near, real, real, 100, 0)
+    caption = "a small red circle on a white background"
+    measure.measure_composition(record, [caption] * 40, near, real, real, 100, 0)
+    questions, truths = ["What color is it?"] * 4 + ["How many?"] * 4, [["red"], ["2"]] * 4
+    measure.measure_answers(record, questions, ["red"] * 8, None, truths, list("aabbccdd"), measure.Counter(), 100, 0)
+    assert record.scores.keys() - record.intervals.keys() == {"composition/prompts"}
+    for name, (low, high) in record.intervals.items():
+        assert low <= record.scores[name] <= high, name
+
+
+def test_values_that_belong_together_are_resampled_together():
+    values = [0.0] * 10 + [1.0] * 10
+    low, high = bootstrap(values, 2000, 0)
+    wide_low, wide_high = bootstrap(values, 2000, 0, ["a"] * 5 + ["b"] * 5 + ["c"] * 5 + ["d"] * 5)
+    assert wide_high - wide_low > 1.5 * (high - low)
+    assert bootstrap(values, 50, 0, [str(n) for n in range(20)]) != (0.0, 1.0)
 
 
 def test_composition_is_absent_where_captions_state_no_scene():

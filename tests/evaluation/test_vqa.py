@@ -59,6 +59,7 @@ def test_unanimous_answers_are_not_normalised() -> None:
     assert answer_score("Yes.", ["yes"] * 10) == 0
     assert answer_score("Yes.", ["yes"] * 9 + ["no"]) == 1
     assert answer_score(" yes\n", ["yes"] * 10) == 1
+    assert answer_score("Yes.", ["yes"] * 4) == 0 and answer_score("Yes.", ["yes"] * 3) == 1
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,8 @@ def test_refuses_what_does_not_match() -> None:
         accuracy({}, {"q": ["yes"]})
     with pytest.raises(ValueError, match="1 not annotated"):
         accuracy({"q": "yes"}, {})
+    with pytest.raises(ValueError, match="'q' needs a list of reference answers"):
+        accuracy({"q": "yes"}, {"q": "yes"})
     with pytest.raises(ValueError, match="'q' has no reference"):
         accuracy({"q": "yes"}, {"q": []})
     with pytest.raises(ValueError, match="no questions"):

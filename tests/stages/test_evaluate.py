@@ -19,12 +19,13 @@ from cm3leon.config import Config, ShapesConfig, UserError
 from cm3leon.data.manifest import VALIDATED_SCHEMA, read_manifest
 from cm3leon.data.packing import pack
 from cm3leon.data.sources import shapes
+from cm3leon.evaluation import inception
 from cm3leon.evaluation.leakage import LeakageError
 from cm3leon.evaluation.record import Record
 from cm3leon.generation.engine import PromptTooLongError
 from cm3leon.stages import evaluate
 from cm3leon.stages.evaluation_tasks import MEASURES
-from cm3leon.tasks import TASKS
+from cm3leon.tasks import TASKS, Training
 
 CONFIG = Config.model_validate(
     {
@@ -107,7 +108,9 @@ def test_every_task_is_measured_beside_its_calibrations_and_again(scenes):
     assert record.calibration["condition/agreement_real"] > record.calibration["condition/agreement_other_images"] + 0.2
     assert set(record.contract["tasks"]) == {*MEASURES, "infill"}
     sheets = {path.stem for path in paths.EVALUATION.glob("*.png")}
-    assert {*MEASURES, "infill", "samples", "captions"} <= sheets
+    assert {*MEASURES, "infill", "samples", "captions", "vqa"} == sheets
+    assert {"clip_score_one_candidate", "composition_one_candidate"} <= set(record.calibration)
+    assert record.scores.keys() - record.intervals.keys() == {"composition/prompts"}
     assert (paths.EVALUATION / "confusions.csv").read_text().startswith("attribute,stated,drawn,count\n")
 
     count, differing = evaluate.reproduce(Config(), paths.EVALUATION / "record.json")
@@ -117,9 +120,38 @@ def test_every_task_is_measured_beside_its_calibrations_and_again(scenes):
     Path("changed.json").write_text(json.dumps(saved))
     [(name, recorded, again)] = evaluate.reproduce(Config(), Path("changed.json"))[1]
     assert name == "edit/kept" and recorded == pytest.approx(again + 0.1)
+    saved["settings"]["evaluate"]["lasers"] = 3
+    Path("alien.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"alien\.json was made by other code.*lasers"):
+        evaluate.reproduce(Config(), Path("alien.json"))
     (paths.TEXT_TOKENIZER / "tokenizer.json").write_text((paths.TEXT_TOKENIZER / "tokenizer.json").read_text() + " ")
     with pytest.raises(UserError, match="other models: models/text_tokenizer changed since"):
         evaluate.reproduce(Config(), Path("changed.json"))
+
+
+def test_what_a_model_was_not_tuned_for_is_not_measured(collection, capsys):
+    collection(3)
+    Training(frozenset({"caption", "edit"}), True).write(paths.FINETUNED)
+    (paths.EVALUATION / "vqa.png").write_bytes(b"of another model")
+    evaluate.run(CONFIG)
+    record = Record.read(paths.EVALUATION)
+    assert "cider" in record.scores and not {"composition", "clip_score", "vqa_accuracy"} & set(record.scores)
+    assert {path.stem for path in paths.EVALUATION.glob("*.png")} == {"captions"}
+    assert not (paths.EVALUATION / "confusions.csv").exists()
+    assert "edit: not measured, no held-out document" in capsys.readouterr().out
+    assert record.contract["tasks"]["edit"]["count"] == 0
+
+
+@pytest.mark.parametrize("weights", ["nowhere.pth", "broken.pth", "download"])
+def test_inception_that_cannot_be_had_is_an_error_before_anything_is_drawn(collection, monkeypatch, weights):
+    collection(1)
+    Path("broken.pth").write_bytes(b"no weights")
+    monkeypatch.setattr(inception, "URL", Path("broken.pth").absolute().as_uri())
+    monkeypatch.setattr(evaluate, "draw", lambda *arguments: pytest.fail("drawn"))
+    config = CONFIG.model_copy(update={"evaluate": CONFIG.evaluate.model_copy(update={"inception": weights})})
+    with pytest.raises(UserError, match=rf"evaluate\.inception {weights}"):
+        evaluate.run(config)
+    assert not list(inception.CACHE.glob("*.pth"))
 
 
 def test_held_out_documents_that_stand_in_training_are_refused(scenes):
@@ -146,7 +178,7 @@ def test_the_contract_covers_what_was_captioned():
 
     def contract(ids: list[str], references: list[list[str]]) -> dict:
         captioned = pd.DataFrame({"id": ids, "captions": references})
-        return evaluate.contract(CONFIG, pd.DataFrame({"id": ["a"]}), ["p"], captioned, [], Parts(), 64)
+        return evaluate.contract(CONFIG, pd.DataFrame({"id": ["a"]}), ["p"], captioned, [], Parts(), 64, None)
 
     base = contract(["a", "b"], [["x"], ["y"]])
     changes = {

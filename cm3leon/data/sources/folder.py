@@ -178,11 +178,13 @@ def _objects(cell: Any) -> list[tuple[str, tuple[float, float, float, float]]]:
     expected = 'a JSON list of {"label": ..., "box": [x0, y0, x1, y1]}'
     value = _json(cell, expected)
     try:
-        objects = [(str(item["label"]), tuple(float(number) for number in item["box"])) for item in value or []]
+        objects = [(_text(item["label"]) or "", tuple(float(number) for number in item["box"])) for item in value or []]
     except (KeyError, TypeError, ValueError):
         raise _RowProblem("malformed_row", f"expected {expected}, found {str(cell)[:60]!r}") from None
     if any(len(box) != 4 for _, box in objects):
         raise _RowProblem("malformed_row", f"a box has other than four numbers: {str(cell)[:60]!r}")
+    if not all(label for label, _ in objects):
+        raise _RowProblem("malformed_row", f"an object's label is empty: {str(cell)[:60]!r}")
     return objects  # type: ignore[return-value]
 
 
@@ -203,14 +205,14 @@ def _questions(cell: Any) -> list[tuple[str, list[str]]]:
 
 
 def _reasoning(cell: Any) -> list[Problem]:
-    expected = 'a JSON list of {"question": ..., "options": [...], "answer": one of them, "explanation": ..., "context": may be left out}'
+    expected = 'a JSON list of {"question": ..., "options": two or more, "answer": one of them, "explanation": ..., "context": may be left out}'
     value = _json(cell, expected)
     problems = []
     try:
         for item in value or []:
             texts = {name: _text(item[name]) or "" for name in ("question", "answer", "explanation")}
             options = [_text(option) or "" for option in item["options"]]
-            if "" in texts.values() or texts["answer"] not in options:
+            if "" in [*texts.values(), *options] or texts["answer"] not in options or len(options) < 2:
                 raise ValueError
             problems.append(Problem(options=options, context=_text(item.get("context")) or "", **texts))
     except (AttributeError, KeyError, TypeError, ValueError):
