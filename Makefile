@@ -46,7 +46,7 @@ types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
 test: lint types  ## lint, types, tests; PYTEST="-k flows" adds arguments
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST)
 
 format: $(STAMP)  ## put the code in order
 	$(BIN)/ruff check --fix .

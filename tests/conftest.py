@@ -1,5 +1,6 @@
 """Fixtures that several tests share: a prepared MLflow store, and a project directory with untrained models in all places."""
 
+import os
 import shutil
 
 import numpy as np
@@ -9,6 +10,10 @@ import torch
 
 from cm3leon import paths, tracking, tracking_store
 from cm3leon.config import Config, EncoderConfig
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes test: threads of more would wait for each other, those of programs they start too
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 CAPTIONS = ["a red circle", "a blue square", "two green crosses", "a ring above a diamond"]
 

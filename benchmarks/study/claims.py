@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.study.runs import Study
 from cm3leon import paths
+from cm3leon.config import DecodingConfig
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.evaluation import composition, measure
 from cm3leon.evaluation.record import Record
@@ -31,15 +32,17 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "temperature 1": {},
     "temperature 0.7": {"temperature": 0.7},
     "top-p 0.9": {"top_p": 0.9},
-    "CD-K": {"contrastive": 1.0, "guidance": 1.0},
-    "half top-p, half CD-K": {"top_p": 0.9, "contrastive": 0.5},
+    "CD-K, k 4": {"contrastive": 1.0, "contrastive_k": 4},
+    "CD-K, k 1": {"contrastive": 1.0, "contrastive_k": 1},
+    "half top-p, half CD-K, k 4": {"top_p": 0.9, "contrastive": 0.5, "contrastive_k": 4},
+    "half top-p, half CD-K, k 1": {"top_p": 0.9, "contrastive": 0.5, "contrastive_k": 1},
 }
-"""CD-K with the k and alpha that are the program's defaults."""
+"""The paper does not publish its k; alpha is the program's default."""
 
 
 @dataclass
 class Section:
-    """A part of the report: ``curves`` are drawn as lines, name -> points (x, y, low, high)."""
+    """A part of the report: ``curves`` are drawn as lines, name -> points (x, y, low, high); ``logarithmic`` names an axis, x or y."""
 
     title: str
     paper: str
@@ -47,7 +50,7 @@ class Section:
     table: list[list[str]]
     axes: tuple[str, str] = ("", "")
     curves: dict[str, list[tuple[float, float, float, float]]] = field(default_factory=dict)
-    logarithmic: bool = False
+    logarithmic: str = ""
 
 
 def _shown(result: dict[str, Any]) -> str:
@@ -110,7 +113,7 @@ def retrieval(study: Study) -> Section:
     documents = [study.composition(model, documents=2)["mean"] for model, _ in runs["retrieval"]]
     none = [study.composition(model, documents=0)["mean"] for model, _ in runs["no-retrieval"]]
     curves = {
-        f"{name}, seed {seed}": [(p["tokens"], p[key], p[key], p[key]) for p in t["curve"]]
+        f"{name}, seed {seed}": [(p["tokens"] / 1e6, p[key], p[key], p[key]) for p in t["curve"]]
         for name, key in (("retrieval", "val_retrieved_loss"), ("no-retrieval", "val_alone_loss"))
         for seed, (_, t) in enumerate(runs[name])
     }
@@ -121,8 +124,9 @@ def retrieval(study: Study) -> Section:
         f"A lower loss of the query behind two documents: {lower}; {compute}. Better images with two documents than without retrieval: "
         f"{_better(documents, none)}.",
         table,
-        ("tokens", "validation loss of the query"),
+        ("million tokens", "validation loss of the query"),
         curves,
+        logarithmic="y",
     )
 
 
@@ -161,7 +165,7 @@ def guidance(study: Study) -> Section:
 def candidates(study: Study) -> Section:
     """(c) Ways of sampling as candidates grow, the best chosen by CLIP."""
     model = paths.FINETUNED
-    table, curves = [["sampling", *[f"{count} candidates" for count in COUNTS]]], {}
+    table, curves = [["sampling", *[f"{count} {'candidate' if count == 1 else 'candidates'}" for count in COUNTS]]], {}
     right: dict[str, list[list[float]]] = {}
     for name, settings in SAMPLINGS.items():
         found = study.kept("candidates", [name, settings, content_hash(model)], lambda settings=settings: _best_of(study, model, settings))
@@ -169,19 +173,22 @@ def candidates(study: Study) -> Section:
         table.append([name, *map(_shown, shown)])
         right[name] = found
         curves[name] = [(count, r["mean"], *r["interval"]) for count, r in zip(COUNTS, shown, strict=True)]
-    mixed = right.pop("half top-p, half CD-K")
-    best = max(right, key=lambda name: np.mean(right[name][-1]))
-    gains = {name: np.mean(values[-1]) - np.mean(values[-3]) for name, values in [*right.items(), ("the mixture", mixed)]}
+    mixture, other = (
+        max((name for name in right if name.startswith("half") == mixed), key=lambda name: np.mean(right[name][-1]))
+        for mixed in (True, False)
+    )
+    gains = ", ".join(f"{name} {np.mean(values[-1]) - np.mean(values[-3]):+.3f}" for name, values in right.items())
     return Section(
         "(c) More candidates",
         "Top-p and CD-K alone stagnate as candidates grow; half of each keeps improving.",
-        f"That with {COUNTS[-1]} candidates half top-p and half CD-K is better than the best of the others, {best}, "
-        f"{_paired(mixed[-1], right[best][-1])}. That the mixture still improves from {COUNTS[-3]} to {COUNTS[-1]} candidates "
-        f"{_paired(mixed[-1], mixed[-3])}; " + ", ".join(f"{name} {gain:+.3f}" for name, gain in gains.items()) + ".",
+        f"That with {COUNTS[-1]} candidates the better mixture, {mixture}, is better than the best of the others, {other}, "
+        f"{_paired(right[mixture][-1], right[other][-1])}. That it still improves from {COUNTS[-3]} to {COUNTS[-1]} candidates "
+        f"{_paired(right[mixture][-1], right[mixture][-3])}; all: {gains}. With k 4 all is plausible that is "
+        f"{DecodingConfig().contrastive_alpha:g} times as likely as the fourth most likely token: where a model is sure, anything.",
         table,
         ("candidates, the best by CLIP", "composition"),
         curves,
-        logarithmic=True,
+        logarithmic="x",
     )
 
 
@@ -317,13 +324,16 @@ def sizes(study: Study) -> Section:
             model, trained = study.trained("retrieval" if size == "medium" else f"size-{size}", (*BASE, *changes), seed)
             losses[size].append(_last(trained["curve"], "val_alone_loss"))
             table.append([size, f"{trained['parameters']:,}", str(seed), f"{losses[size][-1]:.3f}", _shown(study.composition(model, 4))])
-            curves[f"{size}, seed {seed}"] = [(p["tokens"], p["val_alone_loss"], *[p["val_alone_loss"]] * 2) for p in trained["curve"]]
+            curves[f"{size}, seed {seed}"] = [
+                (p["tokens"] / 1e6, p["val_alone_loss"], *[p["val_alone_loss"]] * 2) for p in trained["curve"]
+            ]
     larger = _better([-x for x in losses["large"]], [-x for x in losses["small"]])
     return Section(
         "(f) Model size",
         "Loss and FID fall with size (350M, 760M, 7B) and tokens.",
         f"That a larger model has a lower loss after the same number of tokens {larger}.",
         table,
-        ("tokens", "validation loss"),
+        ("million tokens", "validation loss"),
         curves,
+        logarithmic="y",
     )

@@ -35,6 +35,7 @@ def _plot(section: Section, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     colours: dict[str, str] = {}  # seeds of the same have one colour and one entry in the legend
@@ -45,8 +46,12 @@ def _plot(section: Section, path: Path) -> None:
         xs, ys, lows, highs = zip(*points, strict=True)
         axes.plot(xs, ys, marker="o", markersize=3, label=label, color=colour)
         axes.fill_between(xs, lows, highs, alpha=0.12, color=colour)
-    if section.logarithmic:
+    if section.logarithmic == "x":
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+    elif section.logarithmic == "y":
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel(section.axes[0])
     axes.set_ylabel(section.axes[1])
     axes.legend(fontsize=8)

@@ -20,7 +20,7 @@ from cm3leon.evaluation.scene_reading import read_scene
 
 ATTRIBUTES = ("background", "count", "colour", "shape", "size", "relation", "text")
 MOST_OBJECTS = 6
-"""Of a crowded image, only this many objects are matched; its count is wrong anyway."""
+"""That a caption may state. Of a crowded image only this many are matched; its count is wrong anyway."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def parse_caption(text: str) -> Statement | None:
 
     Understood: ``[SIZE] COLOR SHAPE`` joined by "and", commas, "left of", "right of", "above", "below" (or "to the left of", "under" ...);
     "two red circles"; "the letter A in red", "a red letter A"; all with or without "on a gray background", "on gray" or
-    "a gray background with" before it. Case, a final stop and "grey" do not matter.
+    "a gray background with" before it; at most :data:`MOST_OBJECTS` objects. Case, a final stop and "grey" do not matter.
     """
     words = re.sub(r"\s+", " ", text.strip().rstrip(".").lower()).replace("grey", "gray")
     words = re.sub(r"^there (?:is|are) ", "", words)
@@ -100,7 +100,7 @@ def parse_caption(text: str) -> Statement | None:
         if found is None:
             return None
         mentions += found
-    return Statement(mentions, background)
+    return Statement(mentions, background) if len(mentions) <= MOST_OBJECTS else None
 
 
 def _holds(place: str, first: Object, second: Object) -> bool:

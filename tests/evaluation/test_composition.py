@@ -158,7 +158,8 @@ def test_phrasings_of_a_user() -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "a dog on a sofa", "a red circle on a green background", "red", "two red circle", "a red circles", "a red circle left of",
-     "a red circle left of two blue squares", "a red circle near a blue square", "the letter Q in red", "a circle red"],
+     "a red circle left of two blue squares", "a red circle near a blue square", "the letter Q in red", "a circle red",
+     "three red circles, three red circles and three red circles"],
 )  # fmt: skip
 def test_other_texts_are_not_parsed(text: str) -> None:
     assert parse_caption(text) is None
