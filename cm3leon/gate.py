@@ -93,12 +93,13 @@ def compare(
     """
     version, record = challenger
     refusals, notes, rows = list(refusals or []), [], []
-    base = dict(champion[1].scores) if champion else {}
+    base = champion[1].scores if champion else {}
+    changed = contract_changes(record.contract, champion[1].contract) if champion and champion[0] != version else []
     if champion is None:
         notes.append("floors and ceilings decide")
     elif champion[0] == version:
         notes.append("the challenger is the champion")
-    elif changed := contract_changes(record.contract, champion[1].contract):
+    elif changed:
         concerned = {metric for metric in base if any(concerns(entry, metric) for entry in changed)}
         which = "scores" if concerned == set(base) else ", ".join(sorted(concerned)) or "no score"
         text = f"evaluated differently from the champion ({', '.join(changed)}), so {which} cannot be compared"
@@ -106,9 +107,9 @@ def compare(
             refusals.append(f"{text}, and gate.on_contract_change is refuse")
         else:
             notes.append(f"{text}: there floors and ceilings decide")
-        base = {metric: value for metric, value in base.items() if metric not in concerned}
     for metric in sorted({*record.scores, *config.floors, *config.ceilings, *config.margins}):
-        rows += _rows(config, metric, record.scores.get(metric), base.get(metric), bool(base))
+        comparable = champion is not None and not any(concerns(entry, metric) for entry in changed)
+        rows += _rows(config, metric, record.scores.get(metric), base.get(metric) if comparable else None, comparable)
     return Verdict(version, champion[0] if champion else None, rows, notes, refusals)
 
 

@@ -104,6 +104,7 @@ def test_a_changed_part_of_the_contract_frees_only_the_scores_it_concerns(change
     result = verdict(record(0.1, 9.0, contract | change, **worse), record(contract=contract, **scores), TASKS_GATE)
     assert failed(result) == {(name, "margin") for name in compared}
     assert next(iter(change)) in str(result.notes)
+    assert not any("has no such score" in row.reason for row in result.rows)  # what is not compared is not said to be missing
 
 
 def test_a_refusal_holds_back_whatever_the_scores():

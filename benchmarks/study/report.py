@@ -9,8 +9,8 @@ from benchmarks.study.runs import Study
 
 HEAD = """# The paper's claims, measured again
 
-Written by `make study`. {runs} on scenes of the `shapes` source, {tokens:,} tokens each, several seeds where a row says so; scores on
-{prompts} prompts of the val split, with 95 % intervals over prompts in brackets. The decoders are a thousandth of the paper's and see
+Written by `make study`. Small decoders on scenes of the `shapes` source, {tokens:,} tokens each, several seeds where a row says so; scores
+on {prompts} prompts of the val split, with 95 % intervals over prompts in brackets. The decoders are a thousandth of the paper's and see
 pictures that are simpler than any photograph: what holds here need not hold there, and the other way round.
 """
 
@@ -18,7 +18,7 @@ pictures that are simpler than any photograph: what holds here need not hold the
 def write(study: Study, sections: dict[str, Section], out: Path) -> None:
     """Write ``study.md`` and its plots, ``study-NAME.png``."""
     out.mkdir(parents=True, exist_ok=True)
-    head = HEAD.format(runs="Small decoders", tokens=study.tokens, prompts=len(study.captions))
+    head = HEAD.format(tokens=study.tokens, prompts=len(study.captions))
     parts = [head, "| claim | here |\n|---|---|\n" + "\n".join(f"| {s.title} | {s.verdict} |" for s in sections.values()) + "\n"]
     for name, section in sections.items():
         header, *rows = section.table
