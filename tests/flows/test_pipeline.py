@@ -184,12 +184,11 @@ def test_whole_project_with_profile_tiny(tmp_path: Path, prefect_server: str) ->
     assert "version 1 is the champion" in second  # an unchanged model is not registered again
     assert hashes(tmp_path) == outputs
 
-    from prefect.client.orchestration import get_client
+    from prefect.artifacts import Artifact
 
-    with get_client(sync_client=True) as client:
-        reports = {str(artifact.key): str(artifact.data) for artifact in client.read_artifacts()}
-    assert "version 1 is the champion" in reports["cm3leon-pipeline"]
-    assert "| composition |" in reports["cm3leon-gate"]
+    reports = {key: Artifact.get(key) for key in ("cm3leon-pipeline", "cm3leon-gate")}  # the newest of each: other flows have run here
+    assert "version 1 is the champion" in str(reports["cm3leon-pipeline"].data)
+    assert "| composition |" in str(reports["cm3leon-gate"].data)
 
 
 def states_in(table: str, stages: list[str]) -> dict[str, str]:
