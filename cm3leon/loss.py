@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
-"""Logits held at once: 16 MB of float32 where caches are small, 1 GB where matrices should be large."""
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+"""Logits made at once: 4 MB of float32 where caches are small, 512 MB where matrices should be large. They are held two or three times."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -27,26 +27,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ND) if want_gradient else None
         grad_output = torch.zeros_like(output_VD, dtype=torch.float32) if want_gradient else None
         losses = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
-        held = losses.new_empty(min(chunk, len(hidden_ND)), len(output_VD))
+        held, likely = (losses.new_empty(min(chunk, len(hidden_ND)), len(output_VD)) for _ in range(2))
+        rounded = held if dtype == torch.float32 else torch.empty_like(held, dtype=dtype)
         total = losses.new_zeros(())
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden_ND), chunk):
                 part = slice(start, start + chunk)
                 hidden, targets, weights = hidden_ND[part].to(dtype), targets_N[part], weights_N[part]
-                logits = held[: len(hidden)]
-                torch.mm(hidden, output.T, out=logits) if dtype == torch.float32 else logits.copy_(hidden @ output.T)
+                logits, probabilities, products = (buffer[: len(hidden)] for buffer in (held, likely, rounded))
+                torch.mm(hidden, output.T, out=products)
+                if rounded is not held:
+                    logits.copy_(products)
                 target_logits = logits.gather(1, targets[:, None])[:, 0]
-                highest = logits.amax(1, keepdim=True)
-                exponentials = logits.sub_(highest).exp_()
-                sums = exponentials.sum(1, keepdim=True)
-                log_sums = (highest + sums.log())[:, 0]
+                highest = logits.amax(1)
+                torch.softmax(logits, 1, out=probabilities)
+                log_sums = highest - probabilities.amax(1).log()  # the likeliest has one over the sum of the exponentials
                 losses[part] = log_sums - target_logits
                 total += (weights * (losses[part] + z_loss * log_sums.square())).sum()
                 if grad_hidden is not None and grad_output is not None:
                     factors = 1 + 2 * z_loss * log_sums
-                    exponentials[torch.arange(len(targets), device=targets.device), targets] -= sums[:, 0] / factors
-                    scale = (weights * factors)[:, None] / sums  # of rows: of the hidden states, which are fewer numbers than the logits
-                    gradient = exponentials.to(dtype)
+                    probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1 / factors
+                    scale = (weights * factors)[:, None]  # of rows: of the hidden states, which are fewer numbers than the logits
+                    gradient = probabilities if rounded is held else products.copy_(probabilities)
                     grad_hidden[part] = (gradient @ output) * scale
                     scaled = (hidden * scale).to(dtype)
                     grad_output.addmm_(gradient.T, scaled) if dtype == torch.float32 else grad_output.add_(gradient.T @ scaled)

@@ -15,7 +15,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cm3leon.documents import Vocabulary
 from cm3leon.loss import chunked_cross_entropy
+from cm3leon.operations import attention, linear, relu, standardize, turn
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,11 @@ class DecoderSpec:
 class Cache(Protocol):
     """Keys and values of tokens before those of a forward pass."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of new tokens, (B, H, T, K) each and so the result, to those held and to one another; keeps what they bring."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention of new tokens, (B, H, T, K) each and so the result, to those held and to one another; keeps what they bring.
+
+        Logits are ``scale * q . k``.
+        """
 
 
 FASTEST_TURN = 1.5
@@ -83,50 +87,27 @@ class Rotation(nn.Module):
         if side**2 != tokens_per_image or head_dim % 8:
             raise ValueError(f"rotation needs square images and heads of a multiple of 8, found {tokens_per_image} and {head_dim}")
         index = torch.arange(tokens_per_image)
-        pairs = head_dim // 8  # for rows, for columns and for positions
+        pairs = head_dim // 8  # for rows, for columns, for positions, and as many that are not turned
         of_places_NE = torch.cat([_angles(index // side, pairs, side), _angles(index % side, pairs, side)], 1)
-        of_positions_CE = _angles(torch.arange(context), pairs, context)
+        of_positions_CE = torch.cat([_angles(torch.arange(context), pairs, context), torch.zeros(context, pairs)], 1)
         tables = {
             "keys": torch.cat([of_places_NE[:1], of_places_NE]),
             "queries": torch.cat([of_places_NE, of_places_NE[:1]]),
             "positions": of_positions_CE,
         }
         for name, angles in tables.items():
-            self.register_buffer(name, torch.stack([angles.cos(), angles.sin()], 1), persistent=False)
+            self.register_buffer(name, torch.stack([angles.cos(), angles.sin()], -1), persistent=False)
 
-    def forward(self, places_BT: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (B, 1, T, 2, E) of the turns of queries and of keys."""
+    def forward(self, places_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """Turns (B, T, 2, 1, K / 2, 2) of queries and of keys: cosine and sine for each pair of numbers."""
         of_positions = self.get_buffer("positions")[positions_BT].expand(*places_BT.shape, -1, -1)
-        of_queries, of_keys = (self.get_buffer(name)[places_BT] for name in ("queries", "keys"))
-        return torch.cat([of_queries, of_positions], -1).unsqueeze(1), torch.cat([of_keys, of_positions], -1).unsqueeze(1)
+        both = [torch.cat([self.get_buffer(name)[places_BT], of_positions], -2) for name in ("queries", "keys")]
+        return torch.stack(both, 2).unsqueeze(3)
 
 
 def _angles(steps_N: Tensor, pairs: int, longest: int) -> Tensor:
     """Angles (N, pairs) of so many steps: the first pair turns by :data:`FASTEST_TURN` a step, the last ``longest`` times less."""
     return steps_N[:, None] * (FASTEST_TURN * float(longest) ** -torch.linspace(0, 1, pairs))
-
-
-def rotate(x_BHTK: Tensor, turns_B1T2E: Tensor) -> Tensor:
-    """The first 2 E numbers of each vector turned, pair by pair, the rest as they are."""
-    cos, sin = turns_B1T2E.to(x_BHTK.dtype).unbind(-2)
-    size = cos.shape[-1]
-    a, b, rest = x_BHTK.split([size, size, x_BHTK.shape[-1] - 2 * size], -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
-
-
-FEW_ROWS, LARGE_WEIGHT = 48, 1 << 19
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T``.
-
-    A few rows and a large matrix on a CPU, as in decoding, are multiplied from the other side: MKL does that a third faster. The result
-    then lies in memory as its transpose, as the next product wants it.
-    """
-    few = x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1] and weight.numel() >= LARGE_WEIGHT
-    if few and not torch.is_grad_enabled():
-        return torch.mm(weight, x.flatten(0, -2).T).T.reshape(*x.shape[:-1], len(weight))
-    return F.linear(x, weight)
 
 
 class Linear(nn.Linear):
@@ -152,16 +133,6 @@ class Int8Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype)) * self.scale
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention under a mask, or causal; on a CPU always in float32, as its backward pass in bfloat16 is far slower there."""
-    if q.device.type != "cpu" or q.dtype == torch.float32:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    mask = None if mask is None else mask if mask.dtype == torch.bool else mask.float()
-    with torch.autocast("cpu", enabled=False):
-        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=mask is None)
-    return y.to(q.dtype)
-
-
 class Attention(nn.Module):
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
@@ -169,40 +140,18 @@ class Attention(nn.Module):
         self.qkv = Linear(spec.width, 3 * spec.width)
         self.out = Linear(spec.width, spec.width)
 
-    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None, turns: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None, turns: Tensor | None) -> Tensor:
         batch, length, width = x_BTD.shape
-        q, k, v = (y.view(batch, length, self.heads, -1).transpose(1, 2) for y in self.qkv(x_BTD).contiguous().split(width, -1))
+        qk, v = self.qkv(x_BTD).contiguous().view(batch, length, 3, self.heads, -1).split([2, 1], 2)
+        dtype, size = v.dtype, v.shape[-1]
         if self.qk_norm:
-            size = q.shape[-1]
-            q, k = F.layer_norm(q, (size,)) * (SHARPEST_LOGIT / size**0.5), F.layer_norm(k, (size,))
+            qk = standardize(qk)
         if turns is not None:
-            q, k = rotate(q, turns[0]), rotate(k, turns[1])
-        if cache is not None:
-            y_BHTK = cache.attend(self.layer, q, k, v)
-        else:
-            y_BHTK = attention(q, k, v, mask)
+            qk = turn(qk, turns)
+        q, k, v = (y.to(dtype).transpose(1, 2) for y in (*qk.unbind(2), v.squeeze(2)))
+        scale = SHARPEST_LOGIT / size if self.qk_norm else size**-0.5
+        y_BHTK = attention(q, k, v, mask, scale) if cache is None else cache.attend(self.layer, q, k, v, scale)
         return self.out(y_BHTK.transpose(1, 2).reshape(batch, length, width))
-
-
-class _Relu(torch.autograd.Function):
-    """ReLU that overwrites its input, and in the backward pass its gradient: the widest tensors of a block are never copied."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x.relu_())
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        gradient = gradients[0]
-        return torch.ops.aten.threshold_backward.grad_input(gradient, y, 0, grad_input=gradient)
-
-
-def relu(x: Tensor) -> Tensor:
-    """ReLU that overwrites its input; where blocks are compiled, the compiler sees to that."""
-    return F.relu(x) if torch.compiler.is_compiling() else _Relu.apply(x)
 
 
 class Block(nn.Module):
@@ -212,7 +161,7 @@ class Block(nn.Module):
         self.up = Linear(spec.width, 4 * spec.width)
         self.down = Linear(4 * spec.width, spec.width)
 
-    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None, turns: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None, turns: Tensor | None) -> Tensor:
         x_BTD = x_BTD + self.attention(F.layer_norm(x_BTD, x_BTD.shape[-1:]), cache, mask, turns)
         return x_BTD + self.down(relu(self.up(F.layer_norm(x_BTD, x_BTD.shape[-1:]))))
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from cm3leon.documents import Vocabulary
-from cm3leon.model import SHARPEST_LOGIT, Attention, Decoder, DecoderSpec, Rotation, rotate
+from cm3leon.model import SHARPEST_LOGIT, Attention, Decoder, DecoderSpec, Rotation
+from cm3leon.operations import turn
 
 VOCABULARY = Vocabulary(text_size=40, image_size=20, sentinels=4, tokens_per_image=9)
 
@@ -59,8 +60,8 @@ def test_rotation_depends_on_the_step_from_a_key_to_the_place_that_comes_next():
 
     def product(query, key):
         """Of a query and a key at (place, position)."""
-        of_query, of_key = (rotation(*(torch.tensor([[value]]) for value in where)) for where in (query, key))
-        return (rotate(q, of_query[0]) * rotate(k, of_key[1])).sum().item()
+        of_query, of_key = (rotation(*(torch.tensor([[value]]) for value in where))[0, 0] for where in (query, key))
+        return (turn(q, of_query[0]) * turn(k, of_key[1])).sum().item()
 
     unturned = (q * k).sum().item()
     for place in range(1, 17):  # the token before it is at place - 1, or no image token

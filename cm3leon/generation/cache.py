@@ -62,12 +62,12 @@ class PromptCache:
         self.start = self.stop
         return hidden_GTD[torch.arange(len(counts)), counts - 1]
 
-    def attend(self, layer: int, q_GHTK: Tensor, k_GHTK: Tensor, v_GHTK: Tensor) -> Tensor:
+    def attend(self, layer: int, q_GHTK: Tensor, k_GHTK: Tensor, v_GHTK: Tensor, scale: float) -> Tensor:
         """Attention of the tokens being read to one another and to what was read before."""
         self.keys[layer, :, :, self.start : self.stop] = k_GHTK
         self.values[layer, :, :, self.start : self.stop] = v_GHTK
         keys, values = self.keys[layer, :, :, : self.stop], self.values[layer, :, :, : self.stop]
-        return F.scaled_dot_product_attention(q_GHTK, keys, values, attn_mask=self.mask)
+        return F.scaled_dot_product_attention(q_GHTK, keys, values, attn_mask=self.mask, scale=scale)
 
 
 def padded(rows: Sequence[np.ndarray], length: int, device: torch.device) -> Tensor:
@@ -125,20 +125,20 @@ class DecodingCache:
         self.lengths = prompt.lengths.repeat_interleave(copies)[:, None]
         self.last = prompt.last.repeat_interleave(copies, 0)
 
-    def attend(self, layer: int, q_RH1K: Tensor, k_RH1K: Tensor, v_RH1K: Tensor) -> Tensor:
+    def attend(self, layer: int, q_RH1K: Tensor, k_RH1K: Tensor, v_RH1K: Tensor, scale: float) -> Tensor:
         """Attention of each row's new token to the row's prompt and to what continues it."""
         stop = self.first + self.length + 1
         keys, values, mask = self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop], self.mask[..., :stop]
         keys[:, :, -1:], values[:, :, -1:] = k_RH1K, v_RH1K
         if self.shared:
-            values[:, :, 0], mask[..., 0] = self._prompt_as_one(layer, q_RH1K)
-        return F.scaled_dot_product_attention(q_RH1K, keys, values, attn_mask=mask)
+            values[:, :, 0], mask[..., 0] = self._prompt_as_one(layer, q_RH1K, scale)
+        return F.scaled_dot_product_attention(q_RH1K, keys, values, attn_mask=mask, scale=scale)
 
-    def _prompt_as_one(self, layer: int, q_RH1K: Tensor) -> tuple[Tensor, Tensor]:
+    def _prompt_as_one(self, layer: int, q_RH1K: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """What each row sees of its prompt (R, H, K), and its score (R, H, 1)."""
         rows, heads, _, size = q_RH1K.shape
         q_GHCK = q_RH1K.view(rows // self.copies, self.copies, heads, size).transpose(1, 2)
-        scores_GHCP = torch.matmul(q_GHCK, self.prompt.keys[layer].mT).mul_(size**-0.5).add_(self.prompt.bias)
+        scores_GHCP = torch.matmul(q_GHCK, self.prompt.keys[layer].mT).mul_(scale).add_(self.prompt.bias)
         score_GHC1 = scores_GHCP.logsumexp(-1, keepdim=True)
         seen_GHCK = torch.matmul(scores_GHCP.sub_(score_GHC1).exp_(), self.prompt.values[layer])
         return seen_GHCK.transpose(1, 2).reshape(rows, heads, size), score_GHC1.transpose(1, 2).reshape(rows, heads, 1)
@@ -167,14 +167,14 @@ class CompiledDecodingCache(DecodingCache):
         for tensor in (*self.keys, *self.values, self.mask, self.position, prompt.keys, prompt.values, prompt.bias):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
-    def attend(self, layer: int, q_RH1K: Tensor, k_RH1K: Tensor, v_RH1K: Tensor) -> Tensor:
+    def attend(self, layer: int, q_RH1K: Tensor, k_RH1K: Tensor, v_RH1K: Tensor, scale: float) -> Tensor:
         """As :meth:`DecodingCache.attend`, over ``bound`` tokens."""
         keys, values, mask = self.keys[layer], self.values[layer], self.mask[..., : self.bound]
         keys.index_copy_(2, self.position, k_RH1K)
         values.index_copy_(2, self.position, v_RH1K)
         if self.shared:
-            values[:, :, 0], mask[..., 0] = self._prompt_as_one(layer, q_RH1K)
-        return F.scaled_dot_product_attention(q_RH1K, keys[:, :, : self.bound], values[:, :, : self.bound], attn_mask=mask)
+            values[:, :, 0], mask[..., 0] = self._prompt_as_one(layer, q_RH1K, scale)
+        return F.scaled_dot_product_attention(q_RH1K, keys[:, :, : self.bound], values[:, :, : self.bound], attn_mask=mask, scale=scale)
 
     def advance(self, model: Decoder, tokens_R: Tensor, place: int) -> Tensor:
         """As :meth:`DecodingCache.advance`."""

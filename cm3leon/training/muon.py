@@ -2,7 +2,8 @@
 
 The same update as ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"`` (Liu et al. 2025, arXiv 2502.16982), which a test compares
 it with. It is written here for two reasons: that one always computes in bfloat16, which a CPU without bfloat16 kernels does some thirty
-times slower, and one matrix at a time, while the layers of a decoder have matrices of a few shapes that can go through together.
+times slower, and one matrix at a time, while the layers of a decoder have matrices of a few shapes, upright or lying, that can go
+through together.
 """
 
 from __future__ import annotations
@@ -72,16 +73,17 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            by_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
+            by_shape: defaultdict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
+                    by_shape[tuple(sorted((parameter.shape[0], parameter.shape[1:].numel())))].append(parameter)
             for shape, parameters in by_shape.items():
-                rate = group["lr"] * UPDATE_RMS * math.sqrt(max(shape[0], shape[1:].numel()))
-                directions = torch.stack([_whole(self._direction(p, group["momentum"])).flatten(1) for p in parameters])
-                for parameter, direction in zip(parameters, orthogonalize(directions, self.dtype), strict=True):
-                    update = _sharded_as(parameter, direction.view(shape))
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+                rate = group["lr"] * UPDATE_RMS * math.sqrt(shape[1])
+                directions = [_whole(self._direction(p, group["momentum"])).flatten(1) for p in parameters]
+                lying = torch.stack([direction if direction.shape == shape else direction.mT for direction in directions])
+                for parameter, update in zip(parameters, orthogonalize(lying, self.dtype), strict=True):
+                    update = (update if parameter.shape[0] == shape[0] else update.mT).reshape(parameter.shape)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(_sharded_as(parameter, update), alpha=-rate)
         return loss
 
     def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
