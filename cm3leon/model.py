@@ -143,14 +143,14 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None, turns: Tensor | None) -> Tensor:
         batch, length, width = x_BTD.shape
         qk, v = self.qkv(x_BTD).contiguous().view(batch, length, 3, self.heads, -1).split([2, 1], 2)
-        dtype, size = v.dtype, v.shape[-1]
+        size = v.shape[-1]
         if self.qk_norm:
             qk = standardize(qk)
         if turns is not None:
             qk = turn(qk, turns)
-        q, k, v = (y.to(dtype).transpose(1, 2) for y in (*qk.unbind(2), v.squeeze(2)))
+        q, k, v = (y.transpose(1, 2) for y in (*qk.unbind(2), v.squeeze(2)))
         scale = SHARPEST_LOGIT / size if self.qk_norm else size**-0.5
-        y_BHTK = attention(q, k, v, mask, scale) if cache is None else cache.attend(self.layer, q, k, v, scale)
+        y_BHTK = attention(q, k, v, mask, scale) if cache is None else cache.attend(self.layer, q.to(v.dtype), k.to(v.dtype), v, scale)
         return self.out(y_BHTK.transpose(1, 2).reshape(batch, length, width))
 
 

@@ -18,7 +18,7 @@ MANY = 1 << 16
 """From so many numbers on, short vectors are standardised all together on a CPU."""
 
 SHORT = 512
-"""Up to so many tokens attention in bfloat16 on a CPU holds all scores, which then are few enough for its caches."""
+"""Up to so many tokens attention on a CPU, where products are in bfloat16, holds all scores, few enough for its caches."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -80,27 +80,27 @@ def standardize(x: Tensor) -> Tensor:
 
 
 def turn(x: Tensor, turns: Tensor) -> Tensor:
-    """Pairs of neighbouring numbers of (..., K), each as one complex number, times those of ``turns`` (..., K / 2, 2)."""
+    """Pairs of neighbouring numbers of (..., K), each as one complex number, times those of ``turns`` (..., K / 2, 2); float32."""
     if torch.compiler.is_compiling():
-        (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), turns.to(x.dtype).unbind(-1)
+        (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), turns.float().unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.view_as_complex(turns.float())).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * torch.view_as_complex(turns.float())).flatten(-2)
 
 
 class _Attention(torch.autograd.Function):
-    """Attention by products of whole matrices, which keeps what each token weighs for the backward pass."""
+    """Causal attention by products of whole matrices, which keeps what each token weighs for the backward pass.
+
+    Scores are float32, as a token is found by small differences of large scores; all behind them is ``v``'s dtype.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        shape = q.shape
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        shape, length = v.shape, v.shape[-2]
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        if mask.ndim == 2:
-            scores = torch.baddbmm(mask, q, k.mT, alpha=scale)
-        else:
-            scores = torch.bmm(q * scale, k.mT).view(*shape[:-1], -1).add_(mask).flatten(0, 1)
-        weights = scores.softmax(-1)
-        ctx.save_for_backward(q, k, v, weights)
+        causal = torch.full((length, length), -torch.inf).triu(1)
+        weights = torch.baddbmm(causal, q, k.mT, alpha=scale).softmax(-1).to(v.dtype)
+        ctx.save_for_backward(q.to(v.dtype), k.to(v.dtype), v, weights)
         ctx.scale = scale
         return torch.bmm(weights, v).view(shape)
 
@@ -110,26 +110,23 @@ class _Attention(torch.autograd.Function):
         shape = gradients[0].shape
         gradient = gradients[0].flatten(0, 1)
         of_scores = torch._softmax_backward_data(torch.bmm(gradient, v.mT), weights, -1, weights.dtype)
-        of_q, of_k = torch.bmm(of_scores, k).mul_(ctx.scale), torch.bmm(of_scores.mT, q).mul_(ctx.scale)
-        return of_q.view(shape), of_k.view(shape), torch.bmm(weights.mT, gradient).view(shape), None, None
+        of_q, of_k = (product.float().mul_(ctx.scale).view(shape) for product in (torch.bmm(of_scores, k), torch.bmm(of_scores.mT, q)))
+        return of_q, of_k, torch.bmm(weights.mT, gradient).view(shape), None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention (B, H, T, K) of logits ``scale * q . k``, under a mask or causal.
+    """Attention (B, H, T, K) of logits ``scale * q . k``, under a mask or causal, in ``v``'s dtype.
 
-    In bfloat16 PyTorch's kernel for CPUs is slow in the backward pass: short sequences go by products of matrices, long ones through
+    In bfloat16 PyTorch's kernel for CPUs is slow in the backward pass: short causal sequences go by products of matrices, others through
     float32.
     """
-    if q.device.type != "cpu" or q.dtype == torch.float32:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-    length = q.shape[-2]
-    with torch.autocast("cpu", enabled=False):
-        if length > SHORT or torch.compiler.is_compiling():
+    if v.device.type != "cpu":
+        q, k = q.to(v.dtype), k.to(v.dtype)
+    elif v.dtype != torch.float32:
+        with torch.autocast("cpu", enabled=False):
+            if mask is None and v.shape[-2] <= SHORT and not torch.compiler.is_compiling():
+                return _Attention.apply(q.float(), k.float(), v, scale)
             mask = None if mask is None else mask if mask.dtype == torch.bool else mask.float()
             y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=mask is None, scale=scale)
-            return y.to(q.dtype)
-        if mask is None:
-            mask = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1)
-        elif mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-        return _Attention.apply(q, k, v, mask.to(q.dtype), scale)
+            return y.to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
