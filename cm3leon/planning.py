@@ -150,11 +150,11 @@ def activation_bytes(spec: DecoderSpec, section: TrainConfig, tokens: int, *, sh
 
 def loss_bytes(model: Decoder, tokens: int, *, bf16: bool, sharded: bool) -> float:
     """Of the last norm and the loss: four times the hidden states in float32 (input and output of the norm, those with a target, their
-    gradient), one chunk of logits, and the gradient of the output matrix."""
+    gradient), one chunk of logits and of their probabilities, and the gradient of the output matrix."""
     matrix, vocabulary = model.tokens.weight.numel(), model.vocabulary.size
     chunk = min(tokens, max(1, CHUNK_ELEMENTS["cuda"] // vocabulary)) * vocabulary
     copies = BF16 + (0 if sharded else BF16) if bf16 else 0
-    return 4 * FP32 * tokens * model.spec.width + (FP32 + BF16 * bf16) * chunk + (FP32 + copies) * matrix
+    return 4 * FP32 * tokens * model.spec.width + (2 * FP32 + BF16 * bf16) * chunk + (FP32 + copies) * matrix
 
 
 def gathered_bytes(parameters: Parameters, *, bf16: bool) -> float:
