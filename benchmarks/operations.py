@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cm3leon.loss import chunked_cross_entropy
-from cm3leon.operations import attention, standardize, turn
+from cm3leon.operations import attention, turn
 
 Operation = Callable[..., Tensor]
 
@@ -55,7 +55,6 @@ def cases(rows: int, tokens: int, heads: int, size: int, vocabulary: int) -> dic
     return {
         "attention, PyTorch's in float32": (ours, in_float32, [q, k, v]),
         "attention, PyTorch's in bfloat16": (ours, in_bfloat16, [q, k, v]),
-        "norm of queries and keys": (standardize, lambda x: F.layer_norm(x, x.shape[-1:]), [both]),
         "turns": (lambda x: turn(x, turns), lambda x: plain_turn(x, turns), [both]),
         "loss": (
             lambda h, w: chunked_cross_entropy(h, w, targets, weights)[0],

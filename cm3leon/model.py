@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cm3leon.documents import Vocabulary
 from cm3leon.loss import chunked_cross_entropy
-from cm3leon.operations import attention, linear, relu, standardize, turn
+from cm3leon.operations import attention, linear, relu, turn
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         qk, v = self.qkv(x_BTD).contiguous().view(batch, length, 3, self.heads, -1).split([2, 1], 2)
         size = v.shape[-1]
         if self.qk_norm:
-            qk = standardize(qk)
+            qk = F.layer_norm(qk.float(), (size,))
         if turns is not None:
             qk = turn(qk, turns)
         q, k, v = (y.transpose(1, 2) for y in (*qk.unbind(2), v.squeeze(2)))

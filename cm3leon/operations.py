@@ -14,9 +14,6 @@ from torch import Tensor
 
 FEW_ROWS, LARGE_WEIGHT = 48, 1 << 19
 
-MANY = 1 << 16
-"""From so many numbers on, short vectors are standardised all together on a CPU."""
-
 SHORT = 512
 """Up to so many tokens attention on a CPU, where products are in bfloat16, holds all scores, few enough for its caches."""
 
@@ -52,31 +49,6 @@ class _Relu(torch.autograd.Function):
 def relu(x: Tensor) -> Tensor:
     """ReLU that overwrites its input."""
     return F.relu(x) if torch.compiler.is_compiling() else _Relu.apply(x)
-
-
-class _Standardize(torch.autograd.Function):
-    """LayerNorm without parameters by operations on all vectors at once; PyTorch's goes through them one by one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x - x.mean(-1, keepdim=True)
-        scale = y.square().mean(-1, keepdim=True).add_(1e-5).rsqrt_()
-        ctx.save_for_backward(y.mul_(scale), scale)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        y, scale = ctx.saved_tensors
-        gradient = gradients[0]
-        along = (gradient * y).mean(-1, keepdim=True)
-        return (gradient - gradient.mean(-1, keepdim=True)).addcmul_(y, along, value=-1).mul_(scale)
-
-
-def standardize(x: Tensor) -> Tensor:
-    """Each vector of the last axis brought to mean 0 and variance 1: LayerNorm (arXiv 1607.06450) without parameters, of heads."""
-    if x.device.type != "cpu" or x.numel() < MANY or torch.compiler.is_compiling():
-        return F.layer_norm(x, x.shape[-1:])
-    return _Standardize.apply(x.float())
 
 
 def turn(x: Tensor, turns: Tensor) -> Tensor:
