@@ -21,22 +21,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cm3leon import paths
-from cm3leon.config import Config, DecodingConfig, ObjectiveConfig
+from cm3leon.config import paths
+from cm3leon.config.profiles import PARAMS, changed_config
+from cm3leon.config.schema import Config, DecodingConfig, ObjectiveConfig
 from cm3leon.data.batches import Batch, SortedStream
 from cm3leon.data.manifest import read_manifest
-from cm3leon.data.sources.scene import COLORS, SHAPES
 from cm3leon.data.tokens import TokenStore
-from cm3leon.documents import Prompt
-from cm3leon.evaluation import composition
 from cm3leon.generation.engine import generate_images, log_likelihoods
 from cm3leon.generation.prompts import image_prompt
 from cm3leon.generation.sampling import Sampler
-from cm3leon.model import Decoder
-from cm3leon.profiles import PARAMS, changed_config
+from cm3leon.models.decoder import Decoder
+from cm3leon.models.vqgan import ImageTokenizer
+from cm3leon.scenes import composition
+from cm3leon.scenes.scene import COLORS, SHAPES
+from cm3leon.sequence.grammar import Prompt
+from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.stages.pretrain import build_decoder, training_samples
-from cm3leon.tokenizers.image import ImageTokenizer
-from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.training.trainer import fit, setup, validate
 
 DRAWN_TOGETHER = 128

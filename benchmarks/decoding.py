@@ -11,11 +11,11 @@ import itertools
 import time
 from typing import Any
 
-from cm3leon import paths
-from cm3leon.config import DecodingConfig
+from cm3leon.config import paths
+from cm3leon.config.schema import DecodingConfig
 from cm3leon.data.manifest import read_manifest
-from cm3leon.evaluation import composition
 from cm3leon.generation.generator import Generator
+from cm3leon.scenes import composition
 
 RANKED = {"candidates": 32, "likelihood": 0.03}
 GRID: list[dict[str, Any]] = [

@@ -21,14 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cm3leon._torchvision import make_importable
-from cm3leon.config import DecodingConfig
-from cm3leon.documents import Prompt, Vocabulary
+from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.engine import generate_images
 from cm3leon.generation.prompts import image_prompt
 from cm3leon.generation.sampling import Sampler
-from cm3leon.model import Decoder, DecoderSpec
-from cm3leon.opt_format import export_opt
+from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.opt import export_opt
+from cm3leon.sequence.grammar import Prompt, Vocabulary
+from cm3leon.utils.torchvision_compat import make_importable
 
 SHAPES = {
     "small": (4, 128, 4, 2563, 2048, 64),

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cm3leon import paths
+from cm3leon.config import paths
+from cm3leon.config.profiles import PARAMS, changed_config
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
-from cm3leon.evaluation import composition
-from cm3leon.profiles import PARAMS, changed_config
-from cm3leon.tokenizers.image import reconstruct
-from cm3leon.tokenizers.image_training import code_statistics, psnr, train_image_tokenizer
+from cm3leon.models.vqgan import reconstruct
+from cm3leon.scenes import composition
+from cm3leon.training.vqgan import code_statistics, psnr, train_image_tokenizer
 
 
 def code_uncertainty(images: np.ndarray, codes: np.ndarray, patch: int) -> float:

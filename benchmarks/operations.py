@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm3leon.model import Decoder
-from cm3leon.planning import meta_decoder
-from cm3leon.profiles import CONFIGS, changed_config
+from cm3leon.config.profiles import CONFIGS, changed_config
+from cm3leon.models.decoder import Decoder
+from cm3leon.training.planning import meta_decoder
 
 
 def in_float32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -47,10 +47,10 @@ def all_at_once(hidden: Tensor, output: Tensor, targets: Tensor, weights: Tensor
 
 
 REPLACED: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "attention by PyTorch in float32": lambda: mock.patch("cm3leon.model.attention", in_float32),
-    "attention by PyTorch in bfloat16": lambda: mock.patch("cm3leon.model.attention", in_bfloat16),
-    "turns by real numbers": lambda: mock.patch("cm3leon.model.turn", by_reals),
-    "logits of all tokens at once": lambda: mock.patch("cm3leon.model.chunked_cross_entropy", all_at_once),
+    "attention by PyTorch in float32": lambda: mock.patch("cm3leon.models.decoder.attention", in_float32),
+    "attention by PyTorch in bfloat16": lambda: mock.patch("cm3leon.models.decoder.attention", in_bfloat16),
+    "turns by real numbers": lambda: mock.patch("cm3leon.models.decoder.turn", by_reals),
+    "logits of all tokens at once": lambda: mock.patch("cm3leon.models.decoder.chunked_cross_entropy", all_at_once),
 }
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cm3leon import paths
-from cm3leon.config import load_config
+from cm3leon.config import paths
+from cm3leon.config.schema import load_config
 from cm3leon.data.manifest import read_manifest
-from cm3leon.evaluation import composition
 from cm3leon.generation.prompts import Query
 from cm3leon.generation.rerank import read_likelihoods
+from cm3leon.scenes import composition
 from cm3leon.stages.evaluate import load
 
 WEIGHTS = (0.0, 0.003, 0.01, 0.02, 0.05, 0.1, 0.3, 1e6)

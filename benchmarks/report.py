@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cm3leon import paths
+from cm3leon.config import paths
 from cm3leon.evaluation.record import Record
-from cm3leon.tracking_store import EXPERIMENT, tracking_uri
+from cm3leon.tracking.store import EXPERIMENT, tracking_uri
 
 BESIDE = {
     "composition": ("composition_reconstructions", "composition_other_captions"),

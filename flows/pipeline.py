@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from typing import cast
 
-from flows.environment import prepare_project, use_environment
+from cm3leon.services.environment import prepare_project, use_environment
 
 use_environment()
 
@@ -22,7 +22,7 @@ from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 
-from cm3leon.config import GateConfig  # noqa: E402
+from cm3leon.config.schema import GateConfig  # noqa: E402
 from flows.graph import Stage, affected, stage_order  # noqa: E402
 from flows.promotion import register_gate_promote  # noqa: E402
 from flows.report import markdown, show_table  # noqa: E402
@@ -65,19 +65,19 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
         profile: write ``params.yaml`` from ``configs/PROFILE.yaml`` first; None takes ``params.yaml`` as it is.
         promote: register, gate and promote after the stages.
     """
-    from cm3leon import tracking
-    from cm3leon.config import load_config
-    from cm3leon.profiles import configure
+    from cm3leon.config.profiles import configure
+    from cm3leon.config.schema import load_config
+    from cm3leon.tracking import runs
 
     if profile:
         configure(profile)
     prepare_project()
     config = load_config()
-    os.environ[tracking.FLOW_RUN_ENV] = str(flow_run.id)
+    os.environ[runs.FLOW_RUN_ENV] = str(flow_run.id)
     stages = stage_order()
     outcomes = [Outcome(stage.name) for stage in stages]
     problem = ""
-    with suppress(PipelineFailedError), tracking.pipeline_run(config) as run:
+    with suppress(PipelineFailedError), runs.pipeline_run(config) as run:
         done = run_stages(stages, outcomes)
         run.log_metrics({f"pipeline/{o.stage}_seconds": o.seconds for o in outcomes if o.state == "Completed"})
         run.log_metrics({f"pipeline/{o.stage}_peak_megabytes": o.peak_megabytes for o in outcomes if o.peak_megabytes})
@@ -108,8 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the flow in this process; returns the exit status."""
     from dvc.exceptions import DvcException
 
-    from cm3leon.config import ConfigError, load_config
-    from cm3leon.profiles import configure, profile_names
+    from cm3leon.config.profiles import configure, profile_names
+    from cm3leon.config.schema import ConfigError, load_config
 
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Run the whole pipeline.")
     parser.add_argument("--profile", help=f"write params.yaml from configs/PROFILE.yaml first ({', '.join(profile_names())})")

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import cast
 
-from flows.environment import use_environment
+from cm3leon.services.environment import use_environment
 
 use_environment()
 
@@ -21,14 +21,14 @@ from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.states import Completed  # noqa: E402
 
-from cm3leon.config import GateConfig  # noqa: E402
-from cm3leon.gate import Verdict  # noqa: E402
+from cm3leon.config.schema import GateConfig  # noqa: E402
+from cm3leon.registry.gate import Verdict  # noqa: E402
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
 def register_task() -> str:
     """Bundle what the stages left and register it as challenger; an unchanged bundle makes no new version. Returns the version."""
-    from cm3leon import registry
+    from cm3leon.registry import registry
 
     with tempfile.TemporaryDirectory(prefix="bundle-", dir=_scratch()) as folder:
         version = registry.register(registry.build_bundle(Path(folder) / "bundle"))
@@ -48,7 +48,7 @@ def gate_task(config: GateConfig) -> State:
     """Compare challenger and champion, the table as an artefact; ends Completed when it may be promoted, HeldBack when not."""
     from prefect.artifacts import create_markdown_artifact
 
-    from cm3leon import registry
+    from cm3leon.registry import registry
 
     verdict = registry.gate(config)
     create_markdown_artifact(verdict.to_markdown(), key="cm3leon-gate", description="Scores of challenger and champion, margins, verdict")
@@ -59,7 +59,7 @@ def gate_task(config: GateConfig) -> State:
 @task(name="promote", task_run_name="promote", cache_policy=NO_CACHE, persist_result=False)
 def promote_task() -> str:
     """Make the challenger the champion. Returns its version."""
-    from cm3leon import registry
+    from cm3leon.registry import registry
 
     return str(registry.promote())
 
@@ -77,7 +77,7 @@ def register_gate_promote(config: GateConfig) -> str:
 @flow(name="cm3leon-promotion", persist_result=False)
 def promotion() -> State:
     """Register what the stages have left, gate it, and promote it if it passes."""
-    from cm3leon.config import load_config
+    from cm3leon.config.schema import load_config
 
     return Completed(message=register_gate_promote(load_config().gate))
 
@@ -85,7 +85,7 @@ def promotion() -> State:
 @flow(name="cm3leon-rollback", persist_result=False)
 def rollback() -> State:
     """Make the previous champion the champion again."""
-    from cm3leon import registry
+    from cm3leon.registry import registry
 
     return Completed(message=f"version {registry.rollback()} is the champion again")
 

@@ -15,8 +15,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows.child import run_command
-from flows.environment import child_path
+from cm3leon.services.child import run_command
+from cm3leon.services.environment import child_path
 
 FIGURES = "figures: "
 """Start of the line with which a stage's command ends: its headline figures, seconds and peak memory as JSON."""

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-from cm3leon import paths, tracking, tracking_store
-from cm3leon.config import Config, EncoderConfig
+from cm3leon.config import paths
+from cm3leon.config.schema import Config, EncoderConfig
+from cm3leon.tracking import runs, store
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes test: threads of more would wait for each other, those of programs they start too
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -22,15 +23,15 @@ CAPTIONS = ["a red circle", "a blue square", "two green crosses", "a ring above 
 def prepared_store(tmp_path_factory):
     """A migrated SQLite store: making one takes ten seconds, copying it none."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracking_store.use_settings()
-    tracking_store.migrate(f"sqlite:///{path}")
+    store.use_settings()
+    store.migrate(f"sqlite:///{path}")
     return path
 
 
 @pytest.fixture
 def project(prepared_store, tmp_path, monkeypatch):
     """An empty project, the working directory, with an MLflow store of its own."""
-    for name in ("MLFLOW_TRACKING_URI", tracking.PARENT_RUN_ENV, tracking.FLOW_RUN_ENV, "RANK"):
+    for name in ("MLFLOW_TRACKING_URI", runs.PARENT_RUN_ENV, runs.FLOW_RUN_ENV, "RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(prepared_store, tmp_path / "mlflow.db")
@@ -57,15 +58,15 @@ def make_models(root):
     from PIL import Image
 
     from cm3leon.data.tokens import Document, write_tokens
-    from cm3leon.documents import Vocabulary
     from cm3leon.evaluation.record import Record
-    from cm3leon.lineage import content_hash
-    from cm3leon.model import Decoder, DecoderSpec
-    from cm3leon.retrieval.encoder import ClipTokenizer, Encoder, build_clip, trained_settings
+    from cm3leon.models.clip import ClipTokenizer, Encoder, build_clip, trained_settings
+    from cm3leon.models.decoder import Decoder, DecoderSpec
+    from cm3leon.models.super_resolution import SuperResolution
+    from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec
     from cm3leon.retrieval.index import MemoryBank
-    from cm3leon.super_resolution import SuperResolution
-    from cm3leon.tokenizers.image import ImageTokenizer, ImageTokenizerSpec
-    from cm3leon.tokenizers.text import TextTokenizer
+    from cm3leon.sequence.grammar import Vocabulary
+    from cm3leon.sequence.text_tokenizer import TextTokenizer
+    from cm3leon.tracking.lineage import content_hash
 
     torch.manual_seed(0)
     text = TextTokenizer.train(CAPTIONS, 300)

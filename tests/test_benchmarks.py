@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.study import claims, report, runs
 from benchmarks.study.__main__ import CLAIMS
-from cm3leon.config import Config
+from cm3leon.config.schema import Config
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
 

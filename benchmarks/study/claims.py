@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study.runs import Study
-from cm3leon import paths
-from cm3leon.config import DecodingConfig
+from cm3leon.config import paths
+from cm3leon.config.schema import DecodingConfig
 from cm3leon.data.manifest import ImageStore, read_manifest
-from cm3leon.evaluation import composition, measure
+from cm3leon.evaluation import measure
 from cm3leon.evaluation.record import Record
-from cm3leon.lineage import content_hash
+from cm3leon.evaluation.tasks import MEASURES, Evaluation, infill
+from cm3leon.scenes import composition
 from cm3leon.stages.evaluate import answer_all, ask_questions, choose, fitted, load
-from cm3leon.stages.evaluation_tasks import MEASURES, Evaluation, infill
+from cm3leon.tracking.lineage import content_hash
 
 BASE: tuple[str, ...] = ("pretrain.documents=[0.2, 0.4, 0.4]",)
 ALONE = ("pretrain.documents=[1.0]",)

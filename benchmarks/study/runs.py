@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from cm3leon import paths
-from cm3leon.config import Config, DecodingConfig
+from cm3leon.config import paths
+from cm3leon.config.profiles import PARAMS, changed_config
+from cm3leon.config.schema import Config, DecodingConfig
 from cm3leon.data.batches import SortedStream
 from cm3leon.data.manifest import read_manifest
 from cm3leon.data.tokens import TokenStore
-from cm3leon.evaluation import composition
 from cm3leon.evaluation.record import bootstrap, digest
 from cm3leon.generation.generator import Generator
-from cm3leon.lineage import content_hash
-from cm3leon.profiles import PARAMS, changed_config
+from cm3leon.scenes import composition
 from cm3leon.stages.evaluate import load
 from cm3leon.stages.pretrain import build_decoder, training_samples, validation_batches
+from cm3leon.tracking.lineage import content_hash
 from cm3leon.training.trainer import fit, setup
 
 ROOT = Path("models/study")

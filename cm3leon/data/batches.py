@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cm3leon.data.sequences import Sample
-from cm3leon.documents import PAD
+from cm3leon.sequence.grammar import PAD
 
 SORT_BATCHES = 16
 """Samples of this many batches are sorted by length together, so that little is padded."""

@@ -122,7 +122,7 @@ def straight_lines(pixels: np.ndarray) -> np.ndarray:
 EXTRACTORS: dict[str, Extractor] = {
     "canny edge": canny_edge, "hed": hed, "children's scribbles": scribbles, "M-LSD lines": straight_lines,
 }  # fmt: skip
-"""Kind of condition (``cm3leon.tasks.CONDITIONS``) -> what makes it; ValueError for an array that is not uint8 (h, w, 3)."""
+"""Kind of condition (``cm3leon.sequence.tasks.CONDITIONS``) -> what makes it; ValueError for an array that is not uint8 (h, w, 3)."""
 
 
 if __name__ == "__main__":

@@ -108,5 +108,5 @@ def _table(columns: list[dict[str, str]], rows: list[dict[str, Any]]) -> str:
     body = []
     for row in rows:
         cells = "".join(f"<td>{row[column['field']]}</td>" for column in shown)
-        body.append(f"<tr>{cells}<td><a href=\"{row['_table_row_link_path']}\">open its page</a></td></tr>")
+        body.append(f'<tr>{cells}<td><a href="{row["_table_row_link_path"]}">open its page</a></td></tr>')
     return f"<table><thead><tr>{head}<th></th></tr></thead><tbody>{''.join(body)}</tbody></table>"

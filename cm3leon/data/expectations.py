@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from cm3leon.config import ValidateConfig
+from cm3leon.config.schema import ValidateConfig
 from cm3leon.data import data_docs
 from cm3leon.data.manifest import SPLITS
 

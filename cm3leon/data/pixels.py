@@ -9,7 +9,7 @@ import numpy as np
 
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore
-from cm3leon.progress import progress
+from cm3leon.utils.progress import progress
 
 MEMORY = 2 << 30
 """Most bytes of pixels kept in memory."""

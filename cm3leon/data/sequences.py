@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cm3leon.config import NeighbourChoice, ObjectiveConfig, UserError
+from cm3leon.config.schema import NeighbourChoice, ObjectiveConfig, UserError
 from cm3leon.data.tokens import Document, TokenStore
-from cm3leon.documents import BREAK, Body, Vocabulary, build_body
-from cm3leon.objective import Masked, mask
+from cm3leon.sequence.cm3 import Masked, mask
+from cm3leon.sequence.grammar import BREAK, Body, Vocabulary, build_body
 
 
 class Sample(NamedTuple):

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cm3leon.config import SFTConfig, UserError
+from cm3leon.config.schema import SFTConfig, UserError
 from cm3leon.data.sequences import PretrainingSamples, Sample, fit_body, sample_rng, standing
 from cm3leon.data.tokens import Document, TokenStore, condition_key
-from cm3leon.documents import build_body
-from cm3leon.objective import MARKS, apply_spans
-from cm3leon.tasks import COLUMNS, TASKS, Task, Values, available, lay_out, visible_objects
-from cm3leon.tokenizers.text import TextTokenizer
+from cm3leon.sequence.cm3 import MARKS, apply_spans
+from cm3leon.sequence.grammar import build_body
+from cm3leon.sequence.tasks import COLUMNS, TASKS, Task, Values, available, lay_out, visible_objects
+from cm3leon.sequence.text_tokenizer import TextTokenizer
+
 
 @dataclass(frozen=True)
 class TaskSamples:
@@ -97,9 +98,7 @@ class TaskSamples:
     @cached_property
     def shares(self) -> dict[str, float]:
         """Share of each task in the mix."""
-        return bounded_shares(
-            self.counts, self.config.tasks, self.config.downsampling, self.config.upsampling
-        )
+        return bounded_shares(self.counts, self.config.tasks, self.config.downsampling, self.config.upsampling)
 
     def __call__(self, epoch: int, number: int) -> Sample:
         name, row = self._place(epoch, number)
@@ -115,7 +114,9 @@ class TaskSamples:
 
     def _with_pictures(self, turns: Sequence[Values]) -> Values:
         """The first turn whose other picture is there."""
-        return next(turn for turn in turns if "condition" not in turn or (self.conditions is not None and turn["condition"] in self.conditions))
+        return next(
+            turn for turn in turns if "condition" not in turn or (self.conditions is not None and turn["condition"] in self.conditions)
+        )
 
     @cached_property
     def _bounds(self) -> np.ndarray:

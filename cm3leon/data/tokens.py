@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-
 CONDITIONS_OF = "conditions-"
 """Before the name of a split: the condition images of its documents."""
 

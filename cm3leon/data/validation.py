@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from cm3leon.config import ValidateConfig
+from cm3leon.config.schema import ValidateConfig
 from cm3leon.data.images import ImageError, decode
 from cm3leon.data.manifest import ImageStore
-from cm3leon.progress import progress
+from cm3leon.utils.progress import progress
 
 THUMBNAIL = 8
 CHUNK = 64

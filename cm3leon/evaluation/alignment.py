@@ -18,7 +18,7 @@ class ImageEncoder(Protocol):
 
 
 class TextImageEncoder(ImageEncoder, Protocol):
-    """What :class:`cm3leon.retrieval.encoder.Encoder` offers here."""
+    """What :class:`cm3leon.models.clip.Encoder` offers here."""
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray: ...
 

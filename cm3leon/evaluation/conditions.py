@@ -13,8 +13,8 @@ from PIL import Image
 from scipy import ndimage
 
 from cm3leon.data.conditions import EXTRACTORS
-from cm3leon.data.sources.scene_conditions import FAR, NEAR, RENDERERS, SEGMENT_COLORS
-from cm3leon.evaluation.scene_reading import UNKNOWN, read_scene
+from cm3leon.scenes.conditions import FAR, NEAR, RENDERERS, SEGMENT_COLORS
+from cm3leon.scenes.reading import UNKNOWN, read_scene
 
 BRIGHT = 80
 """A pixel belongs to a line where its brightest channel has at least this, of 255."""

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
-from cm3leon import _torchvision
 from cm3leon.data.images import to_rgb
+from cm3leon.utils import torchvision_compat
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 """Name of the weights file that pytorch-fid publishes; its end is the beginning of the file's SHA-256."""
@@ -73,7 +73,7 @@ def _replace_pooling(block: nn.Module, pool: Callable[[torch.Tensor], torch.Tens
 
 def build() -> nn.Module:
     """The network with torch's initial weights, classifier included, in evaluation mode; parameters are named as in :data:`WEIGHTS`."""
-    _torchvision.make_importable()
+    torchvision_compat.make_importable()
     from torchvision.models.inception import Inception3
 
     network: nn.Module = Inception3(num_classes=CLASSES, aux_logits=False, init_weights=False)

@@ -14,10 +14,11 @@ import numpy as np
 from PIL import Image
 
 from cm3leon.evaluation import captions as caption_metrics
-from cm3leon.evaluation import composition, vqa
+from cm3leon.evaluation import vqa
 from cm3leon.evaluation.alignment import ImageEncoder, TextImageEncoder
 from cm3leon.evaluation.fidelity import frechet_distance, kernel_distance, precision_recall, within_manifolds
 from cm3leon.evaluation.record import Record
+from cm3leon.scenes import composition
 
 Images = Sequence[Image.Image]
 

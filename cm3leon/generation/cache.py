@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm3leon.documents import PAD, Prompt
-from cm3leon.model import Decoder
+from cm3leon.models.decoder import Decoder
+from cm3leon.sequence.grammar import PAD, Prompt
 
 WORTH_SHARING = 32
 """A beginning that prompts have in common is computed on its own from this many tokens on."""

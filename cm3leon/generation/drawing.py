@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cm3leon.config import DecodingConfig
-from cm3leon.documents import Prompt
+from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.engine import generate_images
 from cm3leon.generation.parts import BadInputError, Parts
 from cm3leon.generation.prompts import Query
 from cm3leon.generation.rerank import rank
 from cm3leon.generation.results import GeneratedImage, Neighbour
 from cm3leon.generation.sampling import Sampler
-from cm3leon.progress import track
+from cm3leon.sequence.grammar import Prompt
+from cm3leon.utils.progress import track
 
 ROWS = 128
 """Sequences decoded together."""

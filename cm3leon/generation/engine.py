@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cm3leon.documents import EOSS, PAD, Prompt
 from cm3leon.generation.cache import decoding_cache, padded, read_prompts
 from cm3leon.generation.sampling import Sampler, at_temperature, keep_top_p, sample, uniform_noise
-from cm3leon.loss import chunked_cross_entropy
-from cm3leon.model import Decoder
+from cm3leon.models.cross_entropy import chunked_cross_entropy
+from cm3leon.models.decoder import Decoder
+from cm3leon.sequence.grammar import EOSS, PAD, Prompt
 
 
 class PromptTooLongError(ValueError):

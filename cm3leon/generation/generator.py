@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cm3leon.config import DecodingConfig
+from cm3leon.config.schema import DecodingConfig
 from cm3leon.data.images import fit_square
 from cm3leon.data.tokens import CONDITIONS
-from cm3leon.documents import BREAK, EOS, EOSS, Prompt, build_body
 from cm3leon.generation.drawing import ROWS, Drawing, Gap, draw
 from cm3leon.generation.engine import PromptTooLongError, generate_images, generate_texts, log_likelihoods
 from cm3leon.generation.parts import BadInputError, Parts
@@ -24,8 +23,9 @@ from cm3leon.generation.prompts import Query, answer_prompt, blanks_prompt, imag
 from cm3leon.generation.rerank import read_likelihoods
 from cm3leon.generation.results import GeneratedImage, GeneratedText, Neighbour, PairScore, Part
 from cm3leon.generation.sampling import Sampler
-from cm3leon.progress import track
-from cm3leon.tasks import TASKS, Box, Segment, Values, lay_out, layout_text, problem_values
+from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Prompt, build_body
+from cm3leon.sequence.tasks import TASKS, Box, Segment, Values, lay_out, layout_text, problem_values
+from cm3leon.utils.progress import track
 
 BLANK = "___"
 
@@ -33,7 +33,7 @@ BLANK = "___"
 class Generator(Parts):
     """Draws, captions, answers, edits and infills with a bundle. Lists in, lists out; one call at a time.
 
-    Settings of a call that are not given, or None, are the bundle's decoding defaults (:class:`~cm3leon.config.DecodingConfig`).
+    Settings of a call that are not given, or None, are the bundle's decoding defaults (:class:`~cm3leon.config.schema.DecodingConfig`).
     """
 
     # --- images ----------------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ class Generator(Parts):
 
         Args:
             references: an image for each prompt, by which documents are retrieved too.
-            settings: fields of :class:`~cm3leon.config.DecodingConfig`.
+            settings: fields of :class:`~cm3leon.config.schema.DecodingConfig`.
 
         Raises:
             BadInputError: for an empty prompt or an impossible setting.
@@ -245,7 +245,7 @@ class Generator(Parts):
         """Whether a task's texts and images fit in the context, with the image to draw or at least one token of an answer.
 
         Args:
-            values: what fills the fields of the task's template (``cm3leon.tasks``).
+            values: what fills the fields of the task's template (``cm3leon.sequence.tasks``).
         """
         blank = np.zeros(self.model.vocabulary.tokens_per_image, dtype=np.int64)
         if TASKS[task].draws:
@@ -290,7 +290,7 @@ class Generator(Parts):
     ) -> list[GeneratedText]:
         """Answer a question about each image with one of its options; ``explain``: with the reasons before it.
 
-        :func:`cm3leon.tasks.conclusion` takes the answer out of an explanation.
+        :func:`cm3leon.sequence.tasks.conclusion` takes the answer out of an explanation.
 
         Raises:
             BadInputError: if the lists differ in length, a question is empty or has less than two options.

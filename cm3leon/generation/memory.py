@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from cm3leon.config import RetrieveConfig
+from cm3leon.config.schema import RetrieveConfig
 from cm3leon.data.tokens import TokenStore
-from cm3leon.documents import Vocabulary
 from cm3leon.generation.results import Neighbour
-from cm3leon.tasks import Segment
+from cm3leon.sequence.grammar import Vocabulary
+from cm3leon.sequence.tasks import Segment
 
 if TYPE_CHECKING:
-    from cm3leon.retrieval.encoder import Encoder
+    from cm3leon.models.clip import Encoder
     from cm3leon.retrieval.index import MemoryBank
 
 

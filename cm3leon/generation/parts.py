@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cm3leon.config import DecodingConfig, RetrieveConfig
+from cm3leon.config.schema import DecodingConfig, RetrieveConfig
 from cm3leon.data.images import fit_square
 from cm3leon.data.tokens import TokenStore
-from cm3leon.documents import Tokens
 from cm3leon.generation.memory import Memory
 from cm3leon.generation.prompts import answer_prompt, image_prompt
 from cm3leon.generation.results import Neighbour
-from cm3leon.model import Decoder
-from cm3leon.tasks import TASKS, Training
-from cm3leon.tokenizers.image import ImageTokenizer, to_float
-from cm3leon.tokenizers.text import TextTokenizer
+from cm3leon.models.decoder import Decoder
+from cm3leon.models.vqgan import ImageTokenizer, to_float
+from cm3leon.sequence.grammar import Tokens
+from cm3leon.sequence.tasks import TASKS, Training
+from cm3leon.sequence.text_tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
-    from cm3leon.retrieval.encoder import Encoder
-    from cm3leon.super_resolution import SuperResolution
+    from cm3leon.models.clip import Encoder
+    from cm3leon.models.super_resolution import SuperResolution
 
 PICTURES = 64
 """Images encoded or decoded together."""
@@ -111,7 +111,7 @@ class Parts:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded_encoder, memory, upscaler = None, None, None
         if encoder is not None:
-            from cm3leon.retrieval.encoder import Encoder
+            from cm3leon.models.clip import Encoder
 
             loaded_encoder = Encoder.load(encoder).to(device)
         if loaded_encoder is not None and memory_bank is not None and tokens is not None:
@@ -119,7 +119,7 @@ class Parts:
 
             memory = Memory(MemoryBank.load(memory_bank), loaded_encoder, TokenStore(tokens), retrieval or RetrieveConfig())
         if super_resolution is not None:
-            from cm3leon.super_resolution import SuperResolution
+            from cm3leon.models.super_resolution import SuperResolution
 
             upscaler = SuperResolution.load(super_resolution).to(device)
         return cls(
@@ -173,7 +173,7 @@ class Parts:
         Raises:
             LookupError: if the registry has no such model.
         """
-        from cm3leon.registry import fetch_bundle
+        from cm3leon.registry.registry import fetch_bundle
 
         return cls.from_bundle(fetch_bundle(uri, tracking_uri), device, precision, compiled)
 

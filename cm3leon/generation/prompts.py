@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cm3leon.documents import Prompt, Tokens, Vocabulary, build_body
-from cm3leon.objective import apply_spans
-from cm3leon.tasks import BREAK, Segment, split_template
-from cm3leon.tokenizers.text import TextTokenizer
+from cm3leon.sequence.cm3 import apply_spans
+from cm3leon.sequence.grammar import Prompt, Tokens, Vocabulary, build_body
+from cm3leon.sequence.tasks import BREAK, Segment, split_template
+from cm3leon.sequence.text_tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cm3leon.documents import Prompt
 from cm3leon.generation.engine import log_likelihoods
 from cm3leon.generation.prompts import Query, reading_pair
 from cm3leon.generation.results import GeneratedImage
-from cm3leon.model import Decoder
+from cm3leon.models.decoder import Decoder
+from cm3leon.sequence.grammar import Prompt
 
 if TYPE_CHECKING:
-    from cm3leon.retrieval.encoder import Encoder
+    from cm3leon.models.clip import Encoder
 
 ROWS = 128
 """Sequences scored together."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm3leon.config import DecodingConfig
+from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.guidance import classifier_free, editing, scale_at
 
 

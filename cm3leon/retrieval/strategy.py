@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cm3leon.config import RetrieveConfig
+from cm3leon.config.schema import RetrieveConfig
 from cm3leon.retrieval.index import MemoryBank, document_vectors
 
 TEXT, IMAGE = "text", "image"

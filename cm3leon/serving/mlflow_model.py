@@ -23,12 +23,12 @@ import pandas as pd
 from PIL import Image
 from pydantic import ValidationError
 
+from cm3leon.registry.signature import COLUMNS, JSON_COLUMNS, OUTPUTS, RequestSettings, request_settings
 from cm3leon.serving.calls import Call, perform
 from cm3leon.serving.errors import ApiError, from_validation
 from cm3leon.serving.requests import TASKS, TextToImage
 from cm3leon.serving.responses import png
 from cm3leon.serving.schemas import Drawing, TaskRequest, Writing
-from cm3leon.serving.signature import COLUMNS, JSON_COLUMNS, OUTPUTS, RequestSettings, request_settings
 
 if TYPE_CHECKING:
     from cm3leon.generation.generator import Generator

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config, ConfigError, EncoderConfig
+from cm3leon.config import paths
+from cm3leon.config.schema import Config, ConfigError, EncoderConfig
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
-from cm3leon.progress import progress
-from cm3leon.retrieval import contrastive
-from cm3leon.retrieval.encoder import Encoder
-from cm3leon.stages.common import device
+from cm3leon.models.clip import Encoder
+from cm3leon.tracking import runs
+from cm3leon.training import clip
+from cm3leon.utils.images import device
+from cm3leon.utils.progress import progress
 
 HELD_OUT = 256
 LOG_EVERY = 20
@@ -40,7 +41,7 @@ def held_out_figures(encoder: Encoder, rows: pd.DataFrame, store: ImageStore) ->
     }
 
 
-def make(config: EncoderConfig, seed: int, store: ImageStore, rows: pd.DataFrame, run: tracking.Run) -> Encoder:
+def make(config: EncoderConfig, seed: int, store: ImageStore, rows: pd.DataFrame, run: runs.Run) -> Encoder:
     """Pretrained or newly trained, as the configuration says."""
     if config.pretrained_model:
         if not config.pretrained_weights:
@@ -54,14 +55,14 @@ def make(config: EncoderConfig, seed: int, store: ImageStore, rows: pd.DataFrame
             if step % LOG_EVERY == 0 or step == config.steps - 1:
                 run.log_metrics({"encoder/loss": loss}, step)
 
-        return contrastive.train(config, images, rows["captions"].tolist(), seed, device(), on_step)
+        return clip.train(config, images, rows["captions"].tolist(), seed, device(), on_step)
 
 
 def run(config: Config) -> dict[str, float]:
     """Writes ``models/encoder/``; returns retrieval figures on the val split."""
     section = config.encoder
     store = ImageStore(paths.RAW)
-    with tracking.stage_run("encoder", config) as run:
+    with runs.stage_run("encoder", config) as run:
         run.log_dataset(paths.RAW, "raw")
         run.log_dataset(paths.VALIDATED, "validated")
         rows = paired(read_manifest(paths.VALIDATED, "train", ["image", "captions"]))

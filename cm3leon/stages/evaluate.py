@@ -15,22 +15,25 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from cm3leon import paths, super_resolution, tracking
-from cm3leon.config import Config, UserError
+from cm3leon.config import paths
+from cm3leon.config.schema import Config, UserError
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
-from cm3leon.evaluation import composition, leakage, measure, vqa
+from cm3leon.evaluation import leakage, measure, vqa
 from cm3leon.evaluation.alignment import clip_score
 from cm3leon.evaluation.inception import Inception, fetch_weights
 from cm3leon.evaluation.record import FILE as RECORD
 from cm3leon.evaluation.record import Record, digest
+from cm3leon.evaluation.tasks import MEASURES, Evaluation, Sheet, best, first_caption, infill
 from cm3leon.generation.generator import Generator
-from cm3leon.lineage import content_hash
-from cm3leon.stages.common import device, save_captioned
-from cm3leon.stages.evaluation_tasks import MEASURES, Evaluation, Sheet, best, first_caption, infill
+from cm3leon.models import super_resolution
+from cm3leon.models.vqgan import reconstruct
+from cm3leon.scenes import composition
 from cm3leon.stages.super_resolution import target_side
-from cm3leon.tokenizers.image import reconstruct
+from cm3leon.tracking import runs
+from cm3leon.tracking.lineage import content_hash
+from cm3leon.utils.images import device, save_captioned
 
 CONFUSIONS = "confusions.csv"
 SECTIONS = ("evaluate", "decoding", "retrieve")
@@ -247,7 +250,7 @@ def answer(e: Evaluation, asked: Sequence[tuple[str, str, list[str]]], frequent:
 
 def run(config: Config) -> dict[str, float]:
     """Writes ``models/evaluation/record.json`` and sheets; returns the main scores and their calibrations."""
-    with tracking.stage_run("evaluate", config) as run:
+    with runs.stage_run("evaluate", config) as run:
         record = evaluate(config, paths.EVALUATION)
         run.log_metrics({f"eval/{name}": value for name, value in record.scores.items()})
         run.log_metrics({f"calibration/{name}": value for name, value in record.calibration.items()})

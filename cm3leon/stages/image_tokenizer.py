@@ -8,14 +8,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config
+from cm3leon.config import paths
+from cm3leon.config.schema import Config
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
 from cm3leon.data.tokens import CONDITIONS
-from cm3leon.stages.common import device, save_pairs
-from cm3leon.tokenizers.image import ImageTokenizer, reconstruct
-from cm3leon.tokenizers.image_training import code_statistics, psnr, train_image_tokenizer
+from cm3leon.models.vqgan import ImageTokenizer, reconstruct
+from cm3leon.tracking import runs
+from cm3leon.training.vqgan import code_statistics, psnr, train_image_tokenizer
+from cm3leon.utils.images import device, save_pairs
 
 VALIDATION_IMAGES = 512
 SHEET_IMAGES = 16
@@ -34,7 +35,7 @@ def run(config: Config) -> dict[str, float]:
     """Writes ``models/image_tokenizer/`` and ``reconstructions.png`` in it; returns PSNR on val and the codebook's usage."""
     section = config.image_tokenizer
     store = ImageStore(paths.RAW)
-    with tracking.stage_run("image_tokenizer", config) as run:
+    with runs.stage_run("image_tokenizer", config) as run:
         run.log_dataset(paths.RAW, "raw")
         run.log_dataset(paths.VALIDATED, "validated")
         if section.pretrained:

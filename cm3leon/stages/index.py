@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pandas as pd
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config
+from cm3leon.config import paths
+from cm3leon.config.schema import Config
 from cm3leon.data.manifest import ImageStore, read_manifest
-from cm3leon.retrieval.encoder import Encoder
+from cm3leon.models.clip import Encoder
 from cm3leon.retrieval.index import COLUMNS, MemoryBank
-from cm3leon.stages.common import device
+from cm3leon.tracking import runs
+from cm3leon.utils.images import device
 
 
 def multimodal(manifest: pd.DataFrame) -> pd.DataFrame:
@@ -20,7 +21,7 @@ def multimodal(manifest: pd.DataFrame) -> pd.DataFrame:
 
 def run(config: Config) -> dict[str, float]:
     """Writes ``models/index/``; returns how many documents it holds, and of the train split how many it leaves out."""
-    with tracking.stage_run("index", config) as run:
+    with runs.stage_run("index", config) as run:
         encoder = Encoder.load(paths.ENCODER).to(device())
         train = read_manifest(paths.VALIDATED, "train")
         documents = multimodal(train)

@@ -9,13 +9,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config
+from cm3leon.config import paths
+from cm3leon.config.schema import Config
 from cm3leon.data.images import ImageError, decode, encode
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.packing import pack
 from cm3leon.data.sources import source_rows
-from cm3leon.progress import track
+from cm3leon.tracking import runs
+from cm3leon.utils.progress import track
 
 MAX_PIXELS = 50_000_000
 """Of larger images none is computed; validate refuses them by its own limit."""
@@ -46,7 +47,7 @@ def run(config: Config) -> dict[str, float]:
     Raises:
         SourceError: if the collection cannot be read as configured. A single row at fault is no error: it is kept with its problem.
     """
-    with tracking.stage_run("ingest", config) as stage:
+    with runs.stage_run("ingest", config) as stage:
         found = with_conditions(source_rows(config.ingest), config.ingest.extract, config.ingest.extract_share)
         rows = track(found, f"ingest: {config.ingest.source}", _expected(config), "rows")
         figures = pack(rows, paths.RAW, config.ingest.shard_megabytes)

@@ -7,18 +7,19 @@ from dataclasses import replace
 
 import torch
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config, ModelConfig, ObjectiveConfig, PretrainConfig
+from cm3leon.config import paths
+from cm3leon.config.schema import Config, ModelConfig, ObjectiveConfig, PretrainConfig
 from cm3leon.data.batches import Batch
 from cm3leon.data.sequences import PretrainingSamples, read_neighbours
 from cm3leon.data.tokens import TokenStore
-from cm3leon.documents import Vocabulary
-from cm3leon.model import Decoder, DecoderSpec
-from cm3leon.stages.samples import sample_sheets
-from cm3leon.stages.training import fingerprint, first_batches, stream_of, train
-from cm3leon.tokenizers.image import ImageTokenizer
-from cm3leon.tokenizers.text import TextTokenizer
+from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.vqgan import ImageTokenizer
+from cm3leon.sequence.grammar import Vocabulary
+from cm3leon.sequence.text_tokenizer import TextTokenizer
+from cm3leon.tracking import runs
 from cm3leon.training.distributed import world
+from cm3leon.training.run import fingerprint, first_batches, stream_of, train
+from cm3leon.training.sample_sheets import sample_sheets
 
 DRAWS_COUNTED = 1000
 """Samples from which the shares of what is masked are told."""
@@ -79,7 +80,7 @@ def mask_shares(samples: PretrainingSamples) -> dict[str, float]:
 def run(config: Config) -> dict[str, float]:
     """Writes ``models/pretrained/``; returns validation losses, what was masked, and the number of parameters."""
     section = config.pretrain
-    with world() as processes, tracking.stage_run("pretrain", config) as run:
+    with world() as processes, runs.stage_run("pretrain", config) as run:
         model = build_decoder(section.model, config.seed).to(processes.device)
         documents, held_out = TokenStore(paths.TOKENS, ["train"]), TokenStore(paths.TOKENS, ["val"])
         samples = training_samples(documents, model.vocabulary, section, config.seed)

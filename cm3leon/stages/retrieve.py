@@ -7,16 +7,17 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config, RetrieveConfig
+from cm3leon.config import paths
+from cm3leon.config.schema import Config, RetrieveConfig
 from cm3leon.data.manifest import SPLITS, ImageStore, read_manifest
-from cm3leon.progress import progress
+from cm3leon.models.clip import Encoder
 from cm3leon.retrieval import strategy
-from cm3leon.retrieval.encoder import Encoder
 from cm3leon.retrieval.index import MemoryBank, document_vectors
 from cm3leon.retrieval.strategy import Neighbour
-from cm3leon.stages.common import device
 from cm3leon.stages.index import multimodal
+from cm3leon.tracking import runs
+from cm3leon.utils.images import device
+from cm3leon.utils.progress import progress
 
 FILE = "neighbours.parquet"
 SCHEMA = pa.schema(
@@ -81,7 +82,7 @@ def to_table(ids: list[str], found: list[list[Neighbour]], others: list[list[int
 
 def run(config: Config) -> dict[str, float]:
     """Writes ``data/neighbours/neighbours.parquet``; returns how well the train documents are served, and val and test beside them."""
-    with tracking.stage_run("retrieve", config) as run:
+    with runs.stage_run("retrieve", config) as run:
         encoder = Encoder.load(paths.ENCODER).to(device())
         bank = MemoryBank.load(paths.INDEX)
         bank.check_encoder(encoder.fingerprint)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config, ObjectiveConfig
+from cm3leon.config import paths
+from cm3leon.config.schema import Config, ObjectiveConfig
 from cm3leon.data.manifest import read_manifest
 from cm3leon.data.sequences import PretrainingSamples, read_neighbours
 from cm3leon.data.task_samples import TaskSamples
 from cm3leon.data.tokens import CONDITIONS_OF, TokenStore
-from cm3leon.model import Decoder
-from cm3leon.stages.samples import sample_sheets
-from cm3leon.stages.training import fingerprint, first_batches, stream_of, train
-from cm3leon.tasks import TASKS, Training
-from cm3leon.tokenizers.text import TextTokenizer
+from cm3leon.models.decoder import Decoder
+from cm3leon.sequence.tasks import TASKS, Training
+from cm3leon.sequence.text_tokenizer import TextTokenizer
+from cm3leon.tracking import runs
 from cm3leon.training.distributed import world
+from cm3leon.training.run import fingerprint, first_batches, stream_of, train
+from cm3leon.training.sample_sheets import sample_sheets
 
 TASK_PART = 4
 """Each task on its own is validated on this part of the number of samples that the mix is."""
@@ -25,7 +26,7 @@ UNMASKED = ObjectiveConfig(mean_masks=0, segment_rate=0)
 def run(config: Config) -> dict[str, float]:
     """Writes ``models/finetuned/``; returns validation losses of the mix and the number of documents of each task."""
     section = config.sft
-    with world() as processes, tracking.stage_run("sft", config) as run:
+    with world() as processes, runs.stage_run("sft", config) as run:
         model = Decoder.load(paths.PRETRAINED, processes.device)
         documents, held_out = TokenStore(paths.TOKENS, ["train"]), TokenStore(paths.TOKENS, ["val"])
         neighbours = read_neighbours(paths.NEIGHBOURS, section.neighbours)

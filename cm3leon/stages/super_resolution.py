@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config
+from cm3leon.config import paths
+from cm3leon.config.schema import Config
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
-from cm3leon.progress import progress
-from cm3leon.stages.common import device
-from cm3leon.super_resolution import evaluate, train
+from cm3leon.models.super_resolution import evaluate, train
+from cm3leon.tracking import runs
+from cm3leon.utils.images import device
+from cm3leon.utils.progress import progress
 
 VALIDATION_IMAGES = 256
 LOG_EVERY = 20
@@ -27,7 +28,7 @@ def run(config: Config) -> dict[str, float]:
     """Writes ``models/super_resolution/``; returns PSNR over RGB on val, dB, of the network and of bicubic interpolation."""
     section = config.super_resolution
     store = ImageStore(paths.RAW)
-    with tracking.stage_run("super_resolution", config) as run:
+    with runs.stage_run("super_resolution", config) as run:
         manifest = read_manifest(paths.VALIDATED, columns=["image", "width", "height", "split"])
         manifest = manifest[manifest["image"].notna()]
         rows = manifest[manifest["split"] == "train"]

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config
+from cm3leon.config import paths
+from cm3leon.config.schema import Config
 from cm3leon.data.manifest import read_manifest
-from cm3leon.tasks import BREAK, COLUMNS, PICTURES, TASKS, available, split_template
-from cm3leon.tokenizers.text import TextTokenizer
+from cm3leon.sequence.tasks import BREAK, COLUMNS, PICTURES, TASKS, available, split_template
+from cm3leon.sequence.text_tokenizer import TextTokenizer
+from cm3leon.tracking import runs
 
 
 def texts(manifest: pd.DataFrame) -> Iterator[str]:
@@ -31,7 +32,7 @@ def texts(manifest: pd.DataFrame) -> Iterator[str]:
 
 def run(config: Config) -> dict[str, float]:
     """Writes ``models/text_tokenizer/``; returns the vocabulary's size and how many characters a token stands for."""
-    with tracking.stage_run("text_tokenizer", config) as run:
+    with runs.stage_run("text_tokenizer", config) as run:
         tokenizer = TextTokenizer.train(texts(read_manifest(paths.VALIDATED, "train")), config.text_tokenizer.vocabulary_size)
         tokenizer.save(paths.TEXT_TOKENIZER)
         captions = [caption for captions in read_manifest(paths.VALIDATED, "val")["captions"] for caption in captions]

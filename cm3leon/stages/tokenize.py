@@ -8,15 +8,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config
+from cm3leon.config import paths
+from cm3leon.config.schema import Config
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.tokens import CONDITIONS, CONDITIONS_OF, Document, condition_key, write_tokens
-from cm3leon.progress import Meter, progress
-from cm3leon.stages.common import device
-from cm3leon.tokenizers.image import ImageTokenizer, to_float
-from cm3leon.tokenizers.text import TextTokenizer
+from cm3leon.models.vqgan import ImageTokenizer, to_float
+from cm3leon.sequence.text_tokenizer import TextTokenizer
+from cm3leon.tracking import runs
+from cm3leon.utils.images import device
+from cm3leon.utils.progress import Meter, progress
 
 SPLITS = ("train", "val", "test")
 
@@ -62,7 +63,7 @@ def run(config: Config) -> dict[str, float]:
     manifest = read_manifest(paths.VALIDATED, columns=["id", "image", "captions", "conditions", "split"])
     count, conditioned, batch_size = 0, 0, config.tokenize.batch_size
     expected = len(manifest) + sum(map(len, manifest["conditions"]))
-    with tracking.stage_run("tokenize", config) as run, progress("tokenising", expected, "images") as meter:
+    with runs.stage_run("tokenize", config) as run, progress("tokenising", expected, "images") as meter:
         for split in SPLITS:
             part = manifest[manifest["split"] == split]
             layout = images.spec.tokens_per_image, config.tokenize.shard_documents

@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config, ValidateConfig
+from cm3leon.config import paths
+from cm3leon.config.schema import Config, ValidateConfig
 from cm3leon.data import data_docs, expectations, splits
 from cm3leon.data.manifest import MANIFEST_SCHEMA, VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.validation import RULES, Findings, Profile, check_rows, profile_images, thumbnails_of
+from cm3leon.tracking import runs
 
 _RAW_FIELDS = [field for field in MANIFEST_SCHEMA if field.name != "detail"]
 REJECTED_SCHEMA = pa.schema([*_RAW_FIELDS, ("reasons", pa.list_(pa.string())), ("detail", pa.string())])
@@ -39,7 +40,7 @@ def run(config: Config) -> dict[str, float]:
     Raises:
         ValidationError: if too many rows are rejected, none is accepted, or an expectation fails; the outputs are written first.
     """
-    with tracking.stage_run("validate", config) as stage:
+    with runs.stage_run("validate", config) as stage:
         stage.log_dataset(paths.RAW, "raw")
         report = validate(paths.RAW, paths.VALIDATED, config.validate_, config.seed)
         figures = {name: float(report[name]) for name in ("read", "accepted", "rejected")}

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cm3leon.config import TrainConfig
-from cm3leon.model import Decoder
+from cm3leon.config.schema import TrainConfig
+from cm3leon.models.decoder import Decoder
 from cm3leon.training.hardware import computes_bfloat16
 
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import nn
 
-from cm3leon.config import TrainConfig
+from cm3leon.config.schema import TrainConfig
 from cm3leon.training.distributed import products_dtype
 from cm3leon.training.muon import Muon
 

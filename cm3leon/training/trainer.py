@@ -17,15 +17,15 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from cm3leon.config import TrainConfig
+from cm3leon.config.schema import TrainConfig
 from cm3leon.data.batches import Batch, Stream
-from cm3leon.model import Decoder
-from cm3leon.progress import progress
+from cm3leon.models.decoder import Decoder
 from cm3leon.training import distributed
 from cm3leon.training.checkpoint import Checkpoints, generator_states, set_generator_states
 from cm3leon.training.distributed import World
 from cm3leon.training.hardware import flops_per_token, peak_flops
 from cm3leon.training.optimizer import learning_rate_at, make_optimizers
+from cm3leon.utils.progress import progress
 
 Log = Callable[[dict[str, float], int], None]
 LOG_EVERY = 10

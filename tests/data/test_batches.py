@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from tests_support import make_documents
 
-from cm3leon.config import ObjectiveConfig
+from cm3leon.config.schema import ObjectiveConfig
 from cm3leon.data.batches import LOOKAHEAD, PackedStream, SortedStream, collate, pack
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
-from cm3leon.documents import EOS, Vocabulary, check_grammar
-from cm3leon.model import Decoder, DecoderSpec
-from tests_support import make_documents
+from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.sequence.grammar import EOS, Vocabulary, check_grammar
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
 LENGTH = 160
@@ -23,7 +23,7 @@ def samples(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokens")
     write_tokens(directory, "train", make_documents(40), 16, 100)
     store = TokenStore(directory)
-    neighbours = {name: store.ids[:3] for name in store.ids}
+    neighbours = dict.fromkeys(store.ids, store.ids[:3])
     return PretrainingSamples(store, store, neighbours, VOCABULARY, ObjectiveConfig(), [0.5, 0.5], 80, 0)
 
 

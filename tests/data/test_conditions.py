@@ -9,8 +9,8 @@ import pytest
 from scipy import ndimage
 
 from cm3leon.data.conditions import EXTRACTORS, STROKE, WOBBLE
-from cm3leon.data.sources.scene import Object, Scene, sample_scene
-from cm3leon.tasks import CONDITIONS
+from cm3leon.scenes.scene import Object, Scene, sample_scene
+from cm3leon.sequence.tasks import CONDITIONS
 
 SQUARE = Scene("white", (Object("square", "blue", "large", 0.45, 0.6),))
 KINDS = pytest.mark.parametrize("kind", EXTRACTORS)

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from tests_support import make_documents
 
-from cm3leon.config import ObjectiveConfig
+from cm3leon.config.schema import ObjectiveConfig
 from cm3leon.data.batches import SortedStream
 from cm3leon.data.sequences import PretrainingSamples, choose_neighbours, fit_body, sample_rng
 from cm3leon.data.tokens import TokenStore, write_tokens
-from cm3leon.documents import Vocabulary, check_grammar
-from tests_support import make_documents
+from cm3leon.sequence.grammar import Vocabulary, check_grammar
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
 

@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from cm3leon.data.conditions import EXTRACTORS
-from cm3leon.data.sources.scene import Object, Scene, sample_scene
-from cm3leon.data.sources.scene_conditions import RENDERERS, conditions
 from cm3leon.evaluation.conditions import agreement, extract
-from cm3leon.evaluation.scene_reading import UNKNOWN, read_scene
-from cm3leon.tasks import CONDITIONS
+from cm3leon.scenes.conditions import RENDERERS, conditions
+from cm3leon.scenes.reading import UNKNOWN, read_scene
+from cm3leon.scenes.scene import Object, Scene, sample_scene
+from cm3leon.sequence.tasks import CONDITIONS
 
 SIDE = 64
 SCENES = [sample_scene(random.Random(number), 3, 8, 0.1) for number in range(30)]

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cm3leon import _torchvision
 from cm3leon.evaluation.inception import AVERAGED, Inception, build, to_input
+from cm3leon.utils import torchvision_compat
 
 PUBLISHED_BYTES = 95_628_359  # size of the published file
 
@@ -61,7 +61,7 @@ def inception(path: Path) -> Inception:
 
 
 def test_names_and_shapes_are_the_published_ones(weights: dict[str, torch.Tensor]) -> None:
-    _torchvision.make_importable()
+    torchvision_compat.make_importable()
     from torchvision.models import Inception3
 
     with torch.device("meta"):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from flows.environment import use_environment
+from cm3leon.services.environment import use_environment
 
 
 @pytest.fixture(scope="session")

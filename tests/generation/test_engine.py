@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from cm3leon.config import DecodingConfig
-from cm3leon.documents import BREAK, EOS, EOSS, Prompt, Vocabulary
+from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation import cache as caches
 from cm3leon.generation.cache import DecodingCache, read_prompts
 from cm3leon.generation.engine import PromptTooLongError, common_beginning, generate_images, generate_texts, log_likelihoods
 from cm3leon.generation.sampling import Sampler, at_temperature, sample, uniform_noise
-from cm3leon.model import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Prompt, Vocabulary
 
 VOCABULARY = Vocabulary(text_size=40, image_size=20, sentinels=4, tokens_per_image=9)
 CONTEXT = 128

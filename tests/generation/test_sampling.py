@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cm3leon.config import DecodingConfig
+from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.guidance import classifier_free, editing, scale_at
 from cm3leon.generation.sampling import Sampler, at_temperature, contrastive, keep_top_k, keep_top_p, sample, uniform_noise
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cm3leon.config import RetrieveConfig
+from cm3leon.config.schema import RetrieveConfig
 from cm3leon.retrieval import strategy
 from cm3leon.retrieval.index import COLUMNS, MemoryBank, document_vectors, normalize
 

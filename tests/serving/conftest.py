@@ -3,7 +3,7 @@
 import pytest
 from serving_support import Held, serving
 
-from cm3leon.config import DecodingConfig
+from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.generator import Generator
 
 

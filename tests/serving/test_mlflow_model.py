@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cm3leon.bundle import build_bundle
-from cm3leon.config import Config, DecodingConfig
-from cm3leon.serving.signature import COLUMNS, RequestSettings, request_settings, signature
+from cm3leon.config.schema import Config, DecodingConfig
+from cm3leon.registry.bundle import build_bundle
+from cm3leon.registry.signature import COLUMNS, RequestSettings, request_settings, signature
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ print(answers["image_png"][0])
 def test_a_saved_model_works_in_another_process_and_directory(bundle, tmp_path, monkeypatch):
     import mlflow
 
-    from cm3leon.serving import packaging
+    from cm3leon.registry import packaging
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/unused.db")
     monkeypatch.setattr(mlflow.pyfunc, "log_model", lambda name, **options: mlflow.pyfunc.save_model(str(tmp_path / name), **options))

@@ -13,8 +13,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving_support import IMAGES, PICTURE, Asking, ask_all, opened, same, serving, starting
 
-from cm3leon.bundle import build_bundle
-from cm3leon.config import Config
+from cm3leon.config.schema import Config
+from cm3leon.registry.bundle import build_bundle
 from cm3leon.serving.server import run
 
 # --- the queue ---------------------------------------------------------------------------------------------------------

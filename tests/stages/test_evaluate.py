@@ -14,18 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config, ShapesConfig, UserError
+from cm3leon.config import paths
+from cm3leon.config.schema import Config, ShapesConfig, UserError
 from cm3leon.data.manifest import VALIDATED_SCHEMA, read_manifest
 from cm3leon.data.packing import pack
-from cm3leon.data.sources import shapes
 from cm3leon.evaluation import inception
 from cm3leon.evaluation.leakage import LeakageError
 from cm3leon.evaluation.record import Record
+from cm3leon.evaluation.tasks import MEASURES
 from cm3leon.generation.engine import PromptTooLongError
+from cm3leon.scenes import source as shapes
+from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.stages import evaluate
-from cm3leon.stages.evaluation_tasks import MEASURES
-from cm3leon.tasks import TASKS, Training
+from cm3leon.tracking import runs
 
 CONFIG = Config.model_validate(
     {
@@ -40,7 +41,7 @@ TOO_LONG = "a red circle beside a ring " * 60
 def collection(tmp_path, monkeypatch, tiny_models):
     """Untrained models; ``write(count)`` makes that many test documents, the first with a blank, then a very long caption."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracking, "stage_run", lambda stage, config: nullcontext(tracking.Run()))
+    monkeypatch.setattr(runs, "stage_run", lambda stage, config: nullcontext(runs.Run()))
     for name in ("models", "data"):
         shutil.copytree(tiny_models / name, tmp_path / name)
 

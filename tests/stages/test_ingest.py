@@ -9,7 +9,7 @@ from PIL import Image
 from cm3leon.data.conditions import EXTRACTORS
 from cm3leon.data.images import encode
 from cm3leon.data.manifest import SourceRow
-from cm3leon.data.sources.scene import Object, Scene
+from cm3leon.scenes.scene import Object, Scene
 from cm3leon.stages.ingest import EXTRACTED_SIDE, with_conditions
 
 PICTURE = Scene("white", (Object("circle", "red", "large", 0.5, 0.5),)).render(64)

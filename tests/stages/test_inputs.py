@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config, ImageTokenizerConfig, IngestConfig, ShapesConfig
+from cm3leon.config import paths
+from cm3leon.config.schema import Config, ImageTokenizerConfig, IngestConfig, ShapesConfig
+from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec
 from cm3leon.stages import image_tokenizer, ingest, validate
-from cm3leon.tokenizers.image import ImageTokenizer, ImageTokenizerSpec
+from cm3leon.tracking import runs
 
 
 @pytest.fixture
@@ -19,13 +20,13 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
     seen: list[tuple[str, str]] = []
 
     @contextmanager
-    def stage_run(stage: str, config: Config) -> Iterator[tracking.Run]:
-        run = tracking.Run()
+    def stage_run(stage: str, config: Config) -> Iterator[runs.Run]:
+        run = runs.Run()
         monkeypatch.setattr(run, "log_dataset", lambda path, name: seen.append((stage, str(path))))
         yield run
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracking, "stage_run", stage_run)
+    monkeypatch.setattr(runs, "stage_run", stage_run)
     return seen
 
 

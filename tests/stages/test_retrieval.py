@@ -16,15 +16,16 @@ import pytest
 from PIL import Image
 from tests_support import make_documents
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config, PretrainConfig
+from cm3leon.config import paths
+from cm3leon.config.schema import Config, PretrainConfig
 from cm3leon.data.manifest import VALIDATED_SCHEMA
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
-from cm3leon.documents import Vocabulary
-from cm3leon.retrieval.encoder import Encoder
+from cm3leon.models.clip import Encoder
 from cm3leon.retrieval.index import MemoryBank
+from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.stages import encoder, index, retrieve, super_resolution
 from cm3leon.stages.pretrain import training_samples
+from cm3leon.tracking import runs
 
 CONFIG = Config.model_validate(
     {
@@ -66,8 +67,8 @@ def collection() -> None:
 
 
 @contextmanager
-def untracked(stage: str, config: Config) -> Iterator[tracking.Run]:
-    yield tracking.Run()
+def untracked(stage: str, config: Config) -> Iterator[runs.Run]:
+    yield runs.Run()
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, di
     root = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(tracking, "stage_run", untracked)
+        patch.setattr(runs, "stage_run", untracked)
         collection()
         yield root, {name: stage.run(CONFIG) for name, stage in STAGES.items()}
 

@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cm3leon import paths, tracking
-from cm3leon.config import Config, IngestConfig, ShapesConfig, ValidateConfig
+from cm3leon.config import paths
+from cm3leon.config.schema import Config, IngestConfig, ShapesConfig, ValidateConfig
 from cm3leon.data.expectations import check, flat_frame
 from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.packing import pack
@@ -24,6 +24,7 @@ from cm3leon.data.sources import source_rows
 from cm3leon.stages import ingest
 from cm3leon.stages import validate as validate_stage
 from cm3leon.stages.validate import ValidationError, validate
+from cm3leon.tracking import runs
 
 ROWS = 200
 KINDS = {
@@ -253,7 +254,7 @@ def test_the_gate_sees_what_the_rules_let_through(tmp_path: Path) -> None:
 
 def test_the_stages_run_on_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracking, "stage_run", lambda stage, config: nullcontext(tracking.Run()))
+    monkeypatch.setattr(runs, "stage_run", lambda stage, config: nullcontext(runs.Run()))
     config = Config(ingest=IngestConfig(shapes=ShapesConfig(count=60, edits=0.3, conditions=0.3)))
     figures = ingest.run(config)
     assert figures["problems"] == 0

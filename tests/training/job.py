@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cm3leon.config import ObjectiveConfig, TrainConfig
+from cm3leon.config.schema import ObjectiveConfig, TrainConfig
 from cm3leon.data.batches import PackedStream, SortedStream
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore
-from cm3leon.documents import Vocabulary
-from cm3leon.model import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.distributed import whole, world
 from cm3leon.training.trainer import fit, setup

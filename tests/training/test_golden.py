@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests_support import make_documents
 
-from cm3leon.config import load_config
+from cm3leon.config.schema import load_config
 from cm3leon.data.batches import PackedStream, SortedStream
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
-from cm3leon.documents import Vocabulary
-from cm3leon.model import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.trainer import fit, setup
 
 GOLDEN = Path(__file__).with_name("golden.json")

@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm3leon.config import TrainConfig
-from cm3leon.documents import Vocabulary
-from cm3leon.model import Decoder, DecoderSpec
+from cm3leon.config.schema import TrainConfig
+from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.distributed import products_dtype
 from cm3leon.training.hardware import DEVICES, flops_per_token, peak_flops
 

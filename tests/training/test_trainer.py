@@ -8,12 +8,12 @@ import pytest
 import torch
 from tests_support import make_documents
 
-from cm3leon.config import ObjectiveConfig, TrainConfig
+from cm3leon.config.schema import ObjectiveConfig, TrainConfig
 from cm3leon.data.batches import PackedStream, SortedStream, collate
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
-from cm3leon.documents import Vocabulary
-from cm3leon.model import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.optimizer import learning_rate_at, make_optimizers
 from cm3leon.training.trainer import LOG_EVERY, DivergenceError, fit, setup, validate

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cm3leon.config import FolderConfig
+from cm3leon.config.schema import FolderConfig
 from cm3leon.data.manifest import Problem, SourceRow
 from cm3leon.data.sources import SourceError
 from cm3leon.data.tables import parse_json, read_table
@@ -205,7 +205,9 @@ def _questions(cell: Any) -> list[tuple[str, list[str]]]:
 
 
 def _reasoning(cell: Any) -> list[Problem]:
-    expected = 'a JSON list of {"question": ..., "options": two or more, "answer": one of them, "explanation": ..., "context": may be left out}'
+    expected = (
+        'a JSON list of {"question": ..., "options": two or more, "answer": one of them, "explanation": ..., "context": may be left out}'
+    )
     value = _json(cell, expected)
     problems = []
     try:

@@ -6,9 +6,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from cm3leon.config import FolderConfig, IngestConfig
-from cm3leon.data.manifest import Problem
-from cm3leon.data.manifest import SourceRow
+from cm3leon.config.schema import FolderConfig, IngestConfig
+from cm3leon.data.manifest import Problem, SourceRow
 from cm3leon.data.sources import SourceError, source_rows
 from cm3leon.data.sources.folder import rows
 

@@ -1,0 +1,287 @@
+"""The command ``cm3leon``: a command for each stage, and the user's commands.
+
+Heavy packages are imported inside the commands, so that ``cm3leon --help`` answers at once. What the user can mend is one line on
+standard error and exit status 2; anything else is a traceback and status 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cm3leon.cli import convert, model
+from cm3leon.cli.model import UsageError
+
+STAGES = {
+    "ingest": "Bring the source into image shards and one manifest.",
+    "validate": "Profile, check and quarantine documents; divide them into splits.",
+    "image_tokenizer": "Train the VQ-GAN, or import one.",
+    "text_tokenizer": "Train byte-level BPE.",
+    "tokenize": "Images to codes, captions to ids.",
+    "encoder": "The CLIP bi-encoder: pretrained, or trained here.",
+    "index": "Embeddings and the FAISS memory bank.",
+    "retrieve": "The neighbour table for training.",
+    "pretrain": "CM3 pretraining of the decoder.",
+    "sft": "Multitask instruction tuning.",
+    "super_resolution": "Train the upscaler.",
+    "evaluate": "Measure the finished model under a written contract.",
+}
+FIGURES = "figures: "
+HELP = "Train, evaluate, version and serve a CM3leon model on your own licensed image-text collection."
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+def peak_megabytes() -> float:
+    """The largest resident memory this process has had, MiB."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    except (OSError, IndexError, ValueError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def run_stage(stage: str) -> None:
+    """Run a stage with ``params.yaml``; the last line printed is ``figures: {...}``, which the flow reads."""
+    from cm3leon.config.schema import load_config
+
+    config, start = load_config(), time.monotonic()
+    figures = importlib.import_module(f"cm3leon.stages.{stage}").run(config)
+    resources = {"seconds": round(time.monotonic() - start, 2), "peak_megabytes": round(peak_megabytes(), 1)}
+    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, one
+        print(FIGURES + json.dumps({**figures, **resources}), flush=True)
+
+
+def _stage_command(stage: str) -> Callable[[], None]:
+    def command() -> None:
+        run_stage(stage)
+
+    return command
+
+
+for _stage, _help in STAGES.items():
+    if _stage == "evaluate":
+        continue
+    app.command(_stage, help=_help, rich_help_panel="Stages")(_stage_command(_stage))
+    if "_" in _stage:
+        app.command(_stage.replace("_", "-"), help=_help, hidden=True)(_stage_command(_stage))
+
+
+@app.command(help=STAGES["evaluate"], rich_help_panel="Stages")
+def evaluate(
+    reproduce: Annotated[Path | None, typer.Option(help="an evaluation record: measure again as it says, and compare every figure")] = None,
+) -> None:
+    if reproduce is None:
+        return run_stage("evaluate")
+    from cm3leon.config.schema import load_config
+    from cm3leon.stages import evaluate as stage
+
+    count, differing = stage.reproduce(load_config(), reproduce)
+    for name, recorded, again in differing:
+        print(f"{name}: recorded {recorded}, now {again}")
+    print(f"{count - len(differing)} of {count} figures of {reproduce} agree")
+    if differing:
+        raise typer.Exit(1)
+
+
+# --- the project -----------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel="Project")
+def configure(
+    profile: Annotated[str, typer.Argument(help="a file of configs/, without .yaml")],
+    changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; can be given several times")] = None,
+) -> None:
+    """Write params.yaml from a profile, checked."""
+    from cm3leon.config.profiles import PARAMS
+    from cm3leon.config.profiles import configure as write
+
+    write(profile, changes or [])
+    print(f"{PARAMS}: profile {profile}" + "".join(f", {change}" for change in changes or []))
+
+
+@app.command(rich_help_panel="Project")
+def plan(
+    profile: Annotated[str | None, typer.Option(help="a file of configs/, without .yaml; by default what params.yaml says")] = None,
+    gpus: Annotated[int, typer.Option(help="how many, over all machines")] = 8,
+    device: Annotated[str, typer.Option(help="h100, h200, a100, l40s ...; an unknown one lists all")] = "h100",
+    mfu: Annotated[float, typer.Option(help="assumed share of the device's bfloat16 FLOP/s that goes into the model's")] = 0.4,
+    tokens: Annotated[float | None, typer.Option(help="to train on; by default the profile's steps")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; can be given several times")] = None,
+) -> None:
+    """What pretraining needs: memory on each GPU, time, disk; needs no GPU itself."""
+    from rich.console import Console
+
+    from cm3leon.training import planning
+
+    planning.show(planning.make_plan(planning.read_config(profile, changes or []), gpus, device, mfu, tokens), Console())
+
+
+@app.command(rich_help_panel="Project")
+def setup() -> None:
+    """Prepare the MLflow store and check parameters and DVC; safe to repeat."""
+    from cm3leon.services.environment import prepare_project
+
+    for line in prepare_project():
+        print(line)
+
+
+@app.command(rich_help_panel="Project")
+def ui(
+    mlflow_port: Annotated[int, typer.Option(help="the next free port is taken where this one is in use")] = 5000,
+    prefect_port: int = 4200,
+    docs_port: int = 8000,
+) -> None:
+    """MLflow, Prefect and the Data Docs on 127.0.0.1, until Ctrl-C."""
+    from cm3leon.services.local import serve
+
+    serve(mlflow_port, prefect_port, docs_port)
+
+
+@app.command("inspect", rich_help_panel="Project")
+def inspect_document(
+    document_id: Annotated[str, typer.Argument(help="id of a document, or an unambiguous beginning of it")] = "",
+    epoch: Annotated[int, typer.Option(help="masks, neighbours and their order differ by epoch")] = 0,
+    step: Annotated[int | None, typer.Option(help="show a row of this step's batch instead, as pretraining reads it")] = None,
+    row: Annotated[int, typer.Option(help="which row of the batch")] = 0,
+) -> None:
+    """A sequence that pretraining reads, token by token: a document's, or a row of a step's batch with all samples packed into it."""
+    from rich.console import Console
+
+    from cm3leon.cli import inspect_sequence
+    from cm3leon.config.schema import load_config
+
+    if bool(document_id) == (step is not None):
+        raise UsageError("inspect shows either a document (inspect DOCUMENT_ID) or a row of a batch (inspect --step 0 --row 0)")
+    if step is None:
+        inspect_sequence.show_document(document_id, Console(), load_config(), epoch)
+    else:
+        inspect_sequence.show_row(step, row, Console(), load_config())
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel="Registry")
+def status() -> None:
+    """All registered versions with their aliases and scores, newest first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from cm3leon.registry import registry
+
+    versions = registry.status()
+    if not versions:
+        raise UsageError("nothing is registered yet; run: make run")
+    names = list(dict.fromkeys(name for version in versions for name in version.scores))
+    main = [name for name in ("composition", "vqa_accuracy", "clip_score", "cider") if name in names]
+    table = Table("version", "aliases", "created", "profile", *main, "gate")
+    for version in versions:
+        scores = [f"{version.scores[name]:.3f}" if name in version.scores else "" for name in main]
+        created = f"{version.created:%Y-%m-%d %H:%M} UTC"
+        table.add_row(
+            str(version), ", ".join(version.aliases), created, version.tags.get("profile", ""), *scores, version.tags.get("gate", "")
+        )
+    Console().print(table)
+
+
+@app.command(rich_help_panel="Registry")
+def register() -> None:
+    """Bundle what the stages left and register it as challenger."""
+    import tempfile
+
+    from cm3leon.registry import registry
+
+    scratch = Path(".cache")
+    scratch.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bundle-", dir=scratch) as folder:
+        print(f"challenger: version {registry.register(registry.build_bundle(Path(folder) / 'bundle'))}")
+
+
+@app.command(rich_help_panel="Registry")
+def gate() -> None:
+    """Compare the challenger with the champion; exit status 1 if it is held back."""
+    from cm3leon.config.schema import load_config
+    from cm3leon.registry import registry
+
+    verdict = registry.gate(load_config().gate)
+    print(verdict)
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Registry")
+def promote(force: Annotated[bool, typer.Option(help="also if the gate has not passed it")] = False) -> None:
+    """Make the challenger the champion."""
+    from cm3leon.registry import registry
+
+    print(f"champion: version {registry.promote(force)}")
+
+
+@app.command(rich_help_panel="Registry")
+def rollback() -> None:
+    """Make the previous champion the champion again."""
+    from cm3leon.registry import registry
+
+    print(f"champion: version {registry.rollback()}")
+
+
+# --- using a model ---------------------------------------------------------------------------------------------------
+
+app.add_typer(model.app)
+app.add_typer(convert.app)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+USER_ERRORS = (
+    "UsageError", "UserError", "ConfigError", "BadInputError", "PromptTooLongError", "UnknownDocumentError", "SourceError", "ManifestError",
+    "ValidationError", "BundleError", "IncompleteRecordError", "PromotionError", "SplitError", "DivergenceError", "ProjectError",
+    "OPTFormatError", "GrammarError", "CheckpointError", "ImageError",
+)  # fmt: skip
+"""Names of this package's errors that the user can mend, those derived from them included; by name, so that nothing heavy is imported to
+know them."""
+
+
+def is_users(error: Exception) -> bool:
+    """Whether the message of ``error`` is all the user needs: ours by name, or the plain ones that commands above raise."""
+    for kind in type(error).__mro__:
+        if kind.__module__.split(".")[0] in ("cm3leon", "flows", "__main__") and kind.__name__ in USER_ERRORS:
+            return True
+    return type(error) is LookupError or isinstance(error, (FileNotFoundError, IsADirectoryError, PermissionError, ConnectionError))
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """One line ``error: ...`` (a longer message where the error has one) on standard error instead of a traceback, for users' errors."""
+    try:
+        yield
+    except Exception as error:
+        if not is_users(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    with plain_errors():
+        app()
+
+
+if __name__ == "__main__":
+    main()

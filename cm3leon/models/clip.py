@@ -1,0 +1,231 @@
+"""The CLIP bi-encoder that retrieval, reranking and the CLIP score share: images and texts to one space of unit vectors.
+
+Either pretrained open_clip weights (paper: ViT-B/32, frozen) or a small open_clip model trained here (``contrastive.py``). Both are saved
+the same way, ``config.json`` + ``model.safetensors`` (+ ``tokenizer.json`` for a trained one), and load without network and without pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cm3leon.config.schema import ConfigError, EncoderConfig
+from cm3leon.data.images import fit_square
+from cm3leon.data.manifest import ImageStore
+from cm3leon.sequence.text_tokenizer import TextTokenizer
+from cm3leon.utils import torchvision_compat
+from cm3leon.utils.progress import progress
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PAD = 0
+HEAD = 32
+BATCH = 128
+
+
+class ClipTokenizer:
+    """Byte-level BPE ids as open_clip's text tower wants them: ``<start> ids <end> <pad>...``, longest ``context_length``.
+
+    The tower pools at the highest id of a row, so ``<end>`` is the highest: pad 0, text from 1, then start, then end.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, context_length: int) -> None:
+        self.bpe, self.context_length = tokenizer, context_length
+        self.start, self.end = tokenizer.size + 1, tokenizer.size + 2
+        self.size = tokenizer.size + 3
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """int64 ``(n, context_length)``; longer texts lose their tail, never the end token."""
+        rows = torch.full((len(texts), self.context_length), PAD)
+        for row, ids in zip(rows, self.bpe.encode_many(list(texts)), strict=True):
+            kept = [self.start, *(i + 1 for i in ids[: self.context_length - 2]), self.end]
+            row[: len(kept)] = torch.tensor(kept)
+        return rows
+
+
+def build_clip(settings: dict[str, Any]) -> nn.Module:
+    """A small open_clip model from the ``model`` part of a trained encoder's configuration; weights from torch's global generator."""
+    torchvision_compat.make_importable()
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    return CLIP(settings["embed_dim"], CLIPVisionCfg(**settings["vision"]), CLIPTextCfg(**settings["text"]))
+
+
+def trained_settings(config: EncoderConfig, vocabulary: int) -> dict[str, Any]:
+    """Configuration of an encoder to train, in the form stored in ``config.json``."""
+    vision: dict[str, Any] = {"image_size": config.image_size, "width": config.width, "head_width": HEAD}
+    if config.image_tower == "resnet":
+        vision["layers"] = [config.layers] * 4
+    else:
+        vision |= {"layers": config.layers, "patch_size": config.patch_size}
+    text = {"context_length": config.context_length, "vocab_size": vocabulary, "width": config.text_width, "layers": config.text_layers}
+    text["heads"] = config.text_width // HEAD
+    model = {"embed_dim": config.embedding_dim, "vision": vision, "text": text}
+    return {"kind": "trained", "image_size": config.image_size, "model": model}
+
+
+def to_pixels(images: Sequence[Image.Image], size: int) -> torch.Tensor:
+    """uint8 ``(n, 3, size, size)`` of RGB images fitted to a square."""
+    arrays = [np.asarray(fit_square(image, size)) for image in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def embed_pixels(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Unit vectors ``(n, d)`` of uint8 pixels, under a model trained here (pixels scaled to [-1, 1])."""
+    return model.encode_image(pixels.float().div(127.5).sub(1), normalize=True)  # type: ignore[operator]
+
+
+def embed_ids(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Unit vectors ``(n, d)`` of token ids; columns where every row is padding are not computed.
+
+    Exact: attention is causal and the tower pools at the end token, so padding behind it changes nothing.
+    """
+    longest = int((ids != PAD).sum(1).max())
+    x = model.token_embedding(ids[:, :longest]) + model.positional_embedding[:longest]  # type: ignore[operator, index]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:longest, :longest]))  # type: ignore[operator, index]
+    pooled = x[torch.arange(len(x)), ids.argmax(1)] @ model.text_projection
+    return nn.functional.normalize(pooled, dim=-1)
+
+
+class Encoder:
+    """Images and texts to L2-normalised vectors of one space. Make one with :meth:`load`, :meth:`pretrained` or ``contrastive.train``."""
+
+    def __init__(self, model: nn.Module, settings: dict[str, Any], tokenizer: Any, preprocess: Any = None) -> None:
+        self.model, self.settings, self.tokenizer, self._preprocess = model.eval().requires_grad_(False), settings, tokenizer, preprocess
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def pretrained(cls, architecture: str, weights: str) -> Encoder:
+        """Published open_clip weights.
+
+        Args:
+            architecture: open_clip's name, e.g. ``ViT-B-32``.
+            weights: a tag of it, e.g. ``laion2b_s34b_b79k`` (downloaded), or the path of a checkpoint.
+
+        Raises:
+            ConfigError: if open_clip knows no such architecture, or neither tag nor file.
+        """
+        torchvision_compat.make_importable()
+        import open_clip
+
+        if architecture not in open_clip.list_models():
+            raise ConfigError(f"encoder.pretrained_model {architecture!r}: open_clip has no such architecture; see open_clip.list_models()")
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        if weights not in tags and not Path(weights).is_file():
+            known = ", ".join(tags) or "none"
+            raise ConfigError(f"encoder.pretrained_weights {weights!r}: neither a file nor a tag of {architecture}; tags: {known}")
+        model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=weights)
+        settings = {"kind": "pretrained", "architecture": architecture, "preprocess": _plain(open_clip.get_model_preprocess_cfg(model))}
+        return cls(model, settings, open_clip.get_tokenizer(architecture), preprocess)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Encoder:
+        """Read an encoder written by :meth:`save`.
+
+        Raises:
+            FileNotFoundError: if the directory holds none.
+        """
+        directory = Path(directory)
+        for name in (CONFIG, WEIGHTS):
+            if not (directory / name).is_file():
+                raise FileNotFoundError(f"{directory / name}: no encoder here; run: cm3leon encoder")
+        settings = json.loads((directory / CONFIG).read_text())
+        if settings["kind"] == "trained":
+            model: nn.Module = build_clip(settings["model"])
+            tokenizer: Any = ClipTokenizer(TextTokenizer.load(directory), settings["model"]["text"]["context_length"])
+            preprocess = None
+        else:
+            torchvision_compat.make_importable()
+            import open_clip
+
+            model = open_clip.create_model(settings["architecture"], pretrained=None, load_weights=False, pretrained_text=False)
+            tokenizer = open_clip.get_tokenizer(settings["architecture"])
+            preprocess = _transform(settings["preprocess"])
+        model.load_state_dict(load_file(directory / WEIGHTS))
+        return cls(model, settings, tokenizer, preprocess)
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``config.json``, ``model.safetensors`` and, for a trained encoder, ``tokenizer.json``."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG).write_text(json.dumps(self.settings, indent=2, sort_keys=True) + "\n")
+        save_file({name: tensor.contiguous().clone() for name, tensor in self.model.state_dict().items()}, directory / WEIGHTS)
+        if isinstance(self.tokenizer, ClipTokenizer):
+            self.tokenizer.bpe.save(directory)
+
+    @property
+    def dimensions(self) -> int:
+        """Length of the vectors."""
+        return self.encode_texts([""]).shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that differ when settings or weights do: an index made with one encoder must not be searched with another."""
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def to(self, device: str | torch.device) -> Encoder:
+        """Move the weights; vectors always come back as NumPy arrays."""
+        self.model.to(device)
+        self.device = torch.device(device)
+        return self
+
+    @torch.inference_mode()
+    def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """float32 ``(n, d)``, L2-normalised."""
+        batches = []
+        for start in range(0, len(images), BATCH):
+            part = images[start : start + BATCH]
+            if self._preprocess is None:
+                vectors = embed_pixels(self.model, to_pixels(part, self.settings["image_size"]).to(self.device))
+            else:
+                pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in part]).to(self.device)
+                vectors = self.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
+            batches.append(vectors.float().cpu().numpy())
+        return np.concatenate(batches) if batches else np.zeros((0, self.dimensions), dtype=np.float32)
+
+    def encode_refs(self, store: ImageStore, refs: Sequence[str], batch_size: int = BATCH) -> np.ndarray:
+        """:meth:`encode_images` of stored images, a batch in memory at a time."""
+        batches = []
+        with progress("embedding images", len(refs), "images") as meter:
+            for start in range(0, len(refs), batch_size):
+                part = refs[start : start + batch_size]
+                batches.append(self.encode_images([store.open(ref) for ref in part]))
+                meter.advance(len(part))
+        return np.concatenate(batches) if batches else self.encode_images([])
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 ``(n, d)``, L2-normalised. Texts longer than the tower's context lose their tail."""
+        batches = []
+        for start in range(0, len(texts), BATCH):
+            ids = self.tokenizer(list(texts[start : start + BATCH])).to(self.device)
+            vectors = embed_ids(self.model, ids) if self._preprocess is None else self.model.encode_text(ids, normalize=True)  # type: ignore[operator]
+            batches.append(vectors.float().cpu().numpy())
+        return np.concatenate(batches) if batches else np.zeros((0, self.dimensions), dtype=np.float32)
+
+
+def _plain(value: Any) -> Any:
+    """Settings as JSON holds them (tuples become lists), so that saved and loaded encoders have one fingerprint."""
+    return json.loads(json.dumps(value))
+
+
+def _transform(settings: dict[str, Any]) -> Any:
+    """open_clip's evaluation transform from stored settings."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    known = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    return image_transform_v2(PreprocessCfg(**known), is_train=False)

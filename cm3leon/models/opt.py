@@ -1,0 +1,288 @@
+"""A decoder as a checkpoint of Hugging Face's OPT, and back.
+
+    export_opt(Decoder.load(Path("models/pretrained")), Path("opt"))   # transformers.OPTForCausalLM.from_pretrained("opt")
+    decoder = import_opt(Path("opt"))
+
+The decoder is OPT without biases and learnable norms, which OPT's configuration can say (``enable_bias``,
+``layer_norm_elementwise_affine``), so the two compute the same. Three things differ in how they are kept: OPT has queries, keys and
+values apart, its learned positions start at row 2, and its names are its own. ``transformers`` is not needed here, and nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.sequence.grammar import EOS, PAD, Vocabulary
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+OWN = "cm3leon"
+"""Key of OPT's configuration that holds what a decoder's own ``config.json`` does; transformers keeps it as it is."""
+
+OFFSET = 2
+"""Rows of OPT's positions before that of the first token: row 1 is for padding, row 0 for nothing."""
+
+TOKENS, POSITIONS, HEAD = "model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight", "lm_head.weight"
+FUSED, PROJECTIONS = "attention.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+MATRICES = {"attention.out": "self_attn.out_proj", "up": "fc1", "down": "fc2"}
+"""Matrices of a block, ours -> OPT's, beside the fused one."""
+
+SIZES = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads", "context": "max_position_embeddings"}
+"""Fields of :class:`DecoderSpec` -> OPT's."""
+
+INITIALISATION = ("init_std", "position_std")
+"""Fields of :class:`DecoderSpec` that say how training began, not what is computed."""
+
+FIXED: dict[str, tuple[Any, Any, str]] = {
+    "model_type": ("opt", None, "no other kind of model is read"),
+    "enable_bias": (False, True, "the decoder has no biases"),
+    "layer_norm_elementwise_affine": (False, True, "the decoder's norms have no parameters"),
+    "do_layer_norm_before": (True, True, "the decoder's norms come first in a block"),
+    "_remove_final_layer_norm": (False, False, "the decoder has a last norm"),
+    "activation_function": ("relu", "relu", "the decoder has no other"),
+    "tie_word_embeddings": (True, True, "the decoder's output matrix is that of its embeddings"),
+}
+"""OPT's field -> what it must be, what its absence means, and why. Dropout is not here: it changes training with transformers alone."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class OPTFormatError(ValueError):
+    """A decoder that OPT cannot express, or a checkpoint that the decoder cannot hold; the message says what stands in the way."""
+
+
+def export_opt(model: Decoder, directory: Path) -> None:
+    """Write ``config.json``, ``generation_config.json`` and ``model.safetensors`` for ``OPTForCausalLM``, in the model's own precision.
+
+    Raises:
+        OPTFormatError: if the decoder has an option that OPT has not (``image_positions``, ``qk_norm``).
+    """
+    _check_expressible(model.spec)
+    weights = _to_opt({name: weight.detach().cpu() for name, weight in model.state_dict().items()}, model.spec.layers)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, directory / WEIGHTS, metadata={"format": "pt"})
+    special = {"pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}  # <eos> opens a sequence too
+    _write(directory / CONFIG, {**_config(model), **special})
+    _write(directory / "generation_config.json", special)
+
+
+def import_opt(directory: Path, vocabulary: Vocabulary | None = None) -> Decoder:
+    """Read what :func:`export_opt` or transformers' ``save_pretrained`` wrote, in one file or several; a decoder in fp32, in eval mode.
+
+    Args:
+        vocabulary: layout of the token ids, for a checkpoint whose configuration does not hold it.
+
+    Raises:
+        FileNotFoundError: if the directory holds no checkpoint.
+        OPTFormatError: naming the field or tensor, if the checkpoint is not one that a decoder can hold, or is pickled.
+    """
+    directory = Path(directory)
+    path = directory / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: no OPT checkpoint here, {CONFIG} is missing")
+    config = _read_json(path)
+    spec, vocabulary = _check_config(config, vocabulary, path)
+    weights = _read_weights(directory)
+    head = weights.pop(HEAD, None)  # some writers keep it although it is tied
+    if head is not None and not (TOKENS in weights and torch.equal(head, weights[TOKENS])):
+        raise OPTFormatError(f"{directory}: {HEAD} differs from {TOKENS}; {FIXED['tie_word_embeddings'][2]}")
+    _check_weights(weights, _shapes(spec, vocabulary), directory)
+    model = Decoder(spec, vocabulary)
+    model.load_state_dict(_from_opt(weights, spec.layers))
+    return model.eval()
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def _config(model: Decoder) -> dict[str, Any]:
+    spec = model.spec
+    return {
+        "architectures": ["OPTForCausalLM"],
+        **{field: value for field, (value, _, _) in FIXED.items()},
+        **{theirs: getattr(spec, ours) for ours, theirs in SIZES.items()},
+        "vocab_size": model.vocabulary.size,
+        "word_embed_proj_dim": spec.width,
+        "ffn_dim": 4 * spec.width,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "layerdrop": 0.0,
+        "init_std": spec.init_std,
+        "torch_dtype": str(model.tokens.weight.dtype).removeprefix("torch."),
+        OWN: {"decoder": asdict(spec), "vocabulary": asdict(model.vocabulary)},
+    }
+
+
+def _check_expressible(spec: DecoderSpec) -> None:
+    """Every option that changes what is computed must be off: as it is by default."""
+    options = [field for field in fields(spec) if field.default is not MISSING and field.name not in INITIALISATION]
+    on = [field for field in options if getattr(spec, field.name) != field.default]
+    if on:
+        found = ", ".join(f"{field.name}={json.dumps(getattr(spec, field.name))}" for field in on)
+        needed = ", ".join(f"pretrain.model.{field.name}={json.dumps(field.default)}" for field in on)
+        raise OPTFormatError(f"OPT cannot express a decoder with {found}; train one with {needed}")
+
+
+def _check_config(config: dict[str, Any], vocabulary: Vocabulary | None, path: Path) -> tuple[DecoderSpec, Vocabulary]:
+    """The shape and vocabulary of the decoder that holds the checkpoint; ``path`` names its configuration in errors."""
+
+    def refuse(field: str, found: object, needed: object, why: str) -> OPTFormatError:
+        return OPTFormatError(f"{path}: {field} is {json.dumps(found)}, needed is {json.dumps(needed)}: {why}")
+
+    for field, (needed, absent, why) in FIXED.items():
+        found = config.get(field, absent)
+        if found != needed:
+            raise refuse(field, found, needed, why)
+    architectures = config.get("architectures") or ["OPTForCausalLM"]
+    if architectures != ["OPTForCausalLM"]:
+        raise refuse("architectures", architectures, ["OPTForCausalLM"], "the decoder is a language model")
+    for field in (*SIZES.values(), "vocab_size", "ffn_dim"):
+        if type(config.get(field)) is not int or config[field] < 1:
+            raise OPTFormatError(f"{path}: {field} must be a whole number above 0, found {json.dumps(config.get(field))}")
+    sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
+    width, projected = sizes["width"], config.get("word_embed_proj_dim")
+    if projected not in (None, width):
+        raise refuse("word_embed_proj_dim", projected, width, "the decoder's embeddings are as wide as the decoder")
+    if config["ffn_dim"] != 4 * width:
+        raise refuse("ffn_dim", config["ffn_dim"], 4 * width, "the decoder's feed-forward has four widths")
+    if width % sizes["heads"]:
+        raise OPTFormatError(f"{path}: hidden_size {width} is not a multiple of num_attention_heads {sizes['heads']}")
+    return _check_own(config, sizes, vocabulary, path)
+
+
+def _check_own(config: dict[str, Any], sizes: dict[str, int], vocabulary: Vocabulary | None, path: Path) -> tuple[DecoderSpec, Vocabulary]:
+    own = config.get(OWN)
+    spec = DecoderSpec(sizes["layers"], sizes["width"], sizes["heads"], sizes["context"])
+    if own is not None:
+        try:
+            spec, stored = DecoderSpec(**own["decoder"]), Vocabulary(**own["vocabulary"])
+        except (KeyError, TypeError) as error:
+            raise OPTFormatError(f"{path}: {OWN} holds no decoder and vocabulary of this version ({error})") from None
+        _check_expressible(spec)
+        for ours, theirs in SIZES.items():
+            if getattr(spec, ours) != sizes[ours]:
+                raise OPTFormatError(f"{path}: {theirs} is {sizes[ours]}, but {OWN}.decoder.{ours} is {getattr(spec, ours)}")
+        if vocabulary not in (None, stored):
+            raise OPTFormatError(f"{path}: the checkpoint has a vocabulary of its own, {stored}, not {vocabulary}")
+        vocabulary = stored
+    if vocabulary is None:
+        raise OPTFormatError(f"{path}: no key {OWN}, which holds the layout of the vocabulary; give it (--vocabulary)")
+    if vocabulary.size != config["vocab_size"]:
+        raise OPTFormatError(f"{path}: vocab_size is {config['vocab_size']}, but the vocabulary has {vocabulary.size} ids: {vocabulary}")
+    return spec, vocabulary
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _to_opt(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    left = dict(weights)
+    positions = left.pop("positions.weight")
+    opt = {TOKENS: left.pop("tokens.weight"), POSITIONS: torch.cat([positions.new_zeros(OFFSET, positions.shape[1]), positions])}
+    for layer in range(layers):
+        ours, theirs = _prefixes(layer)
+        for name, weight in zip(PROJECTIONS, left.pop(f"{ours}{FUSED}.weight").chunk(3), strict=True):
+            opt[f"{theirs}{name}.weight"] = weight
+        for name, their_name in MATRICES.items():
+            opt[f"{theirs}{their_name}.weight"] = left.pop(f"{ours}{name}.weight")
+    assert not left, f"tensors of the decoder without a place in OPT: {', '.join(left)}"
+    return opt
+
+
+def _from_opt(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    own = {"tokens.weight": weights[TOKENS], "positions.weight": weights[POSITIONS][OFFSET:]}
+    for layer in range(layers):
+        ours, theirs = _prefixes(layer)
+        own[f"{ours}{FUSED}.weight"] = torch.cat([weights[f"{theirs}{name}.weight"] for name in PROJECTIONS])
+        own |= {f"{ours}{name}.weight": weights[f"{theirs}{their_name}.weight"] for name, their_name in MATRICES.items()}
+    return own
+
+
+def _prefixes(layer: int) -> tuple[str, str]:
+    return f"blocks.{layer}.", f"model.decoder.layers.{layer}."
+
+
+def _shapes(spec: DecoderSpec, vocabulary: Vocabulary) -> dict[str, tuple[int, ...]]:
+    """OPT's tensors and their shapes."""
+    width = spec.width
+    shapes: dict[str, tuple[int, ...]] = {TOKENS: (vocabulary.size, width), POSITIONS: (spec.context + OFFSET, width)}
+    special = {"fc1": (4 * width, width), "fc2": (width, 4 * width)}
+    for layer in range(spec.layers):
+        for name in (*PROJECTIONS, *MATRICES.values()):
+            shapes[f"{_prefixes(layer)[1]}{name}.weight"] = special.get(name, (width, width))
+    return shapes
+
+
+def _check_weights(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], directory: Path) -> None:
+    if missing := [name for name in shapes if name not in weights]:
+        raise OPTFormatError(f"{directory}: {_named(missing)} missing from the checkpoint")
+    if unknown := sorted(set(weights) - set(shapes)):
+        raise OPTFormatError(f"{directory}: {_named(unknown)} in the checkpoint, which the decoder has no place for")
+    for name, shape in shapes.items():
+        if tuple(weights[name].shape) != shape:
+            raise OPTFormatError(f"{directory}: {name} has shape {tuple(weights[name].shape)}, needed is {shape}")
+        if weights[name].dtype not in DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise OPTFormatError(f"{directory}: {name} is {str(weights[name].dtype).removeprefix('torch.')}, allowed are {allowed}")
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise OPTFormatError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise OPTFormatError(f"{path}: expected a mapping, found {type(value).__name__}")
+    return value
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, from one file or from those that its index names."""
+    files = [WEIGHTS]
+    if not (directory / WEIGHTS).is_file():
+        if not (directory / INDEX).is_file():
+            _refuse_pickle(directory)
+            raise FileNotFoundError(f"{directory}: no weights here, {WEIGHTS} is missing")
+        listed = _read_json(directory / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) and Path(name).name == name for name in listed.values()):
+            raise OPTFormatError(f"{directory / INDEX}: weight_map must name a file of this directory for each tensor")
+        files = sorted(set(listed.values()))
+    weights: dict[str, Tensor] = {}
+    for name in files:
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory / name} is missing, and {INDEX} names it")
+        try:
+            weights |= load_file(directory / name)
+        except SafetensorError as error:
+            raise OPTFormatError(f"{directory / name} is not a whole safetensors file: {error}") from None
+    return weights
+
+
+def _refuse_pickle(directory: Path) -> None:
+    pickled = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    if pickled:
+        raise OPTFormatError(
+            f"{directory}: weights only as {pickled[0]}, a pickle, which can run code and is never read here; save them as safetensors: "
+            f'OPTForCausalLM.from_pretrained("{directory}").save_pretrained("NEW") with transformers'
+        )

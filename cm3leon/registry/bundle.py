@@ -1,0 +1,158 @@
+"""A bundle: one directory with everything a finished model needs to draw, caption and answer, and what is known about it.
+
+    config.json, model.safetensors     the decoder
+    training.json                      the tasks it was tuned for, and whether on masked prompts, which guidance needs
+    image_tokenizer/ text_tokenizer/ encoder/ memory_bank/ super_resolution/
+    decoding.json, retrieval.json      decoding defaults; the rules by which documents are retrieved
+    evaluation/                        record.json and sheets
+    lineage.json                       git commit, md5 of dvc.lock, MLflow run of each stage
+
+Its identity is :func:`bundle_hash`. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from cm3leon.config import paths
+from cm3leon.config.schema import Config, load_config
+from cm3leon.evaluation.record import FILE as RECORD
+from cm3leon.evaluation.record import Record
+from cm3leon.tracking import lineage
+from cm3leon.tracking.lineage import content_hash
+
+LINEAGE = "lineage.json"
+PICKLED = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib"}
+
+
+class BundleError(ValueError):
+    """A bundle cannot be made or used; the message names the file and the command that makes it."""
+
+
+class IncompleteRecordError(BundleError):
+    """The evaluation record lacks scores, contract or samples, so the model cannot be registered."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a stage gives to the bundle: ``required`` files must be there, those that match ``others`` go along."""
+
+    stage: str
+    source: Path
+    target: str
+    required: tuple[str, ...] = ("config.json", "model.safetensors")
+    others: str | None = None
+
+
+PARTS = (
+    Part("sft", paths.FINETUNED, "", others="training.json"),
+    Part("image_tokenizer", paths.IMAGE_TOKENIZER, "image_tokenizer"),
+    Part("text_tokenizer", paths.TEXT_TOKENIZER, "text_tokenizer", ("tokenizer.json",)),
+    Part("encoder", paths.ENCODER, "encoder", others="tokenizer.json"),
+    Part("index", paths.INDEX, "memory_bank", ("index.faiss", "documents.parquet"), others="*"),
+    Part("tokenize", paths.TOKENS, "memory_bank/tokens", ("train-00000.arrow",), others="train-*.arrow"),
+    Part("super_resolution", paths.SUPER_RESOLUTION, "super_resolution"),
+    Part("evaluate", paths.EVALUATION, "evaluation", (RECORD,), others="*.png"),
+)
+
+
+def build_bundle(out: Path, config: Config | None = None) -> Path:
+    """Assemble the bundle from the stages' outputs in ``models/`` and ``data/`` (hard links where the disk allows) and return ``out``.
+
+    Args:
+        out: directory to make; one that is there is replaced.
+        config: for the defaults of decoding and retrieval; None reads ``params.yaml``.
+
+    Raises:
+        BundleError: if a stage's output is missing or is pickled, or if what was evaluated was another model or other decoding defaults.
+    """
+    config = config or load_config()
+    out = Path(out)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for part in PARTS:
+        for file in _files(part):
+            target = partial / part.target / file.relative_to(part.source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link(file, target)
+    decoding = config.decoding.model_dump(mode="json")
+    record = Record.read(partial / "evaluation")
+    others = [path for path, known in record.models.items() if content_hash(Path(path)) != known]
+    if others or not record.models:
+        which = ", ".join(others) or "the models"
+        raise BundleError(f"{which} changed since the evaluation, so its scores are not those of this model; run: cm3leon evaluate")
+    evaluated = record.contract.get("decoding", decoding)
+    if evaluated != decoding:
+        changed = sorted(name for name in decoding | evaluated if decoding.get(name) != evaluated.get(name))
+        raise BundleError(f"decoding defaults changed since the evaluation ({', '.join(changed)}); run: cm3leon evaluate")
+    _write(partial / "decoding.json", decoding)
+    _write(partial / "retrieval.json", config.retrieve.model_dump(mode="json"))
+    runs = {file.parent.name: json.loads(file.read_text())["run_id"] for file in sorted(paths.RUNS.glob("*/mlflow_run.json"))}
+    _write(partial / LINEAGE, {"git_commit": lineage.git_commit(), "dvc_lock_md5": lineage.dvc_lock_md5(), "mlflow_runs": runs})
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
+    return out
+
+
+def _files(part: Part) -> list[Path]:
+    for name in part.required:
+        if not (part.source / name).is_file():
+            raise BundleError(f"{part.source / name} is missing, and the bundle needs it; run: cm3leon {part.stage}")
+    files = {part.source / name for name in part.required}
+    files |= {file for file in part.source.glob(part.others) if file.is_file()} if part.others else set()
+    for file in files:
+        if file.suffix in PICKLED:
+            raise BundleError(f"{file} may hold pickled objects, which are not allowed in a bundle; remove it")
+    return sorted(files)
+
+
+def _link(source: Path, target: Path) -> None:
+    source = source.resolve()
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without hard links
+        shutil.copyfile(source, target)
+
+
+def _write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def bundle_hash(path: Path) -> str:
+    """SHA-256 of all that makes the bundle what it is: names and contents of its files, but for its lineage and the evaluation's sheets."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*"), key=lambda f: f.relative_to(path).as_posix()):
+        name = file.relative_to(path).as_posix()
+        if not file.is_file() or name == LINEAGE or (name.startswith("evaluation/") and file.suffix == ".png"):
+            continue
+        with file.open("rb") as stream:
+            digest.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def read_record(bundle: Path) -> Record:
+    """The bundle's evaluation record.
+
+    Raises:
+        IncompleteRecordError: if it has no scores, no contract or no sheet of samples, or a score is not a finite number.
+    """
+    directory = Path(bundle) / "evaluation"
+    try:
+        record = Record.read(directory)
+    except FileNotFoundError:
+        raise IncompleteRecordError(f"{directory / RECORD} is missing; run: cm3leon evaluate") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise IncompleteRecordError(f"{directory / RECORD} is not an evaluation record ({error}); run: cm3leon evaluate") from None
+    lacking = [name for name in ("scores", "contract") if not getattr(record, name)]
+    lacking += [f"a finite value of {name}" for name, value in record.scores.items() if not math.isfinite(value)]
+    lacking += [] if any(directory.glob("*.png")) else ["sheets of samples"]
+    if lacking:
+        raise IncompleteRecordError(f"the evaluation record in {directory} lacks {', '.join(lacking)}; run: cm3leon evaluate")
+    return record

@@ -1,0 +1,73 @@
+"""A bundle as a version of an MLflow model: models from code, so that nothing is pickled, with this package's code beside it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cm3leon
+from cm3leon.config.schema import Config, DecodingConfig
+from cm3leon.registry.signature import signature
+from cm3leon.tracking import runs
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+PACKAGE = Path(cm3leon.__file__).parent
+REQUIREMENTS = (
+    "mlflow", "torch", "torchvision", "open_clip_torch", "faiss-cpu", "numpy", "pandas", "pyarrow", "pillow",
+    "pydantic", "pyyaml", "rich", "safetensors", "tokenizers",
+)  # fmt: skip
+"""What a registered model needs to load and predict; registered with the versions installed here."""
+
+
+def log_version(client: MlflowClient, bundle: Path, name: str, tags: Mapping[str, str], scores: Mapping[str, float], config: Config) -> str:
+    """Log the bundle in a run ``register`` with its evaluation and lineage, and make it a version of model ``name``; returns its number.
+
+    Raises:
+        ConnectionError: if the store takes no runs.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    with runs.recorded_run("register", config) as run:
+        if run.run_id is None:
+            raise ConnectionError(f"the MLflow store {client.tracking_uri} takes no runs, so nothing can be registered")
+        mlflow.set_tracking_uri(client.tracking_uri)
+        mlflow.set_registry_uri(client.tracking_uri)
+        with mlflow.start_run(run_id=run.run_id, nested=True):
+            model = log_model(bundle, name)
+        client.log_artifacts(run.run_id, str(bundle / "evaluation"), "evaluation")
+        client.log_artifact(run.run_id, str(bundle / "lineage.json"))
+        run.log_metrics({f"eval/{score}": value for score, value in scores.items()})
+        try:
+            client.create_registered_model(name, description="CM3leon: draws, captions and answers. Load it by alias.")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        made = client.create_model_version(name, model.model_uri, run.run_id, tags=dict(tags), model_id=model.model_id)
+        return str(made.version)
+
+
+def log_model(bundle: Path, name: str) -> Any:
+    """Log bundle and code as a pyfunc model of the active run; returns MLflow's model info."""
+    import mlflow
+
+    decoding = DecodingConfig.model_validate_json((bundle / "decoding.json").read_text())
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*input example was not provided.*")
+        code = Path(folder) / PACKAGE.name
+        shutil.copytree(PACKAGE, code, ignore=shutil.ignore_patterns("__pycache__", "*.py[cod]"))
+        return mlflow.pyfunc.log_model(
+            name=name,
+            python_model=str(PACKAGE / "serving" / "mlflow_model.py"),
+            artifacts={"bundle": str(bundle.absolute())},
+            code_paths=[str(code)],
+            pip_requirements=[f"{package}=={metadata.version(package).partition('+')[0]}" for package in REQUIREMENTS],
+            signature=signature(decoding),
+        )

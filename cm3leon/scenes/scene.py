@@ -1,0 +1,271 @@
+"""Scenes of simple shapes: their vocabulary, geometry, rendering and sampling.
+
+A scene is a flat background with one to three objects, or one letter. All lengths are shares of the image's side, with x to the right and
+y down, so that one scene renders at any size. Rendering is analytic: coverage of a pixel from the signed distance to the outline.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from cm3leon.config.schema import ConfigError
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (222, 28, 36),
+    "green": (28, 158, 54),
+    "blue": (36, 68, 224),
+    "yellow": (250, 222, 28),
+    "orange": (250, 132, 16),
+    "purple": (142, 40, 176),
+    "cyan": (28, 208, 222),
+    "brown": (122, 72, 34),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "gray": (150, 150, 154),
+    "black": (14, 14, 18),
+    "pink": (255, 188, 208),
+}
+SIZES: dict[str, float] = {"small": 0.1, "large": 0.175}
+"""Size word -> radius, share of the image's side."""
+LETTER_SIZE = 0.26
+"""Half the height of a letter."""
+MARGIN = 0.03
+"""Least distance of an object to the image's edge."""
+GAP = 0.08
+"""Least distance of two objects along at least one axis."""
+DOMINANCE = 1.6
+"""A relation along one axis is stated only where the centres are this many times further apart along it than along the other."""
+OBJECT_WEIGHTS = {1: 0.35, 2: 0.45, 3: 0.2}
+IDENTICAL = {1: 0.0, 2: 0.2, 3: 0.3}
+"""Number of objects -> share of such scenes in which all objects are alike ("two red circles")."""
+
+ARM = 0.37  # half the width of a cross's arms
+HOLE = 0.54  # radius of a ring's hole
+STROKE = 0.2  # half the width of a letter's strokes
+SQRT_HALF = math.sqrt(0.5)
+
+Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    side = 0.5 * math.sqrt(3) * np.abs(x) - 0.5 * (y + 1.05)
+    return np.maximum(side, y - 0.85)
+
+
+def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    x, y = np.abs(x), np.abs(y)
+    return np.minimum(np.maximum(x - 1, y - ARM), np.maximum(x - ARM, y - 1))
+
+
+SHAPES: dict[str, Distance] = {
+    "circle": lambda x, y: np.hypot(x, y) - 1,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.88,
+    "triangle": _triangle,
+    "diamond": lambda x, y: (np.abs(x) + np.abs(y) - 1.2) * SQRT_HALF,
+    "cross": _cross,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - (1 + HOLE) / 2) - (1 - HOLE) / 2,
+}
+"""Shape -> signed distance to its outline (negative inside), in units of the radius."""
+
+_HALF_WIDTH = 1.9 / math.sqrt(3)
+EXTENTS: dict[str, tuple[float, float, float, float]] = {
+    "circle": (-1, -1, 1, 1),
+    "square": (-0.88, -0.88, 0.88, 0.88),
+    "triangle": (-_HALF_WIDTH, -1.05, _HALF_WIDTH, 0.85),
+    "diamond": (-1.2, -1.2, 1.2, 1.2),
+    "cross": (-1, -1, 1, 1),
+    "ring": (-1, -1, 1, 1),
+}
+"""Shape -> bounding box x0, y0, x1, y1 around its centre, in units of the radius."""
+
+Point = tuple[float, float]
+
+
+def _arc(cx: float, cy: float, rx: float, ry: float, start: float, stop: float, steps: int = 10) -> list[Point]:
+    angles = [math.radians(start + (stop - start) * i / steps) for i in range(steps + 1)]
+    return [(cx + rx * math.cos(a), cy + ry * math.sin(a)) for a in angles]
+
+
+LETTERS: dict[str, list[list[Point]]] = {
+    "A": [[(-0.6, 0.8), (0, -0.8), (0.6, 0.8)], [(-0.4, 0.3), (0.4, 0.3)]],
+    "C": [_arc(0.1, 0, 0.7, 0.8, -50, -310)],
+    "E": [[(0.5, -0.8), (-0.5, -0.8), (-0.5, 0.8), (0.5, 0.8)], [(-0.5, 0), (0.35, 0)]],
+    "H": [[(-0.55, -0.8), (-0.55, 0.8)], [(0.55, -0.8), (0.55, 0.8)], [(-0.55, 0), (0.55, 0)]],
+    "L": [[(-0.45, -0.8), (-0.45, 0.8), (0.55, 0.8)]],
+    "S": [_arc(0, -0.4, 0.5, 0.4, -25, -270) + _arc(0, 0.4, 0.5, 0.4, -90, 155)],
+    "T": [[(-0.6, -0.8), (0.6, -0.8)], [(0, -0.8), (0, 0.8)]],
+    "V": [[(-0.6, -0.8), (0, 0.8), (0.6, -0.8)]],
+    "X": [[(-0.55, -0.8), (0.55, 0.8)], [(0.55, -0.8), (-0.55, 0.8)]],
+    "Z": [[(-0.55, -0.8), (0.55, -0.8), (-0.55, 0.8), (0.55, 0.8)]],
+}
+"""Letter -> its strokes as polylines, in units of half its height."""
+
+
+def letter_distance(letter: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance to the outline of a letter's strokes, in units of half the letter's height."""
+    best = np.full(np.broadcast(x, y).shape, np.inf)
+    for stroke in LETTERS[letter]:
+        for (ax, ay), (bx, by) in itertools.pairwise(stroke):
+            dx, dy = bx - ax, by - ay
+            along = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy), 0, 1)
+            np.minimum(best, np.hypot(x - ax - along * dx, y - ay - along * dy), out=best)
+    return best - STROKE
+
+
+@cache
+def letter_extent(letter: str) -> tuple[float, float, float, float]:
+    """Bounding box x0, y0, x1, y1 of a letter around its centre, in units of half its height."""
+    points = [point for stroke in LETTERS[letter] for point in stroke]
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    return min(xs) - STROKE, min(ys) - STROKE, max(xs) + STROKE, max(ys) + STROKE
+
+
+@dataclass(frozen=True)
+class Object:
+    """One shape, or one letter (then ``shape`` is ``"letter"``). ``x`` and ``y`` are the centre, shares of the side."""
+
+    shape: str
+    color: str
+    size: str
+    x: float
+    y: float
+    letter: str | None = None
+
+    @property
+    def radius(self) -> float:
+        return LETTER_SIZE if self.letter else SIZES[self.size]
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """x0, y0, x1, y1, shares of the side."""
+        extent = letter_extent(self.letter) if self.letter else EXTENTS[self.shape]
+        return (
+            self.x + self.radius * extent[0], self.y + self.radius * extent[1],
+            self.x + self.radius * extent[2], self.y + self.radius * extent[3],
+        )  # fmt: skip
+
+    @property
+    def label(self) -> str:
+        """What the object is, as in ``"small red circle"`` or ``"red letter A"``."""
+        return f"{self.color} letter {self.letter}" if self.letter else f"{self.size} {self.color} {self.shape}"
+
+    def coverage(self, side: int) -> np.ndarray:
+        """Share of each pixel that the object covers, (side, side)."""
+        centres = (np.arange(side) + 0.5) / side
+        x = (centres[None, :] - self.x) / self.radius
+        y = (centres[:, None] - self.y) / self.radius
+        distance = letter_distance(self.letter, x, y) if self.letter else SHAPES[self.shape](x, y)
+        return np.clip(0.5 - distance * (self.radius * side), 0, 1)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background colour and the objects on it."""
+
+    background: str
+    objects: tuple[Object, ...]
+
+    @property
+    def letter(self) -> str | None:
+        """The letter shown, if this is a letter scene."""
+        return self.objects[0].letter if self.objects else None
+
+    @property
+    def identical(self) -> bool:
+        """Whether there are several objects and all look the same."""
+        return len(self.objects) > 1 and len({item.label for item in self.objects}) == 1
+
+    @property
+    def signature(self) -> tuple:
+        """Equal for two scenes exactly when they look the same."""
+        return self.background, tuple(sorted((o.label, round(o.x, 4), round(o.y, 4)) for o in self.objects))
+
+    def render(self, side: int) -> np.ndarray:
+        """The image, uint8 (side, side, 3)."""
+        image = np.empty((side, side, 3), np.float32)
+        image[:] = BACKGROUNDS[self.background]
+        for item in self.objects:
+            image += item.coverage(side)[..., None].astype(np.float32) * (np.array(COLORS[item.color], np.float32) - image)
+        return (image + 0.5).astype(np.uint8)
+
+
+def relation(first: Object, second: Object) -> str | None:
+    """Where ``first`` clearly lies, seen from ``second``: left of, right of, above, below, or None where no axis dominates."""
+    dx, dy = first.x - second.x, first.y - second.y
+    a, b = first.box, second.box
+    if abs(dx) >= DOMINANCE * abs(dy) and (a[2] <= b[0] or b[2] <= a[0]):
+        return "left of" if dx < 0 else "right of"
+    if abs(dy) >= DOMINANCE * abs(dx) and (a[3] <= b[1] or b[3] <= a[1]):
+        return "above" if dy < 0 else "below"
+    return None
+
+
+def apart(first: Object, second: Object) -> bool:
+    """Whether two objects' boxes keep :data:`GAP` along at least one axis."""
+    a, b = first.box, second.box
+    return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3]) >= GAP - 1e-9
+
+
+def is_valid(scene: Scene) -> bool:
+    """Whether objects lie inside and apart, and can be told apart by colour and shape (or are all alike)."""
+    for i, item in enumerate(scene.objects):
+        if min(item.box[:2]) < MARGIN - 1e-9 or max(item.box[2:]) > 1 - MARGIN + 1e-9:
+            return False
+        if any(not apart(item, other) for other in scene.objects[:i]):
+            return False
+    names = {(item.color, item.shape) for item in scene.objects}
+    return scene.identical or len(names) == len(scene.objects)
+
+
+def place(shape: str, color: str, size: str, grid: int, rng: random.Random, letter: str | None = None) -> Object | None:
+    """An object at a random place where it is fully inside; None where no grid point allows that."""
+    extent = Object(shape, color, size, 0.0, 0.0, letter).box
+
+    def draw(low: float, high: float) -> float | None:
+        if not grid:
+            return round(rng.uniform(low, high), 4)
+        first, last = math.ceil(low * grid - 1e-9), math.floor(high * grid + 1e-9)
+        return rng.randint(first, last) / grid if first <= last else None
+
+    x = draw(MARGIN - extent[0], 1 - MARGIN - extent[2])
+    y = draw(MARGIN - extent[1], 1 - MARGIN - extent[3])
+    return None if x is None or y is None else Object(shape, color, size, x, y, letter)
+
+
+def sample_scene(rng: random.Random, max_objects: int, grid: int, letters: float, attempts: int = 10_000) -> Scene:
+    """Draw a valid scene; two different objects always stand in a clear relation.
+
+    Raises:
+        ValueError: if the grid is too coarse to place anything.
+    """
+    colors, shapes, sizes = list(COLORS), list(SHAPES), list(SIZES)
+    is_letter = rng.random() < letters
+    counts = [count for count in OBJECT_WEIGHTS if count <= max_objects]
+    count = 1 if is_letter else rng.choices(counts, [OBJECT_WEIGHTS[c] for c in counts])[0]
+    alike = rng.random() < IDENTICAL[count]
+    for _ in range(attempts):
+        objects: list[Object] = []
+        names: tuple[str, str, str] | None = None
+        while len(objects) < count:
+            if names is None or not alike:
+                names = rng.choice(shapes), rng.choice(colors), rng.choice(sizes)
+            if is_letter:
+                item = place("letter", names[1], "large", grid, rng, rng.choice(list(LETTERS)))
+            else:
+                item = place(*names, grid, rng)
+            if item is None or any(not apart(item, other) for other in objects):
+                break
+            objects.append(item)
+        scene = Scene(rng.choice(list(BACKGROUNDS)), tuple(objects))
+        clear = alike or count != 2 or (len(objects) == 2 and relation(*objects) is not None)
+        if len(objects) == count and clear and is_valid(scene):
+            return scene
+    raise ConfigError(f"no scene of {count} objects fits a grid of {grid} steps a side; raise ingest.shapes.grid or set it to 0")

@@ -1,0 +1,148 @@
+"""The procedural source: scenes of coloured shapes with exact ground truth for every task.
+
+``python -m cm3leon.data.sources.shapes OUT.png`` draws a contact sheet.
+
+Everything follows from ``(config.seed, config)``; no two rows of a run show the same image.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from cm3leon.config.schema import ConfigError, ShapesConfig
+from cm3leon.data.images import encode
+from cm3leon.data.manifest import SourceRow
+from cm3leon.scenes import text as scene_text
+from cm3leon.scenes.conditions import conditions
+from cm3leon.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Object, Scene, is_valid, place, sample_scene
+
+TRIES = 500
+
+
+def rows(config: ShapesConfig, path: Path) -> Iterator[SourceRow]:
+    """Draw ``config.count`` scenes, and the edited versions of some of them right after their originals.
+
+    ``path`` is not read; sources share one signature.
+
+    Raises:
+        ConfigError: if there are not enough different scenes for ``config.count`` under this configuration.
+    """
+    seen: set[tuple] = set()
+    for number in range(config.count):
+        rng = random.Random(f"{config.seed}/{number}")
+        scene = _unique_scene(rng, config, seen)
+        row = _row(scene, f"scene-{number:07d}", f"scene {number}", config, rng)
+        edited = edit(scene, rng, config, seen) if rng.random() < config.edits else None
+        row.group = row.key if edited else None
+        yield row
+        if edited:
+            instruction, after = edited
+            seen.add(after.signature)
+            second = _row(after, f"{row.key}-edited", f"scene {number}, edited", config, rng)
+            second.group, second.edited_from, second.instruction = row.key, row.key, instruction
+            yield second
+
+
+def _unique_scene(rng: random.Random, config: ShapesConfig, seen: set[tuple]) -> Scene:
+    for _ in range(TRIES):
+        scene = sample_scene(rng, config.max_objects, config.grid, config.letters)
+        if scene.signature not in seen:
+            seen.add(scene.signature)
+            return scene
+    raise ConfigError(
+        f"ingest.shapes: no further scene found after {len(seen)} different ones; "
+        f"lower count, or raise max_objects or grid (now {config.grid}; 0: anywhere)"
+    )
+
+
+def _row(scene: Scene, key: str, origin: str, config: ShapesConfig, rng: random.Random) -> SourceRow:
+    row = SourceRow(
+        key=key,
+        origin=origin,
+        image=encode(scene.render(config.size)),
+        captions=scene_text.captions(scene, rng),
+        licence="CC0-1.0",
+        attribution="cm3leon shapes",
+        source="shapes",
+        long_caption=scene_text.long_caption(scene),
+        objects=[(item.label, _pixel_box(item, config.size)) for item in scene.objects],
+        questions=scene_text.questions(scene, rng),
+        reasoning=scene_text.reasoning(scene, rng),
+        text_in_image=scene.letter,
+    )
+    if rng.random() < config.conditions:
+        row.conditions = {kind: encode(image) for kind, image in conditions(scene, config.size).items()}
+    return row
+
+
+def _pixel_box(item: Object, side: int) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = (round(value * side, 2) for value in item.box)
+    return x0, y0, x1, y1
+
+
+def edit(scene: Scene, rng: random.Random, config: ShapesConfig, seen: set[tuple]) -> tuple[str, Scene] | None:
+    """An instruction and the scene after it; None where no edit was found that gives a valid scene not in ``seen``."""
+    for _ in range(TRIES):
+        drawn = _draw_edit(scene, rng, config)
+        if drawn and is_valid(drawn[1]) and drawn[1].signature not in seen and drawn[1].signature != scene.signature:
+            return drawn
+    return None
+
+
+def _draw_edit(scene: Scene, rng: random.Random, config: ShapesConfig) -> tuple[str, Scene] | None:
+    kind = rng.choice(["background", "color", "size", "remove", "add"])
+    if kind == "background":
+        background = rng.choice(list(BACKGROUNDS))
+        return f"change the background to {background}", replace(scene, background=background)
+    if kind == "color" and (scene.letter or scene.identical):
+        color = rng.choice(list(COLORS))
+        what = "letter" if scene.letter else scene_text.plural(scene.objects[0].shape)
+        return f"make the {what} {color}", replace(scene, objects=tuple(replace(item, color=color) for item in scene.objects))
+    if scene.letter or scene.identical:
+        return None
+    if kind == "add" and len(scene.objects) < config.max_objects:
+        item = place(rng.choice(list(SHAPES)), rng.choice(list(COLORS)), rng.choice(list(SIZES)), config.grid, rng)
+        if item is None:
+            return None
+        return f"add {scene_text.with_article(item.label)}", replace(scene, objects=(*scene.objects, item))
+    target = rng.choice(scene.objects)
+    only = sum(item.shape == target.shape for item in scene.objects) == 1
+    name = target.shape if only else f"{target.color} {target.shape}"
+    others = tuple(item for item in scene.objects if item is not target)
+    if kind == "remove" and others:
+        return f"remove the {name}", replace(scene, objects=others)
+    if kind == "color":
+        color = rng.choice(list(COLORS))
+        changed, instruction = replace(target, color=color), f"make the {name} {color}"
+    elif kind == "size":
+        size = rng.choice(list(SIZES))
+        changed, instruction = replace(target, size=size), f"make the {name} {size}"
+    else:
+        return None
+    return instruction, replace(scene, objects=tuple(changed if item is target else item for item in scene.objects))
+
+
+def sheet(config: ShapesConfig, columns: int = 6, cell: int = 192) -> Image.Image:
+    """All images of a (small) configuration with their instructions and first captions."""
+    drawn = list(rows(config, Path()))
+    image = Image.new("RGB", (columns * (cell + 60), -(-len(drawn) // columns) * (cell + 56)), "white")
+    draw = ImageDraw.Draw(image)
+    for index, row in enumerate(drawn):
+        x, y = index % columns * (cell + 60) + 8, index // columns * (cell + 56) + 4
+        if row.image is not None:
+            image.paste(Image.open(io.BytesIO(row.image)).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
+        words = (f"[{row.instruction}] " if row.instruction else "") + row.captions[0]
+        draw.multiline_text((x, y + cell + 2), textwrap.fill(words, 36), fill="black", spacing=1)
+    return image
+
+
+if __name__ == "__main__":
+    sheet(ShapesConfig(count=36, letters=0.1, edits=0.1)).save(sys.argv[1])

@@ -1,0 +1,227 @@
+"""What is said about a scene: captions, a long caption, questions with answers. All of it is true of the scene.
+
+Captions are in American English, as COCO's. Their grammar is the one that ``cm3leon.scenes.composition.parse_caption`` reads.
+"""
+
+from __future__ import annotations
+
+import random
+
+from cm3leon.data.manifest import Problem
+from cm3leon.scenes.scene import COLORS, SHAPES, Object, Scene, relation
+
+NUMBERS = {1: "one", 2: "two", 3: "three"}
+OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def with_article(words: str) -> str:
+    """``"orange ring"`` -> ``"an orange ring"``."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def _name(item: Object, sized: bool) -> str:
+    return with_article(item.label if sized else f"{item.color} {item.shape}")
+
+
+def _subject(scene: Scene, rng: random.Random) -> str:
+    """The objects of a scene in words, sizes stated in half of the cases."""
+    objects, sized = list(scene.objects), rng.random() < 0.5
+    if scene.letter:
+        item = objects[0]
+        return rng.choice([f"the letter {item.letter} in {item.color}", with_article(item.label)])
+    if scene.identical:
+        item = objects[0]
+        return f"{NUMBERS[len(objects)]} {item.size + ' ' if sized else ''}{item.color} {plural(item.shape)}"
+    rng.shuffle(objects)
+    names = [_name(item, sized) for item in objects]
+    if len(names) == 1:
+        return names[0]
+    if len(names) == 2:
+        place = relation(objects[0], objects[1])
+        return f"{names[0]} {place} {names[1]}" if place and rng.random() < 0.75 else f"{names[0]} and {names[1]}"
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """One short caption; most end in ``"on a gray background"``."""
+    subject, dice = _subject(scene, rng), rng.random()
+    if dice < 0.7:
+        return f"{subject} on a {scene.background} background"
+    return f"{subject} on {scene.background}" if dice < 0.85 else f"a {scene.background} background with {subject}"
+
+
+def captions(scene: Scene, rng: random.Random) -> list[str]:
+    """Up to five different captions, five drawn."""
+    drawn = [caption(scene, rng) for _ in range(5)]
+    return list(dict.fromkeys(drawn))
+
+
+def rough_place(item: Object) -> str:
+    """Where an object lies, in thirds of the image: ``"at the top left"``, ``"in the center"``."""
+    row = "top" if item.y < 0.38 else "bottom" if item.y > 0.62 else ""
+    column = "left" if item.x < 0.38 else "right" if item.x > 0.62 else ""
+    return f"at the {row} {column}".replace("  ", " ").strip() if row or column else "in the center"
+
+
+def long_caption(scene: Scene) -> str:
+    """A paragraph: background and count, each object with size, colour, shape and rough place, and pairwise relations."""
+    count = len(scene.objects)
+    if scene.letter:
+        item = scene.objects[0]
+        return f"The background is {scene.background}. The letter {item.letter} is drawn in {item.color} {rough_place(item)}."
+    items = [f"{with_article(item.label)} {rough_place(item)}" for item in scene.objects]
+    listed = items[0] if count == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+    sentences = [
+        f"The background is {scene.background} with {NUMBERS[count]} {'object' if count == 1 else 'objects'} on it.",
+        f"There is {listed}.",
+    ]
+    if not scene.identical:
+        facts = []
+        for i, first in enumerate(scene.objects):
+            for second in scene.objects[i + 1 :]:
+                if place := relation(first, second):
+                    facts.append(f"the {first.color} {first.shape} is {place} the {second.color} {second.shape}")
+        if facts:
+            joined = facts[0] if len(facts) == 1 else f"{', '.join(facts[:-1])} and {facts[-1]}"
+            sentences.append(f"{joined[0].upper()}{joined[1:]}.")
+    return " ".join(sentences)
+
+
+def _existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A yes/no question, half of them yes; half of the others name a colour or a shape that is there, in the wrong combination."""
+    present = {(item.color, item.shape) for item in scene.objects}
+    if rng.random() < 0.5:
+        color, shape = rng.choice(sorted(present))
+        return f"Is there {with_article(f'{color} {shape}')}?", "yes"
+    colors, shapes = sorted({c for c, _ in present}), sorted({s for _, s in present})
+    kind = rng.random()
+    while True:
+        color = rng.choice(colors) if kind < 0.4 else rng.choice(list(COLORS))
+        shape = rng.choice(shapes) if 0.4 <= kind < 0.8 else rng.choice(list(SHAPES))
+        if (color, shape) not in present:
+            return f"Is there {with_article(f'{color} {shape}')}?", "no"
+
+
+def _relation_questions(scene: Scene) -> list[tuple[str, str]]:
+    """``"What is left of the blue square?"`` where exactly one object lies on that side at all."""
+    found: list[tuple[str, str]] = []
+    if scene.identical:
+        return found
+    for target in scene.objects:
+        others = [item for item in scene.objects if item is not target]
+        sides = {
+            "left of": [o for o in others if o.x < target.x], "right of": [o for o in others if o.x > target.x],
+            "above": [o for o in others if o.y < target.y], "below": [o for o in others if o.y > target.y],
+        }  # fmt: skip
+        for place, there in sides.items():
+            if len(there) == 1 and relation(there[0], target) == place:
+                found.append((f"What is {place} the {target.color} {target.shape}?", f"{there[0].color} {there[0].shape}"))
+    return found
+
+
+def questions(scene: Scene, rng: random.Random, most: int = 6) -> list[tuple[str, list[str]]]:
+    """Up to ``most`` questions of different kinds with their answers in lower case; none is ambiguous."""
+    background = ("What is the background color?", scene.background)
+    if scene.letter:
+        chosen = [("Which letter is shown?", scene.letter.lower()), ("What color is the letter?", scene.objects[0].color), background]
+        return [(question, [answer]) for question, answer in chosen]
+    kinds: list[list[tuple[str, str]]] = [
+        [("How many objects are there?", str(len(scene.objects)))], [background], [_existence(scene, rng)], _relation_questions(scene),
+    ]  # fmt: skip
+    if scene.identical:
+        item = scene.objects[0]
+        many = plural(item.shape)
+        kinds += [[(f"What color are the {many}?", item.color)], [(f"What size are the {many}?", item.size)]]
+        kinds += [[(f"What shape are the {item.color} objects?", item.shape)]]
+    else:
+        shapes, colors = [o.shape for o in scene.objects], [o.color for o in scene.objects]
+        one_shape = [o for o in scene.objects if shapes.count(o.shape) == 1]
+        kinds.append([(f"What color is the {o.shape}?", o.color) for o in one_shape])
+        kinds.append([(f"What size is the {o.shape}?", o.size) for o in one_shape])
+        kinds.append([(f"What shape is the {o.color} object?", o.shape) for o in scene.objects if colors.count(o.color) == 1])
+    chosen = [rng.choice(kind) for kind in kinds if kind]
+    rng.shuffle(chosen)
+    return [(question, [answer]) for question, answer in chosen[:most]]
+
+
+def reasoning(scene: Scene, rng: random.Random) -> list[Problem]:
+    """One question whose answer takes a step of thought, with options and the explanation; none of a letter."""
+    if scene.letter:
+        return []
+    makers = [_more_or_less, _remaining] if scene.identical or len(scene.objects) == 1 else [_larger, _further, _more_or_less, _remaining]
+    rng.shuffle(makers)
+    return [next(problem for problem in (make(scene, rng) for make in makers) if problem)]
+
+
+def _more_or_less(scene: Scene, rng: random.Random) -> Problem:
+    shapes = sorted({item.shape for item in scene.objects})
+    first = rng.choice(shapes)
+    second = rng.choice([shape for shape in (shapes if len(shapes) > 1 and rng.random() < 0.7 else SHAPES) if shape != first] or ["ring"])
+    one, other = (sum(item.shape == shape for item in scene.objects) for shape in (first, second))
+    return Problem(
+        f"Are there more {plural(first)} than {plural(second)}?",
+        ["yes", "no"],
+        "yes" if one > other else "no",
+        f"There {_counted(one, first)} and {_counted(other, second, verb=False)}.",
+        "Only whole shapes count.",
+    )
+
+
+def _counted(count: int, shape: str, verb: bool = True) -> str:
+    number = {0: "no"}.get(count, NUMBERS.get(count, str(count)))
+    words = f"{number} {shape if count == 1 else plural(shape)}"
+    return f"{'is' if count == 1 else 'are'} {words}" if verb else words
+
+
+def _remaining(scene: Scene, rng: random.Random) -> Problem:
+    shape = rng.choice(sorted({item.shape for item in scene.objects}))
+    whole, gone = len(scene.objects), sum(item.shape == shape for item in scene.objects)
+    counted = [f"{NUMBERS[number]} {noun if number == 1 else plural(noun)}" for number, noun in ((whole, "object"), (gone, shape))]
+    return Problem(
+        f"How many objects remain without the {plural(shape)}?",
+        [str(number) for number in range(4)],
+        str(whole - gone),
+        f"{counted[0].capitalize()} less {counted[1]} is {NUMBERS.get(whole - gone, 'none')}.",
+        "Only whole shapes count.",
+    )
+
+
+def _larger(scene: Scene, rng: random.Random) -> Problem | None:
+    pairs = [(a, b) for a in scene.objects for b in scene.objects if a.size == "large" and b.size == "small"]
+    if not pairs:
+        return None
+    large, small = rng.choice(pairs)
+    smaller = rng.random() < 0.5
+    names = [f"{item.color} {item.shape}" for item in (large, small)]
+    return Problem(
+        f"Which is {'smaller' if smaller else 'larger'}, {_either(names, rng)}?",
+        sorted(names),
+        names[1] if smaller else names[0],
+        f"The {names[0]} is large and the {names[1]} is small.",
+        "Shapes are large or small.",
+    )
+
+
+def _further(scene: Scene, rng: random.Random) -> Problem | None:
+    pairs = [(a, b, place) for a in scene.objects for b in scene.objects if a is not b and (place := relation(a, b))]
+    if not pairs:
+        return None
+    first, second, place = rng.choice(pairs)
+    names = [f"{item.color} {item.shape}" for item in (first, second)]
+    way = {"left of": "further left", "right of": "further right", "above": "higher", "below": "lower"}[place]
+    return Problem(
+        f"Which is {way}, {_either(names, rng)}?",
+        sorted(names),
+        names[0],
+        f"The {names[0]} is {place} the {names[1]}.",
+        "Left is the viewer's left.",
+    )
+
+
+def _either(names: list[str], rng: random.Random) -> str:
+    one, other = rng.sample(names, 2)
+    return f"the {one} or the {other}"

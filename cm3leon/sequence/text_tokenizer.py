@@ -1,0 +1,61 @@
+"""Byte-level BPE over captions and instructions: any string encodes, and decodes to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+FILE = "tokenizer.json"
+
+
+class TextTokenizer:
+    """Text <-> ids in ``[0, size)``. Special tokens live outside, in :class:`cm3leon.sequence.grammar.Vocabulary`."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocabulary_size: int) -> TextTokenizer:
+        """Learn merges until the vocabulary (256 bytes included) has ``vocabulary_size`` entries or no pair repeats."""
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary_size,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            min_frequency=2,
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, directory: Path) -> TextTokenizer:
+        """Read ``directory/tokenizer.json``.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        path = Path(directory) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no text tokenizer here; run: cm3leon text_tokenizer")
+        return cls(Tokenizer.from_file(str(path)))
+
+    def save(self, directory: Path) -> None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save(str(Path(directory) / FILE))
+
+    @property
+    def size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text).ids
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)

@@ -1,0 +1,159 @@
+"""``cm3leon ui``: MLflow, Prefect and the Data Docs on 127.0.0.1, until Ctrl-C.
+
+While it is up, runs started in this project use its Prefect server (``.prefect/server.json`` names it).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from cm3leon.services.child import stop_tree
+from cm3leon.services.environment import PREFECT_HOME, SERVER_FILE, use_environment
+
+HOST = "127.0.0.1"
+DATA_DOCS = Path("data/validated/data_docs")
+LOGS = Path(".cache/ui")
+START_SECONDS = 90.0
+
+
+def free_port(wanted: int) -> int:
+    """``wanted``, or the next port of 127.0.0.1 that nothing listens on.
+
+    Raises:
+        OSError: if the next hundred are taken too.
+    """
+    for port in range(wanted, wanted + 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free port from {wanted} to {wanted + 99}")
+
+
+class Service(NamedTuple):
+    """One of the pages.
+
+    Attributes:
+        server: the server's root address.
+        page: where on it to start.
+        health: what answers on it once it is up.
+        command: the arguments of ``python -m`` that start it; none where somebody else runs it.
+    """
+
+    server: str
+    page: str = ""
+    health: str = "/"
+    command: Sequence[str] = ()
+
+    @property
+    def address(self) -> str:
+        """What to open in a browser."""
+        return self.server + self.page
+
+
+def services(uri: str, experiment_id: str, mlflow_port: int, prefect_port: int, docs_port: int) -> dict[str, Service]:
+    """The pages there are to show, by name; ``uri`` is the MLflow store."""
+    runs = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    if uri.startswith("http"):
+        mlflow = Service(uri.rstrip("/"), runs)
+    else:
+        port, artefacts = free_port(mlflow_port), Path("mlruns").absolute().as_uri()
+        command = ["mlflow", "server", "--backend-store-uri", uri, "--default-artifact-root", artefacts, "--workers", "1"]
+        mlflow = Service(f"http://{HOST}:{port}", runs, "/health", [*command, "--host", HOST, "--port", str(port)])
+    if url := os.environ.get("PREFECT_API_URL"):
+        prefect = Service(url.removesuffix("/api"))
+    else:
+        port = free_port(prefect_port)
+        prefect = Service(f"http://{HOST}:{port}", "", "/api/health", ["prefect", "server", "start", "--host", HOST, "--port", str(port)])
+    found = {"MLflow": mlflow, "Prefect": prefect}
+    if (DATA_DOCS / "index.html").is_file():
+        port = free_port(docs_port)
+        found["Data Docs"] = Service(
+            f"http://{HOST}:{port}", command=["http.server", str(port), "--bind", HOST, "--directory", str(DATA_DOCS)]
+        )
+    return found
+
+
+def serve(mlflow_port: int = 5000, prefect_port: int = 4200, docs_port: int = 8000) -> None:
+    """Start what is not up yet, print the addresses, stop all on Ctrl-C or SIGTERM."""
+    from mlflow import MlflowClient
+
+    from cm3leon.tracking.store import experiment_id_of, prepare_store
+
+    use_environment()
+    uri = prepare_store()
+    experiment_id = experiment_id_of(MlflowClient(tracking_uri=uri, registry_uri=uri), Path("."), uri)
+    shown = services(uri, experiment_id, mlflow_port, prefect_port, docs_port)
+    with _running(shown):
+        for name, service in shown.items():
+            print(f"{name:<10} {service.address}", flush=True)
+        if "Data Docs" not in shown:
+            print(f"Data Docs  none yet: {DATA_DOCS} is made by the stage validate", flush=True)
+        print(f"Ctrl-C stops them; their logs are in {LOGS}/", flush=True)
+        while True:
+            time.sleep(1)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _running(shown: dict[str, Service]) -> Iterator[None]:
+    """The services that have a command, up; stopped at the end, however it comes.
+
+    Raises:
+        RuntimeError: if one ends, or does not answer in time.
+    """
+    LOGS.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, _leave)
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, service in shown.items():
+            if service.command:
+                with (LOGS / f"{name.lower().replace(' ', '-')}.log").open("wb") as log:
+                    processes[name] = subprocess.Popen(
+                        [sys.executable, "-m", *service.command], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+                    )
+        for name, process in processes.items():
+            _wait(name, process, shown[name].server + shown[name].health)
+        if "Prefect" in processes:
+            PREFECT_HOME.mkdir(exist_ok=True)
+            SERVER_FILE.write_text(json.dumps({"api_url": f"{shown['Prefect'].server}/api"}) + "\n")
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if "Prefect" in processes:
+            SERVER_FILE.unlink(missing_ok=True)
+        for process in processes.values():
+            stop_tree(process.pid, seconds=10)
+
+
+def _wait(name: str, process: subprocess.Popen[bytes], url: str) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise RuntimeError(f"{name} ended with status {process.returncode}; see {LOGS}/")
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.3)
+    raise RuntimeError(f"{name} does not answer at {url} after {START_SECONDS:.0f} s; see {LOGS}/")

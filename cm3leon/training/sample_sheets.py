@@ -1,0 +1,52 @@
+"""Sample sheets by step: the same prompts and seeds drawn again and again while a decoder trains."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cm3leon.config import paths
+from cm3leon.config.schema import DecodingConfig
+from cm3leon.data.tokens import TokenStore
+from cm3leon.generation.engine import generate_images
+from cm3leon.generation.prompts import image_prompt
+from cm3leon.generation.sampling import Sampler
+from cm3leon.models.decoder import Decoder
+from cm3leon.models.vqgan import ImageTokenizer
+from cm3leon.sequence.text_tokenizer import TextTokenizer
+from cm3leon.tracking.runs import Run
+from cm3leon.utils.images import save_captioned
+
+PROMPTS = 12
+
+
+def sample_sheets(run: Run, model: Decoder, held_out: TokenStore) -> Callable[[int], None]:
+    """A function of the step that draws the first prompts of ``held_out`` and keeps the sheet in MLflow as ``samples/prompts_STEP.png``.
+
+    Plain sampling: temperature 1, no guidance, no retrieval; prompt ``n`` has seed ``n``.
+    """
+    image_tokenizer = ImageTokenizer.load(paths.IMAGE_TOKENIZER, model.device)
+    text_tokenizer = TextTokenizer.load(paths.TEXT_TOKENIZER)
+    vocabulary = model.vocabulary
+    texts = [held_out[row].texts[0] for row in range(min(PROMPTS, len(held_out)))]
+    longest = model.spec.context - vocabulary.tokens_per_image - 2
+    prompts = [[image_prompt([("text", vocabulary.text(ids[:longest]))], [], vocabulary)] for ids in texts]
+    plain = Sampler(DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0))
+
+    def draw(step: int) -> None:
+        model.eval()
+        codes = generate_images(model, prompts, [[row] for row in range(len(prompts))], plain)[:, 0]
+        pixels = image_tokenizer.decode(torch.from_numpy(codes).to(model.device)).add(1).mul(127.5).round()
+        images = [Image.fromarray(a) for a in pixels.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()]
+        with tempfile.TemporaryDirectory() as folder:
+            sheet = Path(folder) / "prompts.png"
+            save_captioned(images, [text_tokenizer.decode(np.asarray(ids).tolist()) for ids in texts], sheet)
+            run.log_figure_file(sheet, "prompts", step)
+        model.train()
+
+    return draw

@@ -1,0 +1,294 @@
+"""The command: its help is quick, users' errors are one line, and each command passes on what it was given."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from cm3leon.cli import app, model
+from cm3leon.config.schema import DecodingConfig, UserError
+from cm3leon.generation.generator import Generator
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "mlflow", "prefect", "dvc", "great_expectations", "open_clip", "faiss", "pandas", "numpy")
+
+
+def test_every_error_that_derives_from_the_users_own_is_one_line():
+    from cm3leon.evaluation.leakage import LeakageError
+    from cm3leon.registry.bundle import IncompleteRecordError
+    from cm3leon.training.checkpoint import CheckpointError
+
+    assert all(app.is_users(kind("x")) for kind in (UserError, LeakageError, IncompleteRecordError, CheckpointError))
+    assert not any(app.is_users(kind("x")) for kind in (ValueError, RuntimeError, KeyError))
+
+
+class Recorder:
+    """A real generator on untrained models, of which it remembers what it was asked."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator, self.asked = generator, []
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.generator, name)
+
+        def recorded(*arguments: Any, **settings: Any) -> Any:
+            self.asked.append((name, arguments, settings))
+            return method(*arguments, **settings)
+
+        return recorded
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny_parts: dict[str, Path]) -> Generator:
+    return Generator.from_parts(**tiny_parts, decoding=DecodingConfig(candidates=2))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def generator(loaded: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    monkeypatch.chdir(tmp_path)
+    recorder = Recorder(loaded)
+    monkeypatch.setattr(model, "load_generator", lambda model: recorder)
+    return recorder
+
+
+def call(*arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of the command, in this process."""
+
+    def as_entry_point(*_: Any, **__: Any) -> None:
+        with app.plain_errors():
+            app.app(arguments, standalone_mode=True)
+
+    import contextlib
+    import io
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            as_entry_point()
+        except SystemExit as left:
+            return int(left.code or 0), out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from cm3leon.cli import app
+result = CliRunner().invoke(app.app, ["generate", "--help"])
+assert result.exit_code == 0, result.output
+print([name for name in {HEAVY} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_dvc_stage_is_a_command_and_has_a_module() -> None:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert list(stages) == list(app.STAGES)
+    listed = CliRunner().invoke(app.app, ["--help"]).output
+    for name, stage in stages.items():
+        assert stage["cmd"].endswith(f" cm3leon {name}")
+        assert name in listed
+        assert (ROOT / f"cm3leon/stages/{name}.py").is_file()
+    assert CliRunner().invoke(app.app, ["super-resolution", "--help"]).exit_code == 0
+
+
+def test_a_stage_prints_its_figures_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("seed: 5\n")
+    fake = types.SimpleNamespace(run=lambda config: print("working") or {"seed": float(config.seed)})
+    monkeypatch.setitem(sys.modules, "cm3leon.stages.ingest", fake)  # type: ignore[arg-type]
+    status, out, _ = call("ingest")
+    assert status == 0
+    first, last = out.splitlines()
+    assert first == "working"
+    figures = json.loads(last.removeprefix(app.FIGURES))
+    assert figures["seed"] == 5
+    assert figures["peak_megabytes"] > 10
+    assert figures["seconds"] >= 0
+
+
+def test_missing_parameters_are_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cm3leon", "ingest"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: params.yaml does not exist; write it with: cm3leon configure small\n"
+
+
+def test_what_a_stage_cannot_work_with_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("{}")
+
+    def refuse(config: object) -> None:
+        raise UserError("encoder has no images to train on")
+
+    monkeypatch.setitem(sys.modules, "cm3leon.stages.encoder", types.SimpleNamespace(run=refuse))  # type: ignore[arg-type]
+    assert call("encoder") == (2, "", "error: encoder has no images to train on\n")
+
+
+def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("{}")
+
+    def broken(config: object) -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setitem(sys.modules, "cm3leon.stages.ingest", types.SimpleNamespace(run=broken))  # type: ignore[arg-type]
+    with pytest.raises(KeyError, match="a defect"):
+        call("ingest")
+
+
+def test_generate_one(generator: Recorder) -> None:
+    status, out, _ = call(
+        "generate", "a red circle", "--seed", "3", "--guidance", "2.5", "--documents", "1", "--set", "top_k=5", "--out", "one.png"
+    )
+    assert status == 0
+    name, (prompts, number), settings = generator.asked[0]
+    assert (name, prompts, number) == ("text_to_image", ["a red circle"], 1)
+    assert settings == {"references": None, "seed": 3, "guidance": 2.5, "documents": 1, "top_k": 5}
+    picture = Image.open("one.png")
+    assert picture.size == (32, 32)
+    record = json.loads(picture.info["cm3leon"])
+    assert record["prompt"] == "a red circle" and record["settings"]["top_k"] == 5
+    assert re.fullmatch(r"one.png: seed [34], CLIP score -?0\.\d{3}", out.splitlines()[0])
+    assert out.splitlines()[1] == f"retrieved: {record['neighbours'][0]['id']} (CC0-1.0, us)"
+
+
+def test_neighbours_are_shown(generator: Recorder) -> None:
+    Image.new("RGB", (4, 4), "red").save("a.png")
+    _, out, _ = call("text_to_image", "a ring", "--documents", "2", "--reference", "a.png", "--show-neighbours")
+    shown = [line for line in out.splitlines() if line.startswith("    ")]
+    assert len(shown) == out.count("retrieved: ") == 2
+    assert all(re.search(r"'.+', score -?\d\.\d{3}, source test", line) for line in shown)
+
+
+def test_generate_several_are_files_of_their_own_the_best_first(generator: Recorder) -> None:
+    status, out, _ = call("generate", "shapes", "--num-images", "3", "--out", "some.png")
+    assert status == 0
+    files = ["some.png", "some-2.png", "some-3.png"]
+    assert sorted(path.name for path in Path().iterdir()) == sorted(files)
+    records = [json.loads(Image.open(file).info["cm3leon"]) for file in files]
+    assert [record["score"] for record in records] == sorted((record["score"] for record in records), reverse=True)
+    assert out.splitlines() == [f"{f}: seed {r['seed']}, CLIP score {r['score']:.3f}" for f, r in zip(files, records, strict=True)]
+    assert call("generate", "one", "two", "--num-images", "2")[0] == 0
+    assert {p.name for p in Path().glob("out*")} == {"out-p1.png", "out-p1-2.png", "out-p2.png", "out-p2-2.png"}
+
+
+def test_generate_upscaled(generator: Recorder) -> None:
+    assert call("generate", "shapes", "--num-images", "2", "--upscale")[0] == 0
+    for name in ("out.png", "out-2.png"):
+        picture = Image.open(name)
+        assert picture.size == (64, 64)
+        assert json.loads(picture.info["cm3leon"])["settings"]["upscale"] is True
+
+
+DRAWING = {
+    "write": ["hello"],
+    "layout_to_image": ["two things", "--object", "red circle=0,0,16,16", "--object", "ring=16,16,32,32"],
+    "condition_to_image": ["a ring", "a.png", "--kind", "canny edge"],
+    "edit": ["a.png", "make it blue", "--image-guidance", "1.2"],
+    "infill": ["a.png", "5,5,30,20", "a ring"],
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_every_drawing_command_writes_what_it_is_named_after(name: str, generator: Recorder) -> None:
+    Image.new("RGB", (40, 30), "red").save("a.png")
+    status, out, err = call(name, *DRAWING[name], "--num-images", "2", "--set", "temperature=0.9")
+    assert (status, err) == (0, "")
+    for file, line in zip(("out.png", "out-2.png"), out.splitlines(), strict=True):
+        record = json.loads(Image.open(file).info["cm3leon"])
+        assert record["task"] == name and record["settings"]["temperature"] == 0.9
+        assert line.startswith(f"{file}: seed {record['seed']}" + ("" if name == "edit" else ", CLIP score"))
+    if "_" in name:
+        assert call(name.replace("_", "-"), *DRAWING[name])[0] == 0
+
+
+def test_documents_texts_and_scores(generator: Recorder) -> None:
+    Image.new("RGB", (40, 30), "red").save("a.png")
+    status, out, _ = call("interleave", "a red circle", "--segments", "1")
+    assert (status, out) == (0, "out.png: seed 0\n") and Image.open("out.png").size == (32, 32)
+    assert call("infill_text", "a ___ circle", "--image", "a.png")[1].startswith("a ")
+    _, out, _ = call("score", "a.png", "a ring", "a red circle")
+    assert re.fullmatch(r"(a ring|a red circle): text given image -\d+\.\d{3}, image given text -\d+\.\d{3}", out.splitlines()[1])
+    assert call("upscale", "a.png", "--out", "big.png")[1] == "big.png: 80 x 60\n"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["generate", "x", "--out", "out.jpg"], "error: --out out.jpg: images are written as PNG"),
+    (["generate", "x", "--out", "no/out.png"], "error: --out no/out.png: there is no directory no"),
+    (["generate", "x", "--top-p", "2"], "error: top_p: Input should be less than or equal to 1"),
+    (["generate", "x", "--set", "topk=2"], "error: topk: Extra inputs are not permitted"),
+    (["generate", "x", "--set", "topk"], "error: --set topk: write it as name=value"),
+    (["layout_to_image", "x", "--object", "dog"], "error: --object dog: write it as label=left,top,right,bottom"),
+    (["layout_to_image", "x", "--object", "dog=1,2"], "error: --object dog: '1,2': write it as left,top,right,bottom"),
+    (["infill", "missing.png", "1,2,3,4", "x"], "missing.png"),
+    (["infill", "missing.png", "1,2,3", "x"], "error: box '1,2,3'"),
+    (["caption", "missing.png"], "missing.png"),
+    (["caption", "text.png"], "error: text.png: unreadable"),
+    (["configure", "huge"], "error: there is no profile 'huge'"),
+])  # fmt: skip
+def test_users_errors_are_one_line_and_status_2(arguments: list[str], message: str, generator: Recorder) -> None:
+    Path("text.png").write_text("not an image")
+    status, out, err = call(*arguments)
+    assert status == 2
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_caption_and_ask(generator: Recorder) -> None:
+    Image.new("RGBA", (4, 6)).save("a.png")
+    Image.new("L", (5, 5)).save("b.png")
+    [said] = generator.generator.caption([model.open_image(Path("a.png"))])
+    assert call("caption", "a.png")[1] == f"{said.text}\n"
+    out = call("caption", "a.png", "b.png", "--long")[1].splitlines()
+    assert [line.split(":")[0] for line in out] == ["a.png", "b.png"]
+    [told] = generator.generator.answer([model.open_image(Path("b.png"))], ["What color?"])
+    assert call("reason", "b.png", "Which?", "--option", "a", "--option", "b")[0] == 0
+    assert call("ask", "b.png", "What color?")[1] == call("answer", "b.png", "What color?")[1] == f"{told.text}\n"
+    assert len(call("answer", "b.png", "What color?", "How many?")[1].splitlines()) == 2
+
+
+def test_no_champion_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    status, _, err = call("generate", "a red circle")
+    assert status == 2
+    assert "run make run first" in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_such_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call("generate", "a red circle", "--model", "models/bundle")
+    assert status == 2
+    assert "models/bundle is not a bundle" in err
+
+
+def test_a_record_that_cannot_be_reproduced_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(ROOT / "params.yaml", "params.yaml")
+    status, _, err = call("evaluate", "--reproduce", "nothing.json")
+    assert status == 2 and "nothing.json is no evaluation record" in err
+    Path("old.json").write_text('{"scores": {}, "intervals": {}}')
+    assert "old.json does not say with which settings it was made" in call("evaluate", "--reproduce", "old.json")[2]

@@ -1,0 +1,96 @@
+"""The decoder's operations against PyTorch's own or the formulas written out, values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cm3leon.models import kernels
+from cm3leon.models.kernels import attention, relu, turn
+
+
+def with_gradients(function, *inputs):
+    """The function's value and the gradients of its inputs, of a weighted sum of it."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    y = function(*inputs)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
+    return y, *torch.autograd.grad((y * weights).sum(), inputs)
+
+
+def equal(found, expected, **tolerance):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), **tolerance)
+
+
+def test_pairs_are_turned_by_their_angles():
+    angles = torch.randn(2, 7, 1, 4)
+    turns = torch.stack([angles.cos(), angles.sin()], -1)
+
+    def written_out(x):
+        a, b = x[..., 0::2], x[..., 1::2]
+        turned = torch.empty_like(x)
+        turned[..., 0::2], turned[..., 1::2] = a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()
+        return turned
+
+    x = torch.randn(2, 7, 3, 8)
+    equal(with_gradients(lambda x: turn(x, turns), x), with_gradients(written_out, x), rtol=1e-5, atol=1e-6)
+    compiled = torch.compile(turn, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, turns), turn(x, turns), rtol=1e-5, atol=1e-6)
+
+
+def test_relu_overwrites_its_input():
+    x = torch.randn(50, 8)
+    equal(with_gradients(lambda x: relu(x * 2), x), with_gradients(lambda x: F.relu(x * 2), x))
+    relu(x)
+    assert x.min() == 0
+
+
+def masks(length):
+    """None, and one of two samples a row: booleans, and a bias."""
+    samples = torch.tensor([[1] * 9 + [2] * (length - 9), [1] * 20 + [2] * (length - 20)])
+    allowed = (samples[:, :, None] == samples[:, None, :]).tril().unsqueeze(1)
+    return {"causal": None, "booleans": allowed, "bias": torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)}
+
+
+@pytest.mark.parametrize("which", ["causal", "booleans", "bias"])
+@pytest.mark.parametrize("short", [True, False])
+def test_attention_in_bfloat16_is_near_that_in_float32(which, short, monkeypatch):
+    if not short:
+        monkeypatch.setattr(kernels, "SHORT", 0)
+    torch.manual_seed(0)
+    mask = masks(40)[which]
+    q, k, v = (torch.randn(2, 3, 40, 16) for _ in range(3))
+    expected = with_gradients(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=0.4), q, k, v
+    )
+    for inputs in ([q, k, v.bfloat16()], [x.bfloat16() for x in (q, k, v)]):
+        found = with_gradients(lambda q, k, v: attention(q, k, v, mask, 0.4), *inputs)
+        assert [x.dtype for x in found] == [torch.bfloat16, *[x.dtype for x in inputs]]
+        for a, b in zip(found, expected, strict=True):
+            assert (a.float() - b).norm() < 0.01 * b.norm()
+    equal(with_gradients(lambda q, k, v: attention(q, k, v, mask, 0.4), q, k, v), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_large_scores_are_told_apart_in_bfloat16():
+    """Scores 20 and 20.02, which bfloat16 cannot tell apart: as are their weights."""
+    q = torch.tensor([[1.0, 1.0]]).expand(1, 1, 2, 2).contiguous()
+    k = torch.tensor([[20.0, 0.0], [20.0, 0.02]]).view(1, 1, 2, 2)
+    v = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).view(1, 1, 2, 2)
+    found = attention(q, k, v.bfloat16(), None, 1.0)[0, 0, 1]
+    torch.testing.assert_close(found.float(), attention(q, k, v, None, 1.0)[0, 0, 1], rtol=0, atol=2**-9)
+    assert found[0] > found[1]
+
+
+@pytest.mark.parametrize("which", ["causal", "booleans"])
+def test_attention_in_bfloat16_sees_nothing_that_is_hidden(which):
+    """What a token does not see has no part in it to the bit, and gets no gradient from it."""
+    torch.manual_seed(0)
+    mask = masks(40)[which]
+    q, k, v = (torch.randn(2, 3, 40, 16).bfloat16() for _ in range(3))
+    before = attention(q, k, v, mask, 0.4)
+    later = v.clone().requires_grad_()
+    with torch.no_grad():
+        later[:, :, 30:] += 5
+    after = attention(q, k, later, mask, 0.4)
+    assert torch.equal(before[:, :, :30], after[:, :, :30])
+    after[:, :, :30].float().sum().backward()
+    assert not later.grad[:, :, 30:].any()

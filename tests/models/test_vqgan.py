@@ -1,0 +1,155 @@
+"""The image tokenizer: shapes, quantisation, training and protection against codebook collapse."""
+
+import numpy as np
+import pytest
+import torch
+
+from cm3leon.config.schema import ImageTokenizerConfig
+from cm3leon.models.vqgan import Codebook, ImageTokenizer, reconstruct, to_float
+from cm3leon.training.vqgan import ImageTokenizerTrainer, code_statistics, psnr, spec_of, train_image_tokenizer
+
+CPU = torch.device("cpu")
+SMALL = {"image_size": 32, "channels": 16, "embedding_dim": 8, "codebook_size": 32, "blocks": 1, "warmup_steps": 5}
+
+
+def flat_images(count, side=32, seed=0):
+    """Images of four flat quarters in random strong colours."""
+    rng = np.random.default_rng(seed)
+    quarters = rng.integers(0, 2, size=(count, 2, 2, 3)) * 255
+    return quarters.repeat(side // 2, axis=1).repeat(side // 2, axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("patch", "multipliers", "factor"), [(4, [1, 2], 8), (1, [1, 1, 2, 2], 8), (8, [1], 8), (2, [1, 2], 4)])
+def test_downsampling_and_round_shapes(patch, multipliers, factor):
+    config = ImageTokenizerConfig(**{**SMALL, "patch": patch, "multipliers": multipliers})
+    model = ImageTokenizer(spec_of(config)).eval()
+    codes = model.encode(torch.rand(2, 3, 32, 32) * 2 - 1)
+    assert config.downsampling == factor
+    assert codes.shape == (2, (32 // factor) ** 2) and codes.dtype == torch.int64
+    images = model.decode(codes)
+    assert images.shape == (2, 3, 32, 32) and images.abs().max() <= 1
+
+
+def test_codes_are_the_nearest_entries():
+    codebook = Codebook(16, 4)
+    z = torch.randn(50, 4)
+    distances = torch.cdist(z.double(), codebook.entries.double())
+    assert torch.equal(codebook.nearest(z), distances.argmin(-1))
+
+
+def test_a_fresh_network_passes_flat_colours():
+    model = ImageTokenizer(spec_of(ImageTokenizerConfig(**{**SMALL, "channels": 64, "embedding_dim": 192})))
+    latents = model.encoder(torch.randn(1, 3, 1, 1).expand(1, 3, 32, 32))
+    assert latents.std(dim=(2, 3)).max() < 1e-5 and latents.norm() > 0.1
+
+
+def test_wrong_image_size_is_an_error():
+    model = ImageTokenizer(spec_of(ImageTokenizerConfig(**SMALL)))
+    with pytest.raises(ValueError, match=r"\(B, 3, 32, 32\)"):
+        model.encode(torch.zeros(1, 3, 64, 64))
+
+
+def test_averages_move_entries_to_what_is_assigned_to_them():
+    codebook = Codebook(2, 3)
+    codebook.entries.copy_(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]))
+    codebook.sums.copy_(codebook.entries)
+    z = torch.tensor([[0.8, 0.0, 0.6], [0.6, 0.0, 0.8]]).repeat(5, 1)
+    for _ in range(200):
+        codebook.update(z, codebook.nearest(z), decay=0.9)
+    torch.testing.assert_close(codebook.entries[0], torch.tensor([0.7, 0.0, 0.7]))
+    torch.testing.assert_close(codebook.entries[1], torch.tensor([0.0, 1.0, 0.0]))
+
+
+def test_a_collapsed_codebook_recovers_by_restarts():
+    codebook = Codebook(32, 8)
+    z = torch.randn(4000, 8)
+    codebook.entries.copy_(5 + 0.001 * torch.randn(32, 8))
+    codebook.entries[0] = 0
+    codebook.sums.copy_(codebook.entries)
+    before = code_statistics(codebook.nearest(z), 32)["codebook_perplexity"]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        codebook.update(z, codebook.nearest(z), decay=0.5)
+        codebook.restart(z, 0.05, generator)
+    after = code_statistics(codebook.nearest(z), 32)["codebook_perplexity"]
+    assert before < 2 and after > 24
+
+
+def test_kmeans_start_finds_well_separated_clusters():
+    centres = torch.randn(8, 4) * 10
+    z = centres.repeat(200, 1) + 0.01 * torch.randn(1600, 4)
+    codebook = Codebook(8, 4)
+    codebook.initialise(z, torch.Generator().manual_seed(0))
+    assert torch.cdist(centres, codebook.entries).amin(1).max() < 0.1
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 4e-3), ("muon", 2e-2)])
+def test_training_reconstructs_and_is_deterministic(optimizer, rate):
+    images = flat_images(64)
+    config = ImageTokenizerConfig(**SMALL, steps=60, batch_size=16, optimizer=optimizer, learning_rate=rate)
+    first, second = (train_image_tokenizer(images, config, 0, CPU) for _ in range(2))
+    codes, copies = reconstruct(first, torch.from_numpy(images))
+    grey = torch.full_like(copies, 128)
+    assert psnr(torch.from_numpy(images), copies) > psnr(torch.from_numpy(images), grey) + 5
+    assert torch.equal(codes, reconstruct(second, torch.from_numpy(images))[0])
+
+
+@pytest.mark.parametrize(("kernel", "local"), [(1, True), (3, False)])
+def test_with_kernel_1_a_code_depends_on_its_own_patch_alone(kernel, local):
+    model = ImageTokenizer(spec_of(ImageTokenizerConfig(**SMALL, encoder_kernel=kernel))).eval()
+    for parameter in model.encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    other = image.clone()
+    other[..., :8, :8] = -other[..., :8, :8]
+    with torch.no_grad():
+        changed = (model.encoder(image) != model.encoder(other)).any(1)[0]
+    assert changed[0, 0]
+    assert (changed.sum() == 1) == local
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_of_the_tokenizer_is_in_an_optimiser_once(optimizer):
+    trainer = ImageTokenizerTrainer(ImageTokenizerConfig(**SMALL, optimizer=optimizer), 0, CPU)
+    grouped = [p for each in trainer.optimizers for group in each.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, trainer.model.parameters()))
+
+
+def test_adversarial_training_moves_both_networks():
+    config = ImageTokenizerConfig(**SMALL, steps=10, adversarial_weight=0.5, adversarial_start=2)
+    trainer = ImageTokenizerTrainer(config, 0, CPU)
+    images = to_float(torch.from_numpy(flat_images(8)), CPU)
+    before = [p.detach().clone() for p in trainer.discriminator.parameters()]
+    figures = [trainer.step(images, step) for step in range(4)]
+    assert "discriminator_loss" not in figures[1] and figures[2]["discriminator_loss"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.discriminator.parameters(), strict=True))
+
+
+def test_the_perceptual_loss_reads_vgg_weights_and_sees_differences(tmp_path):
+    from cm3leon.utils.torchvision_compat import make_importable
+
+    make_importable()
+    from safetensors.torch import save_file
+    from torchvision.models import vgg16
+
+    from cm3leon.training.vqgan import PerceptualLoss
+
+    state = {f"features.{k}": v for k, v in vgg16(weights=None).features.state_dict().items()}
+    save_file(state, tmp_path / "vgg.safetensors")
+    loss = PerceptualLoss(tmp_path / "vgg.safetensors")
+    image = to_float(torch.from_numpy(flat_images(1)), CPU)
+    assert loss(image, image) == 0 and loss(image, -image) > 0
+
+
+def test_save_and_load(tmp_path):
+    model = ImageTokenizer(spec_of(ImageTokenizerConfig(**SMALL))).eval()
+    model.save(tmp_path)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(ImageTokenizer.load(tmp_path).encode(images), model.encode(images))
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ValueError, match="not a multiple"):
+        ImageTokenizerConfig(image_size=60)
+    with pytest.raises(ValueError, match="needs perceptual_weights"):
+        ImageTokenizerConfig(perceptual_weight=1.0)

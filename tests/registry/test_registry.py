@@ -1,0 +1,177 @@
+"""Bundles, versions and aliases: every step can be repeated, and undone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cm3leon.config import paths
+from cm3leon.config.schema import Config, DecodingConfig, GateConfig
+from cm3leon.evaluation.record import Record
+from cm3leon.generation.generator import Generator
+from cm3leon.registry import registry
+from cm3leon.registry.bundle import BundleError, IncompleteRecordError, build_bundle, bundle_hash
+from cm3leon.registry.registry import CHALLENGER, CHAMPION, PREVIOUS_CHAMPION, PromotionError
+
+CONFIG = Config(profile="tiny", gate=GateConfig(floors={"composition": 0.4}, margins={"composition": 0.02}))
+
+
+@pytest.fixture
+def stages(project, tiny_models):
+    """The project with the outputs of all stages."""
+    for name in ("models", "data"):
+        shutil.copytree(tiny_models / name, project / name)
+    return project
+
+
+def evaluated(composition):
+    """Write a record with this score and return the bundle."""
+    record = Record.read(paths.EVALUATION)
+    record.scores |= {"composition": composition, "composition/colour": 0.9}
+    (paths.EVALUATION / "record.json").unlink()
+    record.write(paths.EVALUATION)
+    return build_bundle(Path("bundle"), CONFIG)
+
+
+def released(composition):
+    version = registry.register(evaluated(composition), CONFIG)
+    verdict = registry.gate(CONFIG.gate)
+    if verdict.passed:
+        registry.promote()
+    return version
+
+
+def aliases():
+    return {alias: int(version.number) for version in registry.status() for alias in version.aliases}
+
+
+def test_bundle_has_every_part_and_its_hash_is_of_the_content_alone(stages):
+    bundle = build_bundle(Path("bundle"), CONFIG)
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "memory_bank/index.faiss",
+        "memory_bank/tokens/train-00000.arrow",
+        "encoder/tokenizer.json",
+    ):
+        assert (bundle / name).is_file()
+    assert DecodingConfig.model_validate_json((bundle / "decoding.json").read_text()) == CONFIG.decoding
+    loaded = Generator.from_bundle(bundle, device="cpu")
+    assert loaded.memory.rules == CONFIG.retrieve and loaded.super_resolution is not None
+    first = bundle_hash(bundle)
+    paths.run_file("sft").parent.mkdir(parents=True)
+    paths.run_file("sft").write_text('{"run_id": "r1"}')
+    (paths.EVALUATION / "samples.png").write_bytes(b"another sheet")
+    again = build_bundle(Path("elsewhere"), CONFIG)
+    assert json.loads((again / "lineage.json").read_text())["mlflow_runs"] == {"sft": "r1"}
+    assert bundle_hash(again) == first
+    weights = again / "text_tokenizer" / "tokenizer.json"
+    changed = weights.read_bytes() + b"\n"
+    weights.unlink()
+    weights.write_bytes(changed)
+    assert bundle_hash(again) != first
+    assert weights.resolve() != (paths.TEXT_TOKENIZER / "tokenizer.json").resolve()
+
+
+def test_a_model_is_not_bundled_with_the_scores_of_another(stages):
+    weights = paths.FINETUNED / "model.safetensors"
+    changed = weights.read_bytes()[:-1] + b"\0"
+    weights.unlink()
+    weights.write_bytes(changed)
+    with pytest.raises(BundleError, match=r"models/finetuned changed since the evaluation.*cm3leon evaluate"):
+        build_bundle(Path("bundle"), CONFIG)
+
+
+def test_bundle_names_what_is_missing_pickled_or_out_of_date(stages):
+    with pytest.raises(BundleError, match="guidance"):
+        build_bundle(Path("bundle"), CONFIG.model_copy(update={"decoding": DecodingConfig(guidance=5.0)}))
+    (paths.INDEX / "extra.pkl").touch()
+    with pytest.raises(BundleError, match=r"extra\.pkl"):
+        build_bundle(Path("bundle"), CONFIG)
+    (paths.FINETUNED / "model.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"models/finetuned/model\.safetensors is missing.*cm3leon sft"):
+        build_bundle(Path("bundle"), CONFIG)
+    assert not Path("bundle").exists()
+
+
+@pytest.mark.parametrize("lack", ["scores", "contract", "sheets of samples", "record.json", "nan"])
+def test_a_model_without_a_complete_record_is_refused(stages, lack):
+    bundle = build_bundle(Path("bundle"), CONFIG)
+    file = bundle / "evaluation" / "record.json"
+    record = json.loads(file.read_text())
+    if lack in ("sheets of samples", "record.json"):
+        (bundle / "evaluation" / ("samples.png" if lack == "sheets of samples" else lack)).unlink()
+    else:
+        file.unlink()
+        record |= {"scores": {"composition": float("nan")}} if lack == "nan" else {lack: {}}
+        file.write_text(json.dumps(record))
+    with pytest.raises(IncompleteRecordError, match="composition" if lack == "nan" else lack):
+        registry.register(bundle, CONFIG)
+    assert registry.status() == []
+
+
+def test_register_is_idempotent_pickles_nothing_and_can_be_fetched(stages):
+    bundle = evaluated(0.5)
+    first = registry.register(bundle, CONFIG)
+    assert registry.register(build_bundle(Path("again"), CONFIG), CONFIG).number == first.number
+    assert aliases() == {CHALLENGER: 1}
+    assert first.scores == {"composition": 0.5, "fd_encoder": 3.0}
+    fetched = registry.fetch_bundle("models:/cm3leon@challenger")
+    assert bundle_hash(fetched) == bundle_hash(bundle) == first.tags["bundle_hash"]
+    assert registry.fetch_bundle("models:/cm3leon/1") == fetched
+    files = [file for file in Path("mlruns").rglob("*") if file.is_file()]
+    assert len(files) > 20
+    assert not [f for f in files if f.suffix in (".pkl", ".pt", ".pth", ".pyc")]
+    for file in files:
+        assert not file.read_bytes().startswith(b"\x80\x04"), f"{file} is a pickle"
+
+
+def test_fetching_what_is_not_there_says_so(project):
+    with pytest.raises(LookupError, match="models:/cm3leon@champion"):
+        registry.fetch_bundle()
+    (project / "mlflow.db").unlink()
+    with pytest.raises(LookupError, match="run the pipeline"):
+        registry.fetch_bundle()
+    assert not (project / "mlflow.db").exists()
+
+
+def test_the_life_of_three_versions(stages):
+    """Promoted, held back, promoted, rolled back, not promoted again, forced."""
+    with pytest.raises(PromotionError, match="challenger"):
+        registry.promote()
+    released(0.5)
+    assert aliases() == {CHALLENGER: 1, CHAMPION: 1}
+    released(0.45)
+    assert aliases() == {CHALLENGER: 2, CHAMPION: 1}
+    with pytest.raises(PromotionError, match="held back"):
+        registry.promote()
+    released(0.6)
+    assert aliases() == {CHALLENGER: 3, CHAMPION: 3, PREVIOUS_CHAMPION: 1}
+    registry.promote()
+    released(0.6)
+    assert aliases() == {CHALLENGER: 3, CHAMPION: 3, PREVIOUS_CHAMPION: 1}
+
+    assert registry.rollback().number == "1"
+    assert aliases() == {CHALLENGER: 3, CHAMPION: 1}
+    with pytest.raises(PromotionError, match="no previous champion"):
+        registry.rollback()
+    released(0.6)
+    assert aliases() == {CHALLENGER: 3, CHAMPION: 1}
+    registry.promote(force=True)
+    assert aliases() == {CHALLENGER: 3, CHAMPION: 3, PREVIOUS_CHAMPION: 1}
+
+    run_id = registry.status()[0].run_id
+    from mlflow import MlflowClient
+
+    from cm3leon.tracking import runs
+
+    client = MlflowClient(tracking_uri=runs.tracking_uri())
+    assert {"gate.md", "gate.json", "evaluation", "lineage.json"} <= {file.path for file in client.list_artifacts(run_id)}
+    assert client.get_run(run_id).data.metrics["eval/composition"] == 0.6
+
+
+def test_promotion_needs_a_gate_passed_against_the_present_champion(stages):
+    registry.register(evaluated(0.5), CONFIG)
+    with pytest.raises(PromotionError, match="has not been to the gate"):
+        registry.promote()

@@ -1,0 +1,185 @@
+"""The composition checker: it reads what is there, and it can fail."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+
+from cm3leon.scenes.composition import Mention, Statement, check, parse_caption, read_scene, score, summarize, verdicts
+from cm3leon.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Object, Scene, sample_scene
+from cm3leon.scenes.text import captions
+
+SCENES = [sample_scene(random.Random(i), 3, 16 if i % 2 else 0, 0.1) for i in range(1000)]
+
+
+def read_right(scenes: list[Scene], images: list[np.ndarray]) -> float:
+    """Share of images read with the right background and exactly the right objects in the right places."""
+    right = 0
+    for scene, image in zip(scenes, images, strict=True):
+        seen = read_scene(image)
+        nearest = [min(seen.objects, key=lambda o: (o.x - i.x) ** 2 + (o.y - i.y) ** 2) for i in scene.objects] if seen.objects else []
+        placed = all(abs(o.x - i.x) + abs(o.y - i.y) < 0.04 for o, i in zip(nearest, scene.objects, strict=False))
+        labels = [o.label for o in nearest] == [i.label for i in scene.objects]
+        right += seen.background == scene.background and len(seen.objects) == len(scene.objects) and labels and placed
+    return right / len(scenes)
+
+
+def test_clean_renders_are_read_right() -> None:
+    assert read_right(SCENES, [scene.render(64) for scene in SCENES]) >= 0.99
+
+
+@pytest.mark.parametrize("side", [48, 128, 256])
+def test_clean_renders_of_other_sizes_are_read_right(side: int) -> None:
+    assert read_right(SCENES[:60], [scene.render(side) for scene in SCENES[:60]]) >= 0.99
+
+
+@pytest.mark.parametrize(("sigma", "noise", "least"), [(0.6, 4, 0.98), (0.8, 8, 0.95)])
+def test_blurred_and_noisy_renders_are_read_right(sigma: float, noise: float, least: float) -> None:
+    """Blur in pixels, noise in grey levels; the second setting leaves 29 dB."""
+    rng = np.random.default_rng(0)
+    images = [
+        ndimage.gaussian_filter(scene.render(64).astype(float), (sigma, sigma, 0)) + rng.normal(0, noise, (64, 64, 3))
+        for scene in SCENES[:200]
+    ]
+    assert read_right(SCENES[:200], [np.clip(image.round(), 0, 255).astype(np.uint8) for image in images]) >= least
+
+
+def test_captions_hold_of_their_own_scenes_and_not_of_others() -> None:
+    texts = [captions(scene, random.Random(i))[0] for i, scene in enumerate(SCENES[:200])]
+    images = [scene.render(64) for scene in SCENES[:200]]
+    own = score(texts, images)
+    assert all(value == 1 for name, value in own.items() if name != "composition/prompts")
+    assert own["composition/prompts"] == 200
+    assert {f"composition/{name}" for name in ("background", "count", "colour", "shape", "size", "relation", "text")} <= own.keys()
+    others = score(texts, images[1:] + images[:1])
+    assert others["composition"] < 0.03
+    assert 0.1 < others["composition/background"] < 0.4
+    assert others["composition/colour"] < 0.15
+    assert others["composition/shape"] < 0.2
+
+
+RED, BLUE = Object("circle", "red", "small", 0.25, 0.5), Object("square", "blue", "large", 0.7, 0.5)
+TEXT = "a small red circle left of a large blue square on a gray background"
+
+
+@pytest.mark.parametrize(
+    ("scene", "wrong"),
+    [
+        (Scene("gray", (RED, BLUE)), set()),
+        (Scene("pink", (RED, BLUE)), {"background"}),
+        (Scene("gray", (replace(RED, color="orange"), BLUE)), {"colour"}),
+        (Scene("gray", (replace(RED, color="blue"), replace(BLUE, color="red"))), {"colour"}),
+        (Scene("gray", (replace(RED, shape="ring"), BLUE)), {"shape"}),
+        (Scene("gray", (replace(RED, size="large"), BLUE)), {"size"}),
+        (Scene("gray", (replace(RED, x=0.7), replace(BLUE, x=0.25))), {"relation"}),
+        (Scene("gray", (replace(RED, x=0.5, y=0.2), replace(BLUE, x=0.5, y=0.7))), {"relation"}),
+        (Scene("gray", (RED, BLUE, Object("ring", "red", "small", 0.25, 0.8))), {"count"}),
+        (Scene("gray", (RED,)), {"count", "colour", "shape", "size", "relation"}),
+        (Scene("gray", ()), {"count", "colour", "shape", "size", "relation"}),
+    ],
+)
+def test_each_mistake_is_detected(scene: Scene, wrong: set[str]) -> None:
+    statement = parse_caption(TEXT)
+    assert statement is not None
+    for seen in (scene, read_scene(scene.render(64))):
+        verdict = check(statement, seen)
+        assert verdict.keys() == {"background", "count", "colour", "shape", "size", "relation"}
+        assert {name for name, right in verdict.items() if not right} == wrong
+
+
+def test_only_what_is_stated_is_judged() -> None:
+    scene = Scene("white", (RED,))
+    assert verdicts(["a red circle"], [scene.render(64)]) == [{"count": True, "colour": True, "shape": True}]
+    assert verdicts(["two circles on white"], [scene.render(64)]) == [{"background": True, "count": False, "shape": False}]
+
+
+def test_wrong_letter_is_detected() -> None:
+    image = Scene("white", (Object("letter", "red", "large", 0.5, 0.5, "A"),)).render(64)
+    good, bad, shape = verdicts(["the letter A in red on a white background", "the letter H in red", "a red triangle"], [image] * 3)
+    assert good == {"background": True, "count": True, "colour": True, "text": True}
+    assert bad == {"count": True, "colour": True, "text": False}
+    assert shape == {"count": True, "colour": True, "shape": False}
+
+
+def test_objects_that_touch_are_told_apart_by_colour() -> None:
+    image = np.full((64, 64, 3), 255, np.uint8)
+    image[20:32, 10:22], image[20:32, 22:34] = COLORS["red"], COLORS["green"]
+    assert sorted((o.color, o.shape) for o in read_scene(image).objects) == [("green", "square"), ("red", "square")]
+
+
+def test_small_artefacts_are_ignored_and_object_sized_ones_are_not() -> None:
+    image = Scene("white", (RED,)).render(64)
+    image[50:53, 50:53] = COLORS["green"]
+    assert len(read_scene(image).objects) == 1
+    image[50:58, 50:58] = COLORS["green"]
+    assert len(read_scene(image).objects) == 2
+
+
+@pytest.mark.parametrize("value", [0, 90, 255])
+def test_flat_and_random_images_are_read_without_error(value: int) -> None:
+    assert read_scene(np.full((64, 64, 3), value, np.uint8)).objects == ()
+    noise = np.random.default_rng(value).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    assert not all(check(Statement((Mention("circle", "red"),), "white"), read_scene(noise)).values())
+
+
+def test_images_of_other_types_and_shapes() -> None:
+    pixels = Scene("pink", (RED, BLUE)).render(64)
+    assert read_scene(Image.fromarray(pixels)) == read_scene(pixels)
+    with pytest.raises(ValueError, match="uint8 array"):
+        read_scene(pixels.astype(np.float32))
+    with pytest.raises(ValueError, match="2 captions but 1 images"):
+        score(["a red circle", "a blue circle"], [pixels])
+
+
+def test_phrasings_of_a_user() -> None:
+    expected = parse_caption(TEXT)
+    for text in (
+        "A small red circle to the left of a large blue square on a grey background.",
+        "a small red circle is left of a large blue square on gray",
+        "on a gray background, a small red circle left of the large blue square",
+        "There is a small red circle on the left of a large blue square on the gray background",
+        "a gray background with a small red circle left of a large blue square",
+    ):
+        assert parse_caption(text) == expected, text
+    red, blue, green = Mention("circle", "red"), Mention("square", "blue"), Mention("ring", "green", "small")
+    assert parse_caption("a red circle, a blue square, and a small green ring") == Statement((red, blue, green))
+    assert parse_caption("two red circles and a blue square on white") == Statement((red, red, blue), "white")
+    assert parse_caption("three crosses on black") == Statement((Mention("cross"),) * 3, "black")
+    assert parse_caption("an orange letter z against a pink background") == Statement((Mention("letter", "orange", None, "Z"),), "pink")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a dog on a sofa", "a red circle on a green background", "red", "two red circle", "a red circles", "a red circle left of",
+     "a red circle left of two blue squares", "a red circle near a blue square", "the letter Q in red", "a circle red",
+     "three red circles, three red circles and three red circles"],
+)  # fmt: skip
+def test_other_texts_are_not_parsed(text: str) -> None:
+    assert parse_caption(text) is None
+
+
+def test_unparsed_captions_are_counted_out_visibly() -> None:
+    image = Scene("white", (RED,)).render(64)
+    assert verdicts(["a dog", "a red circle"], [image, image])[0] is None
+    assert score(["a dog", "a red circle"], [image, image])["composition/prompts"] == 1
+    assert summarize([None]) == {"composition/prompts": 0.0}
+
+
+mentions = st.builds(Mention, st.sampled_from(list(SHAPES)), st.sampled_from(list(COLORS)), st.sampled_from([None, *SIZES]))
+
+
+@given(first=mentions, second=mentions, background=st.sampled_from(list(BACKGROUNDS)), place=st.sampled_from(["left of", "above", None]))
+@settings(max_examples=100, deadline=None)
+def test_parsing_undoes_writing(first: Mention, second: Mention, background: str, place: str | None) -> None:
+    def words(mention: Mention) -> str:
+        return f"a {mention.size + ' ' if mention.size else ''}{mention.color} {mention.shape}"
+
+    text = f"{words(first)} {place or 'and'} {words(second)} on a {background} background"
+    assert parse_caption(text) == Statement((first, second), background, place)

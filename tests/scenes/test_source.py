@@ -1,0 +1,126 @@
+"""The shapes source: rows, uniqueness, edits, condition maps."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cm3leon.config.schema import ShapesConfig
+from cm3leon.scenes.composition import check, parse_caption
+from cm3leon.scenes.reading import read_scene
+from cm3leon.scenes.scene import Scene
+from cm3leon.scenes.source import rows
+from cm3leon.sequence.tasks import CONDITIONS
+
+CONFIG = ShapesConfig(count=200, letters=0.1, edits=0.3, conditions=0.2)
+ROWS = list(rows(CONFIG, Path()))
+
+
+def picture(data: bytes | None) -> np.ndarray:
+    assert data is not None
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
+    again = list(rows(CONFIG, Path("elsewhere")))
+    assert [asdict(row) for row in again] == [asdict(row) for row in ROWS]
+    other = list(rows(CONFIG.model_copy(update={"seed": 1}), Path()))
+    assert len({row.image for row in other} & {row.image for row in ROWS}) < 0.05 * len(ROWS)
+
+
+def test_a_longer_run_starts_with_the_shorter_one() -> None:
+    shorter = list(rows(CONFIG.model_copy(update={"count": 20}), Path()))
+    assert [asdict(row) for row in shorter] == [asdict(row) for row in ROWS[: len(shorter)]]
+
+
+@pytest.mark.parametrize("grid", [0, 8, 16])
+def test_no_two_images_are_alike(grid: int) -> None:
+    config = ShapesConfig(count=800, max_objects=1 if grid == 8 else 3, grid=grid, size=32, edits=0.1, conditions=0)
+    digests = [hashlib.sha256(row.image or b"").digest() for row in rows(config, Path())]
+    assert len(digests) > config.count
+    assert len(set(digests)) == len(digests)
+
+
+def test_running_out_of_scenes_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(ValueError, match="lower count, or raise max_objects or grid"):
+        list(rows(ShapesConfig(count=20_000, max_objects=1, grid=3, size=32, letters=0, edits=0, conditions=0), Path()))
+
+
+def test_rows_are_complete() -> None:
+    keys = [row.key for row in ROWS]
+    assert len(set(keys)) == len(keys)
+    for row in ROWS:
+        assert (row.licence, row.attribution, row.source, row.problem) == ("CC0-1.0", "cm3leon shapes", "shapes", None)
+        pixels = picture(row.image)
+        assert pixels.shape == (CONFIG.size, CONFIG.size, 3)
+        assert row.long_caption
+        assert row.questions
+        for label, (x0, y0, x1, y1) in row.objects:
+            assert 0 <= x0 < x1 <= CONFIG.size
+            assert 0 <= y0 < y1 <= CONFIG.size
+            inside = pixels[round(y0) : round(y1), round(x0) : round(x1)].reshape(-1, 3)
+            assert len(np.unique(inside, axis=0)) > 1, label
+
+
+def test_captions_are_true_of_the_stored_image() -> None:
+    for row in ROWS:
+        scene = read_scene(picture(row.image))
+        for text in row.captions:
+            statement = parse_caption(text)
+            assert statement is not None
+            assert all(check(statement, scene).values()), (row.key, text)
+        assert row.text_in_image == scene.letter
+
+
+def test_edited_rows_show_what_the_instruction_asks_for() -> None:
+    by_key = {row.key: row for row in ROWS}
+    edited = [row for row in ROWS if row.edited_from]
+    assert 0.2 * CONFIG.count < len(edited) < 0.4 * CONFIG.count
+    kinds = set()
+    for row in edited:
+        assert row.instruction is not None
+        original = by_key[row.edited_from or ""]
+        assert row.group == original.group == original.key
+        before, after = read_scene(picture(original.image)), read_scene(picture(row.image))
+        kinds.add(_follows(row.instruction, before, after))
+    assert kinds == {"background", "add", "remove", "color", "size"}
+    assert all(row.group is None for row in ROWS if not row.edited_from and row.key not in {e.edited_from for e in edited})
+
+
+def _follows(instruction: str, before: Scene, after: Scene) -> str:
+    """Assert that the instruction was carried out and nothing else changed; returns its kind."""
+    old, new = sorted(o.label for o in before.objects), sorted(o.label for o in after.objects)
+    words = instruction.split()
+    if instruction.startswith("change the background"):
+        assert (after.background, new) == (words[-1], old)
+        return "background"
+    assert before.background == after.background
+    gone, come = [label for label in old if label not in new], [label for label in new if label not in old]
+    if words[0] == "add":
+        assert gone == []
+        assert come == [" ".join(words[2:])]
+        return "add"
+    if words[0] == "remove":
+        assert come == []
+        assert len(gone) == 1
+        assert gone[0].endswith(words[-1])
+        return "remove"
+    assert words[0] == "make"
+    assert len(gone) == len(come) > 0
+    assert all(words[-1] in label.split() for label in come)
+    return "size" if words[-1] in ("small", "large") else "color"
+
+
+def test_shares_of_letters_and_conditions() -> None:
+    assert 0.05 < np.mean([row.text_in_image is not None for row in ROWS]) < 0.16
+    assert 0.13 < np.mean([bool(row.conditions) for row in ROWS]) < 0.28
+    for row in ROWS:
+        if row.conditions:
+            assert row.conditions.keys() == set(CONDITIONS)
+            assert all(picture(data).shape == (CONFIG.size, CONFIG.size, 3) for data in row.conditions.values())

@@ -1,0 +1,240 @@
+"""Instruction-tuning templates: what a sample looks like, and that the prompt at inference is the sample's beginning."""
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+from tests_support import make_documents
+
+from cm3leon.config.schema import ObjectiveConfig, SFTConfig, UserError
+from cm3leon.data.sequences import PretrainingSamples
+from cm3leon.data.task_samples import TaskSamples, bounded_shares
+from cm3leon.data.tokens import Document, TokenStore, condition_key, write_tokens
+from cm3leon.generation.prompts import answer_prompt, image_prompt, reading_pair
+from cm3leon.sequence.grammar import EOS, EOSS, Vocabulary, check_grammar, split_tail
+from cm3leon.sequence.tasks import BREAK, TASKS, available, box_in_square, lay_out, problem_values, split_template
+from cm3leon.sequence.text_tokenizer import TextTokenizer
+from cm3leon.stages.text_tokenizer import texts
+
+TOKENIZER = TextTokenizer.train(["Question: What color is the circle? Answer: red."] * 3, 300)
+VOCABULARY = Vocabulary(text_size=TOKENIZER.size, image_size=50, sentinels=8, tokens_per_image=16)
+ROW = {
+    "captions": ["a red circle"],
+    "long_caption": "There is a red circle. It is red.",
+    "questions": [{"question": "What color is the circle?", "answers": ["red"]}],
+    "text_in_image": None,
+}
+
+
+def test_templates_are_those_of_the_paper():
+    assert TASKS["vqa"].templates[0] == "Question: {question} Answer: {answer}. <break> {image}"
+    asked = TASKS["vqa"].templates[0].split(BREAK)[0]
+    assert split_template(asked, {"question": "Why?", "answer": "so"}) == ("Question: Why? Answer:", " so", ".")
+    assert split_template("{caption}", {"caption": "a {curly} circle"}) == ("a {curly} circle", "", "")
+
+
+def test_a_task_is_available_where_its_column_is_filled():
+    assert available(ROW) == ["text_to_image", "caption", "long_caption", "vqa"]
+    assert available({**ROW, "instruction": "x", "edited_from": None, "objects": [1], "conditions": [1], "reasoning": [1]}) == [
+        "text_to_image", "layout_to_image", "condition_to_image", "caption", "long_caption", "vqa", "reasoning"
+    ]  # fmt: skip
+    assert available({"captions": ["x"], "long_caption": None, "questions": np.array([]), "text_in_image": "A"}) == [
+        "text_to_image",
+        "write",
+        "caption",
+    ]
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    def make(tasks, change=None, **options):
+        directory = tmp_path_factory.mktemp("tokens")
+        write_tokens(directory, "train", make_documents(40), 16, 100)
+        store = TokenStore(directory)
+        manifest = pd.DataFrame([{"id": name, **ROW, **(change(row) if change else {})} for row, name in enumerate(store.ids)])
+        documents = PretrainingSamples(store, store, {}, VOCABULARY, ObjectiveConfig(), [1.0], 200, 0)
+        depth = [Document(condition_key(document.id, "depth"), document.codes ^ 1, []) for document in make_documents(40)]
+        write_tokens(directory, "conditions-train", depth, 16, 100)
+        conditions = TokenStore(directory, ["conditions-train"])
+        return TaskSamples(documents, manifest, TOKENIZER, SFTConfig(tasks=tasks, **options), conditions)
+
+    return make
+
+
+PROBLEM = {
+    "question": "Is it red?", "context": "Look.", "options": ["yes", "no"], "answer": "yes", "explanation": "The circle is red."
+}  # fmt: skip
+ANSWERS = {
+    "caption": {"answer": "a red circle"},
+    "long_caption": {"answer": ROW["long_caption"]},
+    "vqa": {"question": "What color is the circle?", "answer": "red"},
+    "reasoning": {
+        **problem_values("Is it red?", ["yes", "no"], "Look."), "answer": "yes", "explained": "The circle is red. So the answer is yes."
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "template"), [(n, t) for n, task in TASKS.items() if not task.draws for t in task.templates])
+def test_inference_prompt_is_the_samples_beginning(samples, name, template):
+    drawn = samples({name: 1.0}, lambda row: {"reasoning": [PROBLEM]}, answer_weight=5.0)
+    values, codes = ANSWERS[name], drawn.documents.store[3].codes
+    prompt = answer_prompt(template, values, codes, VOCABULARY, TOKENIZER)
+    wanted = values["explained" if "{explained}" in template else "answer"]
+    seen = []
+    for masked, weights in ((s.masked, s.weights) for n in range(1200) if (s := drawn(*divmod(n, 40))).documents == (f"{4:016x}",)):
+        check_grammar(masked.tokens, VOCABULARY)
+        if masked.tokens[: len(prompt)].tolist() == prompt.tokens.tolist():
+            answer = masked.tokens[len(prompt) : -2]
+            assert masked.tokens[-2:].tolist() == [EOSS, EOS]
+            assert TOKENIZER.decode(answer - VOCABULARY.text_start).strip() == wanted
+            assert (weights[len(prompt) - 1 : -1] == 5).all() and weights[: len(prompt) - 1].max() == 1 and weights[-1] == 1
+            seen.append(masked)
+    assert seen, "no sample used this template"
+
+
+def change(row):
+    """The even rows are edits of the row before them."""
+    return {
+        "width": 64, "height": 32, "text_in_image": "A",
+        "objects": [{"label": "red circle", "box": [16, 0, 32, 16]}, {"label": "outside", "box": [0, 0, 10, 10]}],
+        "conditions": [{"kind": "depth", "image": ""}, {"kind": "fog", "image": ""}],
+        "instruction": f"edit {row}" if row % 2 else None, "edited_from": f"{row:016x}" if row % 2 else None,
+    }  # fmt: skip
+
+
+DRAWN = {
+    "text_to_image": [{"caption": "a red circle"}],
+    "write": [{"text": "A"}],
+    "layout_to_image": [{"caption": "a red circle", "layout": "red circle at (0, 0) -> (128, 128)"}],
+    "condition_to_image": [{"caption": "a red circle", "kind": "depth"}],
+    "edit": [{"instruction": "edit 3"}],
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_drawing_sample_is_the_prompt_of_one_of_its_streams_and_the_image(samples, name):
+    """What the generator lays out, the hidden segments masked or not, and what it reads from an image to rank it."""
+    drawn = samples({name: 1.0}, change, caption_drop=0.5)
+    task, store = TASKS[name], drawn.documents.store
+    others = {"source": store[2].codes, "condition": store[3].codes ^ 1}
+    query, _ = lay_out(task.templates[0], DRAWN[name], others, VOCABULARY, TOKENIZER)
+    streams = [image_prompt(query, [], VOCABULARY, frozenset(hidden)).tokens for hidden in ((), *task.hidden)]
+    wholes = [[*stream, *VOCABULARY.image(store[3].codes), EOS] for stream in streams[:1]]
+    for hidden in task.hidden:
+        before, read = reading_pair(query, store[3].codes, hidden, VOCABULARY)
+        wholes.append([*before.tokens, *read.tokens, EOS])
+        assert before.tokens[: len(streams[len(wholes) - 1])].tolist() == streams[len(wholes) - 1].tolist()
+    found = [drawn(epoch, number) for epoch in range(12) for number in range(len(drawn))]
+    own = [masked.tokens.tolist() for masked, _, documents, _ in found if documents[-1] == store.ids[3]]
+    assert all(tokens in wholes for tokens in own) and all(whole in own for whole in wholes)
+    for masked, *_ in found:
+        check_grammar(masked.tokens, VOCABULARY)
+
+
+def test_a_sample_needs_its_other_picture(samples):
+    assert samples({"edit": 1.0, "text_to_image": 1.0}, lambda row: change(row) | {"edited_from": "f" * 16}).counts == {"text_to_image": 40}
+    outside = [{"label": "outside", "box": [0, 0, 10, 10]}]  # the sides of a wide image are cut away
+    wide = samples({"layout_to_image": 1.0, "caption": 1.0}, lambda row: change(row) | {"width": 64, "height": 32, "objects": outside})
+    assert wide.counts == {"caption": 40}
+    fog = [{"kind": "fog", "image": ""}]
+    assert samples({"condition_to_image": 1.0, "caption": 1.0}, lambda row: change(row) | {"conditions": fog}).counts == {"caption": 40}
+
+
+def test_a_layout_is_told_as_the_model_sees_it():
+    assert box_in_square([16, 0, 48, 32], 64, 32) == (0, 0, 1, 1)
+    assert box_in_square([0, 0, 40, 16], 64, 32) == (0, 0, 0.75, 0.5)
+    assert box_in_square([0, 0, 30, 16], 64, 32) is None  # its centre is cut away
+
+
+QUESTIONS = [{"question": f"What color is number {n}?", "answers": [f"red {n}"]} for n in range(6)]
+
+
+@pytest.mark.parametrize(("context", "most"), [(160, 4), (100, 3)])
+def test_a_sample_asks_several_questions_and_answers_each_behind_the_image(samples, context, most):
+    drawn = samples({"vqa": 1.0}, lambda row: {"questions": QUESTIONS}, questions_per_sample=4, answer_weight=5.0, input_weight=0.5)
+    object.__setattr__(drawn.documents, "context", context)
+    counts = Counter()
+    for epoch in range(40):
+        masked, weights, *_ = drawn(epoch, 0)
+        assert len(masked.tokens) <= context
+        check_grammar(masked.tokens, VOCABULARY)
+        body, tail = split_tail(masked.tokens[1:-1], VOCABULARY)
+        counts[len(tail)] += 1
+        asked = [TOKENIZER.decode(body[VOCABULARY.is_text(body)] - VOCABULARY.text_start)]
+        for _, span in tail:
+            answer = TOKENIZER.decode(span - VOCABULARY.text_start).strip()
+            assert f"number {answer.removeprefix('red ')}?" in asked[0]
+        answers = len(masked.tokens) - 2 - len(body)  # each with its mask before it and its end behind it
+        assert weights[-1 - answers : -1].tolist() == [5.0] * answers
+        assert set(weights[: -1 - answers]) == {0.0, 0.5}  # a mask in the body is no target
+    assert sorted(counts) == list(range(1, most + 1))
+
+
+def test_drawing_samples_are_prompt_then_image_and_some_drop_the_caption(samples):
+    drawn = samples({"text_to_image": 1.0}, caption_drop=0.3)
+    query = [("text", VOCABULARY.text(TOKENIZER.encode("a red circle")))]
+    prompt, unconditional = (image_prompt(query, [], VOCABULARY, masked).tokens for masked in (frozenset(), frozenset({0})))
+    plain = dropped = 0
+    for epoch in range(10):
+        for row in range(40):
+            masked, *_ = drawn(epoch, row)
+            plain += masked.tokens[: len(prompt)].tolist() == prompt.tolist()
+            dropped += masked.tokens[: len(unconditional)].tolist() == unconditional.tolist()
+    assert plain + dropped == 400
+    assert 0.2 < dropped / 400 < 0.4
+
+
+def test_what_stands_before_the_image_to_draw_has_the_inputs_weight(samples):
+    for task in ("text_to_image", "condition_to_image", "edit"):
+        drawn = samples({task: 1.0}, change, caption_drop=0.5, input_weight=0.25)
+        for number in range(len(drawn)):
+            masked, weights, documents, _ = drawn(0, number)
+            image = VOCABULARY.image(drawn.documents.store.by_id(documents[-1]).codes)
+            tokens = " ".join(map(str, masked.tokens))
+            first = tokens[: tokens.rindex(" " + " ".join(map(str, image)))].count(" ") + 1
+            assert set(weights[:first]) <= {0.0, 0.25} and set(weights[first:]) == {1.0}
+            assert np.array_equal(weights > 0, masked.is_target)
+
+
+def test_the_mix_follows_its_weights(samples):
+    drawn = samples({"text_to_image": 3.0, "caption": 1.0}, caption_drop=0.0)
+    masked = sum(bool(drawn(epoch, row)[0].spans) for epoch in range(20) for row in range(40))
+    assert masked == 200
+
+
+def test_the_mix_stays_within_its_bounds():
+    counts = {"a": 700, "b": 200, "c": 100}
+    assert bounded_shares(counts, {"a": 1, "b": 1, "c": 1}, 0, 100) == pytest.approx({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3})
+    assert bounded_shares(counts, {"a": 1, "b": 1, "c": 8}, 0.3, 3) == pytest.approx({"a": 0.35, "b": 0.35, "c": 0.3})
+    assert bounded_shares(counts, {"a": 1, "b": 900, "c": 1}, 0.3, 3)["b"] == pytest.approx(0.6)
+    assert bounded_shares(counts, {"a": 1, "b": 1, "c": 1}, 1, 1) == pytest.approx({"a": 0.7, "b": 0.2, "c": 0.1})
+
+
+def test_every_document_of_a_task_comes_before_one_comes_again(samples):
+    drawn = samples({"edit": 1.0, "text_to_image": 1.0}, change, caption_drop=0.0)
+    assert len(drawn) == 40 and drawn.counts == {"text_to_image": 40, "edit": 20}
+    edits = []
+    for epoch in range(3):
+        for number in range(40):
+            sample = drawn(epoch, number)
+            edits += [sample.documents[-1]] if len(sample.masked.body.segments) == 4 else []
+    assert len(edits) == 60 and all(sorted(edits[start : start + 20]) == sorted(drawn.documents.store.ids[1::2]) for start in (0, 20, 40))
+
+
+def test_documents_without_a_task_are_no_samples(samples):
+    drawn = samples({"vqa": 1.0}, lambda row: {} if row % 4 == 1 else {"questions": []})
+    assert len(drawn) == drawn.counts["vqa"] == 10
+    assert {drawn(0, row).documents[0] for row in range(10)} == set(drawn.documents.store.ids[1::4])
+
+
+def test_no_document_with_a_task_is_an_error(samples):
+    with pytest.raises(UserError, match=r"none of 40 documents .*\(vqa needs questions\)"):
+        samples({"vqa": 1.0, "caption": 0.0}, lambda row: {"questions": []})
+
+
+def test_the_text_tokenizer_learns_the_templates_words_and_no_field_names():
+    learnt = list(texts(pd.DataFrame(columns=["captions", "long_caption", "questions"])))
+    assert "Edit first image following the instruction" in learnt
+    assert {"Question:", " Answer:", " The answer is", "Describe the given picture."} <= set(learnt)
+    assert not any("{" in text or "}" in text or "<break>" in text for text in learnt)
