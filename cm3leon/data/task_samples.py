@@ -16,7 +16,8 @@ import pandas as pd
 
 from cm3leon.config.schema import SFTConfig, UserError
 from cm3leon.data.sequences import PretrainingSamples, Sample, fit_body, sample_rng, standing
-from cm3leon.data.tokens import Document, TokenStore, condition_key
+from cm3leon.data.tokens import Document, TokenStore
+from cm3leon.sequence.tasks import condition_key
 from cm3leon.sequence.cm3 import MARKS, apply_spans
 from cm3leon.sequence.grammar import build_body
 from cm3leon.sequence.tasks import COLUMNS, TASKS, Task, Values, available, lay_out, visible_objects

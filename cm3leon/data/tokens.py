@@ -21,15 +21,6 @@ CONDITIONS_OF = "conditions-"
 """Before the name of a split: the condition images of its documents."""
 
 
-CONDITIONS = ("canny edge", "segmentation map", "hed", "openpose", "depth", "3D norm", "children's scribbles", "M-LSD lines")
-"""Kinds of condition images from which models learn to draw (paper, Table 5); a document may have others, which are kept and not used."""
-
-
-def condition_key(name: str, kind: str) -> str:
-    """The id under which the codes of a document's condition image are kept."""
-    return f"{name}/{kind}"
-
-
 def schema(tokens_per_image: int) -> pa.Schema:
     return pa.schema(
         [

@@ -22,7 +22,7 @@ from cm3leon.config.schema import Config
 from cm3leon.data.conditions import EXTRACTORS
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore
-from cm3leon.data.tokens import CONDITIONS
+from cm3leon.sequence.tasks import CONDITIONS
 from cm3leon.evaluation import captions as caption_metrics
 from cm3leon.evaluation import conditions
 from cm3leon.evaluation.measure import others

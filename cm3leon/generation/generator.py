@@ -15,7 +15,7 @@ from PIL import Image
 
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.data.images import fit_square
-from cm3leon.data.tokens import CONDITIONS
+from cm3leon.sequence.tasks import CONDITIONS
 from cm3leon.generation.drawing import ROWS, Drawing, Gap, draw
 from cm3leon.generation.engine import PromptTooLongError, generate_images, generate_texts, log_likelihoods
 from cm3leon.generation.parts import BadInputError, Parts

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from cm3leon.data.tokens import CONDITIONS, condition_key
 from cm3leon.sequence.grammar import Tokens, Vocabulary
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 
+CONDITIONS = ("canny edge", "segmentation map", "hed", "openpose", "depth", "3D norm", "children's scribbles", "M-LSD lines")
+"""Kinds of condition images from which models learn to generate (paper, Table 5); a record may have others, which are kept and not used."""
 BREAK = " <break> "
 IMAGE = "{image}"
 """The image that a document is; ``{source}`` is the one it was edited from, ``{condition}`` one that shows its structure."""
@@ -36,6 +37,11 @@ Values = dict[str, str]
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
+
+
+def condition_key(name: str, kind: str) -> str:
+    """The id under which the codes of a record's condition image are kept."""
+    return f"{name}/{kind}"
 
 
 # --- what fills a template, drawn from a row of the manifest: one or several turns, in random order ----------------------------------

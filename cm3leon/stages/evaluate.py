@@ -25,9 +25,9 @@ from cm3leon.evaluation.alignment import clip_score
 from cm3leon.evaluation.inception import Inception, fetch_weights
 from cm3leon.evaluation.record import FILE as RECORD
 from cm3leon.evaluation.record import Record, digest
+from cm3leon.evaluation.upscaling import measure_upscaling
 from cm3leon.evaluation.tasks import MEASURES, Evaluation, Sheet, best, first_caption, infill
 from cm3leon.generation.generator import Generator
-from cm3leon.models import super_resolution
 from cm3leon.models.vqgan import reconstruct
 from cm3leon.scenes import composition
 from cm3leon.stages.super_resolution import target_side
@@ -87,7 +87,7 @@ def measure_upscaler(
 ) -> None:
     """PSNR (RGB and Y) and SSIM (Y) of reductions of the images, upscaled again, against the images. Calibration: bicubic interpolation."""
     assert generator.super_resolution is not None
-    figures = super_resolution.evaluate(generator.super_resolution, ImageSet(store, refs, side))
+    figures = measure_upscaling(generator.super_resolution, ImageSet(store, refs, side))
     for name in ("psnr_rgb", "psnr_y", "ssim_y"):
         if name in figures:
             record.add(f"super_resolution_{name}", figures[name], resamples, seed)

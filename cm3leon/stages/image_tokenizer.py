@@ -12,7 +12,7 @@ from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
-from cm3leon.data.tokens import CONDITIONS
+from cm3leon.sequence.tasks import CONDITIONS
 from cm3leon.models.vqgan import ImageTokenizer, reconstruct
 from cm3leon.tracking import runs
 from cm3leon.training.vqgan import code_statistics, psnr, train_image_tokenizer

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from cm3leon.config import paths
-from cm3leon.config.schema import Config
+from cm3leon.config.schema import Config, IngestConfig
 from cm3leon.data.images import ImageError, decode, encode
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.packing import pack
-from cm3leon.data.sources import source_rows
+from cm3leon.data.sources import folder
+from cm3leon.scenes import source as shapes
 from cm3leon.tracking import runs
 from cm3leon.utils.progress import track
 
+SOURCES: dict[str, Callable[[Any, Path], Iterator[SourceRow]]] = {"shapes": shapes.rows, "folder": folder.rows}
+"""The sources by name; ``ingest.NAME`` holds the parameters of each."""
 MAX_PIXELS = 50_000_000
 """Of larger images none is computed; validate refuses them by its own limit."""
 EXTRACTED_SIDE = 512
@@ -39,6 +44,15 @@ def with_conditions(rows: Iterable[SourceRow], kinds: Sequence[str], share: floa
                 image.thumbnail((EXTRACTED_SIDE, EXTRACTED_SIDE))
             row.conditions |= {kind: encode(EXTRACTORS[kind](np.asarray(image))) for kind in missing}
         yield row
+
+
+def source_rows(config: IngestConfig) -> Iterator[SourceRow]:
+    """The rows of the source ``config.source``.
+
+    Raises:
+        SourceError: if the collection cannot be read as configured.
+    """
+    return SOURCES[config.source](getattr(config, config.source), Path(config.path))
 
 
 def run(config: Config) -> dict[str, float]:

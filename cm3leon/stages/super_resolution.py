@@ -9,7 +9,8 @@ from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
-from cm3leon.models.super_resolution import evaluate, train
+from cm3leon.evaluation.upscaling import measure_upscaling
+from cm3leon.training.super_resolution import train
 from cm3leon.tracking import runs
 from cm3leon.utils.images import device
 from cm3leon.utils.progress import progress
@@ -44,6 +45,6 @@ def run(config: Config) -> dict[str, float]:
             model = train(section, images, config.seed, device(), on_step)
         model.save(paths.SUPER_RESOLUTION)
         held_out = ImageSet(store, manifest[manifest["split"] == "val"]["image"].tolist()[:VALIDATION_IMAGES], side)
-        figures = {name: float(np.mean(values)) for name, values in evaluate(model, held_out).items()}
+        figures = {name: float(np.mean(values)) for name, values in measure_upscaling(model, held_out).items()}
         run.log_metrics({f"super_resolution/{name}": value for name, value in figures.items()})
     return figures

@@ -12,7 +12,8 @@ from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore, read_manifest
-from cm3leon.data.tokens import CONDITIONS, CONDITIONS_OF, Document, condition_key, write_tokens
+from cm3leon.data.tokens import CONDITIONS_OF, Document, write_tokens
+from cm3leon.sequence.tasks import CONDITIONS, condition_key
 from cm3leon.models.vqgan import ImageTokenizer, to_float
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.tracking import runs

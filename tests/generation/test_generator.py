@@ -10,7 +10,7 @@ from PIL import Image
 
 from cm3leon.config import paths
 from cm3leon.config.schema import DecodingConfig, RetrieveConfig
-from cm3leon.data.tokens import CONDITIONS
+from cm3leon.sequence.tasks import CONDITIONS
 from cm3leon.generation.engine import PromptTooLongError, log_likelihoods
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.memory import Memory

@@ -10,7 +10,8 @@ from tests_support import make_documents
 from cm3leon.config.schema import ObjectiveConfig, SFTConfig, UserError
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.task_samples import TaskSamples, bounded_shares
-from cm3leon.data.tokens import Document, TokenStore, condition_key, write_tokens
+from cm3leon.data.tokens import Document, TokenStore, write_tokens
+from cm3leon.sequence.tasks import condition_key
 from cm3leon.generation.prompts import answer_prompt, image_prompt, reading_pair
 from cm3leon.sequence.grammar import EOS, EOSS, Vocabulary, check_grammar, split_tail
 from cm3leon.sequence.tasks import BREAK, TASKS, available, box_in_square, lay_out, problem_values, split_template

@@ -1,16 +1,18 @@
 """Condition images computed where the source has none."""
 
 import io
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cm3leon.config.schema import IngestConfig
 from cm3leon.data.conditions import EXTRACTORS
 from cm3leon.data.images import encode
 from cm3leon.data.manifest import SourceRow
 from cm3leon.scenes.scene import Object, Scene
-from cm3leon.stages.ingest import EXTRACTED_SIDE, with_conditions
+from cm3leon.stages.ingest import EXTRACTED_SIDE, SOURCES, source_rows, with_conditions
 
 PICTURE = Scene("white", (Object("circle", "red", "large", 0.5, 0.5),)).render(64)
 
@@ -36,3 +38,9 @@ def test_large_images_are_reduced_and_damaged_ones_left_to_validate():
     large = np.kron(PICTURE, np.ones((16, 20, 1), np.uint8))
     wide, broken = with_conditions([row(0, encode(large)), row(1, b"no image")], ["canny edge"], 1.0)
     assert Image.open(io.BytesIO(wide.conditions["canny edge"])).width == EXTRACTED_SIDE and broken.conditions == {}
+
+
+def test_every_source_of_the_parameters_is_listed(tmp_path):
+    assert tuple(SOURCES) == get_args(IngestConfig.model_fields["source"].annotation)
+    assert all(name in IngestConfig.model_fields for name in SOURCES)
+    assert next(source_rows(IngestConfig(path=str(tmp_path)))).licence == "CC0-1.0"

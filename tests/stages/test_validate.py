@@ -20,7 +20,6 @@ from cm3leon.config.schema import Config, IngestConfig, ShapesConfig, ValidateCo
 from cm3leon.data.expectations import check, flat_frame
 from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.packing import pack
-from cm3leon.data.sources import source_rows
 from cm3leon.stages import ingest
 from cm3leon.stages import validate as validate_stage
 from cm3leon.stages.validate import ValidationError, validate
@@ -94,7 +93,7 @@ def reencoded(path: Path) -> bytes:
 
 
 def ingest_folder(root: Path, raw: Path) -> None:
-    pack(source_rows(IngestConfig(source="folder", path=str(root))), raw, 0.1)
+    pack(ingest.source_rows(IngestConfig(source="folder", path=str(root))), raw, 0.1)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

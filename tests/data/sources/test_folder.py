@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from cm3leon.config.schema import FolderConfig, IngestConfig
+from cm3leon.config.schema import FolderConfig
 from cm3leon.data.manifest import Problem, SourceRow
-from cm3leon.data.sources import SourceError, source_rows
+from cm3leon.data.sources import SourceError
 from cm3leon.data.sources.folder import rows
 
 
@@ -153,10 +153,3 @@ def test_what_a_user_got_wrong_is_said(tmp_path: Path) -> None:
         (tmp_path / "manifest.csv").write_bytes(content)
         with pytest.raises(SourceError, match=message):
             list(rows(FolderConfig(), tmp_path))
-
-
-def test_sources_are_found_by_name(tmp_path: Path) -> None:
-    collection(tmp_path, [{"image": "images/a.png", "caption": "x", "licence": "MIT"}])
-    assert len(list(source_rows(IngestConfig(source="folder", path=str(tmp_path))))) == 1
-    with pytest.raises(SourceError, match="no source 'tables'"):
-        list(source_rows(IngestConfig().model_copy(update={"source": "tables"})))
