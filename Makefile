@@ -4,10 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-export DO_NOT_TRACK := 1
-export DVC_NO_ANALYTICS := 1
-export PREFECT_SERVER_ANALYTICS_ENABLED := false
-export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Containers often set it: every process would compile all it imports anew, which costs a stage five seconds or more.
 unexport PYTHONDONTWRITEBYTECODE
@@ -40,9 +36,10 @@ ui: $(STAMP)  ## MLflow, Prefect and Data Docs on 127.0.0.1
 study: $(STAMP)  ## the paper's claims measured again, into docs/study.md; needs a finished run, takes over an hour
 	@$(BIN)/python -m benchmarks.study
 
-lint: $(STAMP)  ## ruff: rules and format
+lint: $(STAMP)  ## ruff: rules and format; the layers of the rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(STAMP)  ## mypy
 	$(BIN)/mypy

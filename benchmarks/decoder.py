@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 
 from cm3leon.config import paths
 from cm3leon.config.profiles import PARAMS, changed_config
@@ -38,6 +37,7 @@ from cm3leon.sequence.grammar import Prompt
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.stages.pretrain import build_decoder, training_samples
 from cm3leon.training.trainer import fit, setup, validate
+from cm3leon.utils.images import to_pil
 
 DRAWN_TOGETHER = 128
 
@@ -62,8 +62,7 @@ def composition_by_objects(model: Decoder) -> dict[str, float]:
         part = slice(start, start + DRAWN_TOGETHER)
         seeds = [[row] for row in range(start, start + len(prompts[part]))]
         codes = generate_images(model, prompts[part], seeds, plain)[:, 0]
-        pixels = images.decode(torch.from_numpy(codes)).add(1).mul(127.5).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
-        verdicts += composition.verdicts(captions[part], [Image.fromarray(array) for array in pixels])
+        verdicts += composition.verdicts(captions[part], to_pil(images.decode(torch.from_numpy(codes))))
     right = defaultdict(list)
     for caption, verdict in zip(captions, verdicts, strict=True):
         if verdict is not None and (statement := composition.parse_caption(caption)) is not None:

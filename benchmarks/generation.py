@@ -28,6 +28,7 @@ from cm3leon.generation.sampling import Sampler
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.models.opt import export_opt
 from cm3leon.sequence.grammar import Prompt, Vocabulary
+from cm3leon.utils.device import default_device
 from cm3leon.utils.torchvision_compat import make_importable
 
 SHAPES = {
@@ -38,7 +39,7 @@ SHAPES = {
 }
 """Layers, width, heads, vocabulary, image codes, tokens an image."""
 CANDIDATES, GUIDANCE, PROMPT_TOKENS, SENTINELS = 8, 3.0, 24, 8
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = default_device()
 
 
 def make_model(shape: str, tokens: int | None) -> Decoder:

@@ -25,10 +25,11 @@ import torch
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.hardware import flops_per_token, peak_flops
+from cm3leon.utils.device import default_device
 from cm3leon.utils.torchvision_compat import make_importable
 
 SHAPES = {"small": (4, 128, 4), "350m": (24, 1024, 16), "760m": (24, 1536, 16)}
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = default_device()
 LEARNING_RATE = 1e-4
 
 

@@ -17,9 +17,7 @@ from prefect.states import Completed
 
 from cm3leon.services.child import run_command
 from cm3leon.services.environment import child_path
-
-FIGURES = "figures: "
-"""Start of the line with which a stage's command ends: its headline figures, seconds and peak memory as JSON."""
+from cm3leon.stages.common import METRICS
 
 ERROR_LINES = 15
 CHATTER = re.compile(
@@ -58,7 +56,7 @@ def run_stage(stage: str, log: Callable[[str], None]) -> Outcome:
     outcome, start = Outcome(stage, "Completed"), time.monotonic()
 
     def read(line: str) -> None:
-        if line.startswith(FIGURES):
+        if line.startswith(METRICS):
             _read_figures(line, outcome)
         elif line == f"Stage '{stage}' didn't change, skipping":
             outcome.state = "Skipped"
@@ -76,7 +74,7 @@ def run_stage(stage: str, log: Callable[[str], None]) -> Outcome:
 
 def _read_figures(line: str, outcome: Outcome) -> None:
     try:
-        figures = {str(name): float(value) for name, value in json.loads(line.removeprefix(FIGURES)).items()}
+        figures = {str(name): float(value) for name, value in json.loads(line.removeprefix(METRICS)).items()}
     except (ValueError, TypeError, AttributeError):
         return
     figures.pop("seconds", None)

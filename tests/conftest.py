@@ -11,7 +11,9 @@ import torch
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, EncoderConfig
 from cm3leon.tracking import runs, store
+from cm3leon.utils import telemetry
 
+telemetry.turn_off()
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes test: threads of more would wait for each other, those of programs they start too
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

@@ -6,11 +6,7 @@ standard error and exit status 2; anything else is a traceback and status 1.
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,50 +16,15 @@ import typer
 
 from cm3leon.cli import convert, model
 from cm3leon.cli.model import UsageError
+from cm3leon.stages.common import STAGES, run_stage
+from cm3leon.utils.errors import UserError
 
-STAGES = {
-    "ingest": "Bring the source into image shards and one manifest.",
-    "validate": "Profile, check and quarantine documents; divide them into splits.",
-    "image_tokenizer": "Train the VQ-GAN, or import one.",
-    "text_tokenizer": "Train byte-level BPE.",
-    "tokenize": "Images to codes, captions to ids.",
-    "encoder": "The CLIP bi-encoder: pretrained, or trained here.",
-    "index": "Embeddings and the FAISS memory bank.",
-    "retrieve": "The neighbour table for training.",
-    "pretrain": "CM3 pretraining of the decoder.",
-    "sft": "Multitask instruction tuning.",
-    "super_resolution": "Train the upscaler.",
-    "evaluate": "Measure the finished model under a written contract.",
-}
-FIGURES = "figures: "
 HELP = "Train, evaluate, version and serve a CM3leon model on your own licensed image-text collection."
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------
-
-
-def peak_megabytes() -> float:
-    """The largest resident memory this process has had, MiB."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-    except (OSError, IndexError, ValueError):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
-
-
-def run_stage(stage: str) -> None:
-    """Run a stage with ``params.yaml``; the last line printed is ``figures: {...}``, which the flow reads."""
-    from cm3leon.config.schema import load_config
-
-    config, start = load_config(), time.monotonic()
-    figures = importlib.import_module(f"cm3leon.stages.{stage}").run(config)
-    resources = {"seconds": round(time.monotonic() - start, 2), "peak_megabytes": round(peak_megabytes(), 1)}
-    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, one
-        print(FIGURES + json.dumps({**figures, **resources}), flush=True)
 
 
 def _stage_command(stage: str) -> Callable[[], None]:
@@ -248,21 +209,10 @@ app.add_typer(convert.app)
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
-USER_ERRORS = (
-    "UsageError", "UserError", "ConfigError", "BadInputError", "PromptTooLongError", "UnknownDocumentError", "SourceError", "ManifestError",
-    "ValidationError", "BundleError", "IncompleteRecordError", "PromotionError", "SplitError", "DivergenceError", "ProjectError",
-    "OPTFormatError", "GrammarError", "CheckpointError", "ImageError",
-)  # fmt: skip
-"""Names of this package's errors that the user can mend, those derived from them included; by name, so that nothing heavy is imported to
-know them."""
-
 
 def is_users(error: Exception) -> bool:
-    """Whether the message of ``error`` is all the user needs: ours by name, or the plain ones that commands above raise."""
-    for kind in type(error).__mro__:
-        if kind.__module__.split(".")[0] in ("cm3leon", "flows", "__main__") and kind.__name__ in USER_ERRORS:
-            return True
-    return type(error) is LookupError or isinstance(error, (FileNotFoundError, IsADirectoryError, PermissionError, ConnectionError))
+    """Whether the message of ``error`` is all the user needs."""
+    return isinstance(error, (UserError, FileNotFoundError, IsADirectoryError, PermissionError, ConnectionError))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cm3leon.cli.model import CHAMPION, PANEL, UsageError, find_model
+from cm3leon.cli.model import CHAMPION, PANEL, UsageError
 
 if TYPE_CHECKING:
     from cm3leon.models.decoder import Decoder
@@ -62,8 +62,10 @@ def export(
     model: Annotated[str, typer.Option(help="a registered model (models:/NAME@ALIAS), a bundle directory or a decoder's")] = CHAMPION,
 ) -> None:
     """Write a model's decoder as a checkpoint that other software reads."""
+    from cm3leon.registry.registry import find_bundle
+
     check_unused(directory)
-    decoder = load_decoder(find_model(model))
+    decoder = load_decoder(find_bundle(model))
     from cm3leon.models.opt import export_opt
 
     export_opt(decoder, directory)

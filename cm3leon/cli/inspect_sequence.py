@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, UserError
+from cm3leon.config.schema import Config
 from cm3leon.data.sequences import PretrainingSamples, Sample
 from cm3leon.data.tokens import TokenStore
 from cm3leon.sequence.cm3 import Masked
@@ -18,12 +18,13 @@ from cm3leon.sequence.grammar import SPECIALS, GrammarError, Segment, Vocabulary
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.stages.pretrain import build_vocabulary, training_samples
 from cm3leon.training.run import stream_of
+from cm3leon.utils.errors import UserError
 
 STYLES = {"text": "green", "image": "blue", "special": "bold magenta", "mask": "bold red"}
 LEGEND = "text green, image codes blue, marks magenta, masks red; retrieved documents in italics; dim: not in the loss"
 
 
-class UnknownDocumentError(LookupError):
+class UnknownDocumentError(UserError):
     """No split holds a document of this id."""
 
 

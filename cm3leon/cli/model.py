@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cm3leon.utils.errors import UserError
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -25,7 +27,7 @@ PANEL = "Model"
 app = typer.Typer()
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """A command was given something it cannot use; the message says what to change."""
 
 
@@ -56,33 +58,17 @@ Upscale = Annotated[bool, typer.Option("--upscale", help="enlarge what was drawn
 DEFAULT_OUT = Path("out.png")
 
 
-def find_model(model: str) -> Path:
-    """The directory of a registered model, or the directory that was named.
-
-    Raises:
-        LookupError: if the registry has no such model.
-    """
-    if not model.startswith("models:/"):
-        return Path(model)
-    from cm3leon.registry.registry import fetch_bundle
-
-    try:
-        return fetch_bundle(model)
-    except LookupError as error:
-        hint = "; there is no champion yet: run make run first" if model == CHAMPION else ""
-        raise LookupError(f"{error}{hint}") from None
-
-
 def load_generator(model: str) -> Generator:
     """A generator from a registered model or a bundle directory.
 
     Raises:
-        LookupError: if the registry has no such model.
+        NotRegisteredError: if the registry has no such model.
         FileNotFoundError: if there is no such bundle.
     """
     from cm3leon.generation.generator import Generator
+    from cm3leon.registry.registry import find_bundle
 
-    return Generator.from_bundle(find_model(model))
+    return Generator.from_bundle(find_bundle(model))
 
 
 def open_image(path: Path) -> Image.Image:
@@ -409,5 +395,4 @@ def serve(
     """Answer over HTTP: OpenAI's images endpoint, one for each task, and a page at /; until Ctrl-C."""
     from cm3leon.serving.server import run
 
-    name = model.removeprefix("models:/") if model.startswith("models:/") else None
-    run(str(find_model(model)), host, port, name=name, precision=precision, compiled=compiled)
+    run(model, host, port, precision=precision, compiled=compiled)

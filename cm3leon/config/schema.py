@@ -13,9 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-
-class UserError(ValueError):
-    """A stage cannot work with these parameters or this data; the message says which, and what to change."""
+from cm3leon.utils.errors import UserError
 
 
 class ConfigError(UserError):

@@ -1,7 +1,7 @@
-"""Great Expectations' Data Docs as pages that stand alone and are equal for equal data.
+"""Great Expectations' Data Docs as self-contained pages, byte for byte the same for the same data.
 
-The pages come with scripts, styles and pictures from outside, without which their tables stay empty; and with random ids and times. Here the
-tables that a script would fill are written out, one style sheet of our own stands for the styles, and nothing is left to load.
+Great Expectations writes pages that load scripts, styles and pictures from the network, without which their tables stay empty, and that
+hold random ids and times. Here the tables are written out, one style sheet of our own replaces the remote ones, and nothing is loaded.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ _STYLES = re.compile(r"(?:\s*<style>.*?</style>)+", re.DOTALL)
 _FOOTER = re.compile(r"<footer\b.*?</footer>", re.DOTALL)
 _LOGO = re.compile(r"<img\b[^>]*/>", re.DOTALL)
 _FILLED_TABLE = re.compile(
-    r"<div id=\"(?P<id>[\w-]+)-toolbar\".*?</div>\s*<table\b[^>]*>\s*</table>.*?columns: (?P<columns>\[.*?\]),\n\s*data: (?P<data>\[.*?\]),\n",
+    r"<div id=\"(?P<id>[\w-]+)-toolbar\".*?</div>\s*<table\b[^>]*>\s*</table>"
+    r".*?columns: (?P<columns>\[.*?\]),\n\s*data: (?P<data>\[.*?\]),\n",
     re.DOTALL,
 )
 _UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\b")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 from datetime import datetime
@@ -15,6 +14,7 @@ import pandas as pd
 from cm3leon.config.schema import ValidateConfig
 from cm3leon.data import data_docs
 from cm3leon.data.manifest import SPLITS
+from cm3leon.utils import telemetry
 
 SITE = "data_docs"
 RUN = "validate"
@@ -75,7 +75,7 @@ def check(frames: dict[str, pd.DataFrame], config: ValidateConfig, docs: Path) -
     Returns:
         One line for each expectation that failed.
     """
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    telemetry.turn_off()
     logging.getLogger("great_expectations").setLevel(logging.ERROR)
     import great_expectations as gx
     from great_expectations.core.run_identifier import RunIdentifier

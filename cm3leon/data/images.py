@@ -7,6 +7,8 @@ import io
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cm3leon.utils.errors import UserError
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that are decoded; others (EPS, PDF, ICNS ...) call outside programs or are no pictures, and are ``unreadable``."""
 
@@ -14,7 +16,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"IEND\xaeB`\x82"
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image file cannot be used. ``reason`` is a code (``unreadable``, ``decompression_bomb``), ``detail`` says what was found."""
 
     def __init__(self, reason: str, detail: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tarfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from cm3leon.data.images import decode
+from cm3leon.utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
 
@@ -105,8 +106,13 @@ class SourceRow:
     detail: str | None = None
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError):
     """A manifest or an image reference cannot be read."""
+
+
+def first_caption(captions: Iterable[str]) -> str:
+    """The first caption that is not blank; "" where there is none, which ``validate`` lets pass for no record with captions."""
+    return next((text for text in map(str, captions) if text.strip()), "")
 
 
 def read_manifest(path: str | Path, split: str | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:

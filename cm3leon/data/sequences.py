@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cm3leon.config.schema import NeighbourChoice, ObjectiveConfig, UserError
+from cm3leon.config.schema import NeighbourChoice, ObjectiveConfig
 from cm3leon.data.tokens import Document, TokenStore
 from cm3leon.sequence.cm3 import Masked, mask
 from cm3leon.sequence.grammar import BREAK, Body, Vocabulary, build_body
+from cm3leon.utils.errors import UserError
 
 
 class Sample(NamedTuple):

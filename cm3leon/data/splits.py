@@ -10,6 +10,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from cm3leon.data.manifest import SPLITS
+from cm3leon.utils.errors import UserError
 
 BLOCK, STRIPE = 1024, 8192
 MAX_EDGES = 2_000_000
@@ -17,7 +18,7 @@ Link = tuple[np.ndarray, np.ndarray]
 """Rows, and the number of a thing each of them belongs to: rows with one number are linked."""
 
 
-class SplitError(ValueError):
+class SplitError(UserError):
     """The rows cannot be divided into train, val and test."""
 
 

@@ -14,20 +14,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cm3leon.config.schema import SFTConfig, UserError
+from cm3leon.config.schema import SFTConfig
 from cm3leon.data.sequences import PretrainingSamples, Sample, fit_body, sample_rng, standing
 from cm3leon.data.tokens import Document, TokenStore
-from cm3leon.sequence.tasks import condition_key
 from cm3leon.sequence.cm3 import MARKS, apply_spans
 from cm3leon.sequence.grammar import build_body
-from cm3leon.sequence.tasks import COLUMNS, TASKS, Task, Values, available, lay_out, visible_objects
+from cm3leon.sequence.tasks import COLUMNS, TASKS, Task, Values, available, condition_key, lay_out, visible_objects
 from cm3leon.sequence.text_tokenizer import TextTokenizer
+from cm3leon.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class TaskSamples:
-    """Samples of the multitask mix over the documents of ``documents.store``; ``manifest`` holds their task columns, ``conditions`` the codes
-    of their condition images.
+    """Samples of the multitask mix over the documents of ``documents.store``.
+
+    ``manifest`` holds their task columns, ``conditions`` the codes of their condition images.
 
     Raises:
         UserError: if no document allows a task of the mix.

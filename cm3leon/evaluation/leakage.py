@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from cm3leon.config.schema import UserError
 from cm3leon.data.manifest import ImageStore
 from cm3leon.data.splits import near_duplicate_groups
 from cm3leon.data.validation import thumbnail_of
+from cm3leon.utils.errors import UserError
 from cm3leon.utils.progress import track
 
 EXAMPLES = 3

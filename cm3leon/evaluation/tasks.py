@@ -21,8 +21,7 @@ from PIL import Image, ImageDraw
 from cm3leon.config.schema import Config
 from cm3leon.data.conditions import EXTRACTORS
 from cm3leon.data.images import fit_square
-from cm3leon.data.manifest import ImageStore
-from cm3leon.sequence.tasks import CONDITIONS
+from cm3leon.data.manifest import ImageStore, first_caption
 from cm3leon.evaluation import captions as caption_metrics
 from cm3leon.evaluation import conditions
 from cm3leon.evaluation.measure import others
@@ -30,7 +29,7 @@ from cm3leon.evaluation.record import Record, digest
 from cm3leon.generation.generator import Generator
 from cm3leon.scenes import composition, edits, layouts
 from cm3leon.scenes.reading import UNKNOWN, read_scene
-from cm3leon.sequence.tasks import Values, box_in_square, conclusion, filled, layout_text, problem_values, visible_objects
+from cm3leon.sequence.tasks import CONDITIONS, Values, box_in_square, conclusion, filled, layout_text, problem_values, visible_objects
 
 Sheet = list[tuple[Image.Image, str]]
 MARGIN = 1.15
@@ -89,11 +88,6 @@ class Evaluation:
     def asked(self, task: str, what: Any) -> None:
         """Note in the contract what was asked."""
         self.record.contract["tasks"][task] |= {"asked": digest(what), "count": len(what)}
-
-
-def first_caption(captions: Sequence[str]) -> str:
-    """The first that is not blank; ``validate`` lets no document pass without."""
-    return next(text for text in map(str, captions) if text.strip())
 
 
 def _known_conditions(row: Any) -> list[tuple[str, str]]:

@@ -10,7 +10,8 @@ from torch.nn.functional import interpolate
 
 from cm3leon.data.pixels import ImageSet
 from cm3leon.evaluation.restoration import WINDOW, psnr_y, ssim_y
-from cm3leon.models.super_resolution import SuperResolution, reduce, to_bytes, to_unit
+from cm3leon.models.super_resolution import SuperResolution, reduce
+from cm3leon.utils.images import to_uint8, to_unit
 
 MOST_DECIBELS = 100.0
 """Reported for images that agree, whose PSNR is infinite."""
@@ -32,8 +33,8 @@ def measure_upscaling(model: SuperResolution, images: ImageSet, batch_size: int 
     for start in range(0, len(images), batch_size):
         high = torch.from_numpy(images[np.arange(start, min(start + batch_size, len(images)))]).permute(0, 3, 1, 2).to(device)
         low = to_unit(reduce(high, model.scale))
-        bicubic = to_bytes(interpolate(low, scale_factor=model.scale, mode="bicubic", align_corners=False))
-        for copies, suffix in ((to_bytes(model(low)), ""), (bicubic, "_bicubic")):
+        bicubic = to_uint8(interpolate(low, scale_factor=model.scale, mode="bicubic", align_corners=False))
+        for copies, suffix in ((to_uint8(model(low)), ""), (bicubic, "_bicubic")):
             found[f"psnr_rgb{suffix}"] += [psnr_rgb(high[i : i + 1], copies[i : i + 1]) for i in range(len(high))]
             pairs = [
                 (one.permute(1, 2, 0).cpu().numpy(), other.permute(1, 2, 0).cpu().numpy()) for one, other in zip(high, copies, strict=True)

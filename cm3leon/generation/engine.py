@@ -17,9 +17,10 @@ from cm3leon.generation.sampling import Sampler, at_temperature, keep_top_p, sam
 from cm3leon.models.cross_entropy import chunked_cross_entropy
 from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import EOSS, PAD, Prompt
+from cm3leon.utils.errors import UserError
 
 
-class PromptTooLongError(ValueError):
+class PromptTooLongError(UserError):
     """A prompt and what is to be generated do not fit in the model's context."""
 
 

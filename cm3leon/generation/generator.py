@@ -15,7 +15,6 @@ from PIL import Image
 
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.data.images import fit_square
-from cm3leon.sequence.tasks import CONDITIONS
 from cm3leon.generation.drawing import ROWS, Drawing, Gap, draw
 from cm3leon.generation.engine import PromptTooLongError, generate_images, generate_texts, log_likelihoods
 from cm3leon.generation.parts import BadInputError, Parts
@@ -24,7 +23,7 @@ from cm3leon.generation.rerank import read_likelihoods
 from cm3leon.generation.results import GeneratedImage, GeneratedText, Neighbour, PairScore, Part
 from cm3leon.generation.sampling import Sampler
 from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Prompt, build_body
-from cm3leon.sequence.tasks import TASKS, Box, Segment, Values, lay_out, layout_text, problem_values
+from cm3leon.sequence.tasks import CONDITIONS, TASKS, Box, Segment, Values, lay_out, layout_text, problem_values
 from cm3leon.utils.progress import track
 
 BLANK = "___"

@@ -17,10 +17,13 @@ from cm3leon.generation.memory import Memory
 from cm3leon.generation.prompts import answer_prompt, image_prompt
 from cm3leon.generation.results import Neighbour
 from cm3leon.models.decoder import Decoder
-from cm3leon.models.vqgan import ImageTokenizer, to_float
+from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.sequence.grammar import Tokens
 from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.sequence.text_tokenizer import TextTokenizer
+from cm3leon.utils.device import default_device
+from cm3leon.utils.errors import UserError
+from cm3leon.utils.images import to_channels_first, to_pil
 
 if TYPE_CHECKING:
     from cm3leon.models.clip import Encoder
@@ -36,7 +39,7 @@ UNTOLD = frozenset(TASKS)
 Precision = Literal["float32", "bfloat16", "int8"]
 
 
-class BadInputError(ValueError):
+class BadInputError(UserError):
     """What was asked cannot be done; the message says what to change."""
 
 
@@ -57,12 +60,6 @@ def load_decoder(directory: Path, device: str, precision: Precision | None, comp
     if precision == "int8":
         model.quantize()
     return model
-
-
-def image_of(pixels: torch.Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] -> PIL images."""
-    arrays = pixels.add(1).mul(127.5).round().clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
-    return [Image.fromarray(array) for array in arrays]
 
 
 class Parts:
@@ -108,7 +105,7 @@ class Parts:
         Args:
             precision, compiled: see :func:`load_decoder`.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or default_device()
         loaded_encoder, memory, upscaler = None, None, None
         if encoder is not None:
             from cm3leon.models.clip import Encoder
@@ -158,24 +155,6 @@ class Parts:
             precision=precision,
             compiled=compiled,
         )
-
-    @classmethod
-    def from_registry(
-        cls,
-        uri: str = "models:/cm3leon@champion",
-        tracking_uri: str | None = None,
-        device: str | None = None,
-        precision: Precision | None = None,
-        compiled: bool = False,
-    ) -> Self:
-        """Load a registered model, by default the champion; ``precision`` and ``compiled``: see :func:`load_decoder`.
-
-        Raises:
-            LookupError: if the registry has no such model.
-        """
-        from cm3leon.registry.registry import fetch_bundle
-
-        return cls.from_bundle(fetch_bundle(uri, tracking_uri), device, precision, compiled)
 
     @property
     def image_size(self) -> int:
@@ -277,13 +256,13 @@ class Parts:
         parts = []
         for start in range(0, len(images), PICTURES):
             pixels = np.stack([np.asarray(fit_square(image, size)) for image in images[start : start + PICTURES]])
-            parts.append(self.image_tokenizer.encode(to_float(torch.from_numpy(pixels), self.model.device)).cpu().numpy())
+            parts.append(self.image_tokenizer.encode(to_channels_first(torch.from_numpy(pixels), self.model.device)).cpu().numpy())
         return np.concatenate(parts)
 
     def decode(self, codes: np.ndarray) -> list[Image.Image]:
         """Images of codes (B, tokens_per_image)."""
         parts = torch.from_numpy(codes).split(PICTURES)
-        return [image for part in parts for image in image_of(self.image_tokenizer.decode(part.to(self.model.device)))]
+        return [image for part in parts for image in to_pil(self.image_tokenizer.decode(part.to(self.model.device)))]
 
     def upscale(self, images: Sequence[Image.Image]) -> list[Image.Image]:
         """Images enlarged by the bundle's upscaler.

@@ -22,6 +22,7 @@ from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.utils import torchvision_compat
+from cm3leon.utils.images import to_unit
 from cm3leon.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def to_pixels(images: Sequence[Image.Image], size: int) -> torch.Tensor:
 
 def embed_pixels(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """Unit vectors ``(n, d)`` of uint8 pixels, under a model trained here (pixels scaled to [-1, 1])."""
-    return model.encode_image(pixels.float().div(127.5).sub(1), normalize=True)  # type: ignore[operator]
+    return model.encode_image(to_unit(pixels), normalize=True)  # type: ignore[operator]
 
 
 def embed_ids(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.sequence.grammar import EOS, PAD, Vocabulary
+from cm3leon.utils.errors import UserError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -56,7 +57,7 @@ FIXED: dict[str, tuple[Any, Any, str]] = {
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class OPTFormatError(ValueError):
+class OPTFormatError(UserError):
     """A decoder that OPT cannot express, or a checkpoint that the decoder cannot hold; the message says what stands in the way."""
 
 

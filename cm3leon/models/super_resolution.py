@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.functional import interpolate, pixel_shuffle
 
 from cm3leon.data.images import to_rgb
+from cm3leon.utils.images import to_pil, to_uint8, to_unit
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CORRECTION_SCALE = 0.3
@@ -88,18 +89,8 @@ class SuperResolution(nn.Module):
         result = []
         for image in images:
             low = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)[None].to(device)
-            result.append(Image.fromarray(to_bytes(self(to_unit(low)))[0].permute(1, 2, 0).cpu().numpy()))
+            result += to_pil(self(to_unit(low)))
         return result
-
-
-def to_unit(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 to [-1, 1]."""
-    return pixels.float().div(127.5).sub(1)
-
-
-def to_bytes(images: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] to uint8, values outside clipped."""
-    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
 def reduce(pixels: torch.Tensor, scale: int) -> torch.Tensor:
@@ -111,4 +102,4 @@ def reduce(pixels: torch.Tensor, scale: int) -> torch.Tensor:
     if pixels.shape[-1] % scale or pixels.shape[-2] % scale:
         raise ValueError(f"images of {pixels.shape[-2]}x{pixels.shape[-1]} pixels cannot be reduced {scale} times evenly")
     size = (pixels.shape[-2] // scale, pixels.shape[-1] // scale)
-    return to_bytes(interpolate(to_unit(pixels), size=size, mode="bicubic", antialias=True, align_corners=False))
+    return to_uint8(interpolate(to_unit(pixels), size=size, mode="bicubic", antialias=True, align_corners=False))

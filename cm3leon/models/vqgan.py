@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cm3leon.utils.images import to_channels_first, to_channels_last
+
 
 @dataclass(frozen=True)
 class ImageTokenizerSpec:
@@ -249,18 +251,12 @@ class ImageTokenizer(nn.Module):
         return model.to(device).eval()
 
 
-def to_float(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
-    return images.to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
-
-
 @torch.no_grad()
 def reconstruct(model: ImageTokenizer, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
     """Codes (N, h*w) and reconstructions uint8 (N, H, W, 3) of uint8 images (N, H, W, 3)."""
     device = next(model.parameters()).device
     codes, outputs = [], []
     for batch in images.split(batch_size):
-        codes.append(model.encode(to_float(batch, device)))
-        pixels = model.decode(codes[-1]).add(1).mul(127.5).round().clamp(0, 255)
-        outputs.append(pixels.permute(0, 2, 3, 1).to(torch.uint8).cpu())
+        codes.append(model.encode(to_channels_first(batch, device)))
+        outputs.append(to_channels_last(model.decode(codes[-1])))
     return torch.cat(codes).cpu(), torch.cat(outputs)

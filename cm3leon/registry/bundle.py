@@ -26,12 +26,13 @@ from cm3leon.evaluation.record import FILE as RECORD
 from cm3leon.evaluation.record import Record
 from cm3leon.tracking import lineage
 from cm3leon.tracking.lineage import content_hash
+from cm3leon.utils.errors import UserError
 
 LINEAGE = "lineage.json"
 PICKLED = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib"}
 
 
-class BundleError(ValueError):
+class BundleError(UserError):
     """A bundle cannot be made or used; the message names the file and the command that makes it."""
 
 

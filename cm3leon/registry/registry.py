@@ -23,6 +23,7 @@ from cm3leon.registry.bundle import BundleError, IncompleteRecordError, build_bu
 from cm3leon.registry.gate import Verdict, compare
 from cm3leon.registry.packaging import log_version
 from cm3leon.tracking import store
+from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,7 +38,11 @@ PREVIOUS_CHAMPION = "previous_champion"
 HASH_TAG, GATE_TAG, REPLACED_TAG, ROLLED_BACK_TAG = "bundle_hash", "gate", "replaced", "rolled_back"
 
 
-class PromotionError(RuntimeError):
+class NotRegisteredError(UserError):
+    """The registry does not exist or has no such model."""
+
+
+class PromotionError(UserError):
     """A promotion or rollback is not possible as things are; the message says why."""
 
 
@@ -234,12 +239,12 @@ def fetch_bundle(uri: str = f"models:/{MODEL_NAME}@{CHAMPION}", tracking_uri: st
         tracking_uri: the store; None takes ``MLFLOW_TRACKING_URI`` or ``./mlflow.db``.
 
     Raises:
-        LookupError: if the registry has no such model.
+        NotRegisteredError: if the registry has no such model.
         ConnectionError: if the registry is not reachable.
     """
     local = store.tracking_uri()
     if tracking_uri is None and local.startswith("sqlite:///") and not Path(local.removeprefix("sqlite:///")).exists():
-        raise LookupError(f"no model registry at {local}; run the pipeline first, or set MLFLOW_TRACKING_URI")
+        raise NotRegisteredError(f"no model registry at {local}; run the pipeline first, or set MLFLOW_TRACKING_URI")
     client = _client(tracking_uri)
     from mlflow.exceptions import MlflowException
 
@@ -250,10 +255,25 @@ def fetch_bundle(uri: str = f"models:/{MODEL_NAME}@{CHAMPION}", tracking_uri: st
         else:
             entity = client.get_model_version(*name.split("/", 1))
     except (MlflowException, TypeError) as error:
-        raise LookupError(f"the registry {client.tracking_uri} has no model {uri}: {error}") from None
+        raise NotRegisteredError(f"the registry {client.tracking_uri} has no model {uri}: {error}") from None
     content = entity.tags.get(HASH_TAG, f"{entity.name}-{entity.version}")
     cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm3leon" / "bundles" / content
     return cached if cached.is_dir() else _download(client, entity, cached)
+
+
+def find_bundle(model: str) -> Path:
+    """The bundle directory that ``model`` names: that of a registered model (``models:/NAME@ALIAS``), or a path as it is.
+
+    Raises:
+        NotRegisteredError: if the registry has no such model.
+    """
+    if not model.startswith("models:/"):
+        return Path(model)
+    try:
+        return fetch_bundle(model)
+    except NotRegisteredError as error:
+        hint = "; there is no champion yet: run make run first" if model.endswith(f"@{CHAMPION}") else ""
+        raise NotRegisteredError(f"{error}{hint}") from None
 
 
 def _download(client: MlflowClient, entity: Any, cached: Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from cm3leon.config.schema import UserError
+from cm3leon.utils.errors import UserError
 
 INDEX, DOCUMENTS, SETTINGS = "index.faiss", "documents.parquet", "config.json"
 TEXTS, IMAGES = "text_embeddings.npy", "image_embeddings.npy"

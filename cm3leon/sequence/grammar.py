@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cm3leon.utils.errors import UserError
+
 PAD, EOS, BREAK, EOSS = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<eos>", "<break>", "<eoss>")
 
@@ -21,7 +23,7 @@ Tokens = np.ndarray
 """One-dimensional int64 array of token ids."""
 
 
-class GrammarError(ValueError):
+class GrammarError(UserError):
     """A token sequence does not follow the grammar; the message says where."""
 
 

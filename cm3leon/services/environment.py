@@ -9,31 +9,29 @@ import sys
 import urllib.request
 from pathlib import Path
 
+from cm3leon.utils import telemetry
+from cm3leon.utils.errors import UserError
+
 PREFECT_HOME = Path(".prefect")
 SERVER_FILE = PREFECT_HOME / "server.json"
 """Written by ``cm3leon ui`` while its Prefect server is up, so that a run started meanwhile uses it."""
 
-SETTINGS = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DVC_NO_ANALYTICS": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PYTHONUNBUFFERED": "1",  # a stage's lines reach the run's log when they are written
-}
+UNBUFFERED = "PYTHONUNBUFFERED"
+"""Set, so that a stage's lines reach the run's log when they are written."""
 
 
-class ProjectError(RuntimeError):
+class ProjectError(UserError):
     """The working directory is not the project's root."""
 
 
 def use_environment() -> None:
-    """Apply :data:`SETTINGS` and find Prefect's server; call before importing prefect. What the user has set stays.
+    """Turn telemetry off and find Prefect's server; call before importing prefect. What the user has set stays.
 
     Prefect keeps its database in ``./.prefect``. Without ``PREFECT_API_URL`` a run uses the server of ``cm3leon ui`` where one is up,
     else Prefect starts a temporary one on the same database.
     """
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
+    telemetry.turn_off()
+    os.environ.setdefault(UNBUFFERED, "1")
     os.environ.setdefault("PREFECT_HOME", str(PREFECT_HOME.absolute()))
     if "PREFECT_API_URL" not in os.environ and (url := running_server()):
         os.environ["PREFECT_API_URL"] = url

@@ -18,6 +18,7 @@ import uvicorn
 
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.parts import Precision
+from cm3leon.registry.registry import find_bundle
 from cm3leon.serving.app import LOOPBACK, create_app
 from cm3leon.serving.batching import State, Worker
 from cm3leon.serving.metrics import Metrics
@@ -61,17 +62,6 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or self.worker.failure is not None or (stopping and (late or self.worker.idle))
 
 
-def load(model: str, precision: Precision | None = None, compiled: bool = False) -> Generator:
-    """The generator of a registered model or a bundle directory.
-
-    Raises:
-        LookupError: if the registry has no such model.
-        FileNotFoundError: if there is no such bundle.
-    """
-    source = Generator.from_registry if model.startswith("models:/") else Generator.from_bundle
-    return source(model, precision=precision, compiled=compiled)
-
-
 def name_of(model: str) -> str:
     """The id under which a model is served: ``cm3leon@champion`` of a registered one, the directory's name of a bundle."""
     return model.removeprefix("models:/") if model.startswith("models:/") else Path(model).resolve().name
@@ -98,12 +88,12 @@ def run(
         drain_seconds: how long what waits is still answered after a signal.
 
     Raises:
-        LookupError, FileNotFoundError: if there is no such model.
+        NotRegisteredError, FileNotFoundError: if there is no such model.
     """
     local = host in LOOPBACK
     if not local:
         print(WARNING.format(host=host), file=sys.stderr, flush=True)
-    worker = Worker(lambda: load(model, precision, compiled), Metrics(), capacity=capacity)
+    worker = Worker(lambda: Generator.from_bundle(find_bundle(model), precision=precision, compiled=compiled), Metrics(), capacity=capacity)
     app = create_app(worker, name or name_of(model), LOOPBACK if local else None)
     Server(uvicorn.Config(app, host, port, **OPTIONS), worker, drain_seconds).run()
     if worker.failure is not None:

@@ -7,12 +7,12 @@ import pandas as pd
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, ConfigError, EncoderConfig
-from cm3leon.data.manifest import ImageStore, read_manifest
+from cm3leon.data.manifest import ImageStore, first_caption, read_manifest
 from cm3leon.data.pixels import ImageSet
 from cm3leon.models.clip import Encoder
 from cm3leon.tracking import runs
 from cm3leon.training import clip
-from cm3leon.utils.images import device
+from cm3leon.utils.device import default_device
 from cm3leon.utils.progress import progress
 
 HELD_OUT = 256
@@ -32,7 +32,7 @@ def recall(queries: np.ndarray, targets: np.ndarray) -> float:
 def held_out_figures(encoder: Encoder, rows: pd.DataFrame, store: ImageStore) -> dict[str, float]:
     """Retrieval among the first :data:`HELD_OUT` val documents by first caption, and the mean cosine of true pairs."""
     rows = rows.iloc[:HELD_OUT]
-    texts = encoder.encode_texts([captions[0] for captions in rows["captions"]])
+    texts = encoder.encode_texts([first_caption(captions) for captions in rows["captions"]])
     images = encoder.encode_refs(store, rows["image"].tolist())
     return {
         "recall_text_to_image": recall(texts, images),
@@ -55,7 +55,7 @@ def make(config: EncoderConfig, seed: int, store: ImageStore, rows: pd.DataFrame
             if step % LOG_EVERY == 0 or step == config.steps - 1:
                 run.log_metrics({"encoder/loss": loss}, step)
 
-        return clip.train(config, images, rows["captions"].tolist(), seed, device(), on_step)
+        return clip.train(config, images, rows["captions"].tolist(), seed, default_device(), on_step)
 
 
 def run(config: Config) -> dict[str, float]:
@@ -69,7 +69,7 @@ def run(config: Config) -> dict[str, float]:
         encoder = make(section, config.seed, store, rows, run)
         encoder.save(paths.ENCODER)
         held_out = paired(read_manifest(paths.VALIDATED, "val", ["image", "captions"]))
-        figures = held_out_figures(encoder.to(device()), held_out, store)
+        figures = held_out_figures(encoder.to(default_device()), held_out, store)
         figures["parameters"] = float(sum(p.numel() for p in encoder.model.parameters()))
         run.log_metrics({f"encoder/{name}": value for name, value in figures.items()})
     return figures

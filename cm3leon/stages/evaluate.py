@@ -16,24 +16,26 @@ from PIL import Image
 from pydantic import ValidationError
 
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, UserError
+from cm3leon.config.schema import Config
 from cm3leon.data.images import fit_square
-from cm3leon.data.manifest import ImageStore, read_manifest
+from cm3leon.data.manifest import ImageStore, first_caption, read_manifest
 from cm3leon.data.pixels import ImageSet
 from cm3leon.evaluation import leakage, measure, vqa
 from cm3leon.evaluation.alignment import clip_score
 from cm3leon.evaluation.inception import Inception, fetch_weights
 from cm3leon.evaluation.record import FILE as RECORD
 from cm3leon.evaluation.record import Record, digest
+from cm3leon.evaluation.tasks import MEASURES, Evaluation, Sheet, best, infill
 from cm3leon.evaluation.upscaling import measure_upscaling
-from cm3leon.evaluation.tasks import MEASURES, Evaluation, Sheet, best, first_caption, infill
 from cm3leon.generation.generator import Generator
 from cm3leon.models.vqgan import reconstruct
 from cm3leon.scenes import composition
 from cm3leon.stages.super_resolution import target_side
 from cm3leon.tracking import runs
 from cm3leon.tracking.lineage import content_hash
-from cm3leon.utils.images import device, save_captioned
+from cm3leon.utils.device import default_device
+from cm3leon.utils.errors import UserError
+from cm3leon.utils.images import save_captioned
 
 CONFUSIONS = "confusions.csv"
 SECTIONS = ("evaluate", "decoding", "retrieve")
@@ -198,7 +200,7 @@ def inception_of(weights: str | None) -> Inception | None:
     if weights is None:
         return None
     try:
-        return Inception.load(fetch_weights() if weights == "download" else Path(weights)).to(device())
+        return Inception.load(fetch_weights() if weights == "download" else Path(weights)).to(default_device())
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"evaluate.inception {weights}: {error}") from None
 

@@ -12,11 +12,12 @@ from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
-from cm3leon.sequence.tasks import CONDITIONS
 from cm3leon.models.vqgan import ImageTokenizer, reconstruct
+from cm3leon.sequence.tasks import CONDITIONS
 from cm3leon.tracking import runs
 from cm3leon.training.vqgan import code_statistics, psnr, train_image_tokenizer
-from cm3leon.utils.images import device, save_pairs
+from cm3leon.utils.device import default_device
+from cm3leon.utils.images import save_pairs
 
 VALIDATION_IMAGES = 512
 SHEET_IMAGES = 16
@@ -39,7 +40,7 @@ def run(config: Config) -> dict[str, float]:
         run.log_dataset(paths.RAW, "raw")
         run.log_dataset(paths.VALIDATED, "validated")
         if section.pretrained:
-            model = ImageTokenizer.load(Path(section.pretrained), device())
+            model = ImageTokenizer.load(Path(section.pretrained), default_device())
         else:
             manifest = read_manifest(paths.VALIDATED, "train")
             images = ImageSet(store, pictures(manifest, section.condition_share, config.seed), section.image_size)
@@ -47,7 +48,7 @@ def run(config: Config) -> dict[str, float]:
                 images,
                 section,
                 config.seed,
-                device(),
+                default_device(),
                 lambda figures, step: run.log_metrics({f"image_tokenizer/{k}": v for k, v in figures.items()}, step),
             )
         model.save(paths.IMAGE_TOKENIZER)

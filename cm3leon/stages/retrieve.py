@@ -16,7 +16,7 @@ from cm3leon.retrieval.index import MemoryBank, document_vectors
 from cm3leon.retrieval.strategy import Neighbour
 from cm3leon.stages.index import multimodal
 from cm3leon.tracking import runs
-from cm3leon.utils.images import device
+from cm3leon.utils.device import default_device
 from cm3leon.utils.progress import progress
 
 FILE = "neighbours.parquet"
@@ -83,7 +83,7 @@ def to_table(ids: list[str], found: list[list[Neighbour]], others: list[list[int
 def run(config: Config) -> dict[str, float]:
     """Writes ``data/neighbours/neighbours.parquet``; returns how well the train documents are served, and val and test beside them."""
     with runs.stage_run("retrieve", config) as run:
-        encoder = Encoder.load(paths.ENCODER).to(device())
+        encoder = Encoder.load(paths.ENCODER).to(default_device())
         bank = MemoryBank.load(paths.INDEX)
         bank.check_encoder(encoder.fingerprint)
         ids: list[str] = []

@@ -10,9 +10,9 @@ from cm3leon.config.schema import Config
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
 from cm3leon.evaluation.upscaling import measure_upscaling
-from cm3leon.training.super_resolution import train
 from cm3leon.tracking import runs
-from cm3leon.utils.images import device
+from cm3leon.training.super_resolution import train
+from cm3leon.utils.device import default_device
 from cm3leon.utils.progress import progress
 
 VALIDATION_IMAGES = 256
@@ -42,7 +42,7 @@ def run(config: Config) -> dict[str, float]:
                 if step % LOG_EVERY == 0 or step == section.steps - 1:
                     run.log_metrics({"super_resolution/loss": loss}, step)
 
-            model = train(section, images, config.seed, device(), on_step)
+            model = train(section, images, config.seed, default_device(), on_step)
         model.save(paths.SUPER_RESOLUTION)
         held_out = ImageSet(store, manifest[manifest["split"] == "val"]["image"].tolist()[:VALIDATION_IMAGES], side)
         figures = {name: float(np.mean(values)) for name, values in measure_upscaling(model, held_out).items()}

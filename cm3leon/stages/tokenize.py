@@ -11,22 +11,21 @@ import torch
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.images import fit_square
-from cm3leon.data.manifest import ImageStore, read_manifest
+from cm3leon.data.manifest import SPLITS, ImageStore, read_manifest
 from cm3leon.data.tokens import CONDITIONS_OF, Document, write_tokens
+from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.sequence.tasks import CONDITIONS, condition_key
-from cm3leon.models.vqgan import ImageTokenizer, to_float
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.tracking import runs
-from cm3leon.utils.images import device
+from cm3leon.utils.device import default_device
+from cm3leon.utils.images import to_channels_first
 from cm3leon.utils.progress import Meter, progress
-
-SPLITS = ("train", "val", "test")
 
 
 def codes_of(refs: Sequence[str], store: ImageStore, images: ImageTokenizer) -> np.ndarray:
     """Codes (n, tokens_per_image) of stored images, each fitted to the tokenizer's square."""
     pixels = np.stack([np.asarray(fit_square(store.open(ref), images.spec.image_size)) for ref in refs])
-    return images.encode(to_float(torch.from_numpy(pixels), next(images.parameters()).device)).cpu().numpy()
+    return images.encode(to_channels_first(torch.from_numpy(pixels), next(images.parameters()).device)).cpu().numpy()
 
 
 def documents(
@@ -59,7 +58,7 @@ def conditions(manifest: pd.DataFrame, store: ImageStore, images: ImageTokenizer
 
 def run(config: Config) -> dict[str, float]:
     """Writes ``data/tokens/``: documents by split, and condition images in ``conditions-SPLIT``; returns how many there are, and tokens."""
-    images, texts = ImageTokenizer.load(paths.IMAGE_TOKENIZER, device()), TextTokenizer.load(paths.TEXT_TOKENIZER)
+    images, texts = ImageTokenizer.load(paths.IMAGE_TOKENIZER, default_device()), TextTokenizer.load(paths.TEXT_TOKENIZER)
     store = ImageStore(paths.RAW)
     manifest = read_manifest(paths.VALIDATED, columns=["id", "image", "captions", "conditions", "split"])
     count, conditioned, batch_size = 0, 0, config.tokenize.batch_size

@@ -24,13 +24,14 @@ from cm3leon.data import data_docs, expectations, splits
 from cm3leon.data.manifest import MANIFEST_SCHEMA, VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.validation import RULES, Findings, Profile, check_rows, profile_images, thumbnails_of
 from cm3leon.tracking import runs
+from cm3leon.utils.errors import UserError
 
 _RAW_FIELDS = [field for field in MANIFEST_SCHEMA if field.name != "detail"]
 REJECTED_SCHEMA = pa.schema([*_RAW_FIELDS, ("reasons", pa.list_(pa.string())), ("detail", pa.string())])
 EXAMPLES = 3
 
 
-class ValidationError(ValueError):
+class ValidationError(UserError):
     """The data does not pass; the message says which rules, which rows, and what to change."""
 
 

@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cm3leon.utils import telemetry
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -23,7 +25,6 @@ PROCESS_TAG = "process"
 """Host, process id and process start of a run's owner: how a run left RUNNING by a dead process is recognised."""
 
 SETTINGS = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",
@@ -37,6 +38,7 @@ SETTINGS = {
 
 def use_settings() -> None:
     """Apply :data:`SETTINGS`; call before importing mlflow."""
+    telemetry.turn_off()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
 

@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from cm3leon.training.distributed import World
+from cm3leon.utils.errors import UserError
 
 Fingerprint = dict[str, str]
 """What a run is: name of a parameter, input or part of the code -> its value or hash."""
@@ -32,7 +33,7 @@ Fingerprint = dict[str, str]
 CHUNK = 1 << 20
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint is damaged or of another run; the message says which file and why."""
 
 

@@ -18,10 +18,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from cm3leon.config.schema import EncoderConfig, UserError
+from cm3leon.config.schema import EncoderConfig
 from cm3leon.data.pixels import ImageSet
 from cm3leon.models.clip import ClipTokenizer, Encoder, build_clip, embed_ids, embed_pixels, trained_settings
 from cm3leon.sequence.text_tokenizer import TextTokenizer
+from cm3leon.training.optimizer import learning_rate_at, set_learning_rate
+from cm3leon.utils.errors import UserError
 
 LARGEST_SCALE = math.log(100)  # of the logits, as CLIP
 
@@ -82,19 +84,11 @@ def loss_of(
     return (cross_entropy(logits, target) + by_text) / 2
 
 
-def _optimizer(model: nn.Module, config: EncoderConfig) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _optimizer(model: nn.Module, config: EncoderConfig) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6)
-
-    def rate(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6)
 
 
 class _Batches:
@@ -134,7 +128,7 @@ def train(
     settings = trained_settings(config, tokenizer.size)
     torch.manual_seed(seed)
     model = build_clip(settings["model"]).to(device).train()
-    optimizer, schedule = _optimizer(model, config)
+    optimizer = _optimizer(model, config)
     batches, rng = _Batches(len(images), config.batch_size, seed), random.Random(seed)
     for step in range(config.steps):
         positions = batches.next()
@@ -152,8 +146,9 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rate = learning_rate_at(step, peak=config.learning_rate, steps=config.steps, warmup_steps=config.warmup_steps)
+        set_learning_rate(optimizer, rate)
         optimizer.step()
-        schedule.step()
         on_step(step, float(loss.detach()))
     return Encoder(model, settings, tokenizer)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cm3leon.config.schema import TrainConfig
 from cm3leon.models.decoder import Decoder
 from cm3leon.training.hardware import computes_bfloat16
+from cm3leon.utils.device import default_device
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,6 @@ class World:
         """Until all processes are here."""
         if self.size > 1:
             dist.barrier()
-
-
-def default_device() -> torch.device:
-    """The GPU of this process where there is one, else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @contextmanager

@@ -29,10 +29,20 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     return [adamw, Muon(matrices, config.learning_rate, config.weight_decay, dtype=dtype)]
 
 
-def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to the peak, then a cosine to ``final_learning_rate`` times the peak."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    share = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-    return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
+def learning_rate_at(step: int, *, peak: float, steps: int, warmup_steps: int, final: float = 0.0) -> float:
+    """The schedule of every training run here: linear warm-up to ``peak``, then half a cosine down to ``final * peak``.
+
+    Args:
+        step: from 0; from ``steps`` on the rate stays at its end.
+        final: share of the peak at the end.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0)
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of all of an optimizer's parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from cm3leon.config.profiles import CONFIGS, PARAMS, changed_config, profile_file
-from cm3leon.config.schema import Config, TrainConfig, UserError
+from cm3leon.config.schema import Config, TrainConfig
 from cm3leon.models.cross_entropy import CHUNK_ELEMENTS
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.hardware import DEVICES, Device, flops_per_token
+from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from cm3leon.config import paths
 from cm3leon.config.schema import DecodingConfig
@@ -20,7 +19,7 @@ from cm3leon.models.decoder import Decoder
 from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.tracking.runs import Run
-from cm3leon.utils.images import save_captioned
+from cm3leon.utils.images import save_captioned, to_pil
 
 PROMPTS = 12
 
@@ -41,8 +40,7 @@ def sample_sheets(run: Run, model: Decoder, held_out: TokenStore) -> Callable[[i
     def draw(step: int) -> None:
         model.eval()
         codes = generate_images(model, prompts, [[row] for row in range(len(prompts))], plain)[:, 0]
-        pixels = image_tokenizer.decode(torch.from_numpy(codes).to(model.device)).add(1).mul(127.5).round()
-        images = [Image.fromarray(a) for a in pixels.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()]
+        images = to_pil(image_tokenizer.decode(torch.from_numpy(codes).to(model.device)))
         with tempfile.TemporaryDirectory() as folder:
             sheet = Path(folder) / "prompts.png"
             save_captioned(images, [text_tokenizer.decode(np.asarray(ids).tolist()) for ids in texts], sheet)

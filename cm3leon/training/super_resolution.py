@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -10,9 +9,12 @@ import torch
 from torch import nn
 from torch.nn.functional import l1_loss
 
-from cm3leon.config.schema import SuperResolutionConfig, UserError
+from cm3leon.config.schema import SuperResolutionConfig
 from cm3leon.data.pixels import ImageSet
-from cm3leon.models.super_resolution import SuperResolution, reduce, to_unit
+from cm3leon.models.super_resolution import SuperResolution, reduce
+from cm3leon.training.optimizer import learning_rate_at, set_learning_rate
+from cm3leon.utils.errors import UserError
+from cm3leon.utils.images import to_unit
 
 
 def train(
@@ -36,10 +38,9 @@ def train(
     model = SuperResolution(config.scale, config.channels, config.blocks).to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     rng = np.random.default_rng(seed)
-    warmup = max(1, config.steps // 10)
     for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        rate = learning_rate_at(step, peak=config.learning_rate, steps=config.steps, warmup_steps=config.steps // 10)
+        set_learning_rate(optimizer, rate)
         high = torch.from_numpy(_crops(images, config.batch_size, side, rng)).permute(0, 3, 1, 2).to(device)
         loss = l1_loss(model(to_unit(reduce(high, config.scale))), to_unit(high))
         optimizer.zero_grad(set_to_none=True)

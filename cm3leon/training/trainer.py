@@ -24,14 +24,15 @@ from cm3leon.training import distributed
 from cm3leon.training.checkpoint import Checkpoints, generator_states, set_generator_states
 from cm3leon.training.distributed import World
 from cm3leon.training.hardware import flops_per_token, peak_flops
-from cm3leon.training.optimizer import learning_rate_at, make_optimizers
+from cm3leon.training.optimizer import learning_rate_at, make_optimizers, set_learning_rate
+from cm3leon.utils.errors import UserError
 from cm3leon.utils.progress import progress
 
 Log = Callable[[dict[str, float], int], None]
 LOG_EVERY = 10
 
 
-class DivergenceError(RuntimeError):
+class DivergenceError(UserError):
     """The loss or the gradient is no longer finite."""
 
 
@@ -117,10 +118,15 @@ def train_step(state: State, stream: Stream, config: TrainConfig, name: str) -> 
     norm = distributed.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)).item()
     if not (math.isfinite(mean) and math.isfinite(norm)):
         raise DivergenceError(f"{name} diverged at step {state.step}: loss {mean}, gradient norm {norm}; lower {name}.learning_rate")
-    rate = learning_rate_at(state.step, config)
+    rate = learning_rate_at(
+        state.step,
+        peak=config.learning_rate,
+        steps=config.steps,
+        warmup_steps=config.warmup_steps,
+        final=config.final_learning_rate,
+    )
     for optimizer in state.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(optimizer, rate)
         optimizer.step()
     state.step += 1
     state.losses.append(mean)

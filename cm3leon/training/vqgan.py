@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cm3leon.config.schema import ImageTokenizerConfig, UserError
-from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec, to_float
+from cm3leon.config.schema import ImageTokenizerConfig
+from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec
 from cm3leon.training.muon import Muon
+from cm3leon.training.optimizer import learning_rate_at, set_learning_rate
+from cm3leon.utils.errors import UserError
+from cm3leon.utils.images import to_channels_first
 from cm3leon.utils.progress import progress
 
 
@@ -36,6 +39,8 @@ RECENT_BATCHES = 32
 """Batches whose latents seed the codebook when quantisation begins."""
 LOG_EVERY = 20
 WEIGHT_DECAY = 1e-4
+FINAL_LEARNING_RATE = 0.05
+"""Share of the peak learning rate at the last step."""
 
 
 class PatchDiscriminator(nn.Module):
@@ -90,14 +95,6 @@ class PerceptualLoss(nn.Module):
     def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         pairs = zip(self.features(images), self.features(reconstructions), strict=True)
         return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).sum()
-
-
-def learning_rate_at(step: int, config: ImageTokenizerConfig) -> float:
-    """Linear warm-up, then a cosine to a twentieth of the peak."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    share = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    return config.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 def make_optimizers(model: nn.Module, config: ImageTokenizerConfig) -> list[torch.optim.Optimizer]:
@@ -210,9 +207,11 @@ class ImageTokenizerTrainer:
         self.model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        rate = learning_rate_at(
+            step, peak=config.learning_rate, steps=config.steps, warmup_steps=config.warmup_steps, final=FINAL_LEARNING_RATE
+        )
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, config)
+            set_learning_rate(optimizer, rate)
             optimizer.step()
         if adversarial:
             figures["discriminator_loss"] = self.discriminator_step(images, output.detach())
@@ -252,7 +251,7 @@ def train_image_tokenizer(
                 order, position = torch.randperm(len(images), generator=trainer.generator), 0
             batch = torch.from_numpy(images[order[position : position + config.batch_size].numpy()])
             position += config.batch_size
-            figures = trainer.step(to_float(batch, device), step)
+            figures = trainer.step(to_channels_first(batch, device), step)
             if step % LOG_EVERY == 0 or step == config.steps - 1:
                 log(figures, step)
             meter.advance(1, f"L1 {figures['l1']:.4f}, codes used {figures['codebook_usage']:.0%}")

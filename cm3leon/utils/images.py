@@ -1,4 +1,4 @@
-"""What several stages share: the device, sheets of pictures."""
+"""Conversions between uint8 and [-1, 1], and sheets of pictures with their captions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,29 @@ COLUMNS = 8
 MOST_LINES = 18
 
 
-def device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def to_unit(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 of any shape to float32 in [-1, 1]."""
+    return pixels.float().div(127.5).sub(1)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Floats in [-1, 1] of any shape to uint8, rounded; values outside are clipped."""
+    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def to_channels_first(pixels: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1] on ``device``."""
+    return to_unit(pixels.to(device).permute(0, 3, 1, 2)).contiguous()
+
+
+def to_channels_last(images: torch.Tensor) -> torch.Tensor:
+    """Floats (B, 3, H, W) in [-1, 1] to uint8 (B, H, W, 3) on the CPU."""
+    return to_uint8(images).permute(0, 2, 3, 1).cpu()
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """Floats (B, 3, H, W) in [-1, 1] to RGB pictures."""
+    return [Image.fromarray(array) for array in to_channels_last(images).numpy()]
 
 
 def save_pairs(originals: np.ndarray, copies: np.ndarray, path: Path, scale: int = 2) -> None:

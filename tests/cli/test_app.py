@@ -17,8 +17,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cm3leon.cli import app, model
-from cm3leon.config.schema import DecodingConfig, UserError
+from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.generator import Generator
+from cm3leon.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "mlflow", "prefect", "dvc", "great_expectations", "open_clip", "faiss", "pandas", "numpy")

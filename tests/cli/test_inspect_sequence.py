@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 
 from cm3leon.cli import app, inspect_sequence
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, UserError
+from cm3leon.config.schema import Config
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
 from cm3leon.sequence.grammar import check_grammar
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.stages.pretrain import build_vocabulary, training_samples
 from cm3leon.training.run import stream_of
+from cm3leon.utils.errors import UserError
 
 PACKED = {
     "model": {"layers": 1, "width": 32, "heads": 2, "context": 400, "sentinels": 4}, "steps": 20, "batch_size": 2, "packing": True,

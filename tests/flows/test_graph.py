@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cm3leon.cli.app import STAGES
 from cm3leon.config.schema import Config
+from cm3leon.stages.common import STAGES
 from flows.graph import affected, stage_order
 
 ROOT = Path(__file__).parents[2]

@@ -30,7 +30,7 @@ if name == "second" and pathlib.Path("fault.txt").read_text():
     sys.exit(2)
 pathlib.Path("out").mkdir(exist_ok=True)
 pathlib.Path("out", name).write_text(name)
-print('figures: {"rows": 12, "seconds": 0.5, "peak_megabytes": 64.0}')
+print('metrics: {"rows": 12, "seconds": 0.5, "peak_megabytes": 64.0}')
 """
 
 

@@ -10,14 +10,13 @@ from PIL import Image
 
 from cm3leon.config import paths
 from cm3leon.config.schema import DecodingConfig, RetrieveConfig
-from cm3leon.sequence.tasks import CONDITIONS
 from cm3leon.generation.engine import PromptTooLongError, log_likelihoods
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.memory import Memory
 from cm3leon.generation.parts import BadInputError
 from cm3leon.generation.results import GeneratedText
 from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Prompt
-from cm3leon.sequence.tasks import TASKS, Training
+from cm3leon.sequence.tasks import CONDITIONS, TASKS, Training
 
 PROMPTS = ["a red circle", "two green crosses and a blue square on white"]
 PICTURE = Image.new("RGB", (32, 32), "red")

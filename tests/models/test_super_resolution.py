@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from cm3leon.config.schema import SuperResolutionConfig
-from cm3leon.models.super_resolution import SuperResolution, evaluate, psnr_rgb, reduce, to_bytes, to_unit, train
+from cm3leon.evaluation.upscaling import measure_upscaling, psnr_rgb
+from cm3leon.models.super_resolution import SuperResolution, reduce
+from cm3leon.training.super_resolution import train
 
 CONFIG = SuperResolutionConfig(scale=2, channels=32, blocks=2, patch_size=12, steps=150, batch_size=8, learning_rate=6e-3)
 
@@ -40,7 +42,7 @@ def model() -> SuperResolution:
 
 
 def test_an_untrained_network_is_bicubic() -> None:
-    figures = evaluate(SuperResolution(3, 8, 1), Sized(Discs(4, 1), 30))
+    figures = measure_upscaling(SuperResolution(3, 8, 1), Sized(Discs(4, 1), 30))
     assert len(figures["psnr_rgb"]) == 4 and figures["psnr_rgb"] == pytest.approx(figures["psnr_rgb_bicubic"], abs=1e-6)
 
 
@@ -58,7 +60,7 @@ class Sized:
 
 
 def test_beats_bicubic_on_held_out_images(model: SuperResolution) -> None:
-    figures = evaluate(model, Discs(24, 1))
+    figures = measure_upscaling(model, Discs(24, 1))
     assert np.mean(figures["psnr_rgb"]) > np.mean(figures["psnr_rgb_bicubic"]) + 1
 
 
@@ -91,11 +93,6 @@ def test_psnr() -> None:
     black, grey = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.full((2, 3, 4, 4), 10, dtype=torch.uint8)
     assert psnr_rgb(black, grey) == pytest.approx(10 * np.log10(255**2 / 100))
     assert psnr_rgb(black, black) == 100
-
-
-def test_bytes_survive_the_round_trip() -> None:
-    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    assert torch.equal(to_bytes(to_unit(pixels)), pixels)
 
 
 def test_reduction_keeps_plain_ground_and_refuses_uneven_sides() -> None:

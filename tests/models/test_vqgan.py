@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from cm3leon.config.schema import ImageTokenizerConfig
-from cm3leon.models.vqgan import Codebook, ImageTokenizer, reconstruct, to_float
+from cm3leon.models.vqgan import Codebook, ImageTokenizer, reconstruct
 from cm3leon.training.vqgan import ImageTokenizerTrainer, code_statistics, psnr, spec_of, train_image_tokenizer
+from cm3leon.utils.images import to_channels_first
 
 CPU = torch.device("cpu")
 SMALL = {"image_size": 32, "channels": 16, "embedding_dim": 8, "codebook_size": 32, "blocks": 1, "warmup_steps": 5}
@@ -118,7 +119,7 @@ def test_every_parameter_of_the_tokenizer_is_in_an_optimiser_once(optimizer):
 def test_adversarial_training_moves_both_networks():
     config = ImageTokenizerConfig(**SMALL, steps=10, adversarial_weight=0.5, adversarial_start=2)
     trainer = ImageTokenizerTrainer(config, 0, CPU)
-    images = to_float(torch.from_numpy(flat_images(8)), CPU)
+    images = to_channels_first(torch.from_numpy(flat_images(8)), CPU)
     before = [p.detach().clone() for p in trainer.discriminator.parameters()]
     figures = [trainer.step(images, step) for step in range(4)]
     assert "discriminator_loss" not in figures[1] and figures[2]["discriminator_loss"] > 0
@@ -137,7 +138,7 @@ def test_the_perceptual_loss_reads_vgg_weights_and_sees_differences(tmp_path):
     state = {f"features.{k}": v for k, v in vgg16(weights=None).features.state_dict().items()}
     save_file(state, tmp_path / "vgg.safetensors")
     loss = PerceptualLoss(tmp_path / "vgg.safetensors")
-    image = to_float(torch.from_numpy(flat_images(1)), CPU)
+    image = to_channels_first(torch.from_numpy(flat_images(1)), CPU)
     assert loss(image, image) == 0 and loss(image, -image) > 0
 
 

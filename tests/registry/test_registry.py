@@ -128,10 +128,10 @@ def test_register_is_idempotent_pickles_nothing_and_can_be_fetched(stages):
 
 
 def test_fetching_what_is_not_there_says_so(project):
-    with pytest.raises(LookupError, match="models:/cm3leon@champion"):
+    with pytest.raises(registry.NotRegisteredError, match="models:/cm3leon@champion"):
         registry.fetch_bundle()
     (project / "mlflow.db").unlink()
-    with pytest.raises(LookupError, match="run the pipeline"):
+    with pytest.raises(registry.NotRegisteredError, match="run the pipeline"):
         registry.fetch_bundle()
     assert not (project / "mlflow.db").exists()
 

@@ -7,16 +7,16 @@ import pandas as pd
 import pytest
 from tests_support import make_documents
 
-from cm3leon.config.schema import ObjectiveConfig, SFTConfig, UserError
+from cm3leon.config.schema import ObjectiveConfig, SFTConfig
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.task_samples import TaskSamples, bounded_shares
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
-from cm3leon.sequence.tasks import condition_key
 from cm3leon.generation.prompts import answer_prompt, image_prompt, reading_pair
 from cm3leon.sequence.grammar import EOS, EOSS, Vocabulary, check_grammar, split_tail
-from cm3leon.sequence.tasks import BREAK, TASKS, available, box_in_square, lay_out, problem_values, split_template
+from cm3leon.sequence.tasks import BREAK, TASKS, available, box_in_square, condition_key, lay_out, problem_values, split_template
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.stages.text_tokenizer import texts
+from cm3leon.utils.errors import UserError
 
 TOKENIZER = TextTokenizer.train(["Question: What color is the circle? Answer: red."] * 3, 300)
 VOCABULARY = Vocabulary(text_size=TOKENIZER.size, image_size=50, sentinels=8, tokens_per_image=16)

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, ShapesConfig, UserError
+from cm3leon.config.schema import Config, ShapesConfig
 from cm3leon.data.manifest import VALIDATED_SCHEMA, read_manifest
 from cm3leon.data.packing import pack
 from cm3leon.evaluation import inception
@@ -27,6 +27,7 @@ from cm3leon.scenes import source as shapes
 from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.stages import evaluate
 from cm3leon.tracking import runs
+from cm3leon.utils.errors import UserError
 
 CONFIG = Config.model_validate(
     {

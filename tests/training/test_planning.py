@@ -17,12 +17,13 @@ import yaml
 from typer.testing import CliRunner
 
 from cm3leon.cli import app
-from cm3leon.config.schema import Config, ConfigError, UserError, load_config
+from cm3leon.config.schema import Config, ConfigError, load_config
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.planning import Plan, activation_bytes, block_bytes, count, make_plan, memory, optimizer_bytes, read_config
 from cm3leon.training.trainer import setup
+from cm3leon.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -104,7 +104,13 @@ def test_divergence_stops_before_the_step_is_taken(stream):
 
 
 def test_schedule_warms_up_peaks_and_ends_at_the_floor():
-    rates = [learning_rate_at(step, CONFIG) for step in range(CONFIG.steps + 1)]
+    schedule = {
+        "peak": CONFIG.learning_rate,
+        "steps": CONFIG.steps,
+        "warmup_steps": CONFIG.warmup_steps,
+        "final": CONFIG.final_learning_rate,
+    }
+    rates = [learning_rate_at(step, **schedule) for step in range(CONFIG.steps + 1)]
     assert rates[0] == pytest.approx(CONFIG.learning_rate / 5) and max(rates) == rates[5] == CONFIG.learning_rate
     assert rates[-1] == pytest.approx(CONFIG.learning_rate * CONFIG.final_learning_rate)
     assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from cm3leon.utils.errors import UserError
 
-class SourceError(ValueError):
+
+class SourceError(UserError):
     """A collection cannot be read as configured."""
