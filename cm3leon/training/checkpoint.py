@@ -59,8 +59,9 @@ def data_hash(path: Path) -> str:
 def code_hash() -> str:
     """A hash of the modules that decide what a step computes."""
     root = Path(__file__).parent.parent
-    names = ["documents", "objective", "loss", "model", "tasks", "data/sequences", "data/batches", "data/tokens", "data/task_samples"]
-    files = [root / f"{name}.py" for name in names] + sorted((root / "training").glob("*.py"))
+    names = ["data/sequences", "data/batches", "data/tokens", "data/task_samples"]
+    rooms = [file for room in ("models", "sequence", "training") for file in sorted((root / room).glob("*.py"))]
+    files = [root / f"{name}.py" for name in names] + rooms
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

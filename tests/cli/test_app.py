@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from cm3leon.cli import app, model
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.generator import Generator
+from cm3leon.stages.common import METRICS, STAGES
 from cm3leon.utils.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "mlflow", "prefect", "dvc", "great_expectations", "open_clip", "faiss", "pandas", "numpy")
 
 
@@ -97,7 +98,7 @@ print([name for name in {HEAVY} if name in sys.modules])
 
 def test_every_dvc_stage_is_a_command_and_has_a_module() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    assert list(stages) == list(app.STAGES)
+    assert list(stages) == list(STAGES)
     listed = CliRunner().invoke(app.app, ["--help"]).output
     for name, stage in stages.items():
         assert stage["cmd"].endswith(f" cm3leon {name}")
@@ -106,7 +107,7 @@ def test_every_dvc_stage_is_a_command_and_has_a_module() -> None:
     assert CliRunner().invoke(app.app, ["super-resolution", "--help"]).exit_code == 0
 
 
-def test_a_stage_prints_its_figures_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_prints_its_metrics_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text("seed: 5\n")
     fake = types.SimpleNamespace(run=lambda config: print("working") or {"seed": float(config.seed)})
@@ -115,10 +116,10 @@ def test_a_stage_prints_its_figures_last(tmp_path: Path, monkeypatch: pytest.Mon
     assert status == 0
     first, last = out.splitlines()
     assert first == "working"
-    figures = json.loads(last.removeprefix(app.FIGURES))
-    assert figures["seed"] == 5
-    assert figures["peak_megabytes"] > 10
-    assert figures["seconds"] >= 0
+    metrics = json.loads(last.removeprefix(METRICS))
+    assert metrics["seed"] == 5
+    assert metrics["peak_megabytes"] > 10
+    assert metrics["seconds"] >= 0
 
 
 def test_missing_parameters_are_one_line(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from cm3leon.config.profiles import configure, profile_names
 from cm3leon.config.schema import TASK_NAMES, Config, ConfigError, load_config, parse_config
 from cm3leon.sequence.tasks import TASKS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 PROFILES = profile_names(CONFIGS)
 FREE = {"columns", "tasks", "floors", "ceilings", "margins"}

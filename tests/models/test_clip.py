@@ -181,7 +181,8 @@ def test_refuses_images_without_captions(halves: Halves) -> None:
 def test_torchvision_imports_in_a_fresh_process() -> None:
     """Once and twice, before torchvision and open_clip."""
     code = (
-        "from cm3leon._torchvision import make_importable as m; a = m(); assert m() == a; import torchvision.transforms, open_clip;"
+        "from cm3leon.utils.torchvision_compat import make_importable as m; a = m(); assert m() == a;"
+        "import torchvision.transforms, open_clip;"
         "from PIL import Image; print(torchvision.transforms.ToTensor()(Image.new('RGB', (3, 2))).shape)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -106,11 +106,11 @@ def test_stages_are_children_of_the_pipeline(project, monkeypatch):
 
 def test_the_run_of_a_killed_process_is_swept_and_a_living_ones_is_not(project):
     program = (
-        "import os, signal\nfrom cm3leon import tracking\nfrom cm3leon.config import Config\n"
+        "import os, signal\nfrom cm3leon.tracking import runs\nfrom cm3leon.config.schema import Config\n"
         "with runs.stage_run('pretrain', Config()) as run:\n"
         "    print(run.run_id, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    path = str(Path(runs.__file__).parents[1])
+    path = str(Path(runs.__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     killed = done.stdout.split()[-1]
     assert done.returncode == -9

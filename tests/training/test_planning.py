@@ -25,7 +25,7 @@ from cm3leon.training.planning import Plan, activation_bytes, block_bytes, count
 from cm3leon.training.trainer import setup
 from cm3leon.utils.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 CLUSTERS = (ROOT / "docs/clusters.md").read_text()
 VOCABULARY = Vocabulary(text_size=200, image_size=64, sentinels=8, tokens_per_image=16, reserved=3)
