@@ -16,7 +16,7 @@ from cm3leon.config.schema import DecodingConfig, Section
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
-COLUMNS = ("task", "prompt", "image", "question", "instruction", "text", "kind", "context", "box", "objects", "document", "options")
+REQUEST_COLUMNS = ("task", "prompt", "image", "question", "instruction", "text", "kind", "context", "box", "objects", "document", "options")
 """Of a request, all text; ``box``, ``objects``, ``document`` and ``options`` are JSON."""
 JSON_COLUMNS = ("box", "objects", "document", "options")
 
@@ -69,7 +69,7 @@ def signature(decoding: DecodingConfig) -> ModelSignature:
 
     defaults = RequestSettings().model_dump() | decoding.model_dump(include=set(RequestSettings.model_fields))
     types = {bool: DataType.boolean, int: DataType.long, float: DataType.double}
-    columns = [ColSpec(DataType.string, name, required=False) for name in COLUMNS]
+    columns = [ColSpec(DataType.string, name, required=False) for name in REQUEST_COLUMNS]
     outputs = [ColSpec(DataType[kind], name, required=name in ("row", "task")) for name, kind in OUTPUTS.items()]
     params = [ParamSpec(name, types[type(value)], value) for name, value in defaults.items()]
     return ModelSignature(inputs=Schema(columns), outputs=Schema(outputs), params=ParamSchema(params))

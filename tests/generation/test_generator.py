@@ -53,7 +53,7 @@ def read_from(generator, text, codes):
     vocabulary = generator.model.vocabulary
     start = [EOS, vocabulary.sentinel(0), BREAK, *vocabulary.image(codes), vocabulary.sentinel(0)]
     tokens = torch.tensor([[*start, *vocabulary.text(generator.text_tokenizer.encode(text)), EOSS]])
-    logits = generator.model.logits(generator.model(tokens, torch.from_numpy(vocabulary.places(tokens[0].numpy()))[None]))
+    logits = generator.model.logits(generator.model(tokens, torch.from_numpy(vocabulary.image_positions(tokens[0].numpy()))[None]))
     return logits[0].log_softmax(-1)[torch.arange(len(start) - 1, tokens.shape[1] - 1), tokens[0, len(start) :]].sum().item()
 
 
@@ -66,7 +66,7 @@ def test_edits_are_ranked_by_how_likely_the_instruction_is_read_from_both_pictur
     for image in images:
         edit, picture = generator.ids("Edit first image following the instruction"), vocabulary.image(image.codes)
         tokens = [EOS, *edit, BREAK, *vocabulary.image(source), BREAK, vocabulary.sentinel(0), BREAK, *picture, vocabulary.sentinel(0)]
-        prompt = Prompt(np.array(tokens), vocabulary.places(np.array(tokens)))
+        prompt = Prompt(np.array(tokens), vocabulary.image_positions(np.array(tokens)))
         read.append(log_likelihoods(generator.model, [prompt], [Prompt(np.array(said), np.zeros(len(said), int))])[0].sum())
     assert read == sorted(read, reverse=True)
 
@@ -241,7 +241,7 @@ def test_scores_are_likelihoods_of_the_text_and_of_the_image(generator):
     model, vocabulary = generator.model, generator.model.vocabulary
     [image] = generator.encode(pictures[:1])
     tokens = np.concatenate([[1], generator.ids(PROMPTS[0]), [2], vocabulary.image(image)])
-    hidden = model(torch.from_numpy(tokens)[None], torch.from_numpy(vocabulary.places(tokens))[None])
+    hidden = model(torch.from_numpy(tokens)[None], torch.from_numpy(vocabulary.image_positions(tokens))[None])
     scores = model.logits(hidden)[0].log_softmax(-1)
     expected = sum(scores[-len(image) - 1 + n, token].item() for n, token in enumerate(vocabulary.image(image)))
     assert both[0].image == pytest.approx(expected, rel=1e-4)

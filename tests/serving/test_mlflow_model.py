@@ -15,7 +15,7 @@ from PIL import Image
 
 from cm3leon.config.schema import Config, DecodingConfig
 from cm3leon.registry.bundle import build_bundle
-from cm3leon.registry.signature import COLUMNS, RequestSettings, request_settings, signature
+from cm3leon.registry.signature import REQUEST_COLUMNS, RequestSettings, request_settings, signature
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_an_image_may_be_a_path(predict, tmp_path):
 
 def test_the_signature_states_all_columns_and_the_bundles_defaults():
     stated = signature(DecodingConfig(guidance=4.0))
-    assert [c.name for c in stated.inputs.inputs] == list(COLUMNS)
+    assert [c.name for c in stated.inputs.inputs] == list(REQUEST_COLUMNS)
     defaults = {p.name: p.default for p in stated.params.params}
     assert set(defaults) == set(RequestSettings.model_fields)
     assert defaults["guidance"] == 4.0
