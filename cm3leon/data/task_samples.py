@@ -160,7 +160,7 @@ class TaskSamples:
         chosen, retrieved = ([], []) if task.sees else self.documents.neighbours_of(document.id, rng)
         body = fit_body([*retrieved, segments], self.documents.context - 1 - MARKS * max(map(len, task.hidden)))
         own = [segment for segment in body.segments if segment.document == body.segments[-1].document]
-        hidden = task.hidden[int(rng.integers(len(task.hidden)))] if rng.random() < self.config.caption_drop else ()
+        hidden = task.hidden[int(rng.integers(len(task.hidden)))] if rng.random() < self.config.conditioning_dropout else ()
         spans = [(own[number].start, own[number].stop) for number in hidden]
         masked = apply_spans(body, spans, vocabulary)
         weight = masked.is_target.astype(np.float32)

@@ -3,7 +3,7 @@
 OPT's layout with the paper's changes (arXiv 2309.02591, section 3): pre-norm, ReLU feed-forward of four widths, learned absolute
 positions, no biases, no learnable LayerNorm parameters, tied embeddings; truncated-normal initialisation, output layers zero.
 Not in the paper, and off in its presets, three options by which a small model soon learns what it would else need long for:
-``image_positions`` adds to an image token the embedding of its place in the image, instead of counting from the break; ``rotation`` lets
+``image_positions`` adds to an image token the embedding of its place in the image, instead of counting from the break; ``rope`` lets
 attention tell how far apart two tokens stand, and which stand at the same place of two images; ``previous_token`` adds to a token the one
 before it, turned by a matrix, so that a noun is read with its adjective.
 Shapes: B batch, T tokens, D width, H heads, K head dim, V vocabulary.
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cm3leon.config.schema import current_names
 from cm3leon.models.cross_entropy import chunked_cross_entropy
 from cm3leon.models.kernels import attention, linear, relu, turn
 from cm3leon.sequence.grammar import Vocabulary
@@ -40,7 +41,7 @@ class DecoderSpec:
     position_std: float = 0.0002
     qk_norm: bool = False
     image_positions: bool = False
-    rotation: bool = False
+    rope: bool = False
     previous_token: bool = False
 
 
@@ -85,7 +86,7 @@ class Rotation(nn.Module):
         super().__init__()
         side = math.isqrt(tokens_per_image)
         if side**2 != tokens_per_image or head_dim % 8:
-            raise ValueError(f"rotation needs square images and heads of a multiple of 8, found {tokens_per_image} and {head_dim}")
+            raise ValueError(f"rope needs square images and heads of a multiple of 8, found {tokens_per_image} and {head_dim}")
         index = torch.arange(tokens_per_image)
         pairs = head_dim // 8  # for rows, for columns, for positions, and as many that are not turned
         of_places_NE = torch.cat([_angles(index // side, pairs, side), _angles(index % side, pairs, side)], 1)
@@ -181,7 +182,7 @@ class Decoder(nn.Module):
         self.positions = nn.Embedding(spec.context, spec.width)
         self.places = nn.Embedding(1 + vocabulary.tokens_per_image, spec.width, padding_idx=0) if spec.image_positions else None
         self.previous = Linear(spec.width, spec.width) if spec.previous_token else None
-        self.rotation = Rotation(spec.width // spec.heads, vocabulary.tokens_per_image, spec.context) if spec.rotation else None
+        self.rotation = Rotation(spec.width // spec.heads, vocabulary.tokens_per_image, spec.context) if spec.rope else None
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
         self.recompute = False
         self.compiled_decoding = False
@@ -225,7 +226,7 @@ class Decoder(nn.Module):
         """Hidden states (B, T, D) after the last norm.
 
         Args:
-            places_BT: place of each token in its image, from 1; 0 for what is no image token. For ``image_positions``, ``rotation``.
+            places_BT: place of each token in its image, from 1; 0 for what is no image token. For ``image_positions``, ``rope``.
             cache: what of the tokens before these attention reads; it also says which of them a token sees.
             positions_BT: positions of the tokens, by default counted from 0.
             mask: broadcastable to (B, 1, T, T), boolean, True where attention is allowed, or a bias; default causal. Without a cache.
@@ -324,6 +325,6 @@ class Decoder(nn.Module):
         if not (directory / "model.safetensors").is_file():
             raise FileNotFoundError(f"{directory}: no decoder here; run the pipeline (make run) or: cm3leon pretrain")
         config = json.loads((directory / "config.json").read_text())
-        model = cls(DecoderSpec(**config["decoder"]), Vocabulary(**config["vocabulary"]))
+        model = cls(DecoderSpec(**current_names(config["decoder"], "pretrain.model")), Vocabulary(**config["vocabulary"]))
         model.load_state_dict(load_file(directory / "model.safetensors"))
         return model.to(device).eval()

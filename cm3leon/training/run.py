@@ -26,9 +26,9 @@ def stream_of(draw: Draw, size: int, section: TrainConfig, seed: int, context: i
 
 def first_batches(draw: Draw, size: int, section: TrainConfig, seed: int) -> list[Batch]:
     """The first batches of held-out samples, to validate on, one sample a row."""
-    rows = min(section.batch_size, section.validation_documents)
+    rows = min(section.batch_size, section.validation_samples)
     stream = SortedStream(draw, size, section.micro_batch_size or rows, seed)
-    return [stream(step) for step in range(max(1, section.validation_documents // stream.batch_size))]
+    return [stream(step) for step in range(max(1, section.validation_samples // stream.batch_size))]
 
 
 def fingerprint(config: Config, stage: str, inputs: Sequence[Path]) -> Fingerprint:
