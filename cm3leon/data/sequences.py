@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cm3leon.config.schema import NeighbourChoice, ObjectiveConfig
+from cm3leon.config.schema import NeighborChoice, ObjectiveConfig
 from cm3leon.data.tokens import Document, TokenStore
 from cm3leon.sequence.cm3 import Masked, mask
 from cm3leon.sequence.grammar import BREAK, Body, Vocabulary, build_body
@@ -40,7 +40,7 @@ def sample_rng(seed: int, epoch: int, name: str) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, int(name, 16)))
 
 
-def read_neighbours(directory: Path, choice: NeighbourChoice = "paper") -> dict[str, list[str]]:
+def read_neighbours(directory: Path, choice: NeighborChoice = "paper") -> dict[str, list[str]]:
     """The neighbor table written by ``retrieve``: ids of each document's neighbors.
 
     Args:

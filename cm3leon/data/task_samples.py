@@ -166,7 +166,7 @@ class TaskSamples:
         chosen, retrieved = ([], []) if task.sees_image else self.pretraining.neighbours_of(document.id, rng)
         body = fit_body([*retrieved, segments], self.pretraining.context - 1 - TOKENS_PER_SPAN * max(map(len, task.cfg_dropout)))
         own = [segment for segment in body.segments if segment.document == body.segments[-1].document]
-        dropped = task.cfg_dropout[int(rng.integers(len(task.cfg_dropout)))] if rng.random() < self.config.caption_drop else ()
+        dropped = task.cfg_dropout[int(rng.integers(len(task.cfg_dropout)))] if rng.random() < self.config.conditioning_dropout else ()
         spans = [(own[number].start, own[number].stop) for number in dropped]
         masked = apply_spans(body, spans, vocabulary)
         weight = masked.is_target.astype(np.float32)

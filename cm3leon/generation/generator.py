@@ -117,7 +117,7 @@ class Generator(Parts):
         self.check_filled("prompt", shown)
         if references is not None:
             self.check_same_length("prompt", shown, "reference", references)
-        found = self.neighbours(shown, settings.documents, references)
+        found = self.neighbours(shown, settings.retrieved_documents, references)
         drawings = []
         for values, name, neighbours in zip(asked, shown, found, strict=True):
             query = self._query(task, values, {})

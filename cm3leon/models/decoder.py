@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cm3leon.config.schema import current_names
 from cm3leon.models.cross_entropy import chunked_cross_entropy
 from cm3leon.models.kernels import apply_rotary_emb, attention, linear, relu
 from cm3leon.sequence.grammar import Vocabulary
@@ -49,7 +50,7 @@ class DecoderSpec:
     position_std: float = 0.0002
     qk_norm: bool = False
     image_positions: bool = False
-    rotation: bool = False
+    rope: bool = False
     previous_token: bool = False
 
 
@@ -198,7 +199,7 @@ class Decoder(nn.Module):
         self.positions = nn.Embedding(spec.context, spec.width)
         self.image_positions = nn.Embedding(1 + vocabulary.tokens_per_image, spec.width, padding_idx=0) if spec.image_positions else None
         self.previous = Linear(spec.width, spec.width) if spec.previous_token else None
-        self.rope = RotaryEmbedding(spec.width // spec.heads, vocabulary.tokens_per_image, spec.context) if spec.rotation else None
+        self.rope = RotaryEmbedding(spec.width // spec.heads, vocabulary.tokens_per_image, spec.context) if spec.rope else None
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
         self.recompute = False
         self.compiled_decoding = False
@@ -346,6 +347,6 @@ class Decoder(nn.Module):
         if not (directory / WEIGHTS).is_file():
             raise FileNotFoundError(f"{directory}: no decoder here; run the pipeline (make run) or: cm3leon pretrain")
         config = json.loads((directory / "config.json").read_text())
-        model = cls(DecoderSpec(**config["decoder"]), Vocabulary(**config["vocabulary"]))
+        model = cls(DecoderSpec(**current_names(config["decoder"], "pretrain.model")), Vocabulary(**config["vocabulary"]))
         model.load_state_dict({RENAMED_TENSORS.get(name, name): tensor for name, tensor in load_file(directory / WEIGHTS).items()})
         return model.to(device).eval()

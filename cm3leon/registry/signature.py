@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
-from cm3leon.config.schema import DecodingConfig, Section
+from cm3leon.config.schema import DecodingConfig, Section, current_names
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -37,7 +37,7 @@ class RequestSettings(Section):
     guidance: float | None = Field(None, ge=0, le=50, description="classifier-free guidance scale; 1: none")
     image_guidance: float | None = Field(None, ge=0, le=50, description="in editing, towards the image that is edited")
     candidates: int | None = Field(None, ge=1, le=64, description="images drawn for each one returned")
-    documents: int | None = Field(None, ge=0, le=16, description="retrieved documents before the prompt")
+    retrieved_documents: int | None = Field(None, ge=0, le=16, description="retrieved documents before the prompt")
     text_temperature: float = Field(0.0, ge=0, le=10, description="of writing; 0: the likeliest text")
     long: bool = Field(False, description="captions at length")
     segments: int = Field(2, ge=1, le=8, description="texts and images that interleave adds, at most")
@@ -50,7 +50,7 @@ def request_settings(params: Mapping[str, Any] | None) -> RequestSettings:
         ValueError: with a line for each unknown or impossible parameter.
     """
     try:
-        return RequestSettings.model_validate(dict(params or {}))
+        return RequestSettings.model_validate(current_names(params or {}, "decoding"))  # earlier signatures fill in earlier names
     except ValidationError as error:
         known = ", ".join(RequestSettings.model_fields)
         lines = [

@@ -18,7 +18,7 @@ from cm3leon.training.trainer import fit, setup
 
 
 def stream_of(get_sample: GetSample, size: int, section: TrainConfig, seed: int, context: int) -> SortedStream | PackedStream:
-    """Batches of the samples that ``draw`` draws from ``size`` documents, as ``section`` wants them laid out."""
+    """Batches of the samples of a training section: padded rows, or packed rows of the context's length; ``size`` samples make an epoch."""
     if section.packing:
         return PackedStream(get_sample, size, section.batch_size, seed, context)
     return SortedStream(get_sample, size, section.batch_size, seed)
@@ -26,9 +26,9 @@ def stream_of(get_sample: GetSample, size: int, section: TrainConfig, seed: int,
 
 def first_batches(get_sample: GetSample, size: int, section: TrainConfig, seed: int) -> list[Batch]:
     """The first batches of held-out samples, to validate on, one sample a row."""
-    rows = min(section.batch_size, section.validation_documents)
+    rows = min(section.batch_size, section.validation_samples)
     stream = SortedStream(get_sample, size, section.micro_batch_size or rows, seed)
-    return [stream(step) for step in range(max(1, section.validation_documents // stream.batch_size))]
+    return [stream(step) for step in range(max(1, section.validation_samples // stream.batch_size))]
 
 
 def fingerprint(config: Config, stage: str, inputs: Sequence[Path]) -> Fingerprint:

@@ -28,7 +28,7 @@ def make(**options):
 
 @pytest.fixture(scope="module")
 def model():
-    return make(image_positions=True, rotation=True, previous_token=True)
+    return make(image_positions=True, rope=True, previous_token=True)
 
 
 def plain(tokens):
@@ -71,7 +71,7 @@ def reference_image(model, streams, seed, chosen_by):
     return codes
 
 
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"image_positions": True}, {"rotation": True}, {"previous_token": True}])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"image_positions": True}, {"rope": True}, {"previous_token": True}])
 @pytest.mark.parametrize("shared", [0, 40])
 @pytest.mark.parametrize("long", [0, 1000], ids=["held-once", "copied"])
 def test_reading_and_continuing_prompts_equals_the_full_pass(options, shared, long, monkeypatch):

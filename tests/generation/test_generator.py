@@ -84,17 +84,17 @@ def test_likelihood_ranks_beside_the_clip_score(generator):
 
 
 def test_an_image_says_where_it_comes_from(generator, tmp_path):
-    [[image]] = generator.text_to_image(PROMPTS[:1], candidates=1, documents=1, seed=5)
+    [[image]] = generator.text_to_image(PROMPTS[:1], candidates=1, retrieved_documents=1, seed=5)
     assert image.neighbours[0]["licence"] == "CC0-1.0" and {"id", "caption", "attribution", "score"} <= set(image.neighbours[0])
     image.save(tmp_path / "out.png")
     record = json.loads(Image.open(tmp_path / "out.png").text["cm3leon"])
     assert record["prompt"] == PROMPTS[0] and record["seed"] == 5 and record["neighbours"] == image.neighbours
-    assert record["settings"]["documents"] == 1
+    assert record["settings"]["retrieved_documents"] == 1
 
 
 def test_retrieval_changes_what_is_drawn(generator):
-    plain = generator.text_to_image(PROMPTS[:1], candidates=1, documents=0)
-    retrieved = generator.text_to_image(PROMPTS[:1], candidates=1, documents=1)
+    plain = generator.text_to_image(PROMPTS[:1], candidates=1, retrieved_documents=0)
+    retrieved = generator.text_to_image(PROMPTS[:1], candidates=1, retrieved_documents=1)
     assert codes(plain) != codes(retrieved)
 
 
@@ -121,10 +121,10 @@ def test_what_is_too_long_can_be_shortened_to_what_fits(generator, text):
 
 def test_documents_that_do_not_fit_beside_the_prompt_are_left_out(generator):
     prompt = generator.shorten("circle " * 300)
-    [[image]] = generator.text_to_image([prompt], candidates=1, documents=2)
+    [[image]] = generator.text_to_image([prompt], candidates=1, retrieved_documents=2)
     assert image.neighbours == []
     [found] = generator.neighbours(["a red circle"], 2)
-    [[roomy]] = generator.text_to_image(["a red circle"], candidates=1, documents=2)
+    [[roomy]] = generator.text_to_image(["a red circle"], candidates=1, retrieved_documents=2)
     assert roomy.neighbours == found != []
 
 
@@ -253,7 +253,7 @@ def test_documents_are_found_by_text_by_image_or_by_both(generator):
     [by_text], [by_image], [by_both] = memory.find(2, PROMPTS[:1]), memory.find(2, None, white), memory.find(2, PROMPTS[:1], white)
     assert len(by_text) == len(by_image) == len(by_both) == 2
     assert by_both[0]["id"] == by_text[0]["id"] and {n["id"] for n in by_both} & {n["id"] for n in by_image}
-    [[image]] = generator.text_to_image(PROMPTS[:1], references=white, documents=2, candidates=1)
+    [[image]] = generator.text_to_image(PROMPTS[:1], references=white, retrieved_documents=2, candidates=1)
     assert [image.neighbours] == generator.neighbours(PROMPTS[:1], 2, white)
 
 
@@ -326,7 +326,7 @@ def test_without_encoder_ranking_and_retrieval_are_refused(tiny_models):
     with pytest.raises(BadInputError, match="rank"):
         plain.text_to_image(["x"], candidates=2)
     with pytest.raises(BadInputError, match="memory bank"):
-        plain.text_to_image(["x"], documents=1)
+        plain.text_to_image(["x"], retrieved_documents=1)
 
 
 def test_a_directory_that_is_no_bundle_is_refused(tmp_path):

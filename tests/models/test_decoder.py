@@ -53,14 +53,14 @@ def test_places_matter_to_image_tokens_only_where_the_option_is_on():
     assert not model.image_positions.weight[0].any()
 
 
-def test_rotation_depends_on_the_step_from_a_key_to_the_place_that_comes_next():
+def test_rope_depends_on_the_step_from_a_key_to_the_place_that_comes_next():
     """The product of a turned query and a turned key is that of the same two further along, in an image or a sequence."""
     rope = RotaryEmbedding(16, 16, 48)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def product(query, key):
         """Of a query and a key at (place, position)."""
-        of_query, of_key = (rotation(*(torch.tensor([[value]]) for value in where))[0, 0] for where in (query, key))
+        of_query, of_key = (rope(*(torch.tensor([[value]]) for value in where))[0, 0] for where in (query, key))
         return (apply_rotary_emb(q, of_query[0]) * apply_rotary_emb(k, of_key[1])).sum().item()
 
     unturned = (q * k).sum().item()
@@ -74,7 +74,7 @@ def test_rotation_depends_on_the_step_from_a_key_to_the_place_that_comes_next():
     assert len({round(product((0, 47), (0, position)), 4) for position in range(48)}) == 48
 
 
-def test_rotation_needs_square_images():
+def test_rope_needs_square_images():
     with pytest.raises(ValueError, match="square images"):
         RotaryEmbedding(16, 12, 48)
 

@@ -116,7 +116,7 @@ DRAWN = {
 @pytest.mark.parametrize("name", DRAWN)
 def test_a_drawing_sample_is_the_prompt_of_one_of_its_streams_and_the_image(samples, name):
     """What the generator lays out, the hidden segments masked or not, and what it reads from an image to rank it."""
-    drawn = samples({name: 1.0}, change, caption_drop=0.5)
+    drawn = samples({name: 1.0}, change, conditioning_dropout=0.5)
     task, store = TASKS[name], drawn.pretraining.store
     others = {"source": store[2].codes, "condition": store[3].codes ^ 1}
     query, _ = lay_out(task.templates[0], DRAWN[name], others, VOCABULARY, TOKENIZER)
@@ -173,7 +173,7 @@ def test_a_sample_asks_several_questions_and_answers_each_behind_the_image(sampl
 
 
 def test_drawing_samples_are_prompt_then_image_and_some_drop_the_caption(samples):
-    drawn = samples({"text_to_image": 1.0}, caption_drop=0.3)
+    drawn = samples({"text_to_image": 1.0}, conditioning_dropout=0.3)
     query = [("text", VOCABULARY.text(TOKENIZER.encode("a red circle")))]
     prompt, unconditional = (image_prompt(query, [], VOCABULARY, masked).tokens for masked in (frozenset(), frozenset({0})))
     plain = dropped = 0
@@ -188,7 +188,7 @@ def test_drawing_samples_are_prompt_then_image_and_some_drop_the_caption(samples
 
 def test_what_stands_before_the_image_to_draw_has_the_inputs_weight(samples):
     for task in ("text_to_image", "condition_to_image", "edit"):
-        drawn = samples({task: 1.0}, change, caption_drop=0.5, input_weight=0.25)
+        drawn = samples({task: 1.0}, change, conditioning_dropout=0.5, input_weight=0.25)
         for number in range(len(drawn)):
             masked, weights, documents, _ = drawn(0, number)
             image = VOCABULARY.image(drawn.pretraining.store.by_id(documents[-1]).codes)
@@ -199,7 +199,7 @@ def test_what_stands_before_the_image_to_draw_has_the_inputs_weight(samples):
 
 
 def test_the_mix_follows_its_weights(samples):
-    drawn = samples({"text_to_image": 3.0, "caption": 1.0}, caption_drop=0.0)
+    drawn = samples({"text_to_image": 3.0, "caption": 1.0}, conditioning_dropout=0.0)
     masked = sum(bool(drawn(epoch, row)[0].spans) for epoch in range(20) for row in range(40))
     assert masked == 200
 
@@ -213,7 +213,7 @@ def test_the_mix_stays_within_its_bounds():
 
 
 def test_every_document_of_a_task_comes_before_one_comes_again(samples):
-    drawn = samples({"edit": 1.0, "text_to_image": 1.0}, change, caption_drop=0.0)
+    drawn = samples({"edit": 1.0, "text_to_image": 1.0}, change, conditioning_dropout=0.0)
     assert len(drawn) == 40 and drawn.counts == {"text_to_image": 40, "edit": 20}
     edits = []
     for epoch in range(3):

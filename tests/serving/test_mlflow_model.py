@@ -101,7 +101,7 @@ def test_every_task_is_answered(predict):
 
 
 def test_the_same_request_gives_the_same_answer_and_documents_are_named(predict):
-    request = [{"prompt": "a blue square"}], {"documents": 1, "candidates": 1, "seed": 3}
+    request = [{"prompt": "a blue square"}], {"retrieved_documents": 1, "candidates": 1, "seed": 3}
     first, second = predict(*request), predict(*request)
     assert first.equals(second)
     assert set(json.loads(first["neighbours"].iloc[0])[0]) >= {"id", "licence", "attribution"}

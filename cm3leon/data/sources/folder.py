@@ -1,7 +1,7 @@
 """The folder source: a directory of images with a CSV, TSV, JSON Lines or parquet manifest, one row a document.
 
 Columns of the file are named as ours, or mapped in ``ingest.folder.columns`` (``{captions: title}``: our column -> the file's). Needed are
-``image`` (path relative to ``ingest.path``), ``captions`` (text, or a JSON list of texts) and ``licence``, unless ``ingest.folder.licence``
+``image`` (path relative to ``ingest.path``), ``captions`` (text, or a JSON list of texts) and ``licence``, unless ``ingest.folder.license``
 states one for all. In text files, lists and mappings are JSON. A row at fault is yielded with its ``problem``, never dropped.
 """
 
@@ -70,8 +70,8 @@ def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str
         if ours not in mapping and known is not None:
             mapping[ours] = known
     for ours in NEEDED:
-        if ours not in mapping and not (ours == "licence" and config.licence):
-            alternative = ", or state one licence for all rows with ingest.folder.licence" if ours == "licence" else ""
+        if ours not in mapping and not (ours == "licence" and config.license):
+            alternative = ", or state one licence for all rows with ingest.folder.license" if ours == "licence" else ""
             raise SourceError(
                 f"{manifest} has no column {ours!r}; its columns are: {listing}. Say which one it is in params.yaml, "
                 f"e.g. ingest.folder.columns: {{{ours}: {found[0] if found else 'COLUMN'}}}{alternative}"
@@ -98,7 +98,7 @@ def _row(cells: dict[str, Any], origin: str, fault: str | None, root: Path, conf
         image=image,
         extension=_extension(name),
         captions=attempt("captions", _captions, []),
-        licence=_text(cells.get("licence")) or config.licence,
+        licence=_text(cells.get("licence")) or config.license,
         attribution=_text(cells.get("attribution")) or config.attribution,
         source=_text(cells.get("source")) or config.source,
         group=_text(cells.get("group")),
