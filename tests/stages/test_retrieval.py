@@ -101,9 +101,9 @@ def test_neighbors_come_from_train_and_are_never_the_query(project: tuple[Path, 
     train = {f"ab{i:02d}" for i in range(1, TRAIN)}
     for row in table.itertuples():
         assert set(row.neighbours) <= train - {row.id}
-        assert len(set(row.neighbours)) == len(row.neighbors) == len(row.scores) == len(row.modalities) <= 4
+        assert len(set(row.neighbours)) == len(row.neighbours) == len(row.scores) == len(row.modalities) <= 4
         assert (row.scores <= 0.99).all()
-        assert set(row.random) <= train - {row.id} and len(set(row.random)) == len(row.random) <= len(row.neighbors)
+        assert set(row.random) <= train - {row.id} and len(set(row.random)) == len(row.random) <= len(row.neighbours)
         assert sorted(row.modalities, reverse=True) == list(row.modalities)  # text first
     lengths = table["neighbours"].map(len)[: TRAIN - 1]
     assert figures["retrieve"]["train_neighbors"] == pytest.approx(lengths.mean())
