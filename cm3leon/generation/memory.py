@@ -50,4 +50,4 @@ class Memory:
     def segments(self, neighbor: Neighbor, vocabulary: Vocabulary) -> list[SegmentTokens]:
         """A document as it stands before a prompt: its first caption, the one shown, and its image."""
         document = self.tokens.by_id(neighbor["id"])
-        return [("text", vocabulary.text(document.texts[0])), ("image", vocabulary.image(document.codes))]
+        return [("text", vocabulary.text(document.captions[0])), ("image", vocabulary.image(document.codes))]

@@ -64,7 +64,7 @@ def validation_batches(drawn: PretrainingSamples, section: PretrainConfig) -> di
     most = max(count for count, share in enumerate(section.retrieved_documents) if share > 0)
     for name, count in (("alone", 0), *([("retrieved", most)] if most else [])):
         shares = [0.0] * count + [1.0]
-        samples = replace(drawn, documents=shares, objective=ObjectiveConfig(mean_masks=0, segment_rate=0))
+        samples = replace(drawn, retrieved_shares=shares, objective=ObjectiveConfig(mean_masks=0, segment_rate=0))
         batches[name] = first_batches(samples.query_only, len(samples), section, samples.seed)
     return batches
 

@@ -7,7 +7,7 @@ from cm3leon.config.schema import Config, ObjectiveConfig
 from cm3leon.data.manifest import read_manifest
 from cm3leon.data.sequences import PretrainingSamples, read_neighbors
 from cm3leon.data.task_samples import TaskSamples
-from cm3leon.data.tokens import CONDITIONS_OF, TokenStore
+from cm3leon.data.tokens import CONDITION_PREFIX, TokenStore
 from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.sequence.text_tokenizer import TextTokenizer
@@ -36,7 +36,7 @@ def run(config: Config) -> dict[str, float]:
             drawn = PretrainingSamples(
                 store, documents, neighbors, model.vocabulary, UNMASKED, section.retrieved_documents, model.spec.context, config.seed
             )
-            kept = CONDITIONS_OF + split
+            kept = CONDITION_PREFIX + split
             conditions = TokenStore(paths.TOKENS, [kept]) if TokenStore.holds(paths.TOKENS, kept) else None
             return TaskSamples(drawn, read_manifest(paths.VALIDATED, split), tokenizer, section, conditions)
 
