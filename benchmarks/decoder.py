@@ -44,7 +44,7 @@ DRAWN_TOGETHER = 128
 
 def held_out_batches(model: Decoder, config: Config, objective: ObjectiveConfig) -> list[Batch]:
     """The val split once, without retrieved documents, masked as ``objective`` says."""
-    section = config.pretrain.model_copy(update={"objective": objective, "documents": [1.0]})
+    section = config.pretrain.model_copy(update={"objective": objective, "retrieved_documents": [1.0]})
     store = TokenStore(paths.TOKENS, ["val"])
     stream = SortedStream(training_samples(store, model.vocabulary, section, config.seed), len(store), 64, config.seed)
     return [stream(step) for step in range(max(1, len(store) // 64))]

@@ -25,10 +25,10 @@ GRID: list[dict[str, Any]] = [
     *({"temperature": 0.7, "guidance": 1.5, "candidates": c, "likelihood": 0.03} for c in (8, 16, 64)),
     *({"temperature": 0.7, "guidance": 1.5, "candidates": 32, "likelihood": w} for w in (0.0, 0.01, 0.1)),
     {"temperature": 0.7, "guidance": 1.5, **RANKED, "top_p": 0.98},
-    {"temperature": 0.7, "guidance": 1.5, **RANKED, "documents": 1},
+    {"temperature": 0.7, "guidance": 1.5, **RANKED, "retrieved_documents": 1},
 ]
 """What is tried; what a line does not say is the default: top-p 1, likelihood 0, no documents."""
-SETTINGS = ("temperature", "top_p", "guidance", "guidance_schedule", "candidates", "likelihood", "documents")
+SETTINGS = ("temperature", "top_p", "guidance", "guidance_schedule", "candidates", "likelihood", "retrieved_documents")
 
 
 def main(prompts: int) -> None:

@@ -39,10 +39,10 @@ def step_of_ours(shape: str, context: int, vocabulary: int, tokens_BT: torch.Ten
     spec = DecoderSpec(layers, width, heads, context)
     model = Decoder(spec, Vocabulary(vocabulary - 8 - 4 - 64, 64, 8, 64)).to(DEVICE)
     weights = torch.ones_like(tokens_BT, dtype=torch.float32)
-    places = torch.zeros_like(tokens_BT)
+    image_positions = torch.zeros_like(tokens_BT)
 
     def loss() -> torch.Tensor:
-        total, _ = model.losses(tokens_BT, weights, places)
+        total, _ = model.losses(tokens_BT, weights, image_positions)
         return total / (tokens_BT.numel() - len(tokens_BT))
 
     return _step(model, loss)

@@ -20,8 +20,8 @@ from cm3leon.scenes import composition
 from cm3leon.stages.evaluate import answer_all, ask_questions, choose, fitted, load
 from cm3leon.tracking.lineage import content_hash
 
-BASE: tuple[str, ...] = ("pretrain.documents=[0.2, 0.4, 0.4]",)
-ALONE = ("pretrain.documents=[1.0]",)
+BASE: tuple[str, ...] = ("pretrain.retrieved_documents=[0.2, 0.4, 0.4]",)
+ALONE = ("pretrain.retrieved_documents=[1.0]",)
 SIZES = {
     "small": ("pretrain.model.layers=2", "pretrain.model.width=64", "pretrain.model.heads=2"),
     "medium": (),
@@ -96,7 +96,7 @@ def retrieval(study: Study) -> Section:
     table = [["trained", "seed", "loss, no documents", "loss, two documents", "composition with 0", "with 1", "with 2 documents"]]
     for name, found in runs.items():
         for seed, (model, trained) in enumerate(found):
-            scores = [_shown(study.composition(model, documents=count)) for count in (0, 1, 2)]
+            scores = [_shown(study.composition(model, retrieved_documents=count)) for count in (0, 1, 2)]
             losses = [f"{_last(trained['curve'], f'val_{key}_loss'):.3f}" for key in ("alone", "retrieved")]
             table.append([name, str(seed), *losses, *scores])
     best = {
@@ -111,8 +111,8 @@ def retrieval(study: Study) -> Section:
         if share
         else "the loss of those without is not reached"
     )
-    documents = [study.composition(model, documents=2)["mean"] for model, _ in runs["retrieval"]]
-    none = [study.composition(model, documents=0)["mean"] for model, _ in runs["no-retrieval"]]
+    documents = [study.composition(model, retrieved_documents=2)["mean"] for model, _ in runs["retrieval"]]
+    none = [study.composition(model, retrieved_documents=0)["mean"] for model, _ in runs["no-retrieval"]]
     curves = {
         f"{name}, seed {seed}": [(p["tokens"] / 1e6, p[key], p[key], p[key]) for p in t["curve"]]
         for name, key in (("retrieval", "val_retrieved_loss"), ("no-retrieval", "val_alone_loss"))

@@ -86,7 +86,7 @@ class Study:
         a_step = float(np.mean([int((stream(step).tokens > 0).sum()) for step in range(COUNTED)]))
         steps = max(VALIDATIONS, round(self.tokens / a_step))
         section = section.model_copy(update={"steps": steps, "validate_every": max(1, steps // VALIDATIONS)})
-        with_documents = section.model_copy(update={"documents": [0.0, 0.0, 1.0]})  # all are judged on none and on two
+        with_documents = section.model_copy(update={"retrieved_documents": [0.0, 0.0, 1.0]})  # all are judged on none and on two
         validation = validation_batches(replace(samples, store=held_out, documents=[1.0]), with_documents)
         curve: list[dict[str, float]] = []
         fit(

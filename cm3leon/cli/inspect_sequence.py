@@ -187,7 +187,7 @@ def show_row(step: int, row: int, console: Console, config: Config) -> None:
     source = training_samples(store, build_vocabulary(section.model), section, config.seed)
     stream = stream_of(source, len(store), section, config.seed, section.model.context)
     for number in range(step + 1) if section.packing else [step]:  # packed rows come one after another
-        [samples] = stream.drawn(number, [row])
+        [samples] = stream.samples(number, [row])
     length = section.model.context if section.packing else len(samples[0].masked.tokens)
     console.print(f"step {step}, row {row}: {len(samples)} samples in {length} tokens", highlight=False)
     show(samples, length, source, TextTokenizer.load(paths.TEXT_TOKENIZER), console)

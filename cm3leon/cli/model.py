@@ -154,7 +154,7 @@ def text_to_image(
     top_p: float | None = None,
     candidates: Annotated[int | None, typer.Option(help="images drawn for each one kept")] = None,
     likelihood: Annotated[float | None, typer.Option(help="weight of the caption's likelihood beside the CLIP score in ranking")] = None,
-    documents: Annotated[int | None, typer.Option(help="retrieved documents before the prompt")] = None,
+    retrieved_documents: Annotated[int | None, typer.Option(help="retrieved documents before the prompt")] = None,
     reference: Annotated[Path | None, typer.Option(help="an image by which documents are retrieved too")] = None,
     show_neighbours: Annotated[bool, typer.Option("--show-neighbours", help="say more of the retrieved documents")] = False,
     upscale: Upscale = False,
@@ -165,7 +165,7 @@ def text_to_image(
     check_out(out)
     references = None if reference is None else [open_image(reference)] * len(prompts)
     given = {"guidance": guidance, "temperature": temperature, "top_p": top_p, "candidates": candidates}
-    given |= {"likelihood": likelihood, "documents": documents}
+    given |= {"likelihood": likelihood, "retrieved_documents": retrieved_documents}
     generator = load_generator(model)
     drawn = generator.text_to_image(prompts, num_images, references=references, seed=seed, **settings_of(settings, **given))
     finish(generator, drawn, out, upscale=upscale, show_neighbours=show_neighbours)

@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,58 @@ from cm3leon.utils.errors import UserError
 
 class ConfigError(UserError):
     """A parameter file is unreadable, names an unknown key or holds an impossible value."""
+
+
+RENAMED = {
+    "ingest.folder.licence": "ingest.folder.license",
+    "validate.licences": "validate.licenses",
+    "pretrain.documents": "pretrain.retrieved_documents",
+    "pretrain.neighbours": "pretrain.neighbors",
+    "pretrain.validation_documents": "pretrain.validation_samples",
+    "pretrain.model.rotation": "pretrain.model.rope",
+    "sft.caption_drop": "sft.conditioning_dropout",
+    "sft.documents": "sft.retrieved_documents",
+    "sft.neighbours": "sft.neighbors",
+    "sft.validation_documents": "sft.validation_samples",
+    "decoding.documents": "decoding.retrieved_documents",
+    "decoding.tasks.*.documents": "decoding.tasks.*.retrieved_documents",
+}
+"""Keys of earlier versions and their names today; ``*`` is any key. A parameter file with an old key is refused with the new name; JSON
+files that an earlier version wrote are read through :func:`current_names`."""
+
+
+def current_name(key: str) -> str | None:
+    """Today's name of a dotted key that was renamed; None for any other key."""
+    for old, new in RENAMED.items():
+        parts = key.split(".")
+        if len(parts) == old.count(".") + 1 and all(pattern in ("*", part) for part, pattern in zip(parts, old.split("."), strict=True)):
+            return ".".join(part if pattern == "*" else pattern for part, pattern in zip(parts, new.split("."), strict=True))
+    return None
+
+
+def current_names(stored: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """The tree of a stored file with the names of today.
+
+    Args:
+        stored: parameters as an earlier version wrote them, into a model's directory, say.
+        section: dotted name of the section that they belong to; empty for a tree of sections.
+    """
+    found: dict[str, Any] = {}
+    for key, value in stored.items():
+        path = f"{section}.{key}" if section else key
+        name = (current_name(path) or path).rpartition(".")[2]
+        found[name] = current_names(value, path) if isinstance(value, Mapping) else value
+    return found
+
+
+def _renamed_keys(tree: Mapping[Any, Any], section: str = "") -> Iterator[str]:
+    """One sentence for each old key of a parameter tree."""
+    for key, value in tree.items():
+        path = f"{section}.{key}" if section else str(key)
+        if new := current_name(path):
+            yield f"{path} is now called {new}"
+        elif isinstance(value, Mapping):
+            yield from _renamed_keys(value, path)
 
 
 class Section(BaseModel):
@@ -47,7 +100,7 @@ class FolderConfig(Section):
         default_factory=dict,
         description="our manifest column -> column of the file; names not given map to themselves",
     )
-    licence: str | None = Field(None, description="licence of rows that state none (SPDX id)")
+    license: str | None = Field(None, description="license of rows that state none (SPDX id)")
     attribution: str | None = Field(None, description="attribution of rows that state none")
     source: str = Field("folder", description="source name of rows that state none")
 
@@ -69,7 +122,7 @@ class IngestConfig(Section):
 class ValidateConfig(Section):
     """``validate``: profile pass, expectations, quarantine, splits."""
 
-    licences: list[str] = Field(
+    licenses: list[str] = Field(
         default_factory=lambda: ["CC0-1.0", "CC-BY-4.0", "CC-BY-3.0", "CC-BY-2.0", "Apache-2.0", "MIT"],
         description="allow-list of SPDX ids",
     )
@@ -200,7 +253,7 @@ class ModelConfig(Section):
     position_std: float = Field(0.0002, gt=0)
     qk_norm: bool = False
     image_positions: bool = Field(True, description="image tokens also know their place in the image; not in the paper")
-    rotation: bool = Field(False, description="attention turns by positions, and by places in images; not in the paper")
+    rope: bool = Field(False, description="attention turns by positions, and by places in images; not in the paper")
     previous_token: bool = Field(False, description="tokens also know the one before; not in the paper")
     codebook_std: float = Field(
         0.05, ge=0, description="image tokens start as the codebook's vectors, at this deviation; 0: at random, as the paper's"
@@ -212,8 +265,8 @@ class ModelConfig(Section):
     def _check(self) -> ModelConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.rotation and self.width // self.heads % 8:
-            raise ValueError(f"rotation needs heads of a multiple of 8, found {self.width // self.heads} (width / heads)")
+        if self.rope and self.width // self.heads % 8:
+            raise ValueError(f"rope needs heads of a multiple of 8, found {self.width // self.heads} (width / heads)")
         return self
 
 
@@ -226,7 +279,7 @@ class ObjectiveConfig(Section):
     across_breaks: bool = Field(False, description="masked spans may cross from a text into an image, as CM3's did; CM3leon's may not")
 
 
-NeighbourChoice = Literal["paper", "text", "image", "random", "none"]
+NeighborChoice = Literal["paper", "text", "image", "random", "none"]
 
 
 class TrainConfig(Section):
@@ -250,19 +303,19 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="compile the blocks; needs a C++ compiler on a CPU")
     activation_checkpointing: bool = Field(False, description="compute blocks again in the backward pass instead of keeping them")
     validate_every: int = Field(250, ge=1)
-    validation_documents: int = Field(256, ge=1)
+    validation_samples: int = Field(256, ge=1)
     checkpoint_every: int = Field(250, ge=1, description="steps from one checkpoint to the next")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
-    documents: list[float] = Field(
+    retrieved_documents: list[float] = Field(
         default_factory=lambda: [0.6, 0.4],
         description="share of sequences with 0, 1, 2 ... retrieved documents",
     )
-    neighbours: NeighbourChoice = Field("paper", description="retrieved documents: by the paper's rules, or for ablation")
+    neighbors: NeighborChoice = Field("paper", description="retrieved documents: by the paper's rules, or for ablation")
 
     @model_validator(mode="after")
     def _check_documents(self) -> TrainConfig:
-        if not self.documents or min(self.documents) < 0 or abs(sum(self.documents) - 1) > 1e-6:
-            raise ValueError(f"documents must be shares, none negative, that sum to 1, found {self.documents}")
+        if not self.retrieved_documents or min(self.retrieved_documents) < 0 or abs(sum(self.retrieved_documents) - 1) > 1e-6:
+            raise ValueError(f"retrieved_documents must be shares, none negative, that sum to 1, found {self.retrieved_documents}")
         return self
 
 
@@ -291,7 +344,7 @@ class SFTConfig(TrainConfig):
     )
     upsampling: float = Field(3.0, ge=1, description="a task is drawn at most this many times as often as its share of the samples")
     downsampling: float = Field(0.3, ge=0, le=1, description="and at least this many times as often")
-    caption_drop: float = Field(
+    conditioning_dropout: float = Field(
         0.1, ge=0, le=1, description="share of the samples of drawing tasks in which what was asked is masked, for guidance"
     )
 
@@ -335,7 +388,7 @@ class DecodingConfig(Section):
     likelihood: float = Field(
         0.0, ge=0, description="weight, in ranking, of the prompt's log-likelihood as the image's caption (nats), beside the CLIP score"
     )
-    documents: int = Field(0, ge=0, description="retrieved documents before the prompt")
+    retrieved_documents: int = Field(0, ge=0, description="retrieved documents before the prompt")
     max_text_tokens: int = Field(64, ge=1)
     tasks: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="task -> its own values of the settings above, where they differ"
@@ -348,7 +401,13 @@ class DecodingConfig(Section):
                 raise ValueError(f"tasks names {task}; tasks are {', '.join(TASK_NAMES)}")
             if "tasks" in own:
                 raise ValueError(f"tasks.{task}: a task's settings have no tasks of their own")
-            self.model_validate({**self.model_dump(exclude={"tasks"}), **own})
+            try:
+                self.model_validate({**self.model_dump(exclude={"tasks"}), **own})
+            except ValidationError as error:
+                first = error.errors()[0]
+                key = ".".join(map(str, first["loc"]))
+                found = "unknown key" if first["type"] == "extra_forbidden" else f"{first['msg']} (found {first['input']!r})"
+                raise ValueError(f"tasks.{task}.{key}: {found}") from None
         return self
 
 
@@ -422,6 +481,8 @@ def parse_config(data: Any, origin: str) -> Config:
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{origin}: expected a mapping of sections, found {type(data).__name__}")
+    if renamed := list(_renamed_keys(data)):
+        raise ConfigError(f"{origin} has keys of an earlier version: " + "; ".join(renamed))
     try:
         return Config.model_validate(data)
     except ValidationError as error:

@@ -51,7 +51,7 @@ def _expectations(config: ValidateConfig) -> dict[str, list[Any]]:
     rows += [gxe.ExpectColumnValuesToBeUnique(column=name) for name in ("id", "pixels")]
     rows += [
         gxe.ExpectColumnValuesToBeNull(column="problem"),
-        gxe.ExpectColumnValuesToBeInSet(column="licence", value_set=config.licences),
+        gxe.ExpectColumnValuesToBeInSet(column="licence", value_set=config.licenses),
         gxe.ExpectColumnValuesToBeInSet(column="split", value_set=list(SPLITS)),
         gxe.ExpectColumnDistinctValuesToContainSet(column="split", value_set=list(SPLITS)),
         gxe.ExpectColumnValuesToBeBetween(column="shortest_side", min_value=config.min_side),

@@ -32,7 +32,7 @@ RULES = {
     "too_small": "a side shorter than validate.min_side",
     "empty_caption": "no caption with text: add one, or map the column with ingest.folder.columns",
     "caption_too_long": "a caption longer than validate.max_caption_characters",
-    "licence_not_allowed": "no licence, or one not in validate.licences",
+    "licence_not_allowed": "no licence, or one not in validate.licenses",
     "box_outside_image": "an object's box is empty or leaves the image: correct the box",
     "unreadable_condition": "a condition image is truncated, too large, or no image: replace the file",
     "duplicate": "the same pixels as an earlier accepted row: remove one",
@@ -131,7 +131,7 @@ def _check_row(row: dict[str, Any], profile: Profile, config: ValidateConfig) ->
         yield "empty_caption", f"{len(row['captions'])} captions, none with text"
     if max(lengths, default=0) > config.max_caption_characters:
         yield "caption_too_long", f"{max(lengths)} characters, {config.max_caption_characters} allowed"
-    if row["licence"] not in config.licences:
+    if row["licence"] not in config.licenses:
         yield "licence_not_allowed", row["licence"] or "none stated"
     if profile.pixels:
         for item in row["objects"]:

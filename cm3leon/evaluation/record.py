@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from cm3leon.config.schema import current_names
+
 FILE = "record.json"
 DIGITS = 6
 
@@ -63,6 +65,8 @@ class Record:
     def read_file(cls, path: Path) -> Record:
         """A record at any place."""
         data = json.loads(path.read_text())
+        for part in ("contract", "settings"):  # both repeat sections of the parameters
+            data[part] = current_names(data.get(part, {}), "")
         data["intervals"] = {name: (low, high) for name, (low, high) in data["intervals"].items()}
         return cls(**data)
 

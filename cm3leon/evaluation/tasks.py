@@ -29,7 +29,17 @@ from cm3leon.evaluation.record import Record, digest
 from cm3leon.generation.generator import Generator
 from cm3leon.scenes import composition, edits, layouts
 from cm3leon.scenes.reading import UNKNOWN, read_scene
-from cm3leon.sequence.tasks import CONDITIONS, Values, box_in_square, conclusion, filled, layout_text, problem_values, visible_objects
+from cm3leon.sequence.tasks import (
+    CONDITIONS,
+    Box,
+    Fields,
+    box_in_square,
+    conclusion,
+    is_filled,
+    layout_text,
+    reasoning_fields,
+    visible_objects,
+)
 
 Sheet = list[tuple[Image.Image, str]]
 MARGIN = 1.15
@@ -53,14 +63,14 @@ class Evaluation:
         task: str,
         columns: Sequence[str],
         usable: Callable[[Any], bool] = lambda row: True,
-        values: Callable[[Any], Values] | None = None,
+        values: Callable[[Any], Fields] | None = None,
     ) -> list[Any]:
         """Up to ``evaluate.tasks`` rows whose ``columns`` are filled, drawn by the seed.
 
         Args:
             values: what a row asks of the task; rows that do not fit in the context are left out, and the contract says how many.
         """
-        found = [row for row in self.test.itertuples() if all(filled(getattr(row, column)) for column in columns) and usable(row)]
+        found = [row for row in self.test.itertuples() if all(is_filled(getattr(row, column)) for column in columns) and usable(row)]
         fitting = [row for row in found if values is None or self.generator.fits(task, values(row))]
         self.record.contract.setdefault("tasks", {})[task] = {"count": 0, "too_long": len(found) - len(fitting)}
         if not fitting:
@@ -159,7 +169,7 @@ def layout(e: Evaluation) -> Sheet:
     Calibration: the real images, their reconstructions, and the images drawn for other layouts.
     """
 
-    def placed(row: Any) -> list[tuple[str, layouts.Box]]:
+    def placed(row: Any) -> list[tuple[str, Box]]:
         return visible_objects(row._asdict())
 
     rows = e.rows(
@@ -198,7 +208,7 @@ def layout(e: Evaluation) -> Sheet:
     ]
 
 
-def _outlined(image: Image.Image, boxes: Sequence[layouts.Box]) -> Image.Image:
+def _outlined(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     """A picture, larger, with boxes in shares of its side outlined."""
     shown = image.resize((OUTLINED_SIDE, OUTLINED_SIDE), Image.Resampling.NEAREST)
     for box in boxes:
@@ -292,7 +302,7 @@ def infill(e: Evaluation) -> Sheet:
     return sheet
 
 
-def _widened(shares: layouts.Box, size: int) -> layouts.Box:
+def _widened(shares: Box, size: int) -> Box:
     """A box in shares of the side as pixels, larger by :data:`MARGIN` and inside the image."""
     x, y = (shares[0] + shares[2]) / 2, (shares[1] + shares[3]) / 2
     half_width, half_height = ((shares[2] - shares[0]) * MARGIN / 2, (shares[3] - shares[1]) * MARGIN / 2)
@@ -341,9 +351,9 @@ def long_caption(e: Evaluation) -> Sheet:
 def reasoning(e: Evaluation) -> Sheet:
     """Questions with options, answered with reasons and without. Calibration: answers about other images, and a blind choice."""
 
-    def values(row: Any) -> Values:
+    def values(row: Any) -> Fields:
         problem = row.reasoning[0]
-        return problem_values(problem["question"], problem["options"], problem["context"])
+        return reasoning_fields(problem["question"], problem["options"], problem["context"])
 
     rows = e.rows("reasoning", ("reasoning",), values=values)
     if not rows:

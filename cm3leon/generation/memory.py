@@ -12,7 +12,7 @@ from cm3leon.config.schema import RetrieveConfig
 from cm3leon.data.tokens import TokenStore
 from cm3leon.generation.results import Neighbour
 from cm3leon.sequence.grammar import Vocabulary
-from cm3leon.sequence.tasks import Segment
+from cm3leon.sequence.tasks import SegmentTokens
 
 if TYPE_CHECKING:
     from cm3leon.models.clip import Encoder
@@ -47,7 +47,7 @@ class Memory:
             queries.append([{**documents.iloc[n.position].to_dict(), "score": round(n.score, 4)} for n in turns])
         return queries
 
-    def segments(self, neighbour: Neighbour, vocabulary: Vocabulary) -> list[Segment]:
+    def segments(self, neighbour: Neighbour, vocabulary: Vocabulary) -> list[SegmentTokens]:
         """A document as it stands before a prompt: its first caption, the one shown, and its image."""
         document = self.tokens.by_id(neighbour["id"])
         return [("text", vocabulary.text(document.texts[0])), ("image", vocabulary.image(document.codes))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cm3leon.config.schema import DecodingConfig, RetrieveConfig
+from cm3leon.config.schema import DecodingConfig, RetrieveConfig, current_name, current_names
 from cm3leon.data.images import fit_square
 from cm3leon.data.tokens import TokenStore
 from cm3leon.generation.memory import Memory
@@ -145,7 +146,7 @@ class Parts:
             model=path,
             image_tokenizer=path / "image_tokenizer",
             text_tokenizer=path / "text_tokenizer",
-            decoding=DecodingConfig.model_validate_json((path / "decoding.json").read_text()),
+            decoding=DecodingConfig.model_validate(current_names(json.loads((path / "decoding.json").read_text()), "decoding")),
             encoder=path / "encoder",
             memory_bank=path / "memory_bank",
             tokens=path / "memory_bank" / "tokens",
@@ -180,6 +181,8 @@ class Parts:
             return DecodingConfig.model_validate({**self.decoding.model_dump(), **{k: v for k, v in changes.items() if v is not None}})
         except ValidationError as error:
             first = error.errors()[0]
+            if new := current_name(f"decoding.{first['loc'][0]}"):
+                raise BadInputError(f"{first['loc'][0]} is now called {new.removeprefix('decoding.')}") from None
             raise BadInputError(f"{first['loc'][0]}: {first['msg']} (found {first['input']!r})") from None
 
     def settings_of(self, task: str, changes: dict[str, Any]) -> DecodingConfig:
@@ -197,7 +200,7 @@ class Parts:
         guided = settings.guidance != 1 or settings.contrastive > 0 or (task == "edit" and settings.image_guidance != 1)
         if guided and self.training is not None and not self.training.masked_prompts:
             raise BadInputError(
-                "guidance and contrastive decoding need a model that was trained on masked prompts (sft.caption_drop or "
+                "guidance and contrastive decoding need a model that was trained on masked prompts (sft.conditioning_dropout or "
                 "pretrain.objective.segment_rate above 0), and this one was not; use guidance 1 and contrastive 0"
             )
         return settings
@@ -290,5 +293,5 @@ class Parts:
         if count == 0 or not queries:
             return [[] for _ in queries or []]
         if self.memory is None:
-            raise BadInputError("documents > 0 needs a bundle with an encoder and a memory bank")
+            raise BadInputError("retrieved_documents > 0 needs a bundle with an encoder and a memory bank")
         return self.memory.find(count, prompts, references)

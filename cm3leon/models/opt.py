@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cm3leon.config.schema import current_names
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.sequence.grammar import EOS, PAD, Vocabulary
 from cm3leon.utils.errors import UserError
@@ -166,7 +167,8 @@ def _check_own(config: dict[str, Any], sizes: dict[str, int], vocabulary: Vocabu
     spec = DecoderSpec(sizes["layers"], sizes["width"], sizes["heads"], sizes["context"])
     if own is not None:
         try:
-            spec, stored = DecoderSpec(**own["decoder"]), Vocabulary(**own["vocabulary"])
+            spec = DecoderSpec(**current_names(own["decoder"], "pretrain.model"))
+            stored = Vocabulary(**own["vocabulary"])
         except (KeyError, TypeError) as error:
             raise OPTFormatError(f"{path}: {OWN} holds no decoder and vocabulary of this version ({error})") from None
         _check_expressible(spec)

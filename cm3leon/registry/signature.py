@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
-from cm3leon.config.schema import DecodingConfig, Section
+from cm3leon.config.schema import DecodingConfig, Section, current_names
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
-COLUMNS = ("task", "prompt", "image", "question", "instruction", "text", "kind", "context", "box", "objects", "document", "options")
+REQUEST_COLUMNS = ("task", "prompt", "image", "question", "instruction", "text", "kind", "context", "box", "objects", "document", "options")
 """Of a request, all text; ``box``, ``objects``, ``document`` and ``options`` are JSON."""
 JSON_COLUMNS = ("box", "objects", "document", "options")
 
@@ -37,7 +37,7 @@ class RequestSettings(Section):
     guidance: float | None = Field(None, ge=0, le=50, description="classifier-free guidance scale; 1: none")
     image_guidance: float | None = Field(None, ge=0, le=50, description="in editing, towards the image that is edited")
     candidates: int | None = Field(None, ge=1, le=64, description="images drawn for each one returned")
-    documents: int | None = Field(None, ge=0, le=16, description="retrieved documents before the prompt")
+    retrieved_documents: int | None = Field(None, ge=0, le=16, description="retrieved documents before the prompt")
     text_temperature: float = Field(0.0, ge=0, le=10, description="of writing; 0: the likeliest text")
     long: bool = Field(False, description="captions at length")
     segments: int = Field(2, ge=1, le=8, description="texts and images that interleave adds, at most")
@@ -50,7 +50,7 @@ def request_settings(params: Mapping[str, Any] | None) -> RequestSettings:
         ValueError: with a line for each unknown or impossible parameter.
     """
     try:
-        return RequestSettings.model_validate(dict(params or {}))
+        return RequestSettings.model_validate(current_names(params or {}, "decoding"))  # earlier signatures fill in earlier names
     except ValidationError as error:
         known = ", ".join(RequestSettings.model_fields)
         lines = [
@@ -69,7 +69,7 @@ def signature(decoding: DecodingConfig) -> ModelSignature:
 
     defaults = RequestSettings().model_dump() | decoding.model_dump(include=set(RequestSettings.model_fields))
     types = {bool: DataType.boolean, int: DataType.long, float: DataType.double}
-    columns = [ColSpec(DataType.string, name, required=False) for name in COLUMNS]
+    columns = [ColSpec(DataType.string, name, required=False) for name in REQUEST_COLUMNS]
     outputs = [ColSpec(DataType[kind], name, required=name in ("row", "task")) for name, kind in OUTPUTS.items()]
     params = [ParamSpec(name, types[type(value)], value) for name, value in defaults.items()]
     return ModelSignature(inputs=Schema(columns), outputs=Schema(outputs), params=ParamSchema(params))

@@ -19,7 +19,7 @@ from cm3leon.utils.errors import UserError
 INDEX, DOCUMENTS, SETTINGS = "index.faiss", "documents.parquet", "config.json"
 TEXTS, IMAGES = "text_embeddings.npy", "image_embeddings.npy"
 Kind = Literal["flat", "ivf", "hnsw"]
-COLUMNS = ["id", "caption", "licence", "attribution", "source"]
+BANK_COLUMNS = ["id", "caption", "licence", "attribution", "source"]
 
 
 def normalize(vectors: np.ndarray) -> np.ndarray:
@@ -81,7 +81,7 @@ class MemoryBank:
         """Index documents by their embeddings.
 
         Args:
-            documents: rows with :data:`COLUMNS`, all with a caption and an image (only multimodal documents are retrieved).
+            documents: rows with :data:`BANK_COLUMNS`, all with a caption and an image (only multimodal documents are retrieved).
             text, image: unit vectors ``(n, d)``; kept as float16, and the index is made from what is kept.
             encoder: fingerprint of the encoder that made them.
 
@@ -97,7 +97,7 @@ class MemoryBank:
         text, image = np.asarray(text, dtype=np.float16), np.asarray(image, dtype=np.float16)
         settings = {"kind": kind, "encoder": encoder, "documents": len(documents), "dimensions": int(text.shape[1])}
         index = build_index(document_vectors(text, image), kind)
-        return cls(index, documents[COLUMNS].reset_index(drop=True), text, image, settings)
+        return cls(index, documents[BANK_COLUMNS].reset_index(drop=True), text, image, settings)
 
     @classmethod
     def load(cls, directory: str | Path) -> MemoryBank:

@@ -1,4 +1,4 @@
-"""Do objects stand where they were asked to stand?"""
+"""Intersection over union of the boxes that a layout asks for and the boxes found in an image. All boxes share one unit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-Box = tuple[float, float, float, float]
-"""Left, top, right, bottom, in one unit for all."""
+from cm3leon.sequence.tasks import Box
 
 
 def iou(one: Box, other: Box) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Len
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from cm3leon.data.images import ImageError, decode
 from cm3leon.generation.generator import Generator
@@ -147,7 +147,13 @@ class Guided(Drawing):
 class Retrieved(Guided):
     """Images drawn after retrieved documents."""
 
-    documents: int | None = Field(None, ge=0, le=16, description="retrieved documents before the prompt")
+    retrieved_documents: int | None = Field(
+        None,
+        ge=0,
+        le=16,
+        validation_alias=AliasChoices("retrieved_documents", "documents"),
+        description="retrieved documents before the prompt; requests of earlier versions say documents",
+    )
 
 
 class Writing(Seeded):

@@ -122,7 +122,7 @@ def contract(
         "counts": {"prompts": len(prompts), "captioned": len(captioned), "questions": len(asked)},
         "seed": config.evaluate.seed,
         "decoding": config.decoding.model_dump(),
-        "retrieval": config.retrieve.model_dump() if config.decoding.documents else None,
+        "retrieval": config.retrieve.model_dump() if config.decoding.retrieved_documents else None,
         "image_path": f"fit_square to {generator.image_tokenizer.spec.image_size} px, Lanczos, no file format between",
         "super_resolution": f"bicubic reductions of images of {side} px; Y without a border as wide as the scale",
         "features": f"open_clip image tower {generator.encoder.fingerprint}" if generator.encoder else None,

@@ -49,8 +49,10 @@ def build_decoder(config: ModelConfig, seed: int) -> Decoder:
 def training_samples(store: TokenStore, vocabulary: Vocabulary, section: PretrainConfig, seed: int) -> PretrainingSamples:
     """Samples of the documents of ``store``; their neighbours are documents of the train split."""
     pool = TokenStore(paths.TOKENS, ["train"])
-    neighbours = read_neighbours(paths.NEIGHBOURS, section.neighbours)
-    return PretrainingSamples(store, pool, neighbours, vocabulary, section.objective, section.documents, section.model.context, seed)
+    neighbours = read_neighbours(paths.NEIGHBOURS, section.neighbors)
+    return PretrainingSamples(
+        store, pool, neighbours, vocabulary, section.objective, section.retrieved_documents, section.model.context, seed
+    )
 
 
 def validation_batches(drawn: PretrainingSamples, section: PretrainConfig) -> dict[str, list[Batch]]:
@@ -59,7 +61,7 @@ def validation_batches(drawn: PretrainingSamples, section: PretrainConfig) -> di
     Of the last two only the query's tokens count, so that their difference is what retrieval is worth.
     """
     batches = {"": first_batches(drawn, len(drawn), section, drawn.seed)}
-    most = max(count for count, share in enumerate(section.documents) if share > 0)
+    most = max(count for count, share in enumerate(section.retrieved_documents) if share > 0)
     for name, count in (("alone", 0), *([("retrieved", most)] if most else [])):
         shares = [0.0] * count + [1.0]
         samples = replace(drawn, documents=shares, objective=ObjectiveConfig(mean_masks=0, segment_rate=0))

@@ -29,12 +29,12 @@ def run(config: Config) -> dict[str, float]:
     with world() as processes, runs.stage_run("sft", config) as run:
         model = Decoder.load(paths.PRETRAINED, processes.device)
         documents, held_out = TokenStore(paths.TOKENS, ["train"]), TokenStore(paths.TOKENS, ["val"])
-        neighbours = read_neighbours(paths.NEIGHBOURS, section.neighbours)
+        neighbours = read_neighbours(paths.NEIGHBOURS, section.neighbors)
         tokenizer = TextTokenizer.load(paths.TEXT_TOKENIZER)
 
         def samples(split: str, store: TokenStore) -> TaskSamples:
             drawn = PretrainingSamples(
-                store, documents, neighbours, model.vocabulary, UNMASKED, section.documents, model.spec.context, config.seed
+                store, documents, neighbours, model.vocabulary, UNMASKED, section.retrieved_documents, model.spec.context, config.seed
             )
             kept = CONDITIONS_OF + split
             conditions = TokenStore(paths.TOKENS, [kept]) if TokenStore.holds(paths.TOKENS, kept) else None
@@ -45,7 +45,7 @@ def run(config: Config) -> dict[str, float]:
         run.log_metrics({f"sft/{name}": count for name, count in counts.items()})
         run.log_metrics({f"sft/share_{name}": share for name, share in training.shares.items()})
         validation = {"": first_batches(held_out_samples, len(held_out_samples), section, config.seed)}
-        few = section.model_copy(update={"validation_documents": max(1, section.validation_documents // TASK_PART)})
+        few = section.model_copy(update={"validation_samples": max(1, section.validation_samples // TASK_PART)})
         for name in held_out_samples.rows:
             alone = held_out_samples.only(name)
             validation[name] = first_batches(alone, len(alone), few, config.seed)
@@ -64,7 +64,7 @@ def run(config: Config) -> dict[str, float]:
         )
         if processes.rank == 0:
             objective = config.pretrain.objective
-            masked = section.caption_drop > 0 or objective.segment_rate * objective.caption_share > 0
+            masked = section.conditioning_dropout > 0 or objective.segment_rate * objective.caption_share > 0
             Training(frozenset(training.counts), masked).write(paths.FINETUNED)
     parts = tuple(f"{name}_loss_{kind}" for name in validation if name for kind in ("text", "image"))
     return {**{name: value for name, value in figures.items() if not name.endswith(parts)}, **counts}

@@ -51,7 +51,7 @@ def meta_decoder(config: Config) -> Decoder:
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters: what is outside the blocks (embeddings of tokens, positions, places), one block, how many blocks."""
+    """How many parameters: what is outside the blocks (embeddings of tokens, positions, image_positions), one block, how many blocks."""
 
     embeddings: int
     block: int

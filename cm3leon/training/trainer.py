@@ -107,7 +107,7 @@ def train_step(state: State, stream: Stream, config: TrainConfig, name: str) -> 
     for start in range(0, max(count, 1), size):
         part = batch.rows(slice(start, start + size)).to(world.device)
         with distributed.autocast(config, world.device):
-            total, losses_BT = model.losses(part.tokens, part.weights, part.places, part.samples, part.positions, config.z_loss)
+            total, losses_BT = model.losses(part.tokens, part.weights, part.image_positions, part.samples, part.positions, config.z_loss)
         (total * (world.size / max(weight, 1.0))).backward()
         loss += total.detach()
         if state.by_task.numel():
@@ -151,7 +151,7 @@ def validate(state: State, batches: Sequence[Batch], config: TrainConfig) -> dic
         for number in range(rounds):
             mine = number * world.size + world.rank
             batch = batches[min(mine, len(batches) - 1)].to(world.device)
-            _, losses = state.model.losses(batch.tokens, batch.weights, batch.places, batch.samples, batch.positions)
+            _, losses = state.model.losses(batch.tokens, batch.weights, batch.image_positions, batch.samples, batch.positions)
             if mine >= len(batches):
                 continue  # computed because the others need this process's shards
             is_target = batch.weights > 0

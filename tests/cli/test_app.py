@@ -160,12 +160,12 @@ def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.M
 
 def test_generate_one(generator: Recorder) -> None:
     status, out, _ = call(
-        "generate", "a red circle", "--seed", "3", "--guidance", "2.5", "--documents", "1", "--set", "top_k=5", "--out", "one.png"
+        "generate", "a red circle", "--seed", "3", "--guidance", "2.5", "--retrieved-documents", "1", "--set", "top_k=5", "--out", "one.png"
     )
     assert status == 0
     name, (prompts, number), settings = generator.asked[0]
     assert (name, prompts, number) == ("text_to_image", ["a red circle"], 1)
-    assert settings == {"references": None, "seed": 3, "guidance": 2.5, "documents": 1, "top_k": 5}
+    assert settings == {"references": None, "seed": 3, "guidance": 2.5, "retrieved_documents": 1, "top_k": 5}
     picture = Image.open("one.png")
     assert picture.size == (32, 32)
     record = json.loads(picture.info["cm3leon"])
@@ -176,7 +176,7 @@ def test_generate_one(generator: Recorder) -> None:
 
 def test_neighbours_are_shown(generator: Recorder) -> None:
     Image.new("RGB", (4, 4), "red").save("a.png")
-    _, out, _ = call("text_to_image", "a ring", "--documents", "2", "--reference", "a.png", "--show-neighbours")
+    _, out, _ = call("text_to_image", "a ring", "--retrieved-documents", "2", "--reference", "a.png", "--show-neighbours")
     shown = [line for line in out.splitlines() if line.startswith("    ")]
     assert len(shown) == out.count("retrieved: ") == 2
     assert all(re.search(r"'.+', score -?\d\.\d{3}, source test", line) for line in shown)

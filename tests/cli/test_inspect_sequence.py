@@ -21,7 +21,7 @@ from cm3leon.utils.errors import UserError
 
 PACKED = {
     "model": {"layers": 1, "width": 32, "heads": 2, "context": 400, "sentinels": 4}, "steps": 20, "batch_size": 2, "packing": True,
-    "documents": [0.3, 0.4, 0.3], "objective": {"mean_masks": 2.0, "segment_rate": 0.3},
+    "retrieved_documents": [0.3, 0.4, 0.3], "objective": {"mean_masks": 2.0, "segment_rate": 0.3},
 }  # fmt: skip
 CONFIG = Config.model_validate({"pretrain": PACKED})
 

@@ -76,9 +76,9 @@ def test_papers_models(name: str, layers: int, width: int, heads: int, rate: flo
     ({"sft": {"tasks": {"dance": 1.0}}}, "sft: tasks names dance; tasks are text_to_image, write"),
     ({"sft": {"tasks": {"caption": -1.0}}}, "sft: the weights of tasks must be 0 or more"),
     ({"sft": {"tasks": {"caption": 0.0}}}, "at least one above 0"),
-    ({"sft": {"documents": [0.5, 0.4]}}, "sft: documents must be shares"),
-    ({"sft": {"documents": []}}, "sft: documents must be shares"),
-    ({"pretrain": {"documents": [1.5, -0.5]}}, "pretrain: documents must be shares"),
+    ({"sft": {"retrieved_documents": [0.5, 0.4]}}, "sft: retrieved_documents must be shares"),
+    ({"sft": {"retrieved_documents": []}}, "sft: retrieved_documents must be shares"),
+    ({"pretrain": {"retrieved_documents": [1.5, -0.5]}}, "pretrain: retrieved_documents must be shares"),
     ({"image_tokenizer": {"image_size": 256}}, "pretrain.model.context 256 is too short for an image of 1024 tokens"),
     ([1], "expected a mapping"),
 ])  # fmt: skip

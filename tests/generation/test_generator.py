@@ -53,7 +53,7 @@ def read_from(generator, text, codes):
     vocabulary = generator.model.vocabulary
     start = [EOS, vocabulary.sentinel(0), BREAK, *vocabulary.image(codes), vocabulary.sentinel(0)]
     tokens = torch.tensor([[*start, *vocabulary.text(generator.text_tokenizer.encode(text)), EOSS]])
-    logits = generator.model.logits(generator.model(tokens, torch.from_numpy(vocabulary.places(tokens[0].numpy()))[None]))
+    logits = generator.model.logits(generator.model(tokens, torch.from_numpy(vocabulary.image_positions(tokens[0].numpy()))[None]))
     return logits[0].log_softmax(-1)[torch.arange(len(start) - 1, tokens.shape[1] - 1), tokens[0, len(start) :]].sum().item()
 
 
@@ -66,7 +66,7 @@ def test_edits_are_ranked_by_how_likely_the_instruction_is_read_from_both_pictur
     for image in images:
         edit, picture = generator.ids("Edit first image following the instruction"), vocabulary.image(image.codes)
         tokens = [EOS, *edit, BREAK, *vocabulary.image(source), BREAK, vocabulary.sentinel(0), BREAK, *picture, vocabulary.sentinel(0)]
-        prompt = Prompt(np.array(tokens), vocabulary.places(np.array(tokens)))
+        prompt = Prompt(np.array(tokens), vocabulary.image_positions(np.array(tokens)))
         read.append(log_likelihoods(generator.model, [prompt], [Prompt(np.array(said), np.zeros(len(said), int))])[0].sum())
     assert read == sorted(read, reverse=True)
 
@@ -84,17 +84,17 @@ def test_likelihood_ranks_beside_the_clip_score(generator):
 
 
 def test_an_image_says_where_it_comes_from(generator, tmp_path):
-    [[image]] = generator.text_to_image(PROMPTS[:1], candidates=1, documents=1, seed=5)
+    [[image]] = generator.text_to_image(PROMPTS[:1], candidates=1, retrieved_documents=1, seed=5)
     assert image.neighbours[0]["licence"] == "CC0-1.0" and {"id", "caption", "attribution", "score"} <= set(image.neighbours[0])
     image.save(tmp_path / "out.png")
     record = json.loads(Image.open(tmp_path / "out.png").text["cm3leon"])
     assert record["prompt"] == PROMPTS[0] and record["seed"] == 5 and record["neighbours"] == image.neighbours
-    assert record["settings"]["documents"] == 1
+    assert record["settings"]["retrieved_documents"] == 1
 
 
 def test_retrieval_changes_what_is_drawn(generator):
-    plain = generator.text_to_image(PROMPTS[:1], candidates=1, documents=0)
-    retrieved = generator.text_to_image(PROMPTS[:1], candidates=1, documents=1)
+    plain = generator.text_to_image(PROMPTS[:1], candidates=1, retrieved_documents=0)
+    retrieved = generator.text_to_image(PROMPTS[:1], candidates=1, retrieved_documents=1)
     assert codes(plain) != codes(retrieved)
 
 
@@ -121,10 +121,10 @@ def test_what_is_too_long_can_be_shortened_to_what_fits(generator, text):
 
 def test_documents_that_do_not_fit_beside_the_prompt_are_left_out(generator):
     prompt = generator.shorten("circle " * 300)
-    [[image]] = generator.text_to_image([prompt], candidates=1, documents=2)
+    [[image]] = generator.text_to_image([prompt], candidates=1, retrieved_documents=2)
     assert image.neighbours == []
     [found] = generator.neighbours(["a red circle"], 2)
-    [[roomy]] = generator.text_to_image(["a red circle"], candidates=1, documents=2)
+    [[roomy]] = generator.text_to_image(["a red circle"], candidates=1, retrieved_documents=2)
     assert roomy.neighbours == found != []
 
 
@@ -241,7 +241,7 @@ def test_scores_are_likelihoods_of_the_text_and_of_the_image(generator):
     model, vocabulary = generator.model, generator.model.vocabulary
     [image] = generator.encode(pictures[:1])
     tokens = np.concatenate([[1], generator.ids(PROMPTS[0]), [2], vocabulary.image(image)])
-    hidden = model(torch.from_numpy(tokens)[None], torch.from_numpy(vocabulary.places(tokens))[None])
+    hidden = model(torch.from_numpy(tokens)[None], torch.from_numpy(vocabulary.image_positions(tokens))[None])
     scores = model.logits(hidden)[0].log_softmax(-1)
     expected = sum(scores[-len(image) - 1 + n, token].item() for n, token in enumerate(vocabulary.image(image)))
     assert both[0].image == pytest.approx(expected, rel=1e-4)
@@ -253,7 +253,7 @@ def test_documents_are_found_by_text_by_image_or_by_both(generator):
     [by_text], [by_image], [by_both] = memory.find(2, PROMPTS[:1]), memory.find(2, None, white), memory.find(2, PROMPTS[:1], white)
     assert len(by_text) == len(by_image) == len(by_both) == 2
     assert by_both[0]["id"] == by_text[0]["id"] and {n["id"] for n in by_both} & {n["id"] for n in by_image}
-    [[image]] = generator.text_to_image(PROMPTS[:1], references=white, documents=2, candidates=1)
+    [[image]] = generator.text_to_image(PROMPTS[:1], references=white, retrieved_documents=2, candidates=1)
     assert [image.neighbours] == generator.neighbours(PROMPTS[:1], 2, white)
 
 
@@ -326,7 +326,7 @@ def test_without_encoder_ranking_and_retrieval_are_refused(tiny_models):
     with pytest.raises(BadInputError, match="rank"):
         plain.text_to_image(["x"], candidates=2)
     with pytest.raises(BadInputError, match="memory bank"):
-        plain.text_to_image(["x"], documents=1)
+        plain.text_to_image(["x"], retrieved_documents=1)
 
 
 def test_a_directory_that_is_no_bundle_is_refused(tmp_path):

@@ -165,7 +165,7 @@ def test_a_tied_output_matrix_that_was_written_is_ignored(exported: Path) -> Non
 
 @pytest.mark.parametrize(("options", "found", "needed"), [
     ({"image_positions": True}, "image_positions=true", "pretrain.model.image_positions=false"),
-    ({"rotation": True}, "rotation=true", "pretrain.model.rotation=false"),
+    ({"rope": True}, "rope=true", "pretrain.model.rope=false"),
     ({"previous_token": True}, "previous_token=true", "pretrain.model.previous_token=false"),
     ({"qk_norm": True}, "qk_norm=true", "pretrain.model.qk_norm=false"),
     ({"qk_norm": True, "image_positions": True}, "qk_norm=true, image_positions=true", "pretrain.model.qk_norm=false, pretrain.model.im"),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cm3leon.config.schema import RetrieveConfig
 from cm3leon.retrieval import strategy
-from cm3leon.retrieval.index import COLUMNS, MemoryBank, document_vectors, normalize
+from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank, document_vectors, normalize
 
 
 def bank_of(count: int, seed: int, spread: float, width: int = 6) -> MemoryBank:
@@ -16,7 +16,7 @@ def bank_of(count: int, seed: int, spread: float, width: int = 6) -> MemoryBank:
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(max(1, count // 5), width))[rng.integers(max(1, count // 5), size=count)]
     text, image = (normalize(centres + spread * rng.normal(size=(count, width))) for _ in range(2))
-    rows = [{**dict.fromkeys(COLUMNS, "x"), "id": f"doc{i}"} for i in range(count)]
+    rows = [{**dict.fromkeys(BANK_COLUMNS, "x"), "id": f"doc{i}"} for i in range(count)]
     return MemoryBank.build(pd.DataFrame(rows), text, image, "flat", "0")
 
 
@@ -70,7 +70,7 @@ def test_the_rules_hold_and_agree_with_a_loop(count: int, seed: int, spread: flo
 
 def test_an_exact_copy_of_the_query_is_skipped() -> None:
     text, image = np.eye(4, 8), np.eye(4, 8, k=4)
-    rows = pd.DataFrame([{**dict.fromkeys(COLUMNS, "x"), "id": f"doc{i}"} for i in range(6)])
+    rows = pd.DataFrame([{**dict.fromkeys(BANK_COLUMNS, "x"), "id": f"doc{i}"} for i in range(6)])
     bank = MemoryBank.build(rows, np.concatenate([text, text[:2]]), np.concatenate([image, image[:2]]), "flat", "0")
     config = RetrieveConfig(candidates_per_modality=5)
     found = strategy.find(bank, config, text=np.float32(text[:1]), image=np.float32(image[:1]), own=np.array([0]))

@@ -21,7 +21,7 @@ def test_images_are_those_of_the_generator_with_where_they_come_from(server, gen
         "prompt": "a red circle",
         "n": 3,
         "seed": 7,
-        "documents": 1,
+        "retrieved_documents": 1,
         "guidance": 3.0,
         "temperature": 0.9,
         "top_p": 0.8,
@@ -29,7 +29,7 @@ def test_images_are_those_of_the_generator_with_where_they_come_from(server, gen
     }
     answer = server.client.post(IMAGES, json={"model": "tiny", "size": "32x32", "response_format": "b64_json", **asked})
     assert answer.status_code == 200
-    settings = {name: asked[name] for name in ("seed", "documents", "guidance", "temperature", "top_p", "candidates")}
+    settings = {name: asked[name] for name in ("seed", "retrieved_documents", "guidance", "temperature", "top_p", "candidates")}
     [expected] = generator.text_to_image(["a red circle"], 3, **settings)
     body = answer.json()
     assert isinstance(body["created"], int) and len(body["data"]) == 3

@@ -41,7 +41,7 @@ def test_a_prompt_becomes_pictures_with_scores_and_what_they_come_from(page, ser
     page.write("#prompt", "a red circle")
     page.click("summary")
     page.write("[name=n]", "3")
-    page.write("[name=documents]", "2")
+    page.write("[name=retrieved_documents]", "2")
     page.click("#go")
     page.until("document.querySelectorAll('figure img.small').length === 3")
     assert page.text("article h2") == "a red circle"

@@ -31,7 +31,7 @@ from cm3leon.utils.errors import UserError
 
 CONFIG = Config.model_validate(
     {
-        "decoding": {"candidates": 1, "documents": 1, "max_text_tokens": 4},
+        "decoding": {"candidates": 1, "retrieved_documents": 1, "max_text_tokens": 4},
         "evaluate": {"prompts": 3, "captions": 2, "questions": 6, "tasks": 6, "sheet": 2, "bootstrap": 10},
     }
 )
@@ -82,7 +82,7 @@ def test_long_captions_and_questions_are_cut_not_fatal(collection):
     with pytest.raises(PromptTooLongError):
         evaluate.Generator.from_parts(
             model=paths.FINETUNED, image_tokenizer=paths.IMAGE_TOKENIZER, text_tokenizer=paths.TEXT_TOKENIZER, decoding=CONFIG.decoding
-        ).text_to_image([TOO_LONG], candidates=1, documents=0)
+        ).text_to_image([TOO_LONG], candidates=1, retrieved_documents=0)
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ def test_nothing_of_the_query_and_nothing_held_out_stands_before_it(project: tup
     vectors = bank.vectors(np.arange(len(bank)))
     alike = 0
     for choice, split in itertools.product(("paper", "text", "image", "random", "none"), ("train", "val", "test")):
-        section = PretrainConfig(neighbours=choice, documents=[0.0, 0.0, 1.0], model={"context": 200})
+        section = PretrainConfig(neighbors=choice, retrieved_documents=[0.0, 0.0, 1.0], model={"context": 200})
         samples = training_samples(TokenStore(paths.TOKENS, [split]), vocabulary, section, 0)
         for epoch, row in itertools.product(range(3), range(len(samples))):
             *retrieved, query = samples(epoch, row).documents

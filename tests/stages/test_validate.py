@@ -273,8 +273,8 @@ def test_the_stages_run_on_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(("name", "accepted", "rejected"), [("emoji", 1608, 1), ("photos", 100, 0)])
 def test_real_collections_pass(tmp_path: Path, name: str, accepted: int, rejected: int) -> None:
     ingest_folder(Path(os.environ["CM3LEON_REAL_DATA"]).resolve() / name, tmp_path / "raw")
-    licences = ["Apache-2.0", "CC-BY-2.0", "CC-BY-SA-2.0"]
-    report = validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(licences=licences), 0)
+    licenses = ["Apache-2.0", "CC-BY-2.0", "CC-BY-SA-2.0"]
+    report = validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(licenses=licenses), 0)
     assert (report["accepted"], report["rejected"]) == (accepted, rejected), report
     frame = read_manifest(tmp_path / "out")
     assert all(frame["attribution"])

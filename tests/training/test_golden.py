@@ -36,7 +36,7 @@ def curve(directory: Path, packing: bool) -> list[float]:
     store = TokenStore(directory)
     neighbours = {name: [store.ids[(row + i) % len(store)] for i in (1, 2)] for row, name in enumerate(store.ids)}
     context = section.model.context
-    samples = PretrainingSamples(store, store, neighbours, VOCABULARY, section.objective, section.documents, context, config.seed)
+    samples = PretrainingSamples(store, store, neighbours, VOCABULARY, section.objective, section.retrieved_documents, context, config.seed)
     stream = (
         PackedStream(samples, len(store), section.batch_size, config.seed, context)
         if packing

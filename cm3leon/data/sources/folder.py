@@ -1,7 +1,7 @@
 """The folder source: a directory of images with a CSV, TSV, JSON Lines or parquet manifest, one row a document.
 
 Columns of the file are named as ours, or mapped in ``ingest.folder.columns`` (``{captions: title}``: our column -> the file's). Needed are
-``image`` (path relative to ``ingest.path``), ``captions`` (text, or a JSON list of texts) and ``licence``, unless ``ingest.folder.licence``
+``image`` (path relative to ``ingest.path``), ``captions`` (text, or a JSON list of texts) and ``licence``, unless ``ingest.folder.license``
 states one for all. In text files, lists and mappings are JSON. A row at fault is yielded with its ``problem``, never dropped.
 """
 
@@ -16,7 +16,7 @@ from cm3leon.data.manifest import Problem, SourceRow
 from cm3leon.data.sources import SourceError
 from cm3leon.data.tables import parse_json, read_table
 
-COLUMNS = (
+MANIFEST_COLUMNS = (
     "image", "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions", "reasoning",
     "instruction", "edited_from", "conditions", "text_in_image",
 )  # fmt: skip
@@ -58,18 +58,20 @@ def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str
     """Our column -> the file's, for the columns that are there."""
     listing = ", ".join(found) or "none"
     for ours, theirs in config.columns.items():
-        if ours not in COLUMNS:
-            raise SourceError(f"ingest.folder.columns.{ours}: there is no manifest column {ours!r}; columns are {', '.join(COLUMNS)}")
+        if ours not in MANIFEST_COLUMNS:
+            raise SourceError(
+                f"ingest.folder.columns.{ours}: there is no manifest column {ours!r}; columns are {', '.join(MANIFEST_COLUMNS)}"
+            )
         if theirs not in found:
             raise SourceError(f"ingest.folder.columns.{ours}: {manifest} has no column {theirs!r}; its columns are: {listing}")
     mapping = dict(config.columns)
-    for ours in COLUMNS:
+    for ours in MANIFEST_COLUMNS:
         known = next((name for name in ALIASES.get(ours, (ours,)) if name in found), None)
         if ours not in mapping and known is not None:
             mapping[ours] = known
     for ours in NEEDED:
-        if ours not in mapping and not (ours == "licence" and config.licence):
-            alternative = ", or state one licence for all rows with ingest.folder.licence" if ours == "licence" else ""
+        if ours not in mapping and not (ours == "licence" and config.license):
+            alternative = ", or state one licence for all rows with ingest.folder.license" if ours == "licence" else ""
             raise SourceError(
                 f"{manifest} has no column {ours!r}; its columns are: {listing}. Say which one it is in params.yaml, "
                 f"e.g. ingest.folder.columns: {{{ours}: {found[0] if found else 'COLUMN'}}}{alternative}"
@@ -96,7 +98,7 @@ def _row(cells: dict[str, Any], origin: str, fault: str | None, root: Path, conf
         image=image,
         extension=_extension(name),
         captions=attempt("captions", _captions, []),
-        licence=_text(cells.get("licence")) or config.licence,
+        licence=_text(cells.get("licence")) or config.license,
         attribution=_text(cells.get("attribution")) or config.attribution,
         source=_text(cells.get("source")) or config.source,
         group=_text(cells.get("group")),

@@ -55,7 +55,7 @@ def test_every_kind_of_manifest_gives_the_same_row(tmp_path: Path, name: str) ->
 
 def test_columns_are_mapped_and_defaults_fill_gaps(tmp_path: Path) -> None:
     collection(tmp_path, [{"file": "images/a.png", "title": "[sic] a cat", "rights": ""}])
-    config = FolderConfig(columns={"image": "file", "captions": "title"}, licence="CC0-1.0", attribution="them", source="mine")
+    config = FolderConfig(columns={"image": "file", "captions": "title"}, license="CC0-1.0", attribution="them", source="mine")
     row = next(rows(config, tmp_path))
     assert (row.captions, row.licence, row.attribution, row.source) == (["[sic] a cat"], "CC0-1.0", "them", "mine")
     assert row.origin == "manifest.csv line 2"
@@ -134,7 +134,7 @@ def test_what_a_user_got_wrong_is_said(tmp_path: Path) -> None:
     collection(tmp_path, [{"image": "images/a.png", "title": "x"}])
     cases: list[tuple[FolderConfig, str]] = [
         (FolderConfig(), r"no column 'captions'; its columns are: image, title.*ingest.folder.columns: \{captions:"),
-        (FolderConfig(columns={"captions": "title"}), "no column 'licence'.*ingest.folder.licence"),
+        (FolderConfig(columns={"captions": "title"}), "no column 'licence'.*ingest.folder.license"),
         (FolderConfig(columns={"captions": "titel"}), "no column 'titel'; its columns are: image, title"),
         (FolderConfig(columns={"caption": "title"}), "there is no manifest column 'caption'"),
         (FolderConfig(manifest="other.csv"), "other.csv does not exist"),
