@@ -1,4 +1,4 @@
-"""Speed and memory of training beside ``OPTForCausalLM`` of the same shape, optimiser and precision.
+"""Speed and memory of training beside ``OPTForCausalLM`` of the same shape, optimizer and precision.
 
     python benchmarks/training.py                # tokens a second at the small shape, alternated
     python benchmarks/training.py --memory       # largest resident memory of a step, as the vocabulary grows

@@ -1,4 +1,4 @@
-"""Made-up tokenised documents for tests."""
+"""Made-up tokenized documents for tests."""
 
 from collections.abc import Iterator
 

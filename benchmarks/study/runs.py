@@ -50,7 +50,7 @@ class Study:
     @cached_property
     def inputs(self) -> str:
         """A hash of what the study reads."""
-        read = (paths.TOKENS, paths.NEIGHBOURS, paths.IMAGE_TOKENIZER, paths.TEXT_TOKENIZER, paths.ENCODER, paths.INDEX)
+        read = (paths.TOKENS, paths.NEIGHBORS, paths.IMAGE_TOKENIZER, paths.TEXT_TOKENIZER, paths.ENCODER, paths.INDEX)
         return digest([content_hash(path) for path in read])
 
     def kept(self, name: str, key: Any, compute: Callable[[], Any]) -> Any:

@@ -40,7 +40,7 @@ def sample_rng(seed: int, epoch: int, name: str) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, int(name, 16)))
 
 
-def read_neighbours(directory: Path, choice: NeighborChoice = "paper") -> dict[str, list[str]]:
+def read_neighbors(directory: Path, choice: NeighborChoice = "paper") -> dict[str, list[str]]:
     """The neighbor table written by ``retrieve``: ids of each document's neighbors.
 
     Args:
@@ -65,7 +65,7 @@ def document_segments(document: Document, vocabulary: Vocabulary, rng: np.random
     return [("text", vocabulary.text(text)), ("image", vocabulary.image(document.codes))]
 
 
-def choose_neighbours(candidates: Sequence[str], shares: Sequence[float], rng: np.random.Generator) -> list[str]:
+def choose_neighbors(candidates: Sequence[str], shares: Sequence[float], rng: np.random.Generator) -> list[str]:
     """Sample how many retrieved documents a sample gets (``shares[n]``: probability of n), and which, in random order."""
     wanted = int(rng.choice(len(shares), p=np.asarray(shares) / sum(shares)))
     count = min(wanted, len(candidates))
@@ -107,14 +107,14 @@ class PretrainingSamples:
     Attributes:
         store: the documents of the split, the queries.
         pool: the documents that can be retrieved.
-        neighbours: ids of each document's neighbors.
+        neighbors: ids of each document's neighbors.
         documents: probability of 0, 1, 2 ... retrieved documents.
         context: longest sequence, tokens.
     """
 
     store: TokenStore
     pool: TokenStore
-    neighbours: Mapping[str, Sequence[str]]
+    neighbors: Mapping[str, Sequence[str]]
     vocabulary: Vocabulary
     objective: ObjectiveConfig
     documents: Sequence[float]
@@ -124,15 +124,15 @@ class PretrainingSamples:
     def __len__(self) -> int:
         return len(self.store)
 
-    def neighbours_of(self, name: str, rng: np.random.Generator) -> tuple[list[str], list[list[tuple[str, np.ndarray]]]]:
+    def neighbors_of(self, name: str, rng: np.random.Generator) -> tuple[list[str], list[list[tuple[str, np.ndarray]]]]:
         """Ids and segments of the retrieved documents sampled for a query."""
-        chosen = choose_neighbours(self.neighbours.get(name, []), self.documents, rng)
+        chosen = choose_neighbors(self.neighbors.get(name, []), self.documents, rng)
         return chosen, [document_segments(self.pool.by_id(other), self.vocabulary, rng) for other in chosen]
 
     def __call__(self, epoch: int, row: int) -> Sample:
         document = self.store[row]
         rng = sample_rng(self.seed, epoch, document.id)
-        chosen, retrieved = self.neighbours_of(document.id, rng)
+        chosen, retrieved = self.neighbors_of(document.id, rng)
         query = document_segments(document, self.vocabulary, rng)
         body = fit_body([*retrieved, query], self.context - 1)
         masked = mask(

@@ -163,7 +163,7 @@ class TaskSamples:
         if "condition" in values and self.conditions is not None:
             images["condition"] = self.conditions.by_id(values["condition"]).codes
         segments, _ = lay_out(template, [values], images, vocabulary, self.tokenizer)
-        chosen, retrieved = ([], []) if task.sees_image else self.pretraining.neighbours_of(document.id, rng)
+        chosen, retrieved = ([], []) if task.sees_image else self.pretraining.neighbors_of(document.id, rng)
         body = fit_body([*retrieved, segments], self.pretraining.context - 1 - TOKENS_PER_SPAN * max(map(len, task.cfg_dropout)))
         own = [segment for segment in body.segments if segment.document == body.segments[-1].document]
         dropped = task.cfg_dropout[int(rng.integers(len(task.cfg_dropout)))] if rng.random() < self.config.conditioning_dropout else ()

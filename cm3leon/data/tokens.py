@@ -1,4 +1,4 @@
-"""Tokenised documents: Arrow IPC shards, memory-mapped.
+"""Tokenized documents: Arrow IPC shards, memory-mapped.
 
 Codes and texts stay on disk until they are read. What grows with the data in memory is the list of ids and the map from id to row, under
 200 bytes a document, in each process that opens a store.
@@ -33,7 +33,7 @@ def schema(tokens_per_image: int) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Document:
-    """One tokenised document: image codes (h*w,) and the captions' text-tokenizer ids."""
+    """One tokenized document: image codes (h*w,) and the captions' text-tokenizer ids."""
 
     id: str
     codes: np.ndarray
@@ -73,7 +73,7 @@ def write_tokens(directory: Path, split: str, documents: Iterable[Document], tok
 
 
 class TokenStore:
-    """Random access to the tokenised documents of some splits.
+    """Random access to the tokenized documents of some splits.
 
     Raises:
         FileNotFoundError: if the directory holds no shard of a split asked for.
@@ -113,5 +113,5 @@ class TokenStore:
             KeyError: if there is none.
         """
         if name not in self._row:
-            raise KeyError(f"no tokenised document {name!r}")
+            raise KeyError(f"no tokenized document {name!r}")
         return self[self._row[name]]

@@ -148,15 +148,15 @@ def edit(e: Evaluation) -> Sheet:
     if scenes:
         starts, ends = ([read_scene(images[number]) for number in scenes] for images in (before, after))
 
-        def judged(images: Sequence[Image.Image]) -> list[edits.Judgement]:
+        def judged(images: Sequence[Image.Image]) -> list[edits.Judgment]:
             return [edits.judge(start, end, read_scene(images[n])) for n, start, end in zip(scenes, starts, ends, strict=True)]
 
         found = judged(drawn)
-        e.add("edit/done", [float(judgement.done) for judgement in found])
-        e.add("edit/kept", [float(judgement.kept) for judgement in found])
-        e.add("edit/done_and_kept", [float(judgement.done and judgement.kept) for judgement in found])
+        e.add("edit/done", [float(judgment.done) for judgment in found])
+        e.add("edit/kept", [float(judgment.kept) for judgment in found])
+        e.add("edit/done_and_kept", [float(judgment.done and judgment.kept) for judgment in found])
         for name, images in (("real", after), ("reconstructions", copies), ("unchanged", unchanged)):
-            e.calibrate(f"edit/done_and_kept_{name}", [float(judgement.done and judgement.kept) for judgement in judged(images)])
+            e.calibrate(f"edit/done_and_kept_{name}", [float(judgment.done and judgment.kept) for judgment in judged(images)])
     sheet: Sheet = []
     for start, result, text in zip(before, drawn, instructions, strict=True):
         sheet += [(start, "before"), (result, text)]
@@ -190,12 +190,12 @@ def layout(e: Evaluation) -> Sheet:
     if scenes:
         wanted = [asked[number] for number in scenes]
 
-        def overlaps(images: Sequence[Image.Image], wanted: Sequence[Any], labelled: bool) -> list[float]:
+        def overlaps(images: Sequence[Image.Image], wanted: Sequence[Any], labeled: bool) -> list[float]:
             found = [[(item.label, item.box) for item in read_scene(images[number]).objects if item.shape != UNKNOWN] for number in scenes]
-            return [layouts.mean_iou(boxes, own, labelled) for boxes, own in zip(wanted, found, strict=True)]
+            return [layouts.mean_iou(boxes, own, labeled) for boxes, own in zip(wanted, found, strict=True)]
 
         e.add("layout/iou", overlaps(drawn, wanted, False))
-        e.add("layout/iou_labelled", overlaps(drawn, wanted, True))
+        e.add("layout/iou_labeled", overlaps(drawn, wanted, True))
         verdicts = composition.verdicts([captions[n] for n in scenes], [drawn[n] for n in scenes])
         e.add("layout/composition", [float(all(verdict.values())) for verdict in verdicts if verdict is not None])
         e.calibrate("layout/iou_real", overlaps(real, wanted, False))
@@ -272,7 +272,7 @@ def condition(e: Evaluation) -> Sheet:
 def infill(e: Evaluation) -> Sheet:
     """One object of each scene drawn anew from the caption: composition of the whole.
 
-    Calibration: reconstructions of the real images, and of those with the box left grey: what is right without the redrawn part.
+    Calibration: reconstructions of the real images, and of those with the box left gray: what is right without the redrawn part.
     """
     rows = e.rows("infill", ("objects", "captions"), _is_scene)
     if not rows:
@@ -285,8 +285,8 @@ def infill(e: Evaluation) -> Sheet:
     real = e.pictures([row.image for row in rows])
     e.asked("infill", [[row.id, box, caption] for row, box, caption in zip(rows, boxes, captions, strict=True)])
     drawn = best(e.generator.infill(real, boxes, captions, seed=e.config.evaluate.seed))
-    grey = [image.copy() for image in real]
-    for image, box in zip(grey, boxes, strict=True):
+    gray = [image.copy() for image in real]
+    for image, box in zip(gray, boxes, strict=True):
         x0, y0, x1, y1 = (round(value) for value in box)
         image.paste((128, 128, 128), (x0, y0, x1, y1))
 
@@ -295,9 +295,9 @@ def infill(e: Evaluation) -> Sheet:
 
     e.add("infill/composition", right(drawn))
     e.calibrate("infill/composition_reconstructions", right(e.reconstructed(real)))
-    e.calibrate("infill/composition_left_out", right(grey))
+    e.calibrate("infill/composition_left_out", right(gray))
     sheet: Sheet = []
-    for start, result, caption in zip(grey, drawn, captions, strict=True):
+    for start, result, caption in zip(gray, drawn, captions, strict=True):
         sheet += [(start, "to fill"), (result, caption)]
     return sheet
 

@@ -20,7 +20,7 @@ from cm3leon.generation.engine import PromptTooLongError, generate_images, gener
 from cm3leon.generation.parts import BadInputError, Parts
 from cm3leon.generation.prompts import Query, answer_prompt, blanks_prompt, image_prompt, infill_prompt
 from cm3leon.generation.rerank import read_likelihoods
-from cm3leon.generation.results import GeneratedImage, GeneratedText, Neighbour, PairScore, Part
+from cm3leon.generation.results import GeneratedImage, GeneratedText, Neighbor, PairScore, Part
 from cm3leon.generation.sampling import Sampler
 from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Prompt, build_body
 from cm3leon.sequence.tasks import CONDITIONS, TASKS, Box, Fields, SegmentTokens, lay_out, layout_text, reasoning_fields
@@ -50,7 +50,7 @@ class Generator(Parts):
 
         For each image returned ``candidates`` are drawn and ranked by CLIP score, and by how likely the model finds the prompt as the
         image's caption, weighted by ``likelihood``. A candidate's noise depends on ``seed`` and its number alone. Retrieved documents that
-        do not fit in the context beside the prompt are left out, the least relevant first; ``neighbours`` of an image are those that stood
+        do not fit in the context beside the prompt are left out, the least relevant first; ``neighbors`` of an image are those that stood
         before it.
 
         Args:
@@ -79,7 +79,7 @@ class Generator(Parts):
         seed: int = 0,
         **settings: Any,
     ) -> list[list[GeneratedImage]]:
-        """Draw each caption with labelled objects at places; boxes in pixels of the drawn image.
+        """Draw each caption with labeled objects at places; boxes in pixels of the drawn image.
 
         Raises:
             BadInputError: for a box that is empty or outside the image, or a layout without objects.
@@ -117,22 +117,22 @@ class Generator(Parts):
         self.check_filled("prompt", shown)
         if references is not None:
             self.check_same_length("prompt", shown, "reference", references)
-        found = self.neighbours(shown, settings.retrieved_documents, references)
+        found = self.neighbors(shown, settings.retrieved_documents, references)
         drawings = []
-        for values, name, neighbours in zip(asked, shown, found, strict=True):
+        for values, name, neighbors in zip(asked, shown, found, strict=True):
             query = self._query(task, values, {})
-            while neighbours and not self._fit(query, neighbours):
-                neighbours = neighbours[:-1]
-            drawings.append(Drawing(name, Query(query, TASKS[task].cfg_dropout[0]), self._streams(task, query, neighbours), neighbours))
+            while neighbors and not self._fit(query, neighbors):
+                neighbors = neighbors[:-1]
+            drawings.append(Drawing(name, Query(query, TASKS[task].cfg_dropout[0]), self._streams(task, query, neighbors), neighbors))
         return draw(self, task, drawings, num_images, seed, settings)
 
     def _query(self, task: str, values: Fields, images: dict[str, np.ndarray]) -> list[SegmentTokens]:
         """The segments before the image to draw, as in training; ``images`` are codes of other pictures."""
         return lay_out(TASKS[task].templates[0], [values], images, self.model.vocabulary, self.text_tokenizer)[0]
 
-    def _streams(self, task: str, query: Sequence[SegmentTokens], neighbours: Sequence[Neighbour] = ()) -> list[Prompt]:
+    def _streams(self, task: str, query: Sequence[SegmentTokens], neighbors: Sequence[Neighbor] = ()) -> list[Prompt]:
         """The conditional stream, and those in which masks stand for what was asked, which keep the retrieved documents."""
-        before = [] if self.memory is None else [self.memory.segments(n, self.model.vocabulary) for n in neighbours]
+        before = [] if self.memory is None else [self.memory.segments(n, self.model.vocabulary) for n in neighbors]
         return [image_prompt(query, before, self.model.vocabulary, frozenset(masked)) for masked in ((), *TASKS[task].cfg_dropout)]
 
     def condition_to_image(
@@ -252,8 +252,8 @@ class Generator(Parts):
         prompt = answer_prompt(TASKS[task].templates[0], values, blank, self.model.vocabulary, self.text_tokenizer)
         return len(prompt) < self.model.spec.context
 
-    def _fit(self, query: Sequence[SegmentTokens], neighbours: Sequence[Neighbour]) -> bool:
-        longest = max(len(stream) for stream in self._streams("text_to_image", query, neighbours))
+    def _fit(self, query: Sequence[SegmentTokens], neighbors: Sequence[Neighbor]) -> bool:
+        longest = max(len(stream) for stream in self._streams("text_to_image", query, neighbors))
         return longest + self.model.vocabulary.tokens_per_image <= self.model.spec.context
 
     # --- texts -----------------------------------------------------------------------------------------------------------

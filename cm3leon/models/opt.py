@@ -41,7 +41,7 @@ MATRICES = {"attention.out": "self_attn.out_proj", "up": "fc1", "down": "fc2"}
 SIZES = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads", "context": "max_position_embeddings"}
 """Fields of :class:`DecoderSpec` -> OPT's."""
 
-INITIALISATION = ("init_std", "position_std")
+INITIALIZATION = ("init_std", "position_std")
 """Fields of :class:`DecoderSpec` that say how training began, not what is computed."""
 
 FIXED: dict[str, tuple[Any, Any, str]] = {
@@ -127,7 +127,7 @@ def _config(model: Decoder) -> dict[str, Any]:
 
 def _check_expressible(spec: DecoderSpec) -> None:
     """Every option that changes what is computed must be off: as it is by default."""
-    options = [field for field in fields(spec) if field.default is not MISSING and field.name not in INITIALISATION]
+    options = [field for field in fields(spec) if field.default is not MISSING and field.name not in INITIALIZATION]
     on = [field for field in options if getattr(spec, field.name) != field.default]
     if on:
         found = ", ".join(f"{field.name}={json.dumps(getattr(spec, field.name))}" for field in on)

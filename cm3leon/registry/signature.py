@@ -21,7 +21,7 @@ REQUEST_COLUMNS = ("task", "prompt", "image", "question", "instruction", "text",
 JSON_COLUMNS = ("box", "objects", "document", "options")
 
 OUTPUTS = {
-    "row": "long", "task": "string", "text": "string", "image_png": "string", "score": "double", "seed": "long", "neighbours": "string",
+    "row": "long", "task": "string", "text": "string", "image_png": "string", "score": "double", "seed": "long", "neighbors": "string",
     "text_log_likelihood": "double", "image_log_likelihood": "double",
 }  # fmt: skip
 """Columns of an answer and MLflow's types of them; the first two are always there."""

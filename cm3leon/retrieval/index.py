@@ -1,6 +1,6 @@
 """The memory bank: one vector a document in a FAISS index, and what is needed to show the documents found.
 
-A document's vector is the mean of its L2-normalised text and image embeddings (paper), brought back to length 1 (as RA-CM3): so the inner
+A document's vector is the mean of its L2-normalized text and image embeddings (paper), brought back to length 1 (as RA-CM3): so the inner
 product of two documents, or of a query and a document, is a cosine, and one bound says when they are too alike. The text is the document's
 first caption, the one shown when the document is retrieved.
 """

@@ -131,7 +131,7 @@ def answers_of(result: Any) -> Iterator[dict[str, Any]]:
         return
     for part in result if isinstance(result, list) else [result]:
         if isinstance(part, GeneratedImage):
-            yield {"image_png": png(part), "score": part.score, "seed": part.seed, "neighbours": json.dumps(part.neighbours)}
+            yield {"image_png": png(part), "score": part.score, "seed": part.seed, "neighbors": json.dumps(part.neighbors)}
         elif isinstance(part, GeneratedText):
             yield {"text": part.text, "seed": part.seed}
         else:

@@ -31,7 +31,7 @@ def codes_of(refs: Sequence[str], store: ImageStore, images: ImageTokenizer) -> 
 def documents(
     manifest: pd.DataFrame, store: ImageStore, images: ImageTokenizer, texts: TextTokenizer, batch_size: int, meter: Meter
 ) -> Iterator[Document]:
-    """Tokenise a manifest batch by batch."""
+    """Tokenize a manifest batch by batch."""
     for start in range(0, len(manifest), batch_size):
         part = manifest.iloc[start : start + batch_size]
         codes = codes_of(part["image"].tolist(), store, images)
@@ -42,7 +42,7 @@ def documents(
 
 
 def conditions(manifest: pd.DataFrame, store: ImageStore, images: ImageTokenizer, batch_size: int, meter: Meter) -> Iterator[Document]:
-    """Tokenise the condition images of the kinds that tasks know."""
+    """Tokenize the condition images of the kinds that tasks know."""
     found = [
         (condition_key(name, item["kind"]), item["image"])
         for name, items in zip(manifest["id"], manifest["conditions"], strict=True)
@@ -63,7 +63,7 @@ def run(config: Config) -> dict[str, float]:
     manifest = read_manifest(paths.VALIDATED, columns=["id", "image", "captions", "conditions", "split"])
     count, conditioned, batch_size = 0, 0, config.tokenize.batch_size
     expected = len(manifest) + sum(map(len, manifest["conditions"]))
-    with runs.stage_run("tokenize", config) as run, progress("tokenising", expected, "images") as meter:
+    with runs.stage_run("tokenize", config) as run, progress("tokenizing", expected, "images") as meter:
         for split in SPLITS:
             part = manifest[manifest["split"] == split]
             layout = images.spec.tokens_per_image, config.tokenize.shard_documents

@@ -36,8 +36,8 @@ def project(tiny_models, tmp_path, monkeypatch):
         write_tokens(paths.TOKENS, split, [Document(name, document.codes, document.texts)], len(document.codes), 100)
     others = {name: [n for n in "abcd" if n != name][:2] for name in "abcd"}
     rows = [{"id": name, "neighbours": found, "modalities": ["text", "image"], "random": []} for name, found in others.items()]
-    paths.NEIGHBOURS.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), paths.NEIGHBOURS / "neighbours.parquet")
+    paths.NEIGHBORS.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), paths.NEIGHBORS / "neighbours.parquet")
     return tmp_path
 
 
@@ -71,17 +71,17 @@ def test_every_token_of_a_sample_is_told_with_its_document(project):
     assert {(1, True), (2, True), (3, True), (2, False)} <= seen
 
 
-def test_a_document_is_shown_with_its_neighbours_and_masks(project):
+def test_a_document_is_shown_with_its_neighbors_and_masks(project):
     samples = source()
     epoch = next(e for e in range(100) if len(samples(e, 0).documents) == 3 and samples(e, 0).masked.spans)
     sample = samples(epoch, 0)
-    plain, coloured = printed(lambda console, config: inspect_sequence.show_document("a", console, config, epoch), CONFIG)
+    plain, colored = printed(lambda console, config: inspect_sequence.show_document("a", console, config, epoch), CONFIG)
     first, second, query = sample.documents
     assert query == "a"
-    for expected in (f"retrieved 1: {first}", f"retrieved 2: {second}", "query: a", "neighbours in the table: b, c", "follows the grammar"):
+    for expected in (f"retrieved 1: {first}", f"retrieved 2: {second}", "query: a", "neighbors in the table: b, c", "follows the grammar"):
         assert expected in plain
     assert len(re.findall(r"^  <mask:\d>: ", plain, re.MULTILINE)) == len(sample.masked.spans)
-    assert "\x1b[" in coloured
+    assert "\x1b[" in colored
 
 
 def test_a_packed_row_is_what_training_reads_in_that_step(project):

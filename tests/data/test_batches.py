@@ -23,8 +23,8 @@ def samples(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokens")
     write_tokens(directory, "train", make_documents(40), 16, 100)
     store = TokenStore(directory)
-    neighbours = dict.fromkeys(store.ids, store.ids[:3])
-    return PretrainingSamples(store, store, neighbours, VOCABULARY, ObjectiveConfig(), [0.5, 0.5], 80, 0)
+    neighbors = dict.fromkeys(store.ids, store.ids[:3])
+    return PretrainingSamples(store, store, neighbors, VOCABULARY, ObjectiveConfig(), [0.5, 0.5], 80, 0)
 
 
 def packed(samples, batch_size=4):

@@ -6,7 +6,7 @@ from tests_support import make_documents
 
 from cm3leon.config.schema import ObjectiveConfig
 from cm3leon.data.batches import SortedStream
-from cm3leon.data.sequences import PretrainingSamples, choose_neighbours, fit_body, sample_rng
+from cm3leon.data.sequences import PretrainingSamples, choose_neighbors, fit_body, sample_rng
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.sequence.grammar import Vocabulary, check_grammar
 
@@ -22,8 +22,8 @@ def store(tmp_path_factory):
 
 
 def samples(store, documents=(0.4, 0.3, 0.3), seed=0, context=128, **objective):
-    neighbours = {name: [store.ids[(row + i) % len(store)] for i in (1, 2, 3)] for row, name in enumerate(store.ids)}
-    return PretrainingSamples(store, store, neighbours, VOCABULARY, ObjectiveConfig(**objective), documents, context, seed)
+    neighbors = {name: [store.ids[(row + i) % len(store)] for i in (1, 2, 3)] for row, name in enumerate(store.ids)}
+    return PretrainingSamples(store, store, neighbors, VOCABULARY, ObjectiveConfig(**objective), documents, context, seed)
 
 
 def test_documents_come_back_from_the_shards(store):
@@ -41,7 +41,7 @@ def test_shards_of_an_earlier_larger_run_are_replaced(tmp_path):
 
 
 def test_unknown_documents_and_splits_are_errors(store, tmp_path):
-    with pytest.raises(KeyError, match="no tokenised document"):
+    with pytest.raises(KeyError, match="no tokenized document"):
         store.by_id("f" * 16)
     with pytest.raises(FileNotFoundError, match="split 'val'"):
         TokenStore(tmp_path, ["val"])
@@ -70,7 +70,7 @@ def test_every_sample_follows_the_grammar_and_fits(store):
 def test_number_of_retrieved_documents_follows_its_shares():
     counts = np.zeros(3)
     for number in range(3000):
-        counts[len(choose_neighbours(["a", "b", "c"], [0.5, 0.3, 0.2], sample_rng(0, number, "1f")))] += 1
+        counts[len(choose_neighbors(["a", "b", "c"], [0.5, 0.3, 0.2], sample_rng(0, number, "1f")))] += 1
     assert np.allclose(counts / 3000, [0.5, 0.3, 0.2], atol=0.03)
 
 

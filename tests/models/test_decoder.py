@@ -115,7 +115,7 @@ def test_logits_of_a_slice_are_the_slice_of_the_logits():
 
 
 @pytest.mark.parametrize("heads", [2, 8])
-def test_normalised_attention_is_as_sharp_in_heads_of_any_size_and_length(heads):
+def test_normalized_attention_is_as_sharp_in_heads_of_any_size_and_length(heads):
     """A query weighs a key of its own direction and one whose cosine with it is 0.8 as logits 0.2 of the largest apart."""
     attention = Attention(DecoderSpec(layers=1, width=32, heads=heads, context=8, qk_norm=True), 0)
     direction, across = torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat(8), torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(8)

@@ -145,7 +145,7 @@ def test_a_sample_needs_its_other_picture(samples):
 def test_a_layout_is_told_as_the_model_sees_it():
     assert box_in_square([16, 0, 48, 32], 64, 32) == (0, 0, 1, 1)
     assert box_in_square([0, 0, 40, 16], 64, 32) == (0, 0, 0.75, 0.5)
-    assert box_in_square([0, 0, 30, 16], 64, 32) is None  # its centre is cut away
+    assert box_in_square([0, 0, 30, 16], 64, 32) is None  # its center is cut away
 
 
 QUESTIONS = [{"question": f"What color is number {n}?", "answers": [f"red {n}"]} for n in range(6)]

@@ -117,7 +117,7 @@ def test_schedule_warms_up_peaks_and_ends_at_the_floor():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_parameter_is_in_an_optimiser_once(optimizer):
+def test_every_parameter_is_in_an_optimizer_once(optimizer):
     model = make_model()
     optimizers = make_optimizers(model, CONFIG.model_copy(update={"optimizer": optimizer}))
     grouped = [p for each in optimizers for group in each.param_groups for p in group["params"]]
