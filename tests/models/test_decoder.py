@@ -1,10 +1,13 @@
 """The decoder: parameter layout, causality, and cached decoding equal to the full pass."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from cm3leon.models.decoder import MAX_ATTENTION_LOGIT, Attention, Decoder, DecoderSpec, RotaryEmbedding
+from cm3leon.models.decoder import MAX_ATTENTION_LOGIT, WEIGHTS, Attention, Decoder, DecoderSpec, RotaryEmbedding
 from cm3leon.models.kernels import apply_rotary_emb
 from cm3leon.sequence.grammar import Vocabulary
 
@@ -141,6 +144,21 @@ def test_save_and_load_give_the_same_model(tmp_path):
     assert again.vocabulary == VOCABULARY and again.spec == model.spec
     assert all(np.array_equal(a.detach(), b.detach()) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_files_of_earlier_versions_load(tmp_path):
+    """``rope`` was called ``rotation``, and the embedding of image positions ``places``."""
+    model = make(image_positions=True, rope=True)
+    model.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["decoder"]["rotation"] = config["decoder"].pop("rope")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["places.weight"] = tensors.pop("image_positions.weight")
+    save_file(tensors, tmp_path / WEIGHTS)
+    again = Decoder.load(tmp_path)
+    assert again.spec == model.spec
+    assert torch.equal(again(*draw(2, 12)), model.eval()(*draw(2, 12)))
 
 
 def test_load_says_where_nothing_is(tmp_path):
