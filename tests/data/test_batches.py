@@ -63,7 +63,7 @@ def test_rows_are_well_filled(samples):
     assert filled > 0.85
 
 
-def test_the_opening_token_of_a_sample_is_no_target_and_positions_begin_anew(samples):
+def test_the_opening_token_of_a_sample_is_no_target_and_positions_restart(samples):
     batch = packed(samples)(0)
     starts = batch.positions.eq(0) & (batch.samples > 0)
     assert (batch.tokens[starts] == EOS).all()
@@ -96,7 +96,7 @@ def test_any_division_of_the_rows_gives_the_same_rows(samples):
     assert {**first.state(), **second.state()} == whole.state()
 
 
-def test_a_stream_goes_on_from_its_state(samples):
+def test_a_stream_resumes_from_its_state(samples):
     stream = packed(samples)
     for step in range(7):
         stream(step)
@@ -111,7 +111,7 @@ def test_a_sample_longer_than_a_row_is_an_error(samples):
         PackedStream(samples, len(samples), 2, 0, 10)(0)
 
 
-def test_micro_batches_are_the_batch(samples):
+def test_micro_batches_make_up_the_batch(samples):
     batch = SortedStream(samples, len(samples), 8, 0)(3)
     parts = [batch.rows(slice(start, start + 3)) for start in range(0, 8, 3)]
     assert [len(part.tokens) for part in parts] == [3, 3, 2]
