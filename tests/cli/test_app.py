@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from tests_support import decoding
 from typer.testing import CliRunner
 
 from cm3leon.cli import app, model
-from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.generator import Generator
 from cm3leon.stages.common import METRICS, STAGES
 from cm3leon.utils.errors import UserError
@@ -53,7 +53,7 @@ class Recorder:
 
 @pytest.fixture(scope="session")
 def loaded(tiny_parts: dict[str, Path]) -> Generator:
-    return Generator.from_parts(**tiny_parts, decoding=DecodingConfig(candidates=2))  # type: ignore[arg-type]
+    return Generator.from_parts(**tiny_parts, decoding=decoding(candidates=2))  # type: ignore[arg-type]
 
 
 @pytest.fixture

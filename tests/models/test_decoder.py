@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from tests_support import decoder_spec
 
-from cm3leon.models.decoder import SHARPEST_LOGIT, Attention, Decoder, DecoderSpec, Rotation
+from cm3leon.models.decoder import SHARPEST_LOGIT, Attention, Decoder, Rotation
 from cm3leon.models.kernels import turn
 from cm3leon.sequence.grammar import Vocabulary
 
@@ -13,7 +14,7 @@ VOCABULARY = Vocabulary(text_size=40, image_size=20, sentinels=4, tokens_per_ima
 
 def make(seed=0, **options):
     torch.manual_seed(seed)
-    model = Decoder(DecoderSpec(layers=2, width=32, heads=4, context=48, init_std=0.1, **options), VOCABULARY)
+    model = Decoder(decoder_spec(layers=2, width=32, heads=4, context=48, init_std=0.1, **options), VOCABULARY)
     for block in model.blocks:  # zero output layers would hide everything attention does
         torch.nn.init.normal_(block.attention.out.weight, std=0.2)
         torch.nn.init.normal_(block.down.weight, std=0.2)
@@ -27,7 +28,7 @@ def draw(*shape):
 
 
 def test_parameters_are_matrices_only_and_outputs_start_at_zero():
-    model = Decoder(DecoderSpec(2, 32, 4, 48), VOCABULARY)
+    model = Decoder(decoder_spec(2, 32, 4, 48), VOCABULARY)
     assert all(p.ndim == 2 for p in model.parameters())
     expected = VOCABULARY.size * 32 + 48 * 32 + 2 * 12 * 32 * 32
     assert model.parameter_count == expected
@@ -117,7 +118,7 @@ def test_logits_of_a_slice_are_the_slice_of_the_logits():
 @pytest.mark.parametrize("heads", [2, 8])
 def test_normalised_attention_is_as_sharp_in_heads_of_any_size_and_length(heads):
     """A query weighs a key of its own direction and one whose cosine with it is 0.8 as logits 0.2 of the largest apart."""
-    attention = Attention(DecoderSpec(layers=1, width=32, heads=heads, context=8, qk_norm=True), 0)
+    attention = Attention(decoder_spec(layers=1, width=32, heads=heads, context=8, qk_norm=True), 0)
     direction, across = torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat(8), torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(8)
     tokens = torch.stack([0.8 * direction + 0.6 * across, direction])
     with torch.no_grad():
