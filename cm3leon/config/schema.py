@@ -301,8 +301,8 @@ class TrainConfig(Section):
     final_learning_rate: float = Field(0.05, ge=0, le=1, description="learning rate at the end of the decay, as a share of the peak")
     warmup_steps: WarmupSteps
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of the first and second moment")
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's first and second moment")
+    clip: float = Field(1.0, gt=0, description="norm to which the gradient is clipped")
     z_loss: float = Field(0.0, ge=0, description="weight of the z-loss, log(Z)^2 of the output (Chameleon, arXiv 2405.09818: 1e-5)")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="dtype of matrix products; auto: bf16 where the hardware has it; parameters and optimizer state stay fp32"
@@ -314,7 +314,7 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept, in addition to the best")
     retrieved_documents: list[float] = Field([0.9, 0.1], description="share of the sequences with 0, 1, 2 ... retrieved documents")
-    neighbors: NeighborChoice = Field("paper", description="which neighbors are retrieved: by the paper's rules, or for ablation")
+    neighbors: NeighborChoice = Field("paper", description="paper: found by text and by image; the others are for ablation")
 
     @model_validator(mode="after")
     def _check_retrieved_documents(self) -> TrainConfig:
@@ -481,7 +481,7 @@ TEXT_ROOM = 32
 
 
 class Config(Section):
-    """All of ``params.yaml``."""
+    """All parameters of a run."""
 
     profile: str = Field("small", description="name of the profile, a tag of every MLflow run")
     seed: Seed = Field(0, description="seed of all stages; ingest.shapes and evaluate have their own")

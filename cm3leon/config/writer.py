@@ -32,10 +32,10 @@ def params_text(config: Config, header: Sequence[str] = (), reasons: Mapping[str
     """The complete parameter file of ``config``, every key with its description.
 
     Args:
-        header: lines of the comment at the top.
+        header: the comment at the top.
         reasons: dotted key -> why it has its value, in brackets after the key's description.
     """
-    lines = [f"# {line}".rstrip() for line in header]
+    lines = [f"# {line}".rstrip() for text in header for line in text.splitlines()]
     return "\n".join([*lines, *_section(config, "", "", reasons or {})]) + "\n"
 
 

@@ -148,7 +148,7 @@ def test_configure_gives_a_profiles_reasons_where_its_value_holds(tmp_path: Path
     assert "    context: 4096  # longest sequence, tokens (paper: 4096) [paper]" in lines, "of its parent"
     assert "  steps: 226500  # optimizer steps [1.9T tokens (paper)]" in lines
     assert "  weight_decay: 0.2  # decoupled weight decay" in lines
-    assert "  clip: 2.0  # largest norm of the gradient" in lines
+    assert "  clip: 2.0  # norm to which the gradient is clipped" in lines
     assert lines[0].startswith("# Profile cm3leon-760m")
     assert "# Written by: cm3leon configure cm3leon-760m --set pretrain.weight_decay=0.2 --set 'sft={clip: 2.0}'" in lines
 
