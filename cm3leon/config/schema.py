@@ -50,7 +50,12 @@ def current_names(stored: Mapping[str, Any], section: str) -> dict[str, Any]:
     Args:
         stored: parameters as an earlier version wrote them, into a model's directory, say.
         section: dotted name of the section that they belong to; empty for a tree of sections.
+
+    Raises:
+        TypeError: if the file does not hold a mapping.
     """
+    if not isinstance(stored, Mapping):
+        raise TypeError(f"expected a mapping of parameters, found {type(stored).__name__}")
     found: dict[str, Any] = {}
     for key, value in stored.items():
         path = f"{section}.{key}" if section else key

@@ -76,6 +76,18 @@ def test_stored_trees_are_read_with_the_names_of_today() -> None:
     assert current_names(expected, "decoding") == expected
 
 
+def test_a_stored_file_that_holds_no_parameters_is_refused() -> None:
+    with pytest.raises(TypeError, match="expected a mapping of parameters, found list"):
+        current_names([1], "decoding")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", [key for key in RENAMED if "*" not in key])
+def test_the_documentation_names_every_renamed_key(key: str) -> None:
+    page = (CONFIGS.parent / "docs/configuration.md").read_text()
+    assert f"`{key}`" in page
+    assert f"`{RENAMED[key]}`" in page or f"`{RENAMED[key].rpartition('.')[2]}`" in page
+
+
 def test_a_decoder_of_an_earlier_version_loads(tmp_path: Path) -> None:
     spec = decoder_spec(layers=1, width=32, heads=4, context=48, rope=True)
     Decoder(spec, Vocabulary(40, 20, 4, 9)).save(tmp_path)
