@@ -5,8 +5,8 @@
 Each argument is one variant: changes to ``params.yaml``, separated by blanks. For each a line with steps a second, the losses of the val
 split without masks (nats an image given its caption, nats a caption token given the image), and the composition accuracy of one plain
 sample of each val prompt, by the number of different objects it names; "relation": how often a stated relation holds where number and
-colours are right (chance: about 0.25); "binding": how often an image of two objects is likelier under its caption than under the same with
-the two colours swapped (chance: 0.5).
+colors are right (chance: about 0.25); "binding": how often an image of two objects is likelier under its caption than under the same with
+the two colors swapped (chance: 0.5).
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def composition_by_objects(model: Decoder) -> dict[str, float]:
         if verdict is not None and (statement := composition.parse_caption(caption)) is not None:
             for key in ("all", str(len(set(statement.objects)))):
                 right[key].append(all(verdict.values()))
-            if "relation" in verdict and verdict["count"] and verdict["colour"]:
+            if "relation" in verdict and verdict["count"] and verdict["color"]:
                 right["relation"].append(verdict["relation"])
     return {key: float(np.mean(values)) for key, values in sorted(right.items())}
 
 
-def swapped_colours(caption: str) -> str | None:
-    """A caption of two objects of different colours and shapes with the colours swapped; None of others."""
+def swapped_colors(caption: str) -> str | None:
+    """A caption of two objects of different colors and shapes with the colors swapped; None of others."""
     object_ = rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b"
     found = re.findall(object_, caption)
     if len(found) != 2 or len({color for color, _ in found}) < 2 or len({shape for _, shape in found}) < 2:
@@ -84,11 +84,11 @@ def swapped_colours(caption: str) -> str | None:
 
 
 def binding(model: Decoder) -> float:
-    """Share of val images of two objects that are likelier under their caption than under the same with the colours swapped."""
+    """Share of val images of two objects that are likelier under their caption than under the same with the colors swapped."""
     texts, store, vocabulary = TextTokenizer.load(paths.TEXT_TOKENIZER), TokenStore(paths.TOKENS, ["val"]), model.vocabulary
     rows = read_manifest(paths.VALIDATED, "val")
     asked = [(store.by_id(name).codes, str(captions[0])) for name, captions in zip(rows["id"], rows["captions"], strict=True)]
-    pairs = [(codes, caption, other) for codes, caption in asked if (other := swapped_colours(caption)) is not None]
+    pairs = [(codes, caption, other) for codes, caption in asked if (other := swapped_colors(caption)) is not None]
     images = [Prompt(vocabulary.image(codes), np.arange(1, vocabulary.tokens_per_image + 1)) for codes, _, _ in pairs]
     found = []
     for which in (1, 2):

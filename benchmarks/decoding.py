@@ -42,13 +42,13 @@ def main(prompts: int) -> None:
         decoding=DecodingConfig(top_p=1.0, likelihood=0.0, tasks={}),
     )
     captions = [str(texts[0]) for texts in read_manifest(paths.VALIDATED, "val")["captions"][:prompts]]
-    print(f"| {' | '.join(SETTINGS)} | composition | background | count | colour | shape | size | relation | s |")
+    print(f"| {' | '.join(SETTINGS)} | composition | background | count | color | shape | size | relation | s |")
     print("|" + "---|" * (len(SETTINGS) + 8))
     for settings in GRID:
         start = time.perf_counter()
         drawn = [images[0].image for images in generator.text_to_image(captions, **settings)]
         scores = composition.score(captions, drawn)
-        names = ("", "/background", "/count", "/colour", "/shape", "/size", "/relation")
+        names = ("", "/background", "/count", "/color", "/shape", "/size", "/relation")
         shown = [f"{scores.get(f'composition{name}', float('nan')):.3f}" for name in names]
         asked = [str(getattr(generator.settings(settings), key)) for key in SETTINGS]
         print("| " + " | ".join([*asked, *shown, f"{time.perf_counter() - start:.1f}"]) + " |", flush=True)

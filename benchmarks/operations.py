@@ -33,9 +33,9 @@ def in_bfloat16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
     return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True, scale=scale)
 
 
-def by_reals(x: Tensor, turns: Tensor) -> Tensor:
+def by_reals(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Pairs turned by real numbers, a number of the first half with one of the second."""
-    cos, sin = turns.unbind(-1)
+    cos, sin = cos_sin.unbind(-1)
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
@@ -49,7 +49,7 @@ def all_at_once(hidden: Tensor, output: Tensor, targets: Tensor, weights: Tensor
 REPLACED: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "attention by PyTorch in float32": lambda: mock.patch("cm3leon.models.decoder.attention", in_float32),
     "attention by PyTorch in bfloat16": lambda: mock.patch("cm3leon.models.decoder.attention", in_bfloat16),
-    "turns by real numbers": lambda: mock.patch("cm3leon.models.decoder.turn", by_reals),
+    "rotary embedding in real numbers": lambda: mock.patch("cm3leon.models.decoder.apply_rotary_emb", by_reals),
     "logits of all tokens at once": lambda: mock.patch("cm3leon.models.decoder.chunked_cross_entropy", all_at_once),
 }
 
@@ -63,14 +63,14 @@ if __name__ == "__main__":
     shape = meta_decoder(changed_config([], CONFIGS / "small.yaml"))
     model = Decoder(shape.spec, shape.vocabulary)
     tokens = torch.randint(4, model.vocabulary.size, (options.rows, options.tokens))
-    places = torch.randint(1 + model.vocabulary.tokens_per_image, tokens.shape)
+    image_positions = torch.randint(1 + model.vocabulary.tokens_per_image, tokens.shape)
 
     def seconds(patch: AbstractContextManager[object]) -> float:
         start = time.perf_counter()
         model.zero_grad(set_to_none=True)
         with patch:
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                total, _ = model.losses(tokens, torch.ones(tokens.shape), places)
+                total, _ = model.losses(tokens, torch.ones(tokens.shape), image_positions)
             total.backward()
         return time.perf_counter() - start
 

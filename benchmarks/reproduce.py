@@ -1,4 +1,4 @@
-"""Does ``dvc repro`` alone give the artefacts of the flow? python benchmarks/reproduce.py [--profile tiny]
+"""Does ``dvc repro`` alone give the artifacts of the flow? python benchmarks/reproduce.py [--profile tiny]
 
 Two fresh clones of HEAD in a temporary folder, each with a cache of its own: one runs the flow, the other ``dvc repro``. Then every
 output of every stage is compared by content hash, but for ``models/runs``, which names the MLflow run. Exit status 1 if one differs.

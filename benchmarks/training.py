@@ -1,4 +1,4 @@
-"""Speed and memory of training beside ``OPTForCausalLM`` of the same shape, optimiser and precision.
+"""Speed and memory of training beside ``OPTForCausalLM`` of the same shape, optimizer and precision.
 
     python benchmarks/training.py                # tokens a second at the small shape, alternated
     python benchmarks/training.py --memory       # largest resident memory of a step, as the vocabulary grows
@@ -43,10 +43,10 @@ def step_of_ours(shape: str, context: int, vocabulary: int, tokens_BT: torch.Ten
     """A function that takes one step of our decoder."""
     model = Decoder(spec_of(shape, context), Vocabulary(vocabulary - 8 - 4 - 64, 64, 8, 64)).to(DEVICE)
     weights = torch.ones_like(tokens_BT, dtype=torch.float32)
-    places = torch.zeros_like(tokens_BT)
+    image_positions = torch.zeros_like(tokens_BT)
 
     def loss() -> torch.Tensor:
-        total, _ = model.losses(tokens_BT, weights, places)
+        total, _ = model.losses(tokens_BT, weights, image_positions)
         return total / (tokens_BT.numel() - len(tokens_BT))
 
     return _step(model, loss)

@@ -98,7 +98,7 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
 
 
 def _publish(report: str) -> None:
-    """The report as an artefact of the run."""
+    """The report as an artifact of the run."""
     from prefect.artifacts import create_markdown_artifact
 
     create_markdown_artifact(report, key="cm3leon-pipeline", description="Stages, verdict and links of a pipeline run")

@@ -45,7 +45,7 @@ def _scratch() -> Path:
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
 def gate_task(config: GateConfig) -> State:
-    """Compare challenger and champion, the table as an artefact; ends Completed when it may be promoted, HeldBack when not."""
+    """Compare challenger and champion, the table as an artifact; ends Completed when it may be promoted, HeldBack when not."""
     from prefect.artifacts import create_markdown_artifact
 
     from cm3leon.registry import registry

@@ -1,4 +1,4 @@
-"""What a person sees at the end of a run: one table on the terminal, the same as an artefact in Prefect."""
+"""What a person sees at the end of a run: one table on the terminal, the same as an artifact in Prefect."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def make_models(root):
     encoder = Encoder(build_clip(settings["model"]), settings, ClipTokenizer(text, small.context_length))
     encoder.save(root / paths.ENCODER)
     documents = pd.DataFrame({"id": list("abcd"), "caption": CAPTIONS, "licence": "CC0-1.0", "attribution": "us", "source": "test"})
-    pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "green", "white")]
+    pictures = [Image.new("RGB", (32, 32), color) for color in ("red", "blue", "green", "white")]
     bank = MemoryBank.build(documents, encoder.encode_texts(CAPTIONS), encoder.encode_images(pictures), "flat", encoder.fingerprint)
     bank.save(root / paths.INDEX)
     codes = np.zeros(vocabulary.tokens_per_image, dtype=np.uint16)

@@ -38,9 +38,9 @@ def test_uncertainty_of_a_code_given_its_patch() -> None:
     assert load(script).code_uncertainty(images, half, 4) == pytest.approx(2 * math.log(2))
 
 
-def test_colours_are_swapped_between_two_different_objects_only() -> None:
+def test_colors_are_swapped_between_two_different_objects_only() -> None:
     [script] = [path for path in SCRIPTS if path.stem == "decoder"]
-    swapped = load(script).swapped_colours
+    swapped = load(script).swapped_colors
     assert swapped("a small red circle left of a blue square on a red background") == (
         "a small blue circle left of a red square on a red background"
     )

@@ -38,14 +38,14 @@ def _plot(section: Section, path: Path) -> None:
     from matplotlib.ticker import ScalarFormatter
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    colours: dict[str, str] = {}  # seeds of the same have one colour and one entry in the legend
+    colors: dict[str, str] = {}  # seeds of the same have one color and one entry in the legend
     for name, points in section.curves.items():
         group = name.partition(", seed ")[0]
-        label = "_" if group in colours else group
-        colour = colours.setdefault(group, f"C{len(colours)}")
+        label = "_" if group in colors else group
+        color = colors.setdefault(group, f"C{len(colors)}")
         xs, ys, lows, highs = zip(*points, strict=True)
-        axes.plot(xs, ys, marker="o", markersize=3, label=label, color=colour)
-        axes.fill_between(xs, lows, highs, alpha=0.12, color=colour)
+        axes.plot(xs, ys, marker="o", markersize=3, label=label, color=color)
+        axes.fill_between(xs, lows, highs, alpha=0.12, color=color)
     if section.logarithmic == "x":
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())

@@ -50,7 +50,7 @@ class Study:
     @cached_property
     def inputs(self) -> str:
         """A hash of what the study reads."""
-        read = (paths.TOKENS, paths.NEIGHBOURS, paths.IMAGE_TOKENIZER, paths.TEXT_TOKENIZER, paths.ENCODER, paths.INDEX)
+        read = (paths.TOKENS, paths.NEIGHBORS, paths.IMAGE_TOKENIZER, paths.TEXT_TOKENIZER, paths.ENCODER, paths.INDEX)
         return digest([content_hash(path) for path in read])
 
     def kept(self, name: str, key: Any, compute: Callable[[], Any]) -> Any:
@@ -87,7 +87,7 @@ class Study:
         steps = max(VALIDATIONS, round(self.tokens / a_step))
         section = section.model_copy(update={"steps": steps, "validate_every": max(1, steps // VALIDATIONS)})
         with_documents = section.model_copy(update={"retrieved_documents": [0.0, 0.0, 1.0]})  # all are judged on none and on two
-        validation = validation_batches(replace(samples, store=held_out, documents=[1.0]), with_documents)
+        validation = validation_batches(replace(samples, store=held_out, retrieved_shares=[1.0]), with_documents)
         curve: list[dict[str, float]] = []
         fit(
             setup(model, section),

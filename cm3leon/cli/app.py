@@ -116,7 +116,7 @@ def ui(
 @app.command("inspect", rich_help_panel="Project")
 def inspect_document(
     document_id: Annotated[str, typer.Argument(help="id of a document, or an unambiguous beginning of it")] = "",
-    epoch: Annotated[int, typer.Option(help="masks, neighbours and their order differ by epoch")] = 0,
+    epoch: Annotated[int, typer.Option(help="masks, neighbors and their order differ by epoch")] = 0,
     step: Annotated[int | None, typer.Option(help="show a row of this step's batch instead, as pretraining reads it")] = None,
     row: Annotated[int, typer.Option(help="which row of the batch")] = 0,
 ) -> None:

@@ -95,7 +95,7 @@ def name_of(document: int, count: int) -> str:
 
 
 def line(tokens: Sequence[Token]) -> Text:
-    """The tokens in colour: text as it reads, image codes as numbers, marks by name."""
+    """The tokens in color: text as it reads, image codes as numbers, marks by name."""
     found = Text()
     for token in tokens:
         found.append(token.content if token.role == "text" else f" {token.content or token.role} ", style=token.style)
@@ -118,12 +118,12 @@ def table(tokens: Sequence[Token], first: int, console: Console) -> None:
 
 
 def heading(sample: Sample, candidates: Sequence[str]) -> list[str]:
-    """What a sample is made of: its documents, the neighbours it could have had, and what is masked."""
+    """What a sample is made of: its documents, the neighbors it could have had, and what is masked."""
     masked, names = sample.masked, sample.documents
     present = {segment.document for segment in masked.body.segments if segment.length}
     lines = [f"  {name_of(number, len(names))}: {name}" for number, name in enumerate(names)]
     lines = [text if number in present else f"{text}  (cut away for room)" for number, text in enumerate(lines)]
-    lines.append(f"  neighbours in the table: {', '.join(candidates) or 'none'}")
+    lines.append(f"  neighbors in the table: {', '.join(candidates) or 'none'}")
     for number, (start, stop) in enumerate(masked.spans):
         segment = next(s for s in masked.body.segments if s.start <= start and stop <= s.stop)
         whole = "all" if (start, stop) == (segment.start, segment.stop) else f"{stop - start} of {segment.length} tokens"
@@ -142,7 +142,7 @@ def show(samples: Sequence[Sample], length: int, source: PretrainingSamples, tok
     for number, (sample, tokens) in enumerate(zip(samples, rows, strict=True), 1):
         count = f"sample {number} of {len(samples)}: " if len(samples) > 1 else ""
         console.print(f"{count}{len(tokens)} tokens, from {first}", style="bold", highlight=False)
-        for text in heading(sample, source.neighbours.get(sample.documents[-1], [])):
+        for text in heading(sample, source.neighbors.get(sample.documents[-1], [])):
             console.print(text, markup=False, highlight=False, soft_wrap=True)
         table(tokens, first, console)
         first += len(tokens)
@@ -187,7 +187,7 @@ def show_row(step: int, row: int, console: Console, config: Config) -> None:
     source = training_samples(store, build_vocabulary(section.model), section, config.seed)
     stream = stream_of(source, len(store), section, config.seed, section.model.context)
     for number in range(step + 1) if section.packing else [step]:  # packed rows come one after another
-        [samples] = stream.drawn(number, [row])
+        [samples] = stream.samples(number, [row])
     length = section.model.context if section.packing else len(samples[0].masked.tokens)
     console.print(f"step {step}, row {row}: {len(samples)} samples in {length} tokens", highlight=False)
     show(samples, length, source, TextTokenizer.load(paths.TEXT_TOKENIZER), console)

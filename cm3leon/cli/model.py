@@ -125,7 +125,7 @@ def box_of(text: str, what: str) -> Box:
     return left, top, right, bottom
 
 
-def finish(generator: Generator, drawn: list[list[GeneratedImage]], out: Path, *, upscale: bool, show_neighbours: bool = False) -> None:
+def finish(generator: Generator, drawn: list[list[GeneratedImage]], out: Path, *, upscale: bool, show_neighbors: bool = False) -> None:
     """Write the images, each a PNG with what made it in its metadata, and say where; of several prompts as ``out-p1.png`` ..."""
     for number, images in enumerate(drawn, 1):
         first = out if len(drawn) == 1 else out.with_name(f"{out.stem}-p{number}{out.suffix}")
@@ -136,11 +136,11 @@ def finish(generator: Generator, drawn: list[list[GeneratedImage]], out: Path, *
             file = first if place == 1 else first.with_name(f"{first.stem}-{place}{first.suffix}")
             image.save(file)
             print(f"{file}: seed {image.seed}" + ("" if image.score is None else f", CLIP score {image.score:.3f}"))
-        for neighbour in images[0].neighbours:
-            credit = ", ".join(str(neighbour[key]) for key in ("licence", "attribution") if neighbour.get(key))
-            print(f"retrieved: {neighbour['id']} ({credit})")
-            if show_neighbours:
-                print(f"    {neighbour['caption']!r}, score {neighbour['score']:.3f}, source {neighbour['source']}")
+        for neighbor in images[0].neighbors:
+            credit = ", ".join(str(neighbor[key]) for key in ("licence", "attribution") if neighbor.get(key))
+            print(f"retrieved: {neighbor['id']} ({credit})")
+            if show_neighbors:
+                print(f"    {neighbor['caption']!r}, score {neighbor['score']:.3f}, source {neighbor['source']}")
 
 
 @command("text_to_image", "generate")
@@ -156,7 +156,7 @@ def text_to_image(
     likelihood: Annotated[float | None, typer.Option(help="weight of the caption's likelihood beside the CLIP score in ranking")] = None,
     retrieved_documents: Annotated[int | None, typer.Option(help="retrieved documents before the prompt")] = None,
     reference: Annotated[Path | None, typer.Option(help="an image by which documents are retrieved too")] = None,
-    show_neighbours: Annotated[bool, typer.Option("--show-neighbours", help="say more of the retrieved documents")] = False,
+    show_neighbors: Annotated[bool, typer.Option("--show-neighbors", help="say more of the retrieved documents")] = False,
     upscale: Upscale = False,
     settings: Settings = None,
     model: Model = CHAMPION,
@@ -168,7 +168,7 @@ def text_to_image(
     given |= {"likelihood": likelihood, "retrieved_documents": retrieved_documents}
     generator = load_generator(model)
     drawn = generator.text_to_image(prompts, num_images, references=references, seed=seed, **settings_of(settings, **given))
-    finish(generator, drawn, out, upscale=upscale, show_neighbours=show_neighbours)
+    finish(generator, drawn, out, upscale=upscale, show_neighbors=show_neighbors)
 
 
 @command("write")

@@ -7,7 +7,7 @@ from pathlib import Path
 RAW = Path("data/raw")
 VALIDATED = Path("data/validated")
 TOKENS = Path("data/tokens")
-NEIGHBOURS = Path("data/neighbours")
+NEIGHBORS = Path("data/neighbours")
 
 IMAGE_TOKENIZER = Path("models/image_tokenizer")
 TEXT_TOKENIZER = Path("models/text_tokenizer")

@@ -1,9 +1,9 @@
-"""Batches of training sequences: which samples a step trains on, and how they lie in its rows.
+"""Batches of training samples: which samples a step trains on, and how they fill its rows.
 
-Two ways, the same interface. :class:`SortedStream` gives each sample a row and pads little, as a group of batches is sorted by length
-together. :class:`PackedStream` fills rows of one length with several samples each, which see nothing of one another: for accelerators,
-and for samples much shorter than the context.
-Row ``b`` of step ``s`` is the same whatever the number of processes, each of which asks for its own rows only.
+Two streams with one interface. :class:`SortedStream` gives each sample a row and needs little padding, because the samples of a group of
+batches are sorted by length. :class:`PackedStream` packs several samples into each row of a fixed length, without attention between them:
+for accelerators, and for samples much shorter than the context.
+Row ``b`` of step ``s`` does not depend on the number of processes; each process asks for its own rows only.
 """
 
 from __future__ import annotations
@@ -20,27 +20,31 @@ from cm3leon.data.sequences import Sample
 from cm3leon.sequence.grammar import PAD
 
 SORT_BATCHES = 16
-"""Samples of this many batches are sorted by length together, so that little is padded."""
+"""Batches whose samples are sorted by length together, to pad little."""
 
 LOOKAHEAD = 16
-"""Samples held for each row of a packed batch, to choose from what fits in the room left."""
+"""Samples buffered for each row of a packed batch, to choose one that fits in the remaining tokens."""
 
-Draw = Callable[[int, int], Sample]
-"""``draw(epoch, row)`` -> a sample."""
+GetSample = Callable[[int, int], Sample]
+"""``get_sample(epoch, index)`` returns a sample; the same arguments give the same sample."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of token ids (B, T) int64, padded on the right, and of the same shape, for each token:
+    """Rows of tokens, padded on the right. All tensors are (B, T) and int64 but for the weights.
 
-    ``weights`` float32, as a target of the loss, 0 on what is not one; ``places`` int64, in its image, from 1, 0 on what is no image
-    token; ``tasks`` int64, the number of its sample's task; where several samples share a row, ``samples`` int64, which it belongs to, from
-    1, 0 on padding, and ``positions`` int64, where in its sample.
+    Attributes:
+        tokens: token ids.
+        weights: float32, weight of each token as a target of the loss; 0 where it is none.
+        image_positions: raster index of each token in its image, from 1; 0 for tokens of no image.
+        tasks: number of the task of each token's sample, 0 for none.
+        samples: in packed rows, the number of each token's sample, from 1; 0 on padding.
+        positions: in packed rows, the position of each token in its sample.
     """
 
     tokens: Tensor
     weights: Tensor
-    places: Tensor
+    image_positions: Tensor
     tasks: Tensor
     samples: Tensor | None = None
     positions: Tensor | None = None
@@ -50,7 +54,7 @@ class Batch:
         return Batch(*(None if value is None else value.to(device, non_blocking=True) for value in values))
 
     def rows(self, part: slice) -> Batch:
-        """Some of the rows, without columns that are padding in all of them where each row is one sample."""
+        """Some of the rows; unless they are packed, cut to the longest."""
         values = [getattr(self, field.name) for field in fields(self)]
         length = self.tokens.shape[1]
         if self.samples is None:
@@ -59,88 +63,88 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """One row a sample, padded to the longest. The opening ``<eos>`` is never a target."""
+    """One sample per row, padded to the longest. The opening ``<eos>`` is never a target."""
     rows, length = [[sample] for sample in samples], max(len(sample.masked.tokens) for sample in samples)
     return Batch(*_fill(rows, length)[:4])
 
 
 def pack(rows: Sequence[Sequence[Sample]], length: int) -> Batch:
-    """Several samples a row, one behind another, padded to ``length``."""
+    """Several samples per row, concatenated and padded to ``length``."""
     return Batch(*_fill(rows, length))
 
 
 def _fill(rows: Sequence[Sequence[Sample]], length: int) -> tuple[Tensor, ...]:
     shape = (len(rows), length)
-    tokens, places, tasks, numbers, positions = (np.full(shape, value, dtype=np.int64) for value in (PAD, 0, 0, 0, 0))
+    tokens, image_positions, tasks, numbers, positions = (np.full(shape, value, dtype=np.int64) for value in (PAD, 0, 0, 0, 0))
     weights = np.zeros(shape, dtype=np.float32)
     for row, samples in enumerate(rows):
         start = 0
         for number, (masked, weight, _, task) in enumerate(samples, 1):
             part = slice(start, start + len(masked.tokens))
-            tokens[row, part], weights[row, part], places[row, part] = masked.tokens, weight, masked.places
+            tokens[row, part], weights[row, part], image_positions[row, part] = masked.tokens, weight, masked.image_positions
             weights[row, start], tasks[row, part] = 0, task
             numbers[row, part], positions[row, part] = number, np.arange(len(masked.tokens))
             start = part.stop
-    return tuple(torch.from_numpy(array) for array in (tokens, weights, places, tasks, numbers, positions))
+    return tuple(torch.from_numpy(array) for array in (tokens, weights, image_positions, tasks, numbers, positions))
 
 
 class Stream(Protocol):
-    """Batches of an endless stream of shuffled epochs."""
+    """The batches of an endless sequence of shuffled epochs."""
 
     batch_size: int
 
     def __call__(self, step: int, rows: Sequence[int] | None = None) -> Batch:
-        """Rows of the batch of a step; by default all."""
+        """The batch of a step, or some of its rows."""
 
-    def drawn(self, step: int, rows: Sequence[int] | None = None) -> list[list[Sample]]:
-        """The samples that stand in those rows."""
+    def samples(self, step: int, rows: Sequence[int] | None = None) -> list[list[Sample]]:
+        """The samples in those rows."""
 
     def state(self) -> dict[str, Any]:
-        """What JSON must hold to go on from here."""
+        """What resuming from here needs, as JSON values."""
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`; that of other processes is merged in beforehand."""
+        """Resume from :meth:`state`, in which the states of all processes are merged."""
 
 
 class _Epochs:
-    """The documents of endless epochs, each a permutation that derives from seed and epoch."""
+    """The samples of endless epochs, each a permutation derived from (seed, epoch)."""
 
-    def __init__(self, draw: Draw, size: int, seed: int) -> None:
+    def __init__(self, get_sample: GetSample, size: int, seed: int) -> None:
         if size < 1:
-            raise ValueError("no documents to train on")
-        self.draw, self.size, self.seed = draw, size, seed
+            raise ValueError("there are no samples to train on")
+        self.get_sample, self.size, self.seed = get_sample, size, seed
         self._orders: dict[int, np.ndarray] = {}
 
     def __getitem__(self, position: int) -> Sample:
-        epoch, place = divmod(position, self.size)
+        epoch, index = divmod(position, self.size)
         if epoch not in self._orders:
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
             self._orders[epoch] = np.random.default_rng((self.seed, 1, epoch)).permutation(self.size)
-        return self.draw(epoch, int(self._orders[epoch][place]))
+        return self.get_sample(epoch, int(self._orders[epoch][index]))
 
 
 class SortedStream:
-    """Batch number ``step`` depends on ``(seed, step)`` alone: it can be asked for in any order, and there is no state to keep.
+    """The batch of a step depends on ``(seed, step)`` alone: steps can be asked for in any order, and there is no state to keep.
 
-    Groups of ``SORT_BATCHES`` batches are drawn together, sorted by length and dealt out in random order.
+    The samples of :data:`SORT_BATCHES` batches are sorted by length, divided into batches, and these are shuffled.
     """
 
-    def __init__(self, draw: Draw, size: int, batch_size: int, seed: int) -> None:
+    def __init__(self, get_sample: GetSample, size: int, batch_size: int, seed: int) -> None:
         self.batch_size, self.seed = batch_size, seed
-        self._epochs = _Epochs(draw, size, seed)
+        self._epochs = _Epochs(get_sample, size, seed)
         self._group = -1
         self._batches: list[list[Sample]] = []
 
     def __call__(self, step: int, rows: Sequence[int] | None = None) -> Batch:
-        return collate([sample for row in self.drawn(step, rows) for sample in row])
+        return collate([sample for row in self.samples(step, rows) for sample in row])
 
-    def drawn(self, step: int, rows: Sequence[int] | None = None) -> list[list[Sample]]:
+    def samples(self, step: int, rows: Sequence[int] | None = None) -> list[list[Sample]]:
         group, within = divmod(step, SORT_BATCHES)
         if group != self._group:
-            self._group, self._batches = group, self._draw_group(group)
+            self._group, self._batches = group, self._make_group(group)
         return [[self._batches[within][row]] for row in (range(self.batch_size) if rows is None else rows)]
 
-    def _draw_group(self, group: int) -> list[list[Sample]]:
+    def _make_group(self, group: int) -> list[list[Sample]]:
         first = group * SORT_BATCHES * self.batch_size
         samples = [self._epochs[position] for position in range(first, first + SORT_BATCHES * self.batch_size)]
         samples.sort(key=lambda sample: len(sample.masked.tokens))
@@ -158,21 +162,21 @@ class SortedStream:
 class PackedStream:
     """Rows of ``length`` tokens, filled with whole samples.
 
-    Row ``b`` of a batch of ``B`` is a stream of its own, of the samples at positions b, b + B, b + 2B ... It holds ``LOOKAHEAD`` of them;
-    a new row begins with the oldest, then takes the longest that fits in the room left until none does. Nothing is cut and nothing lost.
+    Row ``b`` of a batch of ``B`` reads the samples at positions b, b + B, b + 2B ... and holds :data:`LOOKAHEAD` of them. A new row starts
+    with the oldest, then takes the longest one that fits in the remaining tokens until none does. No sample is cut or lost.
     Each row must be asked for at every step, in order.
     """
 
-    def __init__(self, draw: Draw, size: int, batch_size: int, seed: int, length: int) -> None:
+    def __init__(self, get_sample: GetSample, size: int, batch_size: int, seed: int, length: int) -> None:
         self.batch_size, self.length = batch_size, length
-        self._epochs = _Epochs(draw, size, seed)
+        self._epochs = _Epochs(get_sample, size, seed)
         self._next = dict.fromkeys(range(batch_size), 0)
         self._held: dict[int, dict[int, Sample]] = {row: {} for row in range(batch_size)}
 
     def __call__(self, step: int, rows: Sequence[int] | None = None) -> Batch:
-        return pack(self.drawn(step, rows), self.length)
+        return pack(self.samples(step, rows), self.length)
 
-    def drawn(self, step: int, rows: Sequence[int] | None = None) -> list[list[Sample]]:
+    def samples(self, step: int, rows: Sequence[int] | None = None) -> list[list[Sample]]:
         return [self._row(row) for row in (range(self.batch_size) if rows is None else rows)]
 
     def _row(self, row: int) -> list[Sample]:

@@ -3,7 +3,7 @@
 ``python -m cm3leon.data.conditions IMAGE OUT.png`` shows a picture beside all of them.
 
 Lengths follow the image's side (of an oblong image, the geometric mean of both), so that a picture gives much the same lines at 32 pixels
-a side and at 1024. Contrasts are differences of one colour channel, as a share of its range.
+a side and at 1024. Contrasts are differences of one color channel, as a share of its range.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def _side(pixels: np.ndarray) -> float:
 
 
 def _white_on_black(brightness: np.ndarray) -> np.ndarray:
-    """Booleans or numbers from 0 to 1 (h, w) -> grey uint8 (h, w, 3)."""
+    """Booleans or numbers from 0 to 1 (h, w) -> gray uint8 (h, w, 3)."""
     return np.repeat((brightness * 255 + 0.5).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _edges(pixels: np.ndarray, enlarged: float = 1.0) -> np.ndarray:
-    """Where any colour channel has an edge, one pixel wide: uint8 (h, w, 3) -> bool (h, w).
+    """Where any color channel has an edge, one pixel wide: uint8 (h, w, 3) -> bool (h, w).
 
     ``enlarged``: by which factor the image was enlarged; its steps are that much less steep.
     """
@@ -64,7 +64,7 @@ def _edges(pixels: np.ndarray, enlarged: float = 1.0) -> np.ndarray:
 
 
 def canny_edge(pixels: np.ndarray) -> np.ndarray:
-    """Canny's edges (IEEE PAMI 8(6), 1986) of all colour channels, one pixel wide."""
+    """Canny's edges (IEEE PAMI 8(6), 1986) of all color channels, one pixel wide."""
     return _white_on_black(_edges(pixels))
 
 

@@ -25,7 +25,7 @@ class ImageError(UserError):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB pixels of any mode: EXIF orientation applied, transparency composited on white, 16-bit grey scaled to 8 bits."""
+    """RGB pixels of any mode: EXIF orientation applied, transparency composited on white, 16-bit gray scaled to 8 bits."""
     if image.mode == "RGB" and not image.getexif() and "transparency" not in image.info:
         return image
     image = ImageOps.exif_transpose(image)
@@ -72,7 +72,7 @@ def encode(pixels: np.ndarray) -> bytes:
 
 
 def fit_square(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side resized to ``size`` pixels (Lanczos), then the centre ``size`` x ``size``; always RGB."""
+    """The shorter side resized to ``size`` pixels (Lanczos), then the center ``size`` x ``size``; always RGB."""
     image = to_rgb(image)
     width, height = image.size
     if width == height == size:

@@ -1,6 +1,6 @@
-"""Training sequences: documents, their neighbours and the objective put together.
+"""Pretraining samples: a document, its retrieved neighbors, and one application of the CM3 objective.
 
-Everything random about a sample derives from ``(seed, epoch, id)``: the same whatever reads it, in whatever order, and after a resume.
+Everything random about a sample derives from ``(seed, epoch, id)``: it does not depend on the reading process, the order, or a resume.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from cm3leon.utils.errors import UserError
 
 
 class Sample(NamedTuple):
-    """A masked sequence, the weight of each of its tokens in the loss (T,), and the ids of its documents, the query's last.
+    """A training sample.
 
-    ``documents[segment.document]`` is the document that a segment of ``masked.body`` came from. ``task`` is the number of its task, from 1,
-    for losses to be told apart; 0 for none.
+    Attributes:
+        masked: the sequence.
+        weights: (T,), weight of each token in the loss.
+        documents: ids of the documents in the sequence, the query last; ``documents[segment.document]`` is that of a segment.
+        task: number of its task, from 1, for a loss of each task; 0 for none.
     """
 
     masked: Masked
@@ -32,16 +35,17 @@ class Sample(NamedTuple):
     task: int = 0
 
 
-def sample_rng(seed: int, epoch: int, name: str) -> np.random.Generator:
-    """The generator of one document in one epoch."""
-    return np.random.default_rng((seed, epoch, int(name, 16)))
+def sample_rng(seed: int, epoch: int, document_id: str) -> np.random.Generator:
+    """The random generator of one document in one epoch."""
+    return np.random.default_rng((seed, epoch, int(document_id, 16)))
 
 
-def read_neighbours(directory: Path, choice: NeighborChoice = "paper") -> dict[str, list[str]]:
-    """The neighbour table written by ``retrieve``: id -> ids of its neighbours, those of ``choice``.
+def read_neighbors(directory: Path, choice: NeighborChoice = "paper") -> dict[str, list[str]]:
+    """The neighbor table written by ``retrieve``: ids of each document's neighbors.
 
-    ``paper``: all; ``text``, ``image``: those found by that modality of the document; ``none``: an empty table; ``random``: documents drawn
-    at random under the same rules.
+    Args:
+        choice: ``paper``: all; ``text`` or ``image``: those found by that modality of the document; ``random``: documents sampled at random
+            under the same rules; ``none``: an empty table.
     """
     import pyarrow.parquet as pq
 
@@ -51,25 +55,25 @@ def read_neighbours(directory: Path, choice: NeighborChoice = "paper") -> dict[s
     table = pq.read_table(directory / "neighbours.parquet", columns=["id", column, "modalities"])
     rows = zip(table["id"].to_pylist(), table[column].to_pylist(), table["modalities"].to_pylist(), strict=True)
     if choice in ("paper", "random"):
-        return {name: found for name, found, _ in rows}
-    return {name: [other for other, by in zip(found, how, strict=True) if by == choice] for name, found, how in rows}
+        return {document_id: found for document_id, found, _ in rows}
+    return {document_id: [other for other, by in zip(found, how, strict=True) if by == choice] for document_id, found, how in rows}
 
 
 def document_segments(document: Document, vocabulary: Vocabulary, rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
-    """``text <break> image`` of a document, with one of its captions at random."""
-    text = document.texts[int(rng.integers(len(document.texts)))]
-    return [("text", vocabulary.text(text)), ("image", vocabulary.image(document.codes))]
+    """The segments ``text <break> image`` of a document, with one of its captions at random."""
+    caption = document.captions[int(rng.integers(len(document.captions)))]
+    return [("text", vocabulary.text(caption)), ("image", vocabulary.image(document.codes))]
 
 
-def choose_neighbours(candidates: Sequence[str], shares: Sequence[float], rng: np.random.Generator) -> list[str]:
-    """Draw how many retrieved documents stand before a sample, and which, in random order."""
+def sample_neighbors(candidates: Sequence[str], shares: Sequence[float], rng: np.random.Generator) -> list[str]:
+    """Sample how many retrieved documents a sample gets (``shares[n]``: probability of n), and which, in random order."""
     wanted = int(rng.choice(len(shares), p=np.asarray(shares) / sum(shares)))
     count = min(wanted, len(candidates))
     return [candidates[int(i)] for i in rng.permutation(len(candidates))[:count]]
 
 
 def fit_body(documents: list[list[tuple[str, np.ndarray]]], longest: int) -> Body:
-    """Lay the documents out in at most ``longest`` tokens: drop retrieved documents first, then cut the query's text, never an image.
+    """Lay documents out in at most ``longest`` tokens: (1) drop retrieved documents, (2) cut the query's text; never cut an image.
 
     Raises:
         UserError: if the query's image alone is too long.
@@ -91,36 +95,44 @@ def fit_body(documents: list[list[tuple[str, np.ndarray]]], longest: int) -> Bod
     return body
 
 
-def standing(body: Body, documents: Sequence[str]) -> tuple[str, ...]:
-    """Of documents that were to be laid out, those that :func:`fit_body` kept: the last ones."""
+def kept_documents(body: Body, documents: Sequence[str]) -> tuple[str, ...]:
+    """The documents that :func:`fit_body` kept: the last ones."""
     return tuple(documents[len(documents) - 1 - body.segments[-1].document :])
 
 
 @dataclass(frozen=True)
 class PretrainingSamples:
-    """Samples of CM3 pretraining: neighbours, the document, one draw of the objective."""
+    """Samples of CM3 pretraining.
+
+    Attributes:
+        store: the documents of the split, the queries.
+        pool: the documents that can be retrieved.
+        neighbors: ids of each document's neighbors.
+        retrieved_shares: probability of 0, 1, 2 ... retrieved documents.
+        context: longest sequence, tokens.
+    """
 
     store: TokenStore
     pool: TokenStore
-    neighbours: Mapping[str, Sequence[str]]
+    neighbors: Mapping[str, Sequence[str]]
     vocabulary: Vocabulary
     objective: ObjectiveConfig
-    documents: Sequence[float]
+    retrieved_shares: Sequence[float]
     context: int
     seed: int
 
     def __len__(self) -> int:
         return len(self.store)
 
-    def neighbours_of(self, name: str, rng: np.random.Generator) -> tuple[list[str], list[list[tuple[str, np.ndarray]]]]:
-        """Ids and segments of the documents drawn to stand before a document."""
-        chosen = choose_neighbours(self.neighbours.get(name, []), self.documents, rng)
+    def sample_retrieved(self, document_id: str, rng: np.random.Generator) -> tuple[list[str], list[list[tuple[str, np.ndarray]]]]:
+        """Ids and segments of the retrieved documents sampled for a query."""
+        chosen = sample_neighbors(self.neighbors.get(document_id, []), self.retrieved_shares, rng)
         return chosen, [document_segments(self.pool.by_id(other), self.vocabulary, rng) for other in chosen]
 
     def __call__(self, epoch: int, row: int) -> Sample:
         document = self.store[row]
         rng = sample_rng(self.seed, epoch, document.id)
-        chosen, retrieved = self.neighbours_of(document.id, rng)
+        chosen, retrieved = self.sample_retrieved(document.id, rng)
         query = document_segments(document, self.vocabulary, rng)
         body = fit_body([*retrieved, query], self.context - 1)
         masked = mask(
@@ -133,10 +145,10 @@ class PretrainingSamples:
             across_breaks=self.objective.across_breaks,
             longest=self.context,
         )
-        return Sample(masked, masked.is_target.astype(np.float32), standing(body, [*chosen, document.id]))
+        return Sample(masked, masked.is_target.astype(np.float32), kept_documents(body, [*chosen, document.id]))
 
     def query_only(self, epoch: int, row: int) -> Sample:
-        """As a call, of plain sequences, with the weight of retrieved documents zero."""
+        """The same sample with the loss on the query alone; for unmasked sequences."""
         sample = self(epoch, row)
         breaks = np.flatnonzero(sample.masked.tokens == BREAK)
         if len(breaks) > 1:

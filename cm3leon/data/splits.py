@@ -32,7 +32,7 @@ def near_duplicate_groups(thumbnails: np.ndarray, distance: float) -> np.ndarray
     """Component number (n,) of the graph that joins thumbnails closer than ``distance``, whose components are the same as of all pairs.
 
     ``thumbnails`` is uint8 (n, features); distance is the root mean square difference of values scaled to 0-1. Exact: products of
-    centred bytes are whole numbers that float32 holds. Candidates are limited to a window along the first principal component, where no
+    centered bytes are whole numbers that float32 holds. Candidates are limited to a window along the first principal component, where no
     two points can be further apart than in full, and compared block by block, so that memory stays small.
     """
     unique, inverse = np.unique(thumbnails, axis=0, return_inverse=True)
@@ -42,8 +42,8 @@ def near_duplicate_groups(thumbnails: np.ndarray, distance: float) -> np.ndarray
     if count < 2 or limit <= 0:
         return inverse if limit > 0 else np.arange(len(thumbnails))
     points = unique.astype(np.float32) - 128
-    centred = points - points.mean(axis=0)
-    place = points @ np.linalg.eigh(centred.T @ centred)[1][:, -1]
+    centered = points - points.mean(axis=0)
+    place = points @ np.linalg.eigh(centered.T @ centered)[1][:, -1]
     order = np.argsort(place, kind="stable")
     points, place = points[order], place[order]
     squares = (points**2).sum(axis=1)
@@ -70,9 +70,9 @@ def near_duplicate_groups(thumbnails: np.ndarray, distance: float) -> np.ndarray
 
 def _star(first: np.ndarray, second: np.ndarray, count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     labels = _components(first, second, count)
-    centre = np.unique(labels, return_index=True)[1][labels]
-    nodes = np.flatnonzero(centre != np.arange(count))
-    return [centre[nodes]], [nodes]
+    center = np.unique(labels, return_index=True)[1][labels]
+    nodes = np.flatnonzero(center != np.arange(count))
+    return [center[nodes]], [nodes]
 
 
 def linked_rows(links: list[Link], count: int) -> np.ndarray:

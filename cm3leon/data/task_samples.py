@@ -1,7 +1,7 @@
 """Instruction-tuning samples: in each epoch a mix of the tasks that the collection's columns allow.
 
-How often a task comes derives from its weight, but no task is drawn more than ``upsampling`` or less than ``downsampling`` times as often
-as its share of what is there (paper, section 4.1: 3 and 0.3).
+A task's share of the mix is proportional to its weight, bounded by ``downsampling`` and ``upsampling`` times its share of the available
+samples (paper, section 4.1: 0.3 and 3).
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ import numpy as np
 import pandas as pd
 
 from cm3leon.config.schema import SFTConfig
-from cm3leon.data.sequences import PretrainingSamples, Sample, fit_body, sample_rng, standing
+from cm3leon.data.sequences import PretrainingSamples, Sample, fit_body, kept_documents, sample_rng
 from cm3leon.data.tokens import Document, TokenStore
-from cm3leon.sequence.cm3 import MARKS, apply_spans
+from cm3leon.sequence.cm3 import TOKENS_PER_SPAN, apply_spans
 from cm3leon.sequence.grammar import build_body
-from cm3leon.sequence.tasks import COLUMNS, TASKS, Task, Values, available, condition_key, lay_out, visible_objects
+from cm3leon.sequence.tasks import TASK_COLUMNS, TASKS, Fields, Task, available, condition_key, lay_out, visible_objects
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class TaskSamples:
-    """Samples of the multitask mix over the documents of ``documents.store``.
+    """Samples of the multitask mix over the documents of ``pretraining.store``.
 
-    ``manifest`` holds their task columns, ``conditions`` the codes of their condition images.
+    Attributes:
+        pretraining: the documents, how they are retrieved, and the context's length.
+        manifest: rows with the documents' task columns.
+        conditions: codes of their condition images.
 
     Raises:
         UserError: if no document allows a task of the mix.
     """
 
-    documents: PretrainingSamples
+    pretraining: PretrainingSamples
     manifest: pd.DataFrame
     tokenizer: TextTokenizer
     config: SFTConfig
@@ -45,12 +48,12 @@ class TaskSamples:
             wanted = {name: TASKS[name].columns for name, weight in self.config.tasks.items() if weight > 0}
             columns = ", ".join(f"{name} needs {' and '.join(needed)}" for name, needed in wanted.items())
             raise UserError(
-                f"none of {len(self.documents.store)} documents of a split has what a task of sft.tasks needs ({columns}): "
+                f"none of {len(self.pretraining.store)} documents of a split has what a task of sft.tasks needs ({columns}): "
                 "add the column to the collection, or another task to sft.tasks"
             )
 
     def __len__(self) -> int:
-        """Samples in an epoch: as many as there are documents that allow a task of the mix."""
+        """Samples in an epoch: the number of documents that allow a task of the mix."""
         return self._size
 
     @cached_property
@@ -59,22 +62,22 @@ class TaskSamples:
 
     @cached_property
     def _values(self) -> dict[str, dict[str, Any]]:
-        columns = [name for name in COLUMNS if name in self.manifest.columns]
+        columns = [name for name in TASK_COLUMNS if name in self.manifest.columns]
         return {row["id"]: row for row in self.manifest[columns].to_dict("records")}
 
     @cached_property
     def rows(self) -> dict[str, np.ndarray]:
-        """Of each task of the mix that some document allows, the rows of the store whose documents do."""
+        """Rows of the store whose documents allow each task of the mix; tasks that none allows are left out."""
         found: dict[str, list[int]] = {name: [] for name in TASKS if self.config.tasks.get(name, 0) > 0}
-        for row, name in enumerate(self.documents.store.ids):
-            for task in self._allowed(self._values[name]):
+        for row, document_id in enumerate(self.pretraining.store.ids):
+            for task in self._allowed(self._values[document_id]):
                 found[task].append(row)
         return {name: np.array(rows) for name, rows in found.items() if rows}
 
     def _allowed(self, values: Mapping[str, Any]) -> list[str]:
-        """Tasks of the mix that a row allows, its other pictures being there and its objects in sight."""
+        """Tasks of the mix that a record allows: it needs the codes of its other images, and objects inside the center crop."""
         allowed = [name for name in available(values) if self.config.tasks.get(name, 0) > 0]
-        if "edit" in allowed and values["edited_from"] not in self.documents.store:
+        if "edit" in allowed and values["edited_from"] not in self.pretraining.store:
             allowed.remove("edit")
         if "condition_to_image" in allowed and not self._kinds(values):
             allowed.remove("condition_to_image")
@@ -89,7 +92,7 @@ class TaskSamples:
     def only(self, task: str) -> TaskSamples:
         """The samples of one task of the mix."""
         return TaskSamples(
-            self.documents, self.manifest, self.tokenizer, self.config.model_copy(update={"tasks": {task: 1.0}}), self.conditions
+            self.pretraining, self.manifest, self.tokenizer, self.config.model_copy(update={"tasks": {task: 1.0}}), self.conditions
         )
 
     @property
@@ -103,40 +106,42 @@ class TaskSamples:
         return bounded_shares(self.counts, self.config.tasks, self.config.downsampling, self.config.upsampling)
 
     def __call__(self, epoch: int, number: int) -> Sample:
-        name, row = self._place(epoch, number)
-        task, document = TASKS[name], self.documents.store[row]
-        rng = sample_rng(self.documents.seed + 1 + list(TASKS).index(name), epoch, document.id)
-        turns = task.turns(self._values[document.id], rng)
+        name, row = self._locate(epoch, number)
+        task, document = TASKS[name], self.pretraining.store[row]
+        rng = sample_rng(self.pretraining.seed + 1 + list(TASKS).index(name), epoch, document.id)
+        sampled = task.sample_fields(self._values[document.id], rng)
         template = task.templates[int(rng.integers(len(task.templates)))]
-        if task.draws:
-            sample = self._drawn(document, task, template, self._with_pictures(turns), rng)
+        if task.generates_image:
+            sample = self._image_sample(document, task, template, self._with_condition(sampled), rng)
         else:
-            sample = self._answered(document, template, turns[: int(rng.integers(1, self.config.questions_per_sample + 1))])
+            sample = self._answer_sample(document, template, sampled[: int(rng.integers(1, self.config.questions_per_sample + 1))])
         return sample._replace(task=1 + list(TASKS).index(name))
 
-    def _with_pictures(self, turns: Sequence[Values]) -> Values:
-        """The first turn whose other picture is there."""
+    def _with_condition(self, sampled: Sequence[Fields]) -> Fields:
+        """The first of the sampled fields whose condition image is available, if they need one."""
         return next(
-            turn for turn in turns if "condition" not in turn or (self.conditions is not None and turn["condition"] in self.conditions)
+            fields
+            for fields in sampled
+            if "condition" not in fields or (self.conditions is not None and fields["condition"] in self.conditions)
         )
 
     @cached_property
     def _bounds(self) -> np.ndarray:
-        """Where in an epoch the samples of each task begin, and its end."""
+        """First sample of each task in an epoch, and the end of the last."""
         return np.concatenate([[0], np.round(np.cumsum(list(self.shares.values())) * len(self)).astype(int)])
 
-    def _place(self, epoch: int, number: int) -> tuple[str, int]:
-        """Task and row of a sample. Of each task every document comes once before one comes again."""
+    def _locate(self, epoch: int, number: int) -> tuple[str, int]:
+        """Task and row of a sample. A task uses every document once before it uses one again, across epochs."""
         which = int(np.searchsorted(self._bounds, number, side="right")) - 1
         name, quota = list(self.shares)[which], int(self._bounds[which + 1] - self._bounds[which])
-        cycle, place = divmod(epoch * quota + number - int(self._bounds[which]), len(self.rows[name]))
-        return name, int(self.rows[name][self._order(name, cycle)[place]])
+        cycle, index = divmod(epoch * quota + number - int(self._bounds[which]), len(self.rows[name]))
+        return name, int(self.rows[name][self._order(name, cycle)[index]])
 
     def _order(self, task: str, cycle: int) -> np.ndarray:
-        """In which order the documents of a task come in its ``cycle``-th round; the last two asked for are kept."""
+        """Permutation of a task's documents in its ``cycle``-th pass over them; the last two are cached."""
         held = self._orders.setdefault(task, {})
         if cycle not in held:
-            seeds = (self.documents.seed, 3, list(TASKS).index(task), cycle)
+            seeds = (self.pretraining.seed, 3, list(TASKS).index(task), cycle)
             held[cycle] = np.random.default_rng(seeds).permutation(len(self.rows[task]))
             self._orders[task] = dict(list(held.items())[-2:])
         return self._orders[task][cycle]
@@ -145,42 +150,45 @@ class TaskSamples:
     def _orders(self) -> dict[str, dict[int, np.ndarray]]:
         return {}
 
-    def _drawn(self, document: Document, task: Task, template: str, values: Values, rng: np.random.Generator) -> Sample:
-        """A sample that ends in an image; some of what stands before it may be masked, for guidance.
+    def _image_sample(self, document: Document, task: Task, template: str, values: Fields, rng: np.random.Generator) -> Sample:
+        """A sample of a task that generates an image.
 
-        Retrieved documents may stand before the text of those that are drawn from text alone.
+        With probability ``conditioning_dropout`` one of the task's groups of segments is masked, for classifier-free guidance. Tasks that
+        generate from text alone also get retrieved documents.
         """
-        vocabulary = self.documents.vocabulary
+        vocabulary = self.pretraining.vocabulary
         images = {"image": document.codes}
         if "source" in values:
-            images["source"] = self.documents.store.by_id(values["source"]).codes
+            images["source"] = self.pretraining.store.by_id(values["source"]).codes
         if "condition" in values and self.conditions is not None:
             images["condition"] = self.conditions.by_id(values["condition"]).codes
         segments, _ = lay_out(template, [values], images, vocabulary, self.tokenizer)
-        chosen, retrieved = ([], []) if task.sees else self.documents.neighbours_of(document.id, rng)
-        body = fit_body([*retrieved, segments], self.documents.context - 1 - MARKS * max(map(len, task.hidden)))
+        chosen, retrieved = ([], []) if task.sees_image else self.pretraining.sample_retrieved(document.id, rng)
+        body = fit_body([*retrieved, segments], self.pretraining.context - 1 - TOKENS_PER_SPAN * max(map(len, task.cfg_dropout)))
         own = [segment for segment in body.segments if segment.document == body.segments[-1].document]
-        hidden = task.hidden[int(rng.integers(len(task.hidden)))] if rng.random() < self.config.conditioning_dropout else ()
-        spans = [(own[number].start, own[number].stop) for number in hidden]
+        dropped = task.cfg_dropout[int(rng.integers(len(task.cfg_dropout)))] if rng.random() < self.config.conditioning_dropout else ()
+        spans = [(own[number].start, own[number].stop) for number in dropped]
         masked = apply_spans(body, spans, vocabulary)
         weight = masked.is_target.astype(np.float32)
-        weight[: own[-1].start + len(spans) - sum(stop - start for start, stop in spans)] *= self.config.input_weight
-        return Sample(masked, weight, standing(body, [*chosen, document.id]))
+        # The masked spans precede the image and have shrunk to one sentinel each.
+        image_start = own[-1].start + len(spans) - sum(stop - start for start, stop in spans)
+        weight[:image_start] *= self.config.input_weight
+        return Sample(masked, weight, kept_documents(body, [*chosen, document.id]))
 
-    def _answered(self, document: Document, template: str, asked: Sequence[Values]) -> Sample:
-        """A sample that ends in the answers to its questions; what does not fit in the context loses its last questions first."""
-        vocabulary, context = self.documents.vocabulary, self.documents.context
+    def _answer_sample(self, document: Document, template: str, asked: Sequence[Fields]) -> Sample:
+        """A sample of a task that answers with text; if it is too long for the context, the last questions are left out first."""
+        vocabulary, context = self.pretraining.vocabulary, self.pretraining.context
         asked = asked[: vocabulary.sentinels]
         while True:
             segments, answers = lay_out(template, asked, {"image": document.codes}, vocabulary, self.tokenizer)
-            longest = context - 1 - MARKS * len(answers)
+            longest = context - 1 - TOKENS_PER_SPAN * len(answers)
             if len(asked) == 1 or len(build_body([segments]).tokens) <= longest:
                 break
             asked = asked[:-1]
         body = fit_body([segments], longest)
         spans = [(min(1 + start, end := body.segments[0].stop), min(1 + stop, end)) for start, stop in answers]
         masked = apply_spans(body, spans, vocabulary)
-        tail = len(body.tokens) + len(spans) - sum(stop - start for start, stop in spans)  # where the first answer's mask stands again
+        tail = len(body.tokens) + len(spans) - sum(stop - start for start, stop in spans)  # the first answer's second sentinel
         weight = masked.is_target.astype(np.float32)
         weight[:tail] *= self.config.input_weight
         weight[tail:-1] *= self.config.answer_weight
@@ -188,17 +196,18 @@ class TaskSamples:
 
 
 def bounded_shares(counts: Mapping[str, int], weights: Mapping[str, float], least: float, most: float) -> dict[str, float]:
-    """Shares of a mix, which sum to 1: in proportion to the weights, but for those that would be more than ``most`` or less than ``least``
-    times a task's share of what is there, which stop there.
+    """Shares of the tasks in the mix, which sum to 1.
+
+    ``share = clip(scale * weight, least * available, most * available)``, with the scale, found by bisection, at which the shares sum to 1.
 
     Args:
-        counts: samples of each task that are there.
+        counts: available samples of each task; ``available`` is a task's share of them.
     """
-    there = np.array(list(counts.values())) / sum(counts.values())
+    available_shares = np.array(list(counts.values())) / sum(counts.values())
     wanted = np.array([weights[name] for name in counts])
 
     def shares(scale: float) -> np.ndarray:
-        return np.clip(scale * wanted, least * there, most * there)
+        return np.clip(scale * wanted, least * available_shares, most * available_shares)
 
     low, high = 0.0, float(most / wanted.min())
     for _ in range(100):

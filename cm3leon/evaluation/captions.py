@@ -49,7 +49,7 @@ _CONTRACTIONS = (
 
 
 def tokenize(caption: str) -> Words:
-    """Words of a caption as the Penn Treebank tokeniser gives them, lower case, without punctuation.
+    """Words of a caption as the Penn Treebank tokenizer gives them, lower case, without punctuation.
 
     "The man's dog isn't here." -> the man 's dog is n't here. Hyphenated words stay whole. Brackets stay, as "-lrb-" and "-rrb-": the
     server's list of punctuation names them in upper case after everything was made lower case. Rare forms that the original treats

@@ -49,7 +49,7 @@ def agreement(kind: str, asked: np.ndarray, found: np.ndarray) -> float:
     Depth and normals: intersection over union of what is nearer than the plane, or tilted, times one minus the mean difference in the
     union (of brightness as a share of 255; of normals, half the distance between them).
 
-    ``found`` is brought to the size of ``asked`` first, by nearest neighbours.
+    ``found`` is brought to the size of ``asked`` first, by nearest neighbors.
 
     Raises:
         ValueError: for an unknown kind.
@@ -86,7 +86,7 @@ def _f_measure(asked: np.ndarray, found: np.ndarray) -> float:
 
 
 def _classes(segments: np.ndarray) -> np.ndarray:
-    """Number of the class whose colour is nearest, 0 for the background: uint8 (h, w, 3) -> (h, w)."""
+    """Number of the class whose color is nearest, 0 for the background: uint8 (h, w, 3) -> (h, w)."""
     colors = np.array([(0, 0, 0), *SEGMENT_COLORS.values()])
     return ((segments[..., None, :].astype(int) - colors) ** 2).sum(axis=-1).argmin(axis=-1)
 

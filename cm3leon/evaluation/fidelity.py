@@ -112,41 +112,41 @@ def _row_blocks(rows: np.ndarray, columns: int) -> Iterator[np.ndarray]:
         yield rows[start : start + step]
 
 
-def precision_recall(real: np.ndarray, generated: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(real: np.ndarray, generated: np.ndarray, neighbors: int = 3) -> tuple[float, float]:
     """Shares, 0 to 1, of generated features that lie in the manifold of real ones, and of real ones in that of generated ones.
 
-    A set's manifold is the union of balls around its members that reach to their ``neighbours``-th nearest other member (Kynkaanniemi et
+    A set's manifold is the union of balls around its members that reach to their ``neighbors``-th nearest other member (Kynkaanniemi et
     al. 2019, who take 3, and equal numbers of both). Low precision means images unlike any real ones; low recall, kinds of images that are
     never generated. Computed in float64; memory stays bounded, time grows with the product of the counts.
 
     Args:
         real: ``(n, d)``.
         generated: ``(m, d)``.
-        neighbours: at least 1, fewer than ``n`` and ``m``.
+        neighbors: at least 1, fewer than ``n`` and ``m``.
 
     Raises:
         ValueError: for too few rows, different widths, or values that are not finite.
     """
-    inside, reached = within_manifolds(real, generated, neighbours)
+    inside, reached = within_manifolds(real, generated, neighbors)
     return float(inside.mean()), float(reached.mean())
 
 
-def within_manifolds(real: np.ndarray, generated: np.ndarray, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
+def within_manifolds(real: np.ndarray, generated: np.ndarray, neighbors: int) -> tuple[np.ndarray, np.ndarray]:
     """Which of the generated features lie in the manifold of real ones, bool ``(m,)``, and which real ones in that of generated ones,
     ``(n,)``: what :func:`precision_recall` takes the means of."""
     real, generated = _check(real, generated, ("real", "generated"))
     for name, features in (("real", real), ("generated", generated)):
-        if not 1 <= neighbours < len(features):
-            raise ValueError(f"neighbours {neighbours} must be at least 1 and less than the {len(features)} rows of {name}")
-    centre = real.mean(0)  # distances lose the fewest digits near the origin
-    real, generated = real - centre, generated - centre
-    return _covered(generated, real, neighbours), _covered(real, generated, neighbours)
+        if not 1 <= neighbors < len(features):
+            raise ValueError(f"neighbors {neighbors} must be at least 1 and less than the {len(features)} rows of {name}")
+    center = real.mean(0)  # distances lose the fewest digits near the origin
+    real, generated = real - center, generated - center
+    return _covered(generated, real, neighbors), _covered(real, generated, neighbors)
 
 
-def _covered(queries: np.ndarray, members: np.ndarray, neighbours: int) -> np.ndarray:
+def _covered(queries: np.ndarray, members: np.ndarray, neighbors: int) -> np.ndarray:
     """Which of ``queries`` lie in the manifold of ``members``."""
     # The nearest of all, position 0, is the member itself.
-    radii = [np.partition(squared, neighbours, axis=1)[:, neighbours] for squared in _squared_distances(members, members)]
+    radii = [np.partition(squared, neighbors, axis=1)[:, neighbors] for squared in _squared_distances(members, members)]
     reach = np.concatenate(radii)
     return np.concatenate([(squared <= reach).any(axis=1) for squared in _squared_distances(queries, members)])
 

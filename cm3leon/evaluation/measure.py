@@ -22,7 +22,7 @@ from cm3leon.scenes import composition
 
 Images = Sequence[Image.Image]
 
-NEIGHBOURS = 3
+NEIGHBORS = 3
 """Of the manifolds of precision and recall."""
 SUBSET, SUBSETS = 1000, 20
 """Images of a subset of kernel distance, and how many of those are averaged."""
@@ -122,13 +122,13 @@ def measure_fidelity(
         )
         low, high = record.intervals[f"fd_{extractor}"]
         record.intervals[f"fd_{extractor}"] = (max(low, 0.0), high)
-    if len(real) > 2 * NEIGHBOURS:
-        for name, inside in zip(("precision", "recall"), within_manifolds(real, found, NEIGHBOURS), strict=True):
+    if len(real) > 2 * NEIGHBORS:
+        for name, inside in zip(("precision", "recall"), within_manifolds(real, found, NEIGHBORS), strict=True):
             record.add(f"{name}_{extractor}", inside, resamples, seed)
         half = len(real) // 2
         record.calibration[f"fd_{extractor}_real_halves"] = frechet_distance(real[:half], real[half:])
         record.calibration[f"kd_{extractor}_real_halves"] = kernel_distance(real[:half], real[half:], SUBSETS, half, seed)
-        known = precision_recall(real, copies, NEIGHBOURS)
+        known = precision_recall(real, copies, NEIGHBORS)
         record.calibration[f"precision_{extractor}_reconstructions"], record.calibration[f"recall_{extractor}_reconstructions"] = known
 
 

@@ -7,8 +7,8 @@ The conventions, each of which moves the figures:
 - Y is *not* rounded. RCAN's MATLAB script and BasicSR (with SwinIR and others after it) convert floating-point images; the older tables of
   networks that work on Y alone (SRCNN) compare Y rounded to 8 bits. Rounding takes off 0.02 dB at 33 dB and 0.1 dB at 41 dB.
 - ``crop`` pixels of every border are left out: by custom, as many as the scale.
-- A grey image is its own Y, 0 to 255. The same image stored as RGB is compressed to studio range and scores 1.32 dB more; RCAN reads the
-  grey images of the test sets as grey, BasicSR reads them as RGB.
+- A gray image is its own Y, 0 to 255. The same image stored as RGB is compressed to studio range and scores 1.32 dB more; RCAN reads the
+  gray images of the test sets as gray, BasicSR reads them as RGB.
 - A table's figure is the mean over the images of a set.
 """
 
@@ -34,12 +34,12 @@ def _pixels(name: str, image: Image.Image | np.ndarray) -> np.ndarray:
     if pixels.dtype != np.uint8:
         raise ValueError(f"{name} must be uint8, found {pixels.dtype}")
     if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] != 3):
-        raise ValueError(f"{name} must be (h, w, 3) RGB or (h, w) grey, found shape {pixels.shape}")
+        raise ValueError(f"{name} must be (h, w, 3) RGB or (h, w) gray, found shape {pixels.shape}")
     return pixels
 
 
 def to_luma(pixels: np.ndarray) -> np.ndarray:
-    """float64 ``(h, w)``, not rounded: Y of uint8 RGB ``(h, w, 3)``, from 16 for black to 235 for white; grey ``(h, w)`` as it is."""
+    """float64 ``(h, w)``, not rounded: Y of uint8 RGB ``(h, w, 3)``, from 16 for black to 235 for white; gray ``(h, w)`` as it is."""
     return pixels @ LUMA + 16 if pixels.ndim == 3 else pixels.astype(np.float64)
 
 
@@ -58,7 +58,7 @@ def psnr_y(hr: Image.Image | np.ndarray, sr: Image.Image | np.ndarray, crop: int
     """Peak signal-to-noise ratio of a restored image on Y, dB, peak 255; ``inf`` where the two agree.
 
     Args:
-        hr: the original, uint8 RGB ``(h, w, 3)`` or grey ``(h, w)``, or such a PIL image.
+        hr: the original, uint8 RGB ``(h, w, 3)`` or gray ``(h, w)``, or such a PIL image.
         sr: the restored image, of the same shape.
         crop: pixels left out at each border.
 
@@ -77,7 +77,7 @@ def ssim_y(hr: Image.Image | np.ndarray, sr: Image.Image | np.ndarray, crop: int
     windows lie wholly inside the cropped image. MATLAB's own ``ssim`` differs: it pads the image.
 
     Args:
-        hr: the original, uint8 RGB ``(h, w, 3)`` or grey ``(h, w)``, or such a PIL image.
+        hr: the original, uint8 RGB ``(h, w, 3)`` or gray ``(h, w)``, or such a PIL image.
         sr: the restored image, of the same shape.
         crop: pixels left out at each border.
 

@@ -29,7 +29,17 @@ from cm3leon.evaluation.record import Record, digest
 from cm3leon.generation.generator import Generator
 from cm3leon.scenes import composition, edits, layouts
 from cm3leon.scenes.reading import UNKNOWN, read_scene
-from cm3leon.sequence.tasks import CONDITIONS, Values, box_in_square, conclusion, filled, layout_text, problem_values, visible_objects
+from cm3leon.sequence.tasks import (
+    CONDITIONS,
+    Box,
+    Fields,
+    box_in_square,
+    conclusion,
+    is_filled,
+    layout_text,
+    reasoning_fields,
+    visible_objects,
+)
 
 Sheet = list[tuple[Image.Image, str]]
 MARGIN = 1.15
@@ -53,14 +63,14 @@ class Evaluation:
         task: str,
         columns: Sequence[str],
         usable: Callable[[Any], bool] = lambda row: True,
-        values: Callable[[Any], Values] | None = None,
+        values: Callable[[Any], Fields] | None = None,
     ) -> list[Any]:
         """Up to ``evaluate.tasks`` rows whose ``columns`` are filled, drawn by the seed.
 
         Args:
             values: what a row asks of the task; rows that do not fit in the context are left out, and the contract says how many.
         """
-        found = [row for row in self.test.itertuples() if all(filled(getattr(row, column)) for column in columns) and usable(row)]
+        found = [row for row in self.test.itertuples() if all(is_filled(getattr(row, column)) for column in columns) and usable(row)]
         fitting = [row for row in found if values is None or self.generator.fits(task, values(row))]
         self.record.contract.setdefault("tasks", {})[task] = {"count": 0, "too_long": len(found) - len(fitting)}
         if not fitting:
@@ -138,15 +148,15 @@ def edit(e: Evaluation) -> Sheet:
     if scenes:
         starts, ends = ([read_scene(images[number]) for number in scenes] for images in (before, after))
 
-        def judged(images: Sequence[Image.Image]) -> list[edits.Judgement]:
+        def judged(images: Sequence[Image.Image]) -> list[edits.Judgment]:
             return [edits.judge(start, end, read_scene(images[n])) for n, start, end in zip(scenes, starts, ends, strict=True)]
 
         found = judged(drawn)
-        e.add("edit/done", [float(judgement.done) for judgement in found])
-        e.add("edit/kept", [float(judgement.kept) for judgement in found])
-        e.add("edit/done_and_kept", [float(judgement.done and judgement.kept) for judgement in found])
+        e.add("edit/done", [float(judgment.done) for judgment in found])
+        e.add("edit/kept", [float(judgment.kept) for judgment in found])
+        e.add("edit/done_and_kept", [float(judgment.done and judgment.kept) for judgment in found])
         for name, images in (("real", after), ("reconstructions", copies), ("unchanged", unchanged)):
-            e.calibrate(f"edit/done_and_kept_{name}", [float(judgement.done and judgement.kept) for judgement in judged(images)])
+            e.calibrate(f"edit/done_and_kept_{name}", [float(judgment.done and judgment.kept) for judgment in judged(images)])
     sheet: Sheet = []
     for start, result, text in zip(before, drawn, instructions, strict=True):
         sheet += [(start, "before"), (result, text)]
@@ -159,7 +169,7 @@ def layout(e: Evaluation) -> Sheet:
     Calibration: the real images, their reconstructions, and the images drawn for other layouts.
     """
 
-    def placed(row: Any) -> list[tuple[str, layouts.Box]]:
+    def placed(row: Any) -> list[tuple[str, Box]]:
         return visible_objects(row._asdict())
 
     rows = e.rows(
@@ -180,12 +190,12 @@ def layout(e: Evaluation) -> Sheet:
     if scenes:
         wanted = [asked[number] for number in scenes]
 
-        def overlaps(images: Sequence[Image.Image], wanted: Sequence[Any], labelled: bool) -> list[float]:
+        def overlaps(images: Sequence[Image.Image], wanted: Sequence[Any], labeled: bool) -> list[float]:
             found = [[(item.label, item.box) for item in read_scene(images[number]).objects if item.shape != UNKNOWN] for number in scenes]
-            return [layouts.mean_iou(boxes, own, labelled) for boxes, own in zip(wanted, found, strict=True)]
+            return [layouts.mean_iou(boxes, own, labeled) for boxes, own in zip(wanted, found, strict=True)]
 
         e.add("layout/iou", overlaps(drawn, wanted, False))
-        e.add("layout/iou_labelled", overlaps(drawn, wanted, True))
+        e.add("layout/iou_labeled", overlaps(drawn, wanted, True))
         verdicts = composition.verdicts([captions[n] for n in scenes], [drawn[n] for n in scenes])
         e.add("layout/composition", [float(all(verdict.values())) for verdict in verdicts if verdict is not None])
         e.calibrate("layout/iou_real", overlaps(real, wanted, False))
@@ -198,7 +208,7 @@ def layout(e: Evaluation) -> Sheet:
     ]
 
 
-def _outlined(image: Image.Image, boxes: Sequence[layouts.Box]) -> Image.Image:
+def _outlined(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     """A picture, larger, with boxes in shares of its side outlined."""
     shown = image.resize((OUTLINED_SIDE, OUTLINED_SIDE), Image.Resampling.NEAREST)
     for box in boxes:
@@ -262,7 +272,7 @@ def condition(e: Evaluation) -> Sheet:
 def infill(e: Evaluation) -> Sheet:
     """One object of each scene drawn anew from the caption: composition of the whole.
 
-    Calibration: reconstructions of the real images, and of those with the box left grey: what is right without the redrawn part.
+    Calibration: reconstructions of the real images, and of those with the box left gray: what is right without the redrawn part.
     """
     rows = e.rows("infill", ("objects", "captions"), _is_scene)
     if not rows:
@@ -275,8 +285,8 @@ def infill(e: Evaluation) -> Sheet:
     real = e.pictures([row.image for row in rows])
     e.asked("infill", [[row.id, box, caption] for row, box, caption in zip(rows, boxes, captions, strict=True)])
     drawn = best(e.generator.infill(real, boxes, captions, seed=e.config.evaluate.seed))
-    grey = [image.copy() for image in real]
-    for image, box in zip(grey, boxes, strict=True):
+    gray = [image.copy() for image in real]
+    for image, box in zip(gray, boxes, strict=True):
         x0, y0, x1, y1 = (round(value) for value in box)
         image.paste((128, 128, 128), (x0, y0, x1, y1))
 
@@ -285,14 +295,14 @@ def infill(e: Evaluation) -> Sheet:
 
     e.add("infill/composition", right(drawn))
     e.calibrate("infill/composition_reconstructions", right(e.reconstructed(real)))
-    e.calibrate("infill/composition_left_out", right(grey))
+    e.calibrate("infill/composition_left_out", right(gray))
     sheet: Sheet = []
-    for start, result, caption in zip(grey, drawn, captions, strict=True):
+    for start, result, caption in zip(gray, drawn, captions, strict=True):
         sheet += [(start, "to fill"), (result, caption)]
     return sheet
 
 
-def _widened(shares: layouts.Box, size: int) -> layouts.Box:
+def _widened(shares: Box, size: int) -> Box:
     """A box in shares of the side as pixels, larger by :data:`MARGIN` and inside the image."""
     x, y = (shares[0] + shares[2]) / 2, (shares[1] + shares[3]) / 2
     half_width, half_height = ((shares[2] - shares[0]) * MARGIN / 2, (shares[3] - shares[1]) * MARGIN / 2)
@@ -341,9 +351,9 @@ def long_caption(e: Evaluation) -> Sheet:
 def reasoning(e: Evaluation) -> Sheet:
     """Questions with options, answered with reasons and without. Calibration: answers about other images, and a blind choice."""
 
-    def values(row: Any) -> Values:
+    def values(row: Any) -> Fields:
         problem = row.reasoning[0]
-        return problem_values(problem["question"], problem["options"], problem["context"])
+        return reasoning_fields(problem["question"], problem["options"], problem["context"])
 
     rows = e.rows("reasoning", ("reasoning",), values=values)
     if not rows:

@@ -1,6 +1,6 @@
 """Accuracy of answers to visual questions, as the VQA evaluation server counts it (Antol et al. 2015, section 3; visualqa.org).
 
-With ten human answers, an answer scores ``min(1, matches / 3)`` against each nine of them, averaged. The normalisation before matching
+With ten human answers, an answer scores ``min(1, matches / 3)`` against each nine of them, averaged. The normalization before matching
 repeats the server's, quirks included; they are named where they occur.
 """
 
@@ -73,10 +73,10 @@ def answer_score(answer: str, references: Sequence[str]) -> float:
 
     With :data:`ENOUGH` or more references (VQA v1, VQA v2 and VizWiz have ten) this is the server's rule to the letter: the mean, over
     the references, of ``min(1, matches among the others / 3)``; and unless the references differ among themselves, *nothing is
-    normalised*, so that "Yes." does not match ten times "yes".
+    normalized*, so that "Yes." does not match ten times "yes".
 
-    With fewer references no answer could be wholly right by that rule. Here both sides are then always normalised and the bar of three
-    matches drops to as many as there are other references; a single reference is an exact match after normalisation.
+    With fewer references no answer could be wholly right by that rule. Here both sides are then always normalized and the bar of three
+    matches drops to as many as there are other references; a single reference is an exact match after normalization.
 
     Raises:
         ValueError: if there is no reference, or one text in the place of a list of them.

@@ -52,11 +52,11 @@ class PromptCache:
         causal[:, self.start :].masked_fill_(columns > columns[:, None], -torch.inf)
         self.mask = self.bias[..., : self.stop] + causal
         self.mask[..., self.start :].diagonal(dim1=-2, dim2=-1).zero_()  # padding sees itself: a row that sees nothing is not a number
-        rows = ([part.tokens for part in parts], [part.places for part in parts])
-        tokens, places = (padded(values, len(columns), self.bias.device) for values in rows)
+        rows = ([part.tokens for part in parts], [part.image_positions for part in parts])
+        tokens, image_positions = (padded(values, len(columns), self.bias.device) for values in rows)
         positions = self.lengths[:, None] + columns.minimum((counts[:, None] - 1).clamp(min=0))
         previous = torch.cat([self.last, tokens[:, :-1]], 1)
-        hidden_GTD = model(tokens, places, self, positions, previous_BT=previous)
+        hidden_GTD = model(tokens, image_positions, self, positions, previous_BT=previous)
         self.lengths += counts
         self.last = torch.cat([self.last, tokens], 1).gather(1, counts[:, None])
         self.start = self.stop
@@ -89,7 +89,7 @@ def read_prompts(model: Decoder, prompts: Sequence[Prompt], shared: Sequence[int
     capacity = longest + max(len(p) - n for p, n in zip(prompts, shared, strict=True))
     cache = PromptCache(model, len(prompts), _rounded_up(capacity, PROMPT_STEP) if model.compiled_decoding else capacity)
     if longest:
-        beginnings = [Prompt(prompt.tokens[:n], prompt.places[:n]) for prompt, n in zip(prompts, shared, strict=True)]
+        beginnings = [Prompt(prompt.tokens[:n], prompt.image_positions[:n]) for prompt, n in zip(prompts, shared, strict=True)]
         keys = [beginning.tokens.tobytes() for beginning in beginnings]
         first = PromptCache(model, len(set(keys)), longest)
         first.read(model, list(dict(zip(keys, beginnings, strict=True)).values()))
@@ -98,7 +98,7 @@ def read_prompts(model: Decoder, prompts: Sequence[Prompt], shared: Sequence[int
         cache.keys[:, :, :, :longest], cache.values[:, :, :, :longest] = first.keys[:, rows], first.values[:, rows]
         cache.bias[..., :longest], cache.start = first.bias[rows], longest
         cache.lengths, cache.last = first.lengths[rows], first.last[rows]
-    return cache, cache.read(model, [Prompt(p.tokens[n:], p.places[n:]) for p, n in zip(prompts, shared, strict=True)])
+    return cache, cache.read(model, [Prompt(p.tokens[n:], p.image_positions[n:]) for p, n in zip(prompts, shared, strict=True)])
 
 
 class DecodingCache:
@@ -145,8 +145,8 @@ class DecodingCache:
 
     def advance(self, model: Decoder, tokens_R: Tensor, place: int) -> Tensor:
         """Append a token to each row; the hidden state after it (R, D). ``place``: of the tokens in their images, from 1; 0 for text."""
-        places = torch.full_like(tokens_R[:, None], place)
-        hidden_R1D = model(tokens_R[:, None], places, self, self.lengths + self.length, previous_BT=self.last)
+        image_positions = torch.full_like(tokens_R[:, None], place)
+        hidden_R1D = model(tokens_R[:, None], image_positions, self, self.lengths + self.length, previous_BT=self.last)
         self.length += 1
         self.last = tokens_R[:, None]
         return hidden_R1D[:, 0]
@@ -181,10 +181,10 @@ class CompiledDecodingCache(DecodingCache):
         self.position += 1
         self.mask.index_fill_(-1, self.position, 0)
         self.bound = min(_rounded_up(self.first + self.length + 1, STATIC_STEP), self.mask.shape[-1])
-        places = torch.full_like(tokens_R[:, None], place)
+        image_positions = torch.full_like(tokens_R[:, None], place)
         torch.compiler.cudagraph_mark_step_begin()
         step = _compiled_step(self.position.device.type)
-        hidden_R1D = step(model, tokens_R[:, None], places, self, self.lengths + self.length, self.last)
+        hidden_R1D = step(model, tokens_R[:, None], image_positions, self, self.lengths + self.length, self.last)
         self.length += 1
         self.last = tokens_R[:, None]
         return hidden_R1D[:, 0].clone()  # a graph's output is overwritten when it runs again
@@ -199,8 +199,10 @@ def _rounded_up(length: int, step: int) -> int:
     return -(-length // step) * step
 
 
-def _step(model: Decoder, tokens_R1: Tensor, places_R1: Tensor, cache: DecodingCache, positions_R1: Tensor, previous_R1: Tensor) -> Tensor:
-    return model(tokens_R1, places_R1, cache, positions_R1, previous_BT=previous_R1)
+def _step(
+    model: Decoder, tokens_R1: Tensor, image_positions_R1: Tensor, cache: DecodingCache, positions_R1: Tensor, previous_R1: Tensor
+) -> Tensor:
+    return model(tokens_R1, image_positions_R1, cache, positions_R1, previous_BT=previous_R1)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from cm3leon.generation.engine import generate_images
 from cm3leon.generation.parts import BadInputError, Parts
 from cm3leon.generation.prompts import Query
 from cm3leon.generation.rerank import rank
-from cm3leon.generation.results import GeneratedImage, Neighbour
+from cm3leon.generation.results import GeneratedImage, Neighbor
 from cm3leon.generation.sampling import Sampler
 from cm3leon.sequence.grammar import Prompt
 from cm3leon.utils.progress import track
@@ -28,7 +28,7 @@ class Drawing:
     prompt: str
     query: Query
     streams: list[Prompt]
-    neighbours: list[Neighbour] = field(default_factory=list)
+    neighbors: list[Neighbor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def draw(
         for row, own_seeds, own_codes in zip(rows, seeds, codes, strict=True):
             asked = drawings[row]
             drawn[row] += [
-                GeneratedImage(next(pictures), asked.prompt, own_seed, found, None, asked.neighbours, used, task)
+                GeneratedImage(next(pictures), asked.prompt, own_seed, found, None, asked.neighbors, used, task)
                 for own_seed, found in zip(own_seeds, own_codes, strict=True)
             ]
     drawn = rank([drawing.query for drawing in drawings], drawn, parts.encoder, parts.model, settings.likelihood)

@@ -139,11 +139,11 @@ def log_likelihoods(model: Decoder, prompts: Sequence[Prompt], continuations: Se
         PromptTooLongError: if a prompt and its continuation do not fit in the context.
     """
     pairs = list(zip(prompts, continuations, strict=True))
-    rows = [Prompt(np.append(p.tokens, c.tokens)[:-1], np.append(p.places, c.places)[:-1]) for p, c in pairs]
+    rows = [Prompt(np.append(p.tokens, c.tokens)[:-1], np.append(p.image_positions, c.image_positions)[:-1]) for p, c in pairs]
     check_fits(model, rows, 0)
     length = max(map(len, rows))
     hidden_BTD = model(
-        padded([row.tokens for row in rows], length, model.device), padded([row.places for row in rows], length, model.device)
+        padded([row.tokens for row in rows], length, model.device), padded([row.image_positions for row in rows], length, model.device)
     )
     lengths = [len(continuation) for continuation in continuations]
     before = [hidden_BTD[row, len(p) - 1 : len(p) - 1 + length] for row, (p, length) in enumerate(zip(prompts, lengths, strict=True))]

@@ -20,10 +20,10 @@ from cm3leon.generation.engine import PromptTooLongError, generate_images, gener
 from cm3leon.generation.parts import BadInputError, Parts
 from cm3leon.generation.prompts import Query, answer_prompt, blanks_prompt, image_prompt, infill_prompt
 from cm3leon.generation.rerank import read_likelihoods
-from cm3leon.generation.results import GeneratedImage, GeneratedText, Neighbour, PairScore, Part
+from cm3leon.generation.results import GeneratedImage, GeneratedText, Neighbor, PairScore, Part
 from cm3leon.generation.sampling import Sampler
 from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Prompt, build_body
-from cm3leon.sequence.tasks import CONDITIONS, TASKS, Box, Segment, Values, lay_out, layout_text, problem_values
+from cm3leon.sequence.tasks import CONDITIONS, TASKS, Box, Fields, SegmentTokens, lay_out, layout_text, reasoning_fields
 from cm3leon.utils.progress import track
 
 BLANK = "___"
@@ -50,7 +50,7 @@ class Generator(Parts):
 
         For each image returned ``candidates`` are drawn and ranked by CLIP score, and by how likely the model finds the prompt as the
         image's caption, weighted by ``likelihood``. A candidate's noise depends on ``seed`` and its number alone. Retrieved documents that
-        do not fit in the context beside the prompt are left out, the least relevant first; ``neighbours`` of an image are those that stood
+        do not fit in the context beside the prompt are left out, the least relevant first; ``neighbors`` of an image are those that stood
         before it.
 
         Args:
@@ -79,7 +79,7 @@ class Generator(Parts):
         seed: int = 0,
         **settings: Any,
     ) -> list[list[GeneratedImage]]:
-        """Draw each caption with labelled objects at places; boxes in pixels of the drawn image.
+        """Draw each caption with labeled objects at places; boxes in pixels of the drawn image.
 
         Raises:
             BadInputError: for a box that is empty or outside the image, or a layout without objects.
@@ -106,7 +106,7 @@ class Generator(Parts):
     def _from_text(
         self,
         task: str,
-        asked: Sequence[Values],
+        asked: Sequence[Fields],
         shown: Sequence[str],
         references: Sequence[Image.Image] | None,
         num_images: int,
@@ -117,23 +117,23 @@ class Generator(Parts):
         self.check_filled("prompt", shown)
         if references is not None:
             self.check_same_length("prompt", shown, "reference", references)
-        found = self.neighbours(shown, settings.retrieved_documents, references)
+        found = self.neighbors(shown, settings.retrieved_documents, references)
         drawings = []
-        for values, name, neighbours in zip(asked, shown, found, strict=True):
+        for values, name, neighbors in zip(asked, shown, found, strict=True):
             query = self._query(task, values, {})
-            while neighbours and not self._fit(query, neighbours):
-                neighbours = neighbours[:-1]
-            drawings.append(Drawing(name, Query(query, TASKS[task].hidden[0]), self._streams(task, query, neighbours), neighbours))
+            while neighbors and not self._fit(query, neighbors):
+                neighbors = neighbors[:-1]
+            drawings.append(Drawing(name, Query(query, TASKS[task].cfg_dropout[0]), self._streams(task, query, neighbors), neighbors))
         return draw(self, task, drawings, num_images, seed, settings)
 
-    def _query(self, task: str, values: Values, images: dict[str, np.ndarray]) -> list[Segment]:
+    def _query(self, task: str, values: Fields, images: dict[str, np.ndarray]) -> list[SegmentTokens]:
         """The segments before the image to draw, as in training; ``images`` are codes of other pictures."""
         return lay_out(TASKS[task].templates[0], [values], images, self.model.vocabulary, self.text_tokenizer)[0]
 
-    def _streams(self, task: str, query: Sequence[Segment], neighbours: Sequence[Neighbour] = ()) -> list[Prompt]:
+    def _streams(self, task: str, query: Sequence[SegmentTokens], neighbors: Sequence[Neighbor] = ()) -> list[Prompt]:
         """The conditional stream, and those in which masks stand for what was asked, which keep the retrieved documents."""
-        before = [] if self.memory is None else [self.memory.segments(n, self.model.vocabulary) for n in neighbours]
-        return [image_prompt(query, before, self.model.vocabulary, frozenset(masked)) for masked in ((), *TASKS[task].hidden)]
+        before = [] if self.memory is None else [self.memory.segments(n, self.model.vocabulary) for n in neighbors]
+        return [image_prompt(query, before, self.model.vocabulary, frozenset(masked)) for masked in ((), *TASKS[task].cfg_dropout)]
 
     def condition_to_image(
         self,
@@ -183,13 +183,13 @@ class Generator(Parts):
         return self._from_pictures("edit", asked, num_images, seed, used)
 
     def _from_pictures(
-        self, task: str, asked: Sequence[tuple[str, Values, dict[str, np.ndarray]]], num_images: int, seed: int, settings: DecodingConfig
+        self, task: str, asked: Sequence[tuple[str, Fields, dict[str, np.ndarray]]], num_images: int, seed: int, settings: DecodingConfig
     ) -> list[list[GeneratedImage]]:
         """Images drawn from others, without retrieved documents. ``asked``: prompt shown, texts, codes of the other pictures."""
         drawings = []
         for prompt, values, images in asked:
             query = self._query(task, values, images)
-            drawings.append(Drawing(prompt, Query(query, TASKS[task].hidden[0], task != "edit"), self._streams(task, query)))
+            drawings.append(Drawing(prompt, Query(query, TASKS[task].cfg_dropout[0], task != "edit"), self._streams(task, query)))
         return draw(self, task, drawings, num_images, seed, settings)
 
     def infill(
@@ -223,7 +223,7 @@ class Generator(Parts):
             known[open_codes] = -1
             query = self._query("text_to_image", {"caption": caption}, {})
             prompt = infill_prompt(query[0][1], codes, span, self.model.vocabulary)
-            drawing = Drawing(caption, Query(query, TASKS["text_to_image"].hidden[0]), [prompt])
+            drawing = Drawing(caption, Query(query, TASKS["text_to_image"].cfg_dropout[0]), [prompt])
             results += draw(self, "infill", [drawing], num_images, seed, used, Gap(span, known))
         return results
 
@@ -240,20 +240,20 @@ class Generator(Parts):
             )
         return np.flatnonzero(touched)
 
-    def fits(self, task: str, values: Values) -> bool:
+    def fits(self, task: str, values: Fields) -> bool:
         """Whether a task's texts and images fit in the context, with the image to draw or at least one token of an answer.
 
         Args:
             values: what fills the fields of the task's template (``cm3leon.sequence.tasks``).
         """
         blank = np.zeros(self.model.vocabulary.tokens_per_image, dtype=np.int64)
-        if TASKS[task].draws:
+        if TASKS[task].generates_image:
             return self._fit(self._query(task, values, {"source": blank, "condition": blank}), ())
         prompt = answer_prompt(TASKS[task].templates[0], values, blank, self.model.vocabulary, self.text_tokenizer)
         return len(prompt) < self.model.spec.context
 
-    def _fit(self, query: Sequence[Segment], neighbours: Sequence[Neighbour]) -> bool:
-        longest = max(len(stream) for stream in self._streams("text_to_image", query, neighbours))
+    def _fit(self, query: Sequence[SegmentTokens], neighbors: Sequence[Neighbor]) -> bool:
+        longest = max(len(stream) for stream in self._streams("text_to_image", query, neighbors))
         return longest + self.model.vocabulary.tokens_per_image <= self.model.spec.context
 
     # --- texts -----------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ class Generator(Parts):
             if len(own) < 2:
                 raise BadInputError(f"question {number} has {len(own)} options; give at least two")
             self.check_filled("option", own)
-        asked = [problem_values(*problem) for problem in zip(questions, options, contexts, strict=True)]
+        asked = [reasoning_fields(*problem) for problem in zip(questions, options, contexts, strict=True)]
         return self._answer("reasoning", asked, images, temperature, seed, template=0 if explain else 1)
 
     def _answer(
@@ -401,7 +401,7 @@ class Generator(Parts):
         self.check_filled("text", [part for part in document if isinstance(part, str)])
         vocabulary, settings = self.model.vocabulary, used.model_dump()
         whole: list[Part] = list(document)
-        body: list[Segment] = []
+        body: list[SegmentTokens] = []
         for part in document:
             ids = self.ids(part) if isinstance(part, str) else vocabulary.image(self.encode([part])[0])
             body.append(("text" if isinstance(part, str) else "image", ids))
@@ -436,13 +436,13 @@ class Generator(Parts):
         self.check_same_length("image", images, "text", texts)
         self.check_filled("text", texts)
         vocabulary, codes = self.model.vocabulary, self.encode(images)
-        queries = [Query(self._query("text_to_image", {"caption": text}, {}), TASKS["text_to_image"].hidden[0]) for text in texts]
+        queries = [Query(self._query("text_to_image", {"caption": text}, {}), TASKS["text_to_image"].cfg_dropout[0]) for text in texts]
         of_texts = read_likelihoods(self.model, queries, list(codes))
         of_images: list[float] = []
-        places = np.arange(1, vocabulary.tokens_per_image + 1)
+        image_positions = np.arange(1, vocabulary.tokens_per_image + 1)
         for start in range(0, len(texts), ROWS):
             part = slice(start, start + ROWS)
             prompts = [image_prompt([("text", self.ids(text))], [], vocabulary) for text in texts[part]]
-            wanted = [Prompt(vocabulary.image(row), places) for row in codes[part]]
+            wanted = [Prompt(vocabulary.image(row), image_positions) for row in codes[part]]
             of_images += [float(scores.sum()) for scores in log_likelihoods(self.model, prompts, wanted)]
         return [PairScore(float(text), image) for text, image in zip(of_texts, of_images, strict=True)]

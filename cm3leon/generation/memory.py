@@ -10,9 +10,9 @@ from PIL import Image
 
 from cm3leon.config.schema import RetrieveConfig
 from cm3leon.data.tokens import TokenStore
-from cm3leon.generation.results import Neighbour
+from cm3leon.generation.results import Neighbor
 from cm3leon.sequence.grammar import Vocabulary
-from cm3leon.sequence.tasks import Segment
+from cm3leon.sequence.tasks import SegmentTokens
 
 if TYPE_CHECKING:
     from cm3leon.models.clip import Encoder
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory bank, the encoder that its vectors come from, its documents' tokens, and the rules by which neighbours are taken."""
+    """The memory bank, the encoder that its vectors come from, its documents' tokens, and the rules by which neighbors are taken."""
 
     bank: MemoryBank
     encoder: Encoder
     tokens: TokenStore
     rules: RetrieveConfig
 
-    def find(self, count: int, texts: Sequence[str] | None = None, images: Sequence[Image.Image] | None = None) -> list[list[Neighbour]]:
+    def find(self, count: int, texts: Sequence[str] | None = None, images: Sequence[Image.Image] | None = None) -> list[list[Neighbor]]:
         """Up to ``count`` documents for each query, by its text, its image or both, each found by text before each found by image.
 
         Raises:
@@ -47,7 +47,7 @@ class Memory:
             queries.append([{**documents.iloc[n.position].to_dict(), "score": round(n.score, 4)} for n in turns])
         return queries
 
-    def segments(self, neighbour: Neighbour, vocabulary: Vocabulary) -> list[Segment]:
+    def segments(self, neighbor: Neighbor, vocabulary: Vocabulary) -> list[SegmentTokens]:
         """A document as it stands before a prompt: its first caption, the one shown, and its image."""
-        document = self.tokens.by_id(neighbour["id"])
-        return [("text", vocabulary.text(document.texts[0])), ("image", vocabulary.image(document.codes))]
+        document = self.tokens.by_id(neighbor["id"])
+        return [("text", vocabulary.text(document.captions[0])), ("image", vocabulary.image(document.codes))]

@@ -16,7 +16,7 @@ from cm3leon.data.images import fit_square
 from cm3leon.data.tokens import TokenStore
 from cm3leon.generation.memory import Memory
 from cm3leon.generation.prompts import answer_prompt, image_prompt
-from cm3leon.generation.results import Neighbour
+from cm3leon.generation.results import Neighbor
 from cm3leon.models.decoder import Decoder
 from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.sequence.grammar import Tokens
@@ -100,7 +100,7 @@ class Parts:
         """Load from the directories of the stages.
 
         Without ``encoder`` there is no reranking; without it, ``memory_bank`` or ``tokens`` no retrieval; without ``super_resolution`` no
-        upscaling. ``retrieval`` has the rules by which neighbours are taken; None: the package's. A decoder's directory may say what it
+        upscaling. ``retrieval`` has the rules by which neighbors are taken; None: the package's. A decoder's directory may say what it
         was trained for (``training.json``); of one that does not, every task and guidance may be asked.
 
         Args:
@@ -279,9 +279,7 @@ class Parts:
 
     # --- retrieval -------------------------------------------------------------------------------------------------------
 
-    def neighbours(
-        self, prompts: Sequence[str] | None, count: int, references: Sequence[Image.Image] | None = None
-    ) -> list[list[Neighbour]]:
+    def neighbors(self, prompts: Sequence[str] | None, count: int, references: Sequence[Image.Image] | None = None) -> list[list[Neighbor]]:
         """Documents of the memory bank for each query, found by its text, its image or both, with licence, attribution and score.
 
         Raises:

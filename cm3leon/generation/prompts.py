@@ -10,7 +10,7 @@ import numpy as np
 
 from cm3leon.sequence.cm3 import apply_spans
 from cm3leon.sequence.grammar import Prompt, Tokens, Vocabulary, build_body
-from cm3leon.sequence.tasks import BREAK, Segment, split_template
+from cm3leon.sequence.tasks import BREAK, SegmentTokens, split_template
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 
 
@@ -22,7 +22,7 @@ class Query:
     shown describes the image, so that CLIP can compare the two.
     """
 
-    segments: list[Segment]
+    segments: list[SegmentTokens]
     hidden: tuple[int, ...] = ()
     describes: bool = True
 
@@ -43,7 +43,10 @@ def blanks_prompt(parts: Sequence[Tokens], codes: np.ndarray | None, vocabulary:
 
 
 def image_prompt(
-    query: Sequence[Segment], retrieved: Sequence[Sequence[Segment]], vocabulary: Vocabulary, masked: AbstractSet[int] = frozenset()
+    query: Sequence[SegmentTokens],
+    retrieved: Sequence[Sequence[SegmentTokens]],
+    vocabulary: Vocabulary,
+    masked: AbstractSet[int] = frozenset(),
 ) -> Prompt:
     """The prompt whose continuation is an image: retrieved documents, the query's segments, ``<break>``.
 
@@ -64,14 +67,14 @@ def infill_prompt(text: Tokens, codes: np.ndarray, span: tuple[int, int], vocabu
     start = body.segments[-1].start
     masked = apply_spans(body, [(start + span[0], start + span[1])], vocabulary)
     end = len(masked.tokens) - 2 - (span[1] - span[0])  # behind the mask in the tail; its span, <eoss> and <eos> follow
-    return Prompt(masked.tokens[:end], masked.places[:end])
+    return Prompt(masked.tokens[:end], masked.image_positions[:end])
 
 
-def reading_pair(query: Sequence[Segment], codes: np.ndarray, hidden: Sequence[int], vocabulary: Vocabulary) -> tuple[Prompt, Prompt]:
+def reading_pair(query: Sequence[SegmentTokens], codes: np.ndarray, hidden: Sequence[int], vocabulary: Vocabulary) -> tuple[Prompt, Prompt]:
     """How a model reads from a drawn image what it was asked: the prompt up to the first mask behind the image, and what follows, which is
     the ``hidden`` segments of the query, as in training."""
     body = build_body([[*query, ("image", vocabulary.image(codes))]])
     masked = apply_spans(body, [(body.segments[number].start, body.segments[number].stop) for number in hidden], vocabulary)
     split = len(body.tokens) + len(hidden) - sum(body.segments[number].length for number in hidden) + 1
-    whole = Prompt(masked.tokens[:-1], masked.places[:-1])
-    return Prompt(whole.tokens[:split], whole.places[:split]), Prompt(whole.tokens[split:], whole.places[split:])
+    whole = Prompt(masked.tokens[:-1], masked.image_positions[:-1])
+    return Prompt(whole.tokens[:split], whole.image_positions[:split]), Prompt(whole.tokens[split:], whole.image_positions[split:])

@@ -58,6 +58,6 @@ def read_likelihoods(model: Decoder, queries: Sequence[Query], codes: Sequence[n
         ]
         prompts = [prompt for prompt, _ in pairs]
         rooms = [model.spec.context + 1 - len(prompt) for prompt in prompts]
-        wanted = [Prompt(tail.tokens[:room], tail.places[:room]) for (_, tail), room in zip(pairs, rooms, strict=True)]
+        wanted = [Prompt(tail.tokens[:room], tail.image_positions[:room]) for (_, tail), room in zip(pairs, rooms, strict=True)]
         found += [float(score.sum()) for score in log_likelihoods(model, prompts, wanted)]
     return np.array(found)

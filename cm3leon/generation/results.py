@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-Neighbour = dict[str, Any]
+Neighbor = dict[str, Any]
 """A document that stood before a prompt: id, caption, licence, attribution, source, and its score to the query."""
 
 METADATA = "cm3leon"
@@ -27,14 +27,14 @@ class GeneratedImage:
     seed: int
     codes: np.ndarray
     score: float | None = None
-    neighbours: list[Neighbour] = field(default_factory=list)
+    neighbors: list[Neighbor] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     task: str = "text_to_image"
 
     @property
     def record(self) -> dict[str, Any]:
         """All but the pixels and codes, for JSON."""
-        return {name: getattr(self, name) for name in ("task", "prompt", "seed", "score", "settings", "neighbours")}
+        return {name: getattr(self, name) for name in ("task", "prompt", "seed", "score", "settings", "neighbors")}
 
     def save(self, file: str | Path | IO[bytes]) -> None:
         """Write a PNG whose metadata hold task, prompt, seed, settings and the retrieved documents' ids, licences and attributions."""

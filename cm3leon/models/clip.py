@@ -99,7 +99,7 @@ def embed_ids(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 class Encoder:
-    """Images and texts to L2-normalised vectors of one space. Make one with :meth:`load`, :meth:`pretrained` or ``contrastive.train``."""
+    """Images and texts to L2-normalized vectors of one space. Make one with :meth:`load`, :meth:`pretrained` or ``contrastive.train``."""
 
     def __init__(self, model: nn.Module, settings: dict[str, Any], tokenizer: Any, preprocess: Any = None) -> None:
         self.model, self.settings, self.tokenizer, self._preprocess = model.eval().requires_grad_(False), settings, tokenizer, preprocess
@@ -186,7 +186,7 @@ class Encoder:
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """float32 ``(n, d)``, L2-normalised."""
+        """float32 ``(n, d)``, L2-normalized."""
         batches = []
         for start in range(0, len(images), BATCH):
             part = images[start : start + BATCH]
@@ -210,7 +210,7 @@ class Encoder:
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 ``(n, d)``, L2-normalised. Texts longer than the tower's context lose their tail."""
+        """float32 ``(n, d)``, L2-normalized. Texts longer than the tower's context lose their tail."""
         batches = []
         for start in range(0, len(texts), BATCH):
             ids = self.tokenizer(list(texts[start : start + BATCH])).to(self.device)

@@ -1,12 +1,17 @@
 """The decoder: one causal transformer over text and image tokens.
 
-OPT's layout with the paper's changes (arXiv 2309.02591, section 3): pre-norm, ReLU feed-forward of four widths, learned absolute
-positions, no biases, no learnable LayerNorm parameters, tied embeddings; truncated-normal initialisation, output layers zero.
-Not in the paper, and off in its presets, three options by which a small model soon learns what it would else need long for:
-``image_positions`` adds to an image token the embedding of its place in the image, instead of counting from the break; ``rope`` lets
-attention tell how far apart two tokens stand, and which stand at the same place of two images; ``previous_token`` adds to a token the one
-before it, turned by a matrix, so that a noun is read with its adjective.
-Shapes: B batch, T tokens, D width, H heads, K head dim, V vocabulary.
+OPT's architecture with the paper's changes (arXiv 2309.02591, section 3): pre-norm, ReLU feed-forward of four times the width, learned
+absolute positions, no biases, no learnable LayerNorm parameters, tied embeddings; truncated-normal initialization, output layers zero.
+
+Four options are not in the paper and off in its profiles. With them a small model learns in minutes what takes it hours otherwise
+(docs/log.md):
+
+- ``image_positions`` adds an embedding of a token's raster index in its image, otherwise known only as the distance from the break.
+- ``rope`` is a rotary embedding over sequence positions and over the rows and columns of an image.
+- ``previous_token`` adds a linear map of the previous token's embedding, so that a noun is read together with its adjective.
+- ``qk_norm`` normalizes queries and keys (Henry et al. 2020).
+
+Shapes: B batch, T tokens, D width, H heads, K head dim, E raster indices of an image, C context, N targets, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,13 +30,17 @@ from torch.utils.checkpoint import checkpoint
 
 from cm3leon.config.schema import ModelConfig, current_names
 from cm3leon.models.cross_entropy import chunked_cross_entropy
-from cm3leon.models.kernels import attention, linear, relu, turn
+from cm3leon.models.kernels import apply_rotary_emb, attention, linear, relu
 from cm3leon.sequence.grammar import Vocabulary
+
+WEIGHTS = "model.safetensors"
+RENAMED_TENSORS = {"places.weight": "image_positions.weight"}
+"""Names of tensors in files of earlier versions, and their present names."""
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Shape of a decoder, without defaults of its own; stored with its vocabulary beside the weights as ``config.json``."""
+    """Architecture of a decoder, without defaults of its own; stored with its vocabulary next to the weights as ``config.json``."""
 
     layers: int
     width: int
@@ -51,73 +60,77 @@ class DecoderSpec:
 
 
 class Cache(Protocol):
-    """Keys and values of tokens before those of a forward pass."""
+    """Keys and values of the tokens that precede a forward pass."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention of new tokens, (B, H, T, K) each and so the result, to those held and to one another; keeps what they bring.
+        """Attention of new tokens to the cached ones and to each other, (B, H, T, K); adds their keys and values to the cache.
 
-        Logits are ``scale * q . k``.
+        Attention logits are ``scale * q . k``.
         """
 
 
-FASTEST_TURN = 1.5
-"""Radians by which a step to the next row, column or position turns the fastest pair of a head."""
+MAX_ROPE_FREQUENCY = 1.5
+"""Angle per position, row or column of a head's fastest rotating pair, radians."""
 
-SHARPEST_LOGIT = 11.0
-"""Of attention with ``qk_norm``, where a query and a key have one direction: what Henry et al. (2020, arXiv 2010.04245) derive for fifty
-keys, ``log2(50**2 - 50)``. At the square root of the heads' size small heads cannot single a token out, at twice as much they learn more
-slowly (docs/log.md)."""
+MAX_ATTENTION_LOGIT = 11.0
+"""Attention logit of parallel queries and keys under ``qk_norm``: ``log2(n**2 - n)`` for n = 50 keys (Henry et al. 2020, arXiv 2010.04245).
+
+With sqrt(K), which is 5.7 for heads of 32, small heads cannot attend to a single token; with twice as much they learn more slowly
+(docs/log.md).
+"""
 
 
 def block_causal(samples_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Attention bias (B, 1, T, T), 0 or -inf: each token sees itself and what is before it in its own sample.
+    """Attention bias (B, 1, T, T) of packed rows, 0 or -inf: a token attends to itself and to earlier tokens of its own sample.
 
-    In the dtype that attention is computed in, so that all blocks share one; of booleans each would make and keep a copy of its own.
+    It is made once, in attention's dtype, and shared by all blocks: from a boolean mask each block would make and keep its own bias.
     """
     same = samples_BT[:, :, None] == samples_BT[:, None, :]
     bias = torch.zeros(same.shape, dtype=dtype, device=samples_BT.device)
     return bias.masked_fill_(~same.tril(), -torch.inf).unsqueeze(1)
 
 
-class Rotation(nn.Module):
-    """Rotary embedding (RoFormer, arXiv 2104.09864) of three quarters of each head: a half by places in an image, a quarter by positions.
+class RotaryEmbedding(nn.Module):
+    """RoPE (RoFormer, arXiv 2104.09864) over positions and over the rows and columns of an image, for three quarters of each head.
 
-    By its place a key is turned by its row and column, a query by those of the token that comes next, whose place the model knows: what is
-    found at no turn between the two is the same place in another image. What is no image token is turned as the first place of an image is,
-    not at all. By its position every token is turned the same, as query and as key.
+    A head's K / 2 pairs are divided into four groups of K / 8, rotated by row, by column, by sequence position, and not at all.
+    A key is rotated by the row and column of its own token, a query by those of the *next* token, the one to be predicted: the relative
+    angle is then zero for the same raster index in another image, which is what copying from a source or condition image needs.
+    Tokens that belong to no image have the angles of raster index 0, which are zero.
     """
 
     def __init__(self, head_dim: int, tokens_per_image: int, context: int) -> None:
         super().__init__()
         side = math.isqrt(tokens_per_image)
         if side**2 != tokens_per_image or head_dim % 8:
-            raise ValueError(f"rope needs square images and heads of a multiple of 8, found {tokens_per_image} and {head_dim}")
-        index = torch.arange(tokens_per_image)
-        pairs = head_dim // 8  # for rows, for columns, for positions, and as many that are not turned
-        of_places_NE = torch.cat([_angles(index // side, pairs, side), _angles(index % side, pairs, side)], 1)
-        of_positions_CE = torch.cat([_angles(torch.arange(context), pairs, context), torch.zeros(context, pairs)], 1)
+            raise ValueError(f"rope needs square images and head dims that are multiples of 8, found {tokens_per_image} and {head_dim}")
+        raster_E = torch.arange(tokens_per_image)
+        pairs = head_dim // 8
+        image_angles_EP = torch.cat([_angles(raster_E // side, pairs, side), _angles(raster_E % side, pairs, side)], 1)
+        angles_CP = torch.cat([_angles(torch.arange(context), pairs, context), torch.zeros(context, pairs)], 1)
+        # Image positions count from 1, 0 for tokens of no image. A query takes the next token's raster index, hence the shift by one.
         tables = {
-            "keys": torch.cat([of_places_NE[:1], of_places_NE]),
-            "queries": torch.cat([of_places_NE, of_places_NE[:1]]),
-            "positions": of_positions_CE,
+            "keys": torch.cat([image_angles_EP[:1], image_angles_EP]),
+            "queries": torch.cat([image_angles_EP, image_angles_EP[:1]]),
+            "positions": angles_CP,
         }
         for name, angles in tables.items():
             self.register_buffer(name, torch.stack([angles.cos(), angles.sin()], -1), persistent=False)
 
-    def forward(self, places_BT: Tensor, positions_BT: Tensor) -> Tensor:
-        """Turns (B, T, 2, 1, K / 2, 2) of queries and of keys: cosine and sine for each pair of numbers."""
-        of_positions = self.get_buffer("positions")[positions_BT].expand(*places_BT.shape, -1, -1)
-        both = [torch.cat([self.get_buffer(name)[places_BT], of_positions], -2) for name in ("queries", "keys")]
+    def forward(self, image_positions_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """``cos_sin`` (B, T, 2, 1, K / 2, 2): cosine and sine of each pair's angle, for queries and for keys."""
+        positions = self.get_buffer("positions")[positions_BT].expand(*image_positions_BT.shape, -1, -1)
+        both = [torch.cat([self.get_buffer(name)[image_positions_BT], positions], -2) for name in ("queries", "keys")]
         return torch.stack(both, 2).unsqueeze(3)
 
 
 def _angles(steps_N: Tensor, pairs: int, longest: int) -> Tensor:
-    """Angles (N, pairs) of so many steps: the first pair turns by :data:`FASTEST_TURN` a step, the last ``longest`` times less."""
-    return steps_N[:, None] * (FASTEST_TURN * float(longest) ** -torch.linspace(0, 1, pairs))
+    """Angles (N, pairs): geometric frequencies from :data:`MAX_ROPE_FREQUENCY` for the first pair down to 1 / ``longest`` of it."""
+    return steps_N[:, None] * (MAX_ROPE_FREQUENCY * float(longest) ** -torch.linspace(0, 1, pairs))
 
 
 class Linear(nn.Linear):
-    """A matrix without bias."""
+    """A linear layer without bias."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -127,7 +140,7 @@ class Linear(nn.Linear):
 
 
 class Int8Linear(nn.Module):
-    """A :class:`Linear` for inference whose weight is held as 8-bit integers, with a scale for each output."""
+    """A :class:`Linear` for inference with 8-bit integer weights and one scale per output row (absmax quantization)."""
 
     def __init__(self, matrix: Linear) -> None:
         super().__init__()
@@ -140,44 +153,48 @@ class Int8Linear(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
         self.heads, self.layer, self.qk_norm = spec.heads, layer, spec.qk_norm
         self.qkv = Linear(spec.width, 3 * spec.width)
         self.out = Linear(spec.width, spec.width)
 
-    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None, turns: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None, cos_sin: Tensor | None) -> Tensor:
         batch, length, width = x_BTD.shape
         qk, v = self.qkv(x_BTD).contiguous().view(batch, length, 3, self.heads, -1).split([2, 1], 2)
         size = v.shape[-1]
         if self.qk_norm:
             qk = F.layer_norm(qk.float(), (size,))
-        if turns is not None:
-            qk = turn(qk, turns)
+        if cos_sin is not None:
+            qk = apply_rotary_emb(qk, cos_sin)
         q, k, v = (y.transpose(1, 2) for y in (*qk.unbind(2), v.squeeze(2)))
-        scale = SHARPEST_LOGIT / size if self.qk_norm else size**-0.5
+        scale = MAX_ATTENTION_LOGIT / size if self.qk_norm else size**-0.5
         y_BHTK = attention(q, k, v, mask, scale) if cache is None else cache.attend(self.layer, q.to(v.dtype), k.to(v.dtype), v, scale)
         return self.out(y_BHTK.transpose(1, 2).reshape(batch, length, width))
 
 
 class Block(nn.Module):
+    """Pre-norm attention and feed-forward, both residual."""
+
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
         self.attention = Attention(spec, layer)
         self.up = Linear(spec.width, 4 * spec.width)
         self.down = Linear(4 * spec.width, spec.width)
 
-    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None, turns: Tensor | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(F.layer_norm(x_BTD, x_BTD.shape[-1:]), cache, mask, turns)
+    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None, cos_sin: Tensor | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(F.layer_norm(x_BTD, x_BTD.shape[-1:]), cache, mask, cos_sin)
         return x_BTD + self.down(relu(self.up(F.layer_norm(x_BTD, x_BTD.shape[-1:]))))
 
 
 class Decoder(nn.Module):
-    """Token ids (B, T) -> hidden states (B, T, D); :meth:`logits` maps those to the vocabulary or a slice of it.
+    """Token ids (B, T) to hidden states (B, T, D); :meth:`logits` projects those to the vocabulary or a slice of it.
 
     Attributes:
-        recompute: whether blocks keep only their inputs for the backward pass and run again in it (activation checkpointing).
-        compiled_decoding: whether cached decoding runs compiled, which pays on a GPU.
+        recompute: activation checkpointing: blocks keep only their inputs and run again in the backward pass.
+        compiled_decoding: cached decoding runs compiled, which pays off on a GPU.
     """
 
     def __init__(self, spec: DecoderSpec, vocabulary: Vocabulary) -> None:
@@ -185,22 +202,22 @@ class Decoder(nn.Module):
         self.spec, self.vocabulary = spec, vocabulary
         self.tokens = nn.Embedding(vocabulary.size, spec.width)
         self.positions = nn.Embedding(spec.context, spec.width)
-        self.places = nn.Embedding(1 + vocabulary.tokens_per_image, spec.width, padding_idx=0) if spec.image_positions else None
+        self.image_positions = nn.Embedding(1 + vocabulary.tokens_per_image, spec.width, padding_idx=0) if spec.image_positions else None
         self.previous = Linear(spec.width, spec.width) if spec.previous_token else None
-        self.rotation = Rotation(spec.width // spec.heads, vocabulary.tokens_per_image, spec.context) if spec.rope else None
+        self.rope = RotaryEmbedding(spec.width // spec.heads, vocabulary.tokens_per_image, spec.context) if spec.rope else None
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
         self.recompute = False
         self.compiled_decoding = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal at three deviations; attention output and second feed-forward projection zero (paper, section 3.2)."""
+        """Normal truncated at three standard deviations; attention output and second feed-forward projection zero (paper, section 3.2)."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 std = self.spec.position_std if module is self.positions else self.spec.init_std
                 nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
-        if self.places is not None:
-            nn.init.zeros_(self.places.weight[:1])
+        if self.image_positions is not None:
+            nn.init.zeros_(self.image_positions.weight[:1])
         for block in self.blocks:
             assert isinstance(block, Block)
             nn.init.zeros_(block.attention.out.weight)
@@ -208,21 +225,25 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def start_from_codebook(self, entries_ED: Tensor, std: float) -> None:
-        """Start the embeddings of image tokens as the image tokenizer's codebook vectors: whitened, turned into this width at random.
+        """Initialize the embeddings of image tokens from the image tokenizer's codebook, whitened and projected to width D at random.
 
-        Codes that look alike then start alike, on the way in and on the way out, and what is learned of one holds for the others.
+        Codes that look alike then start with similar embeddings, in the input and, as these are tied, in the output: what is learned about
+        one transfers to the others.
+
+        Args:
+            std: standard deviation of the embeddings' elements.
         """
-        centred = entries_ED - entries_ED.mean(0)
-        left, _, _ = torch.linalg.svd(centred, full_matrices=False)
-        rotation = nn.init.orthogonal_(torch.empty(left.shape[1], self.spec.width))
-        vectors = left @ rotation
+        centered = entries_ED - entries_ED.mean(0)
+        whitened, _, _ = torch.linalg.svd(centered, full_matrices=False)
+        projection = nn.init.orthogonal_(torch.empty(whitened.shape[1], self.spec.width))
+        vectors = whitened @ projection
         start, stop = self.vocabulary.image_start, self.vocabulary.text_start
         self.tokens.weight[start:stop] = vectors * (std / vectors.std())
 
     def forward(
         self,
         tokens_BT: Tensor,
-        places_BT: Tensor,
+        image_positions_BT: Tensor,
         cache: Cache | None = None,
         positions_BT: Tensor | None = None,
         mask: Tensor | None = None,
@@ -231,11 +252,12 @@ class Decoder(nn.Module):
         """Hidden states (B, T, D) after the last norm.
 
         Args:
-            places_BT: place of each token in its image, from 1; 0 for what is no image token. For ``image_positions``, ``rope``.
-            cache: what of the tokens before these attention reads; it also says which of them a token sees.
-            positions_BT: positions of the tokens, by default counted from 0.
-            mask: broadcastable to (B, 1, T, T), boolean, True where attention is allowed, or a bias; default causal. Without a cache.
-            previous_BT: the token before each, by default as they stand in the rows; that at position 0 has none. Used with
+            image_positions_BT: raster index of each token in its image, from 1; 0 for tokens of no image. Used by ``image_positions`` and
+                ``rope``.
+            cache: keys and values of earlier tokens; it also masks attention.
+            positions_BT: sequence positions, by default counted from 0.
+            mask: broadcastable to (B, 1, T, T): boolean, True where attention is allowed, or a bias; by default causal. Not with a cache.
+            previous_BT: the token before each one, by default its left neighbor in the row; position 0 has none. Used by
                 ``previous_token``.
 
         Raises:
@@ -250,18 +272,18 @@ class Decoder(nn.Module):
             before_BTD = F.pad(x_BTD[:, :-1], (0, 0, 1, 0)) if previous_BT is None else self.tokens(previous_BT)
             x_BTD = x_BTD + self.previous(before_BTD * (positions_BT > 0).unsqueeze(-1))
         x_BTD = x_BTD + self.positions(positions_BT)
-        if self.places is not None:
-            x_BTD = x_BTD + self.places(places_BT)
-        turns = None if self.rotation is None else self.rotation(places_BT, positions_BT)
+        if self.image_positions is not None:
+            x_BTD = x_BTD + self.image_positions(image_positions_BT)
+        cos_sin = None if self.rope is None else self.rope(image_positions_BT, positions_BT)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, cache, mask, turns, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, cache, mask, cos_sin, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, cache, mask, turns)
+                x_BTD = block(x_BTD, cache, mask, cos_sin)
         return F.layer_norm(x_BTD, x_BTD.shape[-1:])
 
     def quantize(self) -> None:
-        """Hold the matrices of the blocks as 8-bit integers, a quarter of float32's memory; for inference only."""
+        """Replace the linear layers of the blocks by :class:`Int8Linear`, a quarter of float32's memory; for inference only."""
         for block in self.blocks:
             for module in list(block.modules()):
                 for name, child in list(module.named_children()):
@@ -276,27 +298,27 @@ class Decoder(nn.Module):
         self,
         tokens_BT: Tensor,
         weights_BT: Tensor,
-        places_BT: Tensor,
+        image_positions_BT: Tensor,
         samples_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
         z_loss: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """Next-token losses of a batch: their weighted sum, differentiable, and each token's (B, T), nats, 0 where its weight is.
+        """Next-token cross-entropy of a batch, nats: the weighted sum, differentiable, and each token's loss (B, T), 0 if its weight is 0.
 
         Args:
-            weights_BT: weight of each token as a target; the first of a row is none.
-            samples_BT: number of the sample that each token belongs to, where several share a row; attention stays within a sample.
-            positions_BT: of each token in its sample; needed with ``samples_BT``.
+            weights_BT: weight of each token as a target; the first token of a row is never one.
+            samples_BT: number of the packed sample that each token belongs to; attention stays within a sample.
+            positions_BT: position of each token in its sample; needed with ``samples_BT``.
             z_loss: see :func:`~cm3leon.models.cross_entropy.chunked_cross_entropy`.
         """
         device = tokens_BT.device.type
         dtype = torch.get_autocast_dtype(device) if device != "cpu" and torch.is_autocast_enabled(device) else self.tokens.weight.dtype
         mask = None if samples_BT is None else block_causal(samples_BT, dtype)
-        hidden_BTD = self(tokens_BT, places_BT, positions_BT=positions_BT, mask=mask)
+        hidden_BTD = self(tokens_BT, image_positions_BT, positions_BT=positions_BT, mask=mask)
         weights_BT = weights_BT.clone()
         weights_BT[:, 0] = 0
         targets_N = weights_BT.flatten().nonzero()[:, 0]
-        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, targets_N - 1)  # the token before each target; never of another row
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, targets_N - 1)  # predicted from the token before; never of another row
         tokens_N, weights_N = tokens_BT.flatten()[targets_N], weights_BT.flatten()[targets_N]
         total, losses_N = chunked_cross_entropy(hidden_ND, self.tokens.weight, tokens_N, weights_N, z_loss)
         losses_BT = torch.zeros(weights_BT.shape, device=losses_N.device)
@@ -312,12 +334,12 @@ class Decoder(nn.Module):
         return self.tokens.weight.device
 
     def save(self, directory: Path, tensors: dict[str, Tensor] | None = None) -> None:
-        """Write ``config.json`` and ``model.safetensors``; ``tensors`` are the whole parameters where the model holds shards of them."""
+        """Write ``config.json`` and ``model.safetensors``; ``tensors`` are the full parameters of a sharded model."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {"decoder": asdict(self.spec), "vocabulary": asdict(self.vocabulary)}
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file({k: v.contiguous() for k, v in (tensors or self.state_dict()).items()}, directory / "model.safetensors")
+        save_file({k: v.contiguous() for k, v in (tensors or self.state_dict()).items()}, directory / WEIGHTS)
 
     @classmethod
     def load(cls, directory: Path, device: str | torch.device = "cpu") -> Decoder:
@@ -327,9 +349,9 @@ class Decoder(nn.Module):
             FileNotFoundError: if the directory holds no decoder.
         """
         directory = Path(directory)
-        if not (directory / "model.safetensors").is_file():
+        if not (directory / WEIGHTS).is_file():
             raise FileNotFoundError(f"{directory}: no decoder here; run the pipeline (make run) or: cm3leon pretrain")
         config = json.loads((directory / "config.json").read_text())
         model = cls(DecoderSpec(**current_names(config["decoder"], "pretrain.model")), Vocabulary(**config["vocabulary"]))
-        model.load_state_dict(load_file(directory / "model.safetensors"))
+        model.load_state_dict({RENAMED_TENSORS.get(name, name): tensor for name, tensor in load_file(directory / WEIGHTS).items()})
         return model.to(device).eval()

@@ -1,7 +1,9 @@
-"""The decoder's operations, each in the way that its device does fastest; what they compute is the same on all.
+"""The decoder's operations, each in the form that is fastest on its device. All forms compute the same, up to rounding.
 
-Most are here for CPUs, where PyTorch's own were found to be slow (docs/log.md). Where blocks are compiled, the compiler sees to that.
-Shapes: B batch, T tokens, H heads, K head dim.
+Most forms are for CPUs, where PyTorch's own kernels were measured to be slow (docs/log.md, ``benchmarks/operations.py``). Under
+``torch.compile`` the plain form is used, which the compiler fuses.
+
+Shapes: B batch, T tokens, H heads, K head dim, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -12,26 +14,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW_ROWS, LARGE_WEIGHT = 48, 1 << 19
+MAX_FLIPPED_ROWS = 48
+MIN_FLIPPED_WEIGHT = 1 << 19
+"""Up to this many rows of input, and from this many elements of the weight, :func:`linear` multiplies from the other side."""
 
-SHORT = 256
-"""Up to so many tokens attention on a CPU, where products are in bfloat16, holds all scores; longer sequences were not measured."""
+MAX_MATERIALIZED_TOKENS = 256
+"""Longest sequence for which attention in bfloat16 on a CPU materializes all scores; longer ones were not measured."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T``.
+    """``x @ weight.T``: (..., I) and (O, I) to (..., O).
 
-    A few rows and a large matrix on a CPU, as in decoding, are multiplied from the other side: MKL does that a third faster. The result
-    then lies in memory as its transpose, as the next product wants it.
+    For a few rows and a large weight on a CPU, as in decoding, ``(weight @ x.T).T`` is a third faster with MKL. The result is then
+    transposed in memory, which is the layout that the next product reads.
     """
-    few = x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1] and weight.numel() >= LARGE_WEIGHT
-    if few and not torch.is_grad_enabled():
+    few_rows = x.numel() <= MAX_FLIPPED_ROWS * x.shape[-1]
+    if x.device.type == "cpu" and few_rows and weight.numel() >= MIN_FLIPPED_WEIGHT and not torch.is_grad_enabled():
         return torch.mm(weight, x.flatten(0, -2).T).T.reshape(*x.shape[:-1], len(weight))
     return F.linear(x, weight)
 
 
 class _Relu(torch.autograd.Function):
-    """ReLU that overwrites its input, and in the backward pass its gradient: the widest tensors of a block are never copied."""
+    """In-place ReLU whose backward pass overwrites the gradient too: a block's widest activations are never copied."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -47,31 +51,37 @@ class _Relu(torch.autograd.Function):
 
 
 def relu(x: Tensor) -> Tensor:
-    """ReLU that overwrites its input."""
+    """ReLU, in place unless compiled."""
     return F.relu(x) if torch.compiler.is_compiling() else _Relu.apply(x)
 
 
-def turn(x: Tensor, turns: Tensor) -> Tensor:
-    """Pairs of neighbouring numbers of (..., K), each as one complex number, times those of ``turns`` (..., K / 2, 2); float32."""
+def apply_rotary_emb(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate each pair of adjacent elements of ``x`` (..., K) by the angle whose cosine and sine are in ``cos_sin`` (..., K / 2, 2).
+
+    Computed in float32, as a product of complex numbers where it is not compiled.
+    """
     if torch.compiler.is_compiling():
-        (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), turns.float().unbind(-1)
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = cos_sin.float().unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.view_as_complex(turns.float())).flatten(-2)
+    return torch.view_as_real(pairs * torch.view_as_complex(cos_sin.float())).flatten(-2)
 
 
 class _Attention(torch.autograd.Function):
-    """Causal attention by products of whole matrices, which keeps what each token weighs for the backward pass.
+    """Causal attention as batched matrix products; the attention weights are kept for the backward pass.
 
-    Scores are float32, as a token is found by small differences of large scores; all behind them is ``v``'s dtype.
+    Scores are float32, because attending to one token takes small differences of large scores; everything after them is in ``v``'s dtype.
+    With S = scale q kᵀ, P = softmax(S) and Y = P v, the gradients are dv = Pᵀ dY, dS = softmax'(P, dY vᵀ), dq = scale dS k and
+    dk = scale dSᵀ q. Inputs are (B, H, T, K); products are over (B H, T, K).
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         shape, length = v.shape, v.shape[-2]
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        causal = torch.full((length, length), -torch.inf).triu(1)
-        weights = torch.baddbmm(causal, q, k.mT, alpha=scale).softmax(-1).to(v.dtype)
+        causal_TT = torch.full((length, length), -torch.inf).triu(1)
+        weights = torch.baddbmm(causal_TT, q, k.mT, alpha=scale).softmax(-1).to(v.dtype)
         ctx.save_for_backward(q.to(v.dtype), k.to(v.dtype), v, weights)
         ctx.scale = scale
         return torch.bmm(weights, v).view(shape)
@@ -80,23 +90,25 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         shape = gradients[0].shape
-        gradient = gradients[0].flatten(0, 1)
-        of_scores = torch._softmax_backward_data(torch.bmm(gradient, v.mT), weights, -1, weights.dtype)
-        of_q, of_k = (product.float().mul_(ctx.scale).view(shape) for product in (torch.bmm(of_scores, k), torch.bmm(of_scores.mT, q)))
-        return of_q, of_k, torch.bmm(weights.mT, gradient).view(shape), None
+        dy = gradients[0].flatten(0, 1)
+        ds = torch._softmax_backward_data(torch.bmm(dy, v.mT), weights, -1, weights.dtype)
+        dq = torch.bmm(ds, k).float().mul_(ctx.scale).view(shape)
+        dk = torch.bmm(ds.mT, q).float().mul_(ctx.scale).view(shape)
+        dv = torch.bmm(weights.mT, dy).view(shape)
+        return dq, dk, dv, None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention (B, H, T, K) of logits ``scale * q . k``, under a mask or causal, in ``v``'s dtype.
+    """Scaled dot-product attention (B, H, T, K) in ``v``'s dtype, with a mask or causal; logits are ``scale * q . k``.
 
-    In bfloat16 PyTorch's kernel for CPUs is slow in the backward pass: short causal sequences go by products of matrices, others through
-    float32.
+    PyTorch's CPU kernel is slow in the backward pass in bfloat16: there, short causal sequences use :class:`_Attention` and all others
+    are computed in float32.
     """
     if v.device.type != "cpu":
         q, k = q.to(v.dtype), k.to(v.dtype)
     elif v.dtype != torch.float32:
         with torch.autocast("cpu", enabled=False):
-            if mask is None and v.shape[-2] <= SHORT and not torch.compiler.is_compiling():
+            if mask is None and v.shape[-2] <= MAX_MATERIALIZED_TOKENS and not torch.compiler.is_compiling():
                 return _Attention.apply(q.float(), k.float(), v, scale)
             mask = None if mask is None else mask if mask.dtype == torch.bool else mask.float()
             y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=mask is None, scale=scale)

@@ -26,7 +26,7 @@ CORRECTION_SCALE = 0.3
 
 
 class ResidualBlock(nn.Module):
-    """Convolution, ReLU, convolution, no normalisation; starts as the identity."""
+    """Convolution, ReLU, convolution, no normalization; starts as the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
 The family of Make-A-Scene and taming-transformers (arXiv 2203.13131, 2012.09841): a convolutional encoder, a codebook, a mirrored
 decoder. Two departures make it learn in minutes: with ``patch`` > 1 the image is pixel-unshuffled first, so that no convolution runs at
-full resolution; and there is no normalisation outside the residual branches, which start silent, so that the network begins as a linear
-map of patches and flat colours pass at once (docs/log.md has the figures).
+full resolution; and there is no normalization outside the residual branches, which start silent, so that the network begins as a linear
+map of patches and flat colors pass at once (docs/log.md has the figures).
 
 Shapes: B batch, C channels, H W pixels, h w tokens; downsampling f = patch * 2 ** (levels - 1), h = H / f.
 """
@@ -51,7 +51,7 @@ class ImageTokenizerSpec:
 
 
 class ChannelNorm(nn.Module):
-    """Root-mean-square normalisation over the channels of each position."""
+    """Root-mean-square normalization over the channels of each position."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class ResidualBlock(nn.Module):
 
 
 def start_linear(network: nn.Module) -> None:
-    """Orthogonal 1x1 convolutions and silent residual blocks: at first the network is a rotation of patches, which keeps colours."""
+    """Orthogonal 1x1 convolutions and silent residual blocks: at first the network is a rotation of patches, which keeps colors."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.zeros_(module.bias)
@@ -130,8 +130,8 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Nearest-neighbour quantisation, the entries learned by exponential moving averages (van den Oord et al. 2017, arXiv 1711.00937,
-    appendix A). They start as k-means of encoder outputs (:meth:`initialise`); against collapse, entries that are used too seldom are
+    """Nearest-neighbor quantization, the entries learned by exponential moving averages (van den Oord et al. 2017, arXiv 1711.00937,
+    appendix A). They start as k-means of encoder outputs (:meth:`initialize`); against collapse, entries that are used too seldom are
     restarted where the codebook says least (:meth:`restart`).
     """
 
@@ -154,7 +154,7 @@ class Codebook(nn.Module):
         return F.embedding(codes, self.entries)
 
     @torch.no_grad()
-    def initialise(self, z_ND: Tensor, generator: torch.Generator, iterations: int = 10) -> None:
+    def initialize(self, z_ND: Tensor, generator: torch.Generator, iterations: int = 10) -> None:
         """k-means of encoder outputs, seeded as k-means++: each entry at an output drawn in proportion to its squared error so far."""
         error_N = torch.full((len(z_ND),), torch.inf)
         weights_N = torch.ones(len(z_ND))
@@ -187,7 +187,7 @@ class Codebook(nn.Module):
     def restart(self, z_ND: Tensor, below: float, generator: torch.Generator) -> int:
         """Restart entries used less than ``below`` times the mean; returns how many.
 
-        They move to encoder outputs drawn in proportion to their squared quantisation error: to what the codebook says worst.
+        They move to encoder outputs drawn in proportion to their squared quantization error: to what the codebook says worst.
         """
         dead = (self.usage < below * self.usage.mean()).nonzero().flatten()
         if len(dead):

@@ -16,12 +16,12 @@ from cm3leon.config.schema import DecodingConfig, Section, current_names
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
-COLUMNS = ("task", "prompt", "image", "question", "instruction", "text", "kind", "context", "box", "objects", "document", "options")
+REQUEST_COLUMNS = ("task", "prompt", "image", "question", "instruction", "text", "kind", "context", "box", "objects", "document", "options")
 """Of a request, all text; ``box``, ``objects``, ``document`` and ``options`` are JSON."""
 JSON_COLUMNS = ("box", "objects", "document", "options")
 
 OUTPUTS = {
-    "row": "long", "task": "string", "text": "string", "image_png": "string", "score": "double", "seed": "long", "neighbours": "string",
+    "row": "long", "task": "string", "text": "string", "image_png": "string", "score": "double", "seed": "long", "neighbors": "string",
     "text_log_likelihood": "double", "image_log_likelihood": "double",
 }  # fmt: skip
 """Columns of an answer and MLflow's types of them; the first two are always there."""
@@ -69,7 +69,7 @@ def signature(decoding: DecodingConfig) -> ModelSignature:
 
     defaults = RequestSettings().model_dump() | decoding.model_dump(include=set(RequestSettings.model_fields))
     types = {bool: DataType.boolean, int: DataType.long, float: DataType.double}
-    columns = [ColSpec(DataType.string, name, required=False) for name in COLUMNS]
+    columns = [ColSpec(DataType.string, name, required=False) for name in REQUEST_COLUMNS]
     outputs = [ColSpec(DataType[kind], name, required=name in ("row", "task")) for name, kind in OUTPUTS.items()]
     params = [ParamSpec(name, types[type(value)], value) for name, value in defaults.items()]
     return ModelSignature(inputs=Schema(columns), outputs=Schema(outputs), params=ParamSchema(params))

@@ -1,6 +1,6 @@
 """The memory bank: one vector a document in a FAISS index, and what is needed to show the documents found.
 
-A document's vector is the mean of its L2-normalised text and image embeddings (paper), brought back to length 1 (as RA-CM3): so the inner
+A document's vector is the mean of its L2-normalized text and image embeddings (paper), brought back to length 1 (as RA-CM3): so the inner
 product of two documents, or of a query and a document, is a cosine, and one bound says when they are too alike. The text is the document's
 first caption, the one shown when the document is retrieved.
 """
@@ -19,7 +19,7 @@ from cm3leon.utils.errors import UserError
 INDEX, DOCUMENTS, SETTINGS = "index.faiss", "documents.parquet", "config.json"
 TEXTS, IMAGES = "text_embeddings.npy", "image_embeddings.npy"
 Kind = Literal["flat", "ivf", "hnsw"]
-COLUMNS = ["id", "caption", "licence", "attribution", "source"]
+BANK_COLUMNS = ["id", "caption", "licence", "attribution", "source"]
 
 
 def normalize(vectors: np.ndarray) -> np.ndarray:
@@ -81,7 +81,7 @@ class MemoryBank:
         """Index documents by their embeddings.
 
         Args:
-            documents: rows with :data:`COLUMNS`, all with a caption and an image (only multimodal documents are retrieved).
+            documents: rows with :data:`BANK_COLUMNS`, all with a caption and an image (only multimodal documents are retrieved).
             text, image: unit vectors ``(n, d)``; kept as float16, and the index is made from what is kept.
             encoder: fingerprint of the encoder that made them.
 
@@ -97,7 +97,7 @@ class MemoryBank:
         text, image = np.asarray(text, dtype=np.float16), np.asarray(image, dtype=np.float16)
         settings = {"kind": kind, "encoder": encoder, "documents": len(documents), "dimensions": int(text.shape[1])}
         index = build_index(document_vectors(text, image), kind)
-        return cls(index, documents[COLUMNS].reset_index(drop=True), text, image, settings)
+        return cls(index, documents[BANK_COLUMNS].reset_index(drop=True), text, image, settings)
 
     @classmethod
     def load(cls, directory: str | Path) -> MemoryBank:

@@ -1,4 +1,4 @@
-"""Which documents go before a query: the paper's rules on top of nearest-neighbour search (section 2.1; RA-CM3, section 3.2).
+"""Which documents go before a query: the paper's rules on top of nearest-neighbor search (section 2.1; RA-CM3, section 3.2).
 
 Candidates come from each modality of the query, by its text and by its image, in order of relevance. A candidate is skipped when its score
 to the query, or to a candidate already taken, is above ``max_score``; the query itself is never taken. The memory bank holds only
@@ -21,7 +21,7 @@ _VALUES = 1 << 24  # most floats gathered at once
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class Neighbor:
     """A retrieved document: its position in the bank, its score to the query, and the modality of the query that found it."""
 
     position: int
@@ -96,12 +96,12 @@ def find(
     image: np.ndarray | None = None,
     whole: np.ndarray | None = None,
     own: np.ndarray | None = None,
-) -> list[list[Neighbour]]:
-    """Neighbours of queries: first those found by text, then those found by image, each at most ``candidates_per_modality``.
+) -> list[list[Neighbor]]:
+    """Neighbors of queries: first those found by text, then those found by image, each at most ``candidates_per_modality``.
 
     Args:
         text, image: unit vectors ``(q, d)`` of the queries' texts and images; one may be missing (a prompt has no image).
-        whole: unit vectors ``(q, d)`` of the queries as documents, to which no neighbour may be too like; by default made of the two.
+        whole: unit vectors ``(q, d)`` of the queries as documents, to which no neighbor may be too like; by default made of the two.
             Another, where ``text`` is of less than the whole text.
         own: positions of the queries in the bank, -1 for others; None: no query is in it.
 
@@ -114,7 +114,7 @@ def find(
     count = len(by_modality[0][1])
     own = np.full(count, -1) if own is None else np.asarray(own)
     whole = document_vectors(by_modality[0][1], by_modality[-1][1]) if whole is None else whole
-    result: list[list[Neighbour]] = []
+    result: list[list[Neighbor]] = []
     depth = min(config.search_depth, len(bank))
     for part in _chunks(count, max(1, _VALUES // (depth * bank.settings["dimensions"]))):
         result += _find_chunk(bank, config, [(name, vectors[part]) for name, vectors in by_modality], whole[part], own[part], depth)
@@ -123,8 +123,8 @@ def find(
 
 def _find_chunk(
     bank: MemoryBank, config: RetrieveConfig, by_modality: list[tuple[str, np.ndarray]], query: np.ndarray, own: np.ndarray, depth: int
-) -> list[list[Neighbour]]:
-    found: list[list[Neighbour]] = [[] for _ in own]
+) -> list[list[Neighbor]]:
+    found: list[list[Neighbor]] = [[] for _ in own]
     taken, taken_positions = np.zeros((len(own), 0, query.shape[1]), dtype=np.float32), np.full((len(own), 0), -1)
     rows = np.arange(len(own))[:, None]
     for name, vectors in by_modality:
@@ -136,7 +136,7 @@ def _find_chunk(
         present = columns >= 0
         for row, slot in zip(*np.nonzero(present), strict=True):
             column = columns[row, slot]
-            found[row].append(Neighbour(int(positions[row, column]), float(scores[row, column]), name))
+            found[row].append(Neighbor(int(positions[row, column]), float(scores[row, column]), name))
         taken = np.concatenate([taken, candidates[rows, columns] * present[:, :, None]], axis=1)
         taken_positions = np.concatenate([taken_positions, np.where(present, positions[rows, columns], -1)], axis=1)
     return found
@@ -167,14 +167,14 @@ def draw_random(
     return [[int(row[column]) for column in chosen if column >= 0][:count] for row, chosen, count in rows]
 
 
-def coverage(neighbours: list[list[Neighbour]], config: RetrieveConfig, modalities: int = 2) -> dict[str, float]:
+def coverage(neighbors: list[list[Neighbor]], config: RetrieveConfig, modalities: int = 2) -> dict[str, float]:
     """How well queries were served: share with all candidates, share with none, mean number and mean score."""
     wanted = config.candidates_per_modality * modalities
-    counts = np.array([len(group) for group in neighbours])
-    scores = [neighbour.score for group in neighbours for neighbour in group]
+    counts = np.array([len(group) for group in neighbors])
+    scores = [neighbor.score for group in neighbors for neighbor in group]
     return {
         "complete": float((counts == wanted).mean()) if len(counts) else 0.0,
         "empty": float((counts == 0).mean()) if len(counts) else 0.0,
-        "neighbours": float(counts.mean()) if len(counts) else 0.0,
+        "neighbors": float(counts.mean()) if len(counts) else 0.0,
         "score": float(np.mean(scores)) if scores else 0.0,
     }

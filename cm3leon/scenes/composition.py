@@ -18,7 +18,7 @@ from PIL import Image
 from cm3leon.scenes.reading import read_scene
 from cm3leon.scenes.scene import BACKGROUNDS, COLORS, LETTERS, SHAPES, SIZES, Object, Scene
 
-ATTRIBUTES = ("background", "count", "colour", "shape", "size", "relation", "text")
+ATTRIBUTES = ("background", "count", "color", "shape", "size", "relation", "text")
 MOST_OBJECTS = 6
 """That a caption may state. Of a crowded image only this many are matched; its count is wrong anyway."""
 
@@ -81,7 +81,7 @@ def parse_caption(text: str) -> Statement | None:
 
     Understood: ``[SIZE] COLOR SHAPE`` joined by "and", commas, "left of", "right of", "above", "below" (or "to the left of", "under" ...);
     "two red circles"; "the letter A in red", "a red letter A"; all with or without "on a gray background", "on gray" or
-    "a gray background with" before it; at most :data:`MOST_OBJECTS` objects. Case, a final stop and "grey" do not matter.
+    "a gray background with" before it; at most :data:`MOST_OBJECTS` objects. Case, a final period and the spelling "grey" do not matter.
     """
     words = re.sub(r"\s+", " ", text.strip().rstrip(".").lower()).replace("grey", "gray")
     words = re.sub(r"^there (?:is|are) ", "", words)
@@ -104,7 +104,7 @@ def parse_caption(text: str) -> Statement | None:
 
 
 def _holds(place: str, first: Object, second: Object) -> bool:
-    """Whether the relation is true: the centres are apart in that direction, and further than across it."""
+    """Whether the relation is true: the centers are apart in that direction, and further than across it."""
     dx, dy = first.x - second.x, first.y - second.y
     along, across = (dx, dy) if place in ("left of", "right of") else (dy, dx)
     return abs(along) > abs(across) and (along < 0) == (place in ("left of", "above"))
@@ -133,7 +133,7 @@ def _compare(statement: Statement, seen: Sequence[Object | None]) -> dict[str, b
     pairs = list(zip(statement.objects, seen, strict=True))
     verdict = {}
     if any(m.color for m, _ in pairs):
-        verdict["colour"] = all(o is not None and o.color == m.color for m, o in pairs if m.color)
+        verdict["color"] = all(o is not None and o.color == m.color for m, o in pairs if m.color)
     if any(m.letter is None for m, _ in pairs):
         verdict["shape"] = all(o is not None and o.shape == m.shape for m, o in pairs if m.letter is None)
     if any(m.size for m, _ in pairs):

@@ -20,7 +20,7 @@ from cm3leon.scenes.scene import COLORS, HOLE, LETTERS, SHAPES, SIZES, STROKE, O
 
 CLASSES = [*SHAPES, "letter"]
 SEGMENT_COLORS = dict(zip(CLASSES, [*list(COLORS.values())[:6], (255, 255, 255)], strict=True))
-"""Colour of each class in a segmentation map; the background is black."""
+"""Color of each class in a segmentation map; the background is black."""
 
 FAR, NEAR = 32, 96
 """Brightness in a depth map of the plane behind the objects, and of the lowest point of an object."""
@@ -29,7 +29,7 @@ TALLEST = SIZES["large"]
 
 
 def segmentation_map(scene: Scene, side: int) -> np.ndarray:
-    """Every object filled with the colour of its shape's class on black, uint8 (side, side, 3)."""
+    """Every object filled with the color of its shape's class on black, uint8 (side, side, 3)."""
     pixels = np.zeros((side, side, 3), np.uint8)
     for item in scene.objects:
         pixels[item.coverage(side) >= 0.5] = SEGMENT_COLORS[item.shape]
@@ -54,18 +54,18 @@ PROFILES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def _height(item: Object, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Height of an object's solid at places around its centre, all in units of its radius, and which places it covers."""
+    """Height of an object's solid at places around its center, all in units of its radius, and which places it covers."""
     inside = -(letter_distance(item.letter, x, y) if item.letter else SHAPES[item.shape](x, y))
     return PROFILES[item.shape](np.maximum(inside, 0)), inside >= 0
 
 
 def _solids(scene: Scene, side: int) -> Iterator[tuple[Object, tuple[slice, slice], np.ndarray, np.ndarray]]:
-    """Each object, the window of pixels that it lies in, and places x (1, w), y (h, 1) of their centres in units of its radius."""
-    centres = (np.arange(side) + 0.5) / side
+    """Each object, the window of pixels that it lies in, and places x (1, w), y (h, 1) of their centers in units of its radius."""
+    centers = (np.arange(side) + 0.5) / side
     for item in scene.objects:
         x0, y0, x1, y1 = (round(value * side) for value in item.box)
         window = slice(max(y0 - 1, 0), max(y1 + 1, 0)), slice(max(x0 - 1, 0), max(x1 + 1, 0))
-        x, y = (centres[window[1]] - item.x) / item.radius, (centres[window[0]] - item.y) / item.radius
+        x, y = (centers[window[1]] - item.x) / item.radius, (centers[window[0]] - item.y) / item.radius
         yield item, window, x[None, :], y[:, None]
 
 
@@ -79,7 +79,7 @@ def heights(scene: Scene, side: int) -> np.ndarray:
 
 
 def depth(scene: Scene, side: int) -> np.ndarray:
-    """The nearer, the brighter: the plane has :data:`FAR`, objects :data:`NEAR` and more, grey uint8 (side, side, 3)."""
+    """The nearer, the brighter: the plane has :data:`FAR`, objects :data:`NEAR` and more, gray uint8 (side, side, 3)."""
     field = heights(scene, side)
     brightness = np.where(np.isnan(field), FAR, NEAR + (255 - NEAR) * field / TALLEST)
     return np.repeat((brightness + 0.5).astype(np.uint8)[..., None], 3, axis=2)
@@ -102,13 +102,13 @@ def normals(scene: Scene, side: int, step: float = 1e-3) -> np.ndarray:
 
 
 def _star(count: int, length: float, first: float) -> list[list[Point]]:
-    """``count`` limbs from the centre, evenly spread from the angle ``first``, degrees."""
+    """``count`` limbs from the center, evenly spread from the angle ``first``, degrees."""
     angles = [math.radians(first + 360 * i / count) for i in range(count)]
     return [[(0, 0), (length * math.cos(a), length * math.sin(a))] for a in angles]
 
 
 def _loop(count: int, length: float) -> list[list[Point]]:
-    """``count`` limbs around the centre, its corners at distance ``length``, one of them at the top."""
+    """``count`` limbs around the center, its corners at distance ``length``, one of them at the top."""
     angles = [math.radians(360 * i / count - 90) for i in range(count + 1)]
     return [[(length * math.cos(a), length * math.sin(a)) for a in angles]]
 
@@ -132,7 +132,7 @@ def _skeleton(item: Object) -> list[list[Point]]:
 
 
 def openpose(scene: Scene, side: int, fine: int = 4) -> np.ndarray:
-    """Skeletons as OpenPose draws people: coloured limbs, brighter joints, on black, uint8 (side, side, 3).
+    """Skeletons as OpenPose draws people: colored limbs, brighter joints, on black, uint8 (side, side, 3).
 
     Each class has hues of its own, each limb one of them. Drawn ``fine`` times larger and reduced.
     """

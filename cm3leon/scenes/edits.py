@@ -13,7 +13,7 @@ from scipy import ndimage
 from cm3leon.scenes.scene import Object, Scene
 
 PLACE = 0.1
-"""Two centres nearer than this are one place, share of the side."""
+"""Two centers nearer than this are one place, share of the side."""
 CHANGED = 12
 """A pixel whose channels differ by more than this, of 255, between an image and its true edit belongs to what the edit changes."""
 AROUND = 2
@@ -21,7 +21,7 @@ AROUND = 2
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgment:
     """``done``: the asked change is there. ``kept``: what it does not concern is as before, and nothing came in addition."""
 
     done: bool
@@ -48,10 +48,10 @@ def _match(objects: Sequence[Object], wanted: Sequence[Object], anywhere: Sequen
     return left, missing
 
 
-def judge(before: Scene, after: Scene, drawn: Scene) -> Judgement:
+def judge(before: Scene, after: Scene, drawn: Scene) -> Judgment:
     """Compare what was drawn with what an edit makes of a scene. What is added may stand anywhere: instructions do not say where.
 
-    A changed object in a wrong colour is a change not made, and leaves the rest as it was.
+    A changed object in a wrong color is a change not made, and leaves the rest as it was.
     """
     gone, come = _match(before.objects, after.objects)
     stays, _ = _match(after.objects, come)
@@ -61,7 +61,7 @@ def judge(before: Scene, after: Scene, drawn: Scene) -> Judgement:
     undone = any(_label(o) == _label(item) and _near(o, item) for o in rest for item in gone)
     elsewhere = [o for o in extra if not any(_near(o, item) for item in gone)]
     ground_changes, ground_right = before.background != after.background, drawn.background == after.background
-    return Judgement(
+    return Judgment(
         done=not missing and not undone and (ground_right or not ground_changes),
         kept=not lost and len(elsewhere) <= sum(item in added for item in missing) and (ground_right or ground_changes),
     )

@@ -1,4 +1,4 @@
-"""Do objects stand where they were asked to stand?"""
+"""Intersection over union of the boxes that a layout asks for and the boxes found in an image. All boxes share one unit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-Box = tuple[float, float, float, float]
-"""Left, top, right, bottom, in one unit for all."""
+from cm3leon.sequence.tasks import Box
 
 
 def iou(one: Box, other: Box) -> float:
@@ -20,11 +19,11 @@ def iou(one: Box, other: Box) -> float:
     return common / covered if covered > 0 else 0.0
 
 
-def mean_iou(asked: Sequence[tuple[str, Box]], found: Sequence[tuple[str, Box]], labelled: bool = False) -> float:
+def mean_iou(asked: Sequence[tuple[str, Box]], found: Sequence[tuple[str, Box]], labeled: bool = False) -> float:
     """Mean over the boxes asked for of the overlap with the found box assigned to each, so that the mean is highest; 0 for a missing one.
 
     Args:
-        labelled: only boxes with the same label can be assigned to one another.
+        labeled: only boxes with the same label can be assigned to one another.
 
     Raises:
         ValueError: if no box was asked for.
@@ -34,6 +33,6 @@ def mean_iou(asked: Sequence[tuple[str, Box]], found: Sequence[tuple[str, Box]],
     overlaps = np.zeros((len(asked), len(found)))
     for row, (label, box) in enumerate(asked):
         for column, (name, other) in enumerate(found):
-            overlaps[row, column] = iou(box, other) if not labelled or label == name else 0.0
+            overlaps[row, column] = iou(box, other) if not labeled or label == name else 0.0
     rows, columns = linear_sum_assignment(overlaps, maximize=True)
     return float(overlaps[rows, columns].sum() / len(asked))

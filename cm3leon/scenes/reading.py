@@ -1,8 +1,8 @@
 """Read a scene of shapes back from an image by classical image analysis: nothing is learned, every step can be explained.
 
-Background = the border's dominant colour; objects = connected regions that differ from it; an object's colour = the nearest named colour of
-its core; its soft mask = how far each pixel lies from the background towards that colour; shape, size and letter = the rendered template
-that overlaps this mask best. Works from 48 pixels a side up, on blurred, noisy or vector-quantised images.
+Background = the border's dominant color; objects = connected regions that differ from it; an object's color = the nearest named color of
+its core; its soft mask = how far each pixel lies from the background towards that color; shape, size and letter = the rendered template
+that overlaps this mask best. Works from 48 pixels a side up, on blurred, noisy or vector-quantized images.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ LARGEST_SIDE = 128
 FOREGROUND = 22.0
 """Least CIELAB distance of an object's pixel to the background."""
 SMALLEST_AREA = 0.006
-"""Smaller regions are taken for artefacts, share of the image's area; the smallest object of the vocabulary has 0.021."""
+"""Smaller regions are taken for artifacts, share of the image's area; the smallest object of the vocabulary has 0.021."""
 LEAST_OVERLAP = 0.6
 """A region that overlaps no template this well has the shape ``"unknown"``."""
 SECOND_COLOR = 0.3
-"""A region is divided by colour where a second named colour covers at least this share of its core."""
+"""A region is divided by color where a second named color covers at least this share of its core."""
 BLUR = 1 / 64
 """Templates are tried sharp and under a Gaussian blur of this standard deviation, share of the side."""
 LETTER_HEIGHT = 0.44
@@ -61,7 +61,7 @@ def _named_lab() -> np.ndarray:
 
 
 def _nearest_names(lab: np.ndarray) -> np.ndarray:
-    """Index into NAMES of the nearest named colour: lab (n, 3) -> (n,)."""
+    """Index into NAMES of the nearest named color: lab (n, 3) -> (n,)."""
     named = _named_lab()
     return np.argmin((named**2).sum(1) - 2 * lab @ named.T, axis=1)
 
@@ -78,7 +78,7 @@ def _shape_moments(shape: str) -> tuple[float, float, float]:
 def read_scene(image: Image.Image | np.ndarray) -> Scene:
     """The scene an image shows. ``image``: a PIL image or uint8 (h, w, 3).
 
-    The scene's background may be any named colour (also an object's), an object's shape may be ``"unknown"``.
+    The scene's background may be any named color (also an object's), an object's shape may be ``"unknown"``.
 
     Raises:
         ValueError: if an array is not uint8 (h, w, 3).
@@ -118,7 +118,7 @@ def _as_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 def _read_region(
     pixels: np.ndarray, lab: np.ndarray, contrast: np.ndarray, ground: np.ndarray, mask: np.ndarray, window: tuple, least: float
 ) -> list[Object]:
-    """The objects of one connected region: one, or several where parts of different colours touch."""
+    """The objects of one connected region: one, or several where parts of different colors touch."""
     strength = contrast[window]
     core = mask & (strength >= 0.7 * np.percentile(strength[mask], 90))
     names = np.full(mask.shape, -1)
@@ -177,7 +177,7 @@ def _box(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[float, float,
 
 
 def _fit_shapes(alpha: np.ndarray, x: np.ndarray, y: np.ndarray, side: float) -> tuple[str, float, float, float, float]:
-    """(shape, overlap, radius, centre x, centre y) of the best shape, fitted by area and centroid and again by the bounding box; pixels."""
+    """(shape, overlap, radius, center x, center y) of the best shape, fitted by area and centroid and again by the bounding box; pixels."""
     area = max(alpha.sum(), 1e-6)
     mx, my = float((alpha.sum(0) * x).sum() / area), float((alpha.sum(1) * y).sum() / area)
     x0, y0, x1, y1 = _box(alpha, x, y)
@@ -200,15 +200,15 @@ def _fit_shapes(alpha: np.ndarray, x: np.ndarray, y: np.ndarray, side: float) ->
 
 
 def _fit_letters(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[str, float, float, float]:
-    """(letter, overlap, centre x, centre y) of the best letter, fitted to the bounding box; pixels."""
+    """(letter, overlap, center x, center y) of the best letter, fitted to the bounding box; pixels."""
     x0, y0, x1, y1 = _box(alpha, x, y)
-    centres, templates = [], []
+    centers, templates = [], []
     for letter in LETTERS:
         e = letter_extent(letter)
         half = (y1 - y0) / (e[3] - e[1])
         cx, cy = (x0 + x1 - half * (e[0] + e[2])) / 2, (y0 + y1 - half * (e[1] + e[3])) / 2
-        centres.append((cx, cy))
+        centers.append((cx, cy))
         templates.append(letter_distance(letter, (x[None] - cx) / half, (y[:, None] - cy) / half) * -half)
     overlaps = _overlap(alpha, np.clip(np.stack(templates) + 0.5, 0, 1))
     best = int(overlaps.argmax())
-    return list(LETTERS)[best], float(overlaps[best]), *centres[best]
+    return list(LETTERS)[best], float(overlaps[best]), *centers[best]

@@ -42,7 +42,7 @@ MARGIN = 0.03
 GAP = 0.08
 """Least distance of two objects along at least one axis."""
 DOMINANCE = 1.6
-"""A relation along one axis is stated only where the centres are this many times further apart along it than along the other."""
+"""A relation along one axis is stated only where the centers are this many times further apart along it than along the other."""
 OBJECT_WEIGHTS = {1: 0.35, 2: 0.45, 3: 0.2}
 IDENTICAL = {1: 0.0, 2: 0.2, 3: 0.3}
 """Number of objects -> share of such scenes in which all objects are alike ("two red circles")."""
@@ -84,7 +84,7 @@ EXTENTS: dict[str, tuple[float, float, float, float]] = {
     "cross": (-1, -1, 1, 1),
     "ring": (-1, -1, 1, 1),
 }
-"""Shape -> bounding box x0, y0, x1, y1 around its centre, in units of the radius."""
+"""Shape -> bounding box x0, y0, x1, y1 around its center, in units of the radius."""
 
 Point = tuple[float, float]
 
@@ -122,7 +122,7 @@ def letter_distance(letter: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @cache
 def letter_extent(letter: str) -> tuple[float, float, float, float]:
-    """Bounding box x0, y0, x1, y1 of a letter around its centre, in units of half its height."""
+    """Bounding box x0, y0, x1, y1 of a letter around its center, in units of half its height."""
     points = [point for stroke in LETTERS[letter] for point in stroke]
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     return min(xs) - STROKE, min(ys) - STROKE, max(xs) + STROKE, max(ys) + STROKE
@@ -130,7 +130,7 @@ def letter_extent(letter: str) -> tuple[float, float, float, float]:
 
 @dataclass(frozen=True)
 class Object:
-    """One shape, or one letter (then ``shape`` is ``"letter"``). ``x`` and ``y`` are the centre, shares of the side."""
+    """One shape, or one letter (then ``shape`` is ``"letter"``). ``x`` and ``y`` are the center, shares of the side."""
 
     shape: str
     color: str
@@ -159,16 +159,16 @@ class Object:
 
     def coverage(self, side: int) -> np.ndarray:
         """Share of each pixel that the object covers, (side, side)."""
-        centres = (np.arange(side) + 0.5) / side
-        x = (centres[None, :] - self.x) / self.radius
-        y = (centres[:, None] - self.y) / self.radius
+        centers = (np.arange(side) + 0.5) / side
+        x = (centers[None, :] - self.x) / self.radius
+        y = (centers[:, None] - self.y) / self.radius
         distance = letter_distance(self.letter, x, y) if self.letter else SHAPES[self.shape](x, y)
         return np.clip(0.5 - distance * (self.radius * side), 0, 1)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A background colour and the objects on it."""
+    """A background color and the objects on it."""
 
     background: str
     objects: tuple[Object, ...]
@@ -215,7 +215,7 @@ def apart(first: Object, second: Object) -> bool:
 
 
 def is_valid(scene: Scene) -> bool:
-    """Whether objects lie inside and apart, and can be told apart by colour and shape (or are all alike)."""
+    """Whether objects lie inside and apart, and can be told apart by color and shape (or are all alike)."""
     for i, item in enumerate(scene.objects):
         if min(item.box[:2]) < MARGIN - 1e-9 or max(item.box[2:]) > 1 - MARGIN + 1e-9:
             return False

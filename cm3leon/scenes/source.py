@@ -1,4 +1,4 @@
-"""The procedural source: scenes of coloured shapes with exact ground truth for every task.
+"""The procedural source: scenes of colored shapes with exact ground truth for every task.
 
 ``python -m cm3leon.data.sources.shapes OUT.png`` draws a contact sheet.
 

@@ -68,7 +68,7 @@ def rough_place(item: Object) -> str:
 
 
 def long_caption(scene: Scene) -> str:
-    """A paragraph: background and count, each object with size, colour, shape and rough place, and pairwise relations."""
+    """A paragraph: background and count, each object with size, color, shape and rough place, and pairwise relations."""
     count = len(scene.objects)
     if scene.letter:
         item = scene.objects[0]
@@ -92,7 +92,7 @@ def long_caption(scene: Scene) -> str:
 
 
 def _existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A yes/no question, half of them yes; half of the others name a colour or a shape that is there, in the wrong combination."""
+    """A yes/no question, half of them yes; half of the others name a color or a shape that is there, in the wrong combination."""
     present = {(item.color, item.shape) for item in scene.objects}
     if rng.random() < 0.5:
         color, shape = rng.choice(sorted(present))

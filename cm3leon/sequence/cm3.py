@@ -1,11 +1,11 @@
 """The CM3 objective: causal masking (arXiv 2201.07520), with CM3leon's rule that no mask crosses ``<break>`` (arXiv 2309.02591).
 
-The number of masked spans is Poisson. Spans are uniform, non-overlapping, inside one segment (a modality of one document); each is
-replaced by ``<mask:i>`` and moved behind the body as ``<mask:i> span <eoss>``. With probability ``segment_rate`` one whole segment of
-the query is masked instead: that trains captioning by infilling (the text is masked, the image stands before it) and the
-mask-conditioned stream of classifier-free guidance (the text is masked, the image follows).
-Where the marks of the spans make a sequence too long, it is cut in its source and never in what is to be infilled.
-Loss: next-token over everything but sentinels in the body.
+The number of masked spans is Poisson distributed. Spans are uniform, do not overlap and lie in one segment (one modality of one
+document); each is replaced by ``<mask:i>`` and moved to the end as ``<mask:i> span <eoss>``. With probability ``segment_rate`` one whole
+segment of the query is masked instead. That trains captioning by infilling (the text is masked and generated after the image) and the
+unconditional stream of classifier-free guidance (the text is masked, the image follows).
+A sequence that the added tokens make too long loses tokens of its source, never of the spans to be infilled.
+The loss is next-token prediction on everything but the sentinels in the body.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 
 from cm3leon.sequence.grammar import EOS, EOSS, Body, Segment, Tokens, Vocabulary
 
-MARKS = 3
-"""Tokens by which a masked span lengthens a sequence: its sentinel twice and ``<eoss>``."""
+TOKENS_PER_SPAN = 3
+"""Tokens that a masked span adds to a sequence: its sentinel twice and ``<eoss>``."""
 
 Kind = Literal["plain", "caption", "image", "spans"]
-"""What a draw masks: nothing; the query's whole text; a whole image of the query; other spans."""
+"""What is masked: nothing; the query's whole text; a whole image of the query; other spans."""
 
 Spans = list[tuple[int, int]]
 
@@ -30,27 +30,31 @@ Spans = list[tuple[int, int]]
 class Masked:
     """A finished training sequence.
 
-    ``tokens`` (T,); ``is_target`` (T,) says which count in the loss; ``places`` (T,) is each token's place in its image, from 1, else 0. A
-    mask behind which the middle of an image comes has the place before it, so that what comes is at the next place, as ever. ``spans`` are
-    in coordinates of ``body``, which they were cut from; ``kind`` says what they mask.
+    Attributes:
+        tokens: token ids (T,).
+        is_target: boolean (T,), which tokens count in the loss.
+        image_positions: (T,), raster index of each token in its image, from 1; 0 for tokens of no image. A sentinel that is followed by the
+            middle of an image has the index before it, so that here too the next token's index is one more.
+        body: the sequence before masking, to which ``spans`` refer.
+        kind: what the spans mask.
     """
 
     tokens: Tokens
     is_target: np.ndarray
-    places: np.ndarray
+    image_positions: np.ndarray
     body: Body
     spans: tuple[tuple[int, int], ...]
     kind: Kind
 
 
-def draw_spans(body: Body, mean_masks: float, sentinels: int, rng: np.random.Generator, across_breaks: bool = False) -> Spans:
-    """Draw Poisson(mean_masks) spans, clamped to [0, sentinels - 1], each inside one segment; sorted, non-overlapping.
+def sample_spans(body: Body, mean_masks: float, sentinels: int, rng: np.random.Generator, across_breaks: bool = False) -> Spans:
+    """Sample Poisson(mean_masks) spans, clamped to [0, sentinels - 1], each inside one segment; sorted, without overlaps.
 
-    A span is drawn uniformly over the sequence and clipped to the segment it overlaps most, as in the authors' trainer.
-    Spans that would overlap one already drawn are dropped, so that a short sequence gets fewer.
+    A span is sampled uniformly over the sequence and clipped to the segment that it overlaps most, as in the authors' trainer.
+    One that would overlap an earlier span is dropped, so that short sequences get fewer.
 
     Args:
-        across_breaks: leave spans as they are drawn, as CM3 did.
+        across_breaks: do not clip spans to a segment, as in CM3.
     """
     count = min(int(rng.poisson(mean_masks)), max(sentinels - 1, 0)) if body.segments else 0
     spans: Spans = []
@@ -71,8 +75,8 @@ def draw_spans(body: Body, mean_masks: float, sentinels: int, rng: np.random.Gen
     return sorted(spans)
 
 
-def draw_segment(body: Body, text_share: float, rng: np.random.Generator) -> Segment | None:
-    """One whole segment of the query (the last document): a text with probability ``text_share``, else an image; None if all are empty."""
+def sample_segment(body: Body, text_share: float, rng: np.random.Generator) -> Segment | None:
+    """One whole segment of the query (the last document): text with probability ``text_share``, else an image; None if all are empty."""
     query = [s for s in body.segments if s.document == body.segments[-1].document and s.length]
     texts = [s for s in query if s.modality == "text"]
     images = [s for s in query if s.modality == "image"]
@@ -81,7 +85,7 @@ def draw_segment(body: Body, text_share: float, rng: np.random.Generator) -> Seg
 
 
 def kind_of(body: Body, spans: Spans) -> Kind:
-    """What the spans mask of the query."""
+    """What the spans mask of the query, the last document."""
     query = [s for s in body.segments if s.document == body.segments[-1].document]
     whole = {s.modality for s in query if s.length and (s.start, s.stop) in spans}
     if "text" in whole and "image" not in whole:
@@ -90,10 +94,11 @@ def kind_of(body: Body, spans: Spans) -> Kind:
 
 
 def fit(body: Body, spans: Spans, longest: int) -> tuple[Body, Spans]:
-    """Cut the source until the masked sequence has at most ``longest`` tokens.
+    """Shorten the source until the masked sequence has at most ``longest`` tokens.
 
-    Text outside the spans goes first, from the end of each segment, the first retrieved document's before the query's; then whole
-    retrieved documents that hold no span. An image is never cut. If that is not enough, spans stay where they are, unmasked.
+    In this order: (1) text outside the spans, from the end of each segment, the first retrieved document's before the query's;
+    (2) whole retrieved documents that hold no span; (3) the last span is left unmasked, and (1) and (2) start over.
+    Images and spans are never cut.
 
     Raises:
         ValueError: if the unmasked body cannot be made to fit.
@@ -114,7 +119,7 @@ def fit(body: Body, spans: Spans, longest: int) -> tuple[Body, Spans]:
     for number in range(body.segments[-1].document if body.segments else 0):
         own = [s for s in body.segments if s.document == number]
         if excess > 0 and not any(masked[s.start : s.stop].any() for s in own):
-            region = slice(own[0].start, own[-1].stop + 1)  # with the break behind it
+            region = slice(own[0].start, own[-1].stop + 1)  # with the <break> that follows
             excess -= int((~dropped[region]).sum())
             dropped[region] = True
     if excess > 0 and spans:
@@ -126,33 +131,33 @@ def fit(body: Body, spans: Spans, longest: int) -> tuple[Body, Spans]:
 
 
 def _excess(body: Body, spans: Spans, longest: int) -> int:
-    return len(body.tokens) + 1 + MARKS * len(spans) - longest
+    return len(body.tokens) + 1 + TOKENS_PER_SPAN * len(spans) - longest
 
 
 def apply_spans(body: Body, spans: Spans, vocabulary: Vocabulary) -> Masked:
-    """Replace each span by its sentinel and move it behind the body; close with ``<eos>``.
+    """Replace each span by its sentinel, move it to the end, and close with ``<eos>``.
 
-    The sequence grows by three tokens a span and one ``<eos>``.
+    The sequence grows by :data:`TOKENS_PER_SPAN` tokens per span and one ``<eos>``.
     """
-    source = np.stack([body.tokens, np.ones_like(body.tokens), body.places])  # token, whether a target, place
+    source = np.stack([body.tokens, np.ones_like(body.tokens), body.image_positions])  # rows: token, is_target, image position
     pieces, tail = [], []
     position = 0
     for index, (start, stop) in enumerate(spans):
         sentinel = vocabulary.sentinel(index)
-        pieces += [source[:, position:start], _mark(sentinel, is_target=False, place=_before(source, stop))]
-        tail += [_mark(sentinel, place=_before(source, start)), source[:, start:stop], _mark(EOSS)]
+        pieces += [source[:, position:start], _special(sentinel, is_target=False, image_position=_index_before(source, stop))]
+        tail += [_special(sentinel, image_position=_index_before(source, start)), source[:, start:stop], _special(EOSS)]
         position = stop
-    tokens, is_target, places = np.concatenate([*pieces, source[:, position:], *tail, _mark(EOS)], axis=1)
-    return Masked(tokens, is_target.astype(bool), places, body, tuple(spans), kind_of(body, spans))
+    tokens, is_target, image_positions = np.concatenate([*pieces, source[:, position:], *tail, _special(EOS)], axis=1)
+    return Masked(tokens, is_target.astype(bool), image_positions, body, tuple(spans), kind_of(body, spans))
 
 
-def _before(source: np.ndarray, position: int) -> int:
-    """The place before that of a token; 0 before what is no image token."""
+def _index_before(source: np.ndarray, position: int) -> int:
+    """The image position of the token at ``position`` less one, so that the token after a sentinel continues it; 0 where it has none."""
     return max(int(source[2, position]) - 1, 0) if position < source.shape[1] else 0
 
 
-def _mark(token: int, is_target: bool = True, place: int = 0) -> np.ndarray:
-    return np.array([[token], [int(is_target)], [place]])
+def _special(token: int, is_target: bool = True, image_position: int = 0) -> np.ndarray:
+    return np.array([[token], [int(is_target)], [image_position]])
 
 
 def mask(
@@ -166,13 +171,13 @@ def mask(
     across_breaks: bool = False,
     longest: int | None = None,
 ) -> Masked:
-    """One draw of the objective for one sequence, of at most ``longest`` tokens.
+    """Apply the objective to one sequence: sample what is masked, and return at most ``longest`` tokens.
 
     Raises:
         ValueError: see :func:`fit`.
     """
-    segment = draw_segment(body, text_share, rng) if segment_rate and rng.random() < segment_rate else None
-    spans = [(segment.start, segment.stop)] if segment else draw_spans(body, mean_masks, vocabulary.sentinels, rng, across_breaks)
+    segment = sample_segment(body, text_share, rng) if segment_rate and rng.random() < segment_rate else None
+    spans = [(segment.start, segment.stop)] if segment else sample_spans(body, mean_masks, vocabulary.sentinels, rng, across_breaks)
     if longest is not None:
         body, spans = fit(body, spans, longest)
     return apply_spans(body, spans, vocabulary)

@@ -1,10 +1,10 @@
-"""The grammar of a sequence: vocabulary layout, documents <-> token ids, and the segments of a sequence.
+"""The grammar of a sequence: how token ids are laid out, and how documents become a sequence of segments.
 
 A training sequence (paper, Fig. 9) is ``<eos> (text <break> image <break>)*K  text <break> image <eos>``: retrieved documents first,
-the query last. ``<eos>`` also opens a sequence. With masks (CM3), each masked span is replaced by ``<mask:i>`` and moved behind the
-body: ``<eos> body (<mask:i> span <eoss>)* <eos>``. An image is always whole: exactly ``tokens_per_image`` codes.
+the query last; ``<eos>`` also opens it. Under CM3 masking each masked span is replaced by a sentinel ``<mask:i>`` and moved to the end:
+``<eos> body (<mask:i> span <eoss>)* <eos>``. Images are never cut: each has exactly ``tokens_per_image`` codes.
 
-Token ids are laid out as ``specials | sentinels | reserved | image codes | text``, so that image rows of the output matrix are contiguous.
+Token ids are ordered ``specials | sentinels | reserved | image codes | text``, so that the image rows of the output matrix are contiguous.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ class GrammarError(UserError):
 class Vocabulary:
     """Layout of the token ids; stored with the model.
 
-    ``reserved`` ids stand for nothing yet: room for later tokens, and a way to a round size (65,536 in the paper).
+    Attributes:
+        text_size: ids of the text tokenizer.
+        image_size: codebook size of the image tokenizer.
+        sentinels: number of mask tokens ``<mask:i>``.
+        reserved: unused ids, kept for later tokens and a round total (65,536 in the paper).
     """
 
     text_size: int
@@ -68,11 +72,11 @@ class Vocabulary:
         return ids >= self.text_start
 
     def text(self, text_ids: Sequence[int] | Tokens) -> Tokens:
-        """Text-tokenizer ids -> token ids."""
+        """Token ids of text-tokenizer ids."""
         return np.asarray(text_ids, dtype=np.int64) + self.text_start
 
     def image(self, codes: Sequence[int] | Tokens) -> Tokens:
-        """Image codes -> token ids.
+        """Token ids of image codes.
 
         Raises:
             ValueError: if it is not one whole image.
@@ -81,13 +85,13 @@ class Vocabulary:
             raise ValueError(f"an image has {self.tokens_per_image} codes, found {len(codes)}")
         return np.asarray(codes, dtype=np.int64) + self.image_start
 
-    def places(self, tokens: Tokens) -> np.ndarray:
-        """As :attr:`Body.places`, for any sequence of whole images."""
+    def image_positions(self, tokens: Tokens) -> np.ndarray:
+        """:attr:`Body.image_positions` of any sequence in which images are whole."""
         image = self.is_image(tokens)
         return np.where(image, (np.cumsum(image) - 1) % self.tokens_per_image + 1, 0)
 
     def role(self, token: int) -> str:
-        """What a token is: ``text``, ``image``, ``<mask:3>``, ``<break>`` ..."""
+        """The kind of a token, for people: ``text``, ``image``, ``<mask:3>``, ``<break>`` ..."""
         if token < len(SPECIALS):
             return SPECIALS[token]
         if token < len(SPECIALS) + self.sentinels:
@@ -99,7 +103,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Segment:
-    """A maximal run of one modality between breaks: ``tokens[start:stop]`` of a body."""
+    """One modality of one document, between breaks: ``tokens[start:stop]`` of a body. ``document`` counts from 0; the query is the last."""
 
     start: int
     stop: int
@@ -119,24 +123,24 @@ class Body:
     segments: tuple[Segment, ...]
 
     @property
-    def places(self) -> np.ndarray:
-        """For each token its place in its image, from 1; 0 for what is no image token."""
-        places = np.zeros(len(self.tokens), dtype=np.int64)
+    def image_positions(self) -> np.ndarray:
+        """Raster index of each token in its image (T,), from 1; 0 for tokens of no image."""
+        image_positions = np.zeros(len(self.tokens), dtype=np.int64)
         for segment in self.segments:
             if segment.modality == "image":
-                places[segment.start : segment.stop] = np.arange(1, segment.length + 1)
-        return places
+                image_positions[segment.start : segment.stop] = np.arange(1, segment.length + 1)
+        return image_positions
 
     def prompt(self) -> Prompt:
-        """To be continued where it ends."""
-        return Prompt(self.tokens, self.places)
+        """The body as a prompt, to be continued where it ends."""
+        return Prompt(self.tokens, self.image_positions)
 
     def finished(self) -> Tokens:
-        """The plain training sequence."""
+        """The unmasked training sequence."""
         return np.append(self.tokens, EOS)
 
     def without(self, dropped: np.ndarray) -> Body:
-        """The body without the tokens where ``dropped`` (boolean, one a token) is true; its segments shrink and stay."""
+        """The body without the tokens where ``dropped`` (T,), boolean, is true; segments shrink, and an empty one remains."""
         before = np.concatenate([[0], np.cumsum(~dropped)])
         segments = [Segment(int(before[s.start]), int(before[s.stop]), s.document, s.modality) for s in self.segments]
         return Body(self.tokens[~dropped], tuple(segments))
@@ -144,24 +148,24 @@ class Body:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What stands before tokens that are to be generated, and each token's place in its image, as :attr:`Body.places`; (T,) both."""
+    """Tokens to be continued, and the raster index of each in its image as :attr:`Body.image_positions`; both (T,)."""
 
     tokens: Tokens
-    places: np.ndarray
+    image_positions: np.ndarray
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def followed_by(self, *marks: int) -> Prompt:
-        """With tokens behind it that are of no image."""
-        return Prompt(np.append(self.tokens, marks), np.append(self.places, [0] * len(marks)))
+        """With special tokens appended, which belong to no image."""
+        return Prompt(np.append(self.tokens, marks), np.append(self.image_positions, [0] * len(marks)))
 
 
 def build_body(documents: Sequence[Sequence[tuple[str, Tokens]]]) -> Body:
-    """Lay out documents, retrieved ones first and the query last.
+    """Lay out documents as one sequence, the retrieved documents first and the query last.
 
     Args:
-        documents: each a sequence of (modality, token ids), modality ``text`` or ``image``.
+        documents: each a list of segments, (modality, token ids), modality ``text`` or ``image``.
     """
     parts: list[Tokens] = [np.array([EOS])]
     segments = []
@@ -208,7 +212,7 @@ def check_grammar(tokens: Tokens, vocabulary: Vocabulary) -> None:
 
 
 def split_tail(inner: Tokens, vocabulary: Vocabulary) -> tuple[Tokens, list[tuple[int, Tokens]]]:
-    """Split what stands between the outer ``<eos>`` into the body and the moved spans [(sentinel, span)].
+    """Split a sequence without its outer ``<eos>`` into the body and the moved spans [(sentinel, span)].
 
     Raises:
         GrammarError: if a span is not closed by ``<eoss>``.
@@ -232,7 +236,7 @@ def split_tail(inner: Tokens, vocabulary: Vocabulary) -> tuple[Tokens, list[tupl
 
 
 def restore(body: Tokens, tail: Sequence[tuple[int, Tokens]]) -> Tokens:
-    """Put the moved spans back where their sentinels stand."""
+    """Put the moved spans back in place of their sentinels."""
     for sentinel, span in tail:
         position = int(np.flatnonzero(body == sentinel)[0])
         body = np.concatenate([body[:position], span, body[position + 1 :]])

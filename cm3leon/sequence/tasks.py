@@ -1,8 +1,8 @@
-"""Instruction-tuning tasks (paper, Table 5): what each needs, how its sequences look, which segments it hides, how it is asked and scored.
+"""The instruction-tuning tasks (paper, Table 5): their columns, templates, conditioning dropout, generator method and score.
 
-A sequence is a template's segments, divided by ``<break>``. Text comes before the image that it is about, so an answer is produced by
-infilling: it is masked where it stands and moved behind the image, ``instruction <mask:0> <break> image <mask:0> answer <eoss>``.
-A training sample may ask several questions about its image, each with a mask of its own; at inference there is one.
+A template's segments are separated by ``<break>``. Text comes before the image that it is about, so answers are infilled: an answer is
+masked in its place and moved to the end, ``instruction <mask:0> <break> image <mask:0> answer <eoss>``.
+A training sample may ask several questions about its image, each with its own mask; at inference there is one.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ CONDITIONS = ("canny edge", "segmentation map", "hed", "openpose", "depth", "3D 
 """Kinds of condition images from which models learn to generate (paper, Table 5); a record may have others, which are kept and not used."""
 BREAK = " <break> "
 IMAGE = "{image}"
-"""The image that a document is; ``{source}`` is the one it was edited from, ``{condition}`` one that shows its structure."""
-PICTURES = (IMAGE, "{source}", "{condition}")
+"""The record's image; ``{source}`` is the image it was edited from, ``{condition}`` a condition image of it."""
+IMAGE_FIELDS = (IMAGE, "{source}", "{condition}")
 BLANK = re.compile(r"( ?)\{(answer|explained)\}")
-"""What is answered by infilling; the blank before it belongs to the answer."""
+"""The field that is infilled; the space before it belongs to the answer."""
 
-Segment = tuple[str, Tokens]
-"""Modality, ``text`` or ``image``, and token ids."""
+SegmentTokens = tuple[str, Tokens]
+"""A segment before it is laid out: modality, ``text`` or ``image``, and token ids."""
 
 Row = Mapping[str, Any]
-Values = dict[str, str]
-"""What fills the fields of a template: texts, and for pictures other than the document's own the key of their codes."""
+Fields = dict[str, str]
+"""Values of a template's fields: texts, and for images other than the record's own the key of their codes."""
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
@@ -44,46 +44,46 @@ def condition_key(name: str, kind: str) -> str:
     return f"{name}/{kind}"
 
 
-# --- what fills a template, drawn from a row of the manifest: one or several turns, in random order ----------------------------------
+# --- sampling a template's fields from a manifest row -----------------------------------------------------------------------------------
 
 
-def _captions(row: Row, rng: np.random.Generator) -> list[Values]:
+def _captions(row: Row, rng: np.random.Generator) -> list[Fields]:
     caption = str(rng.choice(row["captions"]))
     return [{"caption": caption, "answer": caption}]
 
 
-def _written(row: Row, rng: np.random.Generator) -> list[Values]:
+def _written(row: Row, rng: np.random.Generator) -> list[Fields]:
     return [{"text": str(row["text_in_image"])}]
 
 
-def _long_caption(row: Row, rng: np.random.Generator) -> list[Values]:
+def _long_caption(row: Row, rng: np.random.Generator) -> list[Fields]:
     return [{"answer": str(row["long_caption"])}]
 
 
-def _questions(row: Row, rng: np.random.Generator) -> list[Values]:
+def _questions(row: Row, rng: np.random.Generator) -> list[Fields]:
     chosen = [row["questions"][int(number)] for number in rng.permutation(len(row["questions"]))]
     return [{"question": item["question"], "answer": str(rng.choice(item["answers"]))} for item in chosen]
 
 
-def _reasoning(row: Row, rng: np.random.Generator) -> list[Values]:
+def _reasoning(row: Row, rng: np.random.Generator) -> list[Fields]:
     item = row["reasoning"][int(rng.integers(len(row["reasoning"])))]
     explained = f"{item['explanation']} {SO_THE_ANSWER_IS} {item['answer']}."
-    return [{**problem_values(item["question"], item["options"], item["context"]), "answer": item["answer"], "explained": explained}]
+    return [{**reasoning_fields(item["question"], item["options"], item["context"]), "answer": item["answer"], "explained": explained}]
 
 
-def _layout(row: Row, rng: np.random.Generator) -> list[Values]:
+def _layout(row: Row, rng: np.random.Generator) -> list[Fields]:
     seen = visible_objects(row)
     order = [seen[int(number)] for number in rng.permutation(len(seen))]
     return [{**_captions(row, rng)[0], "layout": layout_text(order)}]
 
 
-def _condition(row: Row, rng: np.random.Generator) -> list[Values]:
+def _condition(row: Row, rng: np.random.Generator) -> list[Fields]:
     known = [item["kind"] for item in row["conditions"] if item["kind"] in CONDITIONS]
     kinds = [known[int(number)] for number in rng.permutation(len(known))]
     return [{**_captions(row, rng)[0], "kind": kind, "condition": condition_key(row["id"], kind)} for kind in kinds]
 
 
-def _edit(row: Row, rng: np.random.Generator) -> list[Values]:
+def _edit(row: Row, rng: np.random.Generator) -> list[Fields]:
     return [{"instruction": str(row["instruction"]), "source": str(row["edited_from"])}]
 
 
@@ -91,28 +91,33 @@ def _edit(row: Row, rng: np.random.Generator) -> list[Values]:
 class Task:
     """A task.
 
-    columns: those of the manifest that a document must have filled. templates: the first is the one used at inference. turns: draws what
-    fills a template from a row; more than one turn only where a sample may ask several questions. hidden: groups of segments for which only
-    masks stand in some samples, so that guidance has its streams and a result can be judged by how likely it makes what was asked.
-    method: of the generator. score: the task's main score in the evaluation record.
+    Attributes:
+        columns: manifest columns that a record must have filled.
+        templates: one is sampled in training; the first is used at inference.
+        sample_fields: samples the template's fields from a manifest row, in random order; several only where a sample may ask several
+            questions or where a choice may turn out to be missing.
+        method: name of the generator's method.
+        score: the task's main score in the evaluation record.
+        cfg_dropout: groups of segments that are masked in some samples (conditioning dropout). Each gives guidance one of its
+            unconditional streams; the first is also what reranking scores: how likely the result makes what was asked.
     """
 
     columns: tuple[str, ...]
     templates: tuple[str, ...]
-    turns: Callable[[Row, np.random.Generator], list[Values]]
+    sample_fields: Callable[[Row, np.random.Generator], list[Fields]]
     method: str
     score: str
-    hidden: tuple[tuple[int, ...], ...] = ()
+    cfg_dropout: tuple[tuple[int, ...], ...] = ()
 
     @property
-    def draws(self) -> bool:
-        """Whether the image, not a text, is what the task produces."""
+    def generates_image(self) -> bool:
+        """True if the task's result is an image, False if it is text."""
         return not BLANK.search(self.templates[0])
 
     @property
-    def sees(self) -> bool:
-        """Whether it is given an image to draw another."""
-        return self.draws and any(picture in self.templates[0] for picture in PICTURES[1:])
+    def sees_image(self) -> bool:
+        """True if the task generates an image from another image."""
+        return self.generates_image and any(field in self.templates[0] for field in IMAGE_FIELDS[1:])
 
 
 _ASKED = "Question: {question}\nContext: {context}\nOptions: {options}\n"
@@ -182,34 +187,34 @@ TASKS: dict[str, Task] = {
     ),
 }
 
-COLUMNS = ("id", "width", "height", *dict.fromkeys(column for task in TASKS.values() for column in task.columns))
-"""Of the manifest, those that tasks read."""
+TASK_COLUMNS = ("id", "width", "height", *dict.fromkeys(column for task in TASKS.values() for column in task.columns))
+"""Columns of the manifest that tasks read."""
 
 
-def filled(value: Any) -> bool:
-    """Whether a manifest's cell holds something: a number, a text or a list that is not empty."""
+def is_filled(value: Any) -> bool:
+    """True if a manifest cell holds a number, or a text or list that is not empty."""
     return value is not None and (len(value) > 0 if hasattr(value, "__len__") else value == value)
 
 
 def available(row: Row) -> list[str]:
-    """Names of the tasks whose columns a manifest row has filled."""
-    return [name for name, task in TASKS.items() if all(filled(row.get(column)) for column in task.columns)]
+    """Names of the tasks whose columns are filled in a manifest row."""
+    return [name for name, task in TASKS.items() if all(is_filled(row.get(column)) for column in task.columns)]
 
 
 # --- texts -------------------------------------------------------------------------------------------------------------------------------
 
 
 def layout_text(objects: Sequence[tuple[str, Box]]) -> str:
-    """Objects and their boxes, in shares of the image's side, told as pixels from 0 to 255."""
-    told = []
+    """Objects and their boxes as the templates write them, in pixels from 0 to 255; ``objects`` have boxes as fractions of the side."""
+    parts = []
     for label, box in objects:
         x0, y0, x1, y1 = (round(value * 255) for value in box)
-        told.append(f"{label} at ({x0}, {y0}) -> ({x1}, {y1})")
-    return ", ".join(told)
+        parts.append(f"{label} at ({x0}, {y0}) -> ({x1}, {y1})")
+    return ", ".join(parts)
 
 
 def box_in_square(box: Sequence[float], width: int, height: int) -> Box | None:
-    """A box in pixels of an image as shares of the centre square that models see; None where its centre is outside."""
+    """A box in pixels as fractions of the center crop that models see, clipped to it; None if the box's center is outside."""
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     x0, x1 = ((value - left) / side for value in (box[0], box[2]))
@@ -220,25 +225,27 @@ def box_in_square(box: Sequence[float], width: int, height: int) -> Box | None:
 
 
 def visible_objects(row: Row) -> list[tuple[str, Box]]:
-    """Labels and boxes, as :func:`box_in_square`, of a manifest row's objects that models see."""
+    """Labels and boxes, as :func:`box_in_square` gives them, of a manifest row's objects inside the center crop."""
     placed = [(item["label"], box_in_square(item["box"], row["width"], row["height"])) for item in row["objects"]]
     return [(label, box) for label, box in placed if box is not None]
 
 
-def problem_values(question: str, options: Sequence[str], context: str) -> Values:
-    """What fills the templates of reasoning, but for the answer."""
-    told = " ".join(f"({chr(ord('A') + number)}) {option}" for number, option in enumerate(options))
-    return {"question": question, "context": context, "options": told}
+def reasoning_fields(question: str, options: Sequence[str], context: str) -> Fields:
+    """The fields of the reasoning templates, except the answer."""
+    listed = " ".join(f"({chr(ord('A') + number)}) {option}" for number, option in enumerate(options))
+    return {"question": question, "context": context, "options": listed}
 
 
 def conclusion(text: str) -> str:
-    """The answer at the end of an explanation, or the whole text where it comes to none, without the full stop."""
+    """The answer at the end of an explanation, without its period; the whole text if it has no conclusion."""
     return text.rpartition(SO_THE_ANSWER_IS)[2].strip().rstrip(".")
 
 
 def split_template(template: str, values: Mapping[str, str]) -> tuple[str, str, str]:
-    """Of a text's template: what stands before the answer, the answer with the blank before it, what stands after; the answer is empty
-    where the template has none or it is not given."""
+    """A text template filled in: the text before the answer, the answer with the space before it, and the text after it.
+
+    The answer is empty if the template has none or ``values`` does not give it.
+    """
     blank = BLANK.search(template)
     if blank is None:
         return template.format(**values), "", ""
@@ -248,26 +255,25 @@ def split_template(template: str, values: Mapping[str, str]) -> tuple[str, str, 
 
 def lay_out(
     template: str, asked: Sequence[Mapping[str, str]], images: Mapping[str, np.ndarray], vocabulary: Vocabulary, tokenizer: TextTokenizer
-) -> tuple[list[Segment], list[tuple[int, int]]]:
-    """Segments of a sequence, and where the answers stand in its first (none where an image is the answer).
-
-    Several turns, all about one image, stand on a line each of the first segment.
+) -> tuple[list[SegmentTokens], list[tuple[int, int]]]:
+    """The segments of a sequence, and the answers' positions (start, stop) in the first of them (none for tasks that generate an image).
 
     Args:
-        images: codes of the pictures, by their names in the template, ``image`` and others. A sequence ends before a picture not given.
+        asked: values of the template's fields; several are several questions about one image, each on a line of the first segment.
+        images: codes of the images by field name (``image``, ``source``, ``condition``). The sequence ends before one that is not given.
     """
-    segments: list[Segment] = []
+    segments: list[SegmentTokens] = []
     answers: list[tuple[int, int]] = []
     for number, part in enumerate(template.split(BREAK)):
-        if part in PICTURES:
+        if part in IMAGE_FIELDS:
             if part[1:-1] not in images:
                 break
             segments.append(("image", vocabulary.image(images[part[1:-1]])))
             continue
         pieces: list[Tokens] = []
-        for turn, values in enumerate(asked if number == 0 else asked[:1]):
+        for line, values in enumerate(asked if number == 0 else asked[:1]):
             before, answer, after = (vocabulary.text(tokenizer.encode(text)) for text in split_template(part, values))
-            pieces += [vocabulary.text(tokenizer.encode("\n"))] if turn else []
+            pieces += [vocabulary.text(tokenizer.encode("\n"))] if line else []
             start = sum(map(len, pieces)) + len(before)
             pieces += [before, answer, after]
             if BLANK.search(part):
@@ -276,26 +282,31 @@ def lay_out(
     return segments, answers
 
 
-# --- what a model was tuned for ----------------------------------------------------------------------------------------------------------
+# --- the tasks a model was tuned for -----------------------------------------------------------------------------------------------------
 
 TRAINING = "training.json"
-"""File beside a decoder that says what it was trained for."""
+"""File next to a decoder that says what it was trained for."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a model was trained for: tasks of instruction tuning, and whether it knows masked prompts, which guidance needs."""
+    """What a model was trained for.
+
+    Attributes:
+        tasks: those of its instruction tuning.
+        masked_prompts: it was trained with conditioning dropout, which guidance needs.
+    """
 
     tasks: frozenset[str]
     masked_prompts: bool
 
     def write(self, directory: Path) -> None:
-        """Write ``training.json`` beside a decoder."""
+        """Write ``training.json`` next to a decoder."""
         (directory / TRAINING).write_text(json.dumps({"tasks": sorted(self.tasks), "masked_prompts": self.masked_prompts}) + "\n")
 
     @classmethod
     def read(cls, directory: Path) -> Training | None:
-        """What :meth:`write` wrote, if it is there."""
+        """Read what :meth:`write` wrote; None if the directory has none."""
         if not (directory / TRAINING).is_file():
             return None
         found = json.loads((directory / TRAINING).read_text())

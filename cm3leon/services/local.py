@@ -72,8 +72,8 @@ def services(uri: str, experiment_id: str, mlflow_port: int, prefect_port: int, 
     if uri.startswith("http"):
         mlflow = Service(uri.rstrip("/"), runs)
     else:
-        port, artefacts = free_port(mlflow_port), Path("mlruns").absolute().as_uri()
-        command = ["mlflow", "server", "--backend-store-uri", uri, "--default-artifact-root", artefacts, "--workers", "1"]
+        port, artifacts = free_port(mlflow_port), Path("mlruns").absolute().as_uri()
+        command = ["mlflow", "server", "--backend-store-uri", uri, "--default-artifact-root", artifacts, "--workers", "1"]
         mlflow = Service(f"http://{HOST}:{port}", runs, "/health", [*command, "--host", HOST, "--port", str(port)])
     if url := os.environ.get("PREFECT_API_URL"):
         prefect = Service(url.removesuffix("/api"))

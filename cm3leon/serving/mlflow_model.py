@@ -23,7 +23,7 @@ import pandas as pd
 from PIL import Image
 from pydantic import ValidationError
 
-from cm3leon.registry.signature import COLUMNS, JSON_COLUMNS, OUTPUTS, RequestSettings, request_settings
+from cm3leon.registry.signature import JSON_COLUMNS, OUTPUTS, REQUEST_COLUMNS, RequestSettings, request_settings
 from cm3leon.serving.calls import Call, perform
 from cm3leon.serving.errors import ApiError, from_validation
 from cm3leon.serving.requests import TASKS, TextToImage
@@ -86,9 +86,9 @@ def call_of(number: int, record: Any, settings: RequestSettings, generator: Gene
         ValueError: naming the row and what is wrong with it.
     """
     if not isinstance(record, Mapping):
-        raise ValueError(f"row {number}: expected a mapping with {', '.join(COLUMNS)}, found {type(record).__name__}")
-    if unknown := sorted(map(str, set(record) - set(COLUMNS))):
-        raise ValueError(f"row {number}: unknown column {unknown[0]!r}; known are {', '.join(COLUMNS)}")
+        raise ValueError(f"row {number}: expected a mapping with {', '.join(REQUEST_COLUMNS)}, found {type(record).__name__}")
+    if unknown := sorted(map(str, set(record) - set(REQUEST_COLUMNS))):
+        raise ValueError(f"row {number}: unknown column {unknown[0]!r}; known are {', '.join(REQUEST_COLUMNS)}")
     row = {str(name): value for name, value in record.items() if isinstance(value, str) and value.strip()}
     task = row.pop("task", "text_to_image")
     if task not in REQUESTS:
@@ -131,7 +131,7 @@ def answers_of(result: Any) -> Iterator[dict[str, Any]]:
         return
     for part in result if isinstance(result, list) else [result]:
         if isinstance(part, GeneratedImage):
-            yield {"image_png": png(part), "score": part.score, "seed": part.seed, "neighbours": json.dumps(part.neighbours)}
+            yield {"image_png": png(part), "score": part.score, "seed": part.seed, "neighbors": json.dumps(part.neighbors)}
         elif isinstance(part, GeneratedText):
             yield {"text": part.text, "seed": part.seed}
         else:

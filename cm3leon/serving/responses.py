@@ -27,8 +27,8 @@ def png(image: GeneratedImage | Image.Image) -> str:
 
 def drawn(image: GeneratedImage) -> dict[str, Any]:
     """An image with what it came from; what a retrieved document does not tell is null."""
-    neighbours = [{name: None if value != value else value for name, value in found.items()} for found in image.neighbours]
-    return {"b64_json": png(image), "seed": image.seed, "score": image.score, "neighbours": neighbours}
+    neighbors = [{name: None if value != value else value for name, value in found.items()} for found in image.neighbors]
+    return {"b64_json": png(image), "seed": image.seed, "score": image.score, "neighbors": neighbors}
 
 
 def body(result: Any) -> dict[str, Any]:

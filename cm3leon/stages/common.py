@@ -17,7 +17,7 @@ STAGES = {
     "tokenize": "Images to codes, captions to ids.",
     "encoder": "The CLIP bi-encoder: pretrained, or trained here.",
     "index": "Embeddings and the FAISS memory bank.",
-    "retrieve": "The neighbour table for training.",
+    "retrieve": "The neighbor table for training.",
     "pretrain": "CM3 pretraining of the decoder.",
     "sft": "Multitask instruction tuning.",
     "super_resolution": "Train the upscaler.",

@@ -8,7 +8,7 @@ from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.manifest import ImageStore, first_caption, read_manifest
 from cm3leon.models.clip import Encoder
-from cm3leon.retrieval.index import COLUMNS, MemoryBank
+from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank
 from cm3leon.tracking import runs
 from cm3leon.utils.device import default_device
 
@@ -27,7 +27,7 @@ def run(config: Config) -> dict[str, float]:
         documents = multimodal(train)
         image = encoder.encode_refs(ImageStore(paths.RAW), documents["image"].tolist(), config.index.batch_size)
         text = encoder.encode_texts(documents["caption"].tolist())
-        bank = MemoryBank.build(documents[COLUMNS], text, image, config.index.kind, encoder.fingerprint)
+        bank = MemoryBank.build(documents[BANK_COLUMNS], text, image, config.index.kind, encoder.fingerprint)
         bank.save(paths.INDEX)
         figures = {
             "documents": float(len(bank)),

@@ -1,4 +1,4 @@
-"""Stage ``pretrain``: CM3 pretraining of the decoder on documents with their neighbours before them."""
+"""Stage ``pretrain``: CM3 pretraining of the decoder on documents with their neighbors before them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, ModelConfig, ObjectiveConfig, PretrainConfig
 from cm3leon.data.batches import Batch
-from cm3leon.data.sequences import PretrainingSamples, read_neighbours
+from cm3leon.data.sequences import PretrainingSamples, read_neighbors
 from cm3leon.data.tokens import TokenStore
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.models.vqgan import ImageTokenizer
@@ -47,11 +47,11 @@ def build_decoder(config: ModelConfig, seed: int) -> Decoder:
 
 
 def training_samples(store: TokenStore, vocabulary: Vocabulary, section: PretrainConfig, seed: int) -> PretrainingSamples:
-    """Samples of the documents of ``store``; their neighbours are documents of the train split."""
+    """Samples of the documents of ``store``; their neighbors are documents of the train split."""
     pool = TokenStore(paths.TOKENS, ["train"])
-    neighbours = read_neighbours(paths.NEIGHBOURS, section.neighbors)
+    neighbors = read_neighbors(paths.NEIGHBORS, section.neighbors)
     return PretrainingSamples(
-        store, pool, neighbours, vocabulary, section.objective, section.retrieved_documents, section.model.context, seed
+        store, pool, neighbors, vocabulary, section.objective, section.retrieved_documents, section.model.context, seed
     )
 
 
@@ -64,7 +64,7 @@ def validation_batches(drawn: PretrainingSamples, section: PretrainConfig) -> di
     most = max(count for count, share in enumerate(section.retrieved_documents) if share > 0)
     for name, count in (("alone", 0), *([("retrieved", most)] if most else [])):
         shares = [0.0] * count + [1.0]
-        samples = replace(drawn, documents=shares, objective=ObjectiveConfig(mean_masks=0, segment_rate=0))
+        samples = replace(drawn, retrieved_shares=shares, objective=ObjectiveConfig(mean_masks=0, segment_rate=0))
         batches[name] = first_batches(samples.query_only, len(samples), section, samples.seed)
     return batches
 
@@ -99,6 +99,6 @@ def run(config: Config) -> dict[str, float]:
             run,
             processes,
             sample_sheets(run, model, held_out),
-            fingerprint(config, "pretrain", [paths.TOKENS, paths.NEIGHBOURS, paths.IMAGE_TOKENIZER]),
+            fingerprint(config, "pretrain", [paths.TOKENS, paths.NEIGHBORS, paths.IMAGE_TOKENIZER]),
         )
     return {**figures, **shares, "parameters": parameters}

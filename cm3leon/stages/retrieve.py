@@ -1,4 +1,4 @@
-"""Stage ``retrieve``: the neighbour table. Every document is a query, whatever its split; neighbours come from the train split."""
+"""Stage ``retrieve``: the neighbor table. Every document is a query, whatever its split; neighbors come from the train split."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cm3leon.data.manifest import SPLITS, ImageStore, read_manifest
 from cm3leon.models.clip import Encoder
 from cm3leon.retrieval import strategy
 from cm3leon.retrieval.index import MemoryBank, document_vectors
-from cm3leon.retrieval.strategy import Neighbour
+from cm3leon.retrieval.strategy import Neighbor
 from cm3leon.stages.index import multimodal
 from cm3leon.tracking import runs
 from cm3leon.utils.device import default_device
@@ -24,7 +24,7 @@ SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("neighbours", pa.list_(pa.string())),  # ids of train documents, those found by text first
-        ("scores", pa.list_(pa.float32())),  # cosine of the query's text or image with the neighbour
+        ("scores", pa.list_(pa.float32())),  # cosine of the query's text or image with the neighbor
         ("modalities", pa.list_(pa.string())),  # "text" or "image": what of the query found it
         ("random", pa.list_(pa.string())),  # as many train documents drawn at random under the same rules, for comparison
     ]
@@ -43,14 +43,14 @@ def own_vectors(encoder: Encoder, bank: MemoryBank, rows: pd.DataFrame, own: np.
     return text, image
 
 
-def neighbours(
+def neighbors(
     encoder: Encoder, bank: MemoryBank, rows: pd.DataFrame, config: RetrieveConfig, seed: int
-) -> tuple[list[list[Neighbour]], list[list[int]]]:
-    """Neighbours of documents by their caption, some of its words dropped, and by their image; and positions of as many random ones."""
+) -> tuple[list[list[Neighbor]], list[list[int]]]:
+    """Neighbors of documents by their caption, some of its words dropped, and by their image; and positions of as many random ones."""
     own = rows["id"].map(bank.position).fillna(-1).to_numpy(dtype=np.int64)
     text, image = own_vectors(encoder, bank, rows, own)
     whole = document_vectors(text, image)
-    found: list[list[Neighbour]] = []
+    found: list[list[Neighbor]] = []
     others: list[list[int]] = []
     with progress("retrieving", len(rows), "documents") as meter:
         for start in range(0, len(rows), CHUNK):
@@ -65,8 +65,8 @@ def neighbours(
     return found, others
 
 
-def to_table(ids: list[str], found: list[list[Neighbour]], others: list[list[int]], bank: MemoryBank) -> pa.Table:
-    """The neighbour table."""
+def to_table(ids: list[str], found: list[list[Neighbor]], others: list[list[int]], bank: MemoryBank) -> pa.Table:
+    """The neighbor table."""
     names = bank.documents["id"].tolist()
     return pa.table(
         {
@@ -87,17 +87,17 @@ def run(config: Config) -> dict[str, float]:
         bank = MemoryBank.load(paths.INDEX)
         bank.check_encoder(encoder.fingerprint)
         ids: list[str] = []
-        found: list[list[Neighbour]] = []
+        found: list[list[Neighbor]] = []
         others: list[list[int]] = []
         figures: dict[str, float] = {}
         for split in SPLITS:
             rows = multimodal(read_manifest(paths.VALIDATED, split, ["id", "image", "captions"]))
-            part, drawn = neighbours(encoder, bank, rows, config.retrieve, config.seed)
+            part, drawn = neighbors(encoder, bank, rows, config.retrieve, config.seed)
             figures |= {f"{split}_{name}": value for name, value in strategy.coverage(part, config.retrieve).items()}
             ids += rows["id"].tolist()
             found += part
             others += drawn
-        paths.NEIGHBOURS.mkdir(parents=True, exist_ok=True)
-        pq.write_table(to_table(ids, found, others, bank), paths.NEIGHBOURS / FILE)
+        paths.NEIGHBORS.mkdir(parents=True, exist_ok=True)
+        pq.write_table(to_table(ids, found, others, bank), paths.NEIGHBORS / FILE)
         run.log_metrics({f"retrieve/{name}": value for name, value in figures.items()})
     return figures

@@ -5,9 +5,9 @@ from __future__ import annotations
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, ObjectiveConfig
 from cm3leon.data.manifest import read_manifest
-from cm3leon.data.sequences import PretrainingSamples, read_neighbours
+from cm3leon.data.sequences import PretrainingSamples, read_neighbors
 from cm3leon.data.task_samples import TaskSamples
-from cm3leon.data.tokens import CONDITIONS_OF, TokenStore
+from cm3leon.data.tokens import CONDITION_PREFIX, TokenStore
 from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.sequence.text_tokenizer import TextTokenizer
@@ -29,14 +29,14 @@ def run(config: Config) -> dict[str, float]:
     with world() as processes, runs.stage_run("sft", config) as run:
         model = Decoder.load(paths.PRETRAINED, processes.device)
         documents, held_out = TokenStore(paths.TOKENS, ["train"]), TokenStore(paths.TOKENS, ["val"])
-        neighbours = read_neighbours(paths.NEIGHBOURS, section.neighbors)
+        neighbors = read_neighbors(paths.NEIGHBORS, section.neighbors)
         tokenizer = TextTokenizer.load(paths.TEXT_TOKENIZER)
 
         def samples(split: str, store: TokenStore) -> TaskSamples:
             drawn = PretrainingSamples(
-                store, documents, neighbours, model.vocabulary, UNMASKED, section.retrieved_documents, model.spec.context, config.seed
+                store, documents, neighbors, model.vocabulary, UNMASKED, section.retrieved_documents, model.spec.context, config.seed
             )
-            kept = CONDITIONS_OF + split
+            kept = CONDITION_PREFIX + split
             conditions = TokenStore(paths.TOKENS, [kept]) if TokenStore.holds(paths.TOKENS, kept) else None
             return TaskSamples(drawn, read_manifest(paths.VALIDATED, split), tokenizer, section, conditions)
 
@@ -59,7 +59,7 @@ def run(config: Config) -> dict[str, float]:
             run,
             processes,
             sample_sheets(run, model, held_out),
-            fingerprint(config, "sft", [paths.TOKENS, paths.NEIGHBOURS, paths.PRETRAINED, paths.VALIDATED / "manifest.parquet"]),
+            fingerprint(config, "sft", [paths.TOKENS, paths.NEIGHBORS, paths.PRETRAINED, paths.VALIDATED / "manifest.parquet"]),
             list(TASKS),
         )
         if processes.rank == 0:

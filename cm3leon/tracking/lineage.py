@@ -1,4 +1,4 @@
-"""Where an artefact came from: the git commit, the content hashes that DVC recorded, and hashes of what lies in a directory."""
+"""Where an artifact came from: the git commit, the content hashes that DVC recorded, and hashes of what lies in a directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MLflow runs of stages and pipelines: parameters, metrics, artefacts, lineage.
+"""MLflow runs of stages and pipelines: parameters, metrics, artifacts, lineage.
 
     with tracking.stage_run("pretrain", config) as run:
         run.log_metrics({"pretrain/loss": 1.2}, step=100)
@@ -85,7 +85,7 @@ class Run:
             self._try("set_tag", name, value)
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
-        """Keep a file, or a directory with all it holds, under the run's artefacts."""
+        """Keep a file, or a directory with all it holds, under the run's artifacts."""
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist, so it cannot be logged to MLflow")

@@ -1,6 +1,6 @@
 """The MLflow store: where it is, how it is made ready, and what is done about runs whose process died.
 
-Without ``MLFLOW_TRACKING_URI`` the store is the SQLite file ``mlflow.db`` of the project's root, with artefacts under ``mlruns``.
+Without ``MLFLOW_TRACKING_URI`` the store is the SQLite file ``mlflow.db`` of the project's root, with artifacts under ``mlruns``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EXPERIMENT = "cm3leon"
 SQLITE = "sqlite:///"
 LOCK_SECONDS = 300
 PROCESS_TAG = "process"
-"""Host, process id and process start of a run's owner: how a run left RUNNING by a dead process is recognised."""
+"""Host, process id and process start of a run's owner: how a run left RUNNING by a dead process is recognized."""
 
 SETTINGS = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -140,7 +140,7 @@ def _check_server(uri: str) -> None:
 
 
 def experiment_id_of(client: MlflowClient, root: Path, uri: str) -> str:
-    """The id of the experiment, made if need be; a local store keeps its artefacts under ``ROOT/mlruns``."""
+    """The id of the experiment, made if need be; a local store keeps its artifacts under ``ROOT/mlruns``."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(EXPERIMENT)

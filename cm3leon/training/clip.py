@@ -1,8 +1,8 @@
 """Trains the small CLIP model: InfoNCE both ways over a batch, with hard negative captions.
 
-Images of a batch are told apart mostly by their backgrounds and main colours; which object has which colour, how many there are and what
+Images of a batch are told apart mostly by their backgrounds and main colors; which object has which color, how many there are and what
 is left of what decides only among near misses. So each caption also gets near misses of its own, made from the training captions alone:
-one word is replaced by another that the captions use between the same two neighbours ("a _red_ circle" -> "a _blue_ circle"), or two
+one word is replaced by another that the captions use between the same two neighbors ("a _red_ circle" -> "a _blue_ circle"), or two
 such slots of one caption exchange their words. They count as further negatives of their image (as in NegCLIP, Yuksekgonul et al. 2023).
 """
 
@@ -32,7 +32,7 @@ class NearMisses:
     """Captions that are one replacement, or one exchange, away from a given one."""
 
     def __init__(self, captions: Sequence[str], alternatives: int = 64) -> None:
-        """Learn which words occur between which neighbours; slots with a single word, or more than ``alternatives``, offer nothing."""
+        """Learn which words occur between which neighbors; slots with a single word, or more than ``alternatives``, offer nothing."""
         slots: dict[tuple[str, str], set[str]] = defaultdict(set)
         for caption in captions:
             words = ["", *caption.split(), ""]

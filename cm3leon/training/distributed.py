@@ -1,6 +1,6 @@
 """Training in several processes: FSDP2 under ``torchrun``; one process is the same with nothing to agree on.
 
-Every process draws the rows of the batch that are its own, computes their loss, and holds a shard of parameters, gradients and optimiser.
+Every process draws the rows of the batch that are its own, computes their loss, and holds a shard of parameters, gradients and optimizer.
 """
 
 from __future__ import annotations

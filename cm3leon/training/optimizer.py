@@ -1,4 +1,4 @@
-"""The optimisers and the learning-rate schedule. The paper does not publish its optimiser: AdamW is the field's usual choice, and Muon for
+"""The optimizers and the learning-rate schedule. The paper does not publish its optimizer: AdamW is the field's usual choice, and Muon for
 the hidden layers needs about half as many samples (docs/log.md)."""
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def meta_decoder(config: Config) -> Decoder:
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters: what is outside the blocks (embeddings of tokens, positions, places), one block, how many blocks."""
+    """How many parameters: what is outside the blocks (embeddings of tokens, positions, image_positions), one block, how many blocks."""
 
     embeddings: int
     block: int
@@ -91,7 +91,7 @@ class Memory:
 
 
 def optimizer_bytes(parameters: Parameters, section: TrainConfig) -> int:
-    """Of the optimiser's state, over all GPUs: two float32 for each parameter; one for those that Muon trains."""
+    """Of the optimizer's state, over all GPUs: two float32 for each parameter; one for those that Muon trains."""
     return 2 * FP32 * parameters.embeddings + (2 if section.optimizer == "adamw" else 1) * FP32 * parameters.blocks
 
 
@@ -104,7 +104,7 @@ def rows_at_once(section: TrainConfig, gpus: int) -> tuple[int, int]:
 def memory(model: Decoder, section: TrainConfig, gpus: int) -> Memory:
     """What one of ``gpus`` holds, rows filled to the context.
 
-    Parameters, gradients and optimiser are float32, divided among the GPUs. Not counted: what compilation saves, and Muon's whole matrices
+    Parameters, gradients and optimizer are float32, divided among the GPUs. Not counted: what compilation saves, and Muon's whole matrices
     after the backward pass, when the activations are gone.
     """
     parameters, spec = count(model), model.spec
@@ -337,7 +337,7 @@ def tables(plan: Plan) -> list[Table]:
     room.title_justify = "left"
     room.add_row("parameters, float32", gigabytes(held.parameters))
     room.add_row("gradients, float32", gigabytes(held.gradients))
-    room.add_row(f"optimiser ({section.optimizer}), float32", gigabytes(held.optimizer))
+    room.add_row(f"optimizer ({section.optimizer}), float32", gigabytes(held.optimizer))
     room.add_row(f"activations, {'with' if checkpointing else 'without'} checkpointing", gigabytes(held.activations))
     room.add_row("last norm, logits of a chunk, loss", gigabytes(held.loss))
     room.add_row(

@@ -9,7 +9,7 @@ import torch
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, TrainConfig
-from cm3leon.data.batches import Batch, Draw, PackedStream, SortedStream
+from cm3leon.data.batches import Batch, GetSample, PackedStream, SortedStream
 from cm3leon.models.decoder import Decoder
 from cm3leon.tracking.runs import Run, flatten
 from cm3leon.training.checkpoint import Checkpoints, Fingerprint, code_hash, data_hash
@@ -17,17 +17,17 @@ from cm3leon.training.distributed import World, whole
 from cm3leon.training.trainer import fit, setup
 
 
-def stream_of(draw: Draw, size: int, section: TrainConfig, seed: int, context: int) -> SortedStream | PackedStream:
-    """Batches of the samples that ``draw`` draws from ``size`` documents, as ``section`` wants them laid out."""
+def stream_of(get_sample: GetSample, size: int, section: TrainConfig, seed: int, context: int) -> SortedStream | PackedStream:
+    """Batches of the samples of a training section: padded rows, or packed rows of the context's length; ``size`` samples make an epoch."""
     if section.packing:
-        return PackedStream(draw, size, section.batch_size, seed, context)
-    return SortedStream(draw, size, section.batch_size, seed)
+        return PackedStream(get_sample, size, section.batch_size, seed, context)
+    return SortedStream(get_sample, size, section.batch_size, seed)
 
 
-def first_batches(draw: Draw, size: int, section: TrainConfig, seed: int) -> list[Batch]:
+def first_batches(get_sample: GetSample, size: int, section: TrainConfig, seed: int) -> list[Batch]:
     """The first batches of held-out samples, to validate on, one sample a row."""
     rows = min(section.batch_size, section.validation_samples)
-    stream = SortedStream(draw, size, section.micro_batch_size or rows, seed)
+    stream = SortedStream(get_sample, size, section.micro_batch_size or rows, seed)
     return [stream(step) for step in range(max(1, section.validation_samples // stream.batch_size))]
 
 

@@ -1,6 +1,6 @@
 """The training loop of pretraining and instruction tuning: :func:`setup`, :func:`fit`, :func:`validate`.
 
-A run that was killed at any moment goes on from its newest checkpoint and ends with the same bits: parameters, optimiser, schedule, random
+A run that was killed at any moment goes on from its newest checkpoint and ends with the same bits: parameters, optimizer, schedule, random
 generators, position in the data and the samples held for packing are all in it.
 """
 
@@ -50,7 +50,7 @@ class State:
     by_task: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and the optimisers' tensors by name; shards of them where the model is sharded."""
+        """Parameters and the optimizers' tensors by name; shards of them where the model is sharded."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         found: dict[str, Tensor] = {f"model.{name}": parameter for parameter, name in names.items()}
         for number, optimizer in enumerate(self.optimizers):
@@ -59,7 +59,7 @@ class State:
         return found
 
     def fill_optimizers(self) -> None:
-        """Give the optimisers the tensors that they would make in their first step, by a step that changes nothing."""
+        """Give the optimizers the tensors that they would make in their first step, by a step that changes nothing."""
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         for optimizer in self.optimizers:
@@ -70,7 +70,7 @@ class State:
 
 
 def setup(model: Decoder, config: TrainConfig, world: World | None = None) -> State:
-    """The state before the first step: the model on its device, sharded if there are several processes, and its optimisers."""
+    """The state before the first step: the model on its device, sharded if there are several processes, and its optimizers."""
     world = world or World(device=model.device)
     model.to(world.device).train()
     model.recompute = config.activation_checkpointing
@@ -107,7 +107,7 @@ def train_step(state: State, stream: Stream, config: TrainConfig, name: str) -> 
     for start in range(0, max(count, 1), size):
         part = batch.rows(slice(start, start + size)).to(world.device)
         with distributed.autocast(config, world.device):
-            total, losses_BT = model.losses(part.tokens, part.weights, part.places, part.samples, part.positions, config.z_loss)
+            total, losses_BT = model.losses(part.tokens, part.weights, part.image_positions, part.samples, part.positions, config.z_loss)
         (total * (world.size / max(weight, 1.0))).backward()
         loss += total.detach()
         if state.by_task.numel():
@@ -151,7 +151,7 @@ def validate(state: State, batches: Sequence[Batch], config: TrainConfig) -> dic
         for number in range(rounds):
             mine = number * world.size + world.rank
             batch = batches[min(mine, len(batches) - 1)].to(world.device)
-            _, losses = state.model.losses(batch.tokens, batch.weights, batch.places, batch.samples, batch.positions)
+            _, losses = state.model.losses(batch.tokens, batch.weights, batch.image_positions, batch.samples, batch.positions)
             if mine >= len(batches):
                 continue  # computed because the others need this process's shards
             is_target = batch.weights > 0

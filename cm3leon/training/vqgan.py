@@ -36,7 +36,7 @@ HUBER = 0.2
 """Errors below this (images span 2) count quadratically, larger ones linearly: L1 without its noise on what is nearly right."""
 RESTART_EVERY = 20
 RECENT_BATCHES = 32
-"""Batches whose latents seed the codebook when quantisation begins."""
+"""Batches whose latents seed the codebook when quantization begins."""
 LOG_EVERY = 20
 WEIGHT_DECAY = 1e-4
 FINAL_LEARNING_RATE = 0.05
@@ -60,7 +60,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class PerceptualLoss(nn.Module):
-    """Mean squared difference of channel-normalised VGG-16 features at five depths: LPIPS (arXiv 1801.03924) without learned weights."""
+    """Mean squared difference of channel-normalized VGG-16 features at five depths: LPIPS (arXiv 1801.03924) without learned weights."""
 
     DEPTHS = (3, 8, 15, 22, 29)
 
@@ -138,7 +138,7 @@ def spec_of(config: ImageTokenizerConfig) -> ImageTokenizerSpec:
 
 
 class ImageTokenizerTrainer:
-    """One training run: networks, optimisers and the losses of a step."""
+    """One training run: networks, optimizers and the losses of a step."""
 
     def __init__(self, config: ImageTokenizerConfig, seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
@@ -152,8 +152,8 @@ class ImageTokenizerTrainer:
         if self.discriminator is not None:
             self.discriminator_optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=config.learning_rate, betas=(0.5, 0.9))
 
-    def quantise(self, z_BDhw: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Straight-through quantisation: quantised latents, commitment loss, codes; moves the codebook.
+    def quantize(self, z_BDhw: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Straight-through quantization: quantized latents, commitment loss, codes; moves the codebook.
 
         For a first share of the training the latents stay continuous; then the codebook is made from them by k-means.
         """
@@ -166,15 +166,15 @@ class ImageTokenizerTrainer:
             self.recent = [*self.recent[1 - RECENT_BATCHES :], fixed_ND]
             return z_BDhw, z_ND.new_zeros(()), codebook.nearest(fixed_ND)
         if step == start:
-            codebook.initialise(torch.cat([*self.recent, fixed_ND]), self.generator)
+            codebook.initialize(torch.cat([*self.recent, fixed_ND]), self.generator)
             self.recent = []
         codes = codebook.nearest(fixed_ND)
         codebook.update(fixed_ND, codes, config.codebook_decay)
         if step % RESTART_EVERY == RESTART_EVERY - 1 and step < config.restart_until * config.steps:
             codebook.restart(fixed_ND, config.restart_below, self.generator)
-        quantised = codebook.lookup(codes)
-        commitment = F.mse_loss(z_ND, quantised.detach())
-        straight = z_ND + (quantised - z_ND).detach()
+        quantized = codebook.lookup(codes)
+        commitment = F.mse_loss(z_ND, quantized.detach())
+        straight = z_ND + (quantized - z_ND).detach()
         return straight.view_as(z_BhwD).permute(0, 3, 1, 2).contiguous(), commitment, codes
 
     def adversarial_weight(self, reconstruction_loss: Tensor, generator_loss: Tensor) -> Tensor:
@@ -185,9 +185,9 @@ class ImageTokenizerTrainer:
         return (wanted / (found + 1e-4)).clamp(0, 1e4).detach() * self.config.adversarial_weight
 
     def step(self, images: Tensor, step: int) -> dict[str, float]:
-        """One optimisation step on float images (B, 3, H, W)."""
+        """One optimization step on float images (B, 3, H, W)."""
         config = self.config
-        latents, commitment, codes = self.quantise(self.model.encoder(images), step)
+        latents, commitment, codes = self.quantize(self.model.encoder(images), step)
         output = self.model.decoder(latents)
         difference = output - images
         reconstruction = F.smooth_l1_loss(output, images, beta=HUBER)

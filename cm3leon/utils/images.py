@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-COLUMNS = 8
+IMAGES_A_ROW = 8
 MOST_LINES = 18
 
 
@@ -41,9 +41,9 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
 def save_pairs(originals: np.ndarray, copies: np.ndarray, path: Path, scale: int = 2) -> None:
     """A sheet of uint8 images (N, H, W, 3): rows of originals, each with the row of copies below it."""
     rows = []
-    for start in range(0, len(originals), COLUMNS):
-        for part in (originals[start : start + COLUMNS], copies[start : start + COLUMNS]):
-            blank = np.full((COLUMNS - len(part), *part.shape[1:]), 255, dtype=np.uint8)
+    for start in range(0, len(originals), IMAGES_A_ROW):
+        for part in (originals[start : start + IMAGES_A_ROW], copies[start : start + IMAGES_A_ROW]):
+            blank = np.full((IMAGES_A_ROW - len(part), *part.shape[1:]), 255, dtype=np.uint8)
             rows.append(np.concatenate([*part, *blank], axis=1))
     sheet = Image.fromarray(np.concatenate(rows, axis=0))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -183,12 +183,12 @@ def test_generate_one(generator: Recorder) -> None:
     record = json.loads(picture.info["cm3leon"])
     assert record["prompt"] == "a red circle" and record["settings"]["top_k"] == 5
     assert re.fullmatch(r"one.png: seed [34], CLIP score -?0\.\d{3}", out.splitlines()[0])
-    assert out.splitlines()[1] == f"retrieved: {record['neighbours'][0]['id']} (CC0-1.0, us)"
+    assert out.splitlines()[1] == f"retrieved: {record['neighbors'][0]['id']} (CC0-1.0, us)"
 
 
-def test_neighbours_are_shown(generator: Recorder) -> None:
+def test_neighbors_are_shown(generator: Recorder) -> None:
     Image.new("RGB", (4, 4), "red").save("a.png")
-    _, out, _ = call("text_to_image", "a ring", "--retrieved-documents", "2", "--reference", "a.png", "--show-neighbours")
+    _, out, _ = call("text_to_image", "a ring", "--retrieved-documents", "2", "--reference", "a.png", "--show-neighbors")
     shown = [line for line in out.splitlines() if line.startswith("    ")]
     assert len(shown) == out.count("retrieved: ") == 2
     assert all(re.search(r"'.+', score -?\d\.\d{3}, source test", line) for line in shown)

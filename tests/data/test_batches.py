@@ -22,8 +22,8 @@ def samples(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokens")
     write_tokens(directory, "train", make_documents(40), 16, 100)
     store = TokenStore(directory)
-    neighbours = dict.fromkeys(store.ids, store.ids[:3])
-    return PretrainingSamples(store, store, neighbours, VOCABULARY, OBJECTIVE, [0.5, 0.5], 80, 0)
+    neighbors = dict.fromkeys(store.ids, store.ids[:3])
+    return PretrainingSamples(store, store, neighbors, VOCABULARY, OBJECTIVE, [0.5, 0.5], 80, 0)
 
 
 def packed(samples, batch_size=4):
@@ -77,9 +77,9 @@ def test_losses_of_packed_samples_are_those_of_the_samples_alone(samples):
         torch.nn.init.normal_(parameter, std=0.2)
     four = [samples(0, row) for row in range(4)]
     one = pack([four[:2], four[2:]], LENGTH)
-    _, together = model.losses(one.tokens, one.weights, one.places, one.samples, one.positions)
+    _, together = model.losses(one.tokens, one.weights, one.image_positions, one.samples, one.positions)
     apart = collate(four)
-    _, alone = model.losses(apart.tokens, apart.weights, apart.places)
+    _, alone = model.losses(apart.tokens, apart.weights, apart.image_positions)
     for number in range(4):
         row, place = divmod(number, 2)
         expected = alone[number][: len(four[number][0].tokens)]

@@ -26,7 +26,7 @@ def far(places: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def disc(side: int, radius: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
-    """A red disc on grey, and each pixel's distance to its outline, pixels."""
+    """A red disc on gray, and each pixel's distance to its outline, pixels."""
     y, x = np.indices((side, side)) + 0.5
     distance = np.hypot(x - 0.5 * side, y - 0.47 * side) - radius * side
     share = np.clip(0.5 - distance, 0, 1)[..., None]
@@ -98,7 +98,7 @@ def test_canny_edges_are_thin_and_lie_on_the_outlines() -> None:
 
 
 @KINDS
-def test_edges_between_colours_of_one_brightness_are_seen(kind: str) -> None:
+def test_edges_between_colors_of_one_brightness_are_seen(kind: str) -> None:
     pixels = np.full((64, 64, 3), (200, 60, 100), np.uint8)
     pixels[20:44, 20:44] = (60, 131, 100)
     assert np.ptp(pixels @ (0.299, 0.587, 0.114)) < 1

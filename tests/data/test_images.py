@@ -37,7 +37,7 @@ def test_exif_orientation_is_applied() -> None:
     assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(image), -1))
 
 
-def test_sixteen_bit_grey_keeps_its_range() -> None:
+def test_sixteen_bit_gray_keeps_its_range() -> None:
     values = np.array([[0, 128 << 8, 65_535]], dtype=np.uint16)
     assert [pixel[0] for pixel in np.asarray(decode(encode(Image.fromarray(values))))[0]] == [0, 128, 255]
 
@@ -75,7 +75,7 @@ def test_formats_that_call_outside_programs_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (100, 40), (40, 100), (3, 500), (17, 16)])
-def test_fit_square_keeps_the_centre(width: int, height: int) -> None:
+def test_fit_square_keeps_the_center(width: int, height: int) -> None:
     position = np.zeros((height, width, 3), dtype=np.uint8)
     position[..., 0] = np.linspace(0, 255, width)[None]
     position[..., 1] = np.linspace(0, 255, height)[:, None]

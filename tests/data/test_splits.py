@@ -23,8 +23,8 @@ def test_groups_are_those_of_all_pairs(distance: float, monkeypatch: pytest.Monk
     monkeypatch.setattr(splits, "STRIPE", 53)
     monkeypatch.setattr(splits, "MAX_EDGES", 100)  # edges are thinned on the way
     rng = np.random.default_rng(0)
-    centres = rng.integers(0, 256, (40, 192))
-    points = np.clip(centres[rng.integers(0, 40, 400)] + rng.normal(0, rng.uniform(0, 12, (400, 1)), (400, 192)), 0, 255).astype(np.uint8)
+    centers = rng.integers(0, 256, (40, 192))
+    points = np.clip(centers[rng.integers(0, 40, 400)] + rng.normal(0, rng.uniform(0, 12, (400, 1)), (400, 192)), 0, 255).astype(np.uint8)
     points[50] = points[7]
     found = splits.near_duplicate_groups(points, distance)
     expected = brute_force(points, distance)

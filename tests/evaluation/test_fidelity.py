@@ -108,17 +108,17 @@ def test_kernel_distance_is_unbiased_and_grows_with_shift() -> None:
     assert 0 < near < far
 
 
-def manifold_share_by_loop(queries: np.ndarray, members: np.ndarray, neighbours: int) -> float:
-    radii = [sorted(np.linalg.norm(x - y) for j, y in enumerate(members) if j != i)[neighbours - 1] for i, x in enumerate(members)]
+def manifold_share_by_loop(queries: np.ndarray, members: np.ndarray, neighbors: int) -> float:
+    radii = [sorted(np.linalg.norm(x - y) for j, y in enumerate(members) if j != i)[neighbors - 1] for i, x in enumerate(members)]
     return float(np.mean([any(np.linalg.norm(q - x) <= radius for x, radius in zip(members, radii)) for q in queries]))
 
 
-@pytest.mark.parametrize("neighbours", [1, 3, 5])
-def test_precision_recall_agrees_with_a_loop(neighbours: int) -> None:
+@pytest.mark.parametrize("neighbors", [1, 3, 5])
+def test_precision_recall_agrees_with_a_loop(neighbors: int) -> None:
     real, generated = features(0, 60, 4), features(1, 45, 4, shift=0.7, scale=0.8)
-    precision, recall = precision_recall(real, generated, neighbours)
-    assert precision == manifold_share_by_loop(generated, real, neighbours)
-    assert recall == manifold_share_by_loop(real, generated, neighbours)
+    precision, recall = precision_recall(real, generated, neighbors)
+    assert precision == manifold_share_by_loop(generated, real, neighbors)
+    assert recall == manifold_share_by_loop(real, generated, neighbors)
     assert 0 < recall < 1 and 0 < precision < 1
 
 
@@ -126,7 +126,7 @@ def test_precision_recall_of_equal_and_of_distant_sets() -> None:
     real = features(0, 80, 16) + 1000
     assert precision_recall(real, real[::-1]) == (1, 1)
     once = features(1, 13, 333)
-    assert precision_recall(np.repeat(once, 4, axis=0), once) == (1, 1)  # balls of radius 0 hold their centres
+    assert precision_recall(np.repeat(once, 4, axis=0), once) == (1, 1)  # balls of radius 0 hold their centers
     assert precision_recall(real, real + 100) == (0, 0)
 
 
@@ -138,8 +138,8 @@ def test_equal_rows_are_exactly_zero_apart() -> None:
 
 
 def test_mode_collapse_lowers_recall_and_junk_lowers_precision() -> None:
-    def modes(seed: int, *centres: float) -> np.ndarray:
-        return np.concatenate([features(seed + int(centre), 100, 6, shift=centre) for centre in centres])
+    def modes(seed: int, *centers: float) -> np.ndarray:
+        return np.concatenate([features(seed + int(center), 100, 6, shift=center) for center in centers])
 
     real = modes(0, 0, 20)
     good = precision_recall(real, modes(50, 0, 20))
@@ -166,8 +166,8 @@ def test_kernel_distance_and_precision_recall_refuse_bad_arguments() -> None:
             kernel_distance(good, good, subsets, size, 0)
     with pytest.raises(ValueError, match="different widths"):
         kernel_distance(good, good[:, :3], 1, 10, 0)
-    for neighbours in (0, 5):
-        with pytest.raises(ValueError, match=f"neighbours {neighbours} must .* the 5 rows of generated|neighbours 0"):
-            precision_recall(good, good[:5], neighbours)
+    for neighbors in (0, 5):
+        with pytest.raises(ValueError, match=f"neighbors {neighbors} must .* the 5 rows of generated|neighbors 0"):
+            precision_recall(good, good[:5], neighbors)
     with pytest.raises(ValueError, match="generated holds values that are not finite"):
         precision_recall(good, np.full((5, 4), np.nan))

@@ -102,7 +102,7 @@ def test_reductions_pool_as_torchvision_does(inception: Inception) -> None:
 
 
 def resized_by_axis(values: np.ndarray, size: int) -> np.ndarray:
-    """Linear interpolation along the first axis between the two nearest pixel centres, whatever the reduction."""
+    """Linear interpolation along the first axis between the two nearest pixel centers, whatever the reduction."""
     length = len(values)
     positions = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
     below = np.floor(positions).astype(int)
@@ -121,8 +121,8 @@ def test_resizing_is_bilinear_without_antialiasing(size: tuple[int, int]) -> Non
 def test_images_of_the_right_size_are_only_scaled() -> None:
     image = picture(299, 299)
     np.testing.assert_allclose(to_input(image)[0].numpy(), np.asarray(image).transpose(2, 0, 1) / 127.5 - 1, rtol=0, atol=1e-6)
-    grey = image.convert("L")
-    assert torch.equal(to_input(grey), to_input(grey.convert("RGB")))
+    gray = image.convert("L")
+    assert torch.equal(to_input(gray), to_input(gray.convert("RGB")))
 
 
 def test_features_are_means_of_the_last_block(inception: Inception) -> None:

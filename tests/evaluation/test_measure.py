@@ -34,32 +34,32 @@ def test_digest_depends_on_content_and_order_of_lists_not_of_keys():
     assert digest([1, 2]) != digest([2, 1])
 
 
-class ColourEncoder:
-    """Embeds an image by its mean colour and a text by the colour it names."""
+class ColorEncoder:
+    """Embeds an image by its mean color and a text by the color it names."""
 
-    COLOURS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
+    COLORS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
 
     def encode_images(self, images):
         means = np.stack([np.asarray(i).reshape(-1, 3).mean(0) for i in images])
         return means / np.linalg.norm(means, axis=1, keepdims=True)
 
     def encode_texts(self, texts):
-        return np.array([self.COLOURS[t] for t in texts])
+        return np.array([self.COLORS[t] for t in texts])
 
 
-def flat(*colour):
-    return Image.new("RGB", (8, 8), colour)
+def flat(*color):
+    return Image.new("RGB", (8, 8), color)
 
 
 def test_image_scores_and_their_calibrations():
     prompts = ["red", "green", "blue"] * 2
     real = [flat(250, 0, 0), flat(0, 250, 0), flat(0, 0, 250)] * 2
     record = Record()
-    measure.measure_images(record, ColourEncoder(), prompts, real, real, real, 100, 0)
+    measure.measure_images(record, ColorEncoder(), prompts, real, real, real, 100, 0)
     assert record.scores["clip_score"] == pytest.approx(1) and record.calibration["clip_score_other_captions"] == pytest.approx(0)
     assert record.scores["fd_encoder"] == pytest.approx(0, abs=1e-6)
     wrong = Record()
-    measure.measure_images(wrong, ColourEncoder(), prompts, [flat(250, 250, 250)] * 6, real, real, 100, 0)
+    measure.measure_images(wrong, ColorEncoder(), prompts, [flat(250, 250, 250)] * 6, real, real, 100, 0)
     assert wrong.scores["clip_score"] < 0.6 and wrong.scores["fd_encoder"] > 0.1
 
 
@@ -104,7 +104,7 @@ def test_without_a_second_picture_there_are_no_others():
 
 def test_one_document_is_measured_without_distance_and_baselines():
     record, image, caption = Record(), [flat(250, 0, 0)], "a red circle on a white background"
-    measure.measure_images(record, ColourEncoder(), ["red"], image, image, image, 10, 0)
+    measure.measure_images(record, ColorEncoder(), ["red"], image, image, image, 10, 0)
     measure.measure_composition(record, [caption], image, image, image, 10, 0)
     measure.measure_captions(record, ["a"], [caption], [[caption]], 10, 0)
     assert set(record.calibration) == {"clip_score_real", "composition_real", "composition_reconstructions"}
@@ -154,7 +154,7 @@ def test_every_score_of_images_answers_and_upscaling_lies_in_its_interval():
     real = [Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)) for _ in range(40)]
     near = [Image.fromarray(np.clip(np.asarray(image).astype(int) + 3, 0, 255).astype(np.uint8)) for image in real]
     record = Record()
-    measure.measure_images(record, ColourEncoder(), ["red", "blue"] * 20, near, real, real, 100, 0)
+    measure.measure_images(record, ColorEncoder(), ["red", "blue"] * 20, near, real, real, 100, 0)
     caption = "a small red circle on a white background"
     measure.measure_composition(record, [caption] * 40, near, real, real, 100, 0)
     questions, truths = ["What color is it?"] * 4 + ["How many?"] * 4, [["red"], ["2"]] * 4

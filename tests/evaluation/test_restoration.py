@@ -41,9 +41,9 @@ def ssim_by_loop(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean(values))
 
 
-def test_luma_of_known_colours() -> None:
-    colours = np.array([[[255, 255, 255], [0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], dtype=np.uint8)
-    np.testing.assert_allclose(to_luma(colours), [[235, 16, 81.481, 144.553, 40.966]], rtol=0, atol=1e-12)
+def test_luma_of_known_colors() -> None:
+    colors = np.array([[[255, 255, 255], [0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], dtype=np.uint8)
+    np.testing.assert_allclose(to_luma(colors), [[235, 16, 81.481, 144.553, 40.966]], rtol=0, atol=1e-12)
 
 
 def test_luma_is_that_of_scikit_image_and_not_rounded() -> None:
@@ -55,8 +55,8 @@ def test_luma_is_that_of_scikit_image_and_not_rounded() -> None:
 def test_psnr_of_known_errors() -> None:
     image = np.full((8, 9, 3), 100, dtype=np.uint8)
     assert psnr_y(image, image + np.uint8(1), 0) == pytest.approx(20 * math.log10(255 / (219 / 255)), abs=1e-9)
-    grey = image[..., 0]
-    assert psnr_y(grey, grey + np.uint8(1), 0) == pytest.approx(48.1308036, abs=1e-6)  # of one grey level
+    gray = image[..., 0]
+    assert psnr_y(gray, gray + np.uint8(1), 0) == pytest.approx(48.1308036, abs=1e-6)  # of one gray level
     assert psnr_y(np.zeros_like(image), np.full_like(image, 255), 0) == pytest.approx(20 * math.log10(255 / 219), abs=1e-9)
     assert psnr_y(image, image, 0) == math.inf
 
@@ -76,8 +76,8 @@ def test_ssim_agrees_with_a_direct_loop() -> None:
     hr = picture(19, 23)
     sr = worse(hr, 30)
     assert ssim_y(hr, sr, 2) == pytest.approx(ssim_by_loop(to_luma(hr)[2:-2, 2:-2], to_luma(sr)[2:-2, 2:-2]), abs=1e-12)
-    grey, other = hr[..., 0], sr[..., 0]
-    assert ssim_y(grey, other, 0) == pytest.approx(ssim_by_loop(grey.astype(float), other.astype(float)), abs=1e-12)
+    gray, other = hr[..., 0], sr[..., 0]
+    assert ssim_y(gray, other, 0) == pytest.approx(ssim_by_loop(gray.astype(float), other.astype(float)), abs=1e-12)
 
 
 def test_ssim_of_constant_images_is_the_luminance_term() -> None:
@@ -108,11 +108,11 @@ def test_pil_images_are_read_as_their_arrays() -> None:
     assert ssim_y(Image.fromarray(hr[..., 0]), Image.fromarray(sr[..., 0]), 2) == ssim_y(hr[..., 0], sr[..., 0], 2)
 
 
-def test_grey_stored_as_rgb_scores_higher() -> None:
-    grey = picture()[..., 0]
-    other = worse(grey)
-    as_rgb = psnr_y(np.stack([grey] * 3, axis=-1), np.stack([other] * 3, axis=-1), 2)
-    assert as_rgb - psnr_y(grey, other, 2) == pytest.approx(1.3219, abs=1e-4)
+def test_gray_stored_as_rgb_scores_higher() -> None:
+    gray = picture()[..., 0]
+    other = worse(gray)
+    as_rgb = psnr_y(np.stack([gray] * 3, axis=-1), np.stack([other] * 3, axis=-1), 2)
+    assert as_rgb - psnr_y(gray, other, 2) == pytest.approx(1.3219, abs=1e-4)
 
 
 def test_refuses_what_it_cannot_compare() -> None:

@@ -54,7 +54,7 @@ def test_ten_annotators(matching: int, expected: float) -> None:
     assert answer_score("Red.", references) == pytest.approx(expected)
 
 
-def test_unanimous_answers_are_not_normalised() -> None:
+def test_unanimous_answers_are_not_normalized() -> None:
     assert answer_score("yes", ["yes"] * 10) == 1
     assert answer_score("Yes.", ["yes"] * 10) == 0
     assert answer_score("Yes.", ["yes"] * 9 + ["no"]) == 1

@@ -33,7 +33,7 @@ def model():
 
 
 def plain(tokens):
-    return Prompt(np.asarray(tokens), VOCABULARY.places(np.asarray(tokens)))
+    return Prompt(np.asarray(tokens), VOCABULARY.image_positions(np.asarray(tokens)))
 
 
 def prompt(length, seed=0, documents=0):
@@ -52,9 +52,9 @@ def sampler(**changes):
 
 
 @torch.no_grad()
-def forward(model, tokens, places):
+def forward(model, tokens, image_positions):
     """Logits after the last token, all recomputed."""
-    hidden = model(torch.from_numpy(tokens)[None], torch.from_numpy(places)[None])
+    hidden = model(torch.from_numpy(tokens)[None], torch.from_numpy(image_positions)[None])
     return model.logits(hidden)[0, -1]
 
 
@@ -65,8 +65,8 @@ def reference_image(model, streams, seed, chosen_by):
     codes = []
     for step in range(VOCABULARY.tokens_per_image):
         drawn = np.array([c + VOCABULARY.image_start for c in codes], dtype=np.int64)
-        places = np.arange(1, step + 1)
-        rows = [forward(model, np.append(p.tokens, drawn), np.append(p.places, places)) for p in streams]
+        image_positions = np.arange(1, step + 1)
+        rows = [forward(model, np.append(p.tokens, drawn), np.append(p.image_positions, image_positions)) for p in streams]
         logits = torch.stack(rows)[:, None, None, VOCABULARY.image_start : VOCABULARY.text_start]
         codes.append(int(sample(chosen_by.probabilities(logits, step / 8), noise[:, None, step])))
     return codes
@@ -91,7 +91,7 @@ def test_reading_and_continuing_prompts_equals_the_full_pass(options, shared, lo
         for group, row in enumerate(rows):
             for copy in range(3):
                 tokens = torch.cat([torch.from_numpy(row.tokens), following[3 * group + copy]])[None]
-                expected = model(tokens, torch.from_numpy(VOCABULARY.places(tokens[0].numpy()))[None])[0]
+                expected = model(tokens, torch.from_numpy(VOCABULARY.image_positions(tokens[0].numpy()))[None])[0]
                 torch.testing.assert_close(hidden[group], expected[len(row) - 1], atol=2e-5, rtol=1e-4)
                 got = torch.stack([step[3 * group + copy] for step in found])
                 torch.testing.assert_close(got, expected[len(row) :], atol=2e-5, rtol=1e-4)
@@ -162,7 +162,7 @@ def test_guidance_with_another_stream_changes_the_image(model):
 
 
 def test_a_span_is_drawn_around_what_is_known(model):
-    """From the fourth code to the eighth, of which the sixth is given: the others are those a full pass draws, with their places."""
+    """From the fourth code to the eighth, of which the sixth is given: the others are those of a full pass, with their image positions."""
     start = prompt(4, 1)
     known = np.array([[-1, -1, 13, -1, -1]])
     [[found]] = generate_images(model, [[start]], [[2]], sampler(), (3, 8), known)
@@ -170,7 +170,7 @@ def test_a_span_is_drawn_around_what_is_known(model):
     noise = uniform_noise([2], 5)
     for step in (0, 1, 3, 4):
         drawn = found[:step] + VOCABULARY.image_start
-        logits = forward(model, np.append(start.tokens, drawn), np.append(start.places, np.arange(4, 4 + step)))
+        logits = forward(model, np.append(start.tokens, drawn), np.append(start.image_positions, np.arange(4, 4 + step)))
         row = logits[None, None, None, VOCABULARY.image_start : VOCABULARY.text_start]
         assert found[step] == int(sample(sampler().probabilities(row, step / 4), noise[:, None, step]))
 
@@ -181,7 +181,7 @@ def test_texts_equal_the_reference(model):
     for row, start in enumerate(prompts):
         tokens, expected, end = start.tokens, [], None
         while len(expected) < 12 and end is None:
-            logits = forward(model, tokens, VOCABULARY.places(tokens))
+            logits = forward(model, tokens, VOCABULARY.image_positions(tokens))
             allowed = [EOSS, BREAK, *range(VOCABULARY.text_start, VOCABULARY.size)]
             best = allowed[int(logits[allowed].argmax())]
             if best in (EOSS, BREAK):
@@ -205,7 +205,7 @@ def test_likelihoods_equal_the_reference(model):
     for start, text, found in zip(prompts, texts, log_likelihoods(model, prompts, texts), strict=True):
         tokens, expected = start.tokens, []
         for token in text.tokens:
-            logits = forward(model, tokens, VOCABULARY.places(tokens))
+            logits = forward(model, tokens, VOCABULARY.image_positions(tokens))
             expected.append(logits.log_softmax(-1)[int(token)].item())
             tokens = np.append(tokens, token)
         assert found.tolist() == pytest.approx(expected, abs=1e-4)

@@ -54,7 +54,7 @@ def read_from(generator, text, codes):
     vocabulary = generator.model.vocabulary
     start = [EOS, vocabulary.sentinel(0), BREAK, *vocabulary.image(codes), vocabulary.sentinel(0)]
     tokens = torch.tensor([[*start, *vocabulary.text(generator.text_tokenizer.encode(text)), EOSS]])
-    logits = generator.model.logits(generator.model(tokens, torch.from_numpy(vocabulary.places(tokens[0].numpy()))[None]))
+    logits = generator.model.logits(generator.model(tokens, torch.from_numpy(vocabulary.image_positions(tokens[0].numpy()))[None]))
     return logits[0].log_softmax(-1)[torch.arange(len(start) - 1, tokens.shape[1] - 1), tokens[0, len(start) :]].sum().item()
 
 
@@ -67,7 +67,7 @@ def test_edits_are_ranked_by_how_likely_the_instruction_is_read_from_both_pictur
     for image in images:
         edit, picture = generator.ids("Edit first image following the instruction"), vocabulary.image(image.codes)
         tokens = [EOS, *edit, BREAK, *vocabulary.image(source), BREAK, vocabulary.sentinel(0), BREAK, *picture, vocabulary.sentinel(0)]
-        prompt = Prompt(np.array(tokens), vocabulary.places(np.array(tokens)))
+        prompt = Prompt(np.array(tokens), vocabulary.image_positions(np.array(tokens)))
         read.append(log_likelihoods(generator.model, [prompt], [Prompt(np.array(said), np.zeros(len(said), int))])[0].sum())
     assert read == sorted(read, reverse=True)
 
@@ -86,10 +86,10 @@ def test_likelihood_ranks_beside_the_clip_score(generator):
 
 def test_an_image_says_where_it_comes_from(generator, tmp_path):
     [[image]] = generator.text_to_image(PROMPTS[:1], candidates=1, retrieved_documents=1, seed=5)
-    assert image.neighbours[0]["licence"] == "CC0-1.0" and {"id", "caption", "attribution", "score"} <= set(image.neighbours[0])
+    assert image.neighbors[0]["licence"] == "CC0-1.0" and {"id", "caption", "attribution", "score"} <= set(image.neighbors[0])
     image.save(tmp_path / "out.png")
     record = json.loads(Image.open(tmp_path / "out.png").text["cm3leon"])
-    assert record["prompt"] == PROMPTS[0] and record["seed"] == 5 and record["neighbours"] == image.neighbours
+    assert record["prompt"] == PROMPTS[0] and record["seed"] == 5 and record["neighbors"] == image.neighbors
     assert record["settings"]["retrieved_documents"] == 1
 
 
@@ -123,10 +123,10 @@ def test_what_is_too_long_can_be_shortened_to_what_fits(generator, text):
 def test_documents_that_do_not_fit_beside_the_prompt_are_left_out(generator):
     prompt = generator.shorten("circle " * 300)
     [[image]] = generator.text_to_image([prompt], candidates=1, retrieved_documents=2)
-    assert image.neighbours == []
-    [found] = generator.neighbours(["a red circle"], 2)
+    assert image.neighbors == []
+    [found] = generator.neighbors(["a red circle"], 2)
     [[roomy]] = generator.text_to_image(["a red circle"], candidates=1, retrieved_documents=2)
-    assert roomy.neighbours == found != []
+    assert roomy.neighbors == found != []
 
 
 def test_a_long_question_leaves_the_answers_of_others_as_they_are(generator):
@@ -154,7 +154,7 @@ def test_a_retrieved_document_stands_with_the_caption_that_is_shown(generator):
     assert generator.text_tokenizer.decode(ids - generator.model.vocabulary.text_start) == "first"
 
 
-def test_neighbours_are_taken_by_the_rules_given(generator):
+def test_neighbors_are_taken_by_the_rules_given(generator):
     strict: Memory = replace(generator.memory, rules=RetrieveConfig(max_score=-1.0))
     assert strict.find(2, ["a red circle"]) == [[]] != generator.memory.find(2, ["a red circle"])
 
@@ -242,7 +242,7 @@ def test_scores_are_likelihoods_of_the_text_and_of_the_image(generator):
     model, vocabulary = generator.model, generator.model.vocabulary
     [image] = generator.encode(pictures[:1])
     tokens = np.concatenate([[1], generator.ids(PROMPTS[0]), [2], vocabulary.image(image)])
-    hidden = model(torch.from_numpy(tokens)[None], torch.from_numpy(vocabulary.places(tokens))[None])
+    hidden = model(torch.from_numpy(tokens)[None], torch.from_numpy(vocabulary.image_positions(tokens))[None])
     scores = model.logits(hidden)[0].log_softmax(-1)
     expected = sum(scores[-len(image) - 1 + n, token].item() for n, token in enumerate(vocabulary.image(image)))
     assert both[0].image == pytest.approx(expected, rel=1e-4)
@@ -255,7 +255,7 @@ def test_documents_are_found_by_text_by_image_or_by_both(generator):
     assert len(by_text) == len(by_image) == len(by_both) == 2
     assert by_both[0]["id"] == by_text[0]["id"] and {n["id"] for n in by_both} & {n["id"] for n in by_image}
     [[image]] = generator.text_to_image(PROMPTS[:1], references=white, retrieved_documents=2, candidates=1)
-    assert [image.neighbours] == generator.neighbours(PROMPTS[:1], 2, white)
+    assert [image.neighbors] == generator.neighbors(PROMPTS[:1], 2, white)
 
 
 def test_what_a_model_was_not_trained_for_is_refused(generator):
@@ -307,7 +307,7 @@ def test_other_precisions_find_almost_the_same_likelihoods(generator, tiny_model
         (lambda g: g.infill_text(["circle " * 300 + "___"]), PromptTooLongError, "text 0 leaves no room for blank 1"),
         (lambda g: g.interleave([[]]), BadInputError, "at least one text or image"),
         (lambda g: g.score([PICTURE], ["circle " * 300]), PromptTooLongError, "context of 160"),
-        (lambda g: g.neighbours(None, 1), BadInputError, "by prompts, by images, or by both"),
+        (lambda g: g.neighbors(None, 1), BadInputError, "by prompts, by images, or by both"),
         (lambda g: g.answer([Image.new("RGB", (8, 8))], ["how many " * 200]), PromptTooLongError, "the question 'how many how.*no room"),
     ],
 )

@@ -24,7 +24,7 @@ CONFIG = EncoderConfig(
 
 
 class Halves:
-    """Images whose upper and lower halves have two colours, and captions that say which."""
+    """Images whose upper and lower halves have two colors, and captions that say which."""
 
     def __init__(self) -> None:
         pairs = [(a, b) for a in COLORS for b in COLORS if a != b]
@@ -52,7 +52,7 @@ def encoder(halves: Halves) -> Encoder:
 
 
 def test_learns_to_match(halves: Halves, encoder: Encoder) -> None:
-    """Both colours are found for nearly every caption; which is above takes longer to learn and is not asked."""
+    """Both colors are found for nearly every caption; which is above takes longer to learn and is not asked."""
     captions = [c[0] for c in halves.captions]
     similarity = encoder.encode_texts(captions) @ encoder.encode_images(halves.images).T
     found = [sorted(captions[i].split()) == sorted(caption.split()) for i, caption in zip(similarity.argmax(axis=1), captions, strict=True)]

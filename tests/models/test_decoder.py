@@ -1,12 +1,15 @@
 """The decoder: parameter layout, causality, and cached decoding equal to the full pass."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests_support import decoder_spec
 
-from cm3leon.models.decoder import SHARPEST_LOGIT, Attention, Decoder, Rotation
-from cm3leon.models.kernels import turn
+from cm3leon.models.decoder import MAX_ATTENTION_LOGIT, WEIGHTS, Attention, Decoder, RotaryEmbedding
+from cm3leon.models.kernels import apply_rotary_emb
 from cm3leon.sequence.grammar import Vocabulary
 
 VOCABULARY = Vocabulary(text_size=40, image_size=20, sentinels=4, tokens_per_image=9)
@@ -22,9 +25,9 @@ def make(seed=0, **options):
 
 
 def draw(*shape):
-    """Random tokens and their places."""
+    """Random tokens and their image_positions."""
     tokens = torch.randint(VOCABULARY.size, shape)
-    return tokens, torch.from_numpy(np.stack([VOCABULARY.places(row) for row in tokens.numpy()]))
+    return tokens, torch.from_numpy(np.stack([VOCABULARY.image_positions(row) for row in tokens.numpy()]))
 
 
 def test_parameters_are_matrices_only_and_outputs_start_at_zero():
@@ -39,30 +42,30 @@ def test_parameters_are_matrices_only_and_outputs_start_at_zero():
 
 def test_a_token_sees_nothing_after_it():
     model = make()
-    tokens, places = draw(1, 20)
+    tokens, image_positions = draw(1, 20)
     changed = tokens.clone()
     changed[0, 12:] = torch.randint(VOCABULARY.size, (8,))
-    assert torch.equal(model(tokens, places)[:, :12], model(changed, places)[:, :12])
-    assert not torch.allclose(model(tokens, places)[:, 12:], model(changed, places)[:, 12:])
+    assert torch.equal(model(tokens, image_positions)[:, :12], model(changed, image_positions)[:, :12])
+    assert not torch.allclose(model(tokens, image_positions)[:, 12:], model(changed, image_positions)[:, 12:])
 
 
 def test_places_matter_to_image_tokens_only_where_the_option_is_on():
-    tokens, places = draw(1, 20)
-    assert torch.equal(make()(tokens, places), make()(tokens, places.flip(1)))
+    tokens, image_positions = draw(1, 20)
+    assert torch.equal(make()(tokens, image_positions), make()(tokens, image_positions.flip(1)))
     model = make(image_positions=True)
-    assert not torch.allclose(model(tokens, places), model(tokens, places.flip(1)))
-    assert not model.places.weight[0].any()
+    assert not torch.allclose(model(tokens, image_positions), model(tokens, image_positions.flip(1)))
+    assert not model.image_positions.weight[0].any()
 
 
-def test_rotation_depends_on_the_step_from_a_key_to_the_place_that_comes_next():
+def test_rope_depends_on_the_step_from_a_key_to_the_place_that_comes_next():
     """The product of a turned query and a turned key is that of the same two further along, in an image or a sequence."""
-    rotation = Rotation(16, 16, 48)
+    rope = RotaryEmbedding(16, 16, 48)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def product(query, key):
         """Of a query and a key at (place, position)."""
-        of_query, of_key = (rotation(*(torch.tensor([[value]]) for value in where))[0, 0] for where in (query, key))
-        return (turn(q, of_query[0]) * turn(k, of_key[1])).sum().item()
+        of_query, of_key = (rope(*(torch.tensor([[value]]) for value in where))[0, 0] for where in (query, key))
+        return (apply_rotary_emb(q, of_query[0]) * apply_rotary_emb(k, of_key[1])).sum().item()
 
     unturned = (q * k).sum().item()
     for place in range(1, 17):  # the token before it is at place - 1, or no image token
@@ -75,9 +78,9 @@ def test_rotation_depends_on_the_step_from_a_key_to_the_place_that_comes_next():
     assert len({round(product((0, 47), (0, position)), 4) for position in range(48)}) == 48
 
 
-def test_rotation_needs_square_images():
+def test_rope_needs_square_images():
     with pytest.raises(ValueError, match="square images"):
-        Rotation(16, 12, 48)
+        RotaryEmbedding(16, 12, 48)
 
 
 def test_a_token_knows_the_one_before_in_its_own_sample():
@@ -85,13 +88,13 @@ def test_a_token_knows_the_one_before_in_its_own_sample():
     model = make(previous_token=True)
     for block in model.blocks:
         torch.nn.init.zeros_(block.attention.out.weight)
-    tokens, places = draw(1, 20)
+    tokens, image_positions = draw(1, 20)
     changed = tokens.clone()
     changed[0, 7] = (tokens[0, 7] + 1) % VOCABULARY.size
-    differs = (model(tokens, places) != model(changed, places)).any(-1)[0]
+    differs = (model(tokens, image_positions) != model(changed, image_positions)).any(-1)[0]
     assert differs.nonzero()[:, 0].tolist() == [7, 8]
     positions = torch.tensor([[*range(8), *range(12)]])  # a second sample begins behind it
-    differs = (model(tokens, places, positions_BT=positions) != model(changed, places, positions_BT=positions)).any(-1)[0]
+    differs = (model(tokens, image_positions, positions_BT=positions) != model(changed, image_positions, positions_BT=positions)).any(-1)[0]
     assert differs.nonzero()[:, 0].tolist() == [7]
 
 
@@ -116,7 +119,7 @@ def test_logits_of_a_slice_are_the_slice_of_the_logits():
 
 
 @pytest.mark.parametrize("heads", [2, 8])
-def test_normalised_attention_is_as_sharp_in_heads_of_any_size_and_length(heads):
+def test_normalized_attention_is_as_sharp_in_heads_of_any_size_and_length(heads):
     """A query weighs a key of its own direction and one whose cosine with it is 0.8 as logits 0.2 of the largest apart."""
     attention = Attention(decoder_spec(layers=1, width=32, heads=heads, context=8, qk_norm=True), 0)
     direction, across = torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat(8), torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(8)
@@ -126,7 +129,7 @@ def test_normalised_attention_is_as_sharp_in_heads_of_any_size_and_length(heads)
         for scale in (0.1, 10.0):
             attention.qkv.weight.copy_(torch.cat([torch.eye(32) * scale, torch.eye(32) * scale, torch.eye(32)]))
             [_, found] = attention(tokens[None], None, None, None)[0]
-            other = torch.sigmoid(torch.tensor(-0.2 * SHARPEST_LOGIT))
+            other = torch.sigmoid(torch.tensor(-0.2 * MAX_ATTENTION_LOGIT))
             torch.testing.assert_close(found, other * tokens[0] + (1 - other) * tokens[1], rtol=2e-3, atol=1e-4)
 
 
@@ -142,6 +145,22 @@ def test_save_and_load_give_the_same_model(tmp_path):
     assert again.vocabulary == VOCABULARY and again.spec == model.spec
     assert all(np.array_equal(a.detach(), b.detach()) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_files_of_earlier_versions_load(tmp_path):
+    """``rope`` was called ``rotation``, and the embedding of image positions ``places``."""
+    model = make(image_positions=True, rope=True)
+    model.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["decoder"]["rotation"] = config["decoder"].pop("rope")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["places.weight"] = tensors.pop("image_positions.weight")
+    save_file(tensors, tmp_path / WEIGHTS)
+    again = Decoder.load(tmp_path)
+    assert again.spec == model.spec
+    inputs = draw(2, 12)
+    assert torch.equal(again(*inputs), model(*inputs))
 
 
 def test_load_says_where_nothing_is(tmp_path):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cm3leon.models import kernels
-from cm3leon.models.kernels import attention, relu, turn
+from cm3leon.models.kernels import apply_rotary_emb, attention, relu
 
 
 def with_gradients(function, *inputs):
@@ -23,7 +23,7 @@ def equal(found, expected, **tolerance):
 
 def test_pairs_are_turned_by_their_angles():
     angles = torch.randn(2, 7, 1, 4)
-    turns = torch.stack([angles.cos(), angles.sin()], -1)
+    cos_sin = torch.stack([angles.cos(), angles.sin()], -1)
 
     def written_out(x):
         a, b = x[..., 0::2], x[..., 1::2]
@@ -32,9 +32,9 @@ def test_pairs_are_turned_by_their_angles():
         return turned
 
     x = torch.randn(2, 7, 3, 8)
-    equal(with_gradients(lambda x: turn(x, turns), x), with_gradients(written_out, x), rtol=1e-5, atol=1e-6)
-    compiled = torch.compile(turn, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, turns), turn(x, turns), rtol=1e-5, atol=1e-6)
+    equal(with_gradients(lambda x: apply_rotary_emb(x, cos_sin), x), with_gradients(written_out, x), rtol=1e-5, atol=1e-6)
+    compiled = torch.compile(apply_rotary_emb, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, cos_sin), apply_rotary_emb(x, cos_sin), rtol=1e-5, atol=1e-6)
 
 
 def test_relu_overwrites_its_input():
@@ -55,7 +55,7 @@ def masks(length):
 @pytest.mark.parametrize("short", [True, False])
 def test_attention_in_bfloat16_is_near_that_in_float32(which, short, monkeypatch):
     if not short:
-        monkeypatch.setattr(kernels, "SHORT", 0)
+        monkeypatch.setattr(kernels, "MAX_MATERIALIZED_TOKENS", 0)
     torch.manual_seed(0)
     mask = masks(40)[which]
     q, k, v = (torch.randn(2, 3, 40, 16) for _ in range(3))

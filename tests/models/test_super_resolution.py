@@ -90,8 +90,8 @@ def test_transparent_is_white() -> None:
 
 
 def test_psnr() -> None:
-    black, grey = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.full((2, 3, 4, 4), 10, dtype=torch.uint8)
-    assert psnr_rgb(black, grey) == pytest.approx(10 * np.log10(255**2 / 100))
+    black, gray = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.full((2, 3, 4, 4), 10, dtype=torch.uint8)
+    assert psnr_rgb(black, gray) == pytest.approx(10 * np.log10(255**2 / 100))
     assert psnr_rgb(black, black) == 100
 
 

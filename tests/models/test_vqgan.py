@@ -1,4 +1,4 @@
-"""The image tokenizer: shapes, quantisation, training and protection against codebook collapse."""
+"""The image tokenizer: shapes, quantization, training and protection against codebook collapse."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SMALL = {"image_size": 32, "channels": 16, "embedding_dim": 8, "codebook_size": 
 
 
 def flat_images(count, side=32, seed=0):
-    """Images of four flat quarters in random strong colours."""
+    """Images of four flat quarters in random strong colors."""
     rng = np.random.default_rng(seed)
     quarters = rng.integers(0, 2, size=(count, 2, 2, 3)) * 255
     return quarters.repeat(side // 2, axis=1).repeat(side // 2, axis=2).astype(np.uint8)
@@ -38,7 +38,7 @@ def test_codes_are_the_nearest_entries():
     assert torch.equal(codebook.nearest(z), distances.argmin(-1))
 
 
-def test_a_fresh_network_passes_flat_colours():
+def test_a_fresh_network_passes_flat_colors():
     model = ImageTokenizer(spec_of(ImageTokenizerConfig(**{**SMALL, "channels": 64, "embedding_dim": 192})))
     latents = model.encoder(torch.randn(1, 3, 1, 1).expand(1, 3, 32, 32))
     assert latents.std(dim=(2, 3)).max() < 1e-5 and latents.norm() > 0.1
@@ -77,11 +77,11 @@ def test_a_collapsed_codebook_recovers_by_restarts():
 
 
 def test_kmeans_start_finds_well_separated_clusters():
-    centres = torch.randn(8, 4) * 10
-    z = centres.repeat(200, 1) + 0.01 * torch.randn(1600, 4)
+    centers = torch.randn(8, 4) * 10
+    z = centers.repeat(200, 1) + 0.01 * torch.randn(1600, 4)
     codebook = Codebook(8, 4)
-    codebook.initialise(z, torch.Generator().manual_seed(0))
-    assert torch.cdist(centres, codebook.entries).amin(1).max() < 0.1
+    codebook.initialize(z, torch.Generator().manual_seed(0))
+    assert torch.cdist(centers, codebook.entries).amin(1).max() < 0.1
 
 
 @pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 4e-3), ("muon", 2e-2)])
@@ -90,8 +90,8 @@ def test_training_reconstructs_and_is_deterministic(optimizer, rate):
     config = ImageTokenizerConfig(**SMALL, steps=60, batch_size=16, optimizer=optimizer, learning_rate=rate)
     first, second = (train_image_tokenizer(images, config, 0, CPU) for _ in range(2))
     codes, copies = reconstruct(first, torch.from_numpy(images))
-    grey = torch.full_like(copies, 128)
-    assert psnr(torch.from_numpy(images), copies) > psnr(torch.from_numpy(images), grey) + 5
+    gray = torch.full_like(copies, 128)
+    assert psnr(torch.from_numpy(images), copies) > psnr(torch.from_numpy(images), gray) + 5
     assert torch.equal(codes, reconstruct(second, torch.from_numpy(images))[0])
 
 
@@ -110,7 +110,7 @@ def test_with_kernel_1_a_code_depends_on_its_own_patch_alone(kernel, local):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_parameter_of_the_tokenizer_is_in_an_optimiser_once(optimizer):
+def test_every_parameter_of_the_tokenizer_is_in_an_optimizer_once(optimizer):
     trainer = ImageTokenizerTrainer(ImageTokenizerConfig(**SMALL, optimizer=optimizer), 0, CPU)
     grouped = [p for each in trainer.optimizers for group in each.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, trainer.model.parameters()))

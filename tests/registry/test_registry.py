@@ -28,7 +28,7 @@ def stages(project, tiny_models):
 def evaluated(composition):
     """Write a record with this score and return the bundle."""
     record = Record.read(paths.EVALUATION)
-    record.scores |= {"composition": composition, "composition/colour": 0.9}
+    record.scores |= {"composition": composition, "composition/color": 0.9}
     (paths.EVALUATION / "record.json").unlink()
     record.write(paths.EVALUATION)
     return build_bundle(Path("bundle"), CONFIG)

@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cm3leon.retrieval.index import COLUMNS, MemoryBank, document_vectors, normalize
+from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank, document_vectors, normalize
 
 
 def parts(count: int = 200, width: int = 16, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    documents = pd.DataFrame({name: [f"{name} {i}" for i in range(count)] for name in COLUMNS})
+    documents = pd.DataFrame({name: [f"{name} {i}" for i in range(count)] for name in BANK_COLUMNS})
     return documents, normalize(rng.normal(size=(count, width))), normalize(rng.normal(size=(count, width)))
 
 

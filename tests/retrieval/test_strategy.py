@@ -1,4 +1,4 @@
-"""The paper's rules for choosing neighbours hold for any bank and any query; compared with a plain loop."""
+"""The paper's rules for choosing neighbors hold for any bank and any query; compared with a plain loop."""
 
 import numpy as np
 import pandas as pd
@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 
 from cm3leon.config.schema import RetrieveConfig
 from cm3leon.retrieval import strategy
-from cm3leon.retrieval.index import COLUMNS, MemoryBank, document_vectors, normalize
+from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank, document_vectors, normalize
 
 
 def bank_of(count: int, seed: int, spread: float, width: int = 6) -> MemoryBank:
-    """Documents around a few centres: the smaller ``spread``, the more near-duplicates."""
+    """Documents around a few centers: the smaller ``spread``, the more near-duplicates."""
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(max(1, count // 5), width))[rng.integers(max(1, count // 5), size=count)]
-    text, image = (normalize(centres + spread * rng.normal(size=(count, width))) for _ in range(2))
-    rows = [{**dict.fromkeys(COLUMNS, "x"), "id": f"doc{i}"} for i in range(count)]
+    centers = rng.normal(size=(max(1, count // 5), width))[rng.integers(max(1, count // 5), size=count)]
+    text, image = (normalize(centers + spread * rng.normal(size=(count, width))) for _ in range(2))
+    rows = [{**dict.fromkeys(BANK_COLUMNS, "x"), "id": f"doc{i}"} for i in range(count)]
     return MemoryBank.build(pd.DataFrame(rows), text, image, "flat", "0")
 
 
@@ -57,20 +57,20 @@ def test_the_rules_hold_and_agree_with_a_loop(count: int, seed: int, spread: flo
     own = np.arange(min(count, 12))
     text, image = np.asarray(bank.text[own], dtype=np.float32), np.asarray(bank.image[own], dtype=np.float32)
     found = strategy.find(bank, config, text=text, image=image, own=own)
-    for query, neighbours in enumerate(found):
-        positions = [n.position for n in neighbours]
+    for query, neighbors in enumerate(found):
+        positions = [n.position for n in neighbors]
         assert own[query] not in positions
         assert len(set(positions)) == len(positions)
-        assert all(sum(n.modality == m for n in neighbours) <= per for m in ("text", "image"))
-        assert all(n.score <= max_score for n in neighbours)
+        assert all(sum(n.modality == m for n in neighbors) <= per for m in ("text", "image"))
+        assert all(n.score <= max_score for n in neighbors)
         between = vectors[positions] @ vectors[positions].T
         assert (between[~np.eye(len(positions), dtype=bool)] <= max_score + 1e-5).all()
-        assert [(n.position, n.modality) for n in neighbours] == by_loop(bank, config, text[query], image[query], int(own[query]))
+        assert [(n.position, n.modality) for n in neighbors] == by_loop(bank, config, text[query], image[query], int(own[query]))
 
 
 def test_an_exact_copy_of_the_query_is_skipped() -> None:
     text, image = np.eye(4, 8), np.eye(4, 8, k=4)
-    rows = pd.DataFrame([{**dict.fromkeys(COLUMNS, "x"), "id": f"doc{i}"} for i in range(6)])
+    rows = pd.DataFrame([{**dict.fromkeys(BANK_COLUMNS, "x"), "id": f"doc{i}"} for i in range(6)])
     bank = MemoryBank.build(rows, np.concatenate([text, text[:2]]), np.concatenate([image, image[:2]]), "flat", "0")
     config = RetrieveConfig(candidates_per_modality=5)
     found = strategy.find(bank, config, text=np.float32(text[:1]), image=np.float32(image[:1]), own=np.array([0]))
@@ -79,7 +79,7 @@ def test_an_exact_copy_of_the_query_is_skipped() -> None:
     assert len(positions & {1, 5}) == 1  # of two copies of one document one is taken
 
 
-def test_a_prompt_without_image_gets_text_neighbours() -> None:
+def test_a_prompt_without_image_gets_text_neighbors() -> None:
     bank = bank_of(30, 0, 1.0)
     found = strategy.find(bank, RetrieveConfig(), text=np.asarray(bank.text[:3], dtype=np.float32))
     assert all(n.modality == "text" for group in found for n in group)
@@ -114,7 +114,7 @@ def test_dropped_words_differ_by_document() -> None:
 
 
 def test_coverage() -> None:
-    n = strategy.Neighbour(0, 0.5, "text")
+    n = strategy.Neighbor(0, 0.5, "text")
     figures = strategy.coverage([[n, n, n, n], [n], [], []], RetrieveConfig())
-    assert figures == {"complete": 0.25, "empty": 0.5, "neighbours": 1.25, "score": 0.5}
-    assert strategy.coverage([], RetrieveConfig())["neighbours"] == 0
+    assert figures == {"complete": 0.25, "empty": 0.5, "neighbors": 1.25, "score": 0.5}
+    assert strategy.coverage([], RetrieveConfig())["neighbors"] == 0

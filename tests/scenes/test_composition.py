@@ -42,7 +42,7 @@ def test_clean_renders_of_other_sizes_are_read_right(side: int) -> None:
 
 @pytest.mark.parametrize(("sigma", "noise", "least"), [(0.6, 4, 0.98), (0.8, 8, 0.95)])
 def test_blurred_and_noisy_renders_are_read_right(sigma: float, noise: float, least: float) -> None:
-    """Blur in pixels, noise in grey levels; the second setting leaves 29 dB."""
+    """Blur in pixels, noise in gray levels; the second setting leaves 29 dB."""
     rng = np.random.default_rng(0)
     images = [
         ndimage.gaussian_filter(scene.render(64).astype(float), (sigma, sigma, 0)) + rng.normal(0, noise, (64, 64, 3))
@@ -57,11 +57,11 @@ def test_captions_hold_of_their_own_scenes_and_not_of_others() -> None:
     own = score(texts, images)
     assert all(value == 1 for name, value in own.items() if name != "composition/prompts")
     assert own["composition/prompts"] == 200
-    assert {f"composition/{name}" for name in ("background", "count", "colour", "shape", "size", "relation", "text")} <= own.keys()
+    assert {f"composition/{name}" for name in ("background", "count", "color", "shape", "size", "relation", "text")} <= own.keys()
     others = score(texts, images[1:] + images[:1])
     assert others["composition"] < 0.03
     assert 0.1 < others["composition/background"] < 0.4
-    assert others["composition/colour"] < 0.15
+    assert others["composition/color"] < 0.15
     assert others["composition/shape"] < 0.2
 
 
@@ -74,15 +74,15 @@ TEXT = "a small red circle left of a large blue square on a gray background"
     [
         (Scene("gray", (RED, BLUE)), set()),
         (Scene("pink", (RED, BLUE)), {"background"}),
-        (Scene("gray", (replace(RED, color="orange"), BLUE)), {"colour"}),
-        (Scene("gray", (replace(RED, color="blue"), replace(BLUE, color="red"))), {"colour"}),
+        (Scene("gray", (replace(RED, color="orange"), BLUE)), {"color"}),
+        (Scene("gray", (replace(RED, color="blue"), replace(BLUE, color="red"))), {"color"}),
         (Scene("gray", (replace(RED, shape="ring"), BLUE)), {"shape"}),
         (Scene("gray", (replace(RED, size="large"), BLUE)), {"size"}),
         (Scene("gray", (replace(RED, x=0.7), replace(BLUE, x=0.25))), {"relation"}),
         (Scene("gray", (replace(RED, x=0.5, y=0.2), replace(BLUE, x=0.5, y=0.7))), {"relation"}),
         (Scene("gray", (RED, BLUE, Object("ring", "red", "small", 0.25, 0.8))), {"count"}),
-        (Scene("gray", (RED,)), {"count", "colour", "shape", "size", "relation"}),
-        (Scene("gray", ()), {"count", "colour", "shape", "size", "relation"}),
+        (Scene("gray", (RED,)), {"count", "color", "shape", "size", "relation"}),
+        (Scene("gray", ()), {"count", "color", "shape", "size", "relation"}),
     ],
 )
 def test_each_mistake_is_detected(scene: Scene, wrong: set[str]) -> None:
@@ -90,31 +90,31 @@ def test_each_mistake_is_detected(scene: Scene, wrong: set[str]) -> None:
     assert statement is not None
     for seen in (scene, read_scene(scene.render(64))):
         verdict = check(statement, seen)
-        assert verdict.keys() == {"background", "count", "colour", "shape", "size", "relation"}
+        assert verdict.keys() == {"background", "count", "color", "shape", "size", "relation"}
         assert {name for name, right in verdict.items() if not right} == wrong
 
 
 def test_only_what_is_stated_is_judged() -> None:
     scene = Scene("white", (RED,))
-    assert verdicts(["a red circle"], [scene.render(64)]) == [{"count": True, "colour": True, "shape": True}]
+    assert verdicts(["a red circle"], [scene.render(64)]) == [{"count": True, "color": True, "shape": True}]
     assert verdicts(["two circles on white"], [scene.render(64)]) == [{"background": True, "count": False, "shape": False}]
 
 
 def test_wrong_letter_is_detected() -> None:
     image = Scene("white", (Object("letter", "red", "large", 0.5, 0.5, "A"),)).render(64)
     good, bad, shape = verdicts(["the letter A in red on a white background", "the letter H in red", "a red triangle"], [image] * 3)
-    assert good == {"background": True, "count": True, "colour": True, "text": True}
-    assert bad == {"count": True, "colour": True, "text": False}
-    assert shape == {"count": True, "colour": True, "shape": False}
+    assert good == {"background": True, "count": True, "color": True, "text": True}
+    assert bad == {"count": True, "color": True, "text": False}
+    assert shape == {"count": True, "color": True, "shape": False}
 
 
-def test_objects_that_touch_are_told_apart_by_colour() -> None:
+def test_objects_that_touch_are_told_apart_by_color() -> None:
     image = np.full((64, 64, 3), 255, np.uint8)
     image[20:32, 10:22], image[20:32, 22:34] = COLORS["red"], COLORS["green"]
     assert sorted((o.color, o.shape) for o in read_scene(image).objects) == [("green", "square"), ("red", "square")]
 
 
-def test_small_artefacts_are_ignored_and_object_sized_ones_are_not() -> None:
+def test_small_artifacts_are_ignored_and_object_sized_ones_are_not() -> None:
     image = Scene("white", (RED,)).render(64)
     image[50:53, 50:53] = COLORS["green"]
     assert len(read_scene(image).objects) == 1

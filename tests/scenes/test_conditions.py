@@ -53,7 +53,7 @@ def test_an_empty_scene_and_objects_beyond_the_edge_do_no_harm() -> None:
         conditions(Scene("gray", (Object("ring", "red", "large", place, 0.5), Object("letter", "red", "large", 0.5, place, "S"))), 64)
 
 
-def test_segments_are_what_the_objects_cover_in_the_colour_of_their_class() -> None:
+def test_segments_are_what_the_objects_cover_in_the_color_of_their_class() -> None:
     for scene in SCENES:
         segments = segmentation_map(scene, 64)
         for item in scene.objects:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cm3leon.scenes.edits import Judgement, changed_region, judge, psnr_outside
+from cm3leon.scenes.edits import Judgment, changed_region, judge, psnr_outside
 from cm3leon.scenes.reading import read_scene
 from cm3leon.scenes.scene import Object, Scene
 
@@ -18,15 +18,15 @@ ALONE, ADDED, PINK = replace(BEFORE, objects=(SQUARE,)), replace(BEFORE, objects
 ELSEWHERE = replace(BEFORE, objects=(CIRCLE, SQUARE, replace(RING, x=0.75, y=0.2)))
 
 CASES = {
-    "recoloured": (GREEN, GREEN, True, True),
+    "recolored": (GREEN, GREEN, True, True),
     "left red": (GREEN, BEFORE, False, True),
-    "in a wrong colour": (GREEN, replace(BEFORE, objects=(replace(CIRCLE, color="cyan"), SQUARE)), False, True),
-    "recoloured, the other lost": (GREEN, replace(GREEN, objects=GREEN.objects[:1]), True, False),
-    "recoloured on another ground": (GREEN, replace(GREEN, background="white"), True, False),
-    "recoloured, one more": (GREEN, replace(GREEN, objects=(*GREEN.objects, RING)), True, False),
+    "in a wrong color": (GREEN, replace(BEFORE, objects=(replace(CIRCLE, color="cyan"), SQUARE)), False, True),
+    "recolored, the other lost": (GREEN, replace(GREEN, objects=GREEN.objects[:1]), True, False),
+    "recolored on another ground": (GREEN, replace(GREEN, background="white"), True, False),
+    "recolored, one more": (GREEN, replace(GREEN, objects=(*GREEN.objects, RING)), True, False),
     "removed": (ALONE, ALONE, True, True),
     "not removed": (ALONE, BEFORE, False, True),
-    "removed, the other in another colour": (ALONE, replace(ALONE, objects=(replace(SQUARE, color="red"),)), True, False),
+    "removed, the other in another color": (ALONE, replace(ALONE, objects=(replace(SQUARE, color="red"),)), True, False),
     "added": (ADDED, ADDED, True, True),
     "added at another place": (ADDED, ELSEWHERE, True, True),
     "not added": (ADDED, BEFORE, False, True),
@@ -39,9 +39,9 @@ CASES = {
 
 @pytest.mark.parametrize(("after", "drawn", "done", "kept"), CASES.values(), ids=CASES)
 def test_what_a_person_would_say(after, drawn, done, kept):
-    assert judge(BEFORE, after, drawn) == Judgement(done, kept)
+    assert judge(BEFORE, after, drawn) == Judgment(done, kept)
     seen = [read_scene(scene.render(64)) for scene in (BEFORE, after, drawn)]
-    assert judge(*seen) == Judgement(done, kept)
+    assert judge(*seen) == Judgment(done, kept)
 
 
 def test_pixels_outside_of_an_edit():

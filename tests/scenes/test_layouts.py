@@ -35,6 +35,6 @@ def test_boxes_are_assigned_so_that_the_mean_is_highest():
 def test_missing_boxes_and_wrong_labels_count_as_nothing():
     box, other = (0.0, 0.0, 4.0, 4.0), (6.0, 6.0, 9.0, 9.0)
     assert mean_iou([("a", box), ("b", other)], [("a", box)]) == 0.5 and mean_iou([("a", box)], []) == 0
-    assert mean_iou([("a", box)], [("b", box)]) == 1 and mean_iou([("a", box)], [("b", box)], labelled=True) == 0
+    assert mean_iou([("a", box)], [("b", box)]) == 1 and mean_iou([("a", box)], [("b", box)], labeled=True) == 0
     with pytest.raises(ValueError, match="at least one box"):
         mean_iou([], [("a", box)])

@@ -35,7 +35,7 @@ def single(shape: str, size: str = "large", letter: str | None = None) -> Object
 ALL_KINDS = [single(shape, size) for shape in SHAPES for size in SIZES] + [single("letter", letter=letter) for letter in LETTERS]
 
 
-def test_vocabulary_is_large_and_its_colours_are_far_apart() -> None:
+def test_vocabulary_is_large_and_its_colors_are_far_apart() -> None:
     assert len(SHAPES) >= 6
     assert len(COLORS) >= 8
     assert len(BACKGROUNDS) >= 4
@@ -81,7 +81,7 @@ def test_ring_has_a_hole_and_the_others_have_none() -> None:
             assert (item.coverage(64)[31:33, 31:33].mean() == 0) == (item.shape == "ring")
 
 
-def test_background_is_flat_and_objects_have_their_colour() -> None:
+def test_background_is_flat_and_objects_have_their_color() -> None:
     for scene in SCENES:
         image = scene.render(64)
         untouched = np.sum([item.coverage(64) for item in scene.objects], axis=0) == 0
@@ -102,12 +102,12 @@ def test_objects_are_inside_and_apart_and_distinct() -> None:
         assert scene.identical or len(pairs) == len(scene.objects)
 
 
-def test_invalid_scenes_are_recognised() -> None:
-    centre = single("circle")
-    assert is_valid(Scene("white", (centre,)))
+def test_invalid_scenes_are_recognized() -> None:
+    center = single("circle")
+    assert is_valid(Scene("white", (center,)))
     assert not is_valid(Scene("white", (Object("circle", "red", "large", 0.175 + MARGIN - 0.01, 0.5),)))
     close = Object("square", "blue", "small", 0.5 + 0.175 + 0.088 + GAP - 0.01, 0.5)
-    assert not is_valid(Scene("white", (centre, close)))
+    assert not is_valid(Scene("white", (center, close)))
     assert not is_valid(Scene("white", (Object("ring", "red", "small", 0.2, 0.2), Object("ring", "red", "large", 0.7, 0.7))))
 
 
@@ -138,7 +138,7 @@ def test_two_different_objects_always_stand_in_a_relation() -> None:
 
 
 @pytest.mark.parametrize("grid", [8, 16])
-def test_centres_lie_on_the_grid(grid: int) -> None:
+def test_centers_lie_on_the_grid(grid: int) -> None:
     for i in range(100):
         for item in sample_scene(random.Random(i), 3, grid, 0.1).objects:
             assert (item.x * grid).is_integer()

@@ -59,10 +59,10 @@ def test_long_caption_names_every_object_and_the_background() -> None:
 
 
 def _side(scene: Scene, target: str, place: str) -> set[str]:
-    """All objects that lie on that side of the target's centre, as "COLOR SHAPE"."""
+    """All objects that lie on that side of the target's center, as "COLOR SHAPE"."""
     axis, sign = {"left of": ("x", -1), "right of": ("x", 1), "above": ("y", -1), "below": ("y", 1)}[place]
-    centre = next(getattr(o, axis) for o in scene.objects if f"{o.color} {o.shape}" == target)
-    return {f"{o.color} {o.shape}" for o in scene.objects if sign * (getattr(o, axis) - centre) > 0}
+    center = next(getattr(o, axis) for o in scene.objects if f"{o.color} {o.shape}" == target)
+    return {f"{o.color} {o.shape}" for o in scene.objects if sign * (getattr(o, axis) - center) > 0}
 
 
 def _answers(scene: Scene, question: str) -> set[str]:
@@ -102,7 +102,7 @@ def test_kinds_of_questions_are_mixed_and_yes_no_is_balanced() -> None:
     assert {"What color", "What shape", "How many", "What is", "What size", "Is there", "Which letter"} <= kinds.keys()
     yes_no = [a for q, a in asked if q.startswith("Is there")]
     assert 0.43 < yes_no.count("yes") / len(yes_no) < 0.57
-    # Hard negatives: the colour or the shape asked for is there, in another combination.
+    # Hard negatives: the color or the shape asked for is there, in another combination.
     hard = 0
     everything = [(s, q, a) for i, s in enumerate(SCENES) for q, a in questions(s, random.Random(i))]
     negatives = [(s, q) for s, q, a in everything if q.startswith("Is there") and a == ["no"]]

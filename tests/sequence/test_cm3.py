@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cm3leon.sequence.cm3 import apply_spans, draw_segment, draw_spans, fit, kind_of, mask
+from cm3leon.sequence.cm3 import apply_spans, fit, kind_of, mask, sample_segment, sample_spans
 from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Vocabulary, build_body, check_grammar, restore, split_tail
 
 VOCABULARY = Vocabulary(text_size=50, image_size=20, sentinels=16, tokens_per_image=16)
@@ -34,7 +34,7 @@ def test_no_span_crosses_a_break_or_another_span():
     rng = np.random.default_rng(1)
     for _ in range(3000):
         body = random_body(rng)
-        spans = draw_spans(body, 3.0, 16, rng)
+        spans = sample_spans(body, 3.0, 16, rng)
         for start, stop in spans:
             assert any(s.start <= start < stop <= s.stop for s in body.segments)
         assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
@@ -85,19 +85,19 @@ def test_image_tokens_keep_their_places_when_moved():
     rng = np.random.default_rng(7)
     for _ in range(500):
         body = random_body(rng)
-        assert np.array_equal(body.places, VOCABULARY.places(body.tokens))
+        assert np.array_equal(body.image_positions, VOCABULARY.image_positions(body.tokens))
         masked = mask(body, VOCABULARY, rng, mean_masks=3.0)
         image, mark = VOCABULARY.is_image(masked.tokens), VOCABULARY.is_sentinel(masked.tokens)
-        assert np.all(masked.places[image] > 0) and not masked.places[~image & ~mark].any()
-        before, after = masked.places[:-1][image[1:]], masked.places[1:][image[1:]]
+        assert np.all(masked.image_positions[image] > 0) and not masked.image_positions[~image & ~mark].any()
+        before, after = masked.image_positions[:-1][image[1:]], masked.image_positions[1:][image[1:]]
         assert np.array_equal(before + 1, after)  # behind a mask too
-        pairs = sorted(zip(masked.tokens[image], masked.places[image], strict=True))
-        assert pairs == sorted(zip(body.tokens[body.places > 0], body.places[body.places > 0], strict=True))
+        pairs = sorted(zip(masked.tokens[image], masked.image_positions[image], strict=True))
+        assert pairs == sorted(zip(body.tokens[body.image_positions > 0], body.image_positions[body.image_positions > 0], strict=True))
 
 
 def test_masked_caption_gives_the_captioning_prompt_and_the_guidance_prompt():
     body = build_body([[("text", VOCABULARY.text([1, 2, 3])), ("image", VOCABULARY.image(range(16)))]])
-    segment = draw_segment(body, 1.0, np.random.default_rng(0))
+    segment = sample_segment(body, 1.0, np.random.default_rng(0))
     tokens = apply_spans(body, [(segment.start, segment.stop)], VOCABULARY).tokens.tolist()
     sentinel = VOCABULARY.sentinel(0)
     image = VOCABULARY.image(range(16)).tolist()
@@ -109,7 +109,7 @@ def test_too_long_the_source_is_cut_and_never_a_target():
     cut = 0
     for _ in range(3000):
         body = random_body(rng)
-        spans = draw_spans(body, 2.0, 16, rng)
+        spans = sample_spans(body, 2.0, 16, rng)
         images = sum(s.length for s in body.segments if s.modality == "image" and s.document == body.segments[-1].document)
         longest = max(len(body.tokens) + 1 + 3 * len(spans) - int(rng.integers(0, 12)), images + 4)
         shorter, kept = fit(body, spans, longest)

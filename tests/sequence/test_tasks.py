@@ -13,7 +13,7 @@ from cm3leon.data.task_samples import TaskSamples, bounded_shares
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
 from cm3leon.generation.prompts import answer_prompt, image_prompt, reading_pair
 from cm3leon.sequence.grammar import EOS, EOSS, Vocabulary, check_grammar, split_tail
-from cm3leon.sequence.tasks import BREAK, TASKS, available, box_in_square, condition_key, lay_out, problem_values, split_template
+from cm3leon.sequence.tasks import BREAK, TASKS, available, box_in_square, condition_key, lay_out, reasoning_fields, split_template
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.stages.text_tokenizer import texts
 from cm3leon.utils.errors import UserError
@@ -77,15 +77,15 @@ ANSWERS = {
     "long_caption": {"answer": ROW["long_caption"]},
     "vqa": {"question": "What color is the circle?", "answer": "red"},
     "reasoning": {
-        **problem_values("Is it red?", ["yes", "no"], "Look."), "answer": "yes", "explained": "The circle is red. So the answer is yes."
+        **reasoning_fields("Is it red?", ["yes", "no"], "Look."), "answer": "yes", "explained": "The circle is red. So the answer is yes."
     },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "template"), [(n, t) for n, task in TASKS.items() if not task.draws for t in task.templates])
+@pytest.mark.parametrize(("name", "template"), [(n, t) for n, task in TASKS.items() if not task.generates_image for t in task.templates])
 def test_inference_prompt_is_the_samples_beginning(samples, name, template):
     drawn = samples({name: 1.0}, lambda row: {"reasoning": [PROBLEM]}, answer_weight=5.0)
-    values, codes = ANSWERS[name], drawn.documents.store[3].codes
+    values, codes = ANSWERS[name], drawn.pretraining.store[3].codes
     prompt = answer_prompt(template, values, codes, VOCABULARY, TOKENIZER)
     wanted = values["explained" if "{explained}" in template else "answer"]
     seen = []
@@ -123,12 +123,12 @@ DRAWN = {
 def test_a_drawing_sample_is_the_prompt_of_one_of_its_streams_and_the_image(samples, name):
     """What the generator lays out, the hidden segments masked or not, and what it reads from an image to rank it."""
     drawn = samples({name: 1.0}, change, conditioning_dropout=0.5)
-    task, store = TASKS[name], drawn.documents.store
+    task, store = TASKS[name], drawn.pretraining.store
     others = {"source": store[2].codes, "condition": store[3].codes ^ 1}
     query, _ = lay_out(task.templates[0], DRAWN[name], others, VOCABULARY, TOKENIZER)
-    streams = [image_prompt(query, [], VOCABULARY, frozenset(hidden)).tokens for hidden in ((), *task.hidden)]
+    streams = [image_prompt(query, [], VOCABULARY, frozenset(hidden)).tokens for hidden in ((), *task.cfg_dropout)]
     wholes = [[*stream, *VOCABULARY.image(store[3].codes), EOS] for stream in streams[:1]]
-    for hidden in task.hidden:
+    for hidden in task.cfg_dropout:
         before, read = reading_pair(query, store[3].codes, hidden, VOCABULARY)
         wholes.append([*before.tokens, *read.tokens, EOS])
         assert before.tokens[: len(streams[len(wholes) - 1])].tolist() == streams[len(wholes) - 1].tolist()
@@ -151,7 +151,7 @@ def test_a_sample_needs_its_other_picture(samples):
 def test_a_layout_is_told_as_the_model_sees_it():
     assert box_in_square([16, 0, 48, 32], 64, 32) == (0, 0, 1, 1)
     assert box_in_square([0, 0, 40, 16], 64, 32) == (0, 0, 0.75, 0.5)
-    assert box_in_square([0, 0, 30, 16], 64, 32) is None  # its centre is cut away
+    assert box_in_square([0, 0, 30, 16], 64, 32) is None  # its center is cut away
 
 
 QUESTIONS = [{"question": f"What color is number {n}?", "answers": [f"red {n}"]} for n in range(6)]
@@ -160,7 +160,7 @@ QUESTIONS = [{"question": f"What color is number {n}?", "answers": [f"red {n}"]}
 @pytest.mark.parametrize(("context", "most"), [(160, 4), (100, 3)])
 def test_a_sample_asks_several_questions_and_answers_each_behind_the_image(samples, context, most):
     drawn = samples({"vqa": 1.0}, lambda row: {"questions": QUESTIONS}, questions_per_sample=4, answer_weight=5.0, input_weight=0.5)
-    object.__setattr__(drawn.documents, "context", context)
+    object.__setattr__(drawn.pretraining, "context", context)
     counts = Counter()
     for epoch in range(40):
         masked, weights, *_ = drawn(epoch, 0)
@@ -197,7 +197,7 @@ def test_what_stands_before_the_image_to_draw_has_the_inputs_weight(samples):
         drawn = samples({task: 1.0}, change, conditioning_dropout=0.5, input_weight=0.25)
         for number in range(len(drawn)):
             masked, weights, documents, _ = drawn(0, number)
-            image = VOCABULARY.image(drawn.documents.store.by_id(documents[-1]).codes)
+            image = VOCABULARY.image(drawn.pretraining.store.by_id(documents[-1]).codes)
             tokens = " ".join(map(str, masked.tokens))
             first = tokens[: tokens.rindex(" " + " ".join(map(str, image)))].count(" ") + 1
             assert set(weights[:first]) <= {0.0, 0.25} and set(weights[first:]) == {1.0}
@@ -226,13 +226,13 @@ def test_every_document_of_a_task_comes_before_one_comes_again(samples):
         for number in range(40):
             sample = drawn(epoch, number)
             edits += [sample.documents[-1]] if len(sample.masked.body.segments) == 4 else []
-    assert len(edits) == 60 and all(sorted(edits[start : start + 20]) == sorted(drawn.documents.store.ids[1::2]) for start in (0, 20, 40))
+    assert len(edits) == 60 and all(sorted(edits[start : start + 20]) == sorted(drawn.pretraining.store.ids[1::2]) for start in (0, 20, 40))
 
 
 def test_documents_without_a_task_are_no_samples(samples):
     drawn = samples({"vqa": 1.0}, lambda row: {} if row % 4 == 1 else {"questions": []})
     assert len(drawn) == drawn.counts["vqa"] == 10
-    assert {drawn(0, row).documents[0] for row in range(10)} == set(drawn.documents.store.ids[1::4])
+    assert {drawn(0, row).documents[0] for row in range(10)} == set(drawn.pretraining.store.ids[1::4])
 
 
 def test_no_document_with_a_task_is_an_error(samples):

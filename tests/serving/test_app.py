@@ -36,7 +36,7 @@ def test_images_are_those_of_the_generator_with_where_they_come_from(server, gen
     for found, image in zip(body["data"], expected, strict=True):
         assert same(opened(found["b64_json"]), image.image)
         assert found["seed"] == image.seed and found["score"] == pytest.approx(image.score)
-        assert found["neighbours"] == image.neighbours and found["neighbours"][0]["licence"] == "CC0-1.0"
+        assert found["neighbors"] == image.neighbors and found["neighbors"][0]["licence"] == "CC0-1.0"
         assert json.loads(opened(found["b64_json"]).text["cm3leon"])["prompt"] == "a red circle"
 
 

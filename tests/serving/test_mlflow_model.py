@@ -15,7 +15,7 @@ from PIL import Image
 
 from cm3leon.config.schema import Config, DecodingConfig
 from cm3leon.registry.bundle import build_bundle
-from cm3leon.registry.signature import COLUMNS, RequestSettings, request_settings, signature
+from cm3leon.registry.signature import REQUEST_COLUMNS, RequestSettings, request_settings, signature
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,9 @@ def predict(bundle):
     return lambda rows, params=None: model.predict(context, rows, params)
 
 
-def picture(colour="red"):
+def picture(color="red"):
     stream = io.BytesIO()
-    Image.new("RGB", (40, 30), colour).save(stream, format="PNG")
+    Image.new("RGB", (40, 30), color).save(stream, format="PNG")
     return base64.b64encode(stream.getvalue()).decode()
 
 
@@ -48,7 +48,7 @@ def opened(value):
 
 def test_answers_come_in_the_order_of_the_rows_and_say_which_they_answer(predict):
     rows = [
-        {"task": "answer", "image": picture(), "question": "what colour?"},
+        {"task": "answer", "image": picture(), "question": "what color?"},
         {"prompt": "a red circle"},
         {"task": "caption", "image": "data:image/png;base64," + picture("blue")},
         {"task": "text_to_image", "prompt": "a ring"},
@@ -104,7 +104,7 @@ def test_the_same_request_gives_the_same_answer_and_documents_are_named(predict)
     request = [{"prompt": "a blue square"}], {"retrieved_documents": 1, "candidates": 1, "seed": 3}
     first, second = predict(*request), predict(*request)
     assert first.equals(second)
-    assert set(json.loads(first["neighbours"].iloc[0])[0]) >= {"id", "licence", "attribution"}
+    assert set(json.loads(first["neighbors"].iloc[0])[0]) >= {"id", "licence", "attribution"}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_an_image_may_be_a_path(predict, tmp_path):
 
 def test_the_signature_states_all_columns_and_the_bundles_defaults():
     stated = signature(DecodingConfig(guidance=4.0))
-    assert [c.name for c in stated.inputs.inputs] == list(COLUMNS)
+    assert [c.name for c in stated.inputs.inputs] == list(REQUEST_COLUMNS)
     defaults = {p.name: p.default for p in stated.params.params}
     assert set(defaults) == set(RequestSettings.model_fields)
     assert defaults["guidance"] == 4.0

@@ -53,7 +53,7 @@ def test_a_prompt_becomes_pictures_with_scores_and_what_they_come_from(page, ser
     file = tmp_path / f"cm3leon-seed-{seed}.png"
     server.until(file.is_file)
     record = json.loads(Image.open(file).text["cm3leon"])
-    assert record["prompt"] == "a red circle" and record["seed"] == int(seed) and len(record["neighbours"]) == 2
+    assert record["prompt"] == "a red circle" and record["seed"] == int(seed) and len(record["neighbors"]) == 2
 
 
 @needs_browser

@@ -42,7 +42,7 @@ TRAIN, VAL, TEST = 30, 6, 4
 
 
 def collection() -> None:
-    """Random blocks of colour, packed as ``ingest`` and ``validate`` write them; the first train document has no caption."""
+    """Random blocks of color, packed as ``ingest`` and ``validate`` write them; the first train document has no caption."""
     rng = np.random.default_rng(0)
     rows = []
     paths.RAW.mkdir(parents=True)
@@ -93,10 +93,10 @@ def test_index_holds_the_multimodal_train_documents(project: tuple[Path, dict[st
     bank.check_encoder(Encoder.load(paths.ENCODER).fingerprint)
 
 
-def test_neighbours_come_from_train_and_are_never_the_query(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
+def test_neighbors_come_from_train_and_are_never_the_query(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
     _, figures = project
-    table = pd.read_parquet(paths.NEIGHBOURS / retrieve.FILE)
-    assert pq.read_schema(paths.NEIGHBOURS / retrieve.FILE).equals(retrieve.SCHEMA)
+    table = pd.read_parquet(paths.NEIGHBORS / retrieve.FILE)
+    assert pq.read_schema(paths.NEIGHBORS / retrieve.FILE).equals(retrieve.SCHEMA)
     assert table["id"].tolist() == [f"ab{i:02d}" for i in range(1, TRAIN + VAL + TEST)]
     train = {f"ab{i:02d}" for i in range(1, TRAIN)}
     for row in table.itertuples():
@@ -106,7 +106,7 @@ def test_neighbours_come_from_train_and_are_never_the_query(project: tuple[Path,
         assert set(row.random) <= train - {row.id} and len(set(row.random)) == len(row.random) <= len(row.neighbours)
         assert sorted(row.modalities, reverse=True) == list(row.modalities)  # text first
     lengths = table["neighbours"].map(len)[: TRAIN - 1]
-    assert figures["retrieve"]["train_neighbours"] == pytest.approx(lengths.mean())
+    assert figures["retrieve"]["train_neighbors"] == pytest.approx(lengths.mean())
     assert figures["retrieve"]["train_complete"] == pytest.approx((lengths == 4).mean())
     assert lengths.max() > 0
 
@@ -116,7 +116,7 @@ def test_nothing_of_the_query_and_nothing_held_out_stands_before_it(project: tup
     vocabulary = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
     for split, first, count in (("train", 1, TRAIN - 1), ("val", TRAIN, VAL), ("test", TRAIN + VAL, TEST)):
         documents = make_documents(count)
-        named = [Document(f"ab{first + number:02d}", d.codes, d.texts) for number, d in enumerate(documents)]
+        named = [Document(f"ab{first + number:02d}", d.codes, d.captions) for number, d in enumerate(documents)]
         write_tokens(paths.TOKENS, split, named, 16, 100)
     bank = MemoryBank.load(paths.INDEX)
     vectors = bank.vectors(np.arange(len(bank)))
@@ -127,7 +127,7 @@ def test_nothing_of_the_query_and_nothing_held_out_stands_before_it(project: tup
         for epoch, row in itertools.product(range(3), range(len(samples))):
             *retrieved, query = samples(epoch, row).documents
             assert set(retrieved) <= set(bank.documents["id"]) - {query}
-            assert len(retrieved) == (0 if choice == "none" else min(2, len(samples.neighbours[query])))
+            assert len(retrieved) == (0 if choice == "none" else min(2, len(samples.neighbors[query])))
             if split == "train":
                 scores = vectors @ vectors[bank.position[query]]
                 assert all(scores[bank.position[name]] <= CONFIG.retrieve.max_score + 1e-6 for name in retrieved)
@@ -148,7 +148,7 @@ def test_index_of_another_encoder_is_refused(project: tuple[Path, dict[str, dict
 
 def test_stages_repeat_byte_for_byte(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
     root, figures = project
-    files = [p for folder in (paths.ENCODER, paths.INDEX, paths.NEIGHBOURS, paths.SUPER_RESOLUTION) for p in sorted(folder.iterdir())]
+    files = [p for folder in (paths.ENCODER, paths.INDEX, paths.NEIGHBORS, paths.SUPER_RESOLUTION) for p in sorted(folder.iterdir())]
     before = [path.read_bytes() for path in files]
     again = {name: stage.run(CONFIG) for name, stage in STAGES.items()}
     assert [path.read_bytes() for path in files] == before

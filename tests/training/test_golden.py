@@ -34,9 +34,9 @@ def curve(directory: Path, packing: bool) -> list[float]:
     section = config.pretrain.model_copy(update={"steps": 50, "packing": packing})
     write_tokens(directory, "train", make_documents(60), 16, 100)
     store = TokenStore(directory)
-    neighbours = {name: [store.ids[(row + i) % len(store)] for i in (1, 2)] for row, name in enumerate(store.ids)}
+    neighbors = {name: [store.ids[(row + i) % len(store)] for i in (1, 2)] for row, name in enumerate(store.ids)}
     context = section.model.context
-    samples = PretrainingSamples(store, store, neighbours, VOCABULARY, section.objective, section.retrieved_documents, context, config.seed)
+    samples = PretrainingSamples(store, store, neighbors, VOCABULARY, section.objective, section.retrieved_documents, context, config.seed)
     stream = (
         PackedStream(samples, len(store), section.batch_size, config.seed, context)
         if packing

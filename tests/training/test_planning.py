@@ -230,7 +230,7 @@ def test_speed_is_what_the_devices_do() -> None:
     assert uneven.step_tokens / uneven.tokens_per_second == pytest.approx(35 * 4096 * plan.token_flops / (989e12 * 0.5))
 
 
-def test_a_checkpoint_holds_parameters_and_optimiser() -> None:
+def test_a_checkpoint_holds_parameters_and_optimizer() -> None:
     plan = make_plan(config(), 64)
     assert plan.checkpoint_bytes == 12 * plan.parameters.total
     muon = config("cm3leon-7b", "pretrain.optimizer=muon").pretrain

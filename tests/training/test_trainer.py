@@ -64,17 +64,17 @@ def test_loss_of_a_fresh_model_is_that_of_a_uniform_guess(stream):
 
 def test_weights_say_which_tokens_count(stream):
     batch, model = stream(0), make_model()
-    total, losses = model.losses(batch.tokens, batch.weights, batch.places)
+    total, losses = model.losses(batch.tokens, batch.weights, batch.image_positions)
     assert total.item() == pytest.approx((losses * batch.weights).sum().item(), rel=1e-5)
     only = torch.zeros_like(batch.weights)
     only[2, 5] = 3.0
-    assert model.losses(batch.tokens, only, batch.places)[0].item() == pytest.approx(3 * losses[2, 5].item(), rel=1e-5)
+    assert model.losses(batch.tokens, only, batch.image_positions)[0].item() == pytest.approx(3 * losses[2, 5].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_losses_of_each_task_are_means_over_its_tokens_since_the_last_were_logged(stream, packing):
     """Of a model that does not move: those of each sample on its own."""
-    samples = stream._epochs.draw
+    samples = stream._epochs.get_sample
 
     def draw(epoch, row):
         sample = samples(epoch, row)
@@ -87,10 +87,10 @@ def test_losses_of_each_task_are_means_over_its_tokens_since_the_last_were_logge
     logged = [values for values in logged if "loss" in values]
     again = PackedStream(draw, 16, 8, 0, 80) if packing else SortedStream(draw, 16, 8, 0)
     for part in range(2):
-        found = [sample for step in range(LOG_EVERY) for row in again.drawn(part * LOG_EVERY + step) for sample in row]
+        found = [sample for step in range(LOG_EVERY) for row in again.samples(part * LOG_EVERY + step) for sample in row]
         for number, name in enumerate(["odd", "even"], 1):
             own = collate([sample for sample in found if sample.task == number])
-            losses = model.losses(own.tokens, own.weights, own.places)[1][own.weights > 0]
+            losses = model.losses(own.tokens, own.weights, own.image_positions)[1][own.weights > 0]
             assert logged[part][f"loss_{name}"] == pytest.approx(losses.mean().item(), rel=1e-4)
 
 
@@ -119,7 +119,7 @@ def test_schedule_warms_up_peaks_and_ends_at_the_floor():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_parameter_is_in_an_optimiser_once(optimizer):
+def test_every_parameter_is_in_an_optimizer_once(optimizer):
     model = make_model()
     optimizers = make_optimizers(model, CONFIG.model_copy(update={"optimizer": optimizer}))
     grouped = [p for each in optimizers for group in each.param_groups for p in group["params"]]
@@ -144,7 +144,7 @@ def test_z_loss_draws_the_outputs_scale_to_one(stream):
         model, _, _ = train(stream, CONFIG.model_copy(update={"z_loss": z_loss}))
         batch = stream(0)
         with torch.no_grad():
-            return model.logits(model(batch.tokens, batch.places)).logsumexp(-1).abs().mean().item()
+            return model.logits(model(batch.tokens, batch.image_positions)).logsumexp(-1).abs().mean().item()
 
     assert scale(1e-1) < scale(0.0) - 0.5
 

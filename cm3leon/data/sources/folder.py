@@ -16,7 +16,7 @@ from cm3leon.data.manifest import Problem, SourceRow
 from cm3leon.data.sources import SourceError
 from cm3leon.data.tables import parse_json, read_table
 
-COLUMNS = (
+MANIFEST_COLUMNS = (
     "image", "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions", "reasoning",
     "instruction", "edited_from", "conditions", "text_in_image",
 )  # fmt: skip
@@ -58,12 +58,14 @@ def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str
     """Our column -> the file's, for the columns that are there."""
     listing = ", ".join(found) or "none"
     for ours, theirs in config.columns.items():
-        if ours not in COLUMNS:
-            raise SourceError(f"ingest.folder.columns.{ours}: there is no manifest column {ours!r}; columns are {', '.join(COLUMNS)}")
+        if ours not in MANIFEST_COLUMNS:
+            raise SourceError(
+                f"ingest.folder.columns.{ours}: there is no manifest column {ours!r}; columns are {', '.join(MANIFEST_COLUMNS)}"
+            )
         if theirs not in found:
             raise SourceError(f"ingest.folder.columns.{ours}: {manifest} has no column {theirs!r}; its columns are: {listing}")
     mapping = dict(config.columns)
-    for ours in COLUMNS:
+    for ours in MANIFEST_COLUMNS:
         known = next((name for name in ALIASES.get(ours, (ours,)) if name in found), None)
         if ours not in mapping and known is not None:
             mapping[ours] = known

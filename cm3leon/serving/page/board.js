@@ -1,7 +1,7 @@
 // A canvas that shows a picture, or an empty square, and on which boxes are drawn. Boxes are in pixels of the picture.
 
 const SIDE = 384;
-const COLOURS = ["#c2185b", "#1565c0", "#2e7d32", "#ef6c00", "#6a1b9a", "#00838f"];
+const COLORS = ["#c2185b", "#1565c0", "#2e7d32", "#ef6c00", "#6a1b9a", "#00838f"];
 
 export class Board {
   // onChange is called when a box was drawn.
@@ -76,7 +76,7 @@ export class Board {
       this.grid(context);
     }
     const drawn = [...this.boxes, ...(this.draft ? [{ label: "", box: this.draft }] : [])];
-    drawn.forEach(({ label, box }, number) => this.frame(context, label, box, COLOURS[number % COLOURS.length]));
+    drawn.forEach(({ label, box }, number) => this.frame(context, label, box, COLORS[number % COLORS.length]));
   }
 
   // What the model does not see of a picture that is no square.
@@ -103,18 +103,18 @@ export class Board {
     }
   }
 
-  frame(context, label, [left, top, right, bottom], colour) {
+  frame(context, label, [left, top, right, bottom], color) {
     const [x, y, w, h] = [left, top, right - left, bottom - top].map((value) => value * this.scale);
     context.lineWidth = 5;
     context.strokeStyle = "#fff";
     context.strokeRect(x, y, w, h);
     context.lineWidth = 2.5;
-    context.strokeStyle = colour;
+    context.strokeStyle = color;
     context.strokeRect(x, y, w, h);
     if (!label) return;
     context.font = "600 14px system-ui, sans-serif";
     const wide = context.measureText(label).width + 8;
-    context.fillStyle = colour;
+    context.fillStyle = color;
     context.fillRect(x, y, wide, 20);
     context.fillStyle = "#fff";
     context.fillText(label, x + 4, y + 15);

@@ -38,7 +38,7 @@ function card(drawn, description, fileName, actions) {
   );
 }
 
-function documentTable(neighbours) {
+function documentTable(neighbors) {
   const columns = ["id", "caption", "licence", "attribution", "source", "score"];
   const row = (kind, values) => element("tr", {}, ...values.map((value) => element(kind, {}, value)));
   const told = (value) => (typeof value === "number" ? value.toFixed(3) : String(value ?? "not told"));
@@ -46,7 +46,7 @@ function documentTable(neighbours) {
     "div", { className: "scroll" },
     element("table", {},
       element("thead", {}, row("th", columns)),
-      element("tbody", {}, ...neighbours.map((found) => row("td", columns.map((name) => told(found[name])))))),
+      element("tbody", {}, ...neighbors.map((found) => row("td", columns.map((name) => told(found[name])))))),
   );
 }
 
@@ -56,9 +56,9 @@ export function drawnArticle(title, data, actions) {
     return card(drawn, `${title}, picture ${number + 1}`, fileName, actions);
   });
   const article = element("article", {}, element("h2", {}, title), element("div", { className: "cards" }, ...cards));
-  const neighbours = data[0].neighbours ?? [];
-  if (neighbours.length) {
-    article.append(element("h3", {}, "Drawn after these retrieved documents"), documentTable(neighbours));
+  const neighbors = data[0].neighbors ?? [];
+  if (neighbors.length) {
+    article.append(element("h3", {}, "Drawn after these retrieved documents"), documentTable(neighbors));
   }
   return article;
 }
