@@ -39,7 +39,7 @@ def main(prompts: int) -> None:
         encoder=paths.ENCODER,
         memory_bank=paths.INDEX,
         tokens=paths.TOKENS,
-        decoding=DecodingConfig(top_p=1.0),
+        decoding=DecodingConfig(top_p=1.0, likelihood=0.0, tasks={}),
     )
     captions = [str(texts[0]) for texts in read_manifest(paths.VALIDATED, "val")["captions"][:prompts]]
     print(f"| {' | '.join(SETTINGS)} | composition | background | count | color | shape | size | relation | s |")

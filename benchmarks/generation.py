@@ -49,7 +49,8 @@ def make_model(shape: str, tokens: int | None) -> Decoder:
     layout = Vocabulary(vocabulary - 4 - SENTINELS - codes, codes, SENTINELS, tokens)
     torch.manual_seed(0)
     with DEVICE:
-        model = Decoder(DecoderSpec(layers, width, heads, tokens + 64, init_std=0.02), layout)
+        off = {"qk_norm": False, "image_positions": False, "rope": False, "previous_token": False}  # as the paper's
+        model = Decoder(DecoderSpec(layers, width, heads, tokens + 64, init_std=0.02, position_std=0.0002, **off), layout)
     for block in model.blocks:
         torch.nn.init.normal_(block.attention.out.weight, std=0.02)
         torch.nn.init.normal_(block.down.weight, std=0.02)

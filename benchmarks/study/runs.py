@@ -102,7 +102,7 @@ class Study:
 
     def generator(self, model: Path) -> Generator:
         """A generator on a decoder of the study, or of the pipeline, with the pipeline's other parts and plain sampling."""
-        plain = DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0, candidates=1)
+        plain = DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0, candidates=1, likelihood=0.0, tasks={})
         return load(self.config.model_copy(update={"decoding": plain}), model)
 
     def composition(self, model: Path, number: int = 1, **settings: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def build_vocabulary(config: ModelConfig) -> Vocabulary:
 def build_decoder(config: ModelConfig, seed: int) -> Decoder:
     """A fresh decoder over the tokenizers' vocabulary."""
     torch.manual_seed(seed)
-    model = Decoder(DecoderSpec(**config.model_dump(exclude={"sentinels", "reserved", "codebook_std"})), build_vocabulary(config))
+    model = Decoder(DecoderSpec.from_config(config), build_vocabulary(config))
     if config.codebook_std:
         model.start_from_codebook(ImageTokenizer.load(paths.IMAGE_TOKENIZER).codebook.entries, config.codebook_std)
     return model

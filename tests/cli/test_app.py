@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from tests_support import decoding
 from typer.testing import CliRunner
 
 from cm3leon.cli import app, model
-from cm3leon.config.schema import DecodingConfig
+from cm3leon.config.schema import load_config
 from cm3leon.generation.generator import Generator
 from cm3leon.stages.common import METRICS, STAGES
 from cm3leon.utils.errors import UserError
@@ -53,7 +54,7 @@ class Recorder:
 
 @pytest.fixture(scope="session")
 def loaded(tiny_parts: dict[str, Path]) -> Generator:
-    return Generator.from_parts(**tiny_parts, decoding=DecodingConfig(candidates=2))  # type: ignore[arg-type]
+    return Generator.from_parts(**tiny_parts, decoding=decoding(candidates=2))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -105,6 +106,17 @@ def test_every_dvc_stage_is_a_command_and_has_a_module() -> None:
         assert name in listed
         assert (ROOT / f"cm3leon/stages/{name}.py").is_file()
     assert CliRunner().invoke(app.app, ["super-resolution", "--help"]).exit_code == 0
+
+
+def test_configure_writes_parameters_that_every_command_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs", "configs")
+    assert call("configure", "tiny", "--set", "seed=3") == (0, "params.yaml: profile tiny, seed=3\n", "")
+    written = Path("params.yaml").read_text()
+    assert (load_config().profile, load_config().seed) == ("tiny", 3)
+    error = "error: --set sft.stepz=3: sft.stepz: unknown key; did you mean sft.steps?\n"
+    assert call("configure", "tiny", "--set", "sft.stepz=3") == (2, "", error)
+    assert Path("params.yaml").read_text() == written
 
 
 def test_a_stage_prints_its_metrics_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

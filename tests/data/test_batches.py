@@ -5,13 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from tests_support import make_documents
+from tests_support import OBJECTIVE, decoder_spec, make_documents
 
-from cm3leon.config.schema import ObjectiveConfig
 from cm3leon.data.batches import LOOKAHEAD, PackedStream, SortedStream, collate, pack
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
-from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import EOS, Vocabulary, check_grammar
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
@@ -24,7 +23,7 @@ def samples(tmp_path_factory):
     write_tokens(directory, "train", make_documents(40), 16, 100)
     store = TokenStore(directory)
     neighbors = dict.fromkeys(store.ids, store.ids[:3])
-    return PretrainingSamples(store, store, neighbors, VOCABULARY, ObjectiveConfig(), [0.5, 0.5], 80, 0)
+    return PretrainingSamples(store, store, neighbors, VOCABULARY, OBJECTIVE, [0.5, 0.5], 80, 0)
 
 
 def packed(samples, batch_size=4):
@@ -73,7 +72,7 @@ def test_the_opening_token_of_a_sample_is_no_target_and_positions_restart(sample
 
 def test_losses_of_packed_samples_are_those_of_the_samples_alone(samples):
     torch.manual_seed(0)
-    model = Decoder(DecoderSpec(2, 32, 2, LENGTH, init_std=0.2, image_positions=True), VOCABULARY)
+    model = Decoder(decoder_spec(2, 32, 2, LENGTH, init_std=0.2, image_positions=True), VOCABULARY)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     four = [samples(0, row) for row in range(4)]

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from tests_support import make_documents
+from tests_support import OBJECTIVE, make_documents
 
-from cm3leon.config.schema import ObjectiveConfig
 from cm3leon.data.batches import SortedStream
 from cm3leon.data.sequences import PretrainingSamples, fit_body, sample_neighbors, sample_rng
 from cm3leon.data.tokens import TokenStore, write_tokens
@@ -23,7 +22,7 @@ def store(tmp_path_factory):
 
 def samples(store, documents=(0.4, 0.3, 0.3), seed=0, context=128, **objective):
     neighbors = {name: [store.ids[(row + i) % len(store)] for i in (1, 2, 3)] for row, name in enumerate(store.ids)}
-    return PretrainingSamples(store, store, neighbors, VOCABULARY, ObjectiveConfig(**objective), documents, context, seed)
+    return PretrainingSamples(store, store, neighbors, VOCABULARY, OBJECTIVE.model_copy(update=objective), documents, context, seed)
 
 
 def test_documents_come_back_from_the_shards(store):

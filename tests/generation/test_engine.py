@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from tests_support import decoder_spec
 
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation import cache as caches
 from cm3leon.generation.cache import DecodingCache, read_prompts
 from cm3leon.generation.engine import PromptTooLongError, common_beginning, generate_images, generate_texts, log_likelihoods
 from cm3leon.generation.sampling import Sampler, at_temperature, sample, uniform_noise
-from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Prompt, Vocabulary
 
 VOCABULARY = Vocabulary(text_size=40, image_size=20, sentinels=4, tokens_per_image=9)
@@ -18,7 +19,7 @@ CONTEXT = 128
 
 def make(**options):
     torch.manual_seed(0)
-    spec = DecoderSpec(layers=2, width=32, heads=4, context=CONTEXT, init_std=0.5, position_std=0.3, **options)
+    spec = decoder_spec(layers=2, width=32, heads=4, context=CONTEXT, init_std=0.5, position_std=0.3, **options)
     model = Decoder(spec, VOCABULARY)
     for block in model.blocks:
         torch.nn.init.normal_(block.attention.out.weight, std=0.3)

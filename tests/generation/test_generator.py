@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests_support import decoding
 
 from cm3leon.config import paths
-from cm3leon.config.schema import DecodingConfig, RetrieveConfig
+from cm3leon.config.schema import RetrieveConfig
 from cm3leon.generation.engine import PromptTooLongError, log_likelihoods
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.memory import Memory
@@ -24,7 +25,7 @@ PICTURE = Image.new("RGB", (32, 32), "red")
 
 @pytest.fixture(scope="module")
 def generator(tiny_parts):
-    return Generator.from_parts(**tiny_parts, decoding=DecodingConfig(candidates=2, max_text_tokens=8))
+    return Generator.from_parts(**tiny_parts, decoding=decoding(candidates=2, max_text_tokens=8))
 
 
 def codes(results):
@@ -271,7 +272,7 @@ def test_what_a_model_was_not_trained_for_is_refused(generator):
 def test_other_precisions_find_almost_the_same_likelihoods(generator, tiny_models, precision):
     parts = {"model": paths.FINETUNED, "image_tokenizer": paths.IMAGE_TOKENIZER, "text_tokenizer": paths.TEXT_TOKENIZER}
     other = Generator.from_parts(
-        **{name: tiny_models / path for name, path in parts.items()}, decoding=DecodingConfig(candidates=1), precision=precision
+        **{name: tiny_models / path for name, path in parts.items()}, decoding=decoding(candidates=1), precision=precision
     )
     [expected], [found] = (g.score([PICTURE], PROMPTS[:1]) for g in (generator, other))
     assert (found.text, found.image) == pytest.approx((expected.text, expected.image), rel=0.02)
@@ -320,7 +321,7 @@ def test_without_encoder_ranking_and_retrieval_are_refused(tiny_models):
         model=tiny_models / paths.FINETUNED,
         image_tokenizer=tiny_models / paths.IMAGE_TOKENIZER,
         text_tokenizer=tiny_models / paths.TEXT_TOKENIZER,
-        decoding=DecodingConfig(candidates=1),
+        decoding=decoding(candidates=1),
     )
     assert np.asarray(plain.text_to_image(["x"])[0][0].image).shape == (32, 32, 3)
     with pytest.raises(BadInputError, match="rank"):

@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
-from tests_support import make_documents
+from tests_support import OBJECTIVE, make_documents
 
-from cm3leon.config.schema import ObjectiveConfig, SFTConfig
+from cm3leon.config.schema import SFTConfig
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.task_samples import TaskSamples, bounded_shares
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
@@ -54,11 +54,17 @@ def samples(tmp_path_factory):
         write_tokens(directory, "train", make_documents(40), 16, 100)
         store = TokenStore(directory)
         manifest = pd.DataFrame([{"id": name, **ROW, **(change(row) if change else {})} for row, name in enumerate(store.ids)])
-        documents = PretrainingSamples(store, store, {}, VOCABULARY, ObjectiveConfig(), [1.0], 200, 0)
+        documents = PretrainingSamples(store, store, {}, VOCABULARY, OBJECTIVE, [1.0], 200, 0)
         depth = [Document(condition_key(document.id, "depth"), document.codes ^ 1, []) for document in make_documents(40)]
         write_tokens(directory, "conditions-train", depth, 16, 100)
         conditions = TokenStore(directory, ["conditions-train"])
-        return TaskSamples(documents, manifest, TOKENIZER, SFTConfig(tasks=tasks, **options), conditions)
+        return TaskSamples(
+            documents,
+            manifest,
+            TOKENIZER,
+            SFTConfig(**{"tasks": tasks, "answer_weight": 4.0, "input_weight": 1.0, "questions_per_sample": 1, **options}),
+            conditions,
+        )
 
     return make
 

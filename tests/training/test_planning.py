@@ -14,11 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from tests_support import decoder_spec
 from typer.testing import CliRunner
 
 from cm3leon.cli import app
-from cm3leon.config.schema import Config, ConfigError, load_config
-from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.config.schema import Config, ConfigError
+from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.planning import Plan, activation_bytes, block_bytes, count, make_plan, memory, optimizer_bytes, read_config
@@ -36,7 +37,7 @@ def config(profile: str = "cm3leon-7b", *changes: str) -> Config:
 
 
 def decoder(**changes: Any) -> Decoder:
-    return Decoder(DecoderSpec(**{"layers": 2, "width": 128, "heads": 4, "context": 64, **changes}), VOCABULARY)
+    return Decoder(decoder_spec(**{"layers": 2, "width": 128, "heads": 4, "context": 64, **changes}), VOCABULARY)
 
 
 # --- the paper's sizes -----------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def test_the_count_is_that_of_a_real_decoder() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_states_and_checkpoint_are_as_large_as_the_trainers(optimizer: str, tmp_path: Path) -> None:
-    section = load_config(CONFIGS / "tiny.yaml").pretrain.model_copy(update={"optimizer": optimizer})
+    section = config("tiny").pretrain.model_copy(update={"optimizer": optimizer})
     state = setup(decoder(), section)
     tokens = torch.randint(4, VOCABULARY.size, (2, 64))
     state.model.losses(tokens, torch.ones(tokens.shape), torch.zeros_like(tokens))[0].backward()
@@ -158,15 +159,15 @@ def test_shards_of_a_real_model_are_as_large_as_planned() -> None:
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from cm3leon.config.schema import TrainConfig
+from cm3leon.config.schema import PretrainConfig
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.training.planning import memory
 from cm3leon.training import distributed
 
 dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
-model = Decoder(DecoderSpec(2, 128, 4, 64), Vocabulary(200, 64, 8, 16))
-config = TrainConfig(batch_size=16, micro_batch_size=2, precision="bf16")
+model = Decoder(DecoderSpec(2, 128, 4, 64, 0.006, 0.0002, False, False, False, False), Vocabulary(200, 64, 8, 16))
+config = PretrainConfig(batch_size=16, micro_batch_size=2, precision="bf16", optimizer="adamw")
 planned = memory(model, config, 4)
 distributed.shard(model, config, distributed.World(0, 4))
 tokens = torch.randint(4, 276, (2, 64))
