@@ -68,5 +68,5 @@ lock:  ## write requirements.lock anew from pyproject.toml's ranges
 	@mv .cache/requirements.lock requirements.lock && rm -rf .cache/lock
 
 clean:  ## caches and what tools leave; not the data, models, store or environment
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache build dist *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .cache build dist *.egg-info
 	find cm3leon flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
