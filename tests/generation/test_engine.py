@@ -110,6 +110,7 @@ def test_images_equal_the_reference_whatever_the_batch(model, changes, long, mon
         assert found.tolist() == [reference_image(model, own, seed, chosen_by) for seed in own_seeds]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("long", [0, 1000], ids=["held-once", "copied"])
 def test_compiled_decoding_draws_and_writes_the_same(long, monkeypatch):
     """Over a boundary of what attention looks at, so that two lengths are compiled."""

@@ -172,6 +172,7 @@ print(answers["image_png"][0])
 """
 
 
+@pytest.mark.slow
 def test_a_saved_model_works_in_another_process_and_directory(bundle, tmp_path, monkeypatch):
     import mlflow
 

@@ -11,6 +11,7 @@ from serving_support import serving
 
 from cm3leon.serving.app import PAGE
 
+pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs the program chromium")
 

@@ -200,6 +200,7 @@ def bundle(tiny_models, tmp_path):
 PROGRAM = "import sys; from cm3leon.serving.server import run; run(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
 
 
+@pytest.mark.slow
 def test_a_process_that_is_told_to_stop_finishes_and_ends_with_status_0(bundle, tmp_path):
     host = "127.0.0.2"  # not the name of this host: it must be asked for, and is warned about
     with socket.create_server((host, 0)) as free:

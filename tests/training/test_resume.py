@@ -89,6 +89,7 @@ def same_weights(one, other):
 MUON_PACKED = {"optimizer": "muon", "packing": True, "micro_batch_size": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, MUON_PACKED], ids=["adamw", "muon-packed"])
 def test_after_a_kill_losses_and_weights_are_the_same_bits(place, whole, changes):
     expected_directory, expected = whole(**changes)
@@ -101,6 +102,7 @@ def test_after_a_kill_losses_and_weights_are_the_same_bits(place, whole, changes
     assert same_weights(killed, expected_directory)
 
 
+@pytest.mark.slow
 def test_told_to_leave_it_writes_a_checkpoint_and_goes_on_from_there(place, whole):
     told = place()
     begin = time.monotonic()
@@ -114,6 +116,7 @@ def test_told_to_leave_it_writes_a_checkpoint_and_goes_on_from_there(place, whol
     assert found == whole()[1]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_with_the_reason_and_the_one_before_is_used(place, whole):
     hurt = place()
     stop(start(hurt), hurt, 16, signal.SIGKILL)
@@ -162,6 +165,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert checkpoints.names() == ["step-00000002", "step-00000005", "step-00000006"]
 
 
+@pytest.mark.slow
 def test_two_processes_are_the_same_run_as_one(place, whole):
     _, expected = whole(**MUON_PACKED)
     found, _ = run(place(), processes=2, **MUON_PACKED)
@@ -169,6 +173,7 @@ def test_two_processes_are_the_same_run_as_one(place, whole):
     assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(place, whole):
     _, expected = whole(packing=True)
     directory = place()

@@ -203,6 +203,7 @@ def test_a_run_that_goes_on_records_its_losses_from_the_beginning(stream, tmp_pa
     assert {step: logged[step]["loss"] for step in first} == first
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_learn_the_same(stream):
     short = CONFIG.model_copy(update={"steps": 3})
