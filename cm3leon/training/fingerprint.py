@@ -21,8 +21,8 @@ PACKAGE = Path(__file__).parents[1]
 STARTS = ("training/trainer.py", "data/sequences.py", "data/task_samples.py")
 """Modules that compute a step and make its samples."""
 ROOMS = ("models", "sequence", "data", "training")
-"""Rooms whose code decides what a step computes. Parameters are in the fingerprint by value, so ``config`` is not followed; ``tracking`` and
-``utils`` record and convert."""
+"""Rooms whose code decides what a step computes. Parameters are in the fingerprint by value, so ``config`` is not followed; neither are
+``tracking`` and ``utils``, which only record and convert."""
 
 
 def file_hash(path: Path) -> str:
