@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from torch.nn.functional import interpolate, pixel_shuffle
 
 from cm3leon.data.images import to_rgb
 from cm3leon.utils.images import to_pil, to_uint8, to_unit
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CORRECTION_SCALE = 0.3
@@ -91,6 +95,16 @@ class SuperResolution(nn.Module):
             low = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)[None].to(device)
             result += to_pil(self(to_unit(low)))
         return result
+
+
+def target_side(manifest: pd.DataFrame, image_size: int, scale: int) -> int:
+    """Side of the high-resolution training images, pixels, a multiple of ``scale``.
+
+    It is the side of upscaled outputs, ``image_size * scale``, or less where more than half of the collection's images are smaller:
+    an image enlarged to its own target would teach the network to blur.
+    """
+    available = int(manifest[["width", "height"]].min(axis=1).median())
+    return max(scale, min(image_size * scale, available) // scale * scale)
 
 
 def reduce(pixels: torch.Tensor, scale: int) -> torch.Tensor:

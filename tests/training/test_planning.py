@@ -168,7 +168,7 @@ dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
 model = Decoder(DecoderSpec(2, 128, 4, 64), Vocabulary(200, 64, 8, 16))
 config = TrainConfig(batch_size=16, micro_batch_size=2, precision="bf16")
 planned = memory(model, config, 4)
-distributed.shard(model, config, distributed.World(0, 4))
+distributed.shard(model, model.blocks, config, distributed.World(0, 4))
 tokens = torch.randint(4, 276, (2, 64))
 for _ in range(2):
     with distributed.autocast(config, torch.device("cpu")):
