@@ -21,8 +21,8 @@ from cm3leon.evaluation.record import bootstrap, digest
 from cm3leon.generation.generator import Generator
 from cm3leon.scenes import composition
 from cm3leon.stages.evaluate import load
-from cm3leon.stages.pretrain import build_decoder, training_samples, validation_batches
 from cm3leon.tracking.lineage import content_hash
+from cm3leon.training.pretraining import build_decoder, training_samples, validation_batches
 from cm3leon.training.trainer import fit, setup
 
 ROOT = Path("models/study")

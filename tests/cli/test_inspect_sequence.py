@@ -15,8 +15,8 @@ from cm3leon.config.schema import Config
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
 from cm3leon.sequence.grammar import check_grammar
 from cm3leon.sequence.text_tokenizer import TextTokenizer
-from cm3leon.stages.pretrain import build_vocabulary, training_samples
-from cm3leon.training.run import stream_of
+from cm3leon.training.pretraining import build_vocabulary, training_samples
+from cm3leon.training.run import make_stream
 from cm3leon.utils.errors import UserError
 
 PACKED = {
@@ -86,7 +86,7 @@ def test_a_document_is_shown_with_its_neighbors_and_masks(project):
 
 def test_a_packed_row_is_what_training_reads_in_that_step(project):
     samples = source()
-    stream = stream_of(samples, len(samples), CONFIG.pretrain, CONFIG.seed, 400)
+    stream = make_stream(samples, len(samples), CONFIG.pretrain, CONFIG.seed, 400)
     batches = [stream(step) for step in range(4)]
     row = batches[3].tokens[1]
     plain, _ = printed(inspect_sequence.show_row, 3, 1, CONFIG)

@@ -121,6 +121,11 @@ def test_declared_code_is_what_the_stage_imports(stage: str) -> None:
     assert not unused, f"{stage} does not import {unused}"
 
 
+@pytest.mark.parametrize("stage", ["image_tokenizer", "encoder", "super_resolution"])
+def test_editing_the_decoder_retrains_no_other_network(stage: str) -> None:
+    assert "models/decoder" not in closure(stage)
+
+
 def test_every_source_is_a_dependency_of_ingest() -> None:
     assert {"scenes/source", "data/sources/folder", "data/tables"} <= closure("ingest")
 

@@ -1,4 +1,4 @@
-"""A small training run as a process of its own, to be killed, told to leave, or started by torchrun: ``python job.py DIRECTORY JSON``.
+"""A small training run as a process of its own, to be killed, interrupted, or started by torchrun: ``python job.py DIRECTORY JSON``.
 
 JSON: ``steps``, and changes to the training parameters. Writes ``losses.json`` and ``model.safetensors`` when it ends.
 """
@@ -20,7 +20,7 @@ from cm3leon.data.tokens import TokenStore
 from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.checkpoint import Checkpoints
-from cm3leon.training.distributed import whole, world
+from cm3leon.training.distributed import full_tensor, world
 from cm3leon.training.trainer import fit, setup
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
@@ -41,11 +41,11 @@ def main(directory: Path, changes: dict) -> None:
             directory / "checkpoints", {"steps": str(config.steps), "data": "one"}, config.keep_checkpoints, processes
         )
         state = setup(model, config, processes)
-        figures = fit(state, stream, config, {"": validation}, "job", checkpoints=checkpoints)
-        tensors = {name: whole(parameter).detach().clone() for name, parameter in model.named_parameters()}
+        metrics = fit(state, stream, config, {"": validation}, "job", checkpoints=checkpoints)
+        tensors = {name: full_tensor(parameter).detach().clone() for name, parameter in model.named_parameters()}
         if processes.rank == 0:
             save_file(tensors, directory / "model.safetensors")
-            (directory / "losses.json").write_text(json.dumps({"losses": state.losses, **figures}))
+            (directory / "losses.json").write_text(json.dumps({"losses": state.losses, **metrics}))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ from tests_support import decoder_spec
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm3leon.config.schema import PretrainConfig
 from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import Vocabulary
-from cm3leon.training.distributed import products_dtype
 from cm3leon.training.hardware import DEVICES, flops_per_token, peak_flops
 
 
@@ -70,14 +68,3 @@ def test_flops_are_those_that_pytorch_counts(recompute: bool) -> None:
     no_target = 6 * rows * vocabulary.size * width  # the last token of a row predicts nothing
     counted = rows * context * (flops_per_token(model.spec, vocabulary.size, context) + causal_half + again) - no_target
     assert counter.get_total_flops() == counted
-
-
-def test_auto_is_bfloat16_only_where_there_are_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, cpu = PretrainConfig(precision="auto"), torch.device("cpu")
-    for capability, expected in (("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx512_f", torch.float32)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capability: {found: True}, raising=False)
-        assert products_dtype(config, cpu) == expected
-        assert products_dtype(PretrainConfig(precision="fp32"), cpu) == torch.float32
-        assert products_dtype(PretrainConfig(precision="bf16"), cpu) == torch.bfloat16
-    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch before 2.12
-    assert products_dtype(config, cpu) == torch.float32

@@ -164,15 +164,16 @@ from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.training.planning import memory
 from cm3leon.training import distributed
+from cm3leon.training.precision import autocast
 
 dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
 model = Decoder(DecoderSpec(2, 128, 4, 64, 0.006, 0.0002, False, False, False, False), Vocabulary(200, 64, 8, 16))
 config = PretrainConfig(batch_size=16, micro_batch_size=2, precision="bf16", optimizer="adamw")
 planned = memory(model, config, 4)
-distributed.shard(model, config, distributed.World(0, 4))
+distributed.shard(model, model.blocks, config, distributed.World(0, 4))
 tokens = torch.randint(4, 276, (2, 64))
 for _ in range(2):
-    with distributed.autocast(config, torch.device("cpu")):
+    with autocast(config, torch.device("cpu")):
         total, _ = model.losses(tokens, torch.ones(tokens.shape), torch.zeros_like(tokens))
     total.backward()
     assert planned.gradients == sum(p.grad.to_local().nbytes for p in model.parameters())
