@@ -373,23 +373,23 @@ class SuperResolutionConfig(Section):
 class DecodingConfig(Section):
     """Decoding defaults of a profile; they travel with the bundle."""
 
-    temperature: float = Field(0.8, ge=0, description="0: greedy")
-    top_p: float = Field(0.9, gt=0, le=1)
+    temperature: float = Field(0.8, ge=0, le=10, description="of sampling; 0: greedy")
+    top_p: float = Field(0.9, gt=0, le=1, description="only the smallest set of most likely tokens with this probability mass; 1: all")
     top_k: int | None = Field(None, ge=1, description="only this many most likely tokens; null: all")
-    guidance: float = Field(2.0, ge=0, description="classifier-free guidance scale; 1: none")
+    guidance: float = Field(2.0, ge=0, le=50, description="classifier-free guidance scale; 1: none")
     guidance_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="over an image: the scale throughout, or rising to it from 1"
+        "constant", description="of the guidance scale over an image: constant, or rising to it from 1"
     )
-    image_guidance: float = Field(1.5, ge=0, description="in editing, guidance towards the image that is edited")
-    contrastive: float = Field(0.0, ge=0, le=1, description="share of the candidates that is drawn by contrastive decoding (CD-K)")
+    image_guidance: float = Field(1.5, ge=0, le=50, description="in editing, guidance scale towards the image that is edited")
+    contrastive: float = Field(0.0, ge=0, le=1, description="share of the candidates that is sampled by contrastive decoding (CD-K)")
     contrastive_k: int = Field(4, ge=1, description="CD-K: plausible is what is not much less likely than the k-th most likely token")
     contrastive_alpha: float = Field(0.5, ge=0, le=1, description="CD-K: how much less likely it may be")
-    candidates: int = Field(4, ge=1, description="images drawn for each one returned; the best-ranked is kept")
+    candidates: int = Field(4, ge=1, description="images generated for each one returned; the best-ranked are returned")
     likelihood: float = Field(
-        0.0, ge=0, description="weight, in ranking, of the prompt's log-likelihood as the image's caption (nats), beside the CLIP score"
+        0.0, ge=0, description="weight, in ranking, of the prompt's log-likelihood as the image's caption (nats), added to the CLIP score"
     )
-    retrieved_documents: int = Field(0, ge=0, description="retrieved documents before the prompt")
-    max_text_tokens: int = Field(64, ge=1)
+    retrieved_documents: int = Field(0, ge=0, le=16, description="documents retrieved to precede the prompt")
+    max_text_tokens: int = Field(64, ge=1, description="longest text generated, tokens")
     tasks: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="task -> its own values of the settings above, where they differ"
     )
