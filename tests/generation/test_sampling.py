@@ -72,9 +72,7 @@ def test_guidance_is_its_formula():
         torch.testing.assert_close(classifier_free(c, u, scale), u + scale * (c - u))
         torch.testing.assert_close(editing(c, i, u, 1.5, scale), u + 1.5 * (i - u) + scale * (c - i))
     torch.testing.assert_close(editing(c, i, u, 1.0, 1.0), c)
-    torch.testing.assert_close(
-        editing(c, u, u, 7.0, 3.5), classifier_free(c, u, 3.5)
-    )  # with an image stream equal to the unconditional one
+    torch.testing.assert_close(editing(c, u, u, 7.0, 3.5), classifier_free(c, u, 3.5))  # an image stream without effect
 
 
 def test_schedules_rise_from_one_to_the_scale():
