@@ -11,7 +11,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
-from pydantic.fields import FieldInfo
 
 from cm3leon.config.schema import DecodingConfig, current_name
 from cm3leon.generation.checks import BadInputError
@@ -19,12 +18,29 @@ from cm3leon.generation.checks import BadInputError
 if TYPE_CHECKING:
     from cm3leon.generation.parts import Parts
 
-IMAGE_SETTINGS = ("temperature", "top_p", "top_k", "candidates", "likelihood")
-"""Settings of every task that generates images."""
-GUIDANCE_SETTINGS = ("guidance", "guidance_schedule", "contrastive", "contrastive_k", "contrastive_alpha")
-"""Settings of tasks that know an unconditional stream: all but inpainting."""
+SAMPLING = ("temperature", "top_p", "top_k")
+IMAGE = (*SAMPLING, "candidates", "likelihood")
+GUIDED_IMAGE = (*IMAGE, "guidance", "guidance_schedule", "contrastive", "contrastive_k", "contrastive_alpha")
+
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "text_to_image": (*GUIDED_IMAGE, "retrieved_documents"),
+    "write": (*GUIDED_IMAGE, "retrieved_documents"),
+    "layout_to_image": (*GUIDED_IMAGE, "retrieved_documents"),
+    "condition_to_image": GUIDED_IMAGE,
+    "edit": (*GUIDED_IMAGE, "image_guidance"),
+    "infill": IMAGE,
+    "interleave": SAMPLING,
+}
+"""Task -> the decoding settings that a request of it may have. Tasks that generate text take a temperature, 0 by default, and the bundle's
+own ``top_p`` and ``max_text_tokens``."""
+
 UNGUIDED = {"guidance": 1.0, "contrastive": 0.0}
 """Settings of what is generated from one stream."""
+
+
+def decoding_type(name: str) -> Any:
+    """A decoding setting's type."""
+    return DecodingConfig.model_fields[name].annotation
 
 
 def bounds_of(name: str) -> dict[str, Any]:
@@ -40,12 +56,6 @@ def description_of(name: str) -> str:
 def decoding_field(name: str, default: Any = None, **options: Any) -> Any:
     """A field of a request with the bounds and the description of a decoding setting; None takes the model's own value."""
     return Field(default, description=description_of(name), **bounds_of(name), **options)
-
-
-def decoding_type(name: str) -> Any:
-    """A decoding setting's type."""
-    field: FieldInfo = DecodingConfig.model_fields[name]
-    return field.annotation
 
 
 def checked_settings(defaults: DecodingConfig, changes: Mapping[str, Any]) -> DecodingConfig:
