@@ -399,14 +399,14 @@ class SuperResolutionConfig(Section):
 class DecodingConfig(Section):
     """Decoding defaults of a profile, stored in the bundle."""
 
-    temperature: float = Field(0.7, ge=0, description="sampling temperature; 0: greedy (paper: 0.7-1.0)")
+    temperature: float = Field(0.7, ge=0, le=10, description="sampling temperature; 0: greedy (paper: 0.7-1.0)")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling (arXiv 1904.09751); 1: all tokens (paper: 0.8-0.9)")
     top_k: int | None = Field(None, ge=1, description="sample from this many most likely tokens; null: from all")
-    guidance: float = Field(1.5, ge=0, description="classifier-free guidance scale; 1: none (paper: 3-5)")
+    guidance: float = Field(1.5, ge=0, le=50, description="classifier-free guidance scale; 1: none (paper: 3-5)")
     guidance_schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="over the tokens of an image: the scale throughout, or rising to it from 1"
     )
-    image_guidance: float = Field(1.5, ge=0, description="in editing, guidance scale towards the source image (paper: 1.5)")
+    image_guidance: float = Field(1.5, ge=0, le=50, description="in editing, guidance scale towards the source image (paper: 1.5)")
     contrastive: float = Field(0.0, ge=0, le=1, description="share of the candidates sampled by contrastive decoding, CD-K (paper: 0.5)")
     contrastive_k: int = Field(4, ge=1, description="CD-K: rank of the token that sets the threshold of plausibility")
     contrastive_alpha: float = Field(0.5, ge=0, le=1, description="CD-K: threshold as a share of that token's probability")
@@ -414,7 +414,7 @@ class DecodingConfig(Section):
     likelihood: float = Field(
         0.03, ge=0, description="ranking: weight of the caption log-likelihood of the prompt, nats, added to the CLIP score"
     )
-    retrieved_documents: int = Field(0, ge=0, description="retrieved documents before the prompt (paper: 0-2)")
+    retrieved_documents: int = Field(0, ge=0, le=16, description="retrieved documents before the prompt (paper: 0-2)")
     max_text_tokens: int = Field(64, ge=1, description="longest generated text, tokens")
     tasks: dict[str, dict[str, Any]] = Field(
         {

@@ -76,7 +76,7 @@ def training_answers(manifest: pd.DataFrame) -> Counter[tuple[str, str]]:
 def answer_all(generator: Generator, store: ImageStore, refs: Sequence[str], questions: Sequence[str]) -> list[str]:
     """An answer to each question about its image; questions too long for the context lose their end."""
     images = fitted(generator, store, refs)
-    return [answer.text for answer in generator.answer(images, [generator.shorten_question(question) for question in questions])]
+    return [answer.text for answer in generator.vqa(images, [generator.shorten_question(question) for question in questions])]
 
 
 def fitted(generator: Generator, store: ImageStore, refs: Sequence[str]) -> list[Image.Image]:

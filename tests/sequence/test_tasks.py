@@ -11,7 +11,7 @@ from cm3leon.config.schema import SFTConfig
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.task_samples import TaskSamples, bounded_shares
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
-from cm3leon.generation.prompts import answer_prompt, image_prompt, reading_pair
+from cm3leon.generation.prompts import answer_prompt, image_prompt, likelihood_pair
 from cm3leon.sequence.grammar import EOS, EOSS, Vocabulary, check_grammar, split_tail
 from cm3leon.sequence.tasks import BREAK, TASKS, available, box_in_square, condition_key, lay_out, reasoning_fields, split_template
 from cm3leon.sequence.text_tokenizer import TextTokenizer
@@ -129,7 +129,7 @@ def test_an_image_sample_is_the_prompt_of_one_of_its_guidance_streams_and_the_im
     streams = [image_prompt(query, [], VOCABULARY, frozenset(dropped)).tokens for dropped in ((), *task.cfg_dropout)]
     wholes = [[*stream, *VOCABULARY.image(store[3].codes), EOS] for stream in streams[:1]]
     for dropped in task.cfg_dropout:
-        before, read = reading_pair(query, store[3].codes, dropped, VOCABULARY)
+        before, read = likelihood_pair(query, store[3].codes, dropped, VOCABULARY)
         wholes.append([*before.tokens, *read.tokens, EOS])
         assert before.tokens[: len(streams[len(wholes) - 1])].tolist() == streams[len(wholes) - 1].tolist()
     found = [sampled(epoch, number) for epoch in range(12) for number in range(len(sampled))]
