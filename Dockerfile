@@ -31,6 +31,8 @@ COPY --chown=cm3leon:cm3leon flows/__init__.py flows/
 RUN make install
 
 COPY --chown=cm3leon:cm3leon . .
+# DVC wants a repository; the history itself stays out of the image.
+RUN git init --quiet
 ENV PATH=/home/cm3leon/project/.venv/bin:$PATH
 EXPOSE 8000
 CMD ["make", "run", "PROFILE=tiny"]
