@@ -26,7 +26,7 @@ REQUIREMENTS = (
 """Packages that a registered model needs to load and predict; registered with the versions installed here."""
 
 
-def log_version(client: MlflowClient, bundle: Path, name: str, tags: Mapping[str, str], scores: Mapping[str, float], config: Config) -> str:
+def log_version(client: MlflowClient, bundle: Path, name: str, tags: Mapping[str, str], config: Config) -> str:
     """Log the bundle in a run ``register`` with its evaluation and lineage, and make it a version of model ``name``.
 
     Returns the version's number.
@@ -46,7 +46,6 @@ def log_version(client: MlflowClient, bundle: Path, name: str, tags: Mapping[str
             model = log_model(bundle, name)
         client.log_artifacts(run.run_id, str(bundle / "evaluation"), "evaluation")
         client.log_artifact(run.run_id, str(bundle / "lineage.json"))
-        run.log_metrics({f"eval/{score}": value for score, value in scores.items()})
         try:
             client.create_registered_model(name, description="CM3leon: generates images, captions and answers. Load it by alias.")
         except MlflowException as error:

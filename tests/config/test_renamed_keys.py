@@ -26,7 +26,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.fixture
 def bundle(tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tiny_models)
-    return build_bundle(tmp_path / "bundle", Config())
+    return build_bundle(tmp_path / "bundle", Config()).path
 
 
 def nested(key: str, value: Any = None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def bundle(tiny_models, tmp_path_factory):
     before = Path.cwd()
     os.chdir(tiny_models)
     try:
-        return build_bundle(tmp_path_factory.mktemp("out") / "bundle", Config())
+        return build_bundle(tmp_path_factory.mktemp("out") / "bundle", Config()).path
     finally:
         os.chdir(before)
 

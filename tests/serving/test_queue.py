@@ -194,7 +194,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server():
 @pytest.fixture
 def bundle(tiny_models, tmp_path):
     with chdir(tiny_models):
-        return build_bundle(tmp_path / "bundle", Config())
+        return build_bundle(tmp_path / "bundle", Config()).path
 
 
 PROGRAM = "import sys; from cm3leon.serving.server import run; run(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
