@@ -1,7 +1,7 @@
 """Sweep decoding settings on prompts of the val split: python benchmarks/decoding.py [--prompts 200]
 
-Composition accuracy, by attribute, for temperatures, guidance scales, numbers of candidates and ways of ranking them, with the models of the
-last pipeline run. The test split, which the evaluation uses, is not touched: a profile's defaults are chosen here.
+Composition accuracy, by attribute, for temperatures, guidance scales, numbers of candidates and ways of ranking them, with the models of
+the last pipeline run. The test split, which the evaluation uses, is not touched: a profile's defaults are chosen here.
 """
 
 from __future__ import annotations
