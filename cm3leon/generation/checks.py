@@ -1,4 +1,4 @@
-"""Checks of what a caller gives, and of what fits in the model's context. Every error says what is wrong and what to change."""
+"""Checks of a caller's input and of lengths in the model's context. Every error says what is wrong and what to change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BadInputError(UserError):
 
 
 class PromptTooLongError(UserError):
-    """A prompt and what is to be generated do not fit in the model's context."""
+    """A prompt and the tokens to generate do not fit in the model's context."""
 
 
 def free_tokens(model: Decoder, prompts: Sequence[Prompt]) -> int:

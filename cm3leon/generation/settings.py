@@ -1,7 +1,7 @@
 """Decoding settings of a call: the bundle's defaults with what the caller changes, checked.
 
 :class:`~cm3leon.config.schema.DecodingConfig` declares every setting once, with its bounds and its description. Commands, HTTP requests and
-the signature of the registered model derive theirs from it (:func:`decoding_field`), so that all say and allow the same.
+the signature of the registered model derive theirs from it (:func:`decoding_field`), so that names, bounds and help are the same everywhere.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 own ``top_p`` and ``max_text_tokens``."""
 
 UNGUIDED = {"guidance": 1.0, "contrastive": 0.0}
-"""Settings of what is generated from one stream."""
+"""Settings of generation from one stream."""
 
 
 def decoding_type(name: str) -> Any:
@@ -79,7 +79,7 @@ def task_settings(parts: Parts, task: str, changes: Mapping[str, Any]) -> Decodi
     """As :func:`checked_settings`, with the task's own defaults, for an instruction-tuning task.
 
     Raises:
-        BadInputError: too if the model was not trained for the task, or not for the guidance that is asked for.
+        BadInputError: also if the model was not trained for the task or for guidance.
     """
     given = {name: value for name, value in changes.items() if value is not None}
     settings = checked_settings(parts.decoding, {**parts.decoding.tasks.get(task, {}), **given})
