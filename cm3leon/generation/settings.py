@@ -1,7 +1,7 @@
-"""Decoding settings of a call: the bundle's defaults with what the caller changes, checked.
+"""Decoding settings of a call: the bundle's defaults with the caller's changes, checked.
 
 :class:`~cm3leon.config.schema.DecodingConfig` declares every setting once, with its bounds and its description. Commands, HTTP requests and
-the signature of the registered model derive theirs from it (:func:`decoding_field`), so that names, bounds and help are the same everywhere.
+the signature of the registered model derive theirs from it (:func:`decoding_field`), with equal names, bounds and help.
 """
 
 from __future__ import annotations
