@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cm3leon.config.schema import DecodingConfig
-from cm3leon.generation.settings import SETTINGS, bounds_of, checked_settings, decoding_type, description_of
+from cm3leon.generation.checks import checked_settings
+from cm3leon.generation.settings import SETTINGS, bounds_of, decoding_type, description_of
 from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:
