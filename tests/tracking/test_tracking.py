@@ -104,6 +104,7 @@ def test_stages_are_children_of_the_pipeline(project, monkeypatch):
     assert "mlflow.parentRunId" not in client().get_run(parent.run_id).data.tags
 
 
+@pytest.mark.slow
 def test_the_run_of_a_killed_process_is_swept_and_a_living_ones_is_not(project):
     program = (
         "import os, signal\nfrom cm3leon.tracking import runs\nfrom cm3leon.config.schema import Config\n"

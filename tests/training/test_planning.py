@@ -153,6 +153,7 @@ def test_more_gpus_hold_less_each_and_the_same_together() -> None:
         assert held == [held[0]] * 3
 
 
+@pytest.mark.slow
 def test_shards_of_a_real_model_are_as_large_as_planned() -> None:
     """The first of four processes, whose messages go nowhere: its shards, and no more of the gradients than its own after a micro-batch."""
     code = """
@@ -215,6 +216,7 @@ def test_what_is_advised_fits(profile: str, gpus: int, device: str) -> None:
         assert applied(plan, advice).fits, advice
 
 
+@pytest.mark.slow
 def test_nothing_is_advised_where_it_fits_or_nothing_helps() -> None:
     assert make_plan(config("tiny"), 1).advice == ()
     hopeless = make_plan(config("cm3leon-7b", "pretrain.model.layers=3200"), 2048, "l4")
