@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from cm3leon.config.schema import EncoderConfig
+from cm3leon.data.manifest import ImageStore
 from cm3leon.data.pixels import ImageSet
 from cm3leon.models.clip import ClipTokenizer, Encoder, build_clip, embed_ids, embed_pixels, trained_settings
 from cm3leon.sequence.text_tokenizer import TextTokenizer
@@ -185,3 +186,22 @@ def _negatives(hard_negatives: HardNegatives, text: str, own: Sequence[str], cou
     """Up to ``count`` hard negatives of ``text``; those that are captions of the same image, ``own``, are left out."""
     found = (hard_negatives(text, rng) for _ in range(count))
     return [negative for negative in found if negative is not None and negative not in own]
+
+
+def validate(encoder: Encoder, store: ImageStore, refs: Sequence[str], captions: Sequence[str]) -> dict[str, float]:
+    """Recall at 1 of retrieval among pairs of images and captions, in both directions, and the mean CLIP score of the pairs."""
+    texts_nd = encoder.encode_texts(captions)
+    images_nd = encoder.encode_refs(store, refs)
+    return {
+        "recall_text_to_image": recall_at_1(texts_nd, images_nd),
+        "recall_image_to_text": recall_at_1(images_nd, texts_nd),
+        "clip_score": float((texts_nd * images_nd).sum(axis=1).mean()) if len(refs) else 0.0,
+    }
+
+
+def recall_at_1(queries_nd: np.ndarray, targets_nd: np.ndarray) -> float:
+    """Share of queries whose most similar target is the one at the same position."""
+    if not len(queries_nd):
+        return 0.0
+    nearest_n = np.argmax(queries_nd @ targets_nd.T, axis=1)
+    return float((nearest_n == np.arange(len(queries_nd))).mean())
