@@ -15,16 +15,16 @@ import numpy as np
 from cm3leon.config import paths
 from cm3leon.config.schema import load_config
 from cm3leon.data.manifest import read_manifest
+from cm3leon.evaluation.run import load_generator
 from cm3leon.generation.image_requests import Query
 from cm3leon.generation.rerank import caption_log_likelihoods
 from cm3leon.scenes import composition
-from cm3leon.stages.evaluate import load
 
 WEIGHTS = (0.0, 0.003, 0.01, 0.02, 0.05, 0.1, 0.3, 1e6)
 
 
 def main(prompts: int, candidates: int, model: Path) -> None:
-    generator = load(load_config(), model)
+    generator = load_generator(load_config(), model)
     captions = [str(texts[0]) for texts in read_manifest(paths.VALIDATED, "val")["captions"]]
     captions = [caption for caption in captions if composition.parse_caption(caption) is not None][:prompts]
     generated = generator.text_to_image(captions, candidates, candidates=1, likelihood=0.0)

@@ -14,10 +14,13 @@ from cm3leon.config import paths
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.evaluation import measure
+from cm3leon.evaluation.context import Evaluation, fitted_images, sample_rows
+from cm3leon.evaluation.image_tasks import infill
 from cm3leon.evaluation.record import Record
-from cm3leon.evaluation.tasks import MEASURES, Evaluation, infill
+from cm3leon.evaluation.run import load_generator
+from cm3leon.evaluation.tasks import MEASURES
+from cm3leon.evaluation.text_tasks import answer_questions, sample_questions
 from cm3leon.scenes import composition
-from cm3leon.stages.evaluate import answer_all, ask_questions, choose, fitted, load
 from cm3leon.tracking.lineage import content_hash
 
 BASE: tuple[str, ...] = ("pretrain.retrieved_documents=[0.2, 0.4, 0.4]",)
@@ -259,8 +262,8 @@ def masking(study: Study) -> Section:
 def _cider(study: Study, model: Any) -> float:
     """CIDEr of captions by infilling of val images."""
     generator = study.generator(model)
-    rows = choose(read_manifest(paths.VALIDATED, "val"), study.prompts, 0)
-    pictures = fitted(generator, ImageStore(paths.RAW), rows["image"].tolist())
+    rows = sample_rows(read_manifest(paths.VALIDATED, "val"), study.prompts, 0)
+    pictures = fitted_images(generator, ImageStore(paths.RAW), rows["image"].tolist())
     record = Record()
     said = [text.text for text in generator.caption(pictures)]
     measure.measure_captions(record, rows["id"].tolist(), said, [list(texts) for texts in rows["captions"]], 10, 0)
@@ -291,7 +294,7 @@ def tuning(study: Study) -> Section:
 def _all_tasks(study: Study, model: Any) -> dict[str, dict[str, Any]]:
     """The main scores of each task on the val split, with their intervals."""
     config = study.config.model_copy(update={"evaluate": study.config.evaluate.model_copy(update={"tasks": study.prompts})})
-    generator, record = load(config, model), Record()
+    generator, record = load_generator(config, model), Record()
     generator.parts.training = None
     store, val = ImageStore(paths.RAW), read_manifest(paths.VALIDATED, "val")
     evaluation = Evaluation(config, generator, store, val, record)
@@ -301,12 +304,12 @@ def _all_tasks(study: Study, model: Any) -> dict[str, dict[str, Any]]:
     drawn = [images[0].image for images in generator.text_to_image(study.captions)]
     for name, values in composition.by_attribute(composition.verdicts(study.captions, drawn)).items():
         record.add(name, values, *bootstrap)
-    asked = ask_questions(val, 2 * study.prompts, 0)
+    asked = sample_questions(val, 2 * study.prompts, 0)
     refs, questions, truths = zip(*asked, strict=True)
-    answers = answer_all(generator, store, refs, questions)
+    answers = answer_questions(generator, store, refs, questions)
     measure.measure_answers(record, questions, answers, None, truths, refs, measure.Counter(), *bootstrap)
-    captioned = choose(val, study.prompts, 0)
-    said = [text.text for text in generator.caption(fitted(generator, store, captioned["image"].tolist()))]
+    captioned = sample_rows(val, study.prompts, 0)
+    said = [text.text for text in generator.caption(fitted_images(generator, store, captioned["image"].tolist()))]
     measure.measure_captions(record, captioned["id"].tolist(), said, [list(texts) for texts in captioned["captions"]], *bootstrap)
     parts = ("vqa_accuracy/", "condition/agreement/", "composition/", "bleu_1", "bleu_2", "bleu_3")
     return {

@@ -18,9 +18,9 @@ from cm3leon.data.batches import SortedStream
 from cm3leon.data.manifest import read_manifest
 from cm3leon.data.tokens import TokenStore
 from cm3leon.evaluation.record import bootstrap, digest
+from cm3leon.evaluation.run import load_generator
 from cm3leon.generation.generator import Generator
 from cm3leon.scenes import composition
-from cm3leon.stages.evaluate import load
 from cm3leon.tracking.lineage import content_hash
 from cm3leon.training.pretraining import build_decoder, training_samples, validation_batches
 from cm3leon.training.trainer import fit, setup
@@ -103,7 +103,7 @@ class Study:
     def generator(self, model: Path) -> Generator:
         """A generator on a decoder of the study, or of the pipeline, with the pipeline's other parts and plain sampling."""
         plain = DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0, candidates=1, likelihood=0.0, tasks={})
-        return load(self.config.model_copy(update={"decoding": plain}), model)
+        return load_generator(self.config.model_copy(update={"decoding": plain}), model)
 
     def composition(self, model: Path, number: int = 1, **settings: Any) -> dict[str, Any]:
         """Composition accuracy of ``number`` unranked images of each prompt, with its interval over prompts."""

@@ -49,9 +49,9 @@ def evaluate(
     if reproduce is None:
         return run_stage("evaluate")
     from cm3leon.config.schema import load_config
-    from cm3leon.stages import evaluate as stage
+    from cm3leon.evaluation.run import reproduce as evaluate_again
 
-    count, differing = stage.reproduce(load_config(), reproduce)
+    count, differing = evaluate_again(load_config(), reproduce)
     for name, recorded, again in differing:
         print(f"{name}: recorded {recorded}, now {again}")
     print(f"{count - len(differing)} of {count} figures of {reproduce} agree")

@@ -1,7 +1,7 @@
-"""The measures of one evaluation: images drawn from held-out captions, captions and answers for held-out images.
+"""From what was asked and what the model returned to scores, for generated images, captions and answers.
 
-Each function takes what was asked and what came back, adds its scores to the record, and beside them what the same measure gives for
-something known: real images, their reconstructions, the captions, images or answers of *other* documents.
+Each function adds its scores to the evaluation record, and as calibration what the same metric gives for a known input: real images and
+their reconstructions (ceilings), and the captions, images or answers of *other* records (baselines).
 """
 
 from __future__ import annotations
@@ -23,32 +23,35 @@ from cm3leon.scenes import composition
 Images = Sequence[Image.Image]
 
 NEIGHBORS = 3
-"""Of the manifolds of precision and recall."""
+"""Nearest neighbors that define the manifolds of precision and recall."""
 SUBSET, SUBSETS = 1000, 20
-"""Images of a subset of kernel distance, and how many of those are averaged."""
+"""Images in a subset for the kernel distance, and the number of subsets that are averaged."""
 
 FEW, WIDEST = 50, 512
-"""Resamples for intervals of distances, and the widest features for which they are computed: each takes the cube of the width."""
+"""Resamples for intervals of distances, and the widest features for which they are computed: the cost grows with the cube of the width."""
 
 KINDS = 12
-"""Most kinds of questions with a score of their own."""
+"""Kinds of questions, the most frequent first, that get a score of their own."""
 KIND_CHARACTERS = 40
 
 
-def others(count: int) -> np.ndarray:
-    """For each position another one: the baseline pairs everything with what belongs to its successor. Needs two or more."""
+def shifted_positions(count: int) -> np.ndarray:
+    """Positions shifted by one: baselines pair each record with what belongs to the next one. Needs two or more records."""
     return (np.arange(count) + 1) % count
 
 
 def measure_composition(
-    record: Record, prompts: Sequence[str], drawn: Images, reconstructions: Images, originals: Images, resamples: int, seed: int
+    record: Record, prompts: Sequence[str], generated: Images, reconstructions: Images, originals: Images, resamples: int, seed: int
 ) -> list[dict[str, bool] | None]:
-    """Composition accuracy where the captions state scenes; returns the verdicts.
+    """Composition accuracy of prompts that describe scenes: the share of images in which every stated attribute is right, 0 to 1.
 
-    Calibration: the originals (the checker's own ceiling), their reconstructions (the image tokenizer's ceiling), and the drawn images
-    read against the captions of other documents.
+    Calibration: the original images (ceiling of the reader), their reconstructions (ceiling of the image tokenizer), and the generated
+    images checked against the captions of other records (baseline).
+
+    Returns:
+        For each prompt the verdict by attribute; None if it does not describe a scene.
     """
-    verdicts = composition.verdicts(prompts, drawn)
+    verdicts = composition.verdicts(prompts, generated)
     counted = [verdict for verdict in verdicts if verdict is not None]
     if not counted:
         return verdicts
@@ -58,8 +61,8 @@ def measure_composition(
     record.calibration["composition_real"] = composition.score(prompts, originals)["composition"]
     record.calibration["composition_reconstructions"] = composition.score(prompts, reconstructions)["composition"]
     if len(prompts) > 1:
-        shuffled = [prompts[i] for i in others(len(prompts))]
-        record.calibration["composition_other_captions"] = composition.score(shuffled, drawn)["composition"]
+        shuffled = [prompts[i] for i in shifted_positions(len(prompts))]
+        record.calibration["composition_other_captions"] = composition.score(shuffled, generated)["composition"]
     return verdicts
 
 
@@ -67,46 +70,46 @@ def measure_images(
     record: Record,
     encoder: TextImageEncoder,
     prompts: Sequence[str],
-    drawn: Images,
+    generated: Images,
     reconstructions: Images,
     originals: Images,
     resamples: int,
     seed: int,
 ) -> None:
-    """CLIP score and Fréchet distance on the encoder's image features.
+    """CLIP score, the mean cosine of image and prompt embeddings, and fidelity on the encoder's image features.
 
-    Calibration: the CLIP score of originals and of other documents' captions; the distance of reconstructions to the originals.
-    A single image has no distance and no other document.
+    Calibration: the CLIP score of the original images (ceiling) and of other records' captions (baseline). Distances and baselines need
+    two images.
     """
     texts = encoder.encode_texts(list(prompts))
-    found, real = encoder.encode_images(list(drawn)), encoder.encode_images(list(originals))
+    found, real = encoder.encode_images(list(generated)), encoder.encode_images(list(originals))
     record.add("clip_score", (found * texts).sum(1), resamples, seed)
     record.calibration["clip_score_real"] = float((real * texts).sum(1).mean())
     if len(texts) < 2:
         return
-    record.calibration["clip_score_other_captions"] = float((found * texts[others(len(texts))]).sum(1).mean())
-    measure_fidelity(record, "encoder", encoder, drawn, reconstructions, originals, resamples, seed)
+    record.calibration["clip_score_other_captions"] = float((found * texts[shifted_positions(len(texts))]).sum(1).mean())
+    measure_fidelity(record, "encoder", encoder, generated, reconstructions, originals, resamples, seed)
 
 
 def measure_fidelity(
     record: Record,
     extractor: str,
     network: ImageEncoder,
-    drawn: Images,
+    generated: Images,
     reconstructions: Images,
     originals: Images,
     resamples: int,
     seed: int,
 ) -> None:
-    """Frechet and kernel distance, precision and recall on the features of a network, which all names end in.
+    """Fréchet and kernel distance (lower is better), precision and recall on the features of a network, whose name ends the scores' names.
 
-    Intervals of the distances are those over resampled drawn images, where the features are no wider than :data:`WIDEST`. Kernel distance
-    is unbiased, which matters where few images make a Frechet distance meaningless. Calibration: reconstructions, and one half of the
-    originals against the other.
+    The kernel distance is unbiased, which matters where there are too few images for a Fréchet distance. Intervals of distances are over
+    resampled generated images, for features no wider than :data:`WIDEST`. Calibration: reconstructions, and one half of the originals
+    against the other.
     """
     if len(originals) < 2:
         return
-    found, copies, real = (network.encode_images(list(images)) for images in (drawn, reconstructions, originals))
+    found, copies, real = (network.encode_images(list(images)) for images in (generated, reconstructions, originals))
     subset = min(SUBSET, len(real))
     record.scores[f"fd_{extractor}"] = frechet_distance(found, real)
     record.scores[f"kd_{extractor}"] = kernel_distance(found, real, SUBSETS, subset, seed)
@@ -133,15 +136,15 @@ def measure_fidelity(
 
 
 def measure_captions(
-    record: Record, names: Sequence[str], hypotheses: Sequence[str], references: Sequence[Sequence[str]], resamples: int, seed: int
+    record: Record, ids: Sequence[str], hypotheses: Sequence[str], references: Sequence[Sequence[str]], resamples: int, seed: int
 ) -> None:
     """CIDEr, BLEU and ROUGE-L of captions.
 
-    Calibration: the same captions against the references of other documents, and where there are several, each document's first reference
-    against its others: what another description of the image scores.
+    Calibration: the same captions against the references of other records (baseline); and for records with several references, the first
+    reference against the others, which is what another description of the same image scores, and the model's captions against those others.
     """
-    wanted = {name: list(texts) for name, texts in zip(names, references, strict=True)}
-    given = dict(zip(names, hypotheses, strict=True))
+    wanted = {name: list(texts) for name, texts in zip(ids, references, strict=True)}
+    given = dict(zip(ids, hypotheses, strict=True))
     counts = caption_metrics.bleu_counts(*caption_metrics.split(given, wanted, False))
     record.scores |= dict(zip(caption_metrics.BLEU, caption_metrics.bleu_of(counts), strict=True))
     record.add_intervals(caption_metrics.BLEU, lambda rows: caption_metrics.bleu_of(counts[rows]), len(counts), resamples, seed)
@@ -153,20 +156,20 @@ def measure_captions(
         record.calibration["cider_one_reference"] = caption_metrics.score(first, rest)["cider"]
         said = {name: given[name] for name in several}
         record.calibration["cider_beside_one_reference"] = caption_metrics.score(said, rest)["cider"]
-    if len(names) < 2:
+    if len(ids) < 2:
         return
-    shuffled = {name: hypotheses[i] for name, i in zip(names, others(len(names)), strict=True)}
+    shuffled = {name: hypotheses[i] for name, i in zip(ids, shifted_positions(len(ids)), strict=True)}
     record.calibration["cider_other_images"] = caption_metrics.score(shuffled, wanted)["cider"]
 
 
 def question_kind(question: str) -> str:
-    """The first two words, as a name that trackers take: what a question asks for, for the breakdown."""
+    """The first two words of a question as a metric name that MLflow accepts: the breakdown of VQA accuracy."""
     words = " ".join(question.lower().split()[:2])
     return re.sub(r"[^\w]+", "_", words).strip("_")[:KIND_CHARACTERS] or "other"
 
 
-def pictures_of_others(asked: Sequence[tuple[str, str, list[str]]]) -> list[str] | None:
-    """For each (image, question, answers) the image of the next one that has another image; None where all have the same."""
+def images_of_others(asked: Sequence[tuple[str, str, list[str]]]) -> list[str] | None:
+    """For each (image, question, answers) the image of the next question about another image; None if all are about the same image."""
     images = [image for image, _, _ in asked]
     found = [next((other for other in [*images[i + 1 :], *images[:i]] if other != image), None) for i, image in enumerate(images)]
     return [image for image in found if image is not None] if None not in found else None
@@ -183,10 +186,16 @@ def measure_answers(
     resamples: int,
     seed: int,
 ) -> None:
-    """VQA accuracy, as a share, also by kind of question; intervals over images, which may have several questions each.
+    """VQA accuracy, 0 to 1, overall and for the most frequent kinds of questions.
 
-    Only the most frequent kinds have a score of their own. Calibration: the answers given to the same questions about *other* images
-    (None: there are none), and the most frequent training answer of each kind.
+    Intervals resample whole images, as an image may have several questions.
+
+    Calibration (baselines): the answers given to the same questions about *other* images, and the most frequent training answer of each
+    kind of question.
+
+    Args:
+        answers_of_others: the answers about other images; None if there are no other images.
+        images: the image of each question.
     """
 
     def shares(given: Sequence[str]) -> list[float]:

@@ -93,13 +93,13 @@ def test_only_the_most_frequent_kinds_have_a_score():
 
 @pytest.mark.parametrize("images", ["aaabbc", "abcabc", "aab", "ab", "abbbbb"])
 def test_pictures_of_others_are_never_the_questions_own(images):
-    found = measure.pictures_of_others([(image, "?", ["x"]) for image in images])
+    found = measure.images_of_others([(image, "?", ["x"]) for image in images])
     assert len(found) == len(images) and all(other != own for own, other in zip(images, found, strict=True))
     assert set(found) <= set(images)
 
 
 def test_without_a_second_picture_there_are_no_others():
-    assert measure.pictures_of_others([("a", "?", []), ("a", "!", [])]) is None
+    assert measure.images_of_others([("a", "?", []), ("a", "!", [])]) is None
 
 
 def test_one_document_is_measured_without_distance_and_baselines():

@@ -136,6 +136,6 @@ def test_declared_parameters_exist_and_cover_what_the_stage_reads(stage: str) ->
             assert part in value, f"{stage}: params.yaml has no {key}"
             value = value[part]
     tops = {key.split(".")[0] for key in declared}
-    read = sections_read(ROOT / f"cm3leon/stages/{stage}.py") & set(tree)
+    read = set().union(*(sections_read(ROOT / f"cm3leon/{name}.py") for name in closure(stage))) & set(tree)
     assert read <= tops, f"add to the params of {stage} in dvc.yaml: {sorted(read - tops)}"
     assert tops <= read, f"{stage} does not read {sorted(tops - read)}"

@@ -20,10 +20,12 @@ from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.packing import pack
 from cm3leon.data.thumbnails import thumbnail_of, write_thumbnails
 from cm3leon.evaluation import inception
+from cm3leon.evaluation import run as evaluation
 from cm3leon.evaluation.leakage import LeakageError
 from cm3leon.evaluation.record import Record
 from cm3leon.evaluation.tasks import MEASURES
 from cm3leon.generation.checks import PromptTooLongError
+from cm3leon.generation.generator import Generator
 from cm3leon.scenes import source as shapes
 from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.stages import evaluate
@@ -89,7 +91,7 @@ def test_long_captions_and_questions_are_cut_not_fatal(collection):
     assert record.contract["retrieval"]["max_score"] == CONFIG.retrieve.max_score
     assert all(np.isfinite(value) for value in figures.values())
     with pytest.raises(PromptTooLongError):
-        evaluate.Generator.from_parts(
+        Generator.from_parts(
             model=paths.FINETUNED, image_tokenizer=paths.IMAGE_TOKENIZER, text_tokenizer=paths.TEXT_TOKENIZER, decoding=CONFIG.decoding
         ).text_to_image([TOO_LONG], candidates=1, retrieved_documents=0)
 
@@ -104,7 +106,7 @@ def scenes(collection):
     write_validated(frame[VALIDATED_SCHEMA.names].to_dict("records"))
 
 
-def test_every_task_is_measured_beside_its_calibrations_and_again(scenes):
+def test_every_task_is_measured_with_its_calibrations_and_again(scenes):
     evaluate.run(CONFIG)
     record = Record.read(paths.EVALUATION)
     for task in TASKS.values():
@@ -122,23 +124,23 @@ def test_every_task_is_measured_beside_its_calibrations_and_again(scenes):
     assert record.scores.keys() - record.intervals.keys() == {"composition/prompts"}
     assert (paths.EVALUATION / "confusions.csv").read_text().startswith("attribute,stated,drawn,count\n")
 
-    count, differing = evaluate.reproduce(Config(), paths.EVALUATION / "record.json")
+    count, differing = evaluation.reproduce(Config(), paths.EVALUATION / "record.json")
     assert count == len(record.scores) + len(record.calibration) and differing == []
     saved = json.loads((paths.EVALUATION / "record.json").read_text())
     saved["scores"]["edit/kept"] += 0.1
     Path("changed.json").write_text(json.dumps(saved))
-    [(name, recorded, again)] = evaluate.reproduce(Config(), Path("changed.json"))[1]
+    [(name, recorded, again)] = evaluation.reproduce(Config(), Path("changed.json"))[1]
     assert name == "edit/kept" and recorded == pytest.approx(again + 0.1)
     saved["settings"]["evaluate"]["lasers"] = 3
     Path("alien.json").write_text(json.dumps(saved))
     with pytest.raises(UserError, match=r"alien\.json was made by other code.*lasers"):
-        evaluate.reproduce(Config(), Path("alien.json"))
+        evaluation.reproduce(Config(), Path("alien.json"))
     (paths.TEXT_TOKENIZER / "tokenizer.json").write_text((paths.TEXT_TOKENIZER / "tokenizer.json").read_text() + " ")
     with pytest.raises(UserError, match="other models: models/text_tokenizer changed since"):
-        evaluate.reproduce(Config(), Path("changed.json"))
+        evaluation.reproduce(Config(), Path("changed.json"))
 
 
-def test_what_a_model_was_not_tuned_for_is_not_measured(collection, capsys):
+def test_tasks_that_a_model_was_not_tuned_for_are_not_measured(collection, capsys):
     collection(3)
     Training(frozenset({"caption", "edit"}), True).write(paths.FINETUNED)
     (paths.EVALUATION / "vqa.png").write_bytes(b"of another model")
@@ -147,23 +149,23 @@ def test_what_a_model_was_not_tuned_for_is_not_measured(collection, capsys):
     assert "cider" in record.scores and not {"composition", "clip_score", "vqa_accuracy"} & set(record.scores)
     assert {path.stem for path in paths.EVALUATION.glob("*.png")} == {"captions"}
     assert not (paths.EVALUATION / "confusions.csv").exists()
-    assert "edit: not measured, no held-out document" in capsys.readouterr().out
+    assert "edit: not measured, no test record" in capsys.readouterr().out
     assert record.contract["tasks"]["edit"]["count"] == 0
 
 
 @pytest.mark.parametrize("weights", ["nowhere.pth", "broken.pth", "download"])
-def test_inception_that_cannot_be_had_is_an_error_before_anything_is_drawn(collection, monkeypatch, weights):
+def test_inception_that_cannot_be_loaded_is_an_error_before_anything_is_generated(collection, monkeypatch, weights):
     collection(1)
     Path("broken.pth").write_bytes(b"no weights")
     monkeypatch.setattr(inception, "URL", Path("broken.pth").absolute().as_uri())
-    monkeypatch.setattr(evaluate, "draw", lambda *arguments: pytest.fail("drawn"))
+    monkeypatch.setattr(evaluation, "text_to_image", lambda *arguments: pytest.fail("generated"))
     config = CONFIG.model_copy(update={"evaluate": CONFIG.evaluate.model_copy(update={"inception": weights})})
     with pytest.raises(UserError, match=rf"evaluate\.inception {weights}"):
         evaluate.run(config)
     assert not list(inception.CACHE.glob("*.pth"))
 
 
-def test_held_out_documents_that_stand_in_training_are_refused(scenes):
+def test_test_records_that_are_also_in_training_are_refused(scenes):
     frame = read_manifest(paths.VALIDATED)
     frame.loc[1, "image"], frame.loc[1, "split"] = frame.loc[0, "image"], "train"
     write_validated(frame[VALIDATED_SCHEMA.names].to_dict("records"))
@@ -171,7 +173,7 @@ def test_held_out_documents_that_stand_in_training_are_refused(scenes):
         evaluate.run(CONFIG)
 
 
-def test_one_test_document_is_measured(collection):
+def test_a_single_test_record_is_measured(collection):
     collection(1)
     evaluate.run(CONFIG)
     record = Record.read(paths.EVALUATION)
@@ -186,7 +188,7 @@ def test_the_contract_covers_what_was_captioned():
 
     def contract(ids: list[str], references: list[list[str]]) -> dict:
         captioned = pd.DataFrame({"id": ids, "captions": references})
-        return evaluate.contract(CONFIG, pd.DataFrame({"id": ["a"]}), ["p"], captioned, [], Parts(), 64, None)
+        return evaluation.contract(CONFIG, pd.DataFrame({"id": ["a"]}), ["p"], captioned, [], Parts(), 64, None)
 
     base = contract(["a", "b"], [["x"], ["y"]])
     changes = {

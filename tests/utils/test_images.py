@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cm3leon.evaluation.tasks import OUTLINED_SIDE, _outlined
+from cm3leon.evaluation.image_tasks import OUTLINED_SIDE, _outlined
 from cm3leon.utils.images import save_captioned, to_channels_first, to_channels_last, to_pil, to_uint8, to_unit
 
 

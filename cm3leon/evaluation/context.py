@@ -1,0 +1,104 @@
+"""What the measurements of all tasks share: the model, the held-out records, the evaluation record, and how records are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from cm3leon.config.schema import Config
+from cm3leon.data.images import fit_square
+from cm3leon.data.manifest import ImageStore, first_caption
+from cm3leon.evaluation.record import Record, digest
+from cm3leon.generation.generator import Generator
+from cm3leon.models.vqgan import reconstruct
+from cm3leon.scenes import composition
+from cm3leon.sequence.tasks import Fields, is_filled
+
+Sheet = list[tuple[Image.Image, str]]
+"""Images and their captions, for a picture of what was measured."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model, held-out records, and the evaluation record to which measurements are added.
+
+    Attributes:
+        test: rows of the manifest, of the test split.
+    """
+
+    config: Config
+    generator: Generator
+    store: ImageStore
+    test: pd.DataFrame
+    record: Record
+
+    def rows(
+        self,
+        task: str,
+        columns: Sequence[str],
+        usable: Callable[[Any], bool] = lambda row: True,
+        values: Callable[[Any], Fields] | None = None,
+    ) -> list[Any]:
+        """Up to ``evaluate.tasks`` records for a task, sampled by the seed; the contract notes how many were too long.
+
+        Args:
+            columns: manifest columns that must be filled.
+            usable: a further condition.
+            values: fields of the task's template for a record; records that do not fit in the context are left out.
+        """
+        found = [row for row in self.test.itertuples() if all(is_filled(getattr(row, column)) for column in columns) and usable(row)]
+        fitting = [row for row in found if values is None or self.generator.fits(task, values(row))]
+        self.record.contract.setdefault("tasks", {})[task] = {"count": 0, "too_long": len(found) - len(fitting)}
+        if not fitting:
+            print(f"{task}: not measured, no test record has the columns it needs and fits in the context", flush=True)
+        order = np.random.default_rng(self.config.evaluate.seed).permutation(len(fitting))[: self.config.evaluate.tasks]
+        return [fitting[int(number)] for number in sorted(order)]
+
+    def images(self, refs: Sequence[str]) -> list[Image.Image]:
+        """Stored images, cropped and resized to the image tokenizer's square."""
+        return fitted_images(self.generator, self.store, refs)
+
+    def reconstructions(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        """Images after encoding and decoding by the image tokenizer: the ceiling of every score of generated images."""
+        _, pixels = reconstruct(self.generator.image_tokenizer, torch.from_numpy(np.stack([np.asarray(image) for image in images])))
+        return [Image.fromarray(array) for array in pixels.numpy()]
+
+    def add(self, name: str, values: Sequence[float]) -> None:
+        """Add a score that is a mean over records or images, with its interval."""
+        self.record.add(name, values, self.config.evaluate.bootstrap, self.config.evaluate.seed)
+
+    def calibrate(self, name: str, values: Sequence[float] | np.ndarray) -> None:
+        """Add the mean that the same metric has for a known baseline or ceiling; nothing if there are no values."""
+        if len(values):
+            self.record.calibration[name] = float(np.mean(values))
+
+    def asked(self, task: str, what: Any) -> None:
+        """Add a digest of what a task was asked to the contract."""
+        self.record.contract["tasks"][task] |= {"asked": digest(what), "count": len(what)}
+
+
+def sample_rows(manifest: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+    """``count`` rows, or all if there are fewer, sampled by the seed, in the manifest's order."""
+    order = np.random.default_rng(seed).permutation(len(manifest))[:count]
+    return manifest.iloc[np.sort(order)]
+
+
+def fitted_images(generator: Generator, store: ImageStore, refs: Sequence[str]) -> list[Image.Image]:
+    """Stored images, cropped and resized to the image tokenizer's square."""
+    return [fit_square(store.open(ref), generator.image_size) for ref in refs]
+
+
+def best_images(generated: Sequence[Sequence[Any]]) -> list[Image.Image]:
+    """The best-ranked image of each prompt."""
+    return [images[0].image for images in generated]
+
+
+def is_scene(row: Any) -> bool:
+    """True if the record's first caption describes a scene, so that images of it can be checked by reading them back."""
+    return composition.parse_caption(first_caption(row.captions)) is not None

@@ -1,0 +1,282 @@
+"""Measurements of the tasks that generate images.
+
+Each function takes held-out records that have the task's columns, asks the generator, adds scores and calibrations to the evaluation
+record and what was asked to its contract, and returns images for a sheet. Scores that read an image back into a scene are left out where
+captions do not describe scenes.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from cm3leon.data.conditions import EXTRACTORS
+from cm3leon.data.manifest import first_caption
+from cm3leon.evaluation import conditions, measure
+from cm3leon.evaluation.alignment import clip_score
+from cm3leon.evaluation.context import Evaluation, Sheet, best_images, is_scene
+from cm3leon.evaluation.inception import Inception
+from cm3leon.evaluation.measure import shifted_positions
+from cm3leon.scenes import composition, edits, layouts
+from cm3leon.scenes.reading import UNKNOWN, read_scene
+from cm3leon.sequence.tasks import CONDITIONS, Box, box_in_square, layout_text, visible_objects
+
+MARGIN = 1.15
+"""Side of the box to inpaint, as a multiple of the object's own."""
+OUTLINED_SIDE = 320
+"""Side of the images with outlined boxes on a sheet, pixels."""
+
+
+def text_to_image(e: Evaluation, refs: Sequence[str], prompts: list[str], inception: Inception | None) -> Sheet:
+    """Text to image: composition, CLIP score and fidelity.
+
+    Calibration: see the measurements; and composition and CLIP score with a single candidate, so that nothing is ranked.
+
+    Args:
+        refs: the stored images that the prompts describe.
+    """
+    generator, section = e.generator, e.config.evaluate
+    resampling = (section.bootstrap, section.seed)
+    assert generator.encoder is not None
+    originals = e.images(refs)
+    reconstructions = e.reconstructions(originals)
+    generated = best_images(generator.text_to_image(prompts, seed=section.seed))
+    measure.measure_composition(e.record, prompts, generated, reconstructions, originals, *resampling)
+    measure.measure_images(e.record, generator.encoder, prompts, generated, reconstructions, originals, *resampling)
+    unranked = best_images(generator.text_to_image(prompts, seed=section.seed, candidates=1))
+    e.calibrate("clip_score_one_candidate", clip_score(generator.encoder, unranked, prompts))
+    if "composition" in e.record.scores:
+        e.record.calibration["composition_one_candidate"] = composition.score(prompts, unranked)["composition"]
+    if inception:
+        measure.measure_fidelity(e.record, "inception", inception, generated, reconstructions, originals, *resampling)
+    return list(zip(generated, prompts, strict=True))
+
+
+def edit(e: Evaluation) -> Sheet:
+    """Edits. In scenes: the change is made, and the rest is kept. In all images: PSNR outside the region that the true edit changes, and
+    cosine similarity of CLIP image embeddings to the true edit.
+
+    Calibration: the true edits, their reconstructions, and the unchanged source image.
+    """
+    refs = dict(zip(e.test["id"], e.test["image"], strict=True))
+    rows = e.rows("edit", ("instruction", "edited_from"), lambda row: row.edited_from in refs, lambda row: {"instruction": row.instruction})
+    if not rows:
+        return []
+    before, after = e.images([refs[row.edited_from] for row in rows]), e.images([row.image for row in rows])
+    instructions = [row.instruction for row in rows]
+    e.asked("edit", [[row.edited_from, row.id, row.instruction] for row in rows])
+    generated = best_images(e.generator.edit(before, instructions, seed=e.config.evaluate.seed))
+    copies, unchanged = e.reconstructions(after), e.reconstructions(before)
+    regions = [edits.changed_region(one, other) for one, other in zip(before, after, strict=True)]
+
+    def outside(images: Sequence[Image.Image]) -> list[float]:
+        found = [edits.psnr_outside(image, result, region) for image, result, region in zip(after, images, regions, strict=True)]
+        return [value for value in found if value == value]
+
+    if values := outside(generated):
+        e.add("edit/psnr_outside", values)
+        e.calibrate("edit/psnr_outside_reconstructions", outside(copies))
+        e.calibrate("edit/psnr_outside_unchanged", outside(unchanged))
+    if e.generator.encoder is not None:
+        vectors = {
+            name: e.generator.encoder.encode_images(images)
+            for name, images in (("generated", generated), ("after", after), ("before", before))
+        }
+        e.add("edit/image_similarity", (vectors["generated"] * vectors["after"]).sum(1))
+        e.calibrate("edit/image_similarity_unchanged", (vectors["before"] * vectors["after"]).sum(1))
+    scenes = [number for number, row in enumerate(rows) if is_scene(row)]
+    if scenes:
+        starts, ends = ([read_scene(images[number]) for number in scenes] for images in (before, after))
+
+        def judged(images: Sequence[Image.Image]) -> list[edits.Judgment]:
+            return [edits.judge(start, end, read_scene(images[n])) for n, start, end in zip(scenes, starts, ends, strict=True)]
+
+        found = judged(generated)
+        e.add("edit/done", [float(judgment.done) for judgment in found])
+        e.add("edit/kept", [float(judgment.kept) for judgment in found])
+        e.add("edit/done_and_kept", [float(judgment.done and judgment.kept) for judgment in found])
+        for name, images in (("real", after), ("reconstructions", copies), ("unchanged", unchanged)):
+            e.calibrate(f"edit/done_and_kept_{name}", [float(judgment.done and judgment.kept) for judgment in judged(images)])
+    sheet: Sheet = []
+    for start, result, text in zip(before, generated, instructions, strict=True):
+        sheet += [(start, "before"), (result, text)]
+    return sheet
+
+
+def layout(e: Evaluation) -> Sheet:
+    """Layouts of scenes: IoU of requested and found boxes, of any object and of objects with the right label; composition of the caption.
+
+    Calibration: the real images, their reconstructions, and the generated images against the layouts of other records.
+    """
+
+    def placed(row: Any) -> list[tuple[str, Box]]:
+        return visible_objects(row._asdict())
+
+    rows = e.rows(
+        "layout_to_image",
+        ("objects", "captions"),
+        lambda row: bool(placed(row)),
+        lambda row: {"caption": first_caption(row.captions), "layout": layout_text(placed(row))},
+    )
+    if not rows:
+        return []
+    captions, asked = [first_caption(row.captions) for row in rows], [placed(row) for row in rows]
+    size = e.generator.image_size
+    in_pixels = [[(label, (box[0] * size, box[1] * size, box[2] * size, box[3] * size)) for label, box in boxes] for boxes in asked]
+    e.asked("layout_to_image", [[row.id, caption, boxes] for row, caption, boxes in zip(rows, captions, asked, strict=True)])
+    generated = best_images(e.generator.layout_to_image(captions, in_pixels, seed=e.config.evaluate.seed))
+    real = e.images([row.image for row in rows])
+    scenes = [number for number, row in enumerate(rows) if is_scene(row)]
+    if scenes:
+        wanted = [asked[number] for number in scenes]
+
+        def overlaps(images: Sequence[Image.Image], wanted: Sequence[Any], labeled: bool) -> list[float]:
+            found = [[(item.label, item.box) for item in read_scene(images[number]).objects if item.shape != UNKNOWN] for number in scenes]
+            return [layouts.mean_iou(boxes, own, labeled) for boxes, own in zip(wanted, found, strict=True)]
+
+        e.add("layout/iou", overlaps(generated, wanted, False))
+        e.add("layout/iou_labeled", overlaps(generated, wanted, True))
+        verdicts = composition.verdicts([captions[n] for n in scenes], [generated[n] for n in scenes])
+        e.add("layout/composition", [float(all(verdict.values())) for verdict in verdicts if verdict is not None])
+        e.calibrate("layout/iou_real", overlaps(real, wanted, False))
+        e.calibrate("layout/iou_reconstructions", overlaps(e.reconstructions(real), wanted, False))
+        if len(scenes) > 1:
+            e.calibrate("layout/iou_other_layouts", overlaps(generated, [wanted[n] for n in shifted_positions(len(wanted))], False))
+    return [
+        (_outlined(image, [box for _, box in boxes]), f"{caption}: {', '.join(label for label, _ in boxes)}")
+        for image, caption, boxes in zip(generated, captions, asked, strict=True)
+    ]
+
+
+def _outlined(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
+    """An enlarged image with boxes outlined, whose coordinates are fractions of its side."""
+    shown = image.resize((OUTLINED_SIDE, OUTLINED_SIDE), Image.Resampling.NEAREST)
+    for box in boxes:
+        x0, y0, x1, y1 = (round(value * (OUTLINED_SIDE - 1)) for value in box)
+        ImageDraw.Draw(shown).rectangle((x0, y0, x1, y1), outline="magenta", width=2)
+    return shown
+
+
+def condition(e: Evaluation) -> Sheet:
+    """Images from condition images: agreement of the requested condition with the one extracted from the result, also by kind.
+
+    Calibration: the real images, their reconstructions, and the images generated for other records.
+    """
+    longest = max(CONDITIONS, key=len)
+    rows = e.rows(
+        "condition_to_image",
+        ("conditions", "captions"),
+        lambda row: bool(_known_conditions(row)),
+        lambda row: {"caption": first_caption(row.captions), "kind": longest},
+    )
+    if not rows:
+        return []
+    rng = random.Random(e.config.evaluate.seed)
+    chosen = [rng.choice(_known_conditions(row)) for row in rows]
+    asked = e.images([image for _, image in chosen])
+    captions, kinds = [first_caption(row.captions) for row in rows], [kind for kind, _ in chosen]
+    e.asked("condition_to_image", [[row.id, kind, caption] for row, kind, caption in zip(rows, kinds, captions, strict=True)])
+    generated = best_images(e.generator.condition_to_image(captions, asked, kinds, seed=e.config.evaluate.seed))
+    real = e.images([row.image for row in rows])
+    scored = [n for n, (row, kind) in enumerate(zip(rows, kinds, strict=True)) if kind in EXTRACTORS or is_scene(row)]
+
+    def agreements(images: Sequence[Image.Image], wanted: Sequence[int]) -> list[float]:
+        found = []
+        for number, of in zip(scored, wanted, strict=True):
+            extracted = conditions.extract(kinds[number], np.asarray(images[of]))
+            found.append(conditions.agreement(kinds[number], np.asarray(asked[number]), extracted))
+        return found
+
+    if scored:
+        values = agreements(generated, scored)
+        e.add("condition/agreement", values)
+        by_kind = defaultdict(list)
+        for number, value in zip(scored, values, strict=True):
+            by_kind[kinds[number]].append(value)
+        for kind, own in by_kind.items():
+            name = re.sub(r"\W+", "_", kind)
+            e.add(f"condition/agreement/{name}", own)
+        e.calibrate("condition/agreement_real", agreements(real, scored))
+        e.calibrate("condition/agreement_reconstructions", agreements(e.reconstructions(real), scored))
+        if len(scored) > 1:
+            e.calibrate("condition/agreement_other_images", agreements(generated, [scored[n] for n in shifted_positions(len(scored))]))
+    verdicts = [verdict for verdict in composition.verdicts(captions, generated) if verdict is not None]
+    if verdicts:
+        e.add("condition/composition", [float(all(verdict.values())) for verdict in verdicts])
+    sheet: Sheet = []
+    for shown, result, kind, caption in zip(asked, generated, kinds, captions, strict=True):
+        sheet += [(shown, kind), (result, caption)]
+    return sheet
+
+
+def _known_conditions(row: Any) -> list[tuple[str, str]]:
+    """Kind and reference of a record's condition images of the kinds that models learn."""
+    return [(item["kind"], item["image"]) for item in row.conditions if item["kind"] in CONDITIONS]
+
+
+def infill(e: Evaluation) -> Sheet:
+    """Inpainting of one object of each scene, from the caption: composition of the whole image.
+
+    Calibration: reconstructions of the real images (ceiling), and the images with the box left gray (baseline).
+    """
+    rows = e.rows("infill", ("objects", "captions"), is_scene)
+    if not rows:
+        return []
+    rng, size = random.Random(e.config.evaluate.seed), e.generator.image_size
+    captions, boxes = [e.generator.shorten(first_caption(row.captions)) for row in rows], []
+    for row in rows:
+        shares = box_in_square(rng.choice(list(row.objects))["box"], row.width, row.height) or (0.25, 0.25, 0.75, 0.75)
+        boxes.append(_widened(shares, size))
+    real = e.images([row.image for row in rows])
+    e.asked("infill", [[row.id, box, caption] for row, box, caption in zip(rows, boxes, captions, strict=True)])
+    generated = best_images(e.generator.infill(real, boxes, captions, seed=e.config.evaluate.seed))
+    gray = [image.copy() for image in real]
+    for image, box in zip(gray, boxes, strict=True):
+        x0, y0, x1, y1 = (round(value) for value in box)
+        image.paste((128, 128, 128), (x0, y0, x1, y1))
+
+    def right(images: Sequence[Image.Image]) -> list[float]:
+        return [float(all(verdict.values())) for verdict in composition.verdicts(captions, images) if verdict is not None]
+
+    e.add("infill/composition", right(generated))
+    e.calibrate("infill/composition_reconstructions", right(e.reconstructions(real)))
+    e.calibrate("infill/composition_left_out", right(gray))
+    sheet: Sheet = []
+    for start, result, caption in zip(gray, generated, captions, strict=True):
+        sheet += [(start, "to fill"), (result, caption)]
+    return sheet
+
+
+def _widened(shares: Box, size: int) -> Box:
+    """A box in fractions of the side as pixels, enlarged by :data:`MARGIN` and clipped to the image."""
+    x, y = (shares[0] + shares[2]) / 2, (shares[1] + shares[3]) / 2
+    half_width, half_height = ((shares[2] - shares[0]) * MARGIN / 2, (shares[3] - shares[1]) * MARGIN / 2)
+    edges = (x - half_width, y - half_height, x + half_width, y + half_height)
+    x0, y0, x1, y1 = (min(max(value, 0.0), 1.0) * size for value in edges)
+    return x0, y0, x1, y1
+
+
+def write(e: Evaluation) -> Sheet:
+    """Writing: single letters, read back by their outlines. Calibration: the real images, their reconstructions, and a random guess."""
+    rows = e.rows("write", ("text_in_image",), lambda row: is_scene(row) and len(row.text_in_image) == 1)
+    if not rows:
+        return []
+    texts = [row.text_in_image for row in rows]
+    e.asked("write", [[row.id, row.text_in_image] for row in rows])
+    generated = best_images(e.generator.write(texts, seed=e.config.evaluate.seed))
+
+    def right(images: Sequence[Image.Image]) -> list[float]:
+        return [float(read_scene(image).letter == text) for image, text in zip(images, texts, strict=True)]
+
+    e.add("write/text", right(generated))
+    real = e.images([row.image for row in rows])
+    e.calibrate("write/text_real", right(real))
+    e.calibrate("write/text_reconstructions", right(e.reconstructions(real)))
+    e.calibrate("write/text_guess", [1 / len(set(texts))])
+    return [(image, f'draw "{text}"') for image, text in zip(generated, texts, strict=True)]

@@ -1,0 +1,214 @@
+"""A whole evaluation: measures the models in ``models/`` under a written contract, and measures again as a record says."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import ValidationError
+
+from cm3leon.config import paths
+from cm3leon.config.schema import Config
+from cm3leon.data.manifest import ImageStore, first_caption, read_manifest
+from cm3leon.data.pixels import ImageSet
+from cm3leon.evaluation import leakage
+from cm3leon.evaluation.context import Evaluation, Sheet, sample_rows
+from cm3leon.evaluation.image_tasks import infill, text_to_image
+from cm3leon.evaluation.inception import Inception, fetch_weights
+from cm3leon.evaluation.record import Record, digest
+from cm3leon.evaluation.tasks import MEASURES
+from cm3leon.evaluation.text_tasks import answer_vqa, caption, sample_questions, training_answers
+from cm3leon.evaluation.upscaling import measure_upscaling
+from cm3leon.generation.generator import Generator
+from cm3leon.models.super_resolution import target_side
+from cm3leon.scenes import composition
+from cm3leon.tracking.lineage import content_hash
+from cm3leon.utils.device import default_device
+from cm3leon.utils.errors import UserError
+from cm3leon.utils.images import save_captioned
+
+CONFUSIONS = "confusions.csv"
+SECTIONS = ("evaluate", "decoding", "retrieve")
+"""Sections of the parameters that an evaluation depends on; its record repeats them."""
+MODELS = (
+    paths.FINETUNED, paths.IMAGE_TOKENIZER, paths.TEXT_TOKENIZER, paths.ENCODER, paths.INDEX, paths.TOKENS, paths.SUPER_RESOLUTION
+)  # fmt: skip
+TOLERANCE = 1e-5
+"""Scores of a record, which are rounded to six decimals, agree if they differ by less."""
+
+
+def load_generator(config: Config, model: Path = paths.FINETUNED) -> Generator:
+    """The generator on the stages' outputs; ``model`` is the decoder's directory."""
+    return Generator.from_parts(
+        model=model,
+        image_tokenizer=paths.IMAGE_TOKENIZER,
+        text_tokenizer=paths.TEXT_TOKENIZER,
+        encoder=paths.ENCODER,
+        memory_bank=paths.INDEX,
+        tokens=paths.TOKENS,
+        super_resolution=paths.SUPER_RESOLUTION,
+        decoding=config.decoding,
+        retrieval=config.retrieve,
+    )
+
+
+def contract(
+    config: Config,
+    rows: pd.DataFrame,
+    prompts: list[str],
+    captioned: pd.DataFrame,
+    asked: list[Any],
+    generator: Generator,
+    side: int,
+    inception: str | None,
+) -> dict[str, Any]:
+    """What was asked and how. Scores are comparable if their contracts are equal.
+
+    Args:
+        side: side of the images on which the upscaler is measured, pixels.
+        inception: fingerprint of the FID network's weights.
+    """
+    references = [list(texts) for texts in captioned["captions"]]
+    return {
+        "images": digest(rows["id"].tolist()),
+        "prompts": digest(prompts),
+        "captioned": digest(captioned["id"].tolist()),
+        "references": digest(references),
+        "questions": digest(asked),
+        "counts": {"prompts": len(prompts), "captioned": len(captioned), "questions": len(asked)},
+        "seed": config.evaluate.seed,
+        "decoding": config.decoding.model_dump(),
+        "retrieval": config.retrieve.model_dump() if config.decoding.retrieved_documents else None,
+        "image_path": f"fit_square to {generator.image_tokenizer.spec.image_size} px, Lanczos, no file format between",
+        "super_resolution": f"bicubic reductions of images of {side} px; Y without a border as wide as the scale",
+        "features": f"open_clip image tower {generator.encoder.fingerprint}" if generator.encoder else None,
+        "inception": inception,
+        "bootstrap": config.evaluate.bootstrap,
+    }
+
+
+def measure_upscaler(
+    record: Record, generator: Generator, store: ImageStore, refs: Sequence[str], side: int, resamples: int, seed: int
+) -> None:
+    """PSNR (RGB and Y) and SSIM (Y) of the upscaler on bicubic reductions of the images. Calibration: bicubic interpolation."""
+    assert generator.super_resolution is not None
+    values = measure_upscaling(generator.super_resolution, ImageSet(store, refs, side))
+    for name in ("psnr_rgb", "psnr_y", "ssim_y"):
+        if name in values:
+            record.add(f"super_resolution_{name}", values[name], resamples, seed)
+            record.calibration[f"super_resolution_{name}_bicubic"] = float(np.mean(values[f"{name}_bicubic"]))
+
+
+def inception_of(weights: str | None) -> Inception | None:
+    """The FID network as ``evaluate.inception`` names it: a path, or ``download``."""
+    if weights is None:
+        return None
+    try:
+        return Inception.load(fetch_weights() if weights == "download" else Path(weights)).to(default_device())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"evaluate.inception {weights}: {error}") from None
+
+
+def evaluate(config: Config, output: Path) -> Record:
+    """Measure the models in ``models/`` on the test split; writes the record, sheets and the table of confusions to ``output``.
+
+    Tasks that the model was not tuned for are not measured.
+
+    Raises:
+        LeakageError: if test records are also in training or in the memory bank.
+        UserError: if the FID network's weights cannot be loaded.
+    """
+    section = config.evaluate
+    resampling = (section.bootstrap, section.seed)
+    generator = load_generator(config)
+    assert generator.encoder is not None and generator.super_resolution is not None and generator.memory is not None
+    inception = inception_of(section.inception)
+    store, test, train = ImageStore(paths.RAW), read_manifest(paths.VALIDATED, "test"), read_manifest(paths.VALIDATED, "train")
+    known = generator.memory.bank.documents["id"].tolist()
+    leakage.check(test["id"].tolist(), train["id"].tolist(), known, paths.VALIDATED, config.validate_.near_duplicate_distance)
+    rows, captioned = sample_rows(test, section.prompts, section.seed), sample_rows(test, section.captions, section.seed)
+    prompts = [generator.shorten(first_caption(captions)) for captions in rows["captions"]]
+    asked = sample_questions(test, section.questions, section.seed)
+    side = target_side(rows, generator.image_tokenizer.spec.image_size, generator.super_resolution.scale)
+    record = Record(
+        contract=contract(config, rows, prompts, captioned, asked, generator, side, inception.fingerprint if inception else None),
+        settings={name: getattr(config, name).model_dump(mode="json") for name in SECTIONS},
+        models={str(path): content_hash(path) for path in MODELS},
+    )
+    measure_upscaler(record, generator, store, rows["image"].tolist(), side, *resampling)
+    evaluation = Evaluation(config, generator, store, test, record)
+    sheets: dict[str, Sheet] = {}
+    if "text_to_image" in generator.trained_tasks:
+        sheets["samples"] = text_to_image(evaluation, rows["image"].tolist(), prompts, inception)
+    if "caption" in generator.trained_tasks:
+        sheets["captions"] = caption(evaluation, captioned)
+    if asked and "vqa" in generator.trained_tasks:
+        sheets["vqa"] = answer_vqa(evaluation, asked, training_answers(train))
+    sheets |= {name: measure_task(evaluation) for name, measure_task in MEASURES.items() if name in generator.trained_tasks}
+    sheets["infill"] = infill(evaluation)
+    for old in [*output.glob("*.png"), output / CONFUSIONS]:  # an earlier evaluation, of another model
+        old.unlink(missing_ok=True)
+    record.write(output)
+    for name, shown in sheets.items():
+        if shown:
+            images, texts = zip(*shown[: section.sheet], strict=True)
+            save_captioned(images, texts, output / f"{name}.png")
+    if "samples" in sheets:
+        (output / CONFUSIONS).write_text(composition.confusions(prompts, [image for image, _ in sheets["samples"]]))
+    return record
+
+
+def headline(record: Record) -> dict[str, float]:
+    """The scores and calibrations for the final table, without breakdowns by attribute or kind."""
+    breakdowns = ("bleu_1", "bleu_2", "bleu_3", "composition/", "vqa_accuracy/", "condition/agreement/")
+    main = {name: value for name, value in record.scores.items() if not name.startswith(breakdowns)}
+    return {**main, **record.calibration}
+
+
+Difference = tuple[str, float | None, float | None]
+"""A score's name, its recorded and its new value; None where one record lacks it."""
+
+
+def reproduce(config: Config, path: Path) -> tuple[int, list[Difference]]:
+    """Evaluate again with the settings of a record, and compare every score and calibration.
+
+    Returns:
+        How many were compared, and those that differ.
+
+    Raises:
+        UserError: if ``path`` is no evaluation record with settings, or is of other models than those in ``models/``.
+    """
+    try:
+        old = Record.read_file(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is no evaluation record ({error}); evaluate writes models/evaluation/record.json") from None
+    if set(old.settings) != set(SECTIONS):
+        raise UserError(f"{path} does not say with which settings it was made; run cm3leon evaluate to write one that does")
+    if changed := [str(model) for model in MODELS if old.models.get(str(model)) != content_hash(model)]:
+        raise UserError(
+            f"{path} was made with other models: {', '.join(changed)} changed since; check out those of the record (dvc checkout)"
+        )
+    try:
+        sections = {name: type(getattr(config, name)).model_validate(values) for name, values in old.settings.items()}
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, found["loc"])) for found in error.errors())
+        raise UserError(
+            f"{path} was made by other code, with settings that this code does not have: {wrong}; run cm3leon evaluate to write a new one"
+        ) from None
+    with tempfile.TemporaryDirectory() as folder:
+        new = evaluate(config.model_copy(update=sections), Path(folder))
+        new = Record.read(Path(folder))
+    if changed := sorted(name for name in old.contract | new.contract if old.contract.get(name) != new.contract.get(name)):
+        raise UserError(f"{path} was made on other data or code: its contract differs in {', '.join(changed)}")
+    pairs = [*_paired("", old.scores, new.scores), *_paired("calibration ", old.calibration, new.calibration)]
+    agree = [one is not None and other is not None and math.isclose(one, other, abs_tol=TOLERANCE) for _, one, other in pairs]
+    return len(pairs), [pair for pair, same in zip(pairs, agree, strict=True) if not same]
+
+
+def _paired(prefix: str, old: dict[str, float], new: dict[str, float]) -> list[Difference]:
+    return [(prefix + name, old.get(name), new.get(name)) for name in sorted(old | new)]

@@ -1,0 +1,115 @@
+"""Measurements of the tasks that answer with text; the same contract as in ``image_tasks``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cm3leon.data.manifest import ImageStore
+from cm3leon.evaluation import captions as caption_metrics
+from cm3leon.evaluation import measure, vqa
+from cm3leon.evaluation.context import Evaluation, Sheet, fitted_images
+from cm3leon.evaluation.measure import shifted_positions
+from cm3leon.generation.generator import Generator
+from cm3leon.sequence.tasks import Fields, conclusion, reasoning_fields
+
+
+def sample_questions(manifest: pd.DataFrame, count: int, seed: int) -> list[tuple[str, str, list[str]]]:
+    """Up to ``count`` (image, question, answers), sampled by the seed from the questions of all records."""
+    found = [
+        (row.image, item["question"], list(item["answers"]))
+        for row in manifest.itertuples()
+        for item in (row.questions if row.questions is not None else ())
+    ]
+    order = np.random.default_rng(seed).permutation(len(found))[:count]
+    return [found[int(i)] for i in sorted(order)]
+
+
+def training_answers(manifest: pd.DataFrame) -> Counter[tuple[str, str]]:
+    """Counts of each (kind of question, first answer) in a manifest."""
+    return Counter(
+        (measure.question_kind(item["question"]), item["answers"][0])
+        for questions in manifest["questions"]
+        for item in (questions if questions is not None else ())
+    )
+
+
+def answer_questions(generator: Generator, store: ImageStore, refs: Sequence[str], questions: Sequence[str]) -> list[str]:
+    """The model's answer to each question about its image; questions too long for the context lose their end."""
+    images = fitted_images(generator, store, refs)
+    return [answer.text for answer in generator.vqa(images, [generator.shorten_question(question) for question in questions])]
+
+
+def caption(e: Evaluation, captioned: pd.DataFrame) -> Sheet:
+    """Captions of the images of these records."""
+    pictures = e.images(captioned["image"].tolist())
+    captions = [found.text for found in e.generator.caption(pictures)]
+    references = [list(texts) for texts in captioned["captions"]]
+    section = e.config.evaluate
+    measure.measure_captions(e.record, captioned["id"].tolist(), captions, references, section.bootstrap, section.seed)
+    return list(zip(pictures, captions, strict=True))
+
+
+def answer_vqa(e: Evaluation, asked: Sequence[tuple[str, str, list[str]]], frequent: Counter[tuple[str, str]]) -> Sheet:
+    """Visual question answering; on the sheet, a wrong answer is followed by the first reference."""
+    images, questions, truths = zip(*asked, strict=True)
+    answers = answer_questions(e.generator, e.store, images, questions)
+    others = measure.images_of_others(asked)
+    answers_of_others = answer_questions(e.generator, e.store, others, questions) if others else None
+    section = e.config.evaluate
+    measure.measure_answers(
+        e.record, questions, answers, answers_of_others, truths, images, frequent, section.bootstrap, section.seed
+    )  # fmt: skip
+    shown = list(zip(asked, answers, strict=True))[: section.sheet]
+    pictures = e.images([image for (image, _, _), _ in shown])
+    wrong = ["" if vqa.answer_score(said, truth) else f" (not {truth[0]})" for (_, _, truth), said in shown]
+    return [(p, f"{question} {said}{note}") for p, ((_, question, _), said), note in zip(pictures, shown, wrong, strict=True)]
+
+
+def long_caption(e: Evaluation) -> Sheet:
+    """Long captions: CIDEr, ROUGE-L. Calibration: the same captions against the references of other records."""
+    rows = e.rows("long_caption", ("long_caption",))
+    if not rows:
+        return []
+    pictures = e.images([row.image for row in rows])
+    e.asked("long_caption", [[row.id, row.long_caption] for row in rows])
+    said = [text.text for text in e.generator.long_caption(pictures)]
+    names, wanted = [row.id for row in rows], {row.id: [row.long_caption] for row in rows}
+    for name, values in caption_metrics.per_image(dict(zip(names, said, strict=True)), wanted).items():
+        e.add(f"long_caption/{name}", values)
+    if len(rows) > 1:
+        shuffled = {name: said[number] for name, number in zip(names, shifted_positions(len(names)), strict=True)}
+        e.calibrate("long_caption/cider_other_images", caption_metrics.per_image(shuffled, wanted)["cider"])
+    return list(zip(pictures, said, strict=True))
+
+
+def reasoning(e: Evaluation) -> Sheet:
+    """Multiple-choice reasoning, with and without explanation. Calibration: answers about other images, and a random choice."""
+
+    def values(row: Any) -> Fields:
+        problem = row.reasoning[0]
+        return reasoning_fields(problem["question"], problem["options"], problem["context"])
+
+    rows = e.rows("reasoning", ("reasoning",), values=values)
+    if not rows:
+        return []
+    pictures, problems = e.images([row.image for row in rows]), [row.reasoning[0] for row in rows]
+    truths = [problem["answer"] for problem in problems]
+    e.asked("reasoning", [[row.id, problem] for row, problem in zip(rows, problems, strict=True)])
+    asked = tuple([problem[name] for problem in problems] for name in ("question", "options", "context"))
+
+    def right(answers: Sequence[str]) -> list[float]:
+        return [float(conclusion(answer) == conclusion(truth)) for answer, truth in zip(answers, truths, strict=True)]
+
+    explained = [text.text for text in e.generator.reasoning(pictures, *asked)]
+    e.add("reasoning/accuracy", right(explained))
+    e.add("reasoning/accuracy_unexplained", right([text.text for text in e.generator.reasoning(pictures, *asked, explain=False)]))
+    e.calibrate("reasoning/accuracy_guess", [1 / len(problem["options"]) for problem in problems])
+    if len(rows) > 1:
+        elsewhere = [pictures[number] for number in shifted_positions(len(pictures))]
+        e.calibrate("reasoning/accuracy_other_images", right([text.text for text in e.generator.reasoning(elsewhere, *asked)]))
+    return [(image, f"{question} {text}") for image, question, text in zip(pictures, asked[0], explained, strict=True)]
