@@ -1,4 +1,4 @@
-"""The stage graph, read from DVC. Prefect's tasks are derived from it; there is no second list of stages."""
+"""The stage graph, read from DVC. Prefect's tasks are derived from it, so that there is one list of stages."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Stage:
 
 
 def stage_order(root: str | Path = ".") -> list[Stage]:
-    """Every stage after all it depends on; among those that are ready, the order of ``dvc.yaml``.
+    """The stages in topological order; among those that are ready, in the order of ``dvc.yaml``.
 
     Raises:
-        dvc.exceptions.DvcException: if ``dvc.yaml`` is missing or wrong, has a cycle, or two stages with the same output.
+        dvc.exceptions.DvcException: if ``dvc.yaml`` is missing or invalid, has a cycle, or two stages with the same output.
     """
     import networkx
     from dvc.repo import Repo
@@ -30,10 +30,10 @@ def stage_order(root: str | Path = ".") -> list[Stage]:
         return [Stage(stage.addressing, tuple(sorted(needed.addressing for needed in graph.successors(stage)))) for stage in order]
 
 
-def affected(stages: list[Stage], changed: str) -> set[str]:
-    """``changed`` and every stage that depends on it, directly or not. ``stages`` in topological order."""
-    found = {changed}
+def downstream_of(stages: list[Stage], name: str) -> list[str]:
+    """Every stage that depends on stage ``name``, directly or not. ``stages`` in topological order, as is the result."""
+    found: list[str] = []
     for stage in stages:
-        if found & set(stage.needs):
-            found.add(stage.name)
+        if {name, *found} & set(stage.needs):
+            found.append(stage.name)
     return found

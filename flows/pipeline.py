@@ -1,4 +1,4 @@
-"""The whole job as a Prefect flow: every stage of DVC's graph in order, then register, gate and promote.
+"""The whole pipeline as a Prefect flow: every stage of DVC's graph in order, then register, gate and promote.
 
     python -m flows.pipeline [--profile tiny] [--no-promote]
 
@@ -22,39 +22,41 @@ from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 
-from cm3leon.config.schema import GateConfig  # noqa: E402
-from flows.graph import Stage, affected, stage_order  # noqa: E402
+from cm3leon.config.schema import Config  # noqa: E402
+from flows.graph import Stage, downstream_of, stage_order  # noqa: E402
 from flows.promotion import register_gate_promote  # noqa: E402
 from flows.report import markdown, show_table  # noqa: E402
-from flows.stage import Outcome, stage_task  # noqa: E402
+from flows.stage import StageResult, stage_task  # noqa: E402
 
 
-def run_stages(stages: list[Stage], outcomes: list[Outcome]) -> bool:
-    """Run stages in order until one fails; fills in ``outcomes``. Whether all ended well."""
-    for stage, place in zip(stages, range(len(outcomes)), strict=True):
+def run_stages(stages: list[Stage]) -> list[StageResult]:
+    """Run stages in order until one fails; returns a result for each stage, with state NotRun for those after the failed one."""
+    results: list[StageResult] = []
+    for stage in stages:
         state = stage_task(stage.name, return_state=True)
-        if not state.is_completed():
-            outcomes[place].state = "Failed"
-            outcomes[place].error = str(state.message or "").removeprefix("Task run encountered an exception ")
-            waiting = sorted(affected(stages, stage.name) - {stage.name})
-            get_run_logger().error("%s failed; not run because of it: %s", stage.name, ", ".join(waiting) or "nothing else")
-            return False
-        outcomes[place] = cast(Outcome, state.result())
-    return True
+        if state.is_completed():
+            results.append(cast(StageResult, state.result()))
+            continue
+        error = str(state.message or "").removeprefix("Task run encountered an exception ")
+        downstream = ", ".join(downstream_of(stages, stage.name)) or "none"
+        get_run_logger().error("%s failed; stages that depend on it: %s", stage.name, downstream)
+        results.append(StageResult(stage.name, "Failed", error=error or "a stage failed"))
+        break
+    return results + [StageResult(stage.name) for stage in stages[len(results) :]]
 
 
 class PipelineFailedError(RuntimeError):
-    """Ends the MLflow run of a pipeline as FAILED once everything is recorded; the message is the error's."""
+    """Raised once everything is recorded, so that the MLflow run of the pipeline ends as FAILED."""
 
 
-def promoted(config: GateConfig) -> tuple[str, str]:
-    """Register, gate and promote: the verdict, and the error that stopped it, empty where there was none."""
+def try_promotion(config: Config) -> tuple[str, str]:
+    """Register, gate and promote; returns the verdict, and the error if there was one, else an empty text."""
     try:
         return register_gate_promote(config), ""
     except Exception as error:
-        get_run_logger().exception("the stages are done, but the model was not registered and gated")
+        get_run_logger().exception("all stages are completed, but the model was not registered and gated")
         problem = f"{type(error).__name__}: {error}"
-        return f"failed after the stages, {problem}; they are kept, and cm3leon register, gate and promote go on from there", problem
+        return f"failed after the stages, {problem}; their outputs are kept: run cm3leon register, gate and promote", problem
 
 
 @flow(name="cm3leon", persist_result=False)
@@ -74,31 +76,33 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
     prepare_project()
     config = load_config()
     os.environ[runs.FLOW_RUN_ENV] = str(flow_run.id)
-    stages = stage_order()
-    outcomes = [Outcome(stage.name) for stage in stages]
-    problem = ""
     with suppress(PipelineFailedError), runs.pipeline_run(config) as run:
-        done = run_stages(stages, outcomes)
-        run.log_metrics({f"pipeline/{o.stage}_seconds": o.seconds for o in outcomes if o.state == "Completed"})
-        run.log_metrics({f"pipeline/{o.stage}_peak_megabytes": o.peak_megabytes for o in outcomes if o.peak_megabytes})
-        if not done:
-            verdict = "failed; finished stages are kept, and the next run goes on from there"
-            problem = next((outcome.error for outcome in outcomes if outcome.error), "a stage failed")
+        # 1. The stages.
+        results = run_stages(stage_order())
+        run.log_metrics({f"pipeline/{r.stage}_seconds": r.seconds for r in results if r.state == "Completed"})
+        run.log_metrics({f"pipeline/{r.stage}_peak_megabytes": r.peak_megabytes for r in results if r.peak_megabytes})
+        problem = next((r.error for r in results if r.error), "")
+
+        # 2. The registry.
+        if problem:
+            verdict = "failed; completed stages are kept, and the next run resumes at the failed one"
         elif promote:
-            verdict, problem = promoted(config.gate)
+            verdict, problem = try_promotion(config)
         else:
-            verdict = "stages are up to date; nothing registered (--no-promote)"
-        _publish(markdown(outcomes, verdict, run.run_id))
+            verdict = "stages are up to date; no model registered (--no-promote)"
+
+        # 3. The report, also of a run that failed.
+        _publish(markdown(results, verdict, run.run_id))
         if problem:
             raise PipelineFailedError(problem)
-    show_table(outcomes, verdict)
+    show_table(results, verdict)
     if problem:
         return Failed(message=problem)
-    return Completed(message=verdict, data=[vars(o) for o in outcomes])
+    return Completed(message=verdict, data=[vars(result) for result in results])
 
 
 def _publish(report: str) -> None:
-    """The report as an artifact of the run."""
+    """Publish the report as an artifact of the flow run."""
     from prefect.artifacts import create_markdown_artifact
 
     create_markdown_artifact(report, key="cm3leon-pipeline", description="Stages, verdict and links of a pipeline run")

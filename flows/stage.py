@@ -1,4 +1,4 @@
-"""One DVC stage as a Prefect task: run it if it is out of date, stream its output into the run's log, say how it ended."""
+"""One DVC stage as a Prefect task: run it if it is out of date, stream its output into the run's log, return its metrics."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from cm3leon.services.environment import child_path
 from cm3leon.stages.common import METRICS
 
 ERROR_LINES = 15
+"""Most lines of a failed command's output that its error repeats."""
 CHATTER = re.compile(
     r"To track the changes|To enable auto staging|\tgit add |\tdvc config core.autostage|Use `dvc push`|Data and pipelines"
 )
@@ -27,14 +28,23 @@ CHATTER = re.compile(
 
 
 @dataclass
-class Outcome:
-    """How a stage ended. ``state``: Completed, Skipped (up to date), Cached (restored without running), Failed or NotRun."""
+class StageResult:
+    """How a stage ended.
+
+    Attributes:
+        stage: its name.
+        state: Completed, Skipped (up to date), Cached (outputs restored without running the command), Failed or NotRun.
+        seconds: wall-clock time, DVC's own included.
+        peak_megabytes: largest resident memory of the stage's process; None if it did not run.
+        metrics: the headline metrics that the stage printed.
+        error: the last lines of a failed command.
+    """
 
     stage: str
     state: str = "NotRun"
     seconds: float = 0.0
     peak_megabytes: float | None = None
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -47,43 +57,45 @@ def dvc_command(stage: str) -> list[str]:
     return [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
 
 
-def run_stage(stage: str, log: Callable[[str], None]) -> Outcome:
-    """Bring one stage up to date; what it depends on must be.
+def run_stage(stage: str, log: Callable[[str], None]) -> StageResult:
+    """Bring one stage up to date; the stages that it depends on must be up to date.
 
     Raises:
         StageFailedError: with the stage's own last lines.
     """
-    outcome, start = Outcome(stage, "Completed"), time.monotonic()
+    result = StageResult(stage, "Completed")
+    start = time.monotonic()
 
     def read(line: str) -> None:
+        # DVC tells by its output only whether it ran the command.
         if line.startswith(METRICS):
-            _read_figures(line, outcome)
+            _read_metrics(line, result)
         elif line == f"Stage '{stage}' didn't change, skipping":
-            outcome.state = "Skipped"
+            result.state = "Skipped"
         elif line.startswith(f"Stage '{stage}' is cached"):
-            outcome.state = "Cached"
+            result.state = "Cached"
         if not CHATTER.match(line):
             log(line)
 
     finished = run_command(dvc_command(stage), read, {**os.environ, "PATH": child_path()})
-    outcome.seconds = time.monotonic() - start
+    result.seconds = time.monotonic() - start
     if finished.status != 0:
-        raise StageFailedError(f"stage {stage} failed:\n{last_words(finished.tail, finished.status)}")
-    return outcome
+        raise StageFailedError(f"stage {stage} failed:\n{error_lines(finished.tail, finished.status)}")
+    return result
 
 
-def _read_figures(line: str, outcome: Outcome) -> None:
+def _read_metrics(line: str, result: StageResult) -> None:
     try:
-        figures = {str(name): float(value) for name, value in json.loads(line.removeprefix(METRICS)).items()}
-    except (ValueError, TypeError, AttributeError):
+        metrics = {str(name): float(value) for name, value in json.loads(line.removeprefix(METRICS)).items()}
+    except (ValueError, TypeError, AttributeError):  # a line of the stage's own that only starts alike
         return
-    figures.pop("seconds", None)
-    outcome.peak_megabytes = figures.pop("peak_megabytes", None)
-    outcome.figures = figures
+    metrics.pop("seconds", None)
+    result.peak_megabytes = metrics.pop("peak_megabytes", None)
+    result.metrics = metrics
 
 
-def last_words(tail: list[str], status: int) -> str:
-    """The end of a failed command's output: from its own ``error:`` line where there is one, else the last lines."""
+def error_lines(tail: list[str], status: int) -> str:
+    """The end of a failed command's output: from its own ``error:`` line if there is one, else the last lines."""
     starts = [number for number, line in enumerate(tail) if line.startswith("error: ")]
     lines = tail[starts[-1] :] if starts else tail
     return "\n".join(lines[-ERROR_LINES:]) or f"no output, exit status {status}"
@@ -91,11 +103,11 @@ def last_words(tail: list[str], status: int) -> str:
 
 @task(name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
 def stage_task(name: str) -> State:
-    """Run one stage; ends Completed, or with the name Skipped or Cached where its command did not run."""
-    outcome = run_stage(name, get_run_logger().info)
-    return Completed(name=outcome.state, message=figures_text(outcome.figures), data=outcome)
+    """Run one stage; ends in the state Completed, or in one named Skipped or Cached if its command did not run."""
+    result = run_stage(name, get_run_logger().info)
+    return Completed(name=result.state, message=metrics_text(result.metrics), data=result)
 
 
-def figures_text(figures: dict[str, float], limit: int = 4) -> str:
-    """The first few figures, short: "psnr 28.4, codebook_used 511"."""
-    return ", ".join(f"{name} {value:,.4g}" for name, value in list(figures.items())[:limit])
+def metrics_text(metrics: dict[str, float], limit: int = 4) -> str:
+    """The first ``limit`` metrics: "psnr 28.4, codebook_used 511"."""
+    return ", ".join(f"{name} {value:,.4g}" for name, value in list(metrics.items())[:limit])

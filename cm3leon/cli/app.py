@@ -67,7 +67,7 @@ def configure(
     profile: Annotated[str, typer.Argument(help="a file of configs/, without .yaml")],
     changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; can be given several times")] = None,
 ) -> None:
-    """Write params.yaml from a profile, checked."""
+    """Write the complete params.yaml of a profile, checked."""
     from cm3leon.config.profiles import PARAMS
     from cm3leon.config.profiles import configure as write
 
@@ -136,6 +136,9 @@ def inspect_document(
 
 # --- the registry ----------------------------------------------------------------------------------------------------
 
+LISTED_SCORES = ("composition", "vqa_accuracy", "clip_score", "cider")
+"""Columns of ``status``, of those scores that some version has."""
+
 
 @app.command(rich_help_panel="Registry")
 def status() -> None:
@@ -147,30 +150,24 @@ def status() -> None:
 
     versions = registry.status()
     if not versions:
-        raise UsageError("nothing is registered yet; run: make run")
-    names = list(dict.fromkeys(name for version in versions for name in version.scores))
-    main = [name for name in ("composition", "vqa_accuracy", "clip_score", "cider") if name in names]
-    table = Table("version", "aliases", "created", "profile", *main, "gate")
+        raise UsageError("no model is registered yet; run: make run")
+    names = [name for name in LISTED_SCORES if any(name in version.scores for version in versions)]
+    table = Table("version", "aliases", "created", "profile", *names, "gate")
     for version in versions:
-        scores = [f"{version.scores[name]:.3f}" if name in version.scores else "" for name in main]
+        aliases = ", ".join(version.aliases)
         created = f"{version.created:%Y-%m-%d %H:%M} UTC"
-        table.add_row(
-            str(version), ", ".join(version.aliases), created, version.tags.get("profile", ""), *scores, version.tags.get("gate", "")
-        )
+        scores = [f"{version.scores[name]:.3f}" if name in version.scores else "" for name in names]
+        table.add_row(str(version), aliases, created, version.tags.get("profile", ""), *scores, version.tags.get("gate", ""))
     Console().print(table)
 
 
 @app.command(rich_help_panel="Registry")
 def register() -> None:
-    """Bundle what the stages left and register it as challenger."""
-    import tempfile
-
+    """Bundle the stages' outputs and register them as challenger."""
+    from cm3leon.config.schema import load_config
     from cm3leon.registry import registry
 
-    scratch = Path(".cache")
-    scratch.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bundle-", dir=scratch) as folder:
-        print(f"challenger: version {registry.register(registry.build_bundle(Path(folder) / 'bundle'))}")
+    print(f"challenger: version {registry.register_outputs(load_config())}")
 
 
 @app.command(rich_help_panel="Registry")
@@ -186,7 +183,7 @@ def gate() -> None:
 
 
 @app.command(rich_help_panel="Registry")
-def promote(force: Annotated[bool, typer.Option(help="also if the gate has not passed it")] = False) -> None:
+def promote(force: Annotated[bool, typer.Option(help="promote it even if the gate has not passed it")] = False) -> None:
     """Make the challenger the champion."""
     from cm3leon.registry import registry
 
@@ -211,13 +208,13 @@ app.add_typer(convert.app)
 
 
 def is_users(error: Exception) -> bool:
-    """Whether the message of ``error`` is all the user needs."""
+    """Whether the user can act on the message of ``error`` without a traceback."""
     return isinstance(error, (UserError, FileNotFoundError, IsADirectoryError, PermissionError, ConnectionError))
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """One line ``error: ...`` (a longer message where the error has one) on standard error instead of a traceback, for users' errors."""
+    """Print users' errors as ``error: MESSAGE`` on standard error and exit with status 2, instead of a traceback."""
     try:
         yield
     except Exception as error:

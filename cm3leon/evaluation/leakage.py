@@ -1,52 +1,53 @@
-"""Evaluation refuses what a model may have seen: documents that stand, by hash or as near-duplicates, in training or in the memory bank."""
+"""Evaluation refuses test records that the model may have seen, by id or as near-duplicates, in training or in the memory bank."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
-from cm3leon.data.manifest import ImageStore
 from cm3leon.data.splits import near_duplicate_groups
-from cm3leon.data.validation import thumbnail_of
+from cm3leon.data.thumbnails import read_thumbnails
 from cm3leon.utils.errors import UserError
-from cm3leon.utils.progress import track
 
 EXAMPLES = 3
+"""Most records that an error names."""
 
 
 class LeakageError(UserError):
-    """Held-out documents are known to the model, so figures of it would say nothing."""
+    """Test records are known to the model, so its scores would not be of unseen data."""
 
 
-def check(test: pd.DataFrame, train: pd.DataFrame, memory: Sequence[str], store: ImageStore, distance: float) -> None:
-    """Compare the held-out rows of a manifest with the training rows and with the ids of the memory bank.
+def check(test: Sequence[str], train: Sequence[str], memory: Sequence[str], validated: Path, distance: float) -> None:
+    """Compare the ids of the test records with those of the training records and of the memory bank.
+
+    No image is decoded: near-duplicates are found by the thumbnails that ``validate`` left.
 
     Args:
+        validated: directory of the validated manifest and its thumbnails.
         distance: below which two images are near-duplicates (``validate.near_duplicate_distance``).
 
     Raises:
-        LeakageError: naming some of what stands on both sides.
+        LeakageError: naming some of the test records that are known.
+        ThumbnailError: if ``validated`` has no thumbnails of them.
     """
-    for where, known in (("in training", set(train["id"])), ("in the memory bank", set(memory))):
-        if both := sorted(set(test["id"]) & known):
-            raise LeakageError(_message(len(both), f"stand {where}", both))
-    names = [*test["id"], *train["id"]]
-    refs = [*test["image"], *train["image"]]
-    seen = track(refs, "looking for near-duplicates", unit="images")
-    thumbnails = np.frombuffer(b"".join(thumbnail_of(store.open(ref)) for ref in seen), dtype=np.uint8)
-    groups = near_duplicate_groups(thumbnails.reshape(len(refs), -1), distance)
-    known_groups = {int(group): name for group, name in zip(groups[len(test) :], names[len(test) :], strict=True)}
+    # 1. The same record: ids are hashes of image files.
+    for where, known in (("training", set(train)), ("the memory bank", set(memory))):
+        if both := sorted(set(test) & known):
+            raise LeakageError(_message(len(both), f"are also in {where}", both))
+
+    # 2. Near-duplicates of training images. Groups are numbered alike for test and training records.
+    groups = near_duplicate_groups(read_thumbnails(validated, [*test, *train]), distance).tolist()
+    test_groups, train_groups = groups[: len(test)], groups[len(test) :]
+    training_record = dict(zip(train_groups, train, strict=True))
     pairs = [
-        f"{name} (like {known_groups[int(group)]})" for name, group in zip(test["id"], groups, strict=False) if int(group) in known_groups
+        f"{test_id} (like {training_record[group]})" for test_id, group in zip(test, test_groups, strict=True) if group in training_record
     ]
     if pairs:
         raise LeakageError(_message(len(pairs), "are near-duplicates of training images", pairs))
 
 
-def _message(count: int, what: str, examples: Sequence[str]) -> str:
+def _message(count: int, problem: str, examples: Sequence[str]) -> str:
     return (
-        f"{count} held-out documents {what}, for example {', '.join(examples[:EXAMPLES])}; scores would not be of unseen data. "
-        "Run validate again, which keeps splits apart, and train anew; or evaluate on other data"
+        f"{count} test records {problem}, for example {', '.join(examples[:EXAMPLES])}; scores would not be of unseen data. "
+        "Run validate again, which keeps the splits disjoint, and train again; or evaluate on other data"
     )

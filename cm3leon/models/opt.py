@@ -12,7 +12,7 @@ needed here, and nothing is pickled.
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,6 @@ MATRICES = {"attention.out": "self_attn.out_proj", "up": "fc1", "down": "fc2"}
 
 SIZES = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads", "context": "max_position_embeddings"}
 """Fields of :class:`DecoderSpec` -> OPT's."""
-
-INITIALIZATION = ("init_std", "position_std")
-"""Fields of :class:`DecoderSpec` that decide the initialization, not what is computed."""
 
 FIXED: dict[str, tuple[Any, Any, str]] = {
     "model_type": ("opt", None, "only OPT models can be read"),
@@ -127,12 +124,11 @@ def _config(model: Decoder) -> dict[str, Any]:
 
 
 def _check_expressible(spec: DecoderSpec) -> None:
-    """Require every option that changes what is computed to be off, which is its default."""
-    options = [field for field in fields(spec) if field.default is not MISSING and field.name not in INITIALIZATION]
-    on = [field for field in options if getattr(spec, field.name) != field.default]
+    """Require every option that changes what is computed to be off; these are the boolean fields."""
+    on = [field.name for field in fields(spec) if getattr(spec, field.name) is True]
     if on:
-        found = ", ".join(f"{field.name}={json.dumps(getattr(spec, field.name))}" for field in on)
-        needed = ", ".join(f"pretrain.model.{field.name}={json.dumps(field.default)}" for field in on)
+        found = ", ".join(f"{name}=true" for name in on)
+        needed = ", ".join(f"pretrain.model.{name}=false" for name in on)
         raise OPTFormatError(f"OPT cannot express a decoder with {found}; train one with {needed}")
 
 
@@ -169,7 +165,8 @@ def _check_config(config: dict[str, Any], vocabulary: Vocabulary | None, path: P
 def _check_own(config: dict[str, Any], sizes: dict[str, int], vocabulary: Vocabulary | None, path: Path) -> tuple[DecoderSpec, Vocabulary]:
     """The architecture and vocabulary under :data:`OWN`, which must agree with OPT's fields; without it, those of the arguments."""
     own = config.get(OWN)
-    spec = DecoderSpec(sizes["layers"], sizes["width"], sizes["heads"], sizes["context"])
+    begun = {"init_std": 0.006, "position_std": 0.0002}  # the paper's; the weights are read, so neither is used
+    spec = DecoderSpec(**sizes, **begun, qk_norm=False, image_positions=False, rope=False, previous_token=False)  # type: ignore[arg-type]
     if own is not None:
         try:
             spec = DecoderSpec(**current_names(own["decoder"], "pretrain.model"))

@@ -1,9 +1,9 @@
-"""A bundle: one directory with everything a finished model needs to draw, caption and answer, and what is known about it.
+"""A bundle: one directory with everything a finished model needs to generate, caption and answer, its evaluation and its lineage.
 
     config.json, model.safetensors     the decoder
-    training.json                      the tasks it was tuned for, and whether on masked prompts, which guidance needs
+    training.json                      the tasks it was tuned for, and whether with conditioning dropout, which guidance needs
     image_tokenizer/ text_tokenizer/ encoder/ memory_bank/ super_resolution/
-    decoding.json, retrieval.json      decoding defaults; the rules by which documents are retrieved
+    decoding.json, retrieval.json      decoding defaults; the rules of retrieval
     evaluation/                        record.json and sheets
     lineage.json                       git commit, md5 of dvc.lock, MLflow run of each stage
 
@@ -19,6 +19,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, load_config
@@ -29,20 +30,36 @@ from cm3leon.tracking.lineage import content_hash
 from cm3leon.utils.errors import UserError
 
 LINEAGE = "lineage.json"
+SHEETS = "*.png"
 PICKLED = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib"}
 
 
 class BundleError(UserError):
-    """A bundle cannot be made or used; the message names the file and the command that makes it."""
+    """A bundle cannot be built; the message names the file and the command that writes it."""
 
 
 class IncompleteRecordError(BundleError):
     """The evaluation record lacks scores, contract or samples, so the model cannot be registered."""
 
 
+class Bundle(NamedTuple):
+    """A bundle and the evaluation record in it, which was found complete and of this model."""
+
+    path: Path
+    record: Record
+
+
 @dataclass(frozen=True)
 class Part:
-    """What a stage gives to the bundle: ``required`` files must be there, those that match ``others`` go along."""
+    """Files of a bundle that one stage writes.
+
+    Attributes:
+        stage: its name.
+        source: its output directory.
+        target: where the files go in the bundle.
+        required: names of the files without which there is no bundle.
+        others: pattern of further files that are taken where they exist.
+    """
 
     stage: str
     source: Path
@@ -59,50 +76,65 @@ PARTS = (
     Part("index", paths.INDEX, "memory_bank", ("index.faiss", "documents.parquet"), others="*"),
     Part("tokenize", paths.TOKENS, "memory_bank/tokens", ("train-00000.arrow",), others="train-*.arrow"),
     Part("super_resolution", paths.SUPER_RESOLUTION, "super_resolution"),
-    Part("evaluate", paths.EVALUATION, "evaluation", (RECORD,), others="*.png"),
+    Part("evaluate", paths.EVALUATION, "evaluation", (RECORD,), others=SHEETS),
 )
 
 
-def build_bundle(out: Path, config: Config | None = None) -> Path:
-    """Assemble the bundle from the stages' outputs in ``models/`` and ``data/`` (hard links where the disk allows) and return ``out``.
+def build_bundle(out: Path, config: Config | None = None) -> Bundle:
+    """Assemble the bundle from the stages' outputs in ``models/`` and ``data/``, by hard links where the disk allows.
 
     Args:
-        out: directory to make; one that is there is replaced.
+        out: directory to write; an existing one is replaced.
         config: for the defaults of decoding and retrieval; None reads ``params.yaml``.
 
     Raises:
-        BundleError: if a stage's output is missing or is pickled, or if what was evaluated was another model or other decoding defaults.
+        BundleError: if a stage's output is missing or pickled, or another model or other decoding defaults were evaluated.
+        IncompleteRecordError: as :func:`read_record`.
     """
     config = config or load_config()
     out = Path(out)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+
+    # 1. The files of the stages.
     for part in PARTS:
         for file in _files(part):
             target = partial / part.target / file.relative_to(part.source)
             target.parent.mkdir(parents=True, exist_ok=True)
             _link(file, target)
+
+    # 2. The evaluation must be of these files and of these decoding defaults, which are part of the model.
+    record = read_record(paths.EVALUATION)
     decoding = config.decoding.model_dump(mode="json")
-    record = Record.read(partial / "evaluation")
-    others = [path for path, known in record.models.items() if content_hash(Path(path)) != known]
-    if others or not record.models:
-        which = ", ".join(others) or "the models"
+    _check_evaluated(record, decoding)
+
+    # 3. What the configuration and the lineage add.
+    _write(partial / "decoding.json", decoding)
+    _write(partial / "retrieval.json", config.retrieve.model_dump(mode="json"))
+    runs = {file.parent.name: json.loads(file.read_text())["run_id"] for file in sorted(paths.RUNS.glob("*/mlflow_run.json"))}
+    _write(partial / LINEAGE, {"git_commit": lineage.git_commit(), "dvc_lock_md5": lineage.dvc_lock_md5(), "mlflow_runs": runs})
+
+    # 4. The bundle appears whole or not at all.
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
+    return Bundle(out, record)
+
+
+def _check_evaluated(record: Record, decoding: dict[str, Any]) -> None:
+    """Raises :class:`BundleError` unless the record is of the models in ``models/`` and of these decoding defaults."""
+    changed = [path for path, known in record.models.items() if content_hash(Path(path)) != known]
+    if changed or not record.models:
+        which = ", ".join(changed) or "the models"
         raise BundleError(f"{which} changed since the evaluation, so its scores are not those of this model; run: cm3leon evaluate")
     evaluated = record.contract.get("decoding", decoding)
     if evaluated != decoding:
         changed = sorted(name for name in decoding | evaluated if decoding.get(name) != evaluated.get(name))
         raise BundleError(f"decoding defaults changed since the evaluation ({', '.join(changed)}); run: cm3leon evaluate")
-    _write(partial / "decoding.json", decoding)
-    _write(partial / "retrieval.json", config.retrieve.model_dump(mode="json"))
-    runs = {file.parent.name: json.loads(file.read_text())["run_id"] for file in sorted(paths.RUNS.glob("*/mlflow_run.json"))}
-    _write(partial / LINEAGE, {"git_commit": lineage.git_commit(), "dvc_lock_md5": lineage.dvc_lock_md5(), "mlflow_runs": runs})
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
-    return out
 
 
 def _files(part: Part) -> list[Path]:
+    """The files of a part, in a fixed order; raises :class:`BundleError` for one that is missing or pickled."""
     for name in part.required:
         if not (part.source / name).is_file():
             raise BundleError(f"{part.source / name} is missing, and the bundle needs it; run: cm3leon {part.stage}")
@@ -110,7 +142,7 @@ def _files(part: Part) -> list[Path]:
     files |= {file for file in part.source.glob(part.others) if file.is_file()} if part.others else set()
     for file in files:
         if file.suffix in PICKLED:
-            raise BundleError(f"{file} may hold pickled objects, which are not allowed in a bundle; remove it")
+            raise BundleError(f"{file} may contain pickled objects, which run code when they are loaded; remove it")
     return sorted(files)
 
 
@@ -127,7 +159,10 @@ def _write(path: Path, value: object) -> None:
 
 
 def bundle_hash(path: Path) -> str:
-    """SHA-256 of all that makes the bundle what it is: names and contents of its files, but for its lineage and the evaluation's sheets."""
+    """SHA-256 over names and contents of the bundle's files.
+
+    Lineage and sheets of samples do not count: they differ between runs that give the same model.
+    """
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*"), key=lambda f: f.relative_to(path).as_posix()):
         name = file.relative_to(path).as_posix()
@@ -138,13 +173,12 @@ def bundle_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_record(bundle: Path) -> Record:
-    """The bundle's evaluation record.
+def read_record(directory: Path) -> Record:
+    """The evaluation record in ``directory``, complete.
 
     Raises:
         IncompleteRecordError: if it has no scores, no contract or no sheet of samples, or a score is not a finite number.
     """
-    directory = Path(bundle) / "evaluation"
     try:
         record = Record.read(directory)
     except FileNotFoundError:
@@ -152,8 +186,8 @@ def read_record(bundle: Path) -> Record:
     except (KeyError, TypeError, ValueError) as error:
         raise IncompleteRecordError(f"{directory / RECORD} is not an evaluation record ({error}); run: cm3leon evaluate") from None
     lacking = [name for name in ("scores", "contract") if not getattr(record, name)]
-    lacking += [f"a finite value of {name}" for name, value in record.scores.items() if not math.isfinite(value)]
-    lacking += [] if any(directory.glob("*.png")) else ["sheets of samples"]
+    lacking += [f"a finite score {name}" for name, score in record.scores.items() if not math.isfinite(score)]
+    lacking += [] if any(directory.glob(SHEETS)) else ["sheets of samples"]
     if lacking:
         raise IncompleteRecordError(f"the evaluation record in {directory} lacks {', '.join(lacking)}; run: cm3leon evaluate")
     return record

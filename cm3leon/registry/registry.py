@@ -1,10 +1,10 @@
 """The model registry: register a bundle as challenger, gate it, promote it, roll back, fetch. All by aliases, in MLflow.
 
-    version = register(build_bundle(Path(".cache/bundle")))
-    if gate(config.gate).passed:
+    version = register_outputs(config)
+    if gate(config.gate, version).passed:
         promote()
 
-Each step can be repeated: what is already so stays so.
+The evaluation record is read once on its way to the gate: when the bundle is built. Each step is idempotent.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cm3leon.config.schema import Config, GateConfig, load_config
+from cm3leon.config.schema import Config, GateConfig
 from cm3leon.evaluation.record import Record
-from cm3leon.registry.bundle import BundleError, IncompleteRecordError, build_bundle, bundle_hash, read_record
+from cm3leon.registry.bundle import Bundle, build_bundle, bundle_hash, read_record
 from cm3leon.registry.gate import Verdict, compare
 from cm3leon.registry.packaging import log_version
 from cm3leon.tracking import store
@@ -28,14 +28,14 @@ from cm3leon.utils.errors import UserError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["BundleError", "IncompleteRecordError", "build_bundle", "bundle_hash"]  # re-exported: one import for the whole of promotion
-
 MODEL_NAME = "cm3leon"
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 PREVIOUS_CHAMPION = "previous_champion"
 
 HASH_TAG, GATE_TAG, REPLACED_TAG, ROLLED_BACK_TAG = "bundle_hash", "gate", "replaced", "rolled_back"
+SCRATCH = Path(".cache")
+"""For a bundle until it is registered: on the project's own disk, because a bundle can be as large as the models."""
 
 
 class NotRegisteredError(UserError):
@@ -43,12 +43,22 @@ class NotRegisteredError(UserError):
 
 
 class PromotionError(UserError):
-    """A promotion or rollback is not possible as things are; the message says why."""
+    """A promotion or rollback is not possible; the message says why."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version; ``str`` gives its number."""
+    """A registered version; ``str`` gives its number.
+
+    Attributes:
+        number: from 1.
+        run_id: the MLflow run ``register`` that logged it.
+        created: UTC.
+        aliases: sorted.
+        scores: the headline scores of its evaluation, from its tags; all scores are in its evaluation record.
+        tags: its other tags.
+        record: its evaluation record, where this process has just registered it.
+    """
 
     number: str
     run_id: str | None
@@ -56,6 +66,7 @@ class Version:
     aliases: list[str] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    record: Record | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.number
@@ -86,13 +97,13 @@ def _versions(client: MlflowClient) -> list[Version]:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return []
         raise
-    named: dict[str, list[str]] = {}
+    aliases_of: dict[str, list[str]] = {}
     for alias, number in aliases.items():
-        named.setdefault(str(number), []).append(alias)
+        aliases_of.setdefault(str(number), []).append(alias)
     found, token = [], None
     while True:
         page = client.search_model_versions(f"name='{MODEL_NAME}'", page_token=token)
-        found += [_version(entity, sorted(named.get(str(entity.version), []))) for entity in page]
+        found += [_version(entity, sorted(aliases_of.get(str(entity.version), []))) for entity in page]
         token = page.token
         if not token:
             return sorted(found, key=lambda v: -int(v.number))
@@ -110,29 +121,38 @@ def status(uri: str | None = None) -> list[Version]:
 # --- register --------------------------------------------------------------------------------------------------------
 
 
-def register(bundle: Path, config: Config | None = None) -> Version:
-    """Make a bundle a version of the registered model with alias ``challenger``.
-
-    A bundle whose content is registered already makes no new version: that version becomes the challenger.
+def register_outputs(config: Config) -> Version:
+    """Bundle the stages' outputs and register them (:func:`register`).
 
     Raises:
-        IncompleteRecordError: if the bundle's evaluation record is not complete.
+        BundleError: if there is no bundle to be built of them, as :func:`build_bundle` says.
         ConnectionError: if the registry is not reachable.
     """
-    bundle = Path(bundle)
-    record = read_record(bundle)
-    content = bundle_hash(bundle)
+    SCRATCH.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bundle-", dir=SCRATCH) as folder:
+        return register(build_bundle(Path(folder) / "bundle", config), config)
+
+
+def register(bundle: Bundle, config: Config) -> Version:
+    """Make a bundle a version of the registered model with alias ``challenger``.
+
+    A bundle whose content is already registered makes no new version: that version becomes the challenger.
+
+    Raises:
+        ConnectionError: if the registry is not reachable.
+    """
+    content = bundle_hash(bundle.path)
     client = _client()
     version = next((v for v in _versions(client) if v.tags.get(HASH_TAG) == content), None)
     if version:
         number = version.number
     else:
-        config = config or load_config()
-        headline = {f"eval/{name}": f"{value:.6g}" for name, value in record.scores.items() if "/" not in name}
+        # Tags, because a listing of versions shows them without a request for each run. As metrics, ``evaluate`` has logged the scores.
+        headline = {f"eval/{name}": f"{score:.6g}" for name, score in bundle.record.scores.items() if "/" not in name}
         tags = {HASH_TAG: content, "profile": config.profile, **headline}
-        number = log_version(client, bundle, MODEL_NAME, tags, record.scores, config)
+        number = log_version(client, bundle.path, MODEL_NAME, tags, config)
     client.set_registered_model_alias(MODEL_NAME, CHALLENGER, number)
-    return next(v for v in _versions(client) if v.number == number)
+    return replace(next(v for v in _versions(client) if v.number == number), record=bundle.record)
 
 
 # --- gate and promotion ----------------------------------------------------------------------------------------------
@@ -141,21 +161,25 @@ def register(bundle: Path, config: Config | None = None) -> Version:
 def _challenger(versions: list[Version]) -> Version:
     challenger = _holder(versions, CHALLENGER)
     if challenger is None:
-        raise PromotionError("no version has the alias challenger; run: cm3leon register")
+        raise PromotionError("no version of the model has the alias challenger; run: cm3leon register")
     return challenger
 
 
 def _record(client: MlflowClient, version: Version) -> Record:
+    """The evaluation record that was registered with a version."""
     with tempfile.TemporaryDirectory() as folder:
-        return read_record(Path(client.download_artifacts(version.run_id, "evaluation", folder)).parent)
+        return read_record(Path(client.download_artifacts(version.run_id, "evaluation", folder)))
 
 
-def gate(config: GateConfig) -> Verdict:
-    """Compare the challenger with the champion (``cm3leon/registry/gate.py``); the verdict is kept with the challenger's run.
+def gate(config: GateConfig, registered: Version | None = None) -> Verdict:
+    """Compare the challenger with the champion (``cm3leon/registry/gate.py``); the verdict is logged to the challenger's run.
+
+    Args:
+        registered: the challenger as :func:`register` returned it, with its record; None reads the record from the registry.
 
     Raises:
         PromotionError: if there is no challenger.
-        IncompleteRecordError: if a record was not kept whole.
+        IncompleteRecordError: if a record in the registry is damaged.
     """
     client = _client()
     versions = _versions(client)
@@ -163,12 +187,11 @@ def gate(config: GateConfig) -> Verdict:
     refusals = []
     if ROLLED_BACK_TAG in challenger.tags and challenger != champion:
         refusals.append(f"version {challenger} was the champion and was rolled back")
-    verdict = compare(
-        config,
-        (challenger.number, _record(client, challenger)),
-        (champion.number, _record(client, champion)) if champion else None,
-        refusals,
-    )
+    known = registered.record if registered and registered.number == challenger.number else None
+    record = known or _record(client, challenger)
+    # Registering an unchanged model again makes the champion the challenger.
+    against = (champion.number, record if champion == challenger else _record(client, champion)) if champion else None
+    verdict = compare(config, (challenger.number, record), against, refusals)
     client.log_text(challenger.run_id, verdict.to_markdown(), "gate.md")
     client.log_text(challenger.run_id, verdict.to_json(), "gate.json")
     client.set_model_version_tag(MODEL_NAME, challenger.number, GATE_TAG, _gate_tag(verdict.passed, champion))
@@ -180,10 +203,10 @@ def _gate_tag(passed: bool, champion: Version | None) -> str:
 
 
 def promote(force: bool = False) -> Version:
-    """Make the challenger the champion and remember the one before. If it is the champion already nothing changes.
+    """Make the challenger the champion and the champion the previous champion; no change if the challenger is the champion.
 
     Args:
-        force: also if the gate did not pass it against the present champion.
+        force: promote also a challenger that the gate has not passed against the present champion.
 
     Raises:
         PromotionError: if there is no challenger, or the gate has not passed it.
@@ -194,8 +217,9 @@ def promote(force: bool = False) -> Version:
     if champion is not None and champion.number == challenger.number:
         return champion
     if not force and challenger.tags.get(GATE_TAG) != _gate_tag(True, champion):
-        found = challenger.tags.get(GATE_TAG, "has not been to the gate")
-        raise PromotionError(f"version {challenger} is not promoted: {found}, and the champion is {champion or 'none'}; run: cm3leon gate")
+        state = challenger.tags.get(GATE_TAG, "not compared by the gate yet")
+        against = f"version {champion}" if champion else "none"
+        raise PromotionError(f"version {challenger} is not promoted: {state}; the champion is {against}; run: cm3leon gate")
     if champion is not None:
         client.set_model_version_tag(MODEL_NAME, challenger.number, REPLACED_TAG, champion.number)
         client.set_registered_model_alias(MODEL_NAME, PREVIOUS_CHAMPION, champion.number)
@@ -208,7 +232,7 @@ def promote(force: bool = False) -> Version:
 def rollback() -> Version:
     """Undo the last promotion: the previous champion is the champion again, and the one before it the previous champion.
 
-    The version rolled back is marked, so that the next gate does not promote it again.
+    The version that was rolled back is tagged, so that the gate does not pass it again.
 
     Raises:
         PromotionError: if there is no previous champion.
@@ -217,7 +241,7 @@ def rollback() -> Version:
     versions = _versions(client)
     champion, previous = _holder(versions, CHAMPION), _holder(versions, PREVIOUS_CHAMPION)
     if champion is None or previous is None:
-        raise PromotionError("there is no previous champion to go back to")
+        raise PromotionError("there is no previous champion to roll back to; cm3leon status lists the versions and their aliases")
     client.set_model_version_tag(MODEL_NAME, champion.number, ROLLED_BACK_TAG, f"to version {previous}")
     client.set_registered_model_alias(MODEL_NAME, CHAMPION, previous.number)
     before = previous.tags.get(REPLACED_TAG)
@@ -232,7 +256,7 @@ def rollback() -> Version:
 
 
 def fetch_bundle(uri: str = f"models:/{MODEL_NAME}@{CHAMPION}", tracking_uri: str | None = None) -> Path:
-    """The bundle directory of a registered model: in place in a local store, else downloaded once into the user's cache.
+    """The bundle directory of a registered model: that of a local store, else one downloaded once into the user's cache.
 
     Args:
         uri: ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
@@ -244,7 +268,7 @@ def fetch_bundle(uri: str = f"models:/{MODEL_NAME}@{CHAMPION}", tracking_uri: st
     """
     local = store.tracking_uri()
     if tracking_uri is None and local.startswith("sqlite:///") and not Path(local.removeprefix("sqlite:///")).exists():
-        raise NotRegisteredError(f"no model registry at {local}; run the pipeline first, or set MLFLOW_TRACKING_URI")
+        raise NotRegisteredError(f"there is no model registry at {local}; run the pipeline first, or set MLFLOW_TRACKING_URI")
     client = _client(tracking_uri)
     from mlflow.exceptions import MlflowException
 
@@ -262,7 +286,7 @@ def fetch_bundle(uri: str = f"models:/{MODEL_NAME}@{CHAMPION}", tracking_uri: st
 
 
 def find_bundle(model: str) -> Path:
-    """The bundle directory that ``model`` names: that of a registered model (``models:/NAME@ALIAS``), or a path as it is.
+    """The bundle directory of a registered model (``models:/NAME@ALIAS``); any other ``model`` is the directory itself.
 
     Raises:
         NotRegisteredError: if the registry has no such model.
@@ -277,19 +301,21 @@ def find_bundle(model: str) -> Path:
 
 
 def _download(client: MlflowClient, entity: Any, cached: Path) -> Path:
-    """The bundle of a registered version: where it lies if the store is on this disk, else downloaded to ``cached``."""
+    """The bundle of a registered version: in the store if that is on this disk, else downloaded to ``cached``."""
     import yaml
     from mlflow.artifacts import download_artifacts
 
     here = client.get_model_version_download_uri(entity.name, entity.version).startswith(("file:", "/"))
+    # A download becomes visible only when it is complete.
     partial = cached.with_name(f"{cached.name}.{os.getpid()}.partial")
     uri = f"models:/{entity.name}/{entity.version}"
     target = None if here else str(partial)
     model = Path(download_artifacts(uri, dst_path=target, tracking_uri=client.tracking_uri, registry_uri=client.tracking_uri))
-    described = yaml.safe_load((model / "MLmodel").read_text())
-    bundle = model / described["flavors"]["python_function"]["artifacts"]["bundle"]["path"]
+    description = yaml.safe_load((model / "MLmodel").read_text())
+    bundle = model / description["flavors"]["python_function"]["artifacts"]["bundle"]["path"]
     if here:
         return bundle
+    # Another process may have downloaded the same bundle meanwhile.
     if not cached.is_dir():
         bundle.rename(cached)
     shutil.rmtree(partial)

@@ -76,7 +76,7 @@ def training_answers(manifest: pd.DataFrame) -> Counter[tuple[str, str]]:
 def answer_all(generator: Generator, store: ImageStore, refs: Sequence[str], questions: Sequence[str]) -> list[str]:
     """An answer to each question about its image; questions too long for the context lose their end."""
     images = fitted(generator, store, refs)
-    return [answer.text for answer in generator.answer(images, [generator.shorten_question(question) for question in questions])]
+    return [answer.text for answer in generator.vqa(images, [generator.shorten_question(question) for question in questions])]
 
 
 def fitted(generator: Generator, store: ImageStore, refs: Sequence[str]) -> list[Image.Image]:
@@ -162,7 +162,7 @@ def evaluate(config: Config, output: Path) -> Record:
     inception = inception_of(section.inception)
     store, test, train = ImageStore(paths.RAW), read_manifest(paths.VALIDATED, "test"), read_manifest(paths.VALIDATED, "train")
     known = generator.memory.bank.documents["id"].tolist()
-    leakage.check(test, train, known, store, config.validate_.near_duplicate_distance)
+    leakage.check(test["id"].tolist(), train["id"].tolist(), known, paths.VALIDATED, config.validate_.near_duplicate_distance)
     rows, captioned = choose(test, section.prompts, section.seed), choose(test, section.captions, section.seed)
     prompts = [generator.shorten(first_caption(captions)) for captions in rows["captions"]]
     asked = ask_questions(test, section.questions, section.seed)

@@ -9,8 +9,9 @@ from cm3leon.config.schema import Config
 from cm3leon.data.tokens import TokenStore
 from cm3leon.tracking import runs
 from cm3leon.training.distributed import world
+from cm3leon.training.fingerprint import fingerprint
 from cm3leon.training.pretraining import build_decoder, mask_shares, training_samples, validation_batches
-from cm3leon.training.run import fingerprint, make_stream, train
+from cm3leon.training.run import make_stream, train
 from cm3leon.training.sample_sheets import sample_sheets
 
 

@@ -9,8 +9,9 @@ from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.tracking import runs
 from cm3leon.training.distributed import world
+from cm3leon.training.fingerprint import fingerprint
 from cm3leon.training.instruction_tuning import task_samples, trains_masked_prompts, validation_batches
-from cm3leon.training.run import fingerprint, make_stream, train
+from cm3leon.training.run import make_stream, train
 from cm3leon.training.sample_sheets import sample_sheets
 
 

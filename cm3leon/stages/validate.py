@@ -1,7 +1,8 @@
 """``validate``: decode every image once, quarantine what breaks a rule, pass a Great Expectations gate, divide into splits.
 
-Writes to ``data/validated/``: ``manifest.parquet`` (accepted rows), ``rejected.parquet`` (the others, with ``reasons`` and ``detail``),
-``report.json`` (counts) and ``data_docs/`` (open ``index.html``). Accepted and rejected rows together are the rows read.
+Writes to ``data/validated/``: ``manifest.parquet`` (accepted records), ``rejected.parquet`` (the others, with ``reasons`` and ``detail``),
+``thumbnails.parquet`` (of the accepted ones), ``report.json`` (counts) and ``data_docs/`` (open ``index.html``). Every record read is
+either accepted or rejected.
 """
 
 from __future__ import annotations
@@ -20,39 +21,46 @@ from rich.table import Table
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, ValidateConfig
-from cm3leon.data import data_docs, expectations, splits
+from cm3leon.data import data_docs, expectations, splits, thumbnails
 from cm3leon.data.manifest import MANIFEST_SCHEMA, VALIDATED_SCHEMA, ImageStore, read_manifest
-from cm3leon.data.validation import RULES, Findings, Profile, check_rows, profile_images, thumbnails_of
+from cm3leon.data.validation import RULES, Findings, Profile, check_rows, profile_images
 from cm3leon.tracking import runs
 from cm3leon.utils.errors import UserError
 
 _RAW_FIELDS = [field for field in MANIFEST_SCHEMA if field.name != "detail"]
 REJECTED_SCHEMA = pa.schema([*_RAW_FIELDS, ("reasons", pa.list_(pa.string())), ("detail", pa.string())])
 EXAMPLES = 3
+"""Most records that an error names for a rule."""
 
 
 class ValidationError(UserError):
-    """The data does not pass; the message says which rules, which rows, and what to change."""
+    """The data does not pass; the message says which rules are broken, by which records, and what to change."""
 
 
 def run(config: Config) -> dict[str, float]:
-    """Validate ``data/raw``; returns how many rows were read, accepted and rejected.
+    """Validate ``data/raw``; returns how many records were read, accepted and rejected.
 
     Raises:
-        ValidationError: if too many rows are rejected, none is accepted, or an expectation fails; the outputs are written first.
+        ValidationError: if too many records are rejected, none is accepted, or an expectation fails. ``rejected.parquet``, ``report.json``
+            and the Data Docs are written first.
     """
     with runs.stage_run("validate", config) as stage:
         stage.log_dataset(paths.RAW, "raw")
         report = validate(paths.RAW, paths.VALIDATED, config.validate_, config.seed)
-        figures = {name: float(report[name]) for name in ("read", "accepted", "rejected")}
-        stage.log_metrics({f"validate/{name}": value for name, value in figures.items()})
+        metrics = {name: float(report[name]) for name in ("read", "accepted", "rejected")}
+        stage.log_metrics({f"validate/{name}": value for name, value in metrics.items()})
         stage.log_artifact(paths.VALIDATED / "report.json")
     _print(report)
-    return figures
+    return metrics
 
 
 def validate(raw: Path, output: Path, config: ValidateConfig, seed: int) -> dict[str, Any]:
-    """The stage without tracking: ``raw`` and ``output`` are directories. Returns what ``report.json`` holds."""
+    """The stage without tracking, from directory ``raw`` to directory ``output``; returns the content of ``report.json``.
+
+    Raises:
+        ValidationError: as :func:`run`.
+    """
+    # 1. Profile every image, and apply the rules.
     frame = read_manifest(raw)
     profiles = profile_images(ImageStore(raw), frame, config.max_pixels, config.workers)
     findings = check_rows(frame, profiles, config)
@@ -62,10 +70,14 @@ def validate(raw: Path, output: Path, config: ValidateConfig, seed: int) -> dict
     frame["height"] = np.array([profile.height for profile in profiles], dtype=np.int32)
     report = _report(frame, findings, good)
 
+    # 2. Quarantine. What a later stage reads goes first, so that a failed validation leaves nothing to train on.
     output.mkdir(parents=True, exist_ok=True)
-    (output / "manifest.parquet").unlink(missing_ok=True)
+    for outdated in ("manifest.parquet", thumbnails.FILE):
+        (output / outdated).unlink(missing_ok=True)
     _write_rejected(frame[~good], [found for found in findings if found], output / "rejected.parquet")
     problems = _gate_failures(report, frame, findings, config)
+
+    # 3. Split and clean the accepted records, unless the error would be about too few of them.
     accepted = frame[good].reset_index(drop=True)
     frames = {"run": pd.DataFrame([{name: report[name] for name in ("read", "accepted", "rejected", "rejected_rate", "unaccounted")}])}
     if not problems:
@@ -74,6 +86,8 @@ def validate(raw: Path, output: Path, config: ValidateConfig, seed: int) -> dict
         report["splits"] = {name: int((accepted["split"] == name).sum()) for name in splits.SPLITS}
         accepted, report["cleaned"] = _clean(accepted, frame, good)
         frames["rows"] = expectations.flat_frame(accepted, components)
+
+    # 4. The Great Expectations gate, a second look at the result by other code, and the report.
     failed = expectations.check(frames, config, output / "data_docs")
     rejected = {f"rejected: {reason}": count for reason, count in report["reasons"].items()}
     data_docs.add_counts(output / "data_docs", "Rows", {name: report[name] for name in ("read", "accepted", "rejected")} | rejected)
@@ -82,6 +96,10 @@ def validate(raw: Path, output: Path, config: ValidateConfig, seed: int) -> dict
         raise ValidationError(problems)
     if failed:
         raise ValidationError(f"expectations failed (see {output / 'data_docs' / 'index.html'}):\n  " + "\n  ".join(failed))
+
+    # 5. What later stages read.
+    kept = [profile.thumbnail for profile, passed in zip(profiles, good, strict=True) if passed]
+    thumbnails.write_thumbnails(output, accepted["id"].tolist(), kept)
     records = accepted[VALIDATED_SCHEMA.names].to_dict("records")
     pq.write_table(pa.Table.from_pylist(records, schema=VALIDATED_SCHEMA), output / "manifest.parquet")
     return report
@@ -116,7 +134,7 @@ def _report(frame: pd.DataFrame, findings: list[Findings], good: np.ndarray) -> 
 
 
 def _gate_failures(report: dict[str, Any], frame: pd.DataFrame, findings: list[Findings], config: ValidateConfig) -> str:
-    """The message of the error for too many rejected rows, or none accepted; empty when there is no such error."""
+    """The error's message if too many records are rejected, or none is accepted; else empty."""
     rejected, read = report["rejected"], report["read"]
     if rejected <= config.max_rejected_rate * read and report["accepted"]:
         return ""
@@ -126,41 +144,48 @@ def _gate_failures(report: dict[str, Any], frame: pd.DataFrame, findings: list[F
             listed = examples.setdefault(reason, [])
             if len(listed) < EXAMPLES:
                 listed.append(f"{origin}: {detail}" if detail else origin)
-    none = "" if report["accepted"] else "No row is accepted: "
+    none = "" if report["accepted"] else "No record is accepted: "
     rate, limit = f"{report['rejected_rate']:.1%}", f"{config.max_rejected_rate:.1%}"
-    lines = [f"{none}{rejected} of {read} rows rejected ({rate}); validate.max_rejected_rate allows {limit}."]
+    lines = [f"{none}{rejected} of {read} records rejected ({rate}); validate.max_rejected_rate allows {limit}."]
     for reason, count in sorted(report["reasons"].items(), key=lambda item: (-item[1], item[0])):
-        lines.append(f"  {reason}: {count} rows ({RULES.get(reason, 'found by the source')})")
+        lines.append(f"  {reason}: {count} records ({RULES.get(reason, 'found by the source')})")
         lines += [f"    {example}" for example in examples[reason]]
-    lines.append("Correct the rows, change the parameter that a rule names, or raise validate.max_rejected_rate in params.yaml.")
-    lines.append("All rejected rows with their reasons are in data/validated/rejected.parquet.")
+    lines.append("Correct the records, change the parameter that a rule names, or raise validate.max_rejected_rate in params.yaml.")
+    lines.append("All rejected records with their reasons are in data/validated/rejected.parquet.")
     return "\n".join(lines)
 
 
 def _components(
     frame: pd.DataFrame, profiles: list[Profile], good: np.ndarray, config: ValidateConfig
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Part number of each accepted row, and counts. Rejected rows still link the others of their group."""
-    places = np.flatnonzero(good)
-    near = splits.near_duplicate_groups(thumbnails_of([profiles[place] for place in places]), config.near_duplicate_distance)
-    parts = splits.linked_rows([*splits.links_of(frame), (places, near)], len(frame))[good]
-    sizes = np.bincount(np.unique(parts, return_inverse=True)[1])
+    """Component number of each accepted record, and counts.
+
+    Rejected records take part: two accepted edits of a rejected original are still linked through it.
+    """
+    rows = np.flatnonzero(good)
+    near = splits.near_duplicate_groups(thumbnails.stack([profiles[row].thumbnail for row in rows]), config.near_duplicate_distance)
+    components = splits.linked_rows([*splits.links_of(frame), (rows, near)], len(frame))[good]
+    sizes = np.bincount(np.unique(components, return_inverse=True)[1])
     in_near = np.bincount(near)[near] > 1
-    return parts, {"count": len(sizes), "largest": int(sizes.max()), "rows_with_near_duplicates": int(in_near.sum())}
+    return components, {"count": len(sizes), "largest": int(sizes.max()), "rows_with_near_duplicates": int(in_near.sum())}
 
 
 def _clean(accepted: pd.DataFrame, frame: pd.DataFrame, good: np.ndarray) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Blank captions, and blanks around captions, removed; an ``edited_from`` that names a rejected row becomes the id of the accepted row
-    with the same pixels, or null (the row itself stays)."""
+    """Remove blank captions and the blanks around captions; resolve edits of rejected records. Returns counts too.
+
+    An ``edited_from`` that names a rejected record becomes the id of the accepted record with the same pixels (a duplicate's original),
+    else null; the edit itself stays.
+    """
     captions = [[text.strip() for text in texts if text and text.strip()] for texts in accepted["captions"]]
     blank = sum(map(len, accepted["captions"])) - sum(map(len, captions))
     kept = set(accepted["id"])
     by_pixels = dict(zip(accepted["pixels"], accepted["id"], strict=True))
-    twin = {row_id: by_pixels.get(pixels) for row_id, pixels in zip(frame["id"][~good], frame["pixels"][~good], strict=True)}
-    originals, lost = [], 0
-    for row_id, original in zip(accepted["id"], accepted["edited_from"], strict=True):
-        found = original if original in kept else twin.get(original)
-        found = None if found == row_id else found
+    accepted_copy = {record_id: by_pixels.get(pixels) for record_id, pixels in zip(frame["id"][~good], frame["pixels"][~good], strict=True)}
+    originals: list[str | None] = []
+    lost = 0
+    for record_id, original in zip(accepted["id"], accepted["edited_from"], strict=True):
+        found = original if original in kept else accepted_copy.get(original)
+        found = None if found == record_id else found  # no record is an edit of itself
         lost += original is not None and found is None
         originals.append(found)
     cleaned = accepted.assign(captions=pd.Series(captions, dtype=object), edited_from=pd.Series(originals, dtype=object))
@@ -168,7 +193,7 @@ def _clean(accepted: pd.DataFrame, frame: pd.DataFrame, good: np.ndarray) -> tup
 
 
 def _print(report: dict[str, Any]) -> None:
-    table = Table("figure", "rows", title=f"validate: {paths.VALIDATED}")
+    table = Table("metric", "records", title=f"validate: {paths.VALIDATED}")
     for name in ("read", "accepted", "rejected"):
         table.add_row(name, f"{report[name]:,}")
     for title in ("reasons", "splits", "parts", "cleaned"):

@@ -9,7 +9,6 @@ does not resume from them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,57 +25,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from cm3leon.training.distributed import World
+from cm3leon.training.fingerprint import Fingerprint, differences, file_hash
 from cm3leon.utils.errors import UserError
-
-Fingerprint = dict[str, str]
-"""Identity of a run: name of a parameter, input or part of the code -> its value or hash."""
-
-CHUNK = 1 << 20
 
 
 class CheckpointError(UserError):
     """A checkpoint is damaged or of another model; the message names the file and the reason."""
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def data_hash(path: Path) -> str:
-    """A hash of a file, or of all below a directory: names, sizes, and the first and last megabyte of each, so that it stays fast."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path) if file != path else ''}:{size};".encode())
-        with file.open("rb") as content:
-            digest.update(content.read(CHUNK))
-            content.seek(max(CHUNK, size - CHUNK))
-            digest.update(content.read())
-    return digest.hexdigest()
-
-
-def code_hash() -> str:
-    """A hash of the modules that decide what a step computes."""
-    root = Path(__file__).parent.parent
-    names = ["data/sequences", "data/batches", "data/tokens", "data/task_samples"]
-    rooms = [file for room in ("models", "sequence", "training") for file in sorted((root / room).glob("*.py"))]
-    files = [root / f"{name}.py" for name in names] + rooms
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """One line for each entry of two fingerprints that is not the same."""
-    return [
-        f"{name}: {_short(old.get(name, 'nothing'))} then, {_short(new.get(name, 'nothing'))} now"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-
-
-def _short(value: str) -> str:
-    return value if len(value) <= 40 else value[:12] + "…"
 
 
 @dataclass(frozen=True)

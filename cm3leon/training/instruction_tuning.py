@@ -8,7 +8,7 @@ from cm3leon.data.batches import Batch
 from cm3leon.data.manifest import read_manifest
 from cm3leon.data.sequences import PretrainingSamples, read_neighbors
 from cm3leon.data.task_samples import TaskSamples
-from cm3leon.data.tokens import CONDITIONS_OF, TokenStore
+from cm3leon.data.tokens import CONDITION_PREFIX, TokenStore
 from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training.run import first_batches
@@ -36,7 +36,7 @@ def task_samples(split: str, store: TokenStore, model: Decoder, section: SFTConf
         model.spec.context,
         seed,
     )
-    shard = CONDITIONS_OF + split
+    shard = CONDITION_PREFIX + split
     conditions = TokenStore(paths.TOKENS, [shard]) if TokenStore.holds(paths.TOKENS, shard) else None
     tokenizer = TextTokenizer.load(paths.TEXT_TOKENIZER)
     return TaskSamples(pretraining, read_manifest(paths.VALIDATED, split), tokenizer, section, conditions)

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from cm3leon.config.profiles import CONFIGS, PARAMS, changed_config, profile_file
+from cm3leon.config.profiles import CONFIGS, PARAMS, changed_config, load_profile
 from cm3leon.config.schema import Config, TrainConfig
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.sequence.grammar import Vocabulary
@@ -39,9 +39,8 @@ def vocabulary_of(config: Config) -> Vocabulary:
 
 def meta_decoder(config: Config) -> Decoder:
     """The decoder that the parameters describe, on the meta device: its tensors have shapes and no memory."""
-    model = config.pretrain.model
     with torch.device("meta"):
-        return Decoder(DecoderSpec(**{field.name: getattr(model, field.name) for field in fields(DecoderSpec)}), vocabulary_of(config))
+        return Decoder(DecoderSpec.from_config(config.pretrain.model), vocabulary_of(config))
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def read_config(profile: str | None, changes: Iterable[str] = (), configs: Path 
     Raises:
         ConfigError: for an unknown profile or key, a missing file, or an impossible value.
     """
-    return changed_config(changes, params if profile is None else profile_file(profile, configs))
+    return changed_config(changes, params) if profile is None else load_profile(profile, changes, configs)
 
 
 def make_plan(config: Config, gpus: int, device: str = "h100", mfu: float = 0.4, tokens: float | None = None) -> Plan:

@@ -21,9 +21,6 @@ from cm3leon.training.run import first_batches
 SAMPLES_COUNTED = 1000
 """Samples over which :func:`mask_shares` counts."""
 
-NOT_IN_SPEC = {"sentinels", "reserved", "codebook_std"}
-"""Fields of :class:`ModelConfig` that set the vocabulary or the initialization; the others are those of :class:`DecoderSpec`."""
-
 
 def build_vocabulary(config: ModelConfig) -> Vocabulary:
     """The vocabulary that the two trained tokenizers and the number of sentinels make."""
@@ -40,7 +37,7 @@ def build_vocabulary(config: ModelConfig) -> Vocabulary:
 def build_decoder(config: ModelConfig, seed: int) -> Decoder:
     """A newly initialized decoder over the tokenizers' vocabulary."""
     torch.manual_seed(seed)
-    model = Decoder(DecoderSpec(**config.model_dump(exclude=NOT_IN_SPEC)), build_vocabulary(config))
+    model = Decoder(DecoderSpec.from_config(config), build_vocabulary(config))
     if config.codebook_std:
         model.start_from_codebook(ImageTokenizer.load(paths.IMAGE_TOKENIZER).codebook.entries, config.codebook_std)
     return model
@@ -67,7 +64,7 @@ def validation_batches(samples: PretrainingSamples, section: PretrainConfig) -> 
     counts = {"alone": 0, "retrieved": most} if most else {"alone": 0}
     for name, count in counts.items():
         always_count = [0.0] * count + [1.0]
-        plain = replace(samples, documents=always_count, objective=ObjectiveConfig(mean_masks=0, segment_rate=0))
+        plain = replace(samples, retrieved_shares=always_count, objective=ObjectiveConfig(mean_masks=0, segment_rate=0))
         batches[name] = first_batches(plain.query_only, len(plain), section, plain.seed)
     return batches
 

@@ -1,19 +1,18 @@
-"""What the two training stages share: their stream of batches, their fingerprint, and the run itself from setup to the saved decoder."""
+"""What the two training stages share: their stream of batches, and the run itself from setup to the saved decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, TrainConfig
+from cm3leon.config.schema import TrainConfig
 from cm3leon.data.batches import Batch, GetSample, PackedStream, SortedStream
 from cm3leon.models.decoder import Decoder
-from cm3leon.tracking.runs import Run, flatten
-from cm3leon.training.checkpoint import Checkpoints, Fingerprint, code_hash, data_hash
+from cm3leon.tracking.runs import Run
+from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.distributed import World, full_tensor
+from cm3leon.training.fingerprint import Fingerprint
 from cm3leon.training.trainer import fit, setup
 
 
@@ -33,13 +32,6 @@ def first_batches(get_sample: GetSample, size: int, section: TrainConfig, seed: 
     rows = min(section.batch_size, section.validation_samples)
     stream = SortedStream(get_sample, size, section.micro_batch_size or rows, seed)
     return [stream(step) for step in range(max(1, section.validation_samples // stream.batch_size))]
-
-
-def fingerprint(config: Config, stage: str, inputs: Sequence[Path]) -> Fingerprint:
-    """What makes a training run the same run: its parameters, what it reads, the code and torch."""
-    section = getattr(config, stage).model_dump()
-    found = {f"{stage}.{name}": value for name, value in flatten(section).items()} | {"seed": str(config.seed)}
-    return found | {str(path): data_hash(path) for path in inputs} | {"code": code_hash(), "torch": torch.__version__}
 
 
 def train(

@@ -35,7 +35,7 @@ def sample_sheets(run: Run, model: Decoder, held_out: TokenStore) -> Callable[[i
     image_tokenizer = ImageTokenizer.load(paths.IMAGE_TOKENIZER, model.device)
     text_tokenizer = TextTokenizer.load(paths.TEXT_TOKENIZER)
     vocabulary = model.vocabulary
-    texts = [held_out[row].texts[0] for row in range(min(PROMPTS, len(held_out)))]
+    texts = [held_out[row].captions[0] for row in range(min(PROMPTS, len(held_out)))]
     longest = model.spec.context - vocabulary.tokens_per_image - 2  # an opening <eos> and a <break> besides the image
     prompts = [[image_prompt([("text", vocabulary.text(ids[:longest]))], [], vocabulary)] for ids in texts]
     captions = [text_tokenizer.decode(np.asarray(ids).tolist()) for ids in texts]

@@ -33,7 +33,7 @@ def project(tiny_models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     document = TokenStore(paths.TOKENS)[0]
     for split, name in (("val", "e1"), ("test", "e2")):
-        write_tokens(paths.TOKENS, split, [Document(name, document.codes, document.texts)], len(document.codes), 100)
+        write_tokens(paths.TOKENS, split, [Document(name, document.codes, document.captions)], len(document.codes), 100)
     others = {name: [n for n in "abcd" if n != name][:2] for name in "abcd"}
     rows = [{"id": name, "neighbours": found, "modalities": ["text", "image"], "random": []} for name, found in others.items()]
     paths.NEIGHBORS.mkdir(parents=True)
@@ -65,7 +65,7 @@ def test_every_token_of_a_sample_is_told_with_its_document(project):
             own = [token for token in tokens if token.document == inspect_sequence.name_of(number, len(sample.documents))]
             document = samples.pool.by_id(name)
             assert [int(token.content) for token in own if token.role == "image"] == document.codes.tolist()
-            assert sorted(t.id - vocabulary.text_start for t in own if t.role == "text") == sorted(document.texts[0].tolist())
+            assert sorted(t.id - vocabulary.text_start for t in own if t.role == "text") == sorted(document.captions[0].tolist())
         assert all(token.document == "" for token in tokens if token.role.startswith("<"))
         seen.add((len(sample.documents), len(sample.masked.spans) > 0))
     assert {(1, True), (2, True), (3, True), (2, False)} <= seen
@@ -117,7 +117,7 @@ def test_what_is_not_there_is_named(project):
 def test_a_sequence_against_the_grammar_ends_in_status_2(project, monkeypatch, capsys):
     """Tokens of another tokenizer: one id is beyond the vocabulary."""
     store = TokenStore(paths.TOKENS)
-    documents = [Document(d.id, d.codes.copy(), [text + 10_000 for text in d.texts]) for d in (store[row] for row in range(4))]
+    documents = [Document(d.id, d.codes.copy(), [text + 10_000 for text in d.captions]) for d in (store[row] for row in range(4))]
     write_tokens(paths.TOKENS, "train", documents, len(documents[0].codes), 100)
     monkeypatch.setattr("cm3leon.config.schema.load_config", lambda: CONFIG)
     with pytest.raises(SystemExit) as left, app.plain_errors():

@@ -1,3 +1,5 @@
+"""Splits share no image, no near-duplicate and no group."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,10 +20,10 @@ def same_partition(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("distance", [0.005, 0.02, 0.05, 0.2])
-def test_groups_are_those_of_all_pairs(distance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_components_are_those_of_comparing_all_pairs(distance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splits, "BLOCK", 37)
     monkeypatch.setattr(splits, "STRIPE", 53)
-    monkeypatch.setattr(splits, "MAX_EDGES", 100)  # edges are thinned on the way
+    monkeypatch.setattr(splits, "MAX_EDGES", 100)  # edges are replaced by a spanning forest several times
     rng = np.random.default_rng(0)
     centers = rng.integers(0, 256, (40, 192))
     points = np.clip(centers[rng.integers(0, 40, 400)] + rng.normal(0, rng.uniform(0, 12, (400, 1)), (400, 192)), 0, 255).astype(np.uint8)
@@ -37,7 +39,7 @@ def test_a_distance_of_zero_joins_nothing() -> None:
     assert len(set(splits.near_duplicate_groups(np.zeros((5, 192), dtype=np.uint8), 0.01).tolist())) == 1
 
 
-def test_links_join_groups_edits_and_equal_pictures() -> None:
+def test_links_join_groups_edits_and_equal_images() -> None:
     frame = pd.DataFrame(
         {
             "id": list("abcdefgh"),
@@ -50,11 +52,11 @@ def test_links_join_groups_edits_and_equal_pictures() -> None:
     assert same_partition(found, np.array([0, 0, 1, 0, 2, 2, 1, 3]))
 
 
-def test_splits_follow_fractions_and_stay_when_rows_are_added() -> None:
+def test_splits_follow_fractions_and_do_not_change_when_records_are_added() -> None:
     ids = [f"{number:05d}" for number in range(6000)]
     components = np.arange(6000) // 2
     whole = splits.assign_splits(ids, components, 3, 0.1, 0.2)
-    assert all(whole[place] == whole[place + 1] for place in range(0, 6000, 2))
+    assert all(whole[row] == whole[row + 1] for row in range(0, 6000, 2))
     assert abs(whole.count("val") / 6000 - 0.1) < 0.02
     assert abs(whole.count("test") / 6000 - 0.2) < 0.02
     assert splits.assign_splits(ids[:3000], components[:3000], 3, 0.1, 0.2) == whole[:3000]
@@ -62,7 +64,7 @@ def test_splits_follow_fractions_and_stay_when_rows_are_added() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_split_is_empty_and_no_giant_leaves_train(seed: int) -> None:
+def test_no_split_is_empty_and_a_giant_component_is_in_train(seed: int) -> None:
     small = splits.assign_splits([str(number) for number in range(3)], np.arange(3), seed, 0.03, 0.05)
     assert sorted(small) == ["test", "train", "val"]
     giant = splits.assign_splits([str(number) for number in range(100)], np.maximum(np.arange(100) - 60, 0), seed, 0.2, 0.2)
@@ -70,6 +72,6 @@ def test_no_split_is_empty_and_no_giant_leaves_train(seed: int) -> None:
     assert set(giant) == {"train", "val", "test"}
 
 
-def test_too_few_parts_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(splits.SplitError, match=r"5 accepted rows form 2 unrelated parts.*near_duplicate_distance"):
+def test_too_few_components_are_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(splits.SplitError, match=r"5 accepted records form 2 unrelated components.*near_duplicate_distance"):
         splits.assign_splits(list("abcde"), np.array([0, 0, 0, 1, 1]), 0, 0.1, 0.1)

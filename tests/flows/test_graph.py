@@ -1,11 +1,10 @@
-"""The stage graph: order, dependencies, and whether dvc.yaml declares the code that its stages are made of."""
+"""The stage graph: order, dependencies, and the code and parameters that dvc.yaml declares."""
 
 from __future__ import annotations
 
 import ast
 import random
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ import yaml
 
 from cm3leon.config.schema import Config
 from cm3leon.stages.common import STAGES
-from flows.graph import affected, stage_order
+from cm3leon.utils.imports import import_closure
+from flows.graph import downstream_of, stage_order
 
 ROOT = Path(__file__).parents[2]
 INFRASTRUCTURE = {
@@ -27,7 +27,7 @@ INFRASTRUCTURE = {
     "utils/torchvision_compat",
     "registry/registry",
 }
-"""Modules that decide nothing about what a stage writes: a change of them makes no output stale."""
+"""Modules on which the bytes of a stage's outputs do not depend: a change of them makes no output stale."""
 
 
 def graph() -> dict[str, dict]:
@@ -43,27 +43,28 @@ def make_project(folder: Path, stages: dict[str, list[str]], order: list[str]) -
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": written}, sort_keys=False))
 
 
-def test_the_projects_order_is_the_designs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stages_are_in_the_order_of_the_listing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert [stage.name for stage in stage_order()] == list(STAGES)
 
 
-def test_every_stage_comes_after_what_it_needs_whatever_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stage_comes_after_its_dependencies_in_any_order_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     needs = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": [], "f": ["e", "d"]}
     order = list(needs)
     random.Random(3).shuffle(order)
     make_project(tmp_path, needs, order)
     stages = stage_order()
-    place = {stage.name: number for number, stage in enumerate(stages)}
-    assert set(place) == set(needs)
-    assert all(place[need] < place[name] for name, wanted in needs.items() for need in wanted)
+    position = {stage.name: number for number, stage in enumerate(stages)}
+    assert set(position) == set(needs)
+    assert all(position[need] < position[name] for name, wanted in needs.items() for need in wanted)
     assert {stage.name: sorted(stage.needs) for stage in stages} == needs | {"f": ["d", "e"]}
-    assert affected(stages, "b") == {"b", "d", "f"}
-    assert affected(stages, "e") == {"e", "f"}
+    assert downstream_of(stages, "b") == ["d", "f"]
+    assert downstream_of(stages, "e") == ["f"]
+    assert downstream_of(stages, "f") == []
 
 
-def test_ready_stages_follow_the_files_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_independent_stages_are_in_the_order_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_project(tmp_path, {"z": [], "m": [], "a": []}, ["z", "m", "a"])
     assert [stage.name for stage in stage_order()] == ["z", "m", "a"]
@@ -78,36 +79,19 @@ def test_a_cycle_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         stage_order()
 
 
-def module_file(name: str) -> Path | None:
-    path = ROOT.joinpath(*name.split("."))
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
-
-
-def imported(file: Path) -> Iterator[Path]:
-    """Files of this package that ``file`` imports, at its top or inside functions."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            if name.split(".")[0] == "cm3leon" and (found := module_file(name)):
-                yield found
+def name_of(file: Path) -> str:
+    """A module's path without suffix below ``cm3leon/``."""
+    return file.relative_to(ROOT / "cm3leon").with_suffix("").as_posix()
 
 
 def closure(stage: str) -> set[str]:
-    """Every module of this package that a stage can reach, as paths without suffix below ``cm3leon/``."""
-    seen: set[Path] = set()
-    todo = [ROOT / "cm3leon/stages" / f"{stage}.py"]
-    while todo:
-        file = todo.pop()
-        if file not in seen:
-            seen.add(file)
-            name = file.relative_to(ROOT / "cm3leon").with_suffix("").as_posix()
-            todo += [] if name in INFRASTRUCTURE else imported(file)
-    names = {file.relative_to(ROOT / "cm3leon").with_suffix("").as_posix() for file in seen if file.name != "__init__.py"}
-    return names - INFRASTRUCTURE
+    """The modules that decide what a stage writes: all that it imports, directly or through others."""
+
+    def follow(file: Path) -> bool:
+        return (ROOT / "cm3leon") in file.parents and name_of(file) not in INFRASTRUCTURE
+
+    files = import_closure([ROOT / "cm3leon/stages" / f"{stage}.py"], ROOT, follow)
+    return {name_of(file) for file in files if file.name != "__init__.py"}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,4 +1,4 @@
-"""The flow over small toy graphs, and over the whole project with profile tiny."""
+"""The flow over a toy graph, and over the whole project with profile tiny."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 TOY = {
     "first": {"cmd": "python -u work.py first", "deps": ["work.py"], "outs": ["out/first"]},
     "second": {"cmd": "python -u work.py second", "deps": ["out/first", "fault.txt"], "outs": ["out/second"], "params": ["sft.steps"]},
@@ -23,7 +24,7 @@ TOY = {
 WORK = """
 import pathlib, sys
 name = sys.argv[1]
-print(f"{name} at work")
+print(f"running {name}")
 if name == "second" and pathlib.Path("fault.txt").read_text():
     print("Traceback (most recent call last): ...", file=sys.stderr)
     print(f"error: data/manifest.csv, row 7: no image", file=sys.stderr)
@@ -36,7 +37,7 @@ print('metrics: {"rows": 12, "seconds": 0.5, "peak_megabytes": 64.0}')
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: str) -> Path:
-    """A project of four stages; MLflow is out of reach, which no stage minds."""
+    """A project of four stages. MLflow is not reachable, so the runs are untracked."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     subprocess.run(["git", "init", "--quiet"], check=True)
@@ -65,7 +66,7 @@ def task_states(state: Any) -> dict[str, tuple[str, str]]:
     return {run.name: (run.state.name, run.state.message or "") for run in runs}
 
 
-def test_runs_in_order_then_skips(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_run_in_order_and_are_skipped_while_up_to_date(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = run_flow()
     assert state.is_completed()
     assert {name: found for name, (found, _) in task_states(state).items()} == dict.fromkeys(TOY, "Completed")
@@ -82,11 +83,11 @@ def test_runs_in_order_then_skips(toy: Path, capsys: pytest.CaptureFixture[str])
         "first": "Skipped", "second": "Completed", "other": "Skipped", "third": "Skipped",
     }  # fmt: skip
 
-    params.write_text("sft:\n  steps: 20\n")  # seen before: DVC restores the outputs without running the command
+    params.write_text("sft:\n  steps: 20\n")  # DVC restores the outputs of the first run without running the command
     assert task_states(run_flow())["second"][0] == "Cached"
 
 
-def test_failure_shows_the_stages_own_error_and_keeps_what_is_finished(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_stage_shows_its_own_error_and_completed_stages_are_kept(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("fault.txt").write_text("yes")
     state = run_flow()
     assert state.is_failed()
@@ -106,24 +107,24 @@ def test_failure_shows_the_stages_own_error_and_keeps_what_is_finished(toy: Path
     assert found["second"][0] == found["third"][0] == "Completed"
 
 
-def test_failure_to_register_keeps_the_table_and_the_report(
+def test_a_failed_registration_is_in_the_table_and_the_report(
     toy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows import pipeline as module
 
     def refuse(config: object) -> str:
-        raise LookupError("the registry is away")
+        raise LookupError("the registry is not reachable")
 
     reports: list[str] = []
     monkeypatch.setattr(module, "register_gate_promote", refuse)
     monkeypatch.setattr(module, "_publish", reports.append)
     state = module.pipeline(return_state=True)
     assert state.is_failed()
-    assert "the registry is away" in state.message
+    assert "the registry is not reachable" in state.message
     shown = capsys.readouterr().out
     assert "rows 12" in shown
-    assert "the registry is away" in shown
-    assert "the registry is away" in reports[0]
+    assert "the registry is not reachable" in shown
+    assert "the registry is not reachable" in reports[0]
 
 
 def test_nightly_deploys(prefect_server: str, tmp_path: Path) -> None:

@@ -178,6 +178,7 @@ def test_refuses_images_without_captions(halves: Halves) -> None:
         clip.train(CONFIG, halves, halves.captions[:3], seed=0)
 
 
+@pytest.mark.slow
 def test_torchvision_imports_in_a_fresh_process() -> None:
     """Once and twice, before torchvision and open_clip."""
     code = (

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests_support import decoder_spec
 
 from cm3leon.cli import app, model
-from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder
 from cm3leon.models.opt import OPTFormatError, export_opt, import_opt
 from cm3leon.sequence.grammar import EOS, PAD, Vocabulary
 from cm3leon.utils.torchvision_compat import make_importable
@@ -26,7 +27,7 @@ FC1 = "model.decoder.layers.0.fc1.weight"
 def make(layers: int = 2, width: int = 32, heads: int = 4, context: int = 48, seed: int = 0, **options: Any) -> Decoder:
     """A decoder with random weights everywhere: at initialization the output layers are zero and would hide the others."""
     torch.manual_seed(seed)
-    model = Decoder(DecoderSpec(layers, width, heads, context, **options), VOCABULARY)
+    model = Decoder(decoder_spec(layers, width, heads, context, **options), VOCABULARY)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()

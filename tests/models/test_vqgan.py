@@ -126,6 +126,7 @@ def test_adversarial_training_updates_the_discriminator_from_its_start():
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.discriminator.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_perceptual_loss_reads_vgg_weights_and_sees_differences(tmp_path):
     from cm3leon.utils.torchvision_compat import make_importable
 

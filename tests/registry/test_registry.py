@@ -1,4 +1,4 @@
-"""Bundles, versions and aliases: every step can be repeated, and undone."""
+"""Bundles, versions and aliases: every step is idempotent, and can be undone."""
 
 import json
 import shutil
@@ -46,8 +46,8 @@ def aliases():
     return {alias: int(version.number) for version in registry.status() for alias in version.aliases}
 
 
-def test_bundle_has_every_part_and_its_hash_is_of_the_content_alone(stages):
-    bundle = build_bundle(Path("bundle"), CONFIG)
+def test_a_bundle_has_every_part_and_its_hash_depends_on_its_content_only(stages):
+    bundle = build_bundle(Path("bundle"), CONFIG).path
     for name in (
         "config.json",
         "model.safetensors",
@@ -63,7 +63,7 @@ def test_bundle_has_every_part_and_its_hash_is_of_the_content_alone(stages):
     paths.run_file("sft").parent.mkdir(parents=True)
     paths.run_file("sft").write_text('{"run_id": "r1"}')
     (paths.EVALUATION / "samples.png").write_bytes(b"another sheet")
-    again = build_bundle(Path("elsewhere"), CONFIG)
+    again = build_bundle(Path("elsewhere"), CONFIG).path
     assert json.loads((again / "lineage.json").read_text())["mlflow_runs"] == {"sft": "r1"}
     assert bundle_hash(again) == first
     weights = again / "text_tokenizer" / "tokenizer.json"
@@ -83,7 +83,7 @@ def test_a_model_is_not_bundled_with_the_scores_of_another(stages):
         build_bundle(Path("bundle"), CONFIG)
 
 
-def test_bundle_names_what_is_missing_pickled_or_out_of_date(stages):
+def test_missing_pickled_and_outdated_files_are_named(stages):
     with pytest.raises(BundleError, match="guidance"):
         build_bundle(Path("bundle"), CONFIG.model_copy(update={"decoding": DecodingConfig(guidance=5.0)}))
     (paths.INDEX / "extra.pkl").touch()
@@ -95,30 +95,29 @@ def test_bundle_names_what_is_missing_pickled_or_out_of_date(stages):
     assert not Path("bundle").exists()
 
 
-@pytest.mark.parametrize("lack", ["scores", "contract", "sheets of samples", "record.json", "nan"])
+@pytest.mark.parametrize("lack", ["scores", "contract", "sheets of samples", "not an evaluation record", "nan"])
 def test_a_model_without_a_complete_record_is_refused(stages, lack):
-    bundle = build_bundle(Path("bundle"), CONFIG)
-    file = bundle / "evaluation" / "record.json"
+    file = paths.EVALUATION / "record.json"
     record = json.loads(file.read_text())
-    if lack in ("sheets of samples", "record.json"):
-        (bundle / "evaluation" / ("samples.png" if lack == "sheets of samples" else lack)).unlink()
+    if lack == "sheets of samples":
+        (paths.EVALUATION / "samples.png").unlink()
     else:
         file.unlink()
         record |= {"scores": {"composition": float("nan")}} if lack == "nan" else {lack: {}}
-        file.write_text(json.dumps(record))
-    with pytest.raises(IncompleteRecordError, match="composition" if lack == "nan" else lack):
-        registry.register(bundle, CONFIG)
-    assert registry.status() == []
+        file.write_text("{}" if lack == "not an evaluation record" else json.dumps(record))
+    with pytest.raises(IncompleteRecordError, match="finite score composition" if lack == "nan" else lack):
+        registry.register_outputs(CONFIG)
+    assert registry.status() == [] and not list(registry.SCRATCH.iterdir())
 
 
-def test_register_is_idempotent_pickles_nothing_and_can_be_fetched(stages):
+def test_registering_is_idempotent_and_pickles_nothing_and_the_bundle_can_be_fetched(stages):
     bundle = evaluated(0.5)
     first = registry.register(bundle, CONFIG)
     assert registry.register(build_bundle(Path("again"), CONFIG), CONFIG).number == first.number
     assert aliases() == {CHALLENGER: 1}
     assert first.scores == {"composition": 0.5, "fd_encoder": 3.0}
     fetched = registry.fetch_bundle("models:/cm3leon@challenger")
-    assert bundle_hash(fetched) == bundle_hash(bundle) == first.tags["bundle_hash"]
+    assert bundle_hash(fetched) == bundle_hash(bundle.path) == first.tags["bundle_hash"]
     assert registry.fetch_bundle("models:/cm3leon/1") == fetched
     files = [file for file in Path("mlruns").rglob("*") if file.is_file()]
     assert len(files) > 20
@@ -127,7 +126,7 @@ def test_register_is_idempotent_pickles_nothing_and_can_be_fetched(stages):
         assert not file.read_bytes().startswith(b"\x80\x04"), f"{file} is a pickle"
 
 
-def test_fetching_what_is_not_there_says_so(project):
+def test_a_model_that_is_not_registered_is_named(project):
     with pytest.raises(registry.NotRegisteredError, match="models:/cm3leon@champion"):
         registry.fetch_bundle()
     (project / "mlflow.db").unlink()
@@ -136,7 +135,7 @@ def test_fetching_what_is_not_there_says_so(project):
     assert not (project / "mlflow.db").exists()
 
 
-def test_the_life_of_three_versions(stages):
+def test_three_versions_from_registration_to_rollback(stages):
     """Promoted, held back, promoted, rolled back, not promoted again, forced."""
     with pytest.raises(PromotionError, match="challenger"):
         registry.promote()
@@ -168,10 +167,24 @@ def test_the_life_of_three_versions(stages):
 
     client = MlflowClient(tracking_uri=runs.tracking_uri())
     assert {"gate.md", "gate.json", "evaluation", "lineage.json"} <= {file.path for file in client.list_artifacts(run_id)}
-    assert client.get_run(run_id).data.metrics["eval/composition"] == 0.6
+    assert registry.status()[0].scores["composition"] == 0.6
+    assert client.get_run(run_id).data.metrics == {}  # evaluate has logged the scores
+
+
+def test_the_record_is_read_once_on_its_way_to_the_gate(stages, monkeypatch):
+    released(0.5)
+    evaluated(0.6)
+    read, real = [], Record.read.__func__
+    monkeypatch.setattr(Record, "read", classmethod(lambda cls, folder: read.append(str(folder)) or real(cls, folder)))
+    version = registry.register_outputs(CONFIG)
+    assert read == [str(paths.EVALUATION)]
+    assert registry.gate(CONFIG.gate, version).passed
+    assert len(read) == 2  # the other is the champion's
+    by_itself = registry.gate(CONFIG.gate)
+    assert by_itself.passed and len(read) == 4
 
 
 def test_promotion_needs_a_gate_passed_against_the_present_champion(stages):
     registry.register(evaluated(0.5), CONFIG)
-    with pytest.raises(PromotionError, match="has not been to the gate"):
+    with pytest.raises(PromotionError, match="not compared by the gate yet"):
         registry.promote()

@@ -16,13 +16,14 @@ from PIL import Image
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, ShapesConfig
-from cm3leon.data.manifest import VALIDATED_SCHEMA, read_manifest
+from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.packing import pack
+from cm3leon.data.thumbnails import thumbnail_of, write_thumbnails
 from cm3leon.evaluation import inception
 from cm3leon.evaluation.leakage import LeakageError
 from cm3leon.evaluation.record import Record
 from cm3leon.evaluation.tasks import MEASURES
-from cm3leon.generation.engine import PromptTooLongError
+from cm3leon.generation.checks import PromptTooLongError
 from cm3leon.scenes import source as shapes
 from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.stages import evaluate
@@ -38,6 +39,15 @@ CONFIG = Config.model_validate(
 TOO_LONG = "a red circle beside a ring " * 60
 
 
+def write_validated(records):
+    """What ``validate`` leaves: the manifest of the records, and their thumbnails."""
+    paths.VALIDATED.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(records, schema=VALIDATED_SCHEMA), paths.VALIDATED / "manifest.parquet")
+    store = ImageStore(paths.RAW)
+    thumbnails = [thumbnail_of(store.open(record["image"])) for record in records]
+    write_thumbnails(paths.VALIDATED, [record["id"] for record in records], thumbnails)
+
+
 @pytest.fixture
 def collection(tmp_path, monkeypatch, tiny_models):
     """Untrained models; ``write(count)`` makes that many test documents, the first with a blank, then a very long caption."""
@@ -48,8 +58,7 @@ def collection(tmp_path, monkeypatch, tiny_models):
 
     def write(count: int) -> None:
         rng, rows = np.random.default_rng(0), []
-        for folder in (paths.RAW, paths.VALIDATED):
-            folder.mkdir(parents=True, exist_ok=True)
+        paths.RAW.mkdir(parents=True, exist_ok=True)
         with tarfile.open(paths.RAW / "images-00000.tar", "w") as archive:
             for number in range(count + 1):
                 buffer = io.BytesIO()
@@ -64,7 +73,7 @@ def collection(tmp_path, monkeypatch, tiny_models):
                     | {"id": f"id{number}", "image": f"images-00000.tar/{member.name}", "questions": questions, "width": 36, "height": 40}
                     | {"captions": ["a blue square"] if number > 1 else ["  ", TOO_LONG], "split": "test" if number else "train"}
                 )
-        pq.write_table(pa.Table.from_pylist(rows, schema=VALIDATED_SCHEMA), paths.VALIDATED / "manifest.parquet")
+        write_validated(rows)
 
     return write
 
@@ -92,9 +101,7 @@ def scenes(collection):
     pack(shapes.rows(config, paths.RAW), paths.RAW, 32)
     frame = read_manifest(paths.RAW).assign(width=64, height=64, split="test")
     frame.loc[len(frame) - 1, "split"] = "train"
-    paths.VALIDATED.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(frame[VALIDATED_SCHEMA.names].to_dict("records"), schema=VALIDATED_SCHEMA)
-    pq.write_table(table, paths.VALIDATED / "manifest.parquet")
+    write_validated(frame[VALIDATED_SCHEMA.names].to_dict("records"))
 
 
 def test_every_task_is_measured_beside_its_calibrations_and_again(scenes):
@@ -159,8 +166,7 @@ def test_inception_that_cannot_be_had_is_an_error_before_anything_is_drawn(colle
 def test_held_out_documents_that_stand_in_training_are_refused(scenes):
     frame = read_manifest(paths.VALIDATED)
     frame.loc[1, "image"], frame.loc[1, "split"] = frame.loc[0, "image"], "train"
-    table = pa.Table.from_pylist(frame[VALIDATED_SCHEMA.names].to_dict("records"), schema=VALIDATED_SCHEMA)
-    pq.write_table(table, paths.VALIDATED / "manifest.parquet")
+    write_validated(frame[VALIDATED_SCHEMA.names].to_dict("records"))
     with pytest.raises(LeakageError, match="near-duplicates of training images"):
         evaluate.run(CONFIG)
 

@@ -118,7 +118,7 @@ def test_retrieved_documents_are_never_held_out_nor_near_duplicates_of_the_query
     vocabulary = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
     for split, first, count in (("train", 1, TRAIN - 1), ("val", TRAIN, VAL), ("test", TRAIN + VAL, TEST)):
         documents = make_documents(count)
-        named = [Document(f"ab{first + number:02d}", d.codes, d.texts) for number, d in enumerate(documents)]
+        named = [Document(f"ab{first + number:02d}", d.codes, d.captions) for number, d in enumerate(documents)]
         write_tokens(paths.TOKENS, split, named, 16, 100)
     bank = MemoryBank.load(paths.INDEX)
     vectors = bank.vectors(np.arange(len(bank)))

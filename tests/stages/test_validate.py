@@ -1,4 +1,4 @@
-"""Ingest and validate on a folder: damage is found, told apart, and never lost."""
+"""Ingest and validate on a folder: damaged records are quarantined for the right reasons, and every record is accounted for."""
 
 import csv
 import io
@@ -20,6 +20,7 @@ from cm3leon.config.schema import Config, IngestConfig, ShapesConfig, ValidateCo
 from cm3leon.data.expectations import check, flat_frame
 from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.packing import pack
+from cm3leon.data.thumbnails import read_thumbnails
 from cm3leon.stages import ingest
 from cm3leon.stages import validate as validate_stage
 from cm3leon.stages.validate import ValidationError, validate
@@ -65,8 +66,8 @@ def damage(root: Path, records: list[dict[str, Any]], share: float, rng: random.
     rows = rng.sample(range(1, len(records)), int(share * len(records)))
     untouched = [row for row in range(len(records)) if row not in rows]
     expected = {}
-    for place, row in enumerate(rows):
-        kind = list(KINDS)[place % len(KINDS)]
+    for number, row in enumerate(rows):
+        kind = list(KINDS)[number % len(KINDS)]
         file = root / "images" / f"{row}.png"
         if kind == "truncated":
             file.write_bytes(file.read_bytes()[: rng.randrange(file.stat().st_size - 1)])
@@ -82,7 +83,7 @@ def damage(root: Path, records: list[dict[str, Any]], share: float, rng: random.
         elif kind == "copy":  # of the first row, which is good and comes before
             file.write_bytes(reencoded(root / "images" / f"{untouched[0]}.png"))
         expected[row] = KINDS[kind]
-    assert untouched[0] == 0, "the copies' original comes before them and is never damaged"
+    assert untouched[0] == 0, "the original of the copies comes before them and is not damaged"
     return expected
 
 
@@ -97,7 +98,7 @@ def ingest_folder(root: Path, raw: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_exactly_the_damaged_rows_are_quarantined_for_the_right_reasons(tmp_path: Path, seed: int) -> None:
+def test_exactly_the_damaged_records_are_quarantined_for_the_right_reasons(tmp_path: Path, seed: int) -> None:
     root = tmp_path / "collection"
     records = good_rows(root)
     expected = damage(root, records, 0.05, random.Random(seed))
@@ -115,7 +116,7 @@ def test_exactly_the_damaged_rows_are_quarantined_for_the_right_reasons(tmp_path
     assert sum(report["reasons"].values()) == len(expected)
 
 
-def test_half_of_the_rows_damaged_fails_with_rules_and_rows(tmp_path: Path) -> None:
+def test_too_many_rejected_records_are_an_error_that_names_rules_and_records(tmp_path: Path) -> None:
     root = tmp_path / "collection"
     records = good_rows(root)
     expected = damage(root, records, 0.5, random.Random(2))
@@ -124,12 +125,12 @@ def test_half_of_the_rows_damaged_fails_with_rules_and_rows(tmp_path: Path) -> N
     with pytest.raises(ValidationError) as caught:
         validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(), 0)
     message = str(caught.value)
-    assert "100 of 200 rows rejected (50.0%)" in message
+    assert "100 of 200 records rejected (50.0%)" in message
     assert "20.0%" in message
     assert "validate.max_rejected_rate" in message
     for reasons in KINDS.values():
         count = sum(found == reasons for found in expected.values())
-        assert f"{reasons[0]}: {count} rows" in message
+        assert f"{reasons[0]}: {count} records" in message
     first = min(expected)
     assert f"manifest.csv line {first + 2}" in message
     assert len(read_manifest(tmp_path / "out" / "rejected.parquet")) == 100
@@ -137,10 +138,10 @@ def test_half_of_the_rows_damaged_fails_with_rules_and_rows(tmp_path: Path) -> N
     assert "<td>read</td><td>200</td>" in index
     assert "<td>rejected</td><td>100</td>" in index
     assert "<td>rejected: empty_caption</td>" in index
-    assert not (tmp_path / "out" / "manifest.parquet").exists()
+    assert not list((tmp_path / "out").glob("[mt]*.parquet")), "nothing is left to train on"
 
 
-def test_a_row_carries_all_its_reasons_and_a_copy_of_a_rejected_row_is_kept(tmp_path: Path) -> None:
+def test_a_record_has_all_its_reasons_and_the_copy_of_a_rejected_record_is_accepted(tmp_path: Path) -> None:
     root = tmp_path / "collection"
     records = good_rows(root, 40)
     image = png(0, 16)
@@ -162,7 +163,7 @@ def test_a_row_carries_all_its_reasons_and_a_copy_of_a_rejected_row_is_kept(tmp_
         3: ["too_small", "empty_caption", "licence_not_allowed"],
         4: ["too_small"],
         5: ["box_outside_image"],
-        7: ["licence_not_allowed"],  # its copy, row 8, is therefore the first good one
+        7: ["licence_not_allowed"],  # so its copy, row 8, is accepted
         9: ["caption_too_long"],
         11: ["missing", "malformed_row"],
     }
@@ -171,7 +172,7 @@ def test_a_row_carries_all_its_reasons_and_a_copy_of_a_rejected_row_is_kept(tmp_
     assert report["cleaned"]["blank_captions_removed"] == 1
 
 
-def test_edits_of_a_rejected_row_stay_and_are_counted(tmp_path: Path) -> None:
+def test_edits_of_a_rejected_record_are_kept_and_counted(tmp_path: Path) -> None:
     root = tmp_path / "collection"
     records = good_rows(root, 30)
     for number, record in enumerate(records):
@@ -188,11 +189,11 @@ def test_edits_of_a_rejected_row_stay_and_are_counted(tmp_path: Path) -> None:
     assert accepted["split"][[0, 2, 3]].nunique() == 1
 
 
-def test_near_duplicates_share_a_split_and_the_outputs_repeat(tmp_path: Path) -> None:
+def test_near_duplicates_share_a_split_and_the_outputs_are_deterministic(tmp_path: Path) -> None:
     root = tmp_path / "collection"
     records = good_rows(root, 120)
     rng = np.random.default_rng(0)
-    for number in range(60, 120):  # each a slightly noisy version of an earlier picture
+    for number in range(60, 120):  # each an earlier image with a little noise
         pixels = np.asarray(Image.open(root / "images" / f"{number - 60}.png")).astype(float) + rng.normal(0, 3, (40, 40, 3))
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(root / "images" / f"{number}.png")
     write(root, records)
@@ -213,20 +214,20 @@ def test_near_duplicates_share_a_split_and_the_outputs_repeat(tmp_path: Path) ->
     split = accepted["split"].to_numpy()
     assert len(one) >= 240
     assert (split[one] == split[other]).all()
+    np.testing.assert_array_equal(read_thumbnails(tmp_path / "one" / "out", accepted["id"].tolist()) / 255, small)
     assert report["parts"] == {"count": 60, "largest": 2, "rows_with_near_duplicates": 120}
     assert set(split) == {"train", "val", "test"}
 
 
-def test_nothing_accepted_is_an_error_whatever_the_rate(tmp_path: Path) -> None:
+def test_no_accepted_record_is_an_error_whatever_the_rate(tmp_path: Path) -> None:
     root = tmp_path / "collection"
-    write_rows = [row | {"licence": "no"} for row in good_rows(root, 5)]
-    write(root, write_rows)
+    write(root, [row | {"licence": "no"} for row in good_rows(root, 5)])
     ingest_folder(root, tmp_path / "raw")
-    with pytest.raises(ValidationError, match=r"No row is accepted.*\n.*licence_not_allowed: 5 rows"):
+    with pytest.raises(ValidationError, match=r"No record is accepted.*\n.*licence_not_allowed: 5 records"):
         validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(max_rejected_rate=1.0), 0)
 
 
-def test_the_gate_sees_what_the_rules_let_through(tmp_path: Path) -> None:
+def test_expectations_fail_on_what_the_rules_should_have_rejected(tmp_path: Path) -> None:
     accepted = pd.DataFrame(
         {
             "id": ["a", "a", "c"], "image": ["s/1", "s/2", None], "pixels": ["1", "2", "3"], "licence": ["MIT", "MIT", "GPL-3.0"],
@@ -244,9 +245,9 @@ def test_the_gate_sees_what_the_rules_let_through(tmp_path: Path) -> None:
     assert len(pages) == 5
     for page in pages:
         html = page.read_text()
-        assert not re.search(r"<script|<link|<img|url\(|@import", html), f"{page} loads something"
+        assert not re.search(r"<script|<link|<img|url\(|@import", html), f"{page} loads a file"
         for link in re.findall(r'href="([^"#:]+)"', html):
-            assert (page.parent / link).is_file(), f"{page} leads to {link}, which is not there"
+            assert (page.parent / link).is_file(), f"{page} links to {link}, which does not exist"
     assert "text-danger" in index
     assert index.count("validations/") == 2
 
@@ -255,10 +256,9 @@ def test_the_stages_run_on_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "stage_run", lambda stage, config: nullcontext(runs.Run()))
     config = Config(ingest=IngestConfig(shapes=ShapesConfig(count=60, edits=0.3, conditions=0.3)))
-    figures = ingest.run(config)
-    assert figures["problems"] == 0
-    counts = validate_stage.run(config)
-    assert counts == {"read": figures["rows"], "accepted": figures["rows"], "rejected": 0}
+    ingested = ingest.run(config)
+    assert ingested["problems"] == 0
+    assert validate_stage.run(config) == {"read": ingested["rows"], "accepted": ingested["rows"], "rejected": 0}
     frame = read_manifest(paths.VALIDATED)
     assert frame.columns.tolist() == VALIDATED_SCHEMA.names
     assert set(frame["width"]) == {64}

@@ -66,7 +66,7 @@ def test_stage_run_records_parameters_metrics_files_and_datasets(project):
     assert tags["stage"] == "pretrain"
     assert tags["profile"] == "tiny"
     assert tags["dvc_lock_md5"] == hashlib.md5(Path("dvc.lock").read_bytes()).hexdigest()
-    assert found.data.params["pretrain.model.layers"] == "4"
+    assert found.data.params["pretrain.model.layers"] == "6"
     assert found.data.params["seed"] == "3"
     assert found.data.params["extra.list"] == "[1, 2]"
     assert not any(name.startswith("sft") for name in found.data.params)

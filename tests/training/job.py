@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests_support import OBJECTIVE, decoder_spec
 
-from cm3leon.config.schema import ObjectiveConfig, TrainConfig
+from cm3leon.config.schema import TrainConfig
 from cm3leon.data.batches import PackedStream, SortedStream
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore
-from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.distributed import full_tensor, world
@@ -27,15 +28,14 @@ VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_im
 
 def main(directory: Path, changes: dict) -> None:
     torch.set_num_threads(1)
-    config = TrainConfig(
-        **{"batch_size": 8, "warmup_steps": 5, "validate_every": 15, "checkpoint_every": 4, "learning_rate": 1e-3, **changes}
-    )
+    plain = {"batch_size": 8, "warmup_steps": 5, "validate_every": 15, "checkpoint_every": 4, "learning_rate": 1e-3}
+    config = TrainConfig(**{**plain, "optimizer": "adamw", "precision": "fp32", **changes})
     store = TokenStore(directory / "tokens")
-    samples = PretrainingSamples(store, store, {}, VOCABULARY, ObjectiveConfig(), [1.0], 80, 0)
+    samples = PretrainingSamples(store, store, {}, VOCABULARY, OBJECTIVE, [1.0], 80, 0)
     stream = PackedStream(samples, len(store), 8, 0, 160) if config.packing else SortedStream(samples, len(store), 8, 0)
     validation = [SortedStream(samples, len(store), 4, 1)(step) for step in range(3)]
     torch.manual_seed(0)
-    model = Decoder(DecoderSpec(2, 32, 2, 160, init_std=0.02, image_positions=True), VOCABULARY)
+    model = Decoder(decoder_spec(2, 32, 2, 160, init_std=0.02, image_positions=True), VOCABULARY)
     with world() as processes:
         checkpoints = Checkpoints(
             directory / "checkpoints", {"steps": str(config.steps), "data": "one"}, config.keep_checkpoints, processes

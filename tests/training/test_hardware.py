@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests_support import decoder_spec
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.hardware import DEVICES, flops_per_token, peak_flops
 
@@ -55,7 +56,7 @@ def test_flops_are_those_that_pytorch_counts(recompute: bool) -> None:
     """
     layers, width, context, rows = 2, 64, 32, 3
     vocabulary = Vocabulary(40, 20, 4, 9)
-    model = Decoder(DecoderSpec(layers, width, 4, context), vocabulary)
+    model = Decoder(decoder_spec(layers, width, 4, context), vocabulary)
     model.recompute = recompute
     tokens = torch.randint(vocabulary.size, (rows, context))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

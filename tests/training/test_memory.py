@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests_support import decoder_spec
 
-from cm3leon.config.schema import Config, load_config
-from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.config.schema import Config
+from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.memory import activation_bytes, block_bytes, count, estimate_memory
@@ -31,7 +32,7 @@ def config(profile: str = "cm3leon-7b", *changes: str) -> Config:
 
 
 def decoder(**changes: Any) -> Decoder:
-    return Decoder(DecoderSpec(**{"layers": 2, "width": 128, "heads": 4, "context": 64, **changes}), VOCABULARY)
+    return Decoder(decoder_spec(**{"layers": 2, "width": 128, "heads": 4, "context": 64, **changes}), VOCABULARY)
 
 
 def test_the_count_is_that_of_a_real_decoder() -> None:
@@ -42,7 +43,7 @@ def test_the_count_is_that_of_a_real_decoder() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_parameters_gradients_states_and_checkpoint_have_the_size_of_real_ones(optimizer: str, tmp_path: Path) -> None:
-    section = load_config(CONFIGS / "tiny.yaml").pretrain.model_copy(update={"optimizer": optimizer})
+    section = config("tiny").pretrain.model_copy(update={"optimizer": optimizer})
     state = setup(decoder(), section)
     tokens = torch.randint(4, VOCABULARY.size, (2, 64))
     state.model.losses(tokens, torch.ones(tokens.shape), torch.zeros_like(tokens))[0].backward()
@@ -129,7 +130,7 @@ def test_shards_of_a_real_model_have_the_estimated_size() -> None:
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from cm3leon.config.schema import TrainConfig
+from cm3leon.config.schema import PretrainConfig
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.training.memory import estimate_memory
@@ -137,8 +138,8 @@ from cm3leon.training import distributed
 from cm3leon.training.precision import autocast
 
 dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
-model = Decoder(DecoderSpec(2, 128, 4, 64), Vocabulary(200, 64, 8, 16))
-config = TrainConfig(batch_size=16, micro_batch_size=2, precision="bf16")
+model = Decoder(DecoderSpec(2, 128, 4, 64, 0.006, 0.0002, False, False, False, False), Vocabulary(200, 64, 8, 16))
+config = PretrainConfig(batch_size=16, micro_batch_size=2, precision="bf16", optimizer="adamw")
 estimated = estimate_memory(model, config, 4)
 distributed.shard(model, model.blocks, config, distributed.World(0, 4))
 tokens = torch.randint(4, 276, (2, 64))

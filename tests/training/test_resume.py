@@ -89,6 +89,7 @@ def same_weights(one, other):
 MUON_PACKED = {"optimizer": "muon", "packing": True, "micro_batch_size": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, MUON_PACKED], ids=["adamw", "muon-packed"])
 def test_after_a_kill_losses_and_weights_are_the_same_bits(new_directory, uninterrupted, changes):
     expected_directory, expected = uninterrupted(**changes)
@@ -101,6 +102,7 @@ def test_after_a_kill_losses_and_weights_are_the_same_bits(new_directory, uninte
     assert same_weights(killed, expected_directory)
 
 
+@pytest.mark.slow
 def test_interrupted_by_sigterm_it_writes_a_checkpoint_and_resumes_from_it(new_directory, uninterrupted):
     directory = new_directory()
     begin = time.monotonic()
@@ -114,6 +116,7 @@ def test_interrupted_by_sigterm_it_writes_a_checkpoint_and_resumes_from_it(new_d
     assert found == uninterrupted()[1]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_the_one_before_is_used(new_directory, uninterrupted):
     damaged = new_directory()
     stop(start(damaged), damaged, 16, signal.SIGKILL)
@@ -162,6 +165,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert checkpoints.names() == ["step-00000002", "step-00000005", "step-00000006"]
 
 
+@pytest.mark.slow
 def test_two_processes_are_the_same_run_as_one(new_directory, uninterrupted):
     _, expected = uninterrupted(**MUON_PACKED)
     found, _ = run(new_directory(), processes=2, **MUON_PACKED)
@@ -169,6 +173,7 @@ def test_two_processes_are_the_same_run_as_one(new_directory, uninterrupted):
     assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_another_number_of_processes(new_directory, uninterrupted):
     _, expected = uninterrupted(packing=True)
     directory = new_directory()
