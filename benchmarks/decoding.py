@@ -14,8 +14,8 @@ from typing import Any
 from cm3leon.config import paths
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.data.manifest import read_manifest
+from cm3leon.generation.checks import checked_settings
 from cm3leon.generation.generator import Generator
-from cm3leon.generation.settings import checked_settings
 from cm3leon.scenes import composition
 
 RANKED = {"candidates": 32, "likelihood": 0.03}

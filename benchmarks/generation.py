@@ -6,8 +6,8 @@
 Needs transformers. Eight candidates of one prompt with classifier-free guidance: ours in one call, OPT's through ``generate`` with
 ``guidance_scale``. Both run in this process, alternating; the ratio is of the medians. Before that both decode greedily, and the images
 must be equal. The floor is the time to read the weights that a step needs once, at the memory bandwidth measured here.
-On a GPU, in bfloat16, ``--alone`` measures seconds for an image of 1,024 tokens and throughput for 1 to 64 images at once of 350m, 760m,
-7b; ``--compiled`` compiles ours.
+On a GPU, in bfloat16, ``--alone`` measures seconds and throughput for 1 to 64 images at once of 1,024 tokens, for 350m, 760m or 7b;
+``--compiled`` compiles ours.
 """
 
 from __future__ import annotations

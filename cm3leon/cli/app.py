@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from cm3leon.cli import convert, model
-from cm3leon.cli.model import UsageError
+from cm3leon.cli.options import UsageError
 from cm3leon.stages.common import STAGES, run_stage
 from cm3leon.utils.errors import UserError
 

@@ -1,13 +1,17 @@
-"""Checks of what a caller gives, and of what fits in the model's context. Every error says what is wrong and what to change."""
+"""Checks of a caller's input, decoding settings, and lengths in the model's context. Errors say what is wrong and what to change."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from cm3leon.config.schema import DecodingConfig, current_name
 from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from cm3leon.generation.parts import Parts
     from cm3leon.models.decoder import Decoder
     from cm3leon.sequence.grammar import Prompt
 
@@ -17,7 +21,7 @@ class BadInputError(UserError):
 
 
 class PromptTooLongError(UserError):
-    """A prompt and what is to be generated do not fit in the model's context."""
+    """A prompt and the tokens to generate do not fit in the model's context."""
 
 
 def free_tokens(model: Decoder, prompts: Sequence[Prompt]) -> int:
@@ -62,3 +66,40 @@ def check_box(what: str, box: tuple[float, float, float, float], size: tuple[int
         raise BadInputError(
             f"{what}, {tuple(box)}, must be left, top, right, bottom in pixels, inside the image of {size[0]} x {size[1]} and not empty"
         )
+
+
+def checked_settings(defaults: DecodingConfig, changes: Mapping[str, Any]) -> DecodingConfig:
+    """Decoding defaults with changes; a change of None is none.
+
+    Raises:
+        BadInputError: naming the setting and what is allowed.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    try:
+        return DecodingConfig.model_validate({**defaults.model_dump(), **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = first["loc"][0]
+        if new := current_name(f"decoding.{name}"):
+            raise BadInputError(f"{name} is now called {new.removeprefix('decoding.')}") from None
+        raise BadInputError(f"{name}: {first['msg']} (found {first['input']!r})") from None
+
+
+def task_settings(parts: Parts, task: str, changes: Mapping[str, Any]) -> DecodingConfig:
+    """As :func:`checked_settings`, with the task's own defaults, for an instruction-tuning task.
+
+    Raises:
+        BadInputError: also if the model was not trained for the task or for guidance.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    settings = checked_settings(parts.decoding, {**parts.decoding.tasks.get(task, {}), **given})
+    if task not in parts.trained_tasks:
+        known = ", ".join(sorted(parts.trained_tasks))
+        raise BadInputError(f"this model was not tuned for {task} (it knows {known}); add it to sft.tasks and train again")
+    guided = settings.guidance != 1 or settings.contrastive > 0 or (task == "edit" and settings.image_guidance != 1)
+    if guided and parts.training is not None and not parts.training.masked_prompts:
+        raise BadInputError(
+            "guidance and contrastive decoding need a model that was trained on masked prompts (sft.conditioning_dropout or "
+            "pretrain.objective.segment_rate above 0), and this one was not; use guidance 1 and contrastive 0"
+        )
+    return settings

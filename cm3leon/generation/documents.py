@@ -1,4 +1,4 @@
-"""Documents of texts and images in turn: continued (interleaved generation), and pairs scored by their likelihood."""
+"""Interleaved generation, which continues documents of texts and images, and the likelihood of image-text pairs."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ from PIL import Image
 
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.candidates import best_candidates
-from cm3leon.generation.checks import BadInputError, check_box, check_not_blank, check_same_length
+from cm3leon.generation.checks import BadInputError, check_box, check_not_blank, check_same_length, checked_settings, task_settings
 from cm3leon.generation.documents import continue_document, score_pairs
 from cm3leon.generation.image_requests import image_request, inpainting_request
 from cm3leon.generation.parts import Parts, Precision, load_bundle, load_parts
 from cm3leon.generation.results import DocumentPart, GeneratedImage, GeneratedText, PairScore, RetrievedDocument
-from cm3leon.generation.settings import UNGUIDED, checked_settings, task_settings
+from cm3leon.generation.settings import UNGUIDED
 from cm3leon.generation.shortening import fits, shorten_prompt, shorten_question
 from cm3leon.generation.texts import answer, fill_blanks
 from cm3leon.sequence.tasks import CONDITIONS, Box, Fields, layout_text, reasoning_fields
@@ -160,9 +160,9 @@ class Generator:
         queries = prompts if prompts is not None else references
         if count == 0 or not queries:
             return [[] for _ in queries or []]
-        if self.memory is None:
+        if self.parts.memory is None:
             raise BadInputError("retrieved_documents > 0 needs a bundle with an encoder and a memory bank")
-        return self.memory.find(count, prompts, references)
+        return self.parts.memory.find(count, prompts, references)
 
     # --- images from images ----------------------------------------------------------------------------------------------
 
@@ -250,9 +250,9 @@ class Generator:
         Raises:
             BadInputError: if the bundle has none.
         """
-        if self.super_resolution is None:
+        if self.parts.super_resolution is None:
             raise BadInputError("upscaling needs a bundle with super_resolution/")
-        return self.super_resolution.upscale(images)
+        return self.parts.super_resolution.upscale(images)
 
     # --- texts -----------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Requests for images: what the model reads before it generates one, and by what its candidates are ranked.
+"""Requests for images: the prompts that precede an image, and the segments by which its candidates are ranked.
 
 :func:`image_request` lays out a task's texts and images as in training, once for each stream of guidance. :func:`inpainting_request` keeps
 the codes outside a box.
@@ -40,7 +40,7 @@ class Region:
     """A region of an image to be inpainted.
 
     Attributes:
-        span: from its first code to behind its last, in raster order.
+        span: first code, and the one after the last, in raster order.
         known: (tokens_per_image,), the image's codes, -1 inside the region.
     """
 
@@ -54,7 +54,7 @@ class ImageRequest:
 
     Attributes:
         prompt: the text that a person gave.
-        streams: what the streams of guidance read, the conditional one first.
+        streams: the prompt of each stream of guidance, the conditional one first.
         retrieved_documents: those that precede the query in every stream.
         region: the region to inpaint; None: the whole image is generated.
     """

@@ -1,4 +1,4 @@
-"""The parts that a generator works with: loading them, and what each does without the others."""
+"""The parts of a generator: loading them, tokenizing texts, encoding and decoding images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Parts:
         encoder: ranks candidates and finds documents; None: neither.
         memory: the memory bank; None: no retrieval.
         super_resolution: the upscaler; None: no upscaling.
-        training: what the decoder was trained for; None: it does not say.
+        training: the tasks that the decoder was trained for; None: unknown.
     """
 
     model: Decoder
@@ -62,7 +62,7 @@ class Parts:
 
     @property
     def trained_tasks(self) -> frozenset[str]:
-        """Instruction-tuning tasks that the model was trained for; all of them for a model that does not say."""
+        """Instruction-tuning tasks that the model was trained for; all of them if that is unknown."""
         return self.training.tasks if self.training else frozenset(TASKS)
 
     def text_tokens(self, text: str) -> Tokens:
@@ -120,7 +120,7 @@ def load_parts(
     """Load parts from the directories of the stages.
 
     Args:
-        model: may say what it was trained for (``training.json``); of one that does not, every task and guidance may be asked.
+        model: its ``training.json`` names the tasks that it was trained for; without one all tasks and guidance are allowed.
         encoder: without it there is no ranking by CLIP, and no retrieval.
         memory_bank, tokens: retrieval needs both.
         retrieval: rules of retrieval; None: the package's defaults.

@@ -1,4 +1,4 @@
-"""What a generator returns: images and texts, each with what it was generated from."""
+"""Results of a generator: images and texts, each with the record of what it was generated from."""
 
 from __future__ import annotations
 

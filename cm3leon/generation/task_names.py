@@ -1,7 +1,7 @@
 """The tasks of a model by the names that they have in configuration, Python, commands, HTTP, the registered model and records.
 
-The instruction-tuning tasks are those of ``cm3leon.sequence.tasks.TASKS``; the others come with pretraining, but for ``upscale``, which is
-the upscaler's. Imports nothing, so that a command's help needs no model code.
+The instruction-tuning tasks are those of ``cm3leon.sequence.tasks.TASKS``; the others come with pretraining, except ``upscale``, which the
+upscaler does. Imports nothing, so that a command's help needs no model code.
 """
 
 from __future__ import annotations

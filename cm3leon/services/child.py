@@ -1,7 +1,7 @@
-"""Runs a command as a child of the flow: its lines go to a callback as they come, and it never outlives the flow.
+"""Runs a command as a child of the flow: its output lines go to a callback as they are written, and it never outlives the flow.
 
-The child stays in the flow's process group, so that whoever cancels the group reaches it. Where standard error is a terminal the child
-gets a terminal too (a pseudo-terminal copied through), so that its progress bars show; else both streams are read as lines.
+The child stays in the flow's process group, so that a signal to the group reaches it too. If standard error is a terminal, the child gets
+a pseudo-terminal, which is copied to ours, so that its progress bars show; else both streams are read as lines.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ from dataclasses import dataclass
 import psutil
 
 TAIL_LINES = 40
+"""Last lines of output that are kept for an error message."""
 STOP_SECONDS = 25.0
-"""From SIGTERM to SIGKILL; Prefect kills a cancelled flow 30 s after asking it to leave."""
+"""From SIGTERM to SIGKILL of the child; Prefect sends a canceled flow SIGKILL 30 s after SIGTERM."""
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07]*\x07")
+"""ANSI control sequences (CSI and OSC), which are no text."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a command ended: exit status and the last lines of both streams, in the order read."""
+    """Exit status of a command, and the last lines of both its streams, in the order read."""
 
     status: int
     tail: list[str]
 
 
 def run_command(command: Sequence[str], on_line: Callable[[str], None], environment: Mapping[str, str] | None = None) -> Finished:
-    """Run ``command`` to its end; every line of standard output, and of standard error when that is no terminal, goes to ``on_line``.
+    """Run ``command``; every line of standard output, and of standard error if that is not a terminal, goes to ``on_line``.
 
-    If this process is interrupted or told to leave, the child and its descendants are told too, and waited for.
+    If this process is interrupted, the child and its descendants get SIGTERM and are waited for (:func:`stop_tree`).
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     terminal = _Terminal(tail) if sys.stderr.isatty() else None
@@ -63,7 +65,7 @@ def run_command(command: Sequence[str], on_line: Callable[[str], None], environm
 
 
 def stop_tree(pid: int, seconds: float = STOP_SECONDS) -> None:
-    """Ask a process and all its descendants to leave; kill what is left after ``seconds``."""
+    """Send SIGTERM to a process and all its descendants, and SIGKILL to those that are alive after ``seconds``."""
     try:
         parent = psutil.Process(pid)
         processes = [*parent.children(recursive=True), parent]
@@ -79,7 +81,7 @@ def stop_tree(pid: int, seconds: float = STOP_SECONDS) -> None:
 
 
 class _Terminal:
-    """A pseudo-terminal for the child's standard error: copied to ours as it is, its last lines kept as text."""
+    """A pseudo-terminal for the child's standard error: copied to ours unchanged, its last lines kept as text."""
 
     def __init__(self, tail: deque[str]) -> None:
         import fcntl

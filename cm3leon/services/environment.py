@@ -1,4 +1,8 @@
-"""What the processes of a run need in their environment, and what a fresh clone needs before its first run."""
+"""Environment of the processes of a run, and preparation of a new clone for its first run.
+
+This package does not import Prefect or DVC. It names their variables and files because it starts both as child processes, which are
+configured through the environment.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +18,28 @@ from cm3leon.utils.errors import UserError
 
 PREFECT_HOME = Path(".prefect")
 SERVER_FILE = PREFECT_HOME / "server.json"
-"""Written by ``cm3leon ui`` while its Prefect server is up, so that a run started meanwhile uses it."""
-
-UNBUFFERED = "PYTHONUNBUFFERED"
-"""Set, so that a stage's lines reach the run's log when they are written."""
+"""Address of the Prefect server of ``cm3leon ui``; exists while that server runs, so that runs use it."""
 
 
 class ProjectError(UserError):
-    """The working directory is not the project's root."""
+    """The working directory is not the root of a project."""
 
 
 def use_environment() -> None:
-    """Turn telemetry off and find Prefect's server; call before importing prefect. What the user has set stays.
+    """Turn telemetry off and set Prefect's home and server; call before importing prefect. Variables that are set keep their values.
 
-    Prefect keeps its database in ``./.prefect``. Without ``PREFECT_API_URL`` a run uses the server of ``cm3leon ui`` where one is up,
-    else Prefect starts a temporary one on the same database.
+    Prefect has its database in ``./.prefect``. Without ``PREFECT_API_URL`` a run uses the server of ``cm3leon ui`` if that is running,
+    else Prefect starts a temporary server on the same database.
     """
     telemetry.turn_off()
-    os.environ.setdefault(UNBUFFERED, "1")
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")  # a stage's lines reach the log of the run as they are written
     os.environ.setdefault("PREFECT_HOME", str(PREFECT_HOME.absolute()))
     if "PREFECT_API_URL" not in os.environ and (url := running_server()):
         os.environ["PREFECT_API_URL"] = url
 
 
 def running_server() -> str | None:
-    """The API address of this project's own Prefect server, if it answers."""
+    """The API address of the Prefect server of ``cm3leon ui``; None if none answers."""
     try:
         url = str(json.loads(SERVER_FILE.read_text())["api_url"])
         with urllib.request.urlopen(f"{url}/health", timeout=2):
@@ -48,26 +49,27 @@ def running_server() -> str | None:
 
 
 def child_path() -> str:
-    """PATH with this interpreter's directory first: stage commands find ``cm3leon`` also when the environment is not activated."""
+    """PATH with this interpreter's directory first, so that commands of stages find ``cm3leon`` in an environment that is not activated."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def prepare_project() -> list[str]:
-    """Make a fresh clone ready for its first run; idempotent. Returns a line for each thing found or made.
+    """Prepare a new clone for its first run; idempotent. Returns a line about each of parameters, DVC and MLflow.
 
     Raises:
-        cm3leon.config.ConfigError: if ``params.yaml`` is missing or wrong.
+        cm3leon.config.schema.ConfigError: if ``params.yaml`` is missing or invalid.
         ProjectError: if the directory is not the project's root.
     """
     from cm3leon.config.schema import load_config
     from cm3leon.tracking.runs import prepare_store
 
     if not Path("dvc.yaml").is_file():
-        raise ProjectError(f"{Path.cwd()} holds no dvc.yaml; run this in the project's root")
+        raise ProjectError(f"{Path.cwd()} has no dvc.yaml; run the command in the project's root")
     config = load_config()
     lines = [f"parameters: params.yaml, profile {config.profile}"]
     inside = subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], capture_output=True, check=False).returncode == 0
     local = Path(".dvc/config.local")
+    # Outside a git repository, an unpacked archive for example, DVC needs to be told so.
     if not inside and "no_scm" not in (local.read_text() if local.is_file() else ""):
         with local.open("a") as file:
             file.write("[core]\n    no_scm = true\n")

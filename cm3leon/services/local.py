@@ -1,6 +1,6 @@
 """``cm3leon ui``: MLflow, Prefect and the Data Docs on 127.0.0.1, until Ctrl-C.
 
-While it is up, runs started in this project use its Prefect server (``.prefect/server.json`` names it).
+While it runs, runs of this project use its Prefect server, whose address is in ``.prefect/server.json``.
 """
 
 from __future__ import annotations
@@ -21,18 +21,24 @@ from typing import NamedTuple
 
 from cm3leon.services.child import stop_tree
 from cm3leon.services.environment import PREFECT_HOME, SERVER_FILE, use_environment
+from cm3leon.utils.errors import UserError
 
 HOST = "127.0.0.1"
 DATA_DOCS = Path("data/validated/data_docs")
 LOGS = Path(".cache/ui")
 START_SECONDS = 90.0
+"""How long a server may take to answer."""
+
+
+class ServiceError(UserError):
+    """A server ended, or did not answer in time."""
 
 
 def free_port(wanted: int) -> int:
-    """``wanted``, or the next port of 127.0.0.1 that nothing listens on.
+    """``wanted``, or the next port of 127.0.0.1 on which no process listens.
 
     Raises:
-        OSError: if the next hundred are taken too.
+        ServiceError: if a hundred ports from ``wanted`` on are in use.
     """
     for port in range(wanted, wanted + 100):
         with socket.socket() as probe:
@@ -42,17 +48,17 @@ def free_port(wanted: int) -> int:
             except OSError:
                 continue
             return port
-    raise OSError(f"no free port from {wanted} to {wanted + 99}")
+    raise ServiceError(f"ports {wanted} to {wanted + 99} of {HOST} are all in use; name another port")
 
 
 class Service(NamedTuple):
-    """One of the pages.
+    """A server with pages for the browser.
 
     Attributes:
-        server: the server's root address.
-        page: where on it to start.
-        health: what answers on it once it is up.
-        command: the arguments of ``python -m`` that start it; none where somebody else runs it.
+        server: its root address.
+        page: path of the first page.
+        health: path that answers once the server is up.
+        command: arguments of ``python -m`` that start it; empty for a server that is already running.
     """
 
     server: str
@@ -62,12 +68,12 @@ class Service(NamedTuple):
 
     @property
     def address(self) -> str:
-        """What to open in a browser."""
+        """The address to open in a browser."""
         return self.server + self.page
 
 
 def services(uri: str, experiment_id: str, mlflow_port: int, prefect_port: int, docs_port: int) -> dict[str, Service]:
-    """The pages there are to show, by name; ``uri`` is the MLflow store."""
+    """The servers by name; ``uri`` is the MLflow store. Data Docs are among them once ``validate`` has written them."""
     runs = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     if uri.startswith("http"):
         mlflow = Service(uri.rstrip("/"), runs)
@@ -80,17 +86,17 @@ def services(uri: str, experiment_id: str, mlflow_port: int, prefect_port: int, 
     else:
         port = free_port(prefect_port)
         prefect = Service(f"http://{HOST}:{port}", "", "/api/health", ["prefect", "server", "start", "--host", HOST, "--port", str(port)])
-    found = {"MLflow": mlflow, "Prefect": prefect}
+    by_name = {"MLflow": mlflow, "Prefect": prefect}
     if (DATA_DOCS / "index.html").is_file():
         port = free_port(docs_port)
-        found["Data Docs"] = Service(
+        by_name["Data Docs"] = Service(
             f"http://{HOST}:{port}", command=["http.server", str(port), "--bind", HOST, "--directory", str(DATA_DOCS)]
         )
-    return found
+    return by_name
 
 
 def serve(mlflow_port: int = 5000, prefect_port: int = 4200, docs_port: int = 8000) -> None:
-    """Start what is not up yet, print the addresses, stop all on Ctrl-C or SIGTERM."""
+    """Start the servers that are not running yet, print their addresses, stop them on Ctrl-C or SIGTERM."""
     from mlflow import MlflowClient
 
     from cm3leon.tracking.store import experiment_id_of, prepare_store
@@ -98,48 +104,48 @@ def serve(mlflow_port: int = 5000, prefect_port: int = 4200, docs_port: int = 80
     use_environment()
     uri = prepare_store()
     experiment_id = experiment_id_of(MlflowClient(tracking_uri=uri, registry_uri=uri), Path("."), uri)
-    shown = services(uri, experiment_id, mlflow_port, prefect_port, docs_port)
-    with _running(shown):
-        for name, service in shown.items():
+    by_name = services(uri, experiment_id, mlflow_port, prefect_port, docs_port)
+    with _running(by_name):
+        for name, service in by_name.items():
             print(f"{name:<10} {service.address}", flush=True)
-        if "Data Docs" not in shown:
-            print(f"Data Docs  none yet: {DATA_DOCS} is made by the stage validate", flush=True)
-        print(f"Ctrl-C stops them; their logs are in {LOGS}/", flush=True)
+        if "Data Docs" not in by_name:
+            print("Data Docs  none yet; they are written by: cm3leon validate", flush=True)
+        print(f"Ctrl-C stops the servers; their logs are in {LOGS}/", flush=True)
         while True:
             time.sleep(1)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 @contextmanager
-def _running(shown: dict[str, Service]) -> Iterator[None]:
-    """The services that have a command, up; stopped at the end, however it comes.
+def _running(by_name: dict[str, Service]) -> Iterator[None]:
+    """Start the servers that have a command and wait until they answer; stop them on leaving the block, also by an exception.
 
     Raises:
-        RuntimeError: if one ends, or does not answer in time.
+        ServiceError: if a server ends, or does not answer in time.
     """
     LOGS.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, _interrupt)
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
-        for name, service in shown.items():
+        for name, service in by_name.items():
             if service.command:
                 with (LOGS / f"{name.lower().replace(' ', '-')}.log").open("wb") as log:
                     processes[name] = subprocess.Popen(
                         [sys.executable, "-m", *service.command], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
                     )
         for name, process in processes.items():
-            _wait(name, process, shown[name].server + shown[name].health)
+            _wait(name, process, by_name[name].server + by_name[name].health)
         if "Prefect" in processes:
             PREFECT_HOME.mkdir(exist_ok=True)
-            SERVER_FILE.write_text(json.dumps({"api_url": f"{shown['Prefect'].server}/api"}) + "\n")
+            SERVER_FILE.write_text(json.dumps({"api_url": f"{by_name['Prefect'].server}/api"}) + "\n")
         yield
     except KeyboardInterrupt:
         pass
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave servers running
         if "Prefect" in processes:
             SERVER_FILE.unlink(missing_ok=True)
         for process in processes.values():
@@ -150,10 +156,10 @@ def _wait(name: str, process: subprocess.Popen[bytes], url: str) -> None:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise RuntimeError(f"{name} ended with status {process.returncode}; see {LOGS}/")
+            raise ServiceError(f"the {name} server ended with status {process.returncode}; its log in {LOGS}/ says why")
         try:
             with urllib.request.urlopen(url, timeout=2):
                 return
         except OSError:
             time.sleep(0.3)
-    raise RuntimeError(f"{name} does not answer at {url} after {START_SECONDS:.0f} s; see {LOGS}/")
+    raise ServiceError(f"the {name} server does not answer at {url} after {START_SECONDS:.0f} s; its log in {LOGS}/ says why")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class BundleModel(mlflow.pyfunc.PythonModel):
-    """A bundle behind MLflow's interface. The bundle is read at the first request."""
+    """A bundle with MLflow's interface. The bundle is loaded at the first request."""
 
     def __init__(self) -> None:
         self._generator: Generator | None = None

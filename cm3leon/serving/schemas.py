@@ -84,7 +84,7 @@ class TaskRequest(BaseModel):
         """The call that answers this request.
 
         Raises:
-            ApiError: for an image that cannot be read, or more than can be asked of this generator.
+            ApiError: for an image that cannot be read, or a request beyond the limits of this server or model.
         """
         return Call(self.task, self.item(), tuple(sorted(self.settings().items())))
 

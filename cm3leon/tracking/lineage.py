@@ -1,4 +1,4 @@
-"""Where an artifact came from: the git commit, the content hashes that DVC recorded, and hashes of what lies in a directory."""
+"""Where an artifact came from: the git commit, the hashes that DVC recorded, and content hashes of directories."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ DVC_LOCK = Path("dvc.lock")
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 over the names and contents of a directory's files, first 16 hex digits; pictures and logs apart."""
+    """SHA-256 over the names and contents of a directory's files, first 16 hex digits.
+
+    Sheets (PNG) and tables (CSV) do not count: no model depends on them.
+    """
     found = hashlib.sha256()
     for file in sorted(file for file in path.rglob("*") if file.is_file() and file.suffix not in (".png", ".csv")):
         with file.open("rb") as stream:
@@ -21,9 +24,9 @@ def content_hash(path: Path) -> str:
 
 
 def git_commit(root: Path = Path(".")) -> str | None:
-    """The commit checked out, with "-dirty" if tracked files were changed; None outside a repository.
+    """The commit that is checked out, with "-dirty" if tracked files differ from it; None outside a repository.
 
-    ``dvc.lock`` changes while a pipeline runs and is recorded by its own md5, so it does not count as a change.
+    ``dvc.lock`` changes during a pipeline run and is recorded by its own md5, so that it does not count as a difference.
     """
 
     def git(*arguments: str) -> str | None:
@@ -41,13 +44,13 @@ def git_commit(root: Path = Path(".")) -> str | None:
 
 
 def dvc_lock_md5(root: Path = Path(".")) -> str | None:
-    """The md5 of ``dvc.lock``; None if there is none."""
+    """The md5 of ``dvc.lock``; None if it does not exist."""
     path = root / DVC_LOCK
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else None
 
 
 def dvc_md5(path: str | Path, root: Path = Path(".")) -> str | None:
-    """DVC's md5 of a file or directory that is an output or a dependency of a stage in ``dvc.lock``; None if it is neither."""
+    """The md5 in ``dvc.lock`` of an output or dependency of a stage; None if ``path`` is neither."""
     lock = root / DVC_LOCK
     if not lock.is_file():
         return None

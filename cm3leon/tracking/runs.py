@@ -1,10 +1,11 @@
 """MLflow runs of stages and pipelines: parameters, metrics, artifacts, lineage.
 
-    with tracking.stage_run("pretrain", config) as run:
+    with runs.stage_run("pretrain", config) as run:
         run.log_metrics({"pretrain/loss": 1.2}, step=100)
 
-A stage never fails because of tracking: without a reachable store it gets one warning and a run that records nothing, and a store
-that goes away under way is warned about once and tried again later. Without ``MLFLOW_TRACKING_URI`` the store is ``./mlflow.db``.
+A stage never fails because of tracking. Without a reachable store there is one warning and a run that records nothing. If the store stops
+answering during the run, there is one warning, and metrics are buffered until it answers again. Without ``MLFLOW_TRACKING_URI`` the store
+is ``./mlflow.db``.
 """
 
 from __future__ import annotations
@@ -30,23 +31,30 @@ if TYPE_CHECKING:
 PARENT_RUN_ENV = "CM3LEON_PARENT_RUN_ID"
 FLOW_RUN_ENV = "CM3LEON_FLOW_RUN_ID"
 
-BATCH_METRICS, BATCH_SECONDS, RETRY_SECONDS = 50, 5.0, 60.0
+BATCH_METRICS, BATCH_SECONDS = 50, 5.0
+"""Metrics are sent when this many are buffered, or this long after the last time: a request costs as much for one as for many."""
+RETRY_SECONDS = 60.0
+"""How long to wait after a failed request before the next one."""
+MAX_REQUEST_METRICS, MAX_REQUEST_PARAMS = 1000, 100
+"""Most items that MLflow takes in a request."""
+MAX_PARAM_CHARACTERS = 6000
+"""Longer values of parameters are refused by MLflow."""
 MAX_PENDING = 100_000
-"""Metrics kept while the store is away; older ones are dropped, and the final warning counts them."""
+"""Metrics buffered while the store does not answer; older ones are dropped, and the final warning counts them."""
 
 
 class Run:
-    """A run being recorded. Without a client it does nothing, so that stages need not ask."""
+    """A run being recorded. Without a client all methods do nothing, so that stages need no second path for untracked runs."""
 
     def __init__(self, client: MlflowClient | None = None, run_id: str | None = None, experiment_id: str | None = None) -> None:
         self.client, self.run_id, self.experiment_id = client, run_id, experiment_id
         self._metrics: list[Any] = []
         self._sent = time.monotonic()
-        self._away_since: float | None = None
+        self._failing_since: float | None = None
         self._lost = 0
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Record figures; they are buffered and sent together. Values that are not finite are sent as they are."""
+        """Record metrics; they are buffered and sent together. NaN and infinite values are sent unchanged."""
         if self.client is None:
             return
         from mlflow.entities import Metric
@@ -57,27 +65,27 @@ class Run:
             self.flush()
 
     def flush(self) -> None:
-        """Send the buffered metrics. While the store is away they are kept, and tried again once a minute."""
-        if self._away_since is not None and time.monotonic() - self._away_since < RETRY_SECONDS:
+        """Send the buffered metrics. While the store does not answer they stay in the buffer, with a new attempt once a minute."""
+        if self._failing_since is not None and time.monotonic() - self._failing_since < RETRY_SECONDS:
             return
         while self._metrics and self.client is not None:
-            batch = self._metrics[:1000]
+            batch = self._metrics[:MAX_REQUEST_METRICS]
             if not self._try("log_batch", metrics=batch):
                 self._lost += max(0, len(self._metrics) - MAX_PENDING)
                 self._metrics = self._metrics[-MAX_PENDING:]
                 break
-            self._metrics = self._metrics[1000:]
+            self._metrics = self._metrics[MAX_REQUEST_METRICS:]
         self._sent = time.monotonic()
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Record parameters, nested ones under dotted names. MLflow's parameters cannot be changed later."""
+        """Record parameters, nested ones under dotted names. In MLflow a parameter of a run cannot be changed."""
         if self.client is None:
             return
         from mlflow.entities import Param
 
-        rows = [Param(name, value[:6000]) for name, value in flatten(params).items()]
-        for start in range(0, len(rows), 100):
-            self._try("log_batch", params=rows[start : start + 100])
+        entities = [Param(name, value[:MAX_PARAM_CHARACTERS]) for name, value in flatten(params).items()]
+        for start in range(0, len(entities), MAX_REQUEST_PARAMS):
+            self._try("log_batch", params=entities[start : start + MAX_REQUEST_PARAMS])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run."""
@@ -85,17 +93,17 @@ class Run:
             self._try("set_tag", name, value)
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
-        """Keep a file, or a directory with all it holds, under the run's artifacts."""
+        """Store a file, or a directory with its contents, among the run's artifacts."""
         path = Path(path)
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist, so it cannot be logged to MLflow")
+            raise FileNotFoundError(f"{path} does not exist and cannot be logged to MLflow")
         if path.is_dir():
             self._try("log_artifacts", str(path), folder or path.name)
         else:
             self._try("log_artifact", str(path), folder or None)
 
     def log_figure_file(self, path: str | Path, name: str, step: int) -> None:
-        """Keep an image, a sheet of samples say, as ``samples/NAME_STEP.suffix``."""
+        """Store an image, such as a sheet of samples, as the artifact ``samples/NAME_STEP.SUFFIX``."""
         if self.client is None:
             return
         path = Path(path)
@@ -105,7 +113,7 @@ class Run:
             self.log_artifact(named, "samples")
 
     def log_dataset(self, path: str | Path, name: str) -> None:
-        """Record a dataset the run reads. Its digest is DVC's md5 of the path, or "untracked" where ``dvc.lock`` has none."""
+        """Record a dataset that the run reads. Its digest is DVC's md5 of the path, or "untracked" if ``dvc.lock`` has none."""
         if self.client is None:
             return
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -117,15 +125,15 @@ class Run:
         self._try("log_inputs", datasets=inputs)
 
     def finish(self, status: str) -> None:
-        """Send what is buffered and end the run: FINISHED, FAILED or KILLED."""
-        self._away_since = None
+        """Send the buffered metrics and end the run: FINISHED, FAILED or KILLED."""
+        self._failing_since = None
         self.flush()
         self._try("set_terminated", status)
         if lost := self._lost + len(self._metrics):
             warn(f"{lost} metrics of MLflow run {self.run_id} could not be sent")
 
     def _try(self, method: str, *arguments: Any, **keywords: Any) -> bool:
-        """Whether the client's ``method``, called for this run, worked. The first failure is warned about; none stops the stage."""
+        """Call the client's ``method`` for this run; returns whether it worked. The first failure is a warning; none stops the stage."""
         if self.client is None:
             return False
         from mlflow.exceptions import MlflowException
@@ -133,11 +141,11 @@ class Run:
         try:
             getattr(self.client, method)(self.run_id, *arguments, **keywords)
         except (MlflowException, OSError) as error:
-            if self._away_since is None:
-                warn(f"MLflow did not take {method} of run {self.run_id} ({_first_line(error)}); going on")
-            self._away_since = time.monotonic()
+            if self._failing_since is None:
+                warn(f"MLflow's {method} of run {self.run_id} failed ({_first_line(error)}); the stage continues")
+            self._failing_since = time.monotonic()
             return False
-        self._away_since = None
+        self._failing_since = None
         return True
 
 
@@ -158,7 +166,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def stage_params(stage: str, config: Config) -> dict[str, Any]:
-    """What of the configuration a stage's run records: its own section and the seed; the whole of it for other names."""
+    """The parameters that a stage's run records: its own section and the seed; for any other name the whole configuration."""
     tree = config.model_dump(by_alias=True)
     wanted = {"evaluate": ["evaluate", "decoding"]}.get(stage, [stage])
     sections = {name: tree[name] for name in wanted if name in tree}
@@ -167,7 +175,7 @@ def stage_params(stage: str, config: Config) -> dict[str, Any]:
 
 @contextmanager
 def recorded_run(name: str, config: Config) -> Iterator[Run]:
-    """A run under the pipeline's run where there is one; ends FINISHED, FAILED on an exception, or KILLED if told to leave."""
+    """A run, child of the pipeline's run if there is one; ends FINISHED, FAILED on an exception, or KILLED if interrupted."""
     links = {"mlflow.parentRunId": os.environ.get(PARENT_RUN_ENV), "prefect.flow_run_id": os.environ.get(FLOW_RUN_ENV)}
     run = _open(name, config, {tag: value for tag, value in links.items() if value})
     status = "FINISHED"
@@ -176,7 +184,7 @@ def recorded_run(name: str, config: Config) -> Iterator[Run]:
     except Exception:
         status = "FAILED"
         raise
-    except BaseException:  # KeyboardInterrupt, SystemExit
+    except BaseException:  # KeyboardInterrupt; SystemExit on SIGTERM
         status = "KILLED"
         raise
     finally:
@@ -192,24 +200,24 @@ def _open(name: str, config: Config, tags: Mapping[str, str]) -> Run:
 
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         experiment_id = experiment_id_of(client, Path("."), uri)
-        every = {"stage": name, "profile": config.profile, PROCESS_TAG: own_process(), "mlflow.source.name": f"cm3leon {name}"}
-        for tag, value in (("dvc_lock_md5", lineage.dvc_lock_md5()), ("git_commit", lineage.git_commit())):
-            every |= {tag: value} if value else {}
-        made = client.create_run(experiment_id, run_name=name, tags={**every, **tags})
+        known = {"stage": name, "profile": config.profile, PROCESS_TAG: own_process(), "mlflow.source.name": f"cm3leon {name}"}
+        origin = {"dvc_lock_md5": lineage.dvc_lock_md5(), "git_commit": lineage.git_commit()}
+        known |= {tag: value for tag, value in origin.items() if value}
+        created = client.create_run(experiment_id, run_name=name, tags={**known, **tags})
     except Exception as error:  # SQLAlchemy's, requests' and MLflow's own errors
         warn(f"MLflow is not reachable at {tracking_uri()} ({_first_line(error)}): {name} is not tracked")
         return Run()
-    run = Run(client, made.info.run_id, experiment_id)
+    run = Run(client, created.info.run_id, experiment_id)
     run.log_params(stage_params(name, config))
     return run
 
 
 @contextmanager
 def stage_run(stage: str, config: Config) -> Iterator[Run]:
-    """Record a stage in a run named after it, under the pipeline's run where there is one.
+    """Record a stage in a run named after it, child of the pipeline's run if there is one.
 
     Writes ``paths.run_file(stage)``, so that a stage restored from a cache still points to the run that made it. An exception ends the
-    run as FAILED and goes on. On ranks other than 0 nothing is recorded.
+    run as FAILED and is raised again. Ranks other than 0 record nothing.
     """
     with recorded_run(stage, config) as run:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -221,7 +229,7 @@ def stage_run(stage: str, config: Config) -> Iterator[Run]:
 
 @contextmanager
 def pipeline_run(config: Config) -> Iterator[Run]:
-    """The parent run of a pipeline: while it is open, stages started by this process record their runs under it."""
+    """The parent run of a pipeline: until it ends, the runs of stages started by this process are its children."""
     with recorded_run("pipeline", config) as run:
         before = os.environ.get(PARENT_RUN_ENV)
         if run.run_id:

@@ -1,6 +1,6 @@
-"""The MLflow store: where it is, how it is made ready, and what is done about runs whose process died.
+"""The MLflow store: its address, its preparation, and the runs of processes that died.
 
-Without ``MLFLOW_TRACKING_URI`` the store is the SQLite file ``mlflow.db`` of the project's root, with artifacts under ``mlruns``.
+Without ``MLFLOW_TRACKING_URI`` the store is the SQLite file ``mlflow.db`` in the project's root, with artifacts under ``mlruns``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 EXPERIMENT = "cm3leon"
 SQLITE = "sqlite:///"
 LOCK_SECONDS = 300
+"""How long to wait for another process that prepares the store."""
 PROCESS_TAG = "process"
-"""Host, process id and process start of a run's owner: how a run left RUNNING by a dead process is recognized."""
+"""Tag with host, process id and process start of a run's owner, by which a run left RUNNING by a dead process is recognized."""
 
 SETTINGS = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -33,31 +34,31 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
-"""Environment of every process that uses MLflow; what the user has set stays."""
+"""Environment of every process that uses MLflow; variables that the user has set keep their values."""
 
 
 def use_settings() -> None:
-    """Apply :data:`SETTINGS`; call before importing mlflow."""
+    """Set :data:`SETTINGS`; call before importing mlflow."""
     telemetry.turn_off()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
 
 
 def warn(message: str) -> None:
-    """Say so on standard error."""
+    """Print a warning to standard error."""
     print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
 def tracking_uri(root: Path = Path(".")) -> str:
-    """``MLFLOW_TRACKING_URI`` if set, else the SQLite file ``mlflow.db`` of the project's root."""
+    """``MLFLOW_TRACKING_URI`` if set, else the SQLite file ``mlflow.db`` in the project's root."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').absolute()}"
 
 
 def prepare_store(root: Path = Path(".")) -> str:
-    """Make the store ready and return its URI: migrate it if it is a SQLite file, create the experiment, end runs of dead processes.
+    """Prepare the store and return its URI: migrate a SQLite file, create the experiment, end runs of dead processes.
 
-    A fresh SQLite file opened by several processes at once is corrupted for good, so the migration is done under a file lock beside it.
-    Idempotent; about 10 seconds for a new file, well under one for a current one (mlflow's import apart).
+    A new SQLite file that several processes open at once is corrupted for good, so the migration holds a file lock next to it.
+    Idempotent; about 10 seconds for a new file, well under one for a current one (without the import of mlflow).
 
     Raises:
         ConnectionError: if ``MLFLOW_TRACKING_URI`` names a server that does not answer.
@@ -77,7 +78,7 @@ def prepare_store(root: Path = Path(".")) -> str:
 
 
 def _locked(uri: str) -> AbstractContextManager[Any]:
-    """One process at a time in a SQLite store's preparation; a server sees to that itself."""
+    """A lock that lets one process at a time prepare a SQLite store; a server locks its own database."""
     if not uri.startswith(SQLITE):
         return nullcontext()
     from filelock import FileLock
@@ -88,9 +89,9 @@ def _locked(uri: str) -> AbstractContextManager[Any]:
 
 
 def migrate(uri: str) -> None:
-    """``mlflow db upgrade`` of a SQLite file if its schema is not the installed MLflow's; an older file is copied aside first.
+    """``mlflow db upgrade`` of a SQLite file if its schema is not that of the installed MLflow; a backup of an older file is kept.
 
-    To be called by one process at a time: see :func:`prepare_store`.
+    Call it in one process at a time: see :func:`prepare_store`.
     """
     import logging
 
@@ -111,7 +112,7 @@ def migrate(uri: str) -> None:
 
 
 def schema_revision(path: Path) -> str | None:
-    """The schema revision of a SQLite store; None for a file that is missing or empty."""
+    """The schema revision of a SQLite store; None if the file is missing, empty or no store."""
     import sqlite3
 
     if not path.exists() or path.stat().st_size == 0:
@@ -127,7 +128,7 @@ def schema_revision(path: Path) -> str | None:
 
 
 def _check_server(uri: str) -> None:
-    """Fail at once where MLflow's own client would retry for minutes. Any HTTP answer counts as reachable."""
+    """Fail at once if a server does not answer, for which MLflow's own client would retry for minutes. Any HTTP answer counts."""
     import urllib.error
     import urllib.request
 
@@ -136,11 +137,11 @@ def _check_server(uri: str) -> None:
     except urllib.error.HTTPError:
         return
     except OSError as error:
-        raise ConnectionError(f"the MLflow server {uri} does not answer: {error}") from None
+        raise ConnectionError(f"the MLflow server {uri} does not answer ({error}); start it, or change MLFLOW_TRACKING_URI") from None
 
 
 def experiment_id_of(client: MlflowClient, root: Path, uri: str) -> str:
-    """The id of the experiment, made if need be; a local store keeps its artifacts under ``ROOT/mlruns``."""
+    """The id of the experiment, created if it does not exist; a local store has its artifacts under ``ROOT/mlruns``."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(EXPERIMENT)
@@ -148,7 +149,7 @@ def experiment_id_of(client: MlflowClient, root: Path, uri: str) -> str:
         local = (root / "mlruns").absolute().as_uri() if uri.startswith(SQLITE) else None
         try:
             return client.create_experiment(EXPERIMENT, artifact_location=local)
-        except MlflowException:  # another process was faster
+        except MlflowException:  # another process has created it meanwhile
             found = client.get_experiment_by_name(EXPERIMENT)
             if found is None:
                 raise
@@ -158,7 +159,7 @@ def experiment_id_of(client: MlflowClient, root: Path, uri: str) -> str:
 
 
 def _process_start(pid: int) -> str | None:
-    """When the process started (clock ticks since boot), "" where the system does not tell, None if there is no such process."""
+    """Start time of a process in clock ticks since boot; "" if the system does not tell, None if there is no such process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -169,11 +170,11 @@ def _process_start(pid: int) -> str | None:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return None if fields[0] == "Z" else fields[19]
+    return None if fields[0] == "Z" else fields[19]  # state (Z: a zombie) and starttime of proc_pid_stat(5)
 
 
 def own_process() -> str:
-    """This process, for the tag of its runs: host, process id, start."""
+    """This process as :data:`PROCESS_TAG` has it: host, process id and start, joined by colons."""
     return f"{socket.gethostname()}:{os.getpid()}:{_process_start(os.getpid())}"
 
 
@@ -181,7 +182,8 @@ def _sweep(client: MlflowClient, experiment_id: str) -> None:
     """End as KILLED the runs that processes of this host left RUNNING when they died."""
     host = socket.gethostname()
     for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
-        owner, _, rest = run.data.tags.get(PROCESS_TAG, "").rpartition(":")[0].rpartition(":")
-        start = run.data.tags.get(PROCESS_TAG, "").rpartition(":")[2]
-        if owner == host and rest.isdigit() and _process_start(int(rest)) != start:
+        rest, _, start = run.data.tags.get(PROCESS_TAG, "").rpartition(":")
+        owner, _, pid = rest.rpartition(":")
+        # The start tells the owner from a later process that was given the same id.
+        if owner == host and pid.isdigit() and _process_start(int(pid)) != start:
             client.set_terminated(run.info.run_id, status="KILLED")

@@ -1,4 +1,4 @@
-"""Where tensors are computed."""
+"""The device of this process."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import torch
 
 
 def default_device() -> torch.device:
-    """This process's GPU (``LOCAL_RANK`` under ``torchrun``) where there is one, else the CPU."""
+    """The GPU of this process (``LOCAL_RANK`` under ``torchrun``) if there is one, else the CPU."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")

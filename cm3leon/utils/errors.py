@@ -1,8 +1,8 @@
-"""The base of every error whose message is for the user."""
+"""The base class of errors that the user can correct."""
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message says what is wrong, where, and what to do.
+    """An error that the user can correct: the message says what is wrong, where, and what to do.
 
-    Commands print it as one line and exit with status 2; any other exception is a fault of the program and keeps its traceback.
+    Commands print the message and exit with status 2; any other exception is a defect of the program and keeps its traceback.
     """

@@ -1,4 +1,4 @@
-"""Progress for anything longer than two seconds: a Rich bar on a terminal, a line now and then in a log."""
+"""Progress of anything that takes longer than two seconds: a Rich bar on a terminal, a line every 15 seconds in a log."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ LOG_SECONDS = 15.0
 
 
 class Meter:
-    """Counts work done and says so; made by :func:`progress`."""
+    """Counts units of work and shows the count; created by :func:`progress`."""
 
     def __init__(self, description: str, total: int | None, unit: str, bar: Progress | None, done: int, every: float = LOG_SECONDS) -> None:
         self.description, self.total, self.unit, self.bar, self.every = description, total, unit, bar, every
-        self.done = self.before = done
+        self.done = self.initial = done
         self.note = ""
         self.start = self.last_line = time.monotonic()
         self.task = bar.add_task(description, total=total, completed=done, note="", rate="") if bar else None
 
     @property
     def rate(self) -> float:
-        """Units a second since the start."""
-        return (self.done - self.before) / max(time.monotonic() - self.start, 1e-9)
+        """Units per second since the start."""
+        return (self.done - self.initial) / max(time.monotonic() - self.start, 1e-9)
 
     def advance(self, amount: int = 1, note: str | None = None) -> None:
-        """Record ``amount`` units done; ``note`` (a loss, say) is shown beside the bar."""
+        """Count ``amount`` more units; ``note`` (a loss, for example) is shown after the bar."""
         self.done += amount
         self.note = self.note if note is None else note
         if self.bar is not None and self.task is not None:
@@ -50,9 +50,11 @@ class Meter:
 
 @contextmanager
 def progress(description: str, total: int | None = None, unit: str = "it", done: int = 0, *, shown: bool = True) -> Iterator[Meter]:
-    """A meter on standard error, of work of which ``done`` was done before; it only counts if it is not ``shown``.
+    """A meter on standard error: a bar with rate and time left on a terminal, else a line every 15 seconds and one at the end.
 
-    On a terminal a bar with rate and time left; else a line every 15 seconds and one at the end.
+    Args:
+        done: units completed before, by the run that this one resumes.
+        shown: False only counts, on ranks other than 0.
     """
     if shown and sys.stderr.isatty():
         columns = (
@@ -69,7 +71,7 @@ def progress(description: str, total: int | None = None, unit: str = "it", done:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """Iterate over ``items`` under a progress meter."""
+    """Iterate over ``items`` with a progress meter."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     with progress(description, total, unit) as meter:

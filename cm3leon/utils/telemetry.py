@@ -1,4 +1,4 @@
-"""No program of a run reports to its makers."""
+"""Turns off the usage reports of the tools that a run uses."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ OFF = {
 
 
 def turn_off() -> None:
-    """Set :data:`OFF` in this process and its children; call before the programs are imported. What the user has set stays."""
+    """Set :data:`OFF` for this process and its children; call before importing the tools. Variables that are set keep their values."""
     for name, value in OFF.items():
         os.environ.setdefault(name, value)

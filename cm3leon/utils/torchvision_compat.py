@@ -1,10 +1,10 @@
-"""Makes torchvision importable beside a torch whose build it was not compiled for.
+"""Makes torchvision importable with a torch whose build it was not compiled for.
 
-torchvision from a general package index is a CUDA build. Beside a CPU-only torch its C++ library does not load, the operators it would
+torchvision from a general package index is a CUDA build. With a CPU-only torch its C++ library does not load, the operators it would
 define are missing, and ``import torchvision`` fails with ``operator torchvision::nms does not exist``; so do open_clip and transformers.
-They need only the operators' schemas, not the operators: transforms never call them.
+They need only the schemas of the operators, because transforms never call them.
 
-Call :func:`make_importable` before importing torchvision, open_clip or transformers. It does nothing where torchvision works.
+Call :func:`make_importable` before importing torchvision, open_clip or transformers. If torchvision works it does nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 SCHEMAS = (f"nms{SIGNATURE}", f"qnms{SIGNATURE}")
 
-_library: Any = None  # the definitions live as long as this object
+_library: Any = None  # the definitions exist as long as this object
 
 
 def _native_library_loads(package: Path) -> bool:
@@ -33,7 +33,7 @@ def _native_library_loads(package: Path) -> bool:
 
 
 def make_importable() -> bool:
-    """Define torchvision's operator schemas when its C++ library cannot; returns whether that was necessary (now or earlier)."""
+    """Define torchvision's operator schemas if its C++ library does not load; returns whether that was necessary (now or earlier)."""
     global _library
     if _library is not None:
         return True

@@ -18,7 +18,7 @@ from PIL import Image
 from tests_support import decoding
 from typer.testing import CliRunner
 
-from cm3leon.cli import app, model
+from cm3leon.cli import app, options
 from cm3leon.config.schema import DecodingConfig, load_config
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.settings import SETTINGS, bounds_of
@@ -65,7 +65,7 @@ def loaded(tiny_parts: dict[str, Path]) -> Generator:
 def generator(loaded: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.chdir(tmp_path)
     recorder = Recorder(loaded)
-    monkeypatch.setattr(model, "load_generator", lambda model: recorder)
+    monkeypatch.setattr(options, "load_generator", lambda model: recorder)
     return recorder
 
 
@@ -288,11 +288,11 @@ def test_users_errors_are_one_line_and_status_2(arguments: list[str], message: s
 def test_captions_and_answers(generator: Recorder) -> None:
     Image.new("RGBA", (4, 6)).save("a.png")
     Image.new("L", (5, 5)).save("b.png")
-    [said] = generator.generator.caption([model.open_image(Path("a.png"))])
+    [said] = generator.generator.caption([options.open_image(Path("a.png"))])
     assert call("caption", "a.png")[1] == f"{said.text}\n"
     out = call("long-caption", "a.png", "b.png")[1].splitlines()
     assert [line.split(":")[0] for line in out] == ["a.png", "b.png"]
-    [told] = generator.generator.vqa([model.open_image(Path("b.png"))], ["What color?"])
+    [told] = generator.generator.vqa([options.open_image(Path("b.png"))], ["What color?"])
     assert call("reasoning", "b.png", "Which?", "--option", "a", "--option", "b")[0] == 0
     assert call("vqa", "b.png", "What color?") == (0, f"{told.text}\n", "")
     assert len(call("vqa", "b.png", "What color?", "How many?")[1].splitlines()) == 2
@@ -324,11 +324,11 @@ def test_every_task_is_a_command_with_the_decoding_settings_as_the_schema_declar
     for task in TASKS:
         command = COMMANDS[task.replace("_", "-")]
         assert not command.hidden
-        options = {option.name: option for option in command.params}
-        assert set(options) & set(DecodingConfig.model_fields) == set(SETTINGS.get(task, {"temperature"} & set(options)))
-        for name in set(options) & set(DecodingConfig.model_fields):
-            assert options[name].help.startswith(DecodingConfig.model_fields[name].description)
-            assert all(str(bound) in options[name].help for bound in bounds_of(name).values())
+        found = {option.name: option for option in command.params}
+        assert set(found) & set(DecodingConfig.model_fields) == set(SETTINGS.get(task, {"temperature"} & set(found)))
+        for name in set(found) & set(DecodingConfig.model_fields):
+            assert found[name].help.startswith(DecodingConfig.model_fields[name].description)
+            assert all(str(bound) in found[name].help for bound in bounds_of(name).values())
 
 
 def test_no_champion_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Prompt
 from cm3leon.sequence.tasks import CONDITIONS, TASKS, Training
 
 PROMPTS = ["a red circle", "two green crosses and a blue square on white"]
-PICTURE = Image.new("RGB", (32, 32), "red")
+RED = Image.new("RGB", (32, 32), "red")
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def caption_likelihood(generator, text, codes):
 
 
 def test_edits_are_ranked_by_the_likelihood_of_the_instruction_given_both_images(generator):
-    [images] = generator.edit([PICTURE], ["make it blue"], 4, guidance=1.0, image_guidance=1.0)
+    [images] = generator.edit([RED], ["make it blue"], 4, guidance=1.0, image_guidance=1.0)
     assert all(image.score is None for image in images)  # an instruction does not describe the image
-    vocabulary, [source] = generator.model.vocabulary, generator.encode([PICTURE])
+    vocabulary, [source] = generator.model.vocabulary, generator.encode([RED])
     said = [*vocabulary.text(generator.text_tokenizer.encode("make it blue")), EOSS]
     read = []
     for image in images:
@@ -189,16 +189,16 @@ def test_every_image_task_records_its_settings(generator):
     results = {
         "write": generator.write(["hello"], 2),
         "layout_to_image": generator.layout_to_image(["a scene"], [layout], 2),
-        "condition_to_image": generator.condition_to_image(["a scene"], [PICTURE], [CONDITIONS[0]], 2),
-        "edit": generator.edit([PICTURE], ["make it blue"], 2, guidance=3.0),
-        "infill": generator.infill([PICTURE], [(8, 8, 24, 24)], ["a red circle"], 2),
+        "condition_to_image": generator.condition_to_image(["a scene"], [RED], [CONDITIONS[0]], 2),
+        "edit": generator.edit([RED], ["make it blue"], 2, guidance=3.0),
+        "infill": generator.infill([RED], [(8, 8, 24, 24)], ["a red circle"], 2),
     }
     for task, [images] in results.items():
         assert len(images) == 2 and all(image.task == task and image.image.size == (32, 32) for image in images)
         if task != "edit":
             assert [image.score for image in images] == sorted((image.score for image in images), reverse=True)
         assert images[0].record["task"] == task and images[0].settings["temperature"] == generator.decoding.temperature
-    assert codes(generator.edit([PICTURE], ["make it blue"], 2, guidance=3.0)) == codes([results["edit"][0]])
+    assert codes(generator.edit([RED], ["make it blue"], 2, guidance=3.0)) == codes([results["edit"][0]])
 
 
 def test_infilling_leaves_codes_outside_the_box_as_they_are(generator):
@@ -216,18 +216,18 @@ def test_infilling_leaves_codes_outside_the_box_as_they_are(generator):
 
 def test_blanks_are_filled_and_the_rest_of_the_text_kept(generator):
     texts = ["a ___ circle", "two ___ and a ___ on white"]
-    for images in (None, [PICTURE, PICTURE]):
+    for images in (None, [RED, RED]):
         found = generator.infill_text(texts, images)
         assert found[0].text.startswith("a ") and found[0].text.endswith(" circle")
         assert found[1].text.startswith("two ") and " and a " in found[1].text and found[1].text.endswith(" on white")
-        assert [generator.infill_text([text], images and [PICTURE])[0].text for text in texts] == [each.text for each in found]
+        assert [generator.infill_text([text], images and [RED])[0].text for text in texts] == [each.text for each in found]
 
 
 def test_documents_are_continued_in_turn(generator):
-    [one, other] = generator.interleave([["a red circle"], ["a red circle", PICTURE]], segments=2, seed=1)
+    [one, other] = generator.interleave([["a red circle"], ["a red circle", RED]], segments=2, seed=1)
     assert one[0] == "a red circle" and one[1].image.size == (32, 32)
     assert (one[1].prompt, one[1].seed, one[1].task) == ("a red circle", 1, "interleave")
-    assert other[:2] == ["a red circle", PICTURE] and all(isinstance(part, GeneratedText) and part.seed == 1 for part in other[2:3])
+    assert other[:2] == ["a red circle", RED] and all(isinstance(part, GeneratedText) and part.seed == 1 for part in other[2:3])
     assert len(one) <= 3 and len(other) <= 4
 
 
@@ -263,10 +263,10 @@ def test_tasks_that_a_model_was_not_trained_for_are_refused(generator):
     training = Training(frozenset({"text_to_image", "caption"}), masked_prompts=False)
     plain = Generator(replace(generator.parts, training=training))
     with pytest.raises(BadInputError, match=r"not tuned for edit \(it knows caption, text_to_image\)"):
-        plain.edit([PICTURE], ["x"])
+        plain.edit([RED], ["x"])
     with pytest.raises(BadInputError, match="guidance and contrastive decoding need"):
         plain.text_to_image(["x"], guidance=2.0, candidates=1)
-    assert plain.text_to_image(["x"], guidance=1.0, candidates=1) and plain.caption([PICTURE])
+    assert plain.text_to_image(["x"], guidance=1.0, candidates=1) and plain.caption([RED])
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
@@ -275,11 +275,11 @@ def test_other_precisions_find_almost_the_same_likelihoods(generator, tiny_model
     other = Generator.from_parts(
         **{name: tiny_models / path for name, path in parts.items()}, decoding=decoding(candidates=1), precision=precision
     )
-    [expected], [found] = (g.score([PICTURE], PROMPTS[:1]) for g in (generator, other))
+    [expected], [found] = (g.score([RED], PROMPTS[:1]) for g in (generator, other))
     assert (found.text, found.image) == pytest.approx((expected.text, expected.image), rel=0.02)
     [[image]] = other.text_to_image(PROMPTS[:1], guidance=2.0)
     assert image.codes.min() >= 0 and image.codes.max() < 16 and image.image.size == (32, 32)
-    assert other.caption([PICTURE])[0].tokens is not None
+    assert other.caption([RED])[0].tokens is not None
 
 
 @pytest.mark.parametrize(
@@ -295,14 +295,14 @@ def test_other_precisions_find_almost_the_same_likelihoods(generator, tiny_model
         (lambda g: g.text_to_image(["x"], no_such=1), BadInputError, "no_such"),
         (lambda g: g.text_to_image(["x"], contrastive=2.0), BadInputError, "contrastive"),
         (lambda g: g.text_to_image(["x"], references=[]), BadInputError, "1 prompts but 0 references"),
-        (lambda g: g.edit([PICTURE], []), BadInputError, "1 images but 0 instructions"),
-        (lambda g: g.reasoning([PICTURE], ["Which?"], [["a"]]), BadInputError, "question 0 has 1 options; give at least two"),
-        (lambda g: g.edit([PICTURE], [" "]), BadInputError, "instruction 0 is empty"),
-        (lambda g: g.infill([PICTURE], [(0, 0, 33, 8)], ["x"]), BadInputError, r"the box, \(0, 0, 33, 8\).*inside the image of 32 x 32"),
-        (lambda g: g.infill([PICTURE], [(8, 8, 8, 9)], ["x"]), BadInputError, "not empty"),
+        (lambda g: g.edit([RED], []), BadInputError, "1 images but 0 instructions"),
+        (lambda g: g.reasoning([RED], ["Which?"], [["a"]]), BadInputError, "question 0 has 1 options; give at least two"),
+        (lambda g: g.edit([RED], [" "]), BadInputError, "instruction 0 is empty"),
+        (lambda g: g.infill([RED], [(0, 0, 33, 8)], ["x"]), BadInputError, r"the box, \(0, 0, 33, 8\).*inside the image of 32 x 32"),
+        (lambda g: g.infill([RED], [(8, 8, 8, 9)], ["x"]), BadInputError, "not empty"),
         (lambda g: g.layout_to_image(["x"], [[]]), BadInputError, "layout 0 holds no object"),
         (lambda g: g.layout_to_image(["x"], [[("dog", (0, 0, 40, 4))]]), BadInputError, "a box of layout 0"),
-        (lambda g: g.condition_to_image(["x"], [PICTURE], ["fog"]), BadInputError, "unknown condition 'fog'; known are canny edge"),
+        (lambda g: g.condition_to_image(["x"], [RED], ["fog"]), BadInputError, "unknown condition 'fog'; known are canny edge"),
         (lambda g: g.infill_text(["no blank"]), BadInputError, r"1 to 4 blanks \(___\), found 0"),
         (lambda g: g.infill_text(["___" * 5]), BadInputError, "found 5"),
         (
@@ -311,7 +311,7 @@ def test_other_precisions_find_almost_the_same_likelihoods(generator, tiny_model
             "text 0, before blank 1, of .* do not fit",
         ),
         (lambda g: g.interleave([[]]), BadInputError, "at least one text or image"),
-        (lambda g: g.score([PICTURE], ["circle " * 300]), PromptTooLongError, "context of 160"),
+        (lambda g: g.score([RED], ["circle " * 300]), PromptTooLongError, "context of 160"),
         (lambda g: g.retrieve(None, 1), BadInputError, "by prompts, by images, or by both"),
         (
             lambda g: g.vqa([Image.new("RGB", (8, 8))], ["how many " * 200]),

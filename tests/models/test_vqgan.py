@@ -84,6 +84,7 @@ def test_kmeans_initialization_finds_well_separated_clusters():
     assert torch.cdist(centers, codebook.entries).amin(1).max() < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 4e-3), ("muon", 2e-2)])
 def test_training_reconstructs_and_is_deterministic(optimizer, rate):
     images = flat_images(64)

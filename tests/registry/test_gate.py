@@ -32,7 +32,7 @@ def failed(result):
         (record(0.5, 3.6), {("fd_encoder", "margin")}),
         (record(0.3, 12.0), {("composition", "floor"), ("composition", "margin"), ("fd_encoder", "ceiling"), ("fd_encoder", "margin")}),
     ],
-    ids=["better", "equal", "worse within the margin", "worse past it", "lower is better past it", "all wrong"],
+    ids=["better", "equal", "worse within the margin", "worse past the margin", "lower is better, past the margin", "all checks fail"],
 )
 def test_against_a_champion(new, expected):
     result = verdict(new, record())
@@ -40,31 +40,31 @@ def test_against_a_champion(new, expected):
     assert result.passed == (not expected)
 
 
-def test_without_a_champion_only_floors_and_ceilings_decide():
+def test_without_a_champion_floors_and_ceilings_decide():
     assert verdict(record()).passed
     assert failed(verdict(record(0.3))) == {("composition", "floor")}
     assert failed(verdict(record(fd_encoder=9.5))) == {("fd_encoder", "ceiling")}
 
 
-def test_a_demanded_score_that_is_missing_fails():
+def test_a_missing_score_fails_its_checks():
     config = GateConfig(floors={"cider": 1.0}, margins={"vqa_accuracy": 0.1})
     assert failed(verdict(record(), record(vqa_accuracy=0.5), config)) == {("cider", "floor"), ("vqa_accuracy", "margin")}
 
 
-def test_a_margin_on_a_score_that_neither_record_has_demands_nothing():
+def test_a_margin_does_not_apply_to_a_score_that_neither_record_has():
     result = verdict(record(), record(), GateConfig(floors={}, margins={"vqa_accuracy": 0.1}))
     assert result.passed and "neither record" in result.to_markdown()
     assert failed(verdict(record(), record(), GateConfig(floors={"cider": 1.0}, margins={"cider": 0.1}))) == {("cider", "floor")}
 
 
-def test_a_score_that_the_champion_lacks_is_shown_and_not_demanded():
+def test_a_margin_does_not_apply_to_a_score_that_the_champion_lacks():
     config = GateConfig(floors={}, margins={"cider": 0.1})
     result = verdict(record(cider=1.0), record(), config)
     assert result.passed
     assert [row.passed for row in result.rows if row.metric == "cider"] == [None]
 
 
-def test_a_changed_contract_leaves_floors_or_refuses():
+def test_after_a_change_of_contract_floors_decide_or_the_challenger_is_held_back():
     new = record(0.42, 8.0, {**CONTRACT, "prompts": "2"})
     floors = verdict(new, record())
     assert floors.passed
@@ -80,7 +80,7 @@ TUNED = {"edit": {"asked": "e", "count": 3}, "layout_to_image": {"asked": "l", "
 TASKS_GATE = GateConfig(floors={}, margins={"composition": 0.02, "edit/done": 0.1, "layout/iou": 0.1, "clip_score": 0.1, "fd_encoder": 0.5})
 
 
-def test_a_task_that_the_challenger_has_lost_fails_its_margin_and_the_others_still_hold():
+def test_a_lost_task_fails_its_margin_and_the_other_margins_apply():
     old = record(contract={**CONTRACT, "tasks": TUNED}, **{"edit/done": 0.6, "layout/iou": 0.5})
     lost = record(0.3, contract={**CONTRACT, "tasks": {"layout_to_image": TUNED["layout_to_image"]}}, **{"layout/iou": 0.5})
     assert failed(verdict(lost, old, TASKS_GATE)) == {("edit/done", "margin"), ("composition", "margin")}
@@ -97,17 +97,17 @@ def test_a_task_that_the_challenger_has_lost_fails_its_margin_and_the_others_sti
         ({"seed": 1}, set()),
     ],
 )
-def test_a_changed_part_of_the_contract_frees_only_the_scores_it_concerns(change, compared):
+def test_a_changed_entry_of_the_contract_exempts_only_the_scores_it_concerns(change, compared):
     scores = {"edit/done": 0.6, "layout/iou": 0.5, "clip_score": 0.9}
     worse = dict.fromkeys(scores, 0.1)
     contract = {**CONTRACT, "tasks": TUNED, "features": "f", "inception": None}
     result = verdict(record(0.1, 9.0, contract | change, **worse), record(contract=contract, **scores), TASKS_GATE)
     assert failed(result) == {(name, "margin") for name in compared}
     assert next(iter(change)) in str(result.notes)
-    assert not any("has no such score" in row.reason for row in result.rows)  # what is not compared is not said to be missing
+    assert not any("has no such score" in row.reason for row in result.rows)  # a score that is not comparable is not reported as missing
 
 
-def test_a_refusal_holds_back_whatever_the_scores():
+def test_a_refusal_holds_the_challenger_back_whatever_its_scores():
     result = verdict(record(0.9, 1.0), record(), refusals=["it was rolled back"])
     assert not result.passed
     assert "it was rolled back" in str(result)

@@ -11,7 +11,7 @@ from contextlib import chdir
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving_support import IMAGES, PICTURE, Asking, ask_all, opened, same, serving, starting
+from serving_support import IMAGES_ROUTE, RED_PNG, Connection, ask_all, opened, same, serving, starting
 
 from cm3leon.config.schema import Config
 from cm3leon.registry.bundle import build_bundle
@@ -72,13 +72,13 @@ def test_a_full_queue_says_when_to_try_again(held):
         running.until(lambda: held.calls)
         asked += ask_all(running, [{"prompt": "x"}, {"prompt": "y"}])
         running.until(lambda: running.worker.queue_length == 2)
-        refused = running.client.post(IMAGES, json={"prompt": "z"})
+        refused = running.client.post(IMAGES_ROUTE, json={"prompt": "z"})
         assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert running.client.get("/health").json() == {"status": "ready", "model": "tiny", "queue_length": 2}
         held.let_go.set()
         assert all(answer.result().status_code == 200 for answer in asked)
-        assert running.client.post(IMAGES, json={"prompt": "z"}).status_code == 200
+        assert running.client.post(IMAGES_ROUTE, json={"prompt": "z"}).status_code == 200
 
 
 def test_a_request_whose_client_disconnects_is_dropped(held):
@@ -86,11 +86,11 @@ def test_a_request_whose_client_disconnects_is_dropped(held):
         [first] = ask_all(running, [{"text": "first"}], "/v1/tasks/write")
         running.until(lambda: held.calls)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(running.url + IMAGES, json={"prompt": "left alone"}, timeout=0.3, trust_env=False)
+            httpx.post(running.url + IMAGES_ROUTE, json={"prompt": "left alone"}, timeout=0.3, trust_env=False)
         running.until(lambda: running.worker.queue_length == 0)
         held.let_go.set()
         assert first.result().status_code == 200
-        assert running.client.post(IMAGES, json={"prompt": "stayed"}).status_code == 200
+        assert running.client.post(IMAGES_ROUTE, json={"prompt": "stayed"}).status_code == 200
         counted = samples(running)
     assert [columns[0] for _, columns, _ in held.calls] == [["first"], ["stayed"]]
     assert counted["cm3leon_requests_total", "text_to_image", "499"] == 1
@@ -99,11 +99,11 @@ def test_a_request_whose_client_disconnects_is_dropped(held):
 def test_internal_errors_are_answered_without_details(held):
     held.caption = lambda *columns, **settings: 1 / 0
     with serving(held) as running:
-        answer = running.client.post("/v1/tasks/caption", json={"image": PICTURE})
+        answer = running.client.post("/v1/tasks/caption", json={"image": RED_PNG})
         assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
         assert "division" not in answer.text and "log" in answer.text
         held.let_go.set()
-        assert running.client.post("/v1/tasks/vqa", json={"image": PICTURE, "question": "?"}).status_code == 200
+        assert running.client.post("/v1/tasks/vqa", json={"image": RED_PNG, "question": "?"}).status_code == 200
 
 
 def samples(running):
@@ -126,7 +126,7 @@ def test_metrics_count_requests_and_batches(held):
         held.let_go.set()
         for answer in (first, *asked):
             answer.result()
-        running.client.post(IMAGES, json={"n": 0})
+        running.client.post(IMAGES_ROUTE, json={"n": 0})
         found = samples(running)
     assert found["cm3leon_requests_total", "write", "200"] == 1
     assert found["cm3leon_requests_total", "text_to_image", "200"] == 2 and found["cm3leon_requests_total", "text_to_image", "400"] == 1
@@ -143,13 +143,13 @@ def test_nothing_is_answered_before_the_model_is_loaded(generator):
     with starting(lambda: loaded.wait(20) and generator) as running:
         health = running.client.get("/health")
         assert health.status_code == 503 and health.json()["status"] == "loading"
-        refused = running.client.post(IMAGES, json={"prompt": "x"})
+        refused = running.client.post(IMAGES_ROUTE, json={"prompt": "x"})
         assert refused.status_code == 503 and "loading" in refused.json()["error"]["message"] and refused.headers["Retry-After"]
         assert running.client.get("/v1/models").json()["data"][0]["cm3leon"] is None
         assert "<title>cm3leon</title>" in running.client.get("/").text
         loaded.set()
         running.until(running.healthy)
-        assert running.client.post(IMAGES, json={"prompt": "x"}).status_code == 200
+        assert running.client.post(IMAGES_ROUTE, json={"prompt": "x"}).status_code == 200
 
 
 def test_at_a_signal_queued_requests_are_answered_and_new_ones_refused(held):
@@ -160,7 +160,7 @@ def test_at_a_signal_queued_requests_are_answered_and_new_ones_refused(held):
         running.until(lambda: running.worker.queue_length == 2)
         running.server.handle_exit(15, None)
         running.until(lambda: running.client.get("/health").status_code == 503)
-        refused = running.client.post(IMAGES, json={"prompt": "late"})
+        refused = running.client.post(IMAGES_ROUTE, json={"prompt": "late"})
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "stopping"
         held.let_go.set()
         assert [answer.result().status_code for answer in asked] == [200, 200, 200]
@@ -209,7 +209,7 @@ def test_a_process_that_gets_sigterm_finishes_and_ends_with_status_0(bundle, tmp
         command = [sys.executable, "-c", PROGRAM, str(bundle), host, str(port)]
         process = subprocess.Popen(command, stderr=log, stdout=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
-        running = Asking(f"http://{host}:{port}")
+        running = Connection(f"http://{host}:{port}")
         running.until(running.healthy, seconds=60)
         asked = ask_all(running, [{"prompt": "x", "n": 8, "candidates": 4, "seed": seed} for seed in range(16)])
         running.until(lambda: running.client.get("/health").json()["queue_length"] >= 2)

@@ -1,4 +1,4 @@
-"""Runs are recorded whole, whatever happens to the stage, the process or the store."""
+"""Runs are recorded completely if the stage fails, the process dies or the store stops answering."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ def client():
     return MlflowClient(tracking_uri=runs.tracking_uri())
 
 
-def test_uri_is_the_environments_else_absolute_sqlite(tmp_path, monkeypatch):
+def test_the_uri_is_that_of_the_environment_or_an_absolute_sqlite_path(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     assert runs.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
@@ -29,7 +29,7 @@ def test_uri_is_the_environments_else_absolute_sqlite(tmp_path, monkeypatch):
     assert runs.tracking_uri() == "http://127.0.0.1:5000"
 
 
-def test_prepare_store_is_fast_and_changes_nothing_when_current(project):
+def test_preparing_a_current_store_is_fast_and_changes_nothing(project):
     runs.prepare_store()
     revision = store.schema_revision(project / "mlflow.db")
     start = time.monotonic()
@@ -41,13 +41,13 @@ def test_prepare_store_is_fast_and_changes_nothing_when_current(project):
     assert experiment.artifact_location == (project / "mlruns").as_uri()
 
 
-def test_schema_revision_of_a_missing_an_empty_and_a_foreign_file(tmp_path):
+def test_a_missing_or_empty_file_has_no_schema_revision(tmp_path):
     assert store.schema_revision(tmp_path / "none.db") is None
     (tmp_path / "empty.db").touch()
     assert store.schema_revision(tmp_path / "empty.db") is None
 
 
-def test_stage_run_records_parameters_metrics_files_and_datasets(project):
+def test_a_stage_run_records_parameters_metrics_files_and_datasets(project):
     Path("dvc.lock").write_text("stages:\n  ingest:\n    outs:\n    - path: data/raw\n      md5: 0123456789abcdef0123456789abcdef.dir\n")
     (project / "figure.png").write_bytes(b"png")
     with runs.stage_run("pretrain", Config(profile="tiny", seed=3)) as run:
@@ -80,7 +80,7 @@ def test_stage_run_records_parameters_metrics_files_and_datasets(project):
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")])
-def test_an_exception_ends_the_run_and_goes_on(project, error, status):
+def test_an_exception_ends_the_run_and_is_raised_again(project, error, status):
     def stage():
         with runs.stage_run("sft", Config()) as run:
             run.log_metrics({"sft/loss": 2.0}, 1)
@@ -104,7 +104,8 @@ def test_stages_are_children_of_the_pipeline(project, monkeypatch):
     assert "mlflow.parentRunId" not in client().get_run(parent.run_id).data.tags
 
 
-def test_the_run_of_a_killed_process_is_swept_and_a_living_ones_is_not(project):
+@pytest.mark.slow
+def test_the_run_of_a_killed_process_is_ended_and_that_of_a_living_one_is_not(project):
     program = (
         "import os, signal\nfrom cm3leon.tracking import runs\nfrom cm3leon.config.schema import Config\n"
         "with runs.stage_run('pretrain', Config()) as run:\n"
@@ -141,14 +142,14 @@ def test_without_a_reachable_store_a_stage_still_runs(tmp_path, monkeypatch, cap
     assert uri in warnings[0]
 
 
-def test_a_store_that_goes_away_is_warned_about_once_and_metrics_are_sent_later(project, capsys, monkeypatch):
+def test_a_store_that_stops_answering_is_one_warning_and_metrics_are_sent_later(project, capsys, monkeypatch):
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     original = MlflowClient.log_batch
 
     def refuse(*arguments, **keywords):
-        raise MlflowException("away")
+        raise MlflowException("not reachable")
 
     with runs.stage_run("sft", Config()) as run:
         monkeypatch.setattr(MlflowClient, "log_batch", refuse)
@@ -167,7 +168,7 @@ def test_only_rank_zero_records(project, monkeypatch):
     assert not paths.run_file("pretrain").exists()
 
 
-def test_git_commit_marks_changes_but_not_those_of_the_lock(tmp_path):
+def test_the_git_commit_is_dirty_after_changes_other_than_of_the_lock(tmp_path):
     def git(*arguments):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True, capture_output=True)
 

@@ -124,6 +124,7 @@ def test_all_gpus_together_hold_the_same_whatever_their_number() -> None:
         assert held == [held[0]] * 3
 
 
+@pytest.mark.slow
 def test_shards_of_a_real_model_have_the_estimated_size() -> None:
     """The first of four processes, with fake communication: it holds its shards, also of the gradients after each micro-batch."""
     code = """

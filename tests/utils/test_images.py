@@ -1,4 +1,4 @@
-"""Sheets of pictures: what stands where."""
+"""Sheets of images, and conversions between uint8 and [-1, 1]."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from cm3leon.evaluation.tasks import OUTLINED_SIDE, _outlined
 from cm3leon.utils.images import save_captioned, to_channels_first, to_channels_last, to_pil, to_uint8, to_unit
 
 
-def test_rows_are_as_high_as_their_longest_caption_and_pictures_stand_in_order(tmp_path):
+def test_rows_are_as_high_as_their_longest_caption_and_images_are_in_order(tmp_path):
     colors = ["red", "lime", "blue", "black"]
     images = [Image.new("RGB", (4, 4), color) for color in colors]
 
@@ -24,7 +24,7 @@ def test_rows_are_as_high_as_their_longest_caption_and_pictures_stand_in_order(t
     assert first[0][0] == first[1][0] < first[2][0] and first[0][1] == first[2][1] < first[1][1]
 
 
-def test_asked_boxes_are_outlined_where_they_lie():
+def test_boxes_are_outlined_at_their_coordinates():
     shown = np.asarray(_outlined(Image.new("RGB", (64, 64)), [(0.25, 0.5, 0.75, 1.0)]))
     ys, xs = np.nonzero((shown == (255, 0, 255)).all(-1))
     found = np.array([xs.min(), ys.min(), xs.max(), ys.max()]) / (OUTLINED_SIDE - 1)
@@ -37,7 +37,7 @@ def test_bytes_survive_the_round_trip() -> None:
     assert torch.equal(to_uint8(to_unit(pixels)), pixels)
 
 
-def test_pictures_survive_the_round_trip_and_what_lies_outside_is_clipped() -> None:
+def test_images_survive_the_round_trip_and_values_outside_are_clamped() -> None:
     pixels = torch.randint(256, (2, 5, 7, 3), dtype=torch.uint8)
     batch = to_channels_first(pixels)
     assert batch.shape == (2, 3, 5, 7) and batch.min() >= -1 and batch.max() <= 1
