@@ -124,7 +124,7 @@ def _config(model: Decoder) -> dict[str, Any]:
 
 
 def _check_expressible(spec: DecoderSpec) -> None:
-    """Every option that changes what is computed must be off; these are the fields that are true or false."""
+    """Require every option that changes what is computed to be off; these are the boolean fields."""
     on = [field.name for field in fields(spec) if getattr(spec, field.name) is True]
     if on:
         found = ", ".join(f"{name}=true" for name in on)

@@ -98,14 +98,14 @@ def find(
     *,
     text: np.ndarray | None = None,
     image: np.ndarray | None = None,
-    whole: np.ndarray | None = None,
+    document: np.ndarray | None = None,
     own: np.ndarray | None = None,
 ) -> list[list[Neighbor]]:
     """Neighbors of queries: first those found by text, then those found by image, at most ``candidates_per_modality`` of each.
 
     Args:
         text, image: unit vectors ``(q, d)`` of the queries' texts and images; one may be missing (a prompt has no image).
-        whole: unit document vectors ``(q, d)`` of the queries, whose near-duplicates are skipped; by default made from ``text`` and
+        document: unit document vectors ``(q, d)`` of the queries, whose near-duplicates are skipped; by default made from ``text`` and
             ``image``. Given when ``text`` is of a text with dropped words.
         own: positions of the queries in the bank, -1 for those that are not in it; None: none of them is.
 
@@ -117,11 +117,11 @@ def find(
         raise ValueError("a query needs a text or an image")
     count = len(by_modality[0][1])
     own = np.full(count, -1) if own is None else np.asarray(own)
-    whole = document_vectors(by_modality[0][1], by_modality[-1][1]) if whole is None else whole
+    document = document_vectors(by_modality[0][1], by_modality[-1][1]) if document is None else document
     result: list[list[Neighbor]] = []
     depth = min(config.search_depth, len(bank))
     for rows in _chunks(count, max(1, _MAX_FLOATS // (depth * bank.settings["dimensions"]))):
-        result += _find_chunk(bank, config, [(name, vectors[rows]) for name, vectors in by_modality], whole[rows], own[rows], depth)
+        result += _find_chunk(bank, config, [(name, vectors[rows]) for name, vectors in by_modality], document[rows], own[rows], depth)
     return result
 
 
@@ -155,7 +155,7 @@ def sample_random(
     bank: MemoryBank,
     config: RetrieveConfig,
     *,
-    whole: np.ndarray,
+    document: np.ndarray,
     own: np.ndarray,
     counts: Sequence[int],
     keys: Sequence[str],
@@ -163,7 +163,7 @@ def sample_random(
     """Positions of documents sampled at random under the same rules, the baseline that retrieved documents are compared with.
 
     Args:
-        whole, own: as in :func:`find`.
+        document, own: as in :func:`find`.
         counts: documents to sample for each query.
         keys: seed of each query; the same key gives the same documents.
     """
@@ -173,7 +173,7 @@ def sample_random(
     positions = np.array(samples, dtype=np.int64).reshape(len(keys), depth)
     nothing = np.zeros((len(keys), 0, bank.settings["dimensions"]), dtype=np.float32)
     scores = np.zeros(positions.shape)  # no search found them: only their scores to the query as a document are bounded
-    columns = select(positions, scores, bank.vectors(positions), whole, own, nothing, most, config.max_score)
+    columns = select(positions, scores, bank.vectors(positions), document, own, nothing, most, config.max_score)
     rows = zip(positions, columns, counts, strict=True)
     return [[int(row[column]) for column in chosen if column >= 0][:count] for row, chosen, count in rows]
 

@@ -58,7 +58,7 @@ class NeighborTable:
             text, image: float32 ``(n, d)`` unit vectors of the whole captions and of the images.
         """
         bank, config, seed = self.bank, self.config, self.seed
-        whole, own = document_vectors(text, image), bank.positions_of(records["id"])
+        document, own = document_vectors(text, image), bank.positions_of(records["id"])
         first = len(self.found)
         with progress("retrieving", len(records), "documents") as meter:
             for start in range(0, len(records), CHUNK):
@@ -66,10 +66,10 @@ class NeighborTable:
                 ids = records["id"].iloc[rows].tolist()
                 captions = records["caption"].iloc[rows].tolist()
                 queries = [drop_words(caption, config.query_drop, seed, name) for caption, name in zip(captions, ids, strict=True)]
-                found = find(bank, config, text=self.encode_texts(queries), image=image[rows], whole=whole[rows], own=own[rows])
+                found = find(bank, config, text=self.encode_texts(queries), image=image[rows], document=document[rows], own=own[rows])
                 counts = [len(neighbors) for neighbors in found]
                 keys = [f"{seed}/{name}" for name in ids]
-                self.random += sample_random(bank, config, whole=whole[rows], own=own[rows], counts=counts, keys=keys)
+                self.random += sample_random(bank, config, document=document[rows], own=own[rows], counts=counts, keys=keys)
                 self.found += found
                 self.ids += ids
                 meter.advance(len(ids))

@@ -1,10 +1,10 @@
 """Training of the small CLIP model: InfoNCE in both directions over a batch, with hard negative captions.
 
-The images of a batch differ in their backgrounds and main colors, which suffices to tell them apart. Which object has which color, how many
-there are and what is left of what only matters between captions that are nearly the same. So each caption gets hard negatives of its own
-(as in NegCLIP, Yuksekgonul et al. 2023, arXiv 2210.01936), made from the training captions alone: one word is replaced by another that the
-captions use between the same two words ("a _red_ circle" -> "a _blue_ circle"), or two words of the caption that fit in each other's place
-are swapped.
+The images of a batch differ in their backgrounds and main colors, which suffices to tell them apart. Which object has which color, how
+many there are and what is left of what only matters between captions that are nearly the same. So each caption gets hard negatives of its
+own (as in NegCLIP, Yuksekgonul et al. 2023, arXiv 2210.01936), made from the training captions alone: one word is replaced by another that
+the captions use between the same two words ("a _red_ circle" -> "a _blue_ circle"), or two words are swapped that the captions use in each
+other's position.
 
 Shapes: n images of a batch, m hard negatives, d dimensions.
 """

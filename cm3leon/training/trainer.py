@@ -121,13 +121,15 @@ def train_step(state: State, stream: Stream, config: TrainConfig, name: str) -> 
     model.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=world.device)
     for start in range(0, max(rows, 1), micro_rows):
-        part = batch.rows(slice(start, start + micro_rows)).to(world.device)
+        micro = batch.rows(slice(start, start + micro_rows)).to(world.device)
         with autocast(config, world.device):
-            total, losses_BT = model.losses(part.tokens, part.weights, part.image_positions, part.samples, part.positions, config.z_loss)
+            total, losses_BT = model.losses(
+                micro.tokens, micro.weights, micro.image_positions, micro.samples, micro.positions, config.z_loss
+            )
         (total * (world.size / max(weight, 1.0))).backward()
         loss += total.detach()
         if state.task_sums.numel():
-            _add_task_losses(state.task_sums, part, losses_BT)
+            _add_task_losses(state.task_sums, micro, losses_BT)
     [mean] = world.sum([loss.item()])
     mean /= max(weight, 1.0)
     # 3. Clip by the norm of all gradients together.
@@ -196,8 +198,8 @@ def validate(state: State, batches: Sequence[Batch], config: TrainConfig) -> dic
 def save(state: State, stream: Stream, checkpoints: Checkpoints, score: float | None = None) -> None:
     """Write a checkpoint. ``score`` is the validation loss at this step, if it was computed."""
     held: dict[str, object] = {}
-    for part in state.world.gather(stream.state()):  # each process buffers samples for its own rows
-        held |= part
+    for own in state.world.gather(stream.state()):  # each process buffers samples for its own rows
+        held |= own
     rest = {"step": state.step, "losses": state.losses, "best": state.best, "score": score, "data": held, "generators": generator_states()}
     checkpoints.save(state.step, state.tensors(), rest)
 
@@ -252,7 +254,7 @@ def fit(
         if state.world.rank == 0:
             print(message, flush=True)
 
-    # 1. Resume. The losses so far are logged again, because each start is an MLflow run of its own and its curve should be whole.
+    # 1. Resume. The losses so far are logged again, because each start is an MLflow run of its own and its curve should be complete.
     if checkpoints is not None:
         checkpoints.open()
         if resume(state, stream, checkpoints):

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy equals the plain one: values, gradients, z-loss, whatever the chunk."""
+"""The chunked cross-entropy has the losses and gradients of the plain one, with z-loss, for any chunk."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def plain(hidden, output, targets, weights, z_loss):
 
 @pytest.mark.parametrize("chunk", [1, 5, 37, 1000])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_sum_losses_and_gradients_are_those_of_the_plain_computation(chunk, z_loss):
+def test_total_losses_and_gradients_are_those_of_the_plain_computation(chunk, z_loss):
     hidden, output, targets, weights = inputs()
     total, losses = chunked_cross_entropy(hidden, output, targets, weights, z_loss, chunk)
     (3 * total).backward()
@@ -44,7 +44,7 @@ def test_large_logits_do_not_overflow():
     assert torch.isfinite(losses).all()
 
 
-def test_without_gradients_none_are_made():
+def test_without_gradients_the_total_needs_none():
     hidden, output, targets, weights = inputs()
     with torch.no_grad():
         total, _ = chunked_cross_entropy(hidden, output, targets, weights)

@@ -1,4 +1,4 @@
-"""The image tokenizer: shapes, quantization, training and protection against codebook collapse."""
+"""The image tokenizer: shapes, quantization, training, and recovery from codebook collapse."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SMALL = {"image_size": 32, "channels": 16, "embedding_dim": 8, "codebook_size": 
 
 
 def flat_images(count, side=32, seed=0):
-    """Images of four flat quarters in random strong colors."""
+    """Images of four flat quarters in random saturated colors."""
     rng = np.random.default_rng(seed)
     quarters = rng.integers(0, 2, size=(count, 2, 2, 3)) * 255
     return quarters.repeat(side // 2, axis=1).repeat(side // 2, axis=2).astype(np.uint8)

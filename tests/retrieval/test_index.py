@@ -1,4 +1,4 @@
-"""The memory bank finds what a full comparison finds, survives saving, and refuses what does not belong together."""
+"""The memory bank: search compared with exhaustive search, saving, and errors."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ import pytest
 from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank, document_vectors, normalize
 
 
-def parts(count: int = 200, width: int = 16, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+def bank_inputs(count: int = 200, width: int = 16, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     documents = pd.DataFrame({name: [f"{name} {i}" for i in range(count)] for name in BANK_COLUMNS})
     return documents, normalize(rng.normal(size=(count, width))), normalize(rng.normal(size=(count, width)))
 
 
-def test_document_vectors_are_unit_means() -> None:
-    _, text, image = parts()
+def test_document_vectors_are_normalized_means() -> None:
+    _, text, image = bank_inputs()
     vectors = document_vectors(text, image)
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(200), abs=1e-6)
     assert vectors == pytest.approx(normalize((text + image) / 2), abs=1e-6)
@@ -24,7 +24,7 @@ def test_document_vectors_are_unit_means() -> None:
 
 @pytest.mark.parametrize(("kind", "least"), [("flat", 1.0), ("hnsw", 0.99), ("ivf", 0.3)])
 def test_search_finds_the_most_similar(kind: str, least: float) -> None:
-    documents, text, image = parts()
+    documents, text, image = bank_inputs()
     bank = MemoryBank.build(documents, text, image, kind, "f")
     queries = normalize(np.random.default_rng(1).normal(size=(40, 16)))
     scores, positions = bank.search(queries, 5)
@@ -36,37 +36,37 @@ def test_search_finds_the_most_similar(kind: str, least: float) -> None:
     assert (np.diff(scores) <= 0)[found[:, 1:]].all()
 
 
-def test_asking_for_more_than_there_is() -> None:
-    bank = MemoryBank.build(*parts(count=3), "flat", "f")
+def test_a_search_for_more_than_there_are_finds_all() -> None:
+    bank = MemoryBank.build(*bank_inputs(count=3), "flat", "f")
     _, positions = bank.search(np.ones((2, 16)), 10)
     assert sorted(positions[0]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
 def test_saving_and_loading(kind: str, tmp_path: Path) -> None:
-    bank = MemoryBank.build(*parts(), kind, "fingerprint")
+    bank = MemoryBank.build(*bank_inputs(), kind, "fingerprint")
     bank.save(tmp_path / "a")
-    MemoryBank.build(*parts(), kind, "fingerprint").save(tmp_path / "b")
+    MemoryBank.build(*bank_inputs(), kind, "fingerprint").save(tmp_path / "b")
     for file in sorted((tmp_path / "a").iterdir()):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), f"{file.name} is not deterministic"
     loaded = MemoryBank.load(tmp_path / "a")
     assert loaded.documents.equals(bank.documents)
     query = normalize(np.random.default_rng(2).normal(size=(4, 16)))
-    for mine, theirs in zip(bank.search(query, 3), loaded.search(query, 3), strict=True):
-        assert np.array_equal(mine, theirs)
+    for before, after in zip(bank.search(query, 3), loaded.search(query, 3), strict=True):
+        assert np.array_equal(before, after)
     assert np.array_equal(loaded.vectors(np.arange(5)), bank.vectors(np.arange(5)))
     loaded.check_encoder("fingerprint")
     with pytest.raises(ValueError, match="was made with encoder fingerprint"):
         loaded.check_encoder("other")
 
 
-def test_nothing_to_load(tmp_path: Path) -> None:
+def test_loading_from_an_empty_directory_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="cm3leon index"):
         MemoryBank.load(tmp_path)
 
 
-def test_refuses_what_cannot_be_retrieved() -> None:
-    documents, text, image = parts(count=4)
+def test_documents_that_cannot_be_retrieved_are_refused() -> None:
+    documents, text, image = bank_inputs(count=4)
     with pytest.raises(ValueError, match="empty"):
         MemoryBank.build(documents.iloc[:0], text[:0], image[:0], "flat", "f")
     with pytest.raises(ValueError, match="occurs twice"):

@@ -1,4 +1,4 @@
-"""The paper's rules for choosing neighbors hold for any bank and any query; compared with a plain loop."""
+"""The paper's rules for retrieved documents, for any bank and any query, compared with a plain loop."""
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank, document_vectors, 
 
 
 def bank_of(count: int, seed: int, spread: float, width: int = 6) -> MemoryBank:
-    """Documents around a few centers: the smaller ``spread``, the more near-duplicates."""
+    """Documents around a few centers; a small ``spread`` makes near-duplicates."""
     rng = np.random.default_rng(seed)
     centers = rng.normal(size=(max(1, count // 5), width))[rng.integers(max(1, count // 5), size=count)]
     text, image = (normalize(centers + spread * rng.normal(size=(count, width))) for _ in range(2))
@@ -93,13 +93,13 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     text = np.asarray(bank.text, dtype=np.float32)
     whole = strategy.find(bank, RetrieveConfig(), text=text, own=np.arange(50))
     monkeypatch.setattr(strategy, "_MAX_FLOATS", 1)
-    pieces = strategy.find(bank, RetrieveConfig(), text=text, own=np.arange(50))
-    assert [[n.position for n in group] for group in pieces] == [[n.position for n in group] for group in whole]
+    in_chunks = strategy.find(bank, RetrieveConfig(), text=text, own=np.arange(50))
+    assert [[n.position for n in group] for group in in_chunks] == [[n.position for n in group] for group in whole]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(["a", "red", "circle", "left"]), max_size=20), st.floats(0, 0.99), st.integers(0, 5), st.text(max_size=5))
-def test_dropped_words(words: list[str], rate: float, seed: int, key: str) -> None:
+def test_dropped_words_are_a_share_and_the_rest_keeps_its_order(words: list[str], rate: float, seed: int, key: str) -> None:
     text = " ".join(words)
     kept = strategy.drop_words(text, rate, seed, key).split()
     assert len(kept) == (len(words) - min(round(rate * len(words)), len(words) - 1) if words else 0)
@@ -115,6 +115,6 @@ def test_dropped_words_differ_by_document() -> None:
 
 def test_coverage() -> None:
     n = strategy.Neighbor(0, 0.5, "text")
-    figures = strategy.coverage([[n, n, n, n], [n], [], []], RetrieveConfig())
-    assert figures == {"complete": 0.25, "empty": 0.5, "neighbors": 1.25, "score": 0.5}
+    metrics = strategy.coverage([[n, n, n, n], [n], [], []], RetrieveConfig())
+    assert metrics == {"complete": 0.25, "empty": 0.5, "neighbors": 1.25, "score": 0.5}
     assert strategy.coverage([], RetrieveConfig())["neighbors"] == 0

@@ -1,4 +1,4 @@
-"""Stages encoder, index, retrieve and super_resolution on a small collection: outputs, rules and repeatability."""
+"""Stages encoder, index, retrieve and super_resolution on a small collection: outputs, retrieval rules, determinism."""
 
 import io
 import itertools
@@ -44,7 +44,7 @@ TRAIN, VAL, TEST = 30, 6, 4
 
 
 def collection() -> None:
-    """Random blocks of color, packed as ``ingest`` and ``validate`` write them; the first train document has no caption."""
+    """Random blocks of color, in the files that ``ingest`` and ``validate`` write; the first train record has no caption."""
     rng = np.random.default_rng(0)
     rows = []
     paths.RAW.mkdir(parents=True)
@@ -87,16 +87,16 @@ STAGES = {"encoder": encoder, "index": index, "retrieve": retrieve, "super_resol
 
 
 def test_index_holds_the_multimodal_train_documents(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
-    _, figures = project
+    _, metrics = project
     bank = MemoryBank.load(paths.INDEX)
     assert bank.documents["id"].tolist() == [f"ab{i:02d}" for i in range(1, TRAIN)]
-    assert figures["index"]["documents"] == TRAIN - 1
-    assert figures["index"]["left_out"] == 1
+    assert metrics["index"]["documents"] == TRAIN - 1
+    assert metrics["index"]["left_out"] == 1
     bank.check_encoder(Encoder.load(paths.ENCODER).fingerprint)
 
 
 def test_neighbors_come_from_train_and_are_never_the_query(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
-    _, figures = project
+    _, metrics = project
     found = pd.read_parquet(paths.NEIGHBORS / table.FILE)
     assert pq.read_schema(paths.NEIGHBORS / table.FILE).equals(table.SCHEMA)
     assert found["id"].tolist() == [f"ab{i:02d}" for i in range(1, TRAIN + VAL + TEST)]
@@ -108,13 +108,13 @@ def test_neighbors_come_from_train_and_are_never_the_query(project: tuple[Path, 
         assert set(row.random) <= train - {row.id} and len(set(row.random)) == len(row.random) <= len(row.neighbours)
         assert sorted(row.modalities, reverse=True) == list(row.modalities)  # text first
     lengths = found["neighbours"].map(len)[: TRAIN - 1]
-    assert figures["retrieve"]["train_neighbors"] == pytest.approx(lengths.mean())
-    assert figures["retrieve"]["train_complete"] == pytest.approx((lengths == 4).mean())
+    assert metrics["retrieve"]["train_neighbors"] == pytest.approx(lengths.mean())
+    assert metrics["retrieve"]["train_complete"] == pytest.approx((lengths == 4).mean())
     assert lengths.max() > 0
 
 
-def test_nothing_of_the_query_and_nothing_held_out_stands_before_it(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
-    """In the sequences themselves: retrieved documents are train documents, never the query nor one too like it, whatever the choice."""
+def test_retrieved_documents_are_never_held_out_nor_near_duplicates_of_the_query(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
+    """In training sequences, for every choice of neighbors: they are train documents, and neither the query nor too similar to it."""
     vocabulary = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
     for split, first, count in (("train", 1, TRAIN - 1), ("val", TRAIN, VAL), ("test", TRAIN + VAL, TEST)):
         documents = make_documents(count)
@@ -122,7 +122,7 @@ def test_nothing_of_the_query_and_nothing_held_out_stands_before_it(project: tup
         write_tokens(paths.TOKENS, split, named, 16, 100)
     bank = MemoryBank.load(paths.INDEX)
     vectors = bank.vectors(np.arange(len(bank)))
-    alike = 0
+    near_duplicates = 0
     for choice, split in itertools.product(("paper", "text", "image", "random", "none"), ("train", "val", "test")):
         section = PretrainConfig(neighbors=choice, retrieved_documents=[0.0, 0.0, 1.0], model={"context": 200})
         samples = training_samples(TokenStore(paths.TOKENS, [split]), vocabulary, section, 0)
@@ -133,8 +133,8 @@ def test_nothing_of_the_query_and_nothing_held_out_stands_before_it(project: tup
             if split == "train":
                 scores = vectors @ vectors[bank.position[query]]
                 assert all(scores[bank.position[name]] <= CONFIG.retrieve.max_score + 1e-6 for name in retrieved)
-                alike += (scores > CONFIG.retrieve.max_score).sum() > 1
-    assert alike  # there were near-duplicates to avoid
+                near_duplicates += (scores > CONFIG.retrieve.max_score).sum() > 1
+    assert near_duplicates  # the test has something to avoid
 
 
 def test_index_of_another_encoder_is_refused(project: tuple[Path, dict[str, dict[str, float]]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,26 +148,26 @@ def test_index_of_another_encoder_is_refused(project: tuple[Path, dict[str, dict
         settings.write_text(before)
 
 
-def test_stages_repeat_byte_for_byte(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
-    root, figures = project
+def test_stages_are_deterministic_byte_for_byte(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
+    root, metrics = project
     files = [p for folder in (paths.ENCODER, paths.INDEX, paths.NEIGHBORS, paths.SUPER_RESOLUTION) for p in sorted(folder.iterdir())]
     before = [path.read_bytes() for path in files]
     again = {name: stage.run(CONFIG) for name, stage in STAGES.items()}
     assert [path.read_bytes() for path in files] == before
-    assert again == figures
+    assert again == metrics
     for path, data in zip(files, before, strict=True):
         assert str(root).encode() not in data, f"{path} holds an absolute path"
 
 
-def test_super_resolution_reports_both(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
-    _, figures = project
-    assert set(figures["super_resolution"]) == {"psnr_rgb", "psnr_y", "ssim_y", "psnr_rgb_bicubic", "psnr_y_bicubic", "ssim_y_bicubic"}
+def test_super_resolution_reports_the_network_and_bicubic_interpolation(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
+    _, metrics = project
+    assert set(metrics["super_resolution"]) == {"psnr_rgb", "psnr_y", "ssim_y", "psnr_rgb_bicubic", "psnr_y_bicubic", "ssim_y_bicubic"}
 
 
-def test_side_of_the_targets() -> None:
+def test_the_side_of_the_targets() -> None:
     sizes = pd.DataFrame({"width": [640, 300, 641], "height": [480, 301, 500]})
-    assert target_side(sizes, 256, 2) == 480  # half of the images have it
-    assert target_side(sizes, 64, 2) == 128  # outputs are no larger
+    assert target_side(sizes, 256, 2) == 480  # half of the images have this side or more
+    assert target_side(sizes, 64, 2) == 128  # upscaled outputs are not larger
     assert target_side(sizes, 500, 3) == 480
     assert target_side(sizes.assign(width=65), 64, 4) == 64
 

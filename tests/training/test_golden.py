@@ -1,6 +1,6 @@
-"""Loss curves of 50 steps of profile ``tiny`` on made-up documents, kept in ``golden.json``: nobody changes training without noticing.
+"""Loss curves of 50 steps of profile ``tiny`` on synthetic documents, kept in ``golden.json``: no change of training goes unnoticed.
 
-``python tests/training/test_golden.py`` writes them anew, after a change that is meant to change them.
+``python tests/training/test_golden.py`` writes the curves again, after a change that is meant to change them.
 """
 
 import json
@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).with_name("golden.json")
 CONFIGS = Path(__file__).parents[2] / "configs"
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=16, tokens_per_image=16)
 TOLERANCE = 5e-3
-"""Sums differ in their last digits between processors, and training makes that larger."""
+"""Processors round sums differently, and training amplifies the differences."""
 
 
 def curve(directory: Path, packing: bool) -> list[float]:
@@ -50,7 +50,7 @@ def curve(directory: Path, packing: bool) -> list[float]:
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["sorted", "packed"])
-def test_the_loss_curve_is_the_one_kept(tmp_path, packing):
+def test_the_loss_curve_is_the_golden_one(tmp_path, packing):
     expected = json.loads(GOLDEN.read_text())["packed" if packing else "sorted"]
     found = curve(tmp_path, packing)
     assert len(found) == len(expected) == 50

@@ -1,4 +1,4 @@
-"""Devices by the names their drivers give them, and FLOPs against PyTorch's own counter."""
+"""Devices by the names that drivers report, and FLOPs per token against PyTorch's counter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from cm3leon.training.hardware import DEVICES, flops_per_token, peak_flops
     ("NVIDIA GeForce RTX 4090", 165e12),
     ("AMD Instinct MI300X", 1307e12),
 ])  # fmt: skip
-def test_devices_by_their_drivers_names(name: str, flops: float) -> None:
+def test_devices_are_known_by_their_drivers_names(name: str, flops: float) -> None:
     assert peak_flops(name) == flops
 
 
@@ -39,7 +39,7 @@ def test_devices_by_their_drivers_names(name: str, flops: float) -> None:
     "", "Tesla V100-SXM2-32GB", "NVIDIA H20", "NVIDIA L40", "NVIDIA RTX A1000", "NVIDIA A100-SXM4-80GB MIG 3g.40gb",
     "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D",
 ])  # fmt: skip
-def test_names_that_only_look_like_a_known_one_are_unknown(name: str) -> None:
+def test_names_that_resemble_a_known_one_are_unknown(name: str) -> None:
     assert peak_flops(name) is None
 
 
@@ -49,10 +49,10 @@ def test_names_are_unique() -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_flops_are_those_that_pytorch_counts(recompute: bool) -> None:
-    """PyTorch counts attention's products whole, ``12 * layers * width * context``; here the causal half of them. Nothing else differs.
+    """PyTorch counts attention over the whole context, ``12 * layers * width * context``, our formula over the causal half of it.
 
-    With activation checkpointing it also counts the blocks' second forward pass, which ends before the last projection and is no work of
-    the model's. In bfloat16, as the counter does not know the in-place product that the loss adds float32 gradients with.
+    With activation checkpointing PyTorch also counts the blocks' second forward pass, which ends before the last projection; the formula
+    leaves it out. The test runs in bfloat16, because the counter does not know ``addmm_``, which accumulates float32 gradients in the loss.
     """
     layers, width, context, rows = 2, 64, 32, 3
     vocabulary = Vocabulary(40, 20, 4, 9)
@@ -64,7 +64,7 @@ def test_flops_are_those_that_pytorch_counts(recompute: bool) -> None:
             total, _ = model.losses(tokens, torch.ones(tokens.shape), torch.zeros_like(tokens))
         total.backward()
     causal_half = 6 * layers * width * context
-    again = (2 * 8 * layers * width**2 + 4 * layers * width * context) if recompute else 0
+    recomputed = (2 * 8 * layers * width**2 + 4 * layers * width * context) if recompute else 0
     no_target = 6 * rows * vocabulary.size * width  # the last token of a row predicts nothing
-    counted = rows * context * (flops_per_token(model.spec, vocabulary.size, context) + causal_half + again) - no_target
+    counted = rows * context * (flops_per_token(model.spec, vocabulary.size, context) + causal_half + recomputed) - no_target
     assert counter.get_total_flops() == counted

@@ -1,4 +1,4 @@
-"""The training loop: it learns, repeats itself exactly, and stops on divergence."""
+"""The training loop: it learns, is deterministic, stops on divergence, and can be interrupted and resumed."""
 
 import shutil
 import signal
@@ -39,30 +39,30 @@ def make_model():
 
 
 def train(stream, config=CONFIG):
-    losses = []
+    logged = []
     model = make_model()
-    figures = fit(setup(model, config), stream, config, {"": [stream(100)]}, "test", lambda values, step: losses.append((step, values)))
-    return model, figures, losses
+    metrics = fit(setup(model, config), stream, config, {"": [stream(100)]}, "test", lambda metrics, step: logged.append((step, metrics)))
+    return model, metrics, logged
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_learns_and_repeats_itself_exactly(stream, optimizer):
+def test_training_learns_and_is_deterministic(stream, optimizer):
     config = CONFIG.model_copy(update={"optimizer": optimizer})
     before = validate(setup(make_model(), config), [stream(100)], config)
-    model, figures, logged = train(stream, config)
-    assert figures["val_loss"] < before["loss"] - 0.5
-    assert {"val_loss", "val_loss_text", "val_loss_image"} == set(figures)
-    assert [step for step, values in logged if "val_loss" in values] == [15, 30]
+    model, metrics, logged = train(stream, config)
+    assert metrics["val_loss"] < before["loss"] - 0.5
+    assert {"val_loss", "val_loss_text", "val_loss_image"} == set(metrics)
+    assert [step for step, found in logged if "val_loss" in found] == [15, 30]
     again, same, _ = train(stream, config)
-    assert same == figures
+    assert same == metrics
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_loss_of_a_fresh_model_is_that_of_a_uniform_guess(stream):
+def test_the_loss_at_initialization_is_that_of_a_uniform_distribution(stream):
     assert validate(setup(make_model(), CONFIG), [stream(0)], CONFIG)["loss"] == pytest.approx(np.log(VOCABULARY.size), rel=0.02)
 
 
-def test_weights_say_which_tokens_count(stream):
+def test_the_total_is_weighted_by_token(stream):
     batch, model = stream(0), make_model()
     total, losses = model.losses(batch.tokens, batch.weights, batch.image_positions)
     assert total.item() == pytest.approx((losses * batch.weights).sum().item(), rel=1e-5)
@@ -72,29 +72,29 @@ def test_weights_say_which_tokens_count(stream):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_losses_of_each_task_are_means_over_its_tokens_since_the_last_were_logged(stream, packing):
-    """Of a model that does not move: those of each sample on its own."""
-    samples = stream._epochs.get_sample
+def test_each_tasks_loss_is_the_mean_over_its_tokens_since_it_was_last_logged(stream, packing):
+    """With a learning rate of almost zero: compared with the losses of each sample alone."""
+    get_sample = stream._epochs.get_sample
 
-    def draw(epoch, row):
-        sample = samples(epoch, row)
+    def with_task(epoch, row):
+        sample = get_sample(epoch, row)
         return sample._replace(task=row % 3, weights=sample.weights * 0.25)
 
     config = CONFIG.model_copy(update={"steps": 2 * LOG_EVERY, "learning_rate": 1e-30, "micro_batch_size": 3})
-    drawn = PackedStream(draw, 16, 8, 0, 80) if packing else SortedStream(draw, 16, 8, 0)
+    tasks_stream = PackedStream(with_task, 16, 8, 0, 80) if packing else SortedStream(with_task, 16, 8, 0)
     model, logged = make_model(), []
-    fit(setup(model, config), drawn, config, {}, "test", lambda values, step: logged.append(values), tasks=["odd", "even"])
-    logged = [values for values in logged if "loss" in values]
-    again = PackedStream(draw, 16, 8, 0, 80) if packing else SortedStream(draw, 16, 8, 0)
-    for part in range(2):
-        found = [sample for step in range(LOG_EVERY) for row in again.samples(part * LOG_EVERY + step) for sample in row]
+    fit(setup(model, config), tasks_stream, config, {}, "test", lambda metrics, step: logged.append(metrics), tasks=["odd", "even"])
+    logged = [metrics for metrics in logged if "loss" in metrics]
+    again = PackedStream(with_task, 16, 8, 0, 80) if packing else SortedStream(with_task, 16, 8, 0)
+    for window in range(2):
+        found = [sample for step in range(LOG_EVERY) for row in again.samples(window * LOG_EVERY + step) for sample in row]
         for number, name in enumerate(["odd", "even"], 1):
             own = collate([sample for sample in found if sample.task == number])
             losses = model.losses(own.tokens, own.weights, own.image_positions)[1][own.weights > 0]
-            assert logged[part][f"loss_{name}"] == pytest.approx(losses.mean().item(), rel=1e-4)
+            assert logged[window][f"loss_{name}"] == pytest.approx(losses.mean().item(), rel=1e-4)
 
 
-def test_divergence_stops_before_the_step_is_taken(stream):
+def test_divergence_is_an_error_before_the_step_is_taken(stream):
     model = make_model()
     with torch.no_grad():
         model.tokens.weight[0, 0] = float("nan")
@@ -105,7 +105,7 @@ def test_divergence_stops_before_the_step_is_taken(stream):
     assert state.step == 0
 
 
-def test_schedule_warms_up_peaks_and_ends_at_the_floor():
+def test_the_schedule_warms_up_to_the_peak_and_decays_to_the_final_rate():
     schedule = {
         "peak": CONFIG.learning_rate,
         "steps": CONFIG.steps,
@@ -139,14 +139,14 @@ def test_how_a_step_is_computed_does_not_change_what_it_learns(stream, changes, 
     assert found == pytest.approx(expected, abs=tolerance)
 
 
-def test_z_loss_draws_the_outputs_scale_to_one(stream):
-    def scale(z_loss):
+def test_z_loss_keeps_log_z_near_zero(stream):
+    def log_z(z_loss):
         model, _, _ = train(stream, CONFIG.model_copy(update={"z_loss": z_loss}))
         batch = stream(0)
         with torch.no_grad():
             return model.logits(model(batch.tokens, batch.image_positions)).logsumexp(-1).abs().mean().item()
 
-    assert scale(1e-1) < scale(0.0) - 0.5
+    assert log_z(1e-1) < log_z(0.0) - 0.5
 
 
 def test_divergence_names_the_last_checkpoint(stream, tmp_path):
@@ -154,22 +154,22 @@ def test_divergence_names_the_last_checkpoint(stream, tmp_path):
     config = CONFIG.model_copy(update={"checkpoint_every": 4})
     state = setup(make_model(), config)
 
-    def poisoned(step, rows=None):
+    def with_nan(step, rows=None):
         if step == 6:
             state.model.tokens.weight.data[:] = float("nan")
         return stream(step, rows)
 
-    poisoned.batch_size, poisoned.state, poisoned.load_state = stream.batch_size, stream.state, stream.load_state
+    with_nan.batch_size, with_nan.state, with_nan.load_state = stream.batch_size, stream.state, stream.load_state
     with pytest.raises(DivergenceError, match=r"step 6.*the last checkpoint is .*step-00000004"):
-        fit(state, poisoned, config, {}, "test", checkpoints=checkpoints)
+        fit(state, with_nan, config, {}, "test", checkpoints=checkpoints)
     assert checkpoints.newest() == "step-00000004"
 
 
-def test_an_interrupt_writes_a_checkpoint_and_leaves_a_second_one_leaves_at_once(stream, tmp_path):
+def test_one_sigint_writes_a_checkpoint_and_exits_and_a_second_one_exits_at_once(stream, tmp_path):
     checkpoints = Checkpoints(tmp_path / "run", {"a": "1"}, 2)
 
     def interrupted(times):
-        def log(figures, step):
+        def log(metrics, step):
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
 
@@ -179,19 +179,27 @@ def test_an_interrupt_writes_a_checkpoint_and_leaves_a_second_one_leaves_at_once
     with pytest.raises(KeyboardInterrupt):
         interrupted(2)()
     assert checkpoints.newest() is None
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         interrupted(1)()
-    assert left.value.code == 130
+    assert exited.value.code == 130
     assert checkpoints.newest() == f"step-{LOG_EVERY:08d}"
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_run_that_goes_on_records_its_losses_from_the_beginning(stream, tmp_path):
+def test_a_resumed_run_logs_its_losses_from_the_beginning(stream, tmp_path):
     checkpoints, logged = Checkpoints(tmp_path / "run", {"a": "1"}, 2), {}
 
     def train_to(steps):
         config = CONFIG.model_copy(update={"steps": steps, "checkpoint_every": LOG_EVERY})
-        fit(setup(make_model(), config), stream, config, {}, "test", lambda f, step: logged.setdefault(step, f), checkpoints=checkpoints)
+        fit(
+            setup(make_model(), config),
+            stream,
+            config,
+            {},
+            "test",
+            lambda metrics, step: logged.setdefault(step, metrics),
+            checkpoints=checkpoints,
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints.__class__, "finish", lambda self: None)
