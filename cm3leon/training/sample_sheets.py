@@ -44,7 +44,7 @@ def sample_sheets(run: Run, model: Decoder, held_out: TokenStore) -> Callable[[i
         with tempfile.TemporaryDirectory() as folder:
             sheet = Path(folder) / "prompts.png"
             save_captioned(images, [text_tokenizer.decode(np.asarray(ids).tolist()) for ids in texts], sheet)
-            run.log_figure_file(sheet, "prompts", step)
+            run.log_sheet(sheet, "prompts", step)
         model.train()
 
     return draw
