@@ -1,4 +1,4 @@
-"""The commands that exchange decoders with other software. Heavy packages are imported inside the commands."""
+"""The commands that export decoders to other software and import them. Heavy packages are imported inside the commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = typer.Typer()
 
 
 class Format(StrEnum):
-    """Formats of decoders that are not this package's own."""
+    """Formats of decoders other than this package's own."""
 
     opt = "opt"
 
@@ -27,7 +27,7 @@ CheckpointFormat = Annotated[Format, typer.Option("--format", help="opt: Hugging
 
 
 def check_unused(directory: Path) -> None:
-    """Raises :class:`UsageError` unless ``directory`` is empty or not there yet."""
+    """Raises :class:`UsageError` unless ``directory`` is empty or does not exist."""
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file; name a directory")
     if directory.is_dir() and any(directory.iterdir()):
@@ -39,7 +39,7 @@ def load_decoder(directory: Path) -> Decoder:
 
     Raises:
         FileNotFoundError: if there is no model.
-        UsageError: if it is a model of another kind.
+        UsageError: if it is another kind of model.
     """
     from cm3leon.models.decoder import Decoder
 
@@ -59,9 +59,9 @@ def described(decoder: Decoder) -> str:
 def export(
     directory: Annotated[Path, typer.Argument(help="new directory to write")],
     format_: CheckpointFormat = Format.opt,
-    model: Annotated[str, typer.Option(help="a registered model (models:/NAME@ALIAS), a bundle directory or a decoder's")] = CHAMPION,
+    model: Annotated[str, typer.Option(help="a registered model (models:/NAME@ALIAS), or the directory of a bundle or decoder")] = CHAMPION,
 ) -> None:
-    """Write a model's decoder as a checkpoint that other software reads."""
+    """Export a model's decoder as a checkpoint of another format."""
     from cm3leon.registry.registry import find_bundle
 
     check_unused(directory)
@@ -78,10 +78,11 @@ def import_(
     out: Annotated[Path, typer.Argument(help="new directory to write, in the format of models/pretrained")],
     format_: CheckpointFormat = Format.opt,
     vocabulary: Annotated[
-        Path | None, typer.Option(help="a decoder's directory: the checkpoint has its vocabulary (not needed if exported by this package)")
+        Path | None,
+        typer.Option(help="directory of a decoder with the same vocabulary; not needed for this package's own exports"),
     ] = None,
 ) -> None:
-    """Read a checkpoint of other software as a decoder."""
+    """Import a checkpoint of another format as a decoder."""
     check_unused(out)
     layout = load_decoder(vocabulary).vocabulary if vocabulary else None
     from cm3leon.models.opt import import_opt

@@ -1,4 +1,4 @@
-"""``cm3leon inspect``: what pretraining reads, token by token: the sequence of one document, or a row of a step's batch."""
+"""``cm3leon inspect``: the tokens that pretraining reads, of one document's sequence or of a row of a step's batch."""
 
 from __future__ import annotations
 
@@ -21,47 +21,65 @@ from cm3leon.training.run import make_stream
 from cm3leon.utils.errors import UserError
 
 STYLES = {"text": "green", "image": "blue", "special": "bold magenta", "mask": "bold red"}
-LEGEND = "text green, image codes blue, marks magenta, masks red; retrieved documents in italics; dim: not in the loss"
+LEGEND = "text green, image codes blue, special tokens magenta, masks red; retrieved documents in italics; dim: not in the loss"
 
 
 class UnknownDocumentError(UserError):
-    """No split holds a document of this id."""
+    """No document, or more than one, has an id that begins as asked."""
 
 
-def find_document(name: str) -> tuple[TokenStore, int]:
-    """The store and row of a document, by its id or an unambiguous beginning of it.
+def find_document(document_id: str) -> tuple[TokenStore, int]:
+    """The store and row of a document, by its id or an unambiguous prefix of it.
 
     Raises:
-        UnknownDocumentError: if none or several match; with ids to choose from.
+        UnknownDocumentError: if no or several documents match; with some ids to choose from.
     """
     store = TokenStore(paths.TOKENS, ["train", "val", "test"])
-    rows = [row for row, known in enumerate(store.ids) if known.startswith(name)]
+    rows = [row for row, known in enumerate(store.ids) if known.startswith(document_id)]
     if len(rows) == 1:
         return store, rows[0]
     examples = ", ".join(store.ids[row] for row in (rows or range(len(store)))[:3])
-    problem = f"{len(rows)} documents begin with {name!r}" if rows else f"no document {name!r} in {paths.TOKENS}"
+    if rows:
+        problem = f"the ids of {len(rows)} documents begin with {document_id!r}"
+    else:
+        problem = f"there is no document {document_id!r} in {paths.TOKENS}"
     raise UnknownDocumentError(f"{problem}; for example: {examples}")
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a sample, and all that is said of it."""
+    """One token of a sample.
+
+    Attributes:
+        position: in the sample.
+        id: in the vocabulary.
+        role: text, image, or the name of a special token.
+        content: decoded text, or number of the image code; empty for a special token.
+        document: label of its document (:func:`label_of`); empty for a token between documents.
+        in_loss: whether the loss counts it.
+    """
 
     position: int
     id: int
     role: str
     content: str
     document: str
-    counts: bool
+    in_loss: bool
 
     @property
     def style(self) -> str:
         kind = "mask" if self.role.startswith("<mask") else "special" if self.role in SPECIALS else self.role
-        return STYLES.get(kind, "") + (" italic" if self.document.startswith("retrieved") else "") + ("" if self.counts else " dim")
+        italic = " italic" if self.document.startswith("retrieved") else ""
+        dim = "" if self.in_loss else " dim"
+        return STYLES.get(kind, "") + italic + dim
 
 
 def segments_of(masked: Masked) -> list[Segment | None]:
-    """For each token of a sequence the segment of the body that it is from; None for what is in none."""
+    """The segment of each token of a masked sequence; None for special tokens, which are in no segment.
+
+    A masked sequence is the body with a sentinel in place of each span, then each span after its sentinel, then the end of the sequence
+    (CM3, arXiv 2201.07520, section 2).
+    """
     of_body: list[Segment | None] = [None] * len(masked.body.tokens)
     for segment in masked.body.segments:
         of_body[segment.start : segment.stop] = [segment] * segment.length
@@ -76,66 +94,82 @@ def segments_of(masked: Masked) -> list[Segment | None]:
 
 
 def tokens_of(sample: Sample, vocabulary: Vocabulary, tokenizer: TextTokenizer) -> list[Token]:
-    """The tokens of a sample; a document is called ``query`` or ``retrieved 1`` ..., in the order in which they stand."""
+    """The tokens of a sample, in order."""
     masked = sample.masked
+    ids = masked.tokens.tolist()
+    counted = (sample.weights > 0).tolist()
     tokens = []
-    for position, (token, counts, segment) in enumerate(
-        zip(masked.tokens.tolist(), (sample.weights > 0).tolist(), segments_of(masked), strict=True)
-    ):
+    for position, (token, in_loss, segment) in enumerate(zip(ids, counted, segments_of(masked), strict=True)):
         role = vocabulary.role(token)
-        content = tokenizer.decode([token - vocabulary.text_start]) if role == "text" else str(token - vocabulary.image_start)
-        document = "" if segment is None else name_of(segment.document, len(sample.documents))
-        tokens.append(Token(position, token, role, content if role in ("text", "image") else "", document, counts and position > 0))
+        content = ""
+        if role == "text":
+            content = tokenizer.decode([token - vocabulary.text_start])
+        elif role == "image":
+            content = str(token - vocabulary.image_start)
+        document = "" if segment is None else label_of(segment.document, len(sample.documents))
+        # The first token of a sample is never predicted.
+        tokens.append(Token(position, token, role, content, document, in_loss and position > 0))
     return tokens
 
 
-def name_of(document: int, count: int) -> str:
-    """What the ``document``-th of ``count`` documents of a sample is called."""
+def label_of(document: int, count: int) -> str:
+    """Label of a sample's document, by its index among ``count``: the query is the last one, after the retrieved documents."""
     return "query" if document == count - 1 else f"retrieved {document + 1}"
 
 
 def line(tokens: Sequence[Token]) -> Text:
-    """The tokens in color: text as it reads, image codes as numbers, marks by name."""
-    found = Text()
+    """The tokens in color: text as it is, image codes as numbers, special tokens by name."""
+    colored = Text()
     for token in tokens:
-        found.append(token.content if token.role == "text" else f" {token.content or token.role} ", style=token.style)
-    return found
+        colored.append(token.content if token.role == "text" else f" {token.content or token.role} ", style=token.style)
+    return colored
 
 
 def table(tokens: Sequence[Token], first: int, console: Console) -> None:
-    """A line for each token: its place in the row, id, role, document, content; a run of image codes is one line."""
+    """Print a line for each token: position in the row, role, document, id and content. A run of image codes is one line.
+
+    Args:
+        first: position in the row of the first token.
+    """
     for (image, _), group in itertools.groupby(tokens, key=lambda token: (token.role == "image", token.document)):
         run = list(group)
-        shown = [run] if image else [[token] for token in run]
-        for part in shown:
-            start, stop = first + part[0].position, first + part[-1].position
-            place = f"{start:>5}–{stop:<5}" if len(part) > 1 else f"{start:>5}      "
-            what = f"{len(part)} codes: {' '.join(token.content for token in part)}" if image else f"{part[0].id:>6} {part[0].content!r}"
-            what = what if part[0].content else f"{part[0].id:>6}"
-            note = "" if any(token.counts for token in part) else "  (not in the loss)"
-            text = f"{place} {part[0].role:<9} {part[0].document:<12} {what}{note}"
-            console.print(text, style=part[0].style, markup=False, highlight=False, soft_wrap=True)
+        lines = [run] if image else [[token] for token in run]
+        for printed in lines:
+            token = printed[0]
+            start = first + token.position
+            stop = first + printed[-1].position
+            positions = f"{start:>5}–{stop:<5}" if len(printed) > 1 else f"{start:>5}      "
+            if image:
+                content = f"{len(printed)} codes: {' '.join(code.content for code in printed)}"
+            else:
+                content = f"{token.id:>6} {token.content!r}" if token.content else f"{token.id:>6}"
+            note = "" if any(one.in_loss for one in printed) else "  (not in the loss)"
+            text = f"{positions} {token.role:<9} {token.document:<12} {content}{note}"
+            console.print(text, style=token.style, markup=False, highlight=False, soft_wrap=True)
 
 
 def heading(sample: Sample, candidates: Sequence[str]) -> list[str]:
-    """What a sample is made of: its documents, the neighbors it could have had, and what is masked."""
-    masked, names = sample.masked, sample.documents
+    """Lines about a sample: its documents, the neighbors from which they were sampled, and what is masked."""
+    masked = sample.masked
+    ids = sample.documents
     present = {segment.document for segment in masked.body.segments if segment.length}
-    lines = [f"  {name_of(number, len(names))}: {name}" for number, name in enumerate(names)]
-    lines = [text if number in present else f"{text}  (cut away for room)" for number, text in enumerate(lines)]
+    lines = []
+    for number, document_id in enumerate(ids):
+        note = "" if number in present else "  (cut: too long for the context)"
+        lines.append(f"  {label_of(number, len(ids))}: {document_id}{note}")
     lines.append(f"  neighbors in the table: {', '.join(candidates) or 'none'}")
     for number, (start, stop) in enumerate(masked.spans):
         segment = next(s for s in masked.body.segments if s.start <= start and stop <= s.stop)
         whole = "all" if (start, stop) == (segment.start, segment.stop) else f"{stop - start} of {segment.length} tokens"
-        lines.append(f"  <mask:{number}>: {whole} of the {name_of(segment.document, len(names))}'s {segment.modality}")
+        lines.append(f"  <mask:{number}>: {whole} of the {label_of(segment.document, len(ids))}'s {segment.modality}")
     return lines if masked.spans else [*lines, "  nothing masked"]
 
 
 def show(samples: Sequence[Sample], length: int, source: PretrainingSamples, tokenizer: TextTokenizer, console: Console) -> None:
-    """Print a row of ``length`` tokens and what its samples are.
+    """Print a row of ``length`` tokens, sample by sample.
 
     Raises:
-        GrammarError: naming the first sample that violates the grammar, after all is printed.
+        GrammarError: naming the first sample that violates the grammar, after everything is printed.
     """
     first = 0
     rows = [tokens_of(sample, source.vocabulary, tokenizer) for sample in samples]
@@ -160,10 +194,10 @@ def show(samples: Sequence[Sample], length: int, source: PretrainingSamples, tok
 
 
 def show_document(document_id: str, console: Console, config: Config, epoch: int = 0) -> None:
-    """Print the sequence that pretraining makes of a document in an epoch.
+    """Print the sequence on which pretraining trains for a document in an epoch.
 
     Raises:
-        UnknownDocumentError: if there is no such document.
+        UnknownDocumentError: as :func:`find_document`.
         GrammarError: if the sequence violates the grammar.
     """
     store, row = find_document(document_id)
@@ -174,7 +208,7 @@ def show_document(document_id: str, console: Console, config: Config, epoch: int
 
 
 def show_row(step: int, row: int, console: Console, config: Config) -> None:
-    """Print a row of the batch that pretraining reads in a step, counted from 0, with ``packing`` all samples that share it.
+    """Print a row of the batch of a step, both counted from 0; with ``packing`` all samples in the row.
 
     Raises:
         UserError: if the batch has no such row.
@@ -186,7 +220,8 @@ def show_row(step: int, row: int, console: Console, config: Config) -> None:
     store = TokenStore(paths.TOKENS, ["train"])
     source = training_samples(store, build_vocabulary(section.model), section, config.seed)
     stream = make_stream(source, len(store), section, config.seed, section.model.context)
-    for number in range(step + 1) if section.packing else [step]:  # packed rows come one after another
+    # Packing is sequential: what is in a row depends on the rows before it.
+    for number in range(step + 1) if section.packing else [step]:
         [samples] = stream.samples(number, [row])
     length = section.model.context if section.packing else len(samples[0].masked.tokens)
     console.print(f"step {step}, row {row}: {len(samples)} samples in {length} tokens", highlight=False)

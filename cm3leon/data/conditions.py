@@ -1,9 +1,9 @@
-"""Condition images that any picture gives: edges, soft edges, scribbles and straight lines, white on black.
+"""Condition images computed from any image: edges, soft edges, scribbles and straight lines, white on black.
 
-``python -m cm3leon.data.conditions IMAGE OUT.png`` shows a picture beside all of them.
+``python -m cm3leon.data.conditions IMAGE OUT.png`` writes an image and all its condition images side by side.
 
-Lengths follow the image's side (of an oblong image, the geometric mean of both), so that a picture gives much the same lines at 32 pixels
-a side and at 1024. Contrasts are differences of one color channel, as a share of its range.
+Lengths scale with the image's side (of a rectangle, the geometric mean of both), so that an image gives similar lines at 32 pixels a side
+and at 1024. Contrasts are differences of one color channel, as a share of its range.
 """
 
 from __future__ import annotations
@@ -18,43 +18,44 @@ from scipy import ndimage
 from skimage import feature, morphology, transform
 
 WEAK, STRONG = 0.08, 0.2
-"""Canny's thresholds: an edge goes on down to a contrast of ``WEAK`` from where it has ``STRONG``."""
+"""Thresholds of Canny's hysteresis: an edge starts at a contrast of ``STRONG`` and is followed while it has at least ``WEAK``."""
 SALIENT = 0.25
-"""Contrast at which a soft edge has 1 - 1/e of full brightness."""
+"""Contrast at which a soft edge has 1 - 1/e of the full brightness."""
 SCRIBBLE_DETAIL = 128
-"""Most pixels a side that scribbles are made of: what is finer is not scribbled."""
+"""Edges for scribbles are found in the image reduced to at most this many pixels a side: finer detail is left out."""
 STROKE = 1 / 50
-"""Half the width of a scribble's strokes, share of the side; never under a pixel."""
+"""Half the width of a scribble's strokes, as a share of the side; at least one pixel."""
 WOBBLE = 1 / 64
-"""How far a scribble strays from the edge along each axis, share of the side."""
+"""How far a scribble deviates from the edge along each axis, as a share of the side."""
 LINE_DETAIL = 128
-"""Straight lines are sought in the image enlarged or reduced to this many pixels a side."""
+"""Straight lines are found in the image resized to this many pixels a side."""
 SHORTEST_LINE, LINE_GAP, LINE_VOTES = 5, 2, 4
-"""Least length of a line, longest interruption that does not end it, and how many edge pixels must lie on it to try; of those pixels."""
+"""Least length of a line, its longest gap, and the least votes (edge pixels on it) in the Hough transform; pixels of the resized image."""
 
 Extractor = Callable[[np.ndarray], np.ndarray]
-"""uint8 (h, w, 3) -> uint8 (h, w, 3)."""
+"""uint8 (H, W, 3) -> uint8 (H, W, 3)."""
 
 
 def _side(pixels: np.ndarray) -> float:
-    """The image's side, pixels."""
+    """The image's side (geometric mean of height and width), pixels."""
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"expected a uint8 array (height, width, 3), got {pixels.dtype} {pixels.shape}")
     return math.sqrt(pixels.shape[0] * pixels.shape[1])
 
 
 def _white_on_black(brightness: np.ndarray) -> np.ndarray:
-    """Booleans or numbers from 0 to 1 (h, w) -> gray uint8 (h, w, 3)."""
+    """Booleans or numbers from 0 to 1, (H, W), as gray uint8 (H, W, 3)."""
     return np.repeat((brightness * 255 + 0.5).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _edges(pixels: np.ndarray, enlarged: float = 1.0) -> np.ndarray:
-    """Where any color channel has an edge, one pixel wide: uint8 (h, w, 3) -> bool (h, w).
+    """Edges of any color channel, one pixel wide: uint8 (H, W, 3) -> bool (H, W).
 
-    ``enlarged``: by which factor the image was enlarged; its steps are that much less steep.
+    Args:
+        enlarged: factor by which the image was enlarged, which makes its edges less steep by as much.
     """
     sigma = max(1.0, _side(pixels) / 256)
-    steepness = 8 / (max(sigma, enlarged) * math.sqrt(2 * math.pi))  # Sobel's response to a smoothed step of contrast 1
+    steepness = 8 / (max(sigma, enlarged) * math.sqrt(2 * math.pi))  # Sobel response to a smoothed step of contrast 1
     found = [
         feature.canny(pixels[..., channel] / 255, sigma, WEAK * steepness, STRONG * steepness, mode="nearest")
         for channel in range(3)
@@ -64,12 +65,15 @@ def _edges(pixels: np.ndarray, enlarged: float = 1.0) -> np.ndarray:
 
 
 def canny_edge(pixels: np.ndarray) -> np.ndarray:
-    """Canny's edges (IEEE PAMI 8(6), 1986) of all color channels, one pixel wide."""
+    """Canny edges (Canny, IEEE PAMI 8(6), 1986) of all color channels, one pixel wide."""
     return _white_on_black(_edges(pixels))
 
 
 def hed(pixels: np.ndarray) -> np.ndarray:
-    """Soft edges as those of HED (arXiv 1504.06375): lines that fade to both sides, about as bright for every salient contrast."""
+    """Soft edges like those of HED (arXiv 1504.06375): lines that fade to both sides, about as bright for every salient contrast.
+
+    No network: the gradient of the smoothed image, divided by its maximum nearby.
+    """
     side = _side(pixels)
     sigma = max(0.7, side / 128)
     smooth = ndimage.gaussian_filter(pixels.astype(np.float32) / 255, (sigma, sigma, 0), mode="nearest", truncate=3)
@@ -80,7 +84,7 @@ def hed(pixels: np.ndarray) -> np.ndarray:
 
 
 def _resized(pixels: np.ndarray, least: float, most: float) -> tuple[np.ndarray, float]:
-    """The image enlarged or reduced where its side is under ``least`` or over ``most`` pixels, and by which factor."""
+    """The image, resized if its side is shorter than ``least`` or longer than ``most`` pixels, and the factor."""
     side = _side(pixels)
     factor = min(max(side, least), most) / side
     if factor == 1:
@@ -91,7 +95,8 @@ def _resized(pixels: np.ndarray, least: float, most: float) -> tuple[np.ndarray,
 
 
 def scribbles(pixels: np.ndarray) -> np.ndarray:
-    """Thick strokes roughly along the edges. They stray by a field that depends on the place alone, not on the image."""
+    """Thick strokes roughly along the edges, which deviate by a smooth field that depends on the position only, not on the image."""
+    # 1. Edges without short pieces: specks are not scribbled.
     height, width = pixels.shape[:2]
     small, factor = _resized(pixels, 0, SCRIBBLE_DETAIL)
     side = _side(small)
@@ -100,16 +105,21 @@ def scribbles(pixels: np.ndarray) -> np.ndarray:
     lines &= (np.bincount(pieces.ravel()) >= side / 16)[pieces]
     if not lines.any():
         return np.zeros((height, width, 3), np.uint8)
-    y, x = (np.arange(height)[:, None] + 0.5) / height, (np.arange(width)[None, :] + 0.5) / width
-    stray_x = WOBBLE * np.sin(2 * math.pi * (4.3 * y + 1.1 * x))
-    stray_y = WOBBLE * np.sin(2 * math.pi * (3.7 * x - 0.9 * y) + 1)
-    places = [(y + stray_y) * small.shape[0] - 0.5, (x + stray_x) * small.shape[1] - 0.5]
-    distance = ndimage.map_coordinates(ndimage.distance_transform_edt(~lines), places, order=1, mode="nearest")
+
+    # 2. For each pixel of the image the deviated position in the reduced one, and its distance to the nearest edge.
+    y = (np.arange(height)[:, None] + 0.5) / height
+    x = (np.arange(width)[None, :] + 0.5) / width
+    deviation_x = WOBBLE * np.sin(2 * math.pi * (4.3 * y + 1.1 * x))
+    deviation_y = WOBBLE * np.sin(2 * math.pi * (3.7 * x - 0.9 * y) + 1)
+    coordinates = [(y + deviation_y) * small.shape[0] - 0.5, (x + deviation_x) * small.shape[1] - 0.5]
+    distance = ndimage.map_coordinates(ndimage.distance_transform_edt(~lines), coordinates, order=1, mode="nearest")
+
+    # 3. White up to the width of a stroke, with an antialiased border.
     return _white_on_black(np.clip((max(1.0, STROKE * side) - distance) / factor + 0.5, 0, 1))
 
 
 def straight_lines(pixels: np.ndarray) -> np.ndarray:
-    """Straight pieces of the edges, as M-LSD (arXiv 2106.00186) finds them; by a probabilistic Hough transform with a fixed seed."""
+    """Straight line segments like those of M-LSD (arXiv 2106.00186), by a probabilistic Hough transform with a fixed seed."""
     resized, factor = _resized(pixels, LINE_DETAIL, LINE_DETAIL)
     lines = transform.probabilistic_hough_line(_edges(resized, factor), LINE_VOTES, SHORTEST_LINE, LINE_GAP, rng=0)
     image = Image.new("L", (pixels.shape[1], pixels.shape[0]))
@@ -122,9 +132,9 @@ def straight_lines(pixels: np.ndarray) -> np.ndarray:
 EXTRACTORS: dict[str, Extractor] = {
     "canny edge": canny_edge, "hed": hed, "children's scribbles": scribbles, "M-LSD lines": straight_lines,
 }  # fmt: skip
-"""Kind of condition (``cm3leon.sequence.tasks.CONDITIONS``) -> what makes it; ValueError for an array that is not uint8 (h, w, 3)."""
+"""Extractor of each kind of condition (``cm3leon.sequence.tasks.CONDITIONS``); ValueError for an array that is not uint8 (H, W, 3)."""
 
 
 if __name__ == "__main__":
-    picture = np.asarray(Image.open(sys.argv[1]).convert("RGB"))
-    Image.fromarray(np.hstack([picture, *(extract(picture) for extract in EXTRACTORS.values())])).save(sys.argv[2])
+    original = np.asarray(Image.open(sys.argv[1]).convert("RGB"))
+    Image.fromarray(np.hstack([original, *(extract(original) for extract in EXTRACTORS.values())])).save(sys.argv[2])

@@ -1,7 +1,7 @@
-"""Great Expectations' Data Docs as self-contained pages, byte for byte the same for the same data.
+"""Great Expectations' Data Docs as self-contained pages, with the same bytes for the same data.
 
-Great Expectations writes pages that load scripts, styles and pictures from the network, without which their tables stay empty, and that
-hold random ids and times. Here the tables are written out, one style sheet of our own replaces the remote ones, and nothing is loaded.
+Great Expectations writes pages with random ids and times, which load scripts, styles and images from the network and without them show
+empty tables. Here the tables are written as HTML, and one style sheet of our own replaces the remote ones, so that a page loads nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FIXED_TIME = "20000101T000000.000000Z"
-"""Stands for every time on the pages; when a run took place is known to those who track it."""
+"""Replaces every time on the pages; MLflow records the time of a run."""
 
 _STYLE = """
 * { box-sizing: border-box }
@@ -72,15 +72,15 @@ _UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0
 _TIME = re.compile(r"\b20\d{6}T\d{6}\.\d{6}Z")
 
 
-def settle(docs: Path) -> None:
-    """Rewrite every page under ``docs`` in place (see the module), and remove the files that none of them uses."""
+def make_self_contained(docs: Path) -> None:
+    """Rewrite every page under ``docs`` in place, and remove the files that no page uses any more."""
     for page in sorted(docs.rglob("*.html")):
-        page.write_text(_alone(_equal(page.read_text(encoding="utf-8"))), encoding="utf-8")
+        page.write_text(_without_remote_files(_deterministic(page.read_text(encoding="utf-8"))), encoding="utf-8")
     shutil.rmtree(docs / "static", ignore_errors=True)
 
 
 def add_counts(docs: Path, title: str, counts: dict[str, int]) -> None:
-    """Put a table of ``counts`` before those of the index page."""
+    """Insert a table of ``counts`` before the other tables of the index page."""
     body = "".join(f"<tr><td>{escape(name)}</td><td>{count:,}</td></tr>" for name, count in counts.items())
     table = f'<table class="table-sm"><thead><tr><th>{escape(title)}</th><th></th></tr></thead><tbody>{body}</tbody></table><br>\n'
     page = docs / "index.html"
@@ -88,13 +88,15 @@ def add_counts(docs: Path, title: str, counts: dict[str, int]) -> None:
     page.write_text(before + table + tag + after, encoding="utf-8")
 
 
-def _equal(html: str) -> str:
+def _deterministic(html: str) -> str:
+    """The page with ids numbered in the order of their occurrence, and one fixed time."""
     numbers: dict[str, str] = {}
     html = _UUID.sub(lambda match: numbers.setdefault(match[0], f"n{len(numbers)}"), html)
     return _TIME.sub(FIXED_TIME, html)
 
 
-def _alone(html: str) -> str:
+def _without_remote_files(html: str) -> str:
+    """The page with its tables as HTML and our style sheet, without scripts, links and images."""
     html = _FILLED_TABLE.sub(lambda match: _table(ast.literal_eval(match["columns"]), ast.literal_eval(match["data"])) + "<script>", html)
     for outside in (_SCRIPT, _HEAD_LINK, _FOOTER):
         html = outside.sub("", html)
@@ -103,7 +105,7 @@ def _alone(html: str) -> str:
 
 
 def _table(columns: list[dict[str, str]], rows: list[dict[str, Any]]) -> str:
-    """The rows of an index table, each leading to its page."""
+    """The rows of an index table, each with a link to its page."""
     shown = [column for column in columns if column["field"] not in ("run_time", "run_name", "batch_identifier")]
     head = "".join(f"<th>{column['title']}</th>" for column in shown)
     body = []

@@ -1,4 +1,4 @@
-"""The Great Expectations gate over the accepted rows and the run as a whole, and its Data Docs."""
+"""The Great Expectations gate over the accepted records and the counts of the run, and its Data Docs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from cm3leon.utils import telemetry
 
 SITE = "data_docs"
 RUN = "validate"
+"""Names on the pages of Data Docs."""
 
 
 def flat_frame(accepted: pd.DataFrame, components: Any) -> pd.DataFrame:
-    """The columns that the expectations are about, one value a cell."""
+    """The columns on which expectations are set, with one value in each cell.
+
+    ``splits_of_its_part`` is the number of splits in which the record's component of linked records occurs.
+    """
     captions = accepted["captions"]
     return pd.DataFrame(
         {
@@ -43,7 +47,7 @@ def flat_frame(accepted: pd.DataFrame, components: Any) -> pd.DataFrame:
 
 
 def _expectations(config: ValidateConfig) -> dict[str, list[Any]]:
-    """Suite name -> expectations. ``rows``: the accepted rows; ``run``: one row of counts."""
+    """Expectations by suite: ``rows`` for the accepted records, ``run`` for the counts of the run (one row)."""
     from great_expectations import expectations as gxe
 
     rows: list[Any] = [gxe.ExpectTableRowCountToBeBetween(min_value=1)]
@@ -70,7 +74,10 @@ def _expectations(config: ValidateConfig) -> dict[str, list[Any]]:
 
 
 def check(frames: dict[str, pd.DataFrame], config: ValidateConfig, docs: Path) -> list[str]:
-    """Validate ``frames`` (of the suites ``rows`` and ``run``, those that are there) and write Data Docs to ``docs``.
+    """Validate ``frames`` and write Data Docs to ``docs``.
+
+    Args:
+        frames: by suite, ``rows`` and ``run``; a suite without a frame is left out.
 
     Returns:
         One line for each expectation that failed.
@@ -102,12 +109,13 @@ def check(frames: dict[str, pd.DataFrame], config: ValidateConfig, docs: Path) -
             result = definition.run(batch_parameters={"dataframe": frames[name]}, result_format="SUMMARY", run_id=run_id)
             failed += [_line(name, item) for item in result.results if not item.success]
         context.build_data_docs(site_names=[SITE])
-    data_docs.settle(docs)
+    data_docs.make_self_contained(docs)
     return failed
 
 
 def _line(suite: str, item: Any) -> str:
     config = item.expectation_config
     kwargs = {key: value for key, value in config.kwargs.items() if key not in ("batch_id", "column")}
-    column, against = config.kwargs.get("column", "table"), item.result.get("unexpected_count", "some")
-    return f"{suite}.{column}: {config.type} {kwargs} ({against} against it)"
+    column = config.kwargs.get("column", "table")
+    unexpected = item.result.get("unexpected_count", "some")
+    return f"{suite}.{column}: {config.type} {kwargs} ({unexpected} unexpected)"

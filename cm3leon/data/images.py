@@ -1,4 +1,4 @@
-"""Encoded image files to RGB: a guarded decoder, and the fit to a square."""
+"""Encoded image files to RGB: a decoder that limits the size and detects truncated files, and resizing to a square."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from cm3leon.utils.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Formats that are decoded; others (EPS, PDF, ICNS ...) call outside programs or are no pictures, and are ``unreadable``."""
+"""Formats that are decoded; others (EPS, PDF, ICNS ...) start other programs or are not raster images, and are ``unreadable``."""
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"IEND\xaeB`\x82"
 
 
 class ImageError(UserError):
-    """An image file cannot be used. ``reason`` is a code (``unreadable``, ``decompression_bomb``), ``detail`` says what was found."""
+    """An image file cannot be used. ``reason`` is a code (``unreadable``, ``decompression_bomb``), ``detail`` says why."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -43,13 +43,14 @@ def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
     The size in the header is compared with ``max_pixels`` before any pixel is decoded.
 
     Raises:
-        ImageError: ``decompression_bomb`` for a picture that is too large, ``unreadable`` for one that is truncated or not decodable.
+        ImageError: ``decompression_bomb`` for an image that is too large, ``unreadable`` for one that is truncated or not decodable.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if max_pixels is not None and width * height > max_pixels:
             raise ImageError("decompression_bomb", f"{width}x{height} pixels, {max_pixels} allowed")
+        # Pillow decodes a PNG whose last chunks are missing without an error.
         if data.startswith(PNG_SIGNATURE) and data.rfind(PNG_END) < 0:
             raise ImageError("unreadable", f"truncated PNG: {len(data)} bytes without an end marker")
         image.load()
@@ -65,14 +66,14 @@ def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
 
 
 def encode(pixels: np.ndarray) -> bytes:
-    """uint8 (h, w, 3) as a PNG file."""
+    """uint8 (H, W, 3), as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def fit_square(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side resized to ``size`` pixels (Lanczos), then the center ``size`` x ``size``; always RGB."""
+    """Resize the shorter side to ``size`` pixels (Lanczos), then crop the center to ``size`` x ``size``; RGB."""
     image = to_rgb(image)
     width, height = image.size
     if width == height == size:

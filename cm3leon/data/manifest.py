@@ -1,7 +1,7 @@
-"""The manifest: one row a document, and the image shards it points into.
+"""The manifest: one record a row, and the image shards that it refers to.
 
 Sources yield :class:`SourceRow`; ``ingest`` packs their images into tar shards and writes ``manifest.parquet`` with
-:data:`MANIFEST_SCHEMA`; everything later reads rows with pandas and images with :class:`ImageStore`.
+:data:`MANIFEST_SCHEMA`; later stages read records with :func:`read_manifest` and images with :class:`ImageStore`.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ CONDITION = pa.struct([("kind", pa.string()), ("image", pa.string())])
 
 MANIFEST_SCHEMA = pa.schema(
     [
-        ("id", pa.string()),  # first 16 hex digits of the SHA-256 of the image file; of the row where there is no image
+        ("id", pa.string()),  # first 16 hex digits of the SHA-256 of the image file; of the row if there is no image
         ("row", pa.int64()),  # position in the source, from 0
-        ("origin", pa.string()),  # where the row stands in the source: file and line, or scene number
+        ("origin", pa.string()),  # location in the source: file and line, or scene number
         ("image", pa.string()),  # "images-00000.tar/000001.png": shard and member; null when the source could not supply it
         ("captions", pa.list_(pa.string())),
         ("licence", pa.string()),
         ("attribution", pa.string()),
         ("source", pa.string()),
-        ("group", pa.string()),  # rows of one group stay in one split; null: alone
-        ("problem", pa.string()),  # reason codes the source found (missing, path_outside_root ...), with commas between, else null
-        ("detail", pa.string()),  # what exactly the problem was
+        ("group", pa.string()),  # records of one group are in one split; null: no group
+        ("problem", pa.string()),  # reason codes that the source found (missing, path_outside_root ...), separated by commas, else null
+        ("detail", pa.string()),  # for the message: what the problem is
         ("long_caption", pa.string()),
         ("objects", pa.list_(OBJECT)),  # boxes are x0, y0, x1, y1 in pixels of the stored image
         ("questions", pa.list_(QUESTION)),
-        ("reasoning", pa.list_(PROBLEM)),  # questions with options, whose answer is explained
+        ("reasoning", pa.list_(PROBLEM)),  # multiple-choice questions with explanations
         ("instruction", pa.string()),
-        ("edited_from", pa.string()),  # id of the document this one is an edit of
+        ("edited_from", pa.string()),  # id of the record of which this one is an edit
         ("conditions", pa.list_(CONDITION)),
         ("text_in_image", pa.string()),
     ]
@@ -62,12 +62,12 @@ MANIFEST_SCHEMA = pa.schema(
 """Columns of ``data/raw/manifest.parquet``."""
 
 VALIDATED_SCHEMA = pa.schema([*MANIFEST_SCHEMA, ("width", pa.int32()), ("height", pa.int32()), ("split", pa.string())])
-"""Columns of ``data/validated/manifest.parquet``; width and height in pixels are those of what :meth:`ImageStore.open` gives."""
+"""Columns of ``data/validated/manifest.parquet``; width and height are those of the image that :meth:`ImageStore.open` returns, pixels."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with options, of which ``answer`` is one, and why."""
+    """A multiple-choice question: ``answer`` is one of ``options``, and ``explanation`` says why."""
 
     question: str
     options: list[str]
@@ -78,11 +78,11 @@ class Problem:
 
 @dataclass
 class SourceRow:
-    """One document as a source yields it, before images are packed.
+    """One record as a source yields it, before images are packed.
 
-    ``image`` and the values of ``conditions`` are encoded image files (PNG, JPEG ...). ``key`` names the row inside its source,
-    so that ``edited_from`` can point to another row's key. ``problem`` holds reason codes (with commas between) when the source found
-    the row at fault (``image`` is None when there is nothing to read), and ``detail`` says what exactly.
+    ``image`` and the values of ``conditions`` are encoded image files (PNG, JPEG ...). ``key`` names the row in its source, and
+    ``edited_from`` is the key of the row of which it is an edit. ``problem`` has reason codes, separated by commas, if the source found an
+    error in the row, and ``detail`` describes it; ``image`` is None if there is no file to read.
     """
 
     key: str
@@ -111,22 +111,27 @@ class ManifestError(UserError):
 
 
 def first_caption(captions: Iterable[str]) -> str:
-    """The first caption that is not blank; "" where there is none, which ``validate`` lets pass for no record with captions."""
+    """The first caption that is not blank; "" if there is none, as in no record that ``validate`` has accepted."""
     return next((text for text in map(str, captions) if text.strip()), "")
 
 
 def read_manifest(path: str | Path, split: str | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Read a manifest (a file, or a directory's ``manifest.parquet``) in file order; ``split`` and ``columns`` narrow it.
+    """Read the records of a manifest, in file order.
 
-    Text that is null is ``None``, lists and structs are Python lists and dicts (null lists are empty), so rows need no checks for NaN.
+    Null texts are None, lists and structs are Python lists and dicts, and null lists are empty, so that no code needs to check for NaN.
+
+    Args:
+        path: a file, or a directory with a ``manifest.parquet``.
+        split: read the records of this split only.
+        columns: read these columns only.
 
     Raises:
-        ManifestError: if the file is missing, or ``split`` is none of the splits.
+        ManifestError: if the file does not exist, or there is no such split.
     """
     path = Path(path)
     path = path / "manifest.parquet" if path.is_dir() else path
     if not path.is_file():
-        raise ManifestError(f"{path} does not exist; the stages ingest and validate write the manifests")
+        raise ManifestError(f"{path} does not exist; manifests are written by: cm3leon ingest, cm3leon validate")
     if split is not None and split not in SPLITS:
         raise ManifestError(f"there is no split {split!r}; splits are {', '.join(SPLITS)}")
     filters = None if split is None else [("split", "=", split)]
@@ -146,8 +151,8 @@ def read_manifest(path: str | Path, split: str | None = None, columns: Sequence[
 class ImageStore:
     """Random reads from uncompressed tar shards, without extracting them.
 
-    A reference is ``"SHARD/MEMBER"``, as the manifest holds it. Offsets of a shard are indexed when it is first read; each read opens
-    the shard anew (about 10 microseconds), so that one store serves any number of threads and forked or pickled workers.
+    A reference is ``"SHARD/MEMBER"``, as in the manifest. The offsets of a shard are indexed at its first read. Each read opens the shard
+    (about 10 microseconds), so that one store serves any number of threads, and forked or pickled workers.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -166,38 +171,39 @@ class ImageStore:
         with self._lock:
             if shard not in self._offsets:
                 if "/" in shard or not shard.endswith(".tar"):
-                    raise ManifestError(f"{shard!r} is no shard name (expected images-00000.tar/000001.png)")
+                    raise ManifestError(f"{shard!r} is not a shard; an image reference looks like images-00000.tar/000001.png")
                 try:
                     with tarfile.open(self.root / shard, "r:") as archive:
                         self._offsets[shard] = {member.name: (member.offset_data, member.size) for member in archive}
                 except FileNotFoundError:
-                    raise ManifestError(f"image shard {self.root / shard} does not exist; run the stage ingest") from None
+                    raise ManifestError(f"image shard {self.root / shard} does not exist; run: cm3leon ingest") from None
                 except tarfile.TarError as error:
-                    raise ManifestError(f"image shard {self.root / shard} is damaged ({error}); run the stage ingest again") from None
+                    raise ManifestError(f"image shard {self.root / shard} is damaged ({error}); run again: cm3leon ingest") from None
             return self._offsets[shard]
 
     def read(self, ref: str) -> bytes:
         """The bytes of an encoded image.
 
         Raises:
-            ManifestError: if the shard or the member does not exist, or the shard is cut short.
+            ManifestError: if the shard or the member does not exist, or the shard is truncated.
         """
         shard, _, member = ref.partition("/")
         offsets = self._offsets.get(shard) or self._index(shard)
         if member not in offsets:
-            raise ManifestError(f"image shard {self.root / shard} has no member {member!r}")
+            raise ManifestError(f"image shard {self.root / shard} has no member {member!r}; run again: cm3leon ingest")
         offset, size = offsets[member]
         with open(self.root / shard, "rb", buffering=0) as file:
             file.seek(offset)
             data = file.read(size)
         if len(data) != size:
-            raise ManifestError(f"image shard {self.root / shard} is cut short at {member!r}; run the stage ingest again")
+            raise ManifestError(f"image shard {self.root / shard} is truncated at {member!r}; run again: cm3leon ingest")
         return data
 
     def open(self, ref: str) -> Image.Image:
         """The decoded image: RGB, EXIF orientation applied, transparency composited on white.
 
         Raises:
-            ManifestError: as :meth:`read`; ImageError: if the file is no readable image.
+            ManifestError: as :meth:`read`.
+            ImageError: if the file cannot be decoded.
         """
         return decode(self.read(ref))

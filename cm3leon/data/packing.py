@@ -1,4 +1,10 @@
-"""Packs the rows of a source: images into uncompressed tar shards, everything else into ``manifest.parquet``."""
+"""Packs the rows of a source: images into uncompressed tar shards, everything else into ``manifest.parquet``.
+
+1. One pass over the rows writes the shards and a draft of the manifest, in which ``edited_from`` is still a key of the source.
+2. A pass over the draft replaces keys by ids: an edit may come before its original, whose id is known only after the first pass.
+
+Neither pass has more than a batch of records in memory, and the ids by key.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +24,12 @@ import pyarrow.parquet as pq
 from cm3leon.data.manifest import MANIFEST_SCHEMA, SourceRow
 
 BATCH_ROWS = 2048
+"""Records of a row group of the manifest."""
 _EDITED = MANIFEST_SCHEMA.get_field_index("edited_from")
 
 
 class ShardWriter:
-    """Tar shards ``images-00000.tar`` ... of about ``megabytes`` each; the same members give the same bytes."""
+    """Writes tar shards ``images-00000.tar`` ... of about ``megabytes`` each; the same members give the same bytes."""
 
     def __init__(self, directory: Path, megabytes: float) -> None:
         self.directory, self.limit = directory, int(megabytes * 1e6)
@@ -37,8 +44,9 @@ class ShardWriter:
             path = self.directory / f"images-{self.shards:05d}.tar"
             self._archive = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (closed by close)
             self.shards, self._filled = self.shards + 1, 0
-        header = tarfile.TarInfo(name)  # owner 0, time 0
-        header.size, header.mode = len(data), 0o644
+        header = tarfile.TarInfo(name)  # owner 0 and time 0, so that the bytes do not depend on the machine
+        header.size = len(data)
+        header.mode = 0o644
         self._archive.addfile(header, io.BytesIO(data))
         self._filled += len(data)
         self.bytes += len(data)
@@ -52,9 +60,9 @@ class ShardWriter:
 
 
 def pack(rows: Iterable[SourceRow], directory: Path, shard_megabytes: float) -> dict[str, float]:
-    """Write the rows to ``directory``; whatever an earlier run left there is replaced, the manifest last.
+    """Write the rows to ``directory``, in place of the files of an earlier run; the manifest appears last.
 
-    ``edited_from``, a key of the source, becomes the id of the row with that key (the first one); a key that no row has is the problem
+    ``edited_from``, a key of the source, becomes the id of the first row with that key; if there is none, the record has the problem
     ``unknown_original``. The same rows give the same bytes.
 
     Returns:
@@ -65,7 +73,7 @@ def pack(rows: Iterable[SourceRow], directory: Path, shard_megabytes: float) -> 
     for old in [final, draft, *directory.glob("images-*.tar")]:
         old.unlink(missing_ok=True)
     shards = ShardWriter(directory, shard_megabytes)
-    ids: dict[str, str] = {}
+    ids: dict[str, str] = {}  # by key of the source
     count = 0
     batch: list[dict[str, Any]] = []
     try:
@@ -88,9 +96,9 @@ def pack(rows: Iterable[SourceRow], directory: Path, shard_megabytes: float) -> 
 
 
 def _record(row: SourceRow, number: int, shards: ShardWriter) -> dict[str, Any]:
-    """The manifest's record of a row, its images added to the shards."""
-    made = ("id", "row", "image", "objects", "questions", "reasoning", "conditions")
-    record: dict[str, Any] = {name: getattr(row, name) for name in MANIFEST_SCHEMA.names if name not in made}
+    """The manifest's record of a row; its images are added to the shards."""
+    converted = ("id", "row", "image", "objects", "questions", "reasoning", "conditions")
+    record: dict[str, Any] = {name: getattr(row, name) for name in MANIFEST_SCHEMA.names if name not in converted}
     record["row"] = number
     record["objects"] = [{"label": label, "box": list(box)} for label, box in row.objects]
     record["reasoning"] = [asdict(problem) for problem in row.reasoning]
@@ -101,8 +109,8 @@ def _record(row: SourceRow, number: int, shards: ShardWriter) -> dict[str, Any]:
     else:
         record.update(id=_digest(row.image), image=shards.add(f"{number:09d}.{row.extension}", row.image))
     record["conditions"] = [
-        {"kind": kind, "image": shards.add(f"{number:09d}.{re.sub('[^A-Za-z0-9]+', '-', kind)[:60]}.{place}.png", data)}
-        for place, (kind, data) in enumerate(row.conditions.items())
+        {"kind": kind, "image": shards.add(f"{number:09d}.{re.sub('[^A-Za-z0-9]+', '-', kind)[:60]}.{index}.png", data)}
+        for index, (kind, data) in enumerate(row.conditions.items())
     ]
     return record
 
@@ -112,22 +120,22 @@ def _digest(data: bytes) -> str:
 
 
 def _resolve_edits(draft: Path, final: Path, ids: dict[str, str]) -> int:
-    """Copy the manifest with ``edited_from`` turned from keys into ids; returns the number of rows with a problem."""
+    """Copy the draft with ids for the keys in ``edited_from``; returns the number of records with a problem."""
     problems = 0
-    part = final.with_suffix(".part")
-    with pq.ParquetFile(draft) as source, pq.ParquetWriter(part, MANIFEST_SCHEMA) as writer:
+    partial = final.with_suffix(".part")
+    with pq.ParquetFile(draft) as source, pq.ParquetWriter(partial, MANIFEST_SCHEMA) as writer:
         for batch in source.iter_batches(BATCH_ROWS):
             keys = batch.column(_EDITED).to_pylist()
             columns = {name: batch.column(name) for name in MANIFEST_SCHEMA.names}
             if any(key is not None for key in keys):
                 problem, detail = columns["problem"].to_pylist(), columns["detail"].to_pylist()
-                for place, key in enumerate(keys):
+                for row, key in enumerate(keys):
                     if key is not None and key not in ids:
-                        problem[place] = ",".join(filter(None, [problem[place], "unknown_original"]))
-                        detail[place] = "; ".join(filter(None, [detail[place], f"edited_from: no row has the key {key!r}"]))
+                        problem[row] = ",".join(filter(None, [problem[row], "unknown_original"]))
+                        detail[row] = "; ".join(filter(None, [detail[row], f"edited_from: no row has the key {key!r}"]))
                 columns["edited_from"] = pa.array([ids.get(key) if key is not None else None for key in keys], pa.string())
                 columns["problem"], columns["detail"] = pa.array(problem, pa.string()), pa.array(detail, pa.string())
             problems += len(batch) - columns["problem"].null_count
             writer.write_batch(pa.RecordBatch.from_arrays([columns[name] for name in MANIFEST_SCHEMA.names], schema=MANIFEST_SCHEMA))
-    part.replace(final)
+    partial.replace(final)
     return problems

@@ -1,4 +1,4 @@
-"""Many images of one size for training: kept in memory as bytes while they fit, else read when asked for."""
+"""Images of one size for training: in memory if they fit, else decoded at each access."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cm3leon.data.manifest import ImageStore
 from cm3leon.utils.progress import progress
 
 MEMORY = 2 << 30
-"""Most bytes of pixels kept in memory."""
+"""Most bytes of pixels that are kept in memory."""
 _CHUNK = 256
 
 
 class ImageSet:
-    """Images ``refs`` of a store, each fitted to a square of ``size`` pixels; index it with an array of positions."""
+    """Images ``refs`` of a store, each cropped to a square of ``size`` pixels (:func:`fit_square`), indexed like an array."""
 
     def __init__(self, store: ImageStore, refs: Sequence[str], size: int, memory: int = MEMORY) -> None:
         self.store, self.refs, self.size = store, list(refs), size
@@ -29,7 +29,7 @@ class ImageSet:
         return len(self.refs)
 
     def __getitem__(self, positions: np.ndarray | Sequence[int] | slice) -> np.ndarray:
-        """uint8 ``(n, size, size, 3)`` in the order asked for."""
+        """uint8 (n, size, size, 3), in the order of ``positions``."""
         if self._pixels is not None:
             return self._pixels[positions]
         return self._read(np.arange(len(self.refs))[positions])

@@ -1,4 +1,4 @@
-"""Rows of CSV, TSV, JSON Lines and parquet files, one at a time, whatever the size of the file."""
+"""Rows of CSV, TSV, JSON Lines and parquet files, read one at a time, so that files of any size fit in memory."""
 
 from __future__ import annotations
 
@@ -13,57 +13,62 @@ import pyarrow.parquet as pq
 
 from cm3leon.data.sources import SourceError
 
-Record = tuple[str, dict[str, Any], str | None]
-"""Where the row stands in the file ("line 12"), its cells, and what is wrong with its form (else None)."""
+Row = tuple[str, dict[str, Any], str | None]
+"""Location of the row in the file ("line 12"), its cells by column, and what is wrong with its syntax (else None)."""
 
 CELL_CHARACTERS = 16 << 20
+"""Most characters in a cell of a CSV file."""
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parsed JSON; ValueError also for text that UTF-8 cannot hold (half of a surrogate pair)."""
+    """Parse JSON.
+
+    Raises:
+        ValueError: also for half of a surrogate pair, which UTF-8 cannot encode.
+    """
     value = json.loads(text)
     if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
-def read_table(path: Path) -> tuple[list[str], Iterator[Record]]:
-    """Column names, and the rows as they are read.
+def read_table(path: Path) -> tuple[list[str], Iterator[Row]]:
+    """Column names, and an iterator that reads the rows.
 
     Raises:
-        SourceError: if the file does not exist, is of another kind, is empty, or its encoding or form is broken.
+        SourceError: if the file does not exist, has another format, is empty, or its encoding or syntax is invalid.
     """
     if not path.is_file():
         raise SourceError(f"{path} does not exist; ingest.path names the directory and ingest.folder.manifest the file in it")
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
-        raise SourceError(f"{path}: a manifest is one of {', '.join(readers)}, not {path.suffix!r}")
+        raise SourceError(f"{path}: the format of a manifest is one of {', '.join(readers)}, not {path.suffix!r}; convert the file")
     return readers[path.suffix.lower()](path)
 
 
-def _csv(path: Path) -> tuple[list[str], Iterator[Record]]:
+def _csv(path: Path) -> tuple[list[str], Iterator[Row]]:
     csv.field_size_limit(CELL_CHARACTERS)
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     first = next(_lines(path, separator), None)
     if first is None:
         raise SourceError(f"{path} is empty; its first line must name the columns")
     names = [name.strip() for name in first[1]]
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double:
-        raise SourceError(f"{path} names a column twice: {', '.join(double)}")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise SourceError(f"{path} names a column twice: {', '.join(repeated)}; rename one of them")
 
-    def records() -> Iterator[Record]:
+    def rows() -> Iterator[Row]:
         lines = _lines(path, separator)
         next(lines)
         for number, cells in lines:
             fault = None if len(cells) == len(names) else f"{len(cells)} cells where the header names {len(names)}"
             yield f"line {number}", dict(zip(names, cells, strict=False)), fault
 
-    return names, records()
+    return names, rows()
 
 
 def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Number of the line a row begins on, and its cells; blank lines hold no row."""
+    """Number of the line on which each row begins, and its cells; blank lines are no rows."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=separator, strict=True)
         while True:
@@ -75,42 +80,43 @@ def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
             except UnicodeDecodeError as error:
                 raise SourceError(f"{path} is not UTF-8 (after line {number}: {error.reason}); save it as UTF-8") from None
             except csv.Error as error:
-                raise SourceError(f"{path}, row that begins on line {number}: {error}") from None
+                raise SourceError(f"{path}, row that begins on line {number}: {error}; correct its quotes") from None
             if cells:
                 yield number, cells
 
 
-def _jsonl(path: Path) -> tuple[list[str], Iterator[Record]]:
+def _jsonl(path: Path) -> tuple[list[str], Iterator[Row]]:
+    # A pass of its own for the names: a column may occur only in a late row.
     names: dict[str, None] = {}
-    for _, record, _ in _json_records(path):
-        names.update(dict.fromkeys(record))
-    return list(names), _json_records(path)
+    for _, cells, _ in _json_rows(path):
+        names.update(dict.fromkeys(cells))
+    return list(names), _json_rows(path)
 
 
-def _json_records(path: Path) -> Iterator[Record]:
+def _json_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                record = parse_json(line)
-                fault = None if isinstance(record, dict) else f"expected a JSON object, found {line[:60]!r}"
+                cells = parse_json(line)
+                fault = None if isinstance(cells, dict) else f"expected a JSON object, found {line[:60]!r}"
             except ValueError as error:
-                record, fault = {}, f"not JSON: {error}"
-            yield f"line {number}", record if isinstance(record, dict) else {}, fault
+                cells, fault = {}, f"not JSON: {error}"
+            yield f"line {number}", cells if isinstance(cells, dict) else {}, fault
 
 
-def _parquet(path: Path) -> tuple[list[str], Iterator[Record]]:
+def _parquet(path: Path) -> tuple[list[str], Iterator[Row]]:
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise SourceError(f"{path} is no parquet file: {error}") from None
+        raise SourceError(f"{path} is not a parquet file ({error}); write it again") from None
 
-    def records() -> Iterator[Record]:
+    def rows() -> Iterator[Row]:
         number = 0
         for batch in file.iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
-                yield f"row {number}", record, None
+            for cells in batch.to_pylist():
+                yield f"row {number}", cells, None
                 number += 1
 
-    return file.schema_arrow.names, records()
+    return file.schema_arrow.names, rows()

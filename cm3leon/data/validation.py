@@ -27,7 +27,7 @@ BOX_TOLERANCE = 1.0
 
 RULES = {
     "missing": "no image is named, or the file is not there: complete the collection under ingest.path",
-    "path_outside_root": "the image path leaves ingest.path: move the file into it",
+    "path_outside_root": "the image path is outside of ingest.path: move the file into it",
     "malformed_row": "a cell cannot be parsed: correct it, or the mapping ingest.folder.columns",
     "unknown_original": "edited_from names no row: correct the key",
     "unreadable": "truncated, or not an image: replace the file",
@@ -36,7 +36,7 @@ RULES = {
     "empty_caption": "no caption with text: add one, or map the column with ingest.folder.columns",
     "caption_too_long": "a caption longer than validate.max_caption_characters: shorten it",
     "licence_not_allowed": "no license, or one that is not in validate.licenses: state it, or add it there",
-    "box_outside_image": "an object's box is empty or leaves the image: correct the box",
+    "box_outside_image": "an object's box is empty or extends outside of the image: correct the box",
     "unreadable_condition": "a condition image is truncated, too large, or not an image: replace the file",
     "duplicate": "the same pixels as an earlier accepted record: remove one",
 }

@@ -69,7 +69,7 @@ def prepare_project() -> list[str]:
     lines = [f"parameters: params.yaml, profile {config.profile}"]
     inside = subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], capture_output=True, check=False).returncode == 0
     local = Path(".dvc/config.local")
-    # Outside a git repository, an unpacked archive for example, DVC needs to be told so.
+    # DVC expects a git repository; an unpacked archive is none.
     if not inside and "no_scm" not in (local.read_text() if local.is_file() else ""):
         with local.open("a") as file:
             file.write("[core]\n    no_scm = true\n")

@@ -1,4 +1,4 @@
-"""The stages by name, and how a command runs one."""
+"""The stages by name, and the function that runs a stage's command."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 
 STAGES = {
     "ingest": "Bring the source into image shards and one manifest.",
-    "validate": "Profile, check and quarantine documents; divide them into splits.",
+    "validate": "Profile and check records, quarantine bad ones, assign splits.",
     "image_tokenizer": "Train the VQ-GAN, or import one.",
     "text_tokenizer": "Train byte-level BPE.",
-    "tokenize": "Images to codes, captions to ids.",
+    "tokenize": "Images to codes, captions to token ids.",
     "encoder": "The CLIP bi-encoder: pretrained, or trained here.",
     "index": "Embeddings and the FAISS memory bank.",
     "retrieve": "The neighbor table for training.",
     "pretrain": "CM3 pretraining of the decoder.",
     "sft": "Multitask instruction tuning.",
     "super_resolution": "Train the upscaler.",
-    "evaluate": "Measure the finished model under a written contract.",
+    "evaluate": "Evaluate the finished model under a recorded contract.",
 }
 METRICS = "metrics: "
-"""Start of the last line that a stage's command prints: its headline metrics, seconds and peak memory as JSON, which the flow reads."""
+"""Prefix of the last line that a stage's command prints: headline metrics, seconds and peak memory as JSON, which the flow reads."""
 
 
 def peak_megabytes() -> float:
-    """The largest resident memory this process has had, MiB."""
+    """Peak resident memory of this process, MiB."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) / 1024
@@ -39,11 +39,12 @@ def peak_megabytes() -> float:
 
 
 def run_stage(stage: str) -> None:
-    """Run a stage with ``params.yaml``; the last line printed is ``metrics: {...}``, which the flow reads."""
+    """Run a stage with ``params.yaml``; its last line is ``metrics: {...}`` (see :data:`METRICS`)."""
     from cm3leon.config.schema import load_config
 
-    config, start = load_config(), time.monotonic()
+    config = load_config()
+    start = time.monotonic()
     metrics = importlib.import_module(f"cm3leon.stages.{stage}").run(config)
     resources = {"seconds": round(time.monotonic() - start, 2), "peak_megabytes": round(peak_megabytes(), 1)}
-    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, one
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts several processes
         print(METRICS + json.dumps({**metrics, **resources}), flush=True)

@@ -1,4 +1,4 @@
-"""``ingest``: any source into image shards and one manifest, ``data/raw/``."""
+"""``ingest``: reads a source and writes image shards and one manifest to ``data/raw/``."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ from cm3leon.tracking import runs
 from cm3leon.utils.progress import track
 
 SOURCES: dict[str, Callable[[Any, Path], Iterator[SourceRow]]] = {"shapes": shapes.rows, "folder": folder.rows}
-"""The sources by name; ``ingest.NAME`` holds the parameters of each."""
+"""The sources by name; the section ``ingest.NAME`` has the parameters of each."""
 MAX_PIXELS = 50_000_000
-"""Of larger images none is computed; validate refuses them by its own limit."""
+"""Larger images get no condition images; validate rejects images by its own limit."""
 EXTRACTED_SIDE = 512
-"""Condition images are computed of images reduced to at most this side, pixels."""
+"""Condition images are computed from images reduced to at most this side, pixels."""
 
 
 def with_conditions(rows: Iterable[SourceRow], kinds: Sequence[str], share: float) -> Iterator[SourceRow]:
-    """The rows, some with condition images computed of their image; which ones follows from their keys."""
+    """The rows, of which a share gets condition images computed from their images, as far as the source has none.
+
+    The random choice depends on the row's key only, so that it does not change when rows are added.
+    """
     from cm3leon.data.conditions import EXTRACTORS
 
     for row in rows:
@@ -59,20 +62,20 @@ def run(config: Config) -> dict[str, float]:
     """Read the source ``ingest.source`` and pack it; returns counts (rows, images, problems, shards, megabytes).
 
     Raises:
-        SourceError: if the collection cannot be read as configured. A single row at fault is no error: it is kept with its problem.
+        SourceError: if the collection cannot be read as configured. An error in a single row is recorded as its problem instead.
     """
     with runs.stage_run("ingest", config) as stage:
-        found = with_conditions(source_rows(config.ingest), config.ingest.extract, config.ingest.extract_share)
-        rows = track(found, f"ingest: {config.ingest.source}", _expected(config), "rows")
-        figures = pack(rows, paths.RAW, config.ingest.shard_megabytes)
-        stage.log_metrics({f"ingest/{name}": value for name, value in figures.items()})
-    table = Table("figure", "value", title=f"ingest from {config.ingest.source}, in {paths.RAW}")
-    for name, value in figures.items():
+        extended = with_conditions(source_rows(config.ingest), config.ingest.extract, config.ingest.extract_share)
+        rows = track(extended, f"ingest: {config.ingest.source}", _expected(config), "rows")
+        metrics = pack(rows, paths.RAW, config.ingest.shard_megabytes)
+        stage.log_metrics({f"ingest/{name}": value for name, value in metrics.items()})
+    table = Table("metric", "count", title=f"ingest from {config.ingest.source}, in {paths.RAW}")
+    for name, value in metrics.items():
         table.add_row(name, f"{value:,}")
     Console().print(table)
-    return figures
+    return metrics
 
 
 def _expected(config: Config) -> int | None:
-    """Rows to come, where that is known."""
+    """The number of rows, if it is known before they are read."""
     return config.ingest.shapes.count if config.ingest.source == "shapes" and not config.ingest.shapes.edits else None

@@ -70,7 +70,7 @@ def validate(raw: Path, output: Path, config: ValidateConfig, seed: int) -> dict
     frame["height"] = np.array([profile.height for profile in profiles], dtype=np.int32)
     report = _report(frame, findings, good)
 
-    # 2. Quarantine. What a later stage reads goes first, so that a failed validation leaves nothing to train on.
+    # 2. Quarantine. The files that later stages read are removed first, so that none trains on data that failed validation.
     output.mkdir(parents=True, exist_ok=True)
     for outdated in ("manifest.parquet", thumbnails.FILE):
         (output / outdated).unlink(missing_ok=True)

@@ -102,8 +102,8 @@ class Run:
         else:
             self._try("log_artifact", str(path), folder or None)
 
-    def log_figure_file(self, path: str | Path, name: str, step: int) -> None:
-        """Store an image, such as a sheet of samples, as the artifact ``samples/NAME_STEP.SUFFIX``."""
+    def log_sheet(self, path: str | Path, name: str, step: int) -> None:
+        """Store a sheet of samples as the artifact ``samples/NAME_STEP.SUFFIX``."""
         if self.client is None:
             return
         path = Path(path)

@@ -48,7 +48,7 @@ def sample_sheets(run: Run, model: Decoder, held_out: TokenStore) -> Callable[[i
         with tempfile.TemporaryDirectory() as folder:
             sheet = Path(folder) / "prompts.png"
             save_captioned(images, captions, sheet)
-            run.log_figure_file(sheet, "prompts", step)
+            run.log_sheet(sheet, "prompts", step)
         model.train()
 
     return log_sheet

@@ -1,4 +1,4 @@
-"""``cm3leon inspect`` shows what training reads: every token, its role, where it came from, and whether the grammar holds."""
+"""``cm3leon inspect`` shows what training reads: every token, its role and document, and whether the grammar holds."""
 
 import re
 import shutil
@@ -32,10 +32,10 @@ def project(tiny_models, tmp_path, monkeypatch):
         shutil.copytree(tiny_models / path, tmp_path / path)
     monkeypatch.chdir(tmp_path)
     document = TokenStore(paths.TOKENS)[0]
-    for split, name in (("val", "e1"), ("test", "e2")):
-        write_tokens(paths.TOKENS, split, [Document(name, document.codes, document.captions)], len(document.codes), 100)
-    others = {name: [n for n in "abcd" if n != name][:2] for name in "abcd"}
-    rows = [{"id": name, "neighbours": found, "modalities": ["text", "image"], "random": []} for name, found in others.items()]
+    for split, document_id in (("val", "e1"), ("test", "e2")):
+        write_tokens(paths.TOKENS, split, [Document(document_id, document.codes, document.captions)], len(document.codes), 100)
+    neighbors = {document_id: [other for other in "abcd" if other != document_id][:2] for document_id in "abcd"}
+    rows = [{"id": key, "neighbours": found, "modalities": ["text", "image"], "random": []} for key, found in neighbors.items()]
     paths.NEIGHBORS.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), paths.NEIGHBORS / "neighbours.parquet")
     return tmp_path
@@ -51,7 +51,7 @@ def printed(show, *arguments):
     return console.export_text(clear=False), console.export_text(styles=True)
 
 
-def test_every_token_of_a_sample_is_told_with_its_document(project):
+def test_every_token_of_a_sample_is_shown_with_its_document(project):
     samples, tokenizer = source(), TextTokenizer.load(paths.TEXT_TOKENIZER)
     vocabulary = samples.vocabulary
     seen = set()
@@ -59,11 +59,11 @@ def test_every_token_of_a_sample_is_told_with_its_document(project):
         sample = samples(epoch, 1)
         tokens = inspect_sequence.tokens_of(sample, vocabulary, tokenizer)
         assert [token.id for token in tokens] == sample.masked.tokens.tolist()
-        assert [token.counts for token in tokens][1:] == (sample.weights > 0).tolist()[1:]
-        # put together by document they are the documents: whole images, and texts that some caption begins with
-        for number, name in enumerate(sample.documents):
-            own = [token for token in tokens if token.document == inspect_sequence.name_of(number, len(sample.documents))]
-            document = samples.pool.by_id(name)
+        assert [token.in_loss for token in tokens][1:] == (sample.weights > 0).tolist()[1:]
+        # Joined by document, the tokens are those of the documents.
+        for number, document_id in enumerate(sample.documents):
+            own = [token for token in tokens if token.document == inspect_sequence.label_of(number, len(sample.documents))]
+            document = samples.pool.by_id(document_id)
             assert [int(token.content) for token in own if token.role == "image"] == document.codes.tolist()
             assert sorted(t.id - vocabulary.text_start for t in own if t.role == "text") == sorted(document.captions[0].tolist())
         assert all(token.document == "" for token in tokens if token.role.startswith("<"))
@@ -105,8 +105,8 @@ def test_a_packed_row_is_what_training_reads_in_that_step(project):
         check_grammar(row[batches[3].samples[1] == number].numpy(), samples.vocabulary)
 
 
-def test_what_is_not_there_is_named(project):
-    with pytest.raises(inspect_sequence.UnknownDocumentError, match="no document 'f' in data/tokens; for example: a, b, c"):
+def test_unknown_documents_rows_and_steps_are_errors(project):
+    with pytest.raises(inspect_sequence.UnknownDocumentError, match="there is no document 'f' in data/tokens; for example: a, b, c"):
         inspect_sequence.find_document("f")
     with pytest.raises(UserError, match=r"no row 2 in step 0: rows are 0 to 1, steps 0 to 19"):
         inspect_sequence.show_row(0, 2, Console(), CONFIG)
@@ -114,8 +114,8 @@ def test_what_is_not_there_is_named(project):
         inspect_sequence.show_row(20, 0, Console(), CONFIG)
 
 
-def test_a_sequence_against_the_grammar_ends_in_status_2(project, monkeypatch, capsys):
-    """Tokens of another tokenizer: one id is beyond the vocabulary."""
+def test_a_sequence_that_violates_the_grammar_is_exit_status_2(project, monkeypatch, capsys):
+    """Tokens of another tokenizer: one id is not in the vocabulary."""
     store = TokenStore(paths.TOKENS)
     documents = [Document(d.id, d.codes.copy(), [text + 10_000 for text in d.captions]) for d in (store[row] for row in range(4))]
     write_tokens(paths.TOKENS, "train", documents, len(documents[0].codes), 100)

@@ -1,4 +1,4 @@
-"""Condition images of any picture: thin and soft edges, scribbles, straight lines."""
+"""Condition images of any image: thin and soft edges, scribbles, straight lines."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def lit(kind: str, pixels: np.ndarray, least: int = 128) -> np.ndarray:
     return EXTRACTORS[kind](pixels)[..., 0] >= least
 
 
-def far(places: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """How far each of ``places`` lies from ``target``, pixels."""
-    return ndimage.distance_transform_edt(~target)[places]
+def far(mask: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Distance of each pixel of ``mask`` to ``target``, pixels."""
+    return ndimage.distance_transform_edt(~target)[mask]
 
 
 def disc(side: int, radius: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +39,7 @@ def test_the_kinds_are_those_of_the_task() -> None:
 
 @KINDS
 @pytest.mark.parametrize("shape", [(32, 32), (64, 64), (90, 200), (700, 1024)])
-def test_any_picture_will_do_and_gives_the_same_twice(kind: str, shape: tuple[int, int]) -> None:
+def test_extraction_is_deterministic_for_any_size(kind: str, shape: tuple[int, int]) -> None:
     pixels = ndimage.gaussian_filter(np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(float), (3, 3, 0))
     pixels = ((pixels - pixels.min()) / np.ptp(pixels) * 255).astype(np.uint8)
     pixels.setflags(write=False)
@@ -53,7 +53,7 @@ def test_any_picture_will_do_and_gives_the_same_twice(kind: str, shape: tuple[in
 
 @KINDS
 @pytest.mark.parametrize("side", [32, 64, 256])
-def test_a_flat_picture_gives_black(kind: str, side: int) -> None:
+def test_a_uniform_image_gives_black(kind: str, side: int) -> None:
     for value in (0, 150, 255):
         assert not EXTRACTORS[kind](np.full((side, side, 3), value, np.uint8)).any()
 
@@ -66,7 +66,7 @@ def test_other_arrays_are_refused(kind: str, pixels: np.ndarray) -> None:
 
 
 @KINDS
-def test_a_picture_gives_the_same_lines_at_any_size(kind: str) -> None:
+def test_an_image_gives_the_same_lines_at_any_size(kind: str) -> None:
     for number in range(3):
         scene = sample_scene(random.Random(number), 2, 8, 0)
         large = lit(kind, scene.render(512))
@@ -91,7 +91,7 @@ def test_canny_edges_are_thin_and_lie_on_the_outlines() -> None:
         inside = np.sum([item.coverage(64) for item in scene.objects], axis=0) >= 0.5
         outline = inside & ~ndimage.binary_erosion(inside, np.ones((3, 3)))
         assert (far(edges, outline) <= 2.3).all()
-        # All of the outline is found, save where smoothing rounds off corners.
+        # Nearly all of the outline is found: smoothing rounds off corners.
         assert (far(outline, edges) <= 2.3).mean() > 0.95
         assert edges.sum() < 1.3 * outline.sum()
         assert not (edges[1:, 1:] & edges[1:, :-1] & edges[:-1, 1:] & edges[:-1, :-1]).any()
@@ -104,7 +104,7 @@ def test_edges_between_colors_of_one_brightness_are_seen(kind: str) -> None:
     assert np.ptp(pixels @ (0.299, 0.587, 0.114)) < 1
     found = lit(kind, pixels)
     assert found.any()
-    # Scribbles stray by two pixels and are three wide.
+    # Scribbles deviate by two pixels and are three wide.
     assert not found[24:40, 24:40].any()
 
 
@@ -122,12 +122,12 @@ def test_soft_edges_fade_and_are_as_bright_for_weak_contrasts() -> None:
     assert abs(peaks["yellow"] - peaks["blue"]) < 15
 
 
-def test_scribbles_are_thick_and_stray_no_further_than_they_may() -> None:
+def test_scribbles_are_thick_and_deviate_within_bounds() -> None:
     pixels, distance = disc(512)
     strokes = lit("children's scribbles", pixels)
-    stray = np.abs(distance[strokes]) / 512
-    assert stray.max() < WOBBLE * 2**0.5 + STROKE + 0.01
-    assert stray.max() > STROKE + WOBBLE / 2
+    deviation = np.abs(distance[strokes]) / 512
+    assert deviation.max() < WOBBLE * 2**0.5 + STROKE + 0.01
+    assert deviation.max() > STROKE + WOBBLE / 2
     assert ndimage.distance_transform_edt(strokes).max() > 0.8 * STROKE * 512
     _, pieces = ndimage.label(~strokes)
     assert pieces == 2

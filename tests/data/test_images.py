@@ -1,3 +1,5 @@
+"""The decoder accepts any mode and refuses damaged, truncated and huge files."""
+
 import io
 import zlib
 
@@ -32,9 +34,9 @@ def test_transparency_is_composited_on_white() -> None:
 def test_exif_orientation_is_applied() -> None:
     image = noise(6, 4)
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotate a quarter clockwise to see it upright
-    turned = decode(encode(image, exif=exif))
-    assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(image), -1))
+    exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
+    rotated = decode(encode(image, exif=exif))
+    assert np.array_equal(np.asarray(rotated), np.rot90(np.asarray(image), -1))
 
 
 def test_sixteen_bit_gray_keeps_its_range() -> None:
@@ -52,12 +54,12 @@ def test_a_truncated_file_never_decodes(kind: str) -> None:
         assert caught.value.reason == "unreadable"
 
 
-def test_a_png_without_its_end_is_truncated() -> None:
+def test_a_png_without_its_end_marker_is_truncated() -> None:
     with pytest.raises(ImageError, match="end marker"):
         decode(encode(noise(8, 8))[:-12])
 
 
-def test_a_large_picture_is_refused_before_it_is_decoded() -> None:
+def test_a_large_image_is_refused_before_it_is_decoded() -> None:
     data = bytearray(encode(noise(8, 8)))
     data[16:24] = (20_000).to_bytes(4, "big") * 2  # the header says 400 million pixels; there is no such data
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
@@ -69,7 +71,7 @@ def test_a_large_picture_is_refused_before_it_is_decoded() -> None:
         decode(encode(noise(11, 10)), max_pixels=100)
 
 
-def test_formats_that_call_outside_programs_are_refused() -> None:
+def test_formats_that_start_other_programs_are_refused() -> None:
     with pytest.raises(ImageError, match="unreadable"):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
 
@@ -85,7 +87,7 @@ def test_fit_square_keeps_the_center(width: int, height: int) -> None:
     for channel, length in ((0, width), (1, height)):
         assert abs(fitted[..., channel].mean() - 127.5) < 12
         step = np.ptp(fitted[..., channel])
-        assert abs(step - 255 * side / length) < 40  # of the longer side, only a square is seen
+        assert abs(step - 255 * side / length) < 40  # the longer side is cropped
 
 
 def test_fit_square_is_idempotent_and_takes_any_mode() -> None:

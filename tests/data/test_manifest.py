@@ -1,3 +1,5 @@
+"""Packing is deterministic and loses nothing, and the image store reads every image back."""
+
 import copy
 import hashlib
 import random
@@ -20,16 +22,16 @@ def rows(count: int, seed: int = 0) -> Iterator[SourceRow]:
         yield SourceRow(f"k{number}", f"line {number}", data, [f"caption {number}"], "MIT", None, "test", "bin")
 
 
-def test_every_image_comes_back_from_several_threads(tmp_path: Path) -> None:
-    figures = pack(rows(300), tmp_path, 0.05)
+def test_several_threads_read_every_image(tmp_path: Path) -> None:
+    counts = pack(rows(300), tmp_path, 0.05)
     store, frame = ImageStore(tmp_path), read_manifest(tmp_path)
     wanted = [row.image or b"" for row in rows(300)]
-    assert figures["shards"] > 5
-    assert figures["images"] == 300
+    assert counts["shards"] > 5
+    assert counts["images"] == 300
     order = random.Random(1).choices(range(300), k=2000)
     with ThreadPoolExecutor(8) as pool:
-        read = list(pool.map(lambda place: store.read(frame["image"][place]), order))
-    assert all(data == wanted[place] for place, data in zip(order, read, strict=True))
+        read = list(pool.map(lambda row: store.read(frame["image"][row]), order))
+    assert all(data == wanted[row] for row, data in zip(order, read, strict=True))
     assert copy.copy(store).read(frame["image"][7]) == wanted[7]  # as a worker process gets it
     assert frame["id"].tolist() == [hashlib.sha256(data).hexdigest()[:16] for data in wanted]
 
@@ -44,28 +46,28 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     assert (first.name, first.mtime, first.uid, first.mode) == ("000000000.bin", 0, 0, 0o644)
 
 
-def test_a_second_run_leaves_nothing_of_the_first(tmp_path: Path) -> None:
+def test_a_second_run_removes_the_files_of_the_first(tmp_path: Path) -> None:
     pack(rows(100), tmp_path, 0.02)
     pack(rows(3, seed=1), tmp_path, 0.02)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["images-00000.tar", "manifest.parquet"]
 
 
-def test_edits_name_their_originals_forwards_and_backwards(tmp_path: Path) -> None:
+def test_edits_name_originals_before_and_after_them(tmp_path: Path) -> None:
     def edits() -> Iterator[SourceRow]:
         for row, original in zip(rows(5000), ["k4999", "k0", "nobody", *[None] * 4997], strict=True):
             row.edited_from = original
             yield row
 
-    figures = pack(edits(), tmp_path, 32)
+    counts = pack(edits(), tmp_path, 32)
     frame = read_manifest(tmp_path)
     assert frame["edited_from"].tolist()[:4] == [frame["id"][4999], frame["id"][0], None, None]
     assert frame["problem"].tolist()[:4] == [None, None, "unknown_original", None]
     assert "'nobody'" in frame["detail"][2]
-    assert figures["problems"] == 1
+    assert counts["problems"] == 1
     assert pq.read_schema(tmp_path / "manifest.parquet").equals(MANIFEST_SCHEMA)
 
 
-def test_structures_and_conditions_survive(tmp_path: Path) -> None:
+def test_lists_structs_and_conditions_are_read_back(tmp_path: Path) -> None:
     full = SourceRow(
         "a", "line 1", b"image", ["one", "two"], "MIT", "me", "test", objects=[("cat", (0.5, 1, 2, 3))], questions=[("q?", ["yes", "y"])],
         conditions={"canny edge": b"edges", "canny-edge": b"other"}, group="g", text_in_image="A",
@@ -84,7 +86,7 @@ def test_structures_and_conditions_survive(tmp_path: Path) -> None:
     assert len(second["id"]) == 16
 
 
-def test_references_that_lead_nowhere_are_errors(tmp_path: Path) -> None:
+def test_references_to_missing_members_and_shards_are_errors(tmp_path: Path) -> None:
     pack(rows(5), tmp_path, 1)
     store = ImageStore(tmp_path)
     for ref in ("images-00000.tar/nothing.png", "images-00009.tar/000000000.bin", "../x.tar/a", "manifest.parquet/a", ""):
@@ -92,7 +94,7 @@ def test_references_that_lead_nowhere_are_errors(tmp_path: Path) -> None:
             store.read(ref)
     shard = tmp_path / "images-00000.tar"
     shard.write_bytes(shard.read_bytes()[:600])
-    with pytest.raises(ManifestError, match=r"cut short|damaged"):
+    with pytest.raises(ManifestError, match=r"truncated|damaged"):
         store.read("images-00000.tar/000000004.bin")
     with pytest.raises(ManifestError, match="does not exist"):
         read_manifest(tmp_path / "nowhere")

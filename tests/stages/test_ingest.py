@@ -1,4 +1,4 @@
-"""Condition images computed where the source has none."""
+"""Condition images that the source lacks are computed."""
 
 import io
 from typing import get_args
@@ -28,13 +28,13 @@ def test_missing_kinds_are_computed_and_given_ones_kept():
     assert np.array_equal(edges, EXTRACTORS["canny edge"](PICTURE)) and edges.any()
 
 
-def test_which_rows_follows_from_their_keys_and_the_share():
+def test_the_choice_of_rows_depends_on_their_keys_and_the_share():
     chosen = [[bool(r.conditions) for r in with_conditions(map(row, range(200)), ["hed"], 0.3)] for _ in range(2)]
     assert chosen[0] == chosen[1] and sum(chosen[0]) == pytest.approx(60, abs=20)
     assert not any(r.conditions for r in with_conditions(map(row, range(20)), [], 1.0))
 
 
-def test_large_images_are_reduced_and_damaged_ones_left_to_validate():
+def test_large_images_are_reduced_and_damaged_ones_are_left_to_validate():
     large = np.kron(PICTURE, np.ones((16, 20, 1), np.uint8))
     wide, broken = with_conditions([row(0, encode(large)), row(1, b"no image")], ["canny edge"], 1.0)
     assert Image.open(io.BytesIO(wide.conditions["canny edge"])).width == EXTRACTED_SIDE and broken.conditions == {}

@@ -1,4 +1,4 @@
-"""What stages record as their inputs, and what an imported image tokenizer becomes."""
+"""The datasets that stages log as inputs, and the import of an image tokenizer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
     return seen
 
 
-def test_inputs_are_recorded_and_only_the_model_is_imported(recorded: list[tuple[str, str]]) -> None:
+def test_inputs_are_logged_and_only_the_model_is_imported(recorded: list[tuple[str, str]]) -> None:
     spec = ImageTokenizerSpec(32, patch=4, channels=8, multipliers=(1, 2), blocks=1, decoder_blocks=1, embedding_dim=4, codebook_size=16)
     torch.manual_seed(0)
     ImageTokenizer(spec).save(Path("elsewhere"))
@@ -43,5 +43,5 @@ def test_inputs_are_recorded_and_only_the_model_is_imported(recorded: list[tuple
     image_tokenizer.run(config)
     assert recorded == [("validate", "data/raw"), ("image_tokenizer", "data/raw"), ("image_tokenizer", "data/validated")]
     assert {file.name for file in paths.IMAGE_TOKENIZER.iterdir()} == {"config.json", "model.safetensors", "reconstructions.png"}
-    kept, given = (ImageTokenizer.load(place).state_dict() for place in (paths.IMAGE_TOKENIZER, Path("elsewhere")))
+    kept, given = (ImageTokenizer.load(folder).state_dict() for folder in (paths.IMAGE_TOKENIZER, Path("elsewhere")))
     assert all(torch.equal(kept[name], given[name]) for name in given)

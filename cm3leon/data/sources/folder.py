@@ -1,8 +1,8 @@
-"""The folder source: a directory of images with a CSV, TSV, JSON Lines or parquet manifest, one row a document.
+"""The folder source: a directory of images with a CSV, TSV, JSON Lines or parquet manifest, one record a row.
 
-Columns of the file are named as ours, or mapped in ``ingest.folder.columns`` (``{captions: title}``: our column -> the file's). Needed are
+Columns of the file are named as ours, or mapped in ``ingest.folder.columns`` (``{captions: title}``: our column -> the file's). Required:
 ``image`` (path relative to ``ingest.path``), ``captions`` (text, or a JSON list of texts) and ``licence``, unless ``ingest.folder.license``
-states one for all. In text files, lists and mappings are JSON. A row at fault is yielded with its ``problem``, never dropped.
+states one for all. In text files, lists and mappings are JSON. A row with an error is yielded with its ``problem``, never dropped.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ MANIFEST_COLUMNS = (
     "image", "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions", "reasoning",
     "instruction", "edited_from", "conditions", "text_in_image",
 )  # fmt: skip
-NEEDED = ("image", "captions", "licence")
+REQUIRED = ("image", "captions", "licence")
 ALIASES = {"captions": ("captions", "caption"), "licence": ("licence", "license"), "key": ("key", "id")}
-"""File columns that are taken, in this order, for one of ours when no mapping names it."""
+"""Columns of the file that are read, in this order, for one of ours that no mapping names."""
 
 
 class _RowProblem(ValueError):
-    """What is wrong with one row: a reason code and a detail."""
+    """An error in one row: a reason code and a detail."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -36,26 +36,27 @@ class _RowProblem(ValueError):
 def rows(config: FolderConfig, path: Path) -> Iterator[SourceRow]:
     """Every row of the manifest ``path / config.manifest``, with its image files read.
 
-    Problems found here: ``missing`` (no image named, or no such file), ``path_outside_root`` (absolute, through ``..`` or a symbolic link),
-    ``unreadable`` (the file system refuses), ``malformed_row`` (a cell that cannot be understood).
+    Problems found here: ``missing`` (no image is named, or no such file), ``path_outside_root`` (absolute, through ``..`` or a symbolic
+    link), ``unreadable`` (the file cannot be read), ``malformed_row`` (a cell cannot be parsed).
 
     Raises:
-        SourceError: if the manifest does not exist, lacks a needed column, or has no rows.
+        SourceError: if the manifest does not exist, lacks a required column, or has no rows.
     """
     manifest = path / config.manifest
-    found, records = read_table(manifest)
+    found, table_rows = read_table(manifest)
     mapping = _mapping(config, manifest, found)
     root = path.resolve()
     empty = True
-    for origin, record, fault in records:
+    for location, table_cells, fault in table_rows:
         empty = False
-        yield _row({ours: record.get(theirs) for ours, theirs in mapping.items()}, f"{config.manifest} {origin}", fault, root, config)
+        cells = {ours: table_cells.get(theirs) for ours, theirs in mapping.items()}
+        yield _row(cells, f"{config.manifest} {location}", fault, root, config)
     if empty:
-        raise SourceError(f"{manifest} has columns ({', '.join(found)}) but no rows")
+        raise SourceError(f"{manifest} has columns ({', '.join(found)}) but no rows; add one row for each image")
 
 
 def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str, str]:
-    """Our column -> the file's, for the columns that are there."""
+    """Our column -> the file's, for the columns that the file has."""
     listing = ", ".join(found) or "none"
     for ours, theirs in config.columns.items():
         if ours not in MANIFEST_COLUMNS:
@@ -69,9 +70,9 @@ def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str
         known = next((name for name in ALIASES.get(ours, (ours,)) if name in found), None)
         if ours not in mapping and known is not None:
             mapping[ours] = known
-    for ours in NEEDED:
+    for ours in REQUIRED:
         if ours not in mapping and not (ours == "licence" and config.license):
-            alternative = ", or state one licence for all rows with ingest.folder.license" if ours == "licence" else ""
+            alternative = ", or state one license for all rows with ingest.folder.license" if ours == "licence" else ""
             raise SourceError(
                 f"{manifest} has no column {ours!r}; its columns are: {listing}. Say which one it is in params.yaml, "
                 f"e.g. ingest.folder.columns: {{{ours}: {found[0] if found else 'COLUMN'}}}{alternative}"
@@ -80,7 +81,7 @@ def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str
 
 
 def _row(cells: dict[str, Any], origin: str, fault: str | None, root: Path, config: FolderConfig) -> SourceRow:
-    """One row; problems are recorded, and everything that could be read is kept."""
+    """One row with its problems, and with every cell that could be parsed."""
     problems = [_RowProblem("malformed_row", fault)] if fault else []
 
     def attempt(column: str, parse: Any, default: Any) -> Any:
@@ -118,8 +119,8 @@ def _row(cells: dict[str, Any], origin: str, fault: str | None, root: Path, conf
 
 
 def _text(cell: Any) -> str | None:
-    """Text without blanks around it; None for an empty cell."""
-    text = "" if cell is None or cell != cell else str(cell).strip()
+    """Text without surrounding blanks; None for an empty cell."""
+    text = "" if cell is None or cell != cell else str(cell).strip()  # NaN is an empty cell of a parquet file
     return text or None
 
 
@@ -148,7 +149,7 @@ def _read(root: Path, name: str | None) -> bytes:
 
 
 def _json(cell: Any, expected: str) -> Any:
-    """A list or mapping: as it stands (parquet, JSON Lines) or parsed from text; None for an empty cell."""
+    """A list or mapping: unchanged from parquet and JSON Lines, parsed from a text cell; None for an empty cell."""
     if not isinstance(cell, str):
         return None if cell is None or (isinstance(cell, float) and cell != cell) else cell
     if not cell.strip():
@@ -168,7 +169,7 @@ def _captions(cell: Any) -> list[str]:
                 parsed = parse_json(cell)
                 value = parsed if isinstance(parsed, list) else value
             except ValueError:
-                if cell.lstrip().startswith('["'):  # else a caption that begins with a bracket
+                if cell.lstrip().startswith('["'):  # else it is a caption that begins with a bracket
                     raise _RowProblem("malformed_row", f"the JSON list is broken: {cell[:60]!r}") from None
     value = [] if value is None or value != value else value
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):

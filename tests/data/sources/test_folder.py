@@ -1,3 +1,5 @@
+"""The folder source reads what is right, and says what is wrong with each row."""
+
 import csv
 import json
 from pathlib import Path
@@ -116,12 +118,12 @@ def test_a_broken_cell_is_a_problem_of_its_row(tmp_path: Path, cells: dict[str, 
     assert row.image == b"picture"
 
 
-def test_all_problems_of_a_row_are_told(tmp_path: Path) -> None:
+def test_a_row_has_all_its_problems(tmp_path: Path) -> None:
     row = one(tmp_path, image="gone.png", objects="[{", conditions='{"edges": "../e.png"}')
     assert row.problem == "missing,malformed_row,path_outside_root"
 
 
-def test_a_row_of_the_wrong_length_is_malformed_and_keeps_its_place(tmp_path: Path) -> None:
+def test_a_row_of_the_wrong_length_is_malformed_and_the_line_numbers_stay_right(tmp_path: Path) -> None:
     collection(tmp_path, [])
     (tmp_path / "manifest.csv").write_text('image,caption,licence\nimages/a.png,"two\nlines",MIT\n\nimages/a.png,x\nimages/a.png,y,MIT,z\n')
     found = list(rows(FolderConfig(), tmp_path))
@@ -130,7 +132,7 @@ def test_a_row_of_the_wrong_length_is_malformed_and_keeps_its_place(tmp_path: Pa
     assert found[1].detail == "2 cells where the header names 3"
 
 
-def test_what_a_user_got_wrong_is_said(tmp_path: Path) -> None:
+def test_errors_of_the_configuration_and_the_file_are_named(tmp_path: Path) -> None:
     collection(tmp_path, [{"image": "images/a.png", "title": "x"}])
     cases: list[tuple[FolderConfig, str]] = [
         (FolderConfig(), r"no column 'captions'; its columns are: image, title.*ingest.folder.columns: \{captions:"),
@@ -138,7 +140,7 @@ def test_what_a_user_got_wrong_is_said(tmp_path: Path) -> None:
         (FolderConfig(columns={"captions": "titel"}), "no column 'titel'; its columns are: image, title"),
         (FolderConfig(columns={"caption": "title"}), "there is no manifest column 'caption'"),
         (FolderConfig(manifest="other.csv"), "other.csv does not exist"),
-        (FolderConfig(manifest="images/a.png"), "a manifest is one of"),
+        (FolderConfig(manifest="images/a.png"), "the format of a manifest is one of"),
     ]
     for config, message in cases:
         with pytest.raises(SourceError, match=message):
