@@ -1,4 +1,4 @@
-"""What instruction tuning works on: the samples of the task mix and their validation batches."""
+"""Inputs of instruction tuning: the samples of the task mix and their validation batches."""
 
 from __future__ import annotations
 

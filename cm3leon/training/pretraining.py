@@ -1,4 +1,4 @@
-"""What pretraining works on: the vocabulary, a new decoder, its training samples and validation batches."""
+"""Inputs of pretraining: the vocabulary, a new decoder, its training samples and validation batches."""
 
 from __future__ import annotations
 

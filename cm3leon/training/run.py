@@ -1,4 +1,4 @@
-"""What the two training stages share: their stream of batches, and the run itself from setup to the saved decoder."""
+"""The training run of the stages ``pretrain`` and ``sft``: its stream of batches, and all steps from setup to the saved decoder."""
 
 from __future__ import annotations
 
