@@ -9,10 +9,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup run ui study test lint types format lock clean
+.PHONY: help install setup run ui study lint types test test-fast docs format lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## .venv with the locked dependencies
 
@@ -47,6 +47,15 @@ types: $(STAMP)  ## mypy
 test: lint types  ## lint, types, tests; PYTEST="-k flows" adds arguments
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST)
 
+test-fast: $(STAMP)  ## tests for the inner loop: without slow ones, browser and GPU
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not browser and not gpu" $(PYTEST)
+
+# pdoc cannot resolve the annotations of a NamedTuple in a module with postponed annotations: the one warning that is filtered.
+# Without PDOC_ALLOW_EXEC it warns of every import that asks the system for the processor's name.
+docs: $(STAMP)  ## API reference from the docstrings, in build/docs/index.html
+	@rm -rf build/docs
+	PDOC_ALLOW_EXEC=1 $(BIN)/python -W "ignore:Error parsing type annotation ForwardRef" -m pdoc --docformat google -o build/docs cm3leon
+
 format: $(STAMP)  ## put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -59,5 +68,5 @@ lock:  ## write requirements.lock anew from pyproject.toml's ranges
 	@mv .cache/requirements.lock requirements.lock && rm -rf .cache/lock
 
 clean:  ## caches and what tools leave; not the data, models, store or environment
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache build dist *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .cache build dist *.egg-info
 	find cm3leon flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -35,7 +35,7 @@ from cm3leon.scenes import composition
 from cm3leon.scenes.scene import COLORS, SHAPES
 from cm3leon.sequence.grammar import Prompt
 from cm3leon.sequence.text_tokenizer import TextTokenizer
-from cm3leon.stages.pretrain import build_decoder, training_samples
+from cm3leon.training.pretraining import build_decoder, training_samples
 from cm3leon.training.trainer import fit, setup, validate
 from cm3leon.utils.images import to_pil
 

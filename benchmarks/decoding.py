@@ -1,7 +1,7 @@
 """Sweep decoding settings on prompts of the val split: python benchmarks/decoding.py [--prompts 200]
 
-Composition accuracy, by attribute, for temperatures, guidance scales, numbers of candidates and how they are ranked, with the models that
-the last pipeline run left. The test split, which the evaluation uses, is not touched: a profile's defaults are chosen here.
+Composition accuracy, by attribute, for temperatures, guidance scales, numbers of candidates and ways of ranking them, with the models of
+the last pipeline run. The test split, which the evaluation uses, is not touched: a profile's defaults are chosen here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from cm3leon.config import paths
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.data.manifest import read_manifest
+from cm3leon.generation.checks import checked_settings
 from cm3leon.generation.generator import Generator
 from cm3leon.scenes import composition
 
@@ -27,7 +28,7 @@ GRID: list[dict[str, Any]] = [
     {"temperature": 0.7, "guidance": 1.5, **RANKED, "top_p": 0.98},
     {"temperature": 0.7, "guidance": 1.5, **RANKED, "retrieved_documents": 1},
 ]
-"""What is tried; what a line does not say is the default: top-p 1, likelihood 0, no documents."""
+"""Settings of each run; others have their defaults: top-p 1, likelihood 0, no retrieved documents."""
 SETTINGS = ("temperature", "top_p", "guidance", "guidance_schedule", "candidates", "likelihood", "retrieved_documents")
 
 
@@ -39,19 +40,20 @@ def main(prompts: int) -> None:
         encoder=paths.ENCODER,
         memory_bank=paths.INDEX,
         tokens=paths.TOKENS,
-        decoding=DecodingConfig(top_p=1.0),
+        decoding=DecodingConfig(top_p=1.0, likelihood=0.0, tasks={}),
     )
     captions = [str(texts[0]) for texts in read_manifest(paths.VALIDATED, "val")["captions"][:prompts]]
     print(f"| {' | '.join(SETTINGS)} | composition | background | count | color | shape | size | relation | s |")
     print("|" + "---|" * (len(SETTINGS) + 8))
     for settings in GRID:
         start = time.perf_counter()
-        drawn = [images[0].image for images in generator.text_to_image(captions, **settings)]
-        scores = composition.score(captions, drawn)
+        generated = [images[0].image for images in generator.text_to_image(captions, **settings)]
+        scores = composition.score(captions, generated)
         names = ("", "/background", "/count", "/color", "/shape", "/size", "/relation")
         shown = [f"{scores.get(f'composition{name}', float('nan')):.3f}" for name in names]
-        asked = [str(getattr(generator.settings(settings), key)) for key in SETTINGS]
-        print("| " + " | ".join([*asked, *shown, f"{time.perf_counter() - start:.1f}"]) + " |", flush=True)
+        used = checked_settings(generator.decoding, settings)
+        columns = [str(getattr(used, key)) for key in SETTINGS]
+        print("| " + " | ".join([*columns, *shown, f"{time.perf_counter() - start:.1f}"]) + " |", flush=True)
 
 
 if __name__ == "__main__":

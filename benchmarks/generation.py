@@ -1,12 +1,12 @@
-"""Speed of drawing beside ``OPTForCausalLM`` with the same weights, and beside the floor that memory sets.
+"""Speed of image generation, compared with ``OPTForCausalLM`` of the same weights and with the floor that memory bandwidth sets.
 
     python benchmarks/generation.py                  # the small shape
     python benchmarks/generation.py --shape 350m     # 350M, vocabulary 65,536, 256 tokens an image
 
 Needs transformers. Eight candidates of one prompt with classifier-free guidance: ours in one call, OPT's through ``generate`` with
-``guidance_scale``. Both run in this process and take turns; the ratio is of the medians. Before that both draw greedily, and the images
-must be equal. The floor is the time in which the weights that a step needs are read once, at the memory bandwidth measured here.
-On a GPU, in bfloat16, ``--alone`` tells seconds for an image of 1,024 tokens and throughput for 1 to 64 images at once of 350m, 760m, 7b;
+``guidance_scale``. Both run in this process, alternating; the ratio is of the medians. Before that both decode greedily, and the images
+must be equal. The floor is the time to read the weights that a step needs once, at the memory bandwidth measured here.
+On a GPU, in bfloat16, ``--alone`` measures seconds and throughput for 1 to 64 images at once of 1,024 tokens, for 350m, 760m or 7b;
 ``--compiled`` compiles ours.
 """
 
@@ -37,7 +37,7 @@ SHAPES = {
     "760m": (24, 1536, 16, 65_536, 8192, 1024),
     "7b": (32, 4096, 32, 65_536, 8192, 1024),
 }
-"""Layers, width, heads, vocabulary, image codes, tokens an image."""
+"""Shape -> layers, width, heads, vocabulary, image codes, tokens an image."""
 CANDIDATES, GUIDANCE, PROMPT_TOKENS, SENTINELS = 8, 3.0, 24, 8
 DEVICE = default_device()
 
@@ -49,15 +49,16 @@ def make_model(shape: str, tokens: int | None) -> Decoder:
     layout = Vocabulary(vocabulary - 4 - SENTINELS - codes, codes, SENTINELS, tokens)
     torch.manual_seed(0)
     with DEVICE:
-        model = Decoder(DecoderSpec(layers, width, heads, tokens + 64, init_std=0.02), layout)
+        off = {"qk_norm": False, "image_positions": False, "rope": False, "previous_token": False}  # as the paper's
+        model = Decoder(DecoderSpec(layers, width, heads, tokens + 64, init_std=0.02, position_std=0.0002, **off), layout)
     for block in model.blocks:
         torch.nn.init.normal_(block.attention.out.weight, std=0.02)
         torch.nn.init.normal_(block.down.weight, std=0.02)
     return (model.bfloat16() if DEVICE.type == "cuda" else model).eval()
 
 
-def prompts_of(model: Decoder) -> list[Prompt]:
-    """The conditional and the mask-conditioned stream."""
+def guidance_streams(model: Decoder) -> list[Prompt]:
+    """The conditional and the unconditional stream."""
     text = model.vocabulary.text(np.random.default_rng(0).integers(model.vocabulary.text_size, size=PROMPT_TOKENS))
     return [image_prompt([("text", text)], [], model.vocabulary, masked) for masked in (frozenset(), frozenset({0}))]
 
@@ -65,7 +66,7 @@ def prompts_of(model: Decoder) -> list[Prompt]:
 def ours(model: Decoder, candidates: int, **settings: float) -> np.ndarray:
     """Codes (candidates, tokens) of the prompt."""
     sampler = Sampler(DecodingConfig.model_validate({"guidance": GUIDANCE, "top_p": 0.9, "temperature": 1.0, **settings}))
-    return generate_images(model, [prompts_of(model)], [list(range(candidates))], sampler)[0]
+    return generate_images(model, [guidance_streams(model)], [list(range(candidates))], sampler)[0]
 
 
 def opt_of(model: Decoder) -> torch.nn.Module:
@@ -90,7 +91,7 @@ def theirs(opt: torch.nn.Module, model: Decoder, candidates: int, *, greedy: boo
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             return scores + outside
 
-    conditional, unconditional = (torch.from_numpy(p.tokens)[None].expand(candidates, -1) for p in prompts_of(model))
+    conditional, unconditional = (torch.from_numpy(p.tokens)[None].expand(candidates, -1) for p in guidance_streams(model))
     sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}
     found = opt.generate(
         input_ids=conditional, attention_mask=torch.ones_like(conditional), guidance_scale=GUIDANCE,
@@ -102,14 +103,14 @@ def theirs(opt: torch.nn.Module, model: Decoder, candidates: int, *, greedy: boo
 
 
 def seconds(run: object) -> float:
-    """Of one call."""
+    """Seconds that one call takes."""
     start = time.perf_counter()
     run()  # type: ignore[operator]
     return time.perf_counter() - start
 
 
 def bandwidth() -> float:
-    """Bytes a second that a sum over a gigabyte reads; the best of ten."""
+    """Memory bandwidth, bytes a second: a sum over a gibibyte, the best of ten."""
     data = torch.ones(1 << 28, device=DEVICE)
 
     def read() -> None:
@@ -119,13 +120,13 @@ def bandwidth() -> float:
 
 
 def floor_seconds(model: Decoder) -> float:
-    """The time in which the weights of a step, those of the blocks and the image rows of the output matrix, are read once."""
+    """Seconds to read once the weights that a step needs: those of the blocks and the image rows of the output matrix."""
     rows = model.tokens.weight[model.vocabulary.image_start : model.vocabulary.text_start]
     return (sum(p.nbytes for p in model.blocks.parameters()) + rows.nbytes) / bandwidth()
 
 
 def compare(shape: str, tokens: int | None, rounds: int, compiled: bool) -> None:
-    """Print images a second of both, their ratio, and ours beside the floor."""
+    """Print images a second of both, their ratio, and our time a token with its floor."""
     model = make_model(shape, tokens)
     model.compiled_decoding = compiled
     opt = opt_of(model)
@@ -148,7 +149,7 @@ def compare(shape: str, tokens: int | None, rounds: int, compiled: bool) -> None
 
 
 def alone(shape: str, tokens: int | None, compiled: bool) -> None:
-    """Print seconds and throughput of ours, for several images at once, with guidance."""
+    """Print our seconds and throughput for several images at once, with guidance."""
     model = make_model(shape, tokens or 1024)
     model.compiled_decoding = compiled
     floor = floor_seconds(model) * model.vocabulary.tokens_per_image

@@ -1,8 +1,8 @@
 """How well candidates are ranked: python benchmarks/ranking.py [--prompts 128] [--candidates 32] [--model models/finetuned]
 
-Draws candidates for prompts of the val split with the models that the last pipeline run left. Prints the composition accuracy of a random
-one; of the best by CLIP score, by how likely the model reads the prompt from the image, and by both with several weights; and of any, which
-is what perfect ranking would reach.
+Generates candidates for prompts of the val split with the models of the last pipeline run. Prints the composition accuracy of a random
+candidate; of the best by CLIP score, by the prompt's log-likelihood as the image's caption, and by their sum with several weights; and of
+any candidate, which perfect ranking would reach.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from cm3leon.config import paths
 from cm3leon.config.schema import load_config
 from cm3leon.data.manifest import read_manifest
-from cm3leon.generation.prompts import Query
-from cm3leon.generation.rerank import read_likelihoods
+from cm3leon.generation.image_requests import Query
+from cm3leon.generation.rerank import caption_log_likelihoods
 from cm3leon.scenes import composition
 from cm3leon.stages.evaluate import load
 
@@ -27,20 +27,20 @@ def main(prompts: int, candidates: int, model: Path) -> None:
     generator = load(load_config(), model)
     captions = [str(texts[0]) for texts in read_manifest(paths.VALIDATED, "val")["captions"]]
     captions = [caption for caption in captions if composition.parse_caption(caption) is not None][:prompts]
-    drawn = generator.text_to_image(captions, candidates, candidates=1, likelihood=0.0)
-    right = np.array(
-        [
-            [all(verdict.values()) for verdict in composition.verdicts([caption] * candidates, [i.image for i in images]) if verdict]
-            for caption, images in zip(captions, drawn, strict=True)
-        ]
-    )
-    clip = np.array([[image.score for image in images] for images in drawn])
-    queries = [Query([("text", generator.ids(caption))], (0,)) for caption in captions for _ in range(candidates)]
-    read = read_likelihoods(generator.model, queries, [image.codes for images in drawn for image in images]).reshape(clip.shape)
+    generated = generator.text_to_image(captions, candidates, candidates=1, likelihood=0.0)
+    correct = []
+    for caption, images in zip(captions, generated, strict=True):
+        verdicts = composition.verdicts([caption] * candidates, [image.image for image in images])
+        correct.append([all(verdict.values()) for verdict in verdicts if verdict])
+    right = np.array(correct)
+    clip = np.array([[image.score for image in images] for images in generated])
+    queries = [Query([("text", generator.parts.text_tokens(caption))], (0,)) for caption in captions for _ in range(candidates)]
+    codes = [image.codes for images in generated for image in images]
+    likelihood = caption_log_likelihoods(generator.model, queries, codes).reshape(clip.shape)
     print(f"{len(captions)} prompts, {candidates} candidates: random {right.mean():.3f}, any {right.any(1).mean():.3f}")
     print("| weight of the likelihood | composition |\n|---|---|")
     for weight in WEIGHTS:
-        best = (clip + weight * read).argmax(1)
+        best = (clip + weight * likelihood).argmax(1)
         print(f"| {weight:g} | {right[np.arange(len(right)), best].mean():.3f} |")
 
 

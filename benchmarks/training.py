@@ -33,11 +33,15 @@ DEVICE = default_device()
 LEARNING_RATE = 1e-4
 
 
+def spec_of(shape: str, context: int) -> DecoderSpec:
+    """The paper's decoder of a size."""
+    off = {"qk_norm": False, "image_positions": False, "rope": False, "previous_token": False}
+    return DecoderSpec(*SHAPES[shape], context, init_std=0.006, position_std=0.0002, **off)
+
+
 def step_of_ours(shape: str, context: int, vocabulary: int, tokens_BT: torch.Tensor) -> Callable[[], float]:
     """A function that takes one step of our decoder."""
-    layers, width, heads = SHAPES[shape]
-    spec = DecoderSpec(layers, width, heads, context)
-    model = Decoder(spec, Vocabulary(vocabulary - 8 - 4 - 64, 64, 8, 64)).to(DEVICE)
+    model = Decoder(spec_of(shape, context), Vocabulary(vocabulary - 8 - 4 - 64, 64, 8, 64)).to(DEVICE)
     weights = torch.ones_like(tokens_BT, dtype=torch.float32)
     image_positions = torch.zeros_like(tokens_BT)
 
@@ -124,9 +128,8 @@ def alone(shape: str, batch: int, context: int, vocabulary: int, rounds: int) ->
     step = step_of_ours(shape, context, vocabulary, tokens)
     taken = [seconds(step) for _ in range(rounds + 3)][3:]
     rate = tokens.numel() / statistics.median(taken)
-    layers, width, heads = SHAPES[shape]
     peak = peak_flops(torch.cuda.get_device_name()) if DEVICE.type == "cuda" else None
-    mfu = rate * flops_per_token(DecoderSpec(layers, width, heads, context), vocabulary, context) / peak if peak else float("nan")
+    mfu = rate * flops_per_token(spec_of(shape, context), vocabulary, context) / peak if peak else float("nan")
     print(f"| {shape} | {batch} x {context} | {vocabulary} | {rate:,.0f} tokens/s | MFU {mfu:.1%} |", flush=True)
 
 

@@ -57,7 +57,7 @@ class Browser:
     def open(self, url):
         """Show the page and wait until it knows the model."""
         self.send("Page.navigate", url=url)
-        self.until("document.readyState === 'complete' && document.querySelector('#model').textContent.includes('draws')")
+        self.until("document.readyState === 'complete' && document.querySelector('#model').textContent.includes('generates')")
 
     def middle(self, selector, across=0.5, down=0.5):
         """Where a place of an element is on the screen."""

@@ -58,11 +58,12 @@ def tiny_parts(tiny_models):
 
 def make_models(root):
     from PIL import Image
+    from tests_support import decoder_spec
 
     from cm3leon.data.tokens import Document, write_tokens
     from cm3leon.evaluation.record import Record
     from cm3leon.models.clip import ClipTokenizer, Encoder, build_clip, trained_settings
-    from cm3leon.models.decoder import Decoder, DecoderSpec
+    from cm3leon.models.decoder import Decoder
     from cm3leon.models.super_resolution import SuperResolution
     from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec
     from cm3leon.retrieval.index import MemoryBank
@@ -78,7 +79,7 @@ def make_models(root):
     )
     images.save(root / paths.IMAGE_TOKENIZER)
     vocabulary = Vocabulary(text.size, 16, sentinels=4, tokens_per_image=images.spec.tokens_per_image)
-    decoder = Decoder(DecoderSpec(layers=1, width=32, heads=2, context=160, init_std=0.1), vocabulary)
+    decoder = Decoder(decoder_spec(layers=1, width=32, heads=2, context=160, init_std=0.1), vocabulary)
     for block in decoder.blocks:  # output layers start at zero, and hide what a block does
         torch.nn.init.normal_(block.attention.out.weight, std=0.2)
         torch.nn.init.normal_(block.down.weight, std=0.2)

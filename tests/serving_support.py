@@ -1,4 +1,4 @@
-"""A real server in a thread, on a free port of 127.0.0.1, and what asks it, for tests."""
+"""A real server in a thread, on a free port of 127.0.0.1, and its client, for tests."""
 
 import base64
 import inspect
@@ -14,12 +14,10 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
-from cm3leon.serving.app import create_app
+from cm3leon.serving.app import IMAGES_ROUTE, create_app
 from cm3leon.serving.batching import Worker
 from cm3leon.serving.metrics import Metrics
 from cm3leon.serving.server import OPTIONS, Server
-
-IMAGES = "/v1/images/generations"
 
 
 def encoded(image):
@@ -37,10 +35,10 @@ def same(one, other):
 
 
 RED = Image.new("RGB", (40, 30), "red")
-PICTURE = encoded(RED)
+RED_PNG = encoded(RED)
 
 
-def ask_all(running, bodies, path=IMAGES):
+def ask_all(running, bodies, path=IMAGES_ROUTE):
     """Answers to requests sent at the same time, as futures."""
     pool = ThreadPoolExecutor(len(bodies))
     asked = [pool.submit(running.client.post, path, json=body) for body in bodies]
@@ -48,28 +46,28 @@ def ask_all(running, bodies, path=IMAGES):
     return asked
 
 
-class Asking:
-    """A server at ``url``, asked through ``client``."""
+class Connection:
+    """A server at ``url`` and its ``client``."""
 
     def __init__(self, url):
         self.url, self.client = url, httpx.Client(base_url=url, timeout=30, trust_env=False)
 
     def until(self, condition, seconds=10):
-        """Wait for something that must come about."""
+        """Wait until a condition is true."""
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, "it did not come about"
+            assert time.monotonic() < end, "the condition did not become true"
             time.sleep(0.005)
 
     def healthy(self):
-        """Whether it answers requests."""
+        """True if it answers requests."""
         try:
             return self.client.get("/health").status_code == 200
         except httpx.ConnectError:
             return False
 
 
-class Running(Asking):
+class Running(Connection):
     """A server in a thread."""
 
     def __init__(self, load, drain_seconds=20.0, **limits):
@@ -82,7 +80,7 @@ class Running(Asking):
 
 
 class Held:
-    """The real generator, whose calls are noted and wait until they are let go."""
+    """The real generator; its calls are recorded, and wait until ``let_go`` is set."""
 
     def __init__(self, generator):
         self.generator, self.let_go, self.calls = generator, threading.Event(), []
@@ -102,7 +100,7 @@ class Held:
 
 @contextmanager
 def starting(load, **options):
-    """A server of what ``load`` makes, as soon as it listens; it is stopped at the end."""
+    """A server of the generator that ``load`` returns, as soon as it listens; it is stopped at the end."""
     running = Running(load, **options)
     running.thread.start()
     try:

@@ -292,7 +292,7 @@ def _all_tasks(study: Study, model: Any) -> dict[str, dict[str, Any]]:
     """The main scores of each task on the val split, with their intervals."""
     config = study.config.model_copy(update={"evaluate": study.config.evaluate.model_copy(update={"tasks": study.prompts})})
     generator, record = load(config, model), Record()
-    generator.training = None
+    generator.parts.training = None
     store, val = ImageStore(paths.RAW), read_manifest(paths.VALIDATED, "val")
     evaluation = Evaluation(config, generator, store, val, record)
     for measured in (*MEASURES.values(), infill):

@@ -21,8 +21,8 @@ from cm3leon.evaluation.record import bootstrap, digest
 from cm3leon.generation.generator import Generator
 from cm3leon.scenes import composition
 from cm3leon.stages.evaluate import load
-from cm3leon.stages.pretrain import build_decoder, training_samples, validation_batches
 from cm3leon.tracking.lineage import content_hash
+from cm3leon.training.pretraining import build_decoder, training_samples, validation_batches
 from cm3leon.training.trainer import fit, setup
 
 ROOT = Path("models/study")
@@ -87,7 +87,7 @@ class Study:
         steps = max(VALIDATIONS, round(self.tokens / a_step))
         section = section.model_copy(update={"steps": steps, "validate_every": max(1, steps // VALIDATIONS)})
         with_documents = section.model_copy(update={"retrieved_documents": [0.0, 0.0, 1.0]})  # all are judged on none and on two
-        validation = validation_batches(replace(samples, store=held_out, documents=[1.0]), with_documents)
+        validation = validation_batches(replace(samples, store=held_out, retrieved_shares=[1.0]), with_documents)
         curve: list[dict[str, float]] = []
         fit(
             setup(model, section),
@@ -102,7 +102,7 @@ class Study:
 
     def generator(self, model: Path) -> Generator:
         """A generator on a decoder of the study, or of the pipeline, with the pipeline's other parts and plain sampling."""
-        plain = DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0, candidates=1)
+        plain = DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0, candidates=1, likelihood=0.0, tasks={})
         return load(self.config.model_copy(update={"decoding": plain}), model)
 
     def composition(self, model: Path, number: int = 1, **settings: Any) -> dict[str, Any]:

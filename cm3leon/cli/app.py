@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from cm3leon.cli import convert, model
-from cm3leon.cli.model import UsageError
+from cm3leon.cli.options import UsageError
 from cm3leon.stages.common import STAGES, run_stage
 from cm3leon.utils.errors import UserError
 
@@ -67,7 +67,7 @@ def configure(
     profile: Annotated[str, typer.Argument(help="a file of configs/, without .yaml")],
     changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; can be given several times")] = None,
 ) -> None:
-    """Write params.yaml from a profile, checked."""
+    """Write the complete params.yaml of a profile, checked."""
     from cm3leon.config.profiles import PARAMS
     from cm3leon.config.profiles import configure as write
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cm3leon.cli.model import CHAMPION, PANEL, UsageError
+from cm3leon.cli.options import CHAMPION, PANEL, UsageError
 
 if TYPE_CHECKING:
     from cm3leon.models.decoder import Decoder

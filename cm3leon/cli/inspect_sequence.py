@@ -16,8 +16,8 @@ from cm3leon.data.tokens import TokenStore
 from cm3leon.sequence.cm3 import Masked
 from cm3leon.sequence.grammar import SPECIALS, GrammarError, Segment, Vocabulary, check_grammar
 from cm3leon.sequence.text_tokenizer import TextTokenizer
-from cm3leon.stages.pretrain import build_vocabulary, training_samples
-from cm3leon.training.run import stream_of
+from cm3leon.training.pretraining import build_vocabulary, training_samples
+from cm3leon.training.run import make_stream
 from cm3leon.utils.errors import UserError
 
 STYLES = {"text": "green", "image": "blue", "special": "bold magenta", "mask": "bold red"}
@@ -219,7 +219,7 @@ def show_row(step: int, row: int, console: Console, config: Config) -> None:
         raise UserError(f"there is no row {row} in step {step}: rows are 0 to {section.batch_size - 1}, steps 0 to {section.steps - 1}")
     store = TokenStore(paths.TOKENS, ["train"])
     source = training_samples(store, build_vocabulary(section.model), section, config.seed)
-    stream = stream_of(source, len(store), section, config.seed, section.model.context)
+    stream = make_stream(source, len(store), section, config.seed, section.model.context)
     # Packing is sequential: what is in a row depends on the rows before it.
     for number in range(step + 1) if section.packing else [step]:
         [samples] = stream.samples(number, [row])

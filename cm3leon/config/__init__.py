@@ -1,0 +1,1 @@
+"""Parameters: their schema, the profiles they are written from, and the paths that stages read and write."""

@@ -19,11 +19,11 @@ SUPER_RESOLUTION = Path("models/super_resolution")
 EVALUATION = Path("models/evaluation")
 
 CHECKPOINTS = Path("models/checkpoints")
-"""``CHECKPOINTS / stage``: what a training stage goes on from after it was stopped. No stage's output: those are deleted at its start."""
+"""``CHECKPOINTS / stage``: checkpoints from which a training stage resumes. Not outputs: DVC deletes those when a stage starts."""
 
 RUNS = Path("models/runs")
-"""``RUNS / stage / "mlflow_run.json"``: the MLflow run that made a stage's outputs. Kept apart from the artefacts, so that
-artefacts depend on data, parameters and code alone and a stage that gives the same bytes again leaves later stages up to date."""
+"""``RUNS / stage / "mlflow_run.json"``: the MLflow run that made a stage's outputs. It is not kept with the artifacts, so
+that they depend on data, parameters and code alone, and a stage that gives the same bytes again leaves later stages up to date."""
 
 
 def run_file(stage: str) -> Path:

@@ -1,25 +1,21 @@
-"""Every parameter of a run, typed and checked: one class a stage, the same names as in ``params.yaml``.
+"""The reference of every parameter of a run: one class for each stage, one field for each key of ``params.yaml``, typed and checked.
 
-``load_config("params.yaml")`` reads and validates; an unknown key or an impossible value is an error that names the key.
-Profiles in ``configs/`` are complete parameter files; ``cm3leon configure PROFILE --set pretrain.steps=2000`` writes ``params.yaml`` from
-one.
+The defaults are those of profile ``small``: ``Config()`` equals what ``cm3leon configure small`` writes. The comments of ``params.yaml``
+and the table of ``docs/configuration.md`` are generated from the docstrings and descriptions here.
+
+Lengths are in tokens, sizes of images in pixels. "Paper" is CM3leon, arXiv 2309.02591.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cm3leon.utils.errors import UserError
-
-
-class ConfigError(UserError):
-    """A parameter file is unreadable, names an unknown key or holds an impossible value."""
-
+from cm3leon.config.yaml_file import ConfigError, read_yaml
 
 RENAMED = {
     "ingest.folder.licence": "ingest.folder.license",
@@ -54,7 +50,12 @@ def current_names(stored: Mapping[str, Any], section: str) -> dict[str, Any]:
     Args:
         stored: parameters as an earlier version wrote them, into a model's directory, say.
         section: dotted name of the section that they belong to; empty for a tree of sections.
+
+    Raises:
+        TypeError: if the file does not hold a mapping.
     """
+    if not isinstance(stored, Mapping):
+        raise TypeError(f"expected a mapping of parameters, found {type(stored).__name__}")
     found: dict[str, Any] = {}
     for key, value in stored.items():
         path = f"{section}.{key}" if section else key
@@ -74,105 +75,110 @@ def _renamed_keys(tree: Mapping[Any, Any], section: str = "") -> Iterator[str]:
 
 
 class Section(BaseModel):
-    """Base of all parameter classes: unknown keys are errors, instances are immutable."""
+    """Base of all parameter classes: unknown keys are errors, numbers are finite, instances are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""What NumPy and PyTorch both take."""
 
 
 class ShapesConfig(Section):
-    """The procedural source: scenes with exact ground truth (``data/sources/shapes.py``)."""
+    """The procedural source: scenes of colored shapes with exact ground truth for every task."""
 
-    count: int = Field(12_000, ge=1, description="scenes to draw, edited versions not counted")
+    count: int = Field(12_500, ge=1, description="scenes to paint; edited versions come on top")
     size: int = Field(64, ge=32, description="side of the square images, pixels")
-    seed: int = 0
-    max_objects: int = Field(3, ge=1, le=3)
-    grid: int = Field(8, ge=0, description="object centres lie on a grid of this many steps a side; 0: anywhere")
-    letters: float = Field(0.04, ge=0, le=1, description="share of scenes that show a drawn letter")
-    edits: float = Field(0.05, ge=0, le=1, description="share of scenes that also appear edited, with the instruction")
-    conditions: float = Field(0.05, ge=0, le=1, description="share of scenes with condition images of all kinds")
+    seed: Seed = Field(0, description="the same seed paints the same scenes")
+    max_objects: int = Field(3, ge=1, le=3, description="most objects in a scene")
+    grid: int = Field(8, ge=0, description="centers of objects lie on a grid of this many steps per side; 0: anywhere")
+    letters: float = Field(0.04, ge=0, le=1, description="share of the scenes that show a letter")
+    edits: float = Field(0.4, ge=0, le=1, description="share of the scenes that also come edited, with the instruction")
+    conditions: float = Field(0.12, ge=0, le=1, description="share of the scenes that come with condition images of all kinds")
 
 
 class FolderConfig(Section):
-    """A directory of images with a CSV or parquet manifest (``data/sources/folder.py``)."""
+    """A directory of images with a CSV or Parquet manifest."""
 
     manifest: str = Field("manifest.csv", description="manifest file, relative to ingest.path")
     columns: dict[str, str] = Field(
-        default_factory=dict,
-        description="our manifest column -> column of the file; names not given map to themselves",
+        default_factory=dict, description="manifest column -> column of the file; a name that is not given maps to itself"
     )
-    license: str | None = Field(None, description="license of rows that state none (SPDX id)")
+    license: str | None = Field(None, description="license (SPDX identifier) of rows that state none")
     attribution: str | None = Field(None, description="attribution of rows that state none")
     source: str = Field("folder", description="source name of rows that state none")
 
 
 class IngestConfig(Section):
-    """``ingest``: any source into image shards and one manifest."""
+    """Reads any source into image shards and one manifest."""
 
-    source: Literal["shapes", "folder"] = "shapes"
-    path: str = Field("data/source", description="the collection's root; a dependency of the stage")
-    shard_megabytes: float = Field(32.0, gt=0)
+    source: Literal["shapes", "folder"] = Field("shapes", description="shapes: painted here; folder: your own collection")
+    path: str = Field("data/source", description="root directory of the collection; DVC tracks it as an input")
+    shard_megabytes: float = Field(32.0, gt=0, description="size at which a tar shard of images is closed, MB")
     extract: list[Literal["canny edge", "hed", "children's scribbles", "M-LSD lines"]] = Field(
-        default_factory=list, description="condition images to compute of the source's images, where a row has none of that kind"
+        default_factory=list, description="kinds of condition images to compute where a row has none of that kind"
     )
-    extract_share: float = Field(0.1, ge=0, le=1, description="share of the images of which they are computed")
+    extract_share: float = Field(0.1, ge=0, le=1, description="share of the images for which they are computed")
     shapes: ShapesConfig = ShapesConfig()
     folder: FolderConfig = FolderConfig()
 
 
 class ValidateConfig(Section):
-    """``validate``: profile pass, expectations, quarantine, splits."""
+    """Profiles, checks and quarantines records, and splits the accepted ones."""
 
     licenses: list[str] = Field(
-        default_factory=lambda: ["CC0-1.0", "CC-BY-4.0", "CC-BY-3.0", "CC-BY-2.0", "Apache-2.0", "MIT"],
-        description="allow-list of SPDX ids",
+        ["CC0-1.0", "CC-BY-4.0", "CC-BY-3.0", "CC-BY-2.0", "Apache-2.0", "MIT"],
+        description="licenses that are accepted, SPDX identifiers",
     )
-    min_side: int = Field(32, ge=1, description="smaller images are rejected as too_small, pixels")
-    max_pixels: int = Field(50_000_000, ge=1, description="larger images are rejected as decompression_bomb, unread")
-    max_caption_characters: int = Field(1000, ge=1)
-    max_rejected_rate: float = Field(0.2, ge=0, le=1, description="a larger share of rejected rows fails the stage")
+    min_side: int = Field(32, ge=1, description="images with a shorter side are rejected as too_small, pixels")
+    max_pixels: int = Field(50_000_000, ge=1, description="images with more pixels are rejected unread as decompression_bomb")
+    max_caption_characters: int = Field(1000, ge=1, description="records with a longer caption are rejected")
+    max_rejected_rate: float = Field(0.2, ge=0, le=1, description="the stage fails if a larger share of the records is rejected")
     near_duplicate_distance: float = Field(
-        0.01, ge=0, description="root mean square difference of 8x8 RGB thumbnails (0-1) below which two images share a split"
+        0.01, ge=0, description="images whose 8x8 RGB thumbnails differ by less (root mean square, values 0-1) share a split"
     )
-    val_fraction: float = Field(0.03, gt=0, lt=0.5)
-    test_fraction: float = Field(0.05, gt=0, lt=0.5)
-    workers: int = Field(2, ge=1)
+    val_fraction: float = Field(0.03, gt=0, lt=0.5, description="share of the records in the validation split")
+    test_fraction: float = Field(0.05, gt=0, lt=0.5, description="share of the records in the test split")
+    workers: int = Field(2, ge=1, description="processes that read images")
 
 
 class ImageTokenizerConfig(Section):
-    """``image_tokenizer``: the VQ-GAN. Downsampling f = patch * 2 ** (len(multipliers) - 1)."""
+    """Trains the VQ-GAN (arXiv 2012.09841, 2203.13131), whose downsampling factor is f = patch * 2 ** (len(multipliers) - 1)."""
 
-    image_size: int = Field(64, ge=8, description="images are fitted to this square before tokenising, pixels")
-    patch: int = Field(4, ge=1, description="pixel-unshuffle factor before the first convolution (1: none)")
-    channels: int = Field(48, ge=8)
-    multipliers: list[int] = Field(default_factory=lambda: [1, 3])
-    blocks: int = Field(1, ge=1, description="residual blocks a level of the encoder")
-    decoder_blocks: int = Field(2, ge=1, description="residual blocks a level of the decoder")
-    encoder_kernel: Literal[1, 3] = Field(3, description="of the encoder's residual blocks; 1: a code depends on its own patch alone")
-    embedding_dim: int = Field(64, ge=2)
-    codebook_size: int = Field(2048, ge=2, le=65_535)
-    commitment: float = Field(0.25, ge=0)
-    codebook_decay: float = Field(0.98, gt=0, lt=1, description="of the codebook's exponential moving averages")
-    continuous_share: float = Field(0.25, ge=0, lt=1, description="share of the training before latents are quantised")
+    image_size: int = Field(64, ge=8, description="side of the square that images are fitted to, pixels")
+    patch: int = Field(4, ge=1, description="factor of the pixel unshuffle before the first convolution; 1: none")
+    channels: int = Field(48, ge=8, description="base width of the convolutions")
+    multipliers: list[int] = Field(default_factory=lambda: [1, 3], description="width of each level as a multiple of channels")
+    blocks: int = Field(1, ge=1, description="residual blocks per level of the encoder")
+    decoder_blocks: int = Field(2, ge=1, description="residual blocks per level of the decoder")
+    encoder_kernel: Literal[1, 3] = Field(1, description="kernel of the encoder's blocks; 1: a code depends on its own patch alone")
+    embedding_dim: int = Field(64, ge=2, description="dimensions of a code's vector")
+    codebook_size: int = Field(2048, ge=2, le=65_535, description="number of codes (paper: 8192)")
+    commitment: float = Field(0.25, ge=0, description="weight of the commitment loss")
+    codebook_decay: float = Field(0.98, gt=0, lt=1, description="decay of the codebook's exponential moving averages")
+    continuous_share: float = Field(0.25, ge=0, lt=1, description="share of the training before latents are quantized")
     restart_below: float = Field(0.05, ge=0, description="codes used less often than this share of the mean are restarted")
     restart_until: float = Field(0.7, ge=0, le=1, description="share of the training after which no code is restarted")
-    condition_share: float = Field(0.1, ge=0, lt=1, description="share of condition images, of all kinds, among those it learns from")
-    steps: int = Field(2200, ge=1)
-    batch_size: int = Field(16, ge=1)
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for the convolutions, with AdamW for biases and scales")
-    learning_rate: float = Field(4e-3, gt=0)
-    warmup_steps: int = Field(50, ge=0)
-    perceptual_weight: float = Field(0.0, ge=0, description="of a VGG-16 feature loss; needs perceptual_weights")
-    perceptual_weights: str | None = Field(None, description="path of torchvision's VGG-16 features, safetensors or weights-only .pth")
-    adversarial_weight: float = Field(0.0, ge=0, description="of the hinge patch-GAN loss")
+    condition_share: float = Field(0.1, ge=0, lt=1, description="share of condition images among the training images")
+    steps: int = Field(900, ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="images per step")
+    optimizer: Literal["adamw", "muon"] = Field("muon", description="muon: Muon for the convolutions, AdamW for biases and scales")
+    learning_rate: float = Field(4e-3, gt=0, description="peak learning rate")
+    warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
+    perceptual_weight: float = Field(0.0, ge=0, description="weight of the VGG-16 perceptual loss; needs perceptual_weights")
+    perceptual_weights: str | None = Field(None, description="path of torchvision's VGG-16 features (safetensors, or a weights-only .pth)")
+    adversarial_weight: float = Field(0.0, ge=0, description="weight of the hinge patch-GAN loss")
     adversarial_start: int = Field(0, ge=0, description="first step with the adversarial loss")
-    pretrained: str | None = Field(None, description="directory of an image tokenizer to import instead of training")
+    pretrained: str | None = Field(None, description="directory of an image tokenizer to import instead of training one")
 
     @property
     def downsampling(self) -> int:
+        """The factor f: an image of S pixels per side has S / f codes per side."""
         return self.patch * 2 ** (len(self.multipliers) - 1)
 
     @property
     def tokens_per_image(self) -> int:
+        """Codes of one image."""
         return (self.image_size // self.downsampling) ** 2
 
     @model_validator(mode="after")
@@ -185,38 +191,38 @@ class ImageTokenizerConfig(Section):
 
 
 class TextTokenizerConfig(Section):
-    """``text_tokenizer``: byte-level BPE."""
+    """Trains the byte-level BPE."""
 
-    vocabulary_size: int = Field(512, ge=257)
+    vocabulary_size: int = Field(896, ge=257, description="text tokens in the vocabulary (paper: 56320)")
 
 
 class TokenizeConfig(Section):
-    """``tokenize``: images to codes, captions to ids."""
+    """Turns images into codes and texts into token ids."""
 
-    batch_size: int = Field(64, ge=1)
-    shard_documents: int = Field(50_000, ge=1)
+    batch_size: int = Field(64, ge=1, description="images encoded at once")
+    shard_documents: int = Field(50_000, ge=1, description="documents per Arrow shard")
 
 
 class EncoderConfig(Section):
-    """``encoder``: the frozen CLIP bi-encoder: pretrained weights, or a small model trained here."""
+    """The frozen CLIP bi-encoder for retrieval and ranking: pretrained weights, or a small model trained here."""
 
-    pretrained_model: str | None = Field(None, description="an open_clip architecture, e.g. ViT-B-32")
-    pretrained_weights: str | None = Field(None, description="an open_clip tag, e.g. laion2b_s34b_b79k, or a checkpoint's path")
-    image_size: int = Field(64, ge=8)
-    image_tower: Literal["resnet", "vit"] = Field("resnet", description="resnet learns from far fewer images")
-    patch_size: int = Field(8, ge=1, description="of the vit")
-    width: int = Field(16, ge=8, description="of the image tower; a resnet's last stage is 32 times as wide")
-    layers: int = Field(1, ge=1, description="blocks of a vit, or of each of a resnet's four stages")
-    text_width: int = Field(64, ge=16)
-    text_layers: int = Field(2, ge=1)
-    embedding_dim: int = Field(64, ge=8)
-    vocabulary_size: int = Field(512, ge=257)
-    context_length: int = Field(48, ge=4)
-    hard_negatives: int = Field(1, ge=0, description="near misses of its caption that each image is trained to tell apart from it")
-    steps: int = Field(240, ge=1)
-    batch_size: int = Field(128, ge=2)
-    learning_rate: float = Field(2e-3, gt=0)
-    warmup_steps: int = Field(30, ge=0)
+    pretrained_model: str | None = Field(None, description="open_clip architecture, such as ViT-B-32; null: train one of the sizes below")
+    pretrained_weights: str | None = Field(None, description="open_clip tag, such as laion2b_s34b_b79k, or a checkpoint's path")
+    image_size: int = Field(64, ge=8, description="side of the image tower's input, pixels")
+    image_tower: Literal["resnet", "vit"] = Field("resnet", description="image tower to train; resnet needs far fewer images")
+    patch_size: int = Field(8, ge=1, description="patch side of a vit, pixels")
+    width: int = Field(16, ge=8, description="width of the image tower; the last stage of a resnet is 32 times as wide")
+    layers: int = Field(1, ge=1, description="blocks of a vit, or of each of the four stages of a resnet")
+    text_width: int = Field(64, ge=16, description="width of the text tower")
+    text_layers: int = Field(2, ge=1, description="blocks of the text tower")
+    embedding_dim: int = Field(64, ge=8, description="dimensions of the joint embedding")
+    vocabulary_size: int = Field(512, ge=257, description="text tokens of the tower's own tokenizer")
+    context_length: int = Field(48, ge=4, description="longest caption read, tokens")
+    hard_negatives: int = Field(1, ge=0, description="near misses of its caption that each image is trained to reject")
+    steps: int = Field(300, ge=1, description="optimizer steps")
+    batch_size: int = Field(128, ge=2, description="image-caption pairs per step")
+    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate")
+    warmup_steps: int = Field(30, ge=0, description="steps of linear warm-up")
 
     @model_validator(mode="after")
     def _check(self) -> EncoderConfig:
@@ -227,39 +233,41 @@ class EncoderConfig(Section):
 
 
 class IndexConfig(Section):
-    """``index``: the FAISS memory bank over the train split."""
+    """Builds the FAISS memory bank over the train split."""
 
-    kind: Literal["flat", "ivf", "hnsw"] = "flat"
-    batch_size: int = Field(128, ge=1)
+    kind: Literal["flat", "ivf", "hnsw"] = Field("flat", description="FAISS index: flat is exact, ivf and hnsw are approximate and faster")
+    batch_size: int = Field(128, ge=1, description="documents encoded at once")
 
 
 class RetrieveConfig(Section):
-    """``retrieve``: the neighbour table for training."""
+    """Finds the neighbors of every document for training; the same rules hold in generation (RA-CM3, arXiv 2211.12561; paper)."""
 
-    candidates_per_modality: int = Field(2, ge=1)
-    max_score: float = Field(0.9, description="a candidate with a higher score to the query or to one already taken is skipped")
-    query_drop: float = Field(0.2, ge=0, lt=1, description="share of the query's words dropped before encoding")
-    search_depth: int = Field(256, ge=1, description="candidates looked at for each modality")
+    candidates_per_modality: int = Field(2, ge=1, description="neighbors found by text, and as many found by image (paper: 2)")
+    max_score: float = Field(
+        0.9, description="a candidate with a higher cosine to the query or to a chosen neighbor is skipped (paper: 0.9)"
+    )
+    query_drop: float = Field(0.2, ge=0, lt=1, description="share of the query's words that are dropped before encoding (paper: 0.2)")
+    search_depth: int = Field(256, ge=1, description="nearest candidates considered per modality")
 
 
 class ModelConfig(Section):
-    """The decoder (``model.py``), RECIPE: pre-norm, no biases, no affine LayerNorm, learned positions, tied embeddings."""
+    """The decoder: pre-norm, no biases, no affine LayerNorm, learned positions, tied embeddings (paper)."""
 
-    layers: int = Field(4, ge=1)
-    width: int = Field(256, ge=8)
-    heads: int = Field(4, ge=1)
-    context: int = Field(256, ge=8, description="longest sequence, tokens")
-    init_std: float = Field(0.02, gt=0)
-    position_std: float = Field(0.0002, gt=0)
-    qk_norm: bool = False
-    image_positions: bool = Field(True, description="image tokens also know their place in the image; not in the paper")
-    rope: bool = Field(False, description="attention turns by positions, and by places in images; not in the paper")
-    previous_token: bool = Field(False, description="tokens also know the one before; not in the paper")
+    layers: int = Field(6, ge=1, description="decoder blocks")
+    width: int = Field(96, ge=8, description="width of the residual stream; the feed-forward is four times as wide")
+    heads: int = Field(3, ge=1, description="attention heads")
+    context: int = Field(256, ge=8, description="longest sequence, tokens (paper: 4096)")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights (paper: 0.006)")
+    position_std: float = Field(0.0002, gt=0, description="standard deviation of the initial position embeddings (paper)")
+    qk_norm: bool = Field(True, description="normalize queries and keys (arXiv 2010.04245); not in the paper")
+    image_positions: bool = Field(True, description="add an embedding of its raster index to each image token; not in the paper")
+    rope: bool = Field(True, description="rotary embedding of positions, and of rows and columns in images; not in the paper")
+    previous_token: bool = Field(True, description="add a projection of the previous token's embedding to each token; not in the paper")
     codebook_std: float = Field(
-        0.05, ge=0, description="image tokens start as the codebook's vectors, at this deviation; 0: at random, as the paper's"
+        0.2, ge=0, description="image tokens start as the codebook's vectors at this standard deviation; 0: at random, as in the paper"
     )
     sentinels: int = Field(16, ge=1, description="mask tokens in the vocabulary (paper: 512)")
-    reserved: int = Field(0, ge=0, description="ids of the vocabulary kept for later tokens")
+    reserved: int = Field(0, ge=0, description="token ids reserved for later use")
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -271,57 +279,62 @@ class ModelConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """CM3 masking (``objective.py``)."""
+    """CM3 masking (arXiv 2201.07520): masked spans move to the end of the sequence."""
 
-    mean_masks: float = Field(1.0, ge=0, description="lambda of the Poisson number of masked spans")
-    segment_rate: float = Field(0.15, ge=0, le=1, description="share of samples that mask one whole segment instead of spans")
-    caption_share: float = Field(0.67, ge=0, le=1, description="of whole-segment masks: share that falls on the query's text")
-    across_breaks: bool = Field(False, description="masked spans may cross from a text into an image, as CM3's did; CM3leon's may not")
+    mean_masks: float = Field(0.15, ge=0, description="mean of the Poisson number of masked spans (CM3: 1)")
+    segment_rate: float = Field(0.16, ge=0, le=1, description="share of the samples that mask one whole segment instead of spans")
+    caption_share: float = Field(0.75, ge=0, le=1, description="share of these whole-segment masks that fall on the query's text")
+    across_breaks: bool = Field(False, description="spans may cross from text into image, as in CM3; not in CM3leon")
 
 
 NeighborChoice = Literal["paper", "text", "image", "random", "none"]
 
+Steps = Annotated[int, Field(ge=1, description="optimizer steps")]
+WarmupSteps = Annotated[int, Field(ge=0, description="steps of linear warm-up")]
+ValidateEvery = Annotated[int, Field(ge=1, description="steps between validations")]
+
 
 class TrainConfig(Section):
-    """What the trainer needs, for pretraining and instruction tuning alike."""
+    """Parameters of the trainer, for pretraining and instruction tuning alike."""
 
-    steps: int = Field(1500, ge=1)
-    batch_size: int = Field(32, ge=1, description="rows a step, over all processes")
+    steps: Steps
+    batch_size: int = Field(16, ge=1, description="rows per step, over all processes")
     micro_batch_size: int | None = Field(None, ge=1, description="rows that a process computes at once; null: all of its share")
-    packing: bool = Field(False, description="fill rows of the context's length with several samples, which do not see one another")
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: AdamW for the embeddings, Muon for all between them")
-    learning_rate: float = Field(2e-3, gt=0)
-    final_learning_rate: float = Field(0.05, ge=0, le=1, description="floor of the decay, share of the peak")
-    warmup_steps: int = Field(100, ge=0)
-    weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
-    clip: float = Field(1.0, gt=0)
-    z_loss: float = Field(0.0, ge=0, description="weight of log(Z)^2 of the output in the loss (Chameleon: 1e-5)")
+    packing: bool = Field(False, description="fill each row with several samples, which do not attend to one another")
+    optimizer: Literal["adamw", "muon"] = Field("muon", description="muon: Muon for the blocks' matrices, AdamW for the embeddings")
+    learning_rate: float = Field(8e-3, gt=0, description="peak learning rate")
+    final_learning_rate: float = Field(0.05, ge=0, le=1, description="learning rate at the end of the decay, as a share of the peak")
+    warmup_steps: WarmupSteps
+    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's first and second moment")
+    clip: float = Field(1.0, gt=0, description="norm to which the gradient is clipped")
+    z_loss: float = Field(0.0, ge=0, description="weight of the z-loss, log(Z)^2 of the output (Chameleon, arXiv 2405.09818: 1e-5)")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "fp32", description="of the matrix products; auto: bf16 where there are instructions for it; parameters and optimiser stay fp32"
+        "auto", description="dtype of matrix products; auto: bf16 where the hardware has it; parameters and optimizer state stay fp32"
     )
-    compile: bool = Field(False, description="compile the blocks; needs a C++ compiler on a CPU")
-    activation_checkpointing: bool = Field(False, description="compute blocks again in the backward pass instead of keeping them")
-    validate_every: int = Field(250, ge=1)
-    validation_samples: int = Field(256, ge=1)
-    checkpoint_every: int = Field(250, ge=1, description="steps from one checkpoint to the next")
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
-    retrieved_documents: list[float] = Field(
-        default_factory=lambda: [0.6, 0.4],
-        description="share of sequences with 0, 1, 2 ... retrieved documents",
-    )
-    neighbors: NeighborChoice = Field("paper", description="retrieved documents: by the paper's rules, or for ablation")
+    compile: bool = Field(False, description="compile the blocks with torch.compile; on a CPU this needs a C++ compiler")
+    activation_checkpointing: bool = Field(False, description="recompute the blocks in the backward pass to save memory")
+    validate_every: ValidateEvery
+    validation_samples: int = Field(256, ge=1, description="samples per validation")
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept, in addition to the best")
+    retrieved_documents: list[float] = Field([0.9, 0.1], description="share of the sequences with 0, 1, 2 ... retrieved documents")
+    neighbors: NeighborChoice = Field("paper", description="paper: found by text and by image; the others are for ablation")
 
     @model_validator(mode="after")
-    def _check_documents(self) -> TrainConfig:
-        if not self.retrieved_documents or min(self.retrieved_documents) < 0 or abs(sum(self.retrieved_documents) - 1) > 1e-6:
-            raise ValueError(f"retrieved_documents must be shares, none negative, that sum to 1, found {self.retrieved_documents}")
+    def _check_retrieved_documents(self) -> TrainConfig:
+        shares = self.retrieved_documents
+        if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"retrieved_documents must be shares, none negative, that sum to 1, found {shares}")
         return self
 
 
 class PretrainConfig(TrainConfig):
-    """``pretrain``: CM3 pretraining."""
+    """CM3 pretraining of the decoder."""
 
+    steps: Steps = 3000
+    warmup_steps: WarmupSteps = 100
+    validate_every: ValidateEvery = 1000
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
 
@@ -329,23 +342,36 @@ class PretrainConfig(TrainConfig):
 TASK_NAMES = (
     "text_to_image", "write", "layout_to_image", "condition_to_image", "edit", "caption", "long_caption", "vqa", "reasoning"
 )  # fmt: skip
-"""The keys of ``tasks.TASKS``, which is not imported here: parameters are read without loading a tokenizer."""
+"""The tasks of instruction tuning (paper, Table 5), in the order of ``sequence.tasks.TASKS``, which implements exactly these."""
 
 
 class SFTConfig(TrainConfig):
-    """``sft``: multitask instruction tuning."""
+    """Multitask instruction tuning on the mix of tasks of the paper's Table 5."""
 
-    answer_weight: float = Field(4.0, gt=0, description="weight in the loss of answer tokens, which are few beside an image's")
-    input_weight: float = Field(1.0, ge=0, description="weight in the loss of what stands before the answer or the image to draw")
-    questions_per_sample: int = Field(1, ge=1, description="most questions that one sample asks about its image")
+    steps: Steps = 5600
+    warmup_steps: WarmupSteps = 50
+    validate_every: ValidateEvery = 2800
+    answer_weight: float = Field(6.0, gt=0, description="loss weight of answer tokens, which are few compared with those of an image")
+    input_weight: float = Field(0.3, ge=0, description="loss weight of the instruction, which precedes the answer or the image")
+    questions_per_sample: int = Field(6, ge=1, description="most questions that one sample asks about its image")
     tasks: dict[str, float] = Field(
-        default_factory=lambda: {"text_to_image": 3.0, "caption": 1.0, "long_caption": 0.5, "vqa": 3.0},
-        description="task -> weight in the mix; a task is in it where the collection has its columns",
+        {
+            "text_to_image": 2.5,
+            "write": 0.15,
+            "layout_to_image": 2.0,
+            "condition_to_image": 0.4,
+            "edit": 1.4,
+            "caption": 0.4,
+            "long_caption": 0.3,
+            "vqa": 2.7,
+            "reasoning": 0.4,
+        },
+        description="task -> weight in the mix; a task takes part where the collection has its columns",
     )
-    upsampling: float = Field(3.0, ge=1, description="a task is drawn at most this many times as often as its share of the samples")
-    downsampling: float = Field(0.3, ge=0, le=1, description="and at least this many times as often")
+    upsampling: float = Field(3.0, ge=1, description="upper bound of a task's share of the mix over its share of the samples (paper: 3)")
+    downsampling: float = Field(0.3, ge=0, le=1, description="lower bound of that ratio (paper: 0.3)")
     conditioning_dropout: float = Field(
-        0.1, ge=0, le=1, description="share of the samples of drawing tasks in which what was asked is masked, for guidance"
+        0.1, ge=0, le=1, description="share of the image-generating samples whose conditioning is masked, for classifier-free guidance"
     )
 
     @model_validator(mode="after")
@@ -353,45 +379,51 @@ class SFTConfig(TrainConfig):
         unknown = sorted(set(self.tasks) - set(TASK_NAMES))
         if unknown:
             raise ValueError(f"tasks names {', '.join(unknown)}; tasks are {', '.join(TASK_NAMES)}")
-        if any(not 0 <= weight < float("inf") for weight in self.tasks.values()) or not any(self.tasks.values()):
+        if any(weight < 0 for weight in self.tasks.values()) or not any(self.tasks.values()):
             raise ValueError(f"the weights of tasks must be 0 or more and at least one above 0, found {self.tasks}")
         return self
 
 
 class SuperResolutionConfig(Section):
-    """``super_resolution``: the separate upscaler."""
+    """The separate upscaler of generated images; the paper publishes no details."""
 
-    scale: int = Field(2, ge=2, le=4)
-    channels: int = Field(32, ge=4)
-    blocks: int = Field(2, ge=1)
+    scale: int = Field(2, ge=2, le=4, description="factor by which sides grow")
+    channels: int = Field(32, ge=4, description="width of the convolutions")
+    blocks: int = Field(2, ge=1, description="residual blocks")
     patch_size: int = Field(32, ge=8, description="side of the low-resolution training crops, pixels")
-    steps: int = Field(400, ge=1)
-    batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(6e-3, gt=0)
+    steps: int = Field(400, ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="crops per step")
+    learning_rate: float = Field(6e-3, gt=0, description="peak learning rate")
 
 
 class DecodingConfig(Section):
-    """Decoding defaults of a profile; they travel with the bundle."""
+    """Decoding defaults of a profile, stored in the bundle."""
 
-    temperature: float = Field(0.8, ge=0, description="0: greedy")
-    top_p: float = Field(0.9, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1, description="only this many most likely tokens; null: all")
-    guidance: float = Field(2.0, ge=0, description="classifier-free guidance scale; 1: none")
+    temperature: float = Field(0.7, ge=0, le=10, description="sampling temperature; 0: greedy (paper: 0.7-1.0)")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling (arXiv 1904.09751); 1: all tokens (paper: 0.8-0.9)")
+    top_k: int | None = Field(None, ge=1, description="sample from this many most likely tokens; null: from all")
+    guidance: float = Field(1.5, ge=0, le=50, description="classifier-free guidance scale; 1: none (paper: 3-5)")
     guidance_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="over an image: the scale throughout, or rising to it from 1"
+        "constant", description="over the tokens of an image: the scale throughout, or rising to it from 1"
     )
-    image_guidance: float = Field(1.5, ge=0, description="in editing, guidance towards the image that is edited")
-    contrastive: float = Field(0.0, ge=0, le=1, description="share of the candidates that is drawn by contrastive decoding (CD-K)")
-    contrastive_k: int = Field(4, ge=1, description="CD-K: plausible is what is not much less likely than the k-th most likely token")
-    contrastive_alpha: float = Field(0.5, ge=0, le=1, description="CD-K: how much less likely it may be")
-    candidates: int = Field(4, ge=1, description="images drawn for each one returned; the best-ranked is kept")
+    image_guidance: float = Field(1.5, ge=0, le=50, description="in editing, guidance scale towards the source image (paper: 1.5)")
+    contrastive: float = Field(0.0, ge=0, le=1, description="share of the candidates sampled by contrastive decoding, CD-K (paper: 0.5)")
+    contrastive_k: int = Field(4, ge=1, description="CD-K: rank of the token that sets the threshold of plausibility")
+    contrastive_alpha: float = Field(0.5, ge=0, le=1, description="CD-K: threshold as a share of that token's probability")
+    candidates: int = Field(16, ge=1, description="images generated for each one returned; the best-ranked is kept (paper: 8)")
     likelihood: float = Field(
-        0.0, ge=0, description="weight, in ranking, of the prompt's log-likelihood as the image's caption (nats), beside the CLIP score"
+        0.03, ge=0, description="ranking: weight of the caption log-likelihood of the prompt, nats, added to the CLIP score"
     )
-    retrieved_documents: int = Field(0, ge=0, description="retrieved documents before the prompt")
-    max_text_tokens: int = Field(64, ge=1)
+    retrieved_documents: int = Field(0, ge=0, le=16, description="retrieved documents before the prompt (paper: 0-2)")
+    max_text_tokens: int = Field(64, ge=1, description="longest generated text, tokens")
     tasks: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="task -> its own values of the settings above, where they differ"
+        {
+            "edit": {"temperature": 0.0, "candidates": 1, "guidance": 1.0, "image_guidance": 1.0},
+            "layout_to_image": {"candidates": 8},
+            "condition_to_image": {"candidates": 8},
+            "write": {"candidates": 8},
+        },
+        description="task -> its own values of the settings above, where they differ",
     )
 
     @model_validator(mode="after")
@@ -400,9 +432,9 @@ class DecodingConfig(Section):
             if task not in TASK_NAMES:
                 raise ValueError(f"tasks names {task}; tasks are {', '.join(TASK_NAMES)}")
             if "tasks" in own:
-                raise ValueError(f"tasks.{task}: a task's settings have no tasks of their own")
+                raise ValueError(f"tasks.{task}: the settings of a task have no tasks of their own")
             try:
-                self.model_validate({**self.model_dump(exclude={"tasks"}), **own})
+                self.model_validate({**self.model_dump(exclude={"tasks"}), "tasks": {}, **own})
             except ValidationError as error:
                 first = error.errors()[0]
                 key = ".".join(map(str, first["loc"]))
@@ -412,40 +444,52 @@ class DecodingConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """``evaluate``: the evaluation contract."""
+    """The evaluation contract: what is measured on the test split."""
 
-    prompts: int = Field(256, ge=1, description="held-out prompts drawn")
-    captions: int = Field(256, ge=1, description="held-out images captioned")
-    questions: int = Field(400, ge=1, description="held-out questions asked")
-    tasks: int = Field(128, ge=1, description="held-out samples of each other task")
+    prompts: int = Field(256, ge=1, description="held-out captions to generate images for")
+    captions: int = Field(256, ge=1, description="held-out images to caption")
+    questions: int = Field(400, ge=1, description="held-out questions to answer")
+    tasks: int = Field(100, ge=1, description="held-out samples of each other task")
     inception: str | None = Field(
-        None, description="the FID Inception's weights: a path, or download; null: distances of the encoder's features alone"
+        None, description="weights of the FID Inception network: a path, or download; null: distances of the encoder's features alone"
     )
-    sheet: int = Field(24, ge=1, description="prompts on the sample sheet")
-    seed: int = 0
-    bootstrap: int = Field(1000, ge=1)
+    sheet: int = Field(24, ge=1, description="samples on each contact sheet")
+    seed: Seed = Field(0, description="the same seed chooses the same samples and generates the same images")
+    bootstrap: int = Field(1000, ge=1, description="resamples for the confidence intervals")
 
 
 class GateConfig(Section):
-    """``gate``: floors and margins; names are those of the evaluation record's scores."""
+    """The gate of promotion; keys are names of scores in the evaluation record."""
 
-    floors: dict[str, float] = Field(default_factory=dict, description="score -> least value")
-    ceilings: dict[str, float] = Field(default_factory=dict, description="score -> greatest value (where lower is better)")
-    margins: dict[str, float] = Field(default_factory=dict, description="score -> how much worse than the champion is tolerated")
+    floors: dict[str, float] = Field({"composition": 0.7, "vqa_accuracy": 0.75}, description="score -> least value, where higher is better")
+    ceilings: dict[str, float] = Field(default_factory=dict, description="score -> greatest value, where lower is better")
+    margins: dict[str, float] = Field(
+        {
+            "composition": 0.05,
+            "vqa_accuracy": 0.05,
+            "cider": 0.3,
+            "clip_score": 0.03,
+            "layout/iou": 0.1,
+            "edit/done_and_kept": 0.1,
+            "condition/agreement": 0.05,
+            "reasoning/accuracy": 0.1,
+        },
+        description="score -> how much worse than the champion is tolerated; skipped where neither record has the score",
+    )
     on_contract_change: Literal["floors", "refuse"] = Field(
-        "floors", description="challenger and champion were evaluated differently: decide by floors and ceilings alone, or hold back"
+        "floors", description="if challenger and champion were evaluated differently: decide by floors and ceilings alone, or refuse"
     )
 
 
 TEXT_ROOM = 32
-"""Least tokens of the context beside one image's: for its text and the marks of masked spans."""
+"""Least tokens that the context must have in addition to those of one image: for its text and the marks of masked spans."""
 
 
 class Config(Section):
-    """All of ``params.yaml``."""
+    """All parameters of a run."""
 
-    profile: str = "small"
-    seed: int = 0
+    profile: str = Field("small", description="name of the profile, a tag of every MLflow run")
+    seed: Seed = Field(0, description="seed of all stages; ingest.shapes and evaluate have their own")
     ingest: IngestConfig = IngestConfig()
     validate_: ValidateConfig = Field(default_factory=ValidateConfig, alias="validate")
     image_tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
@@ -473,14 +517,52 @@ class Config(Section):
         return self
 
 
+def section_class(key: str) -> type[Section] | None:
+    """The class of a dotted section; None if the schema has no section of that name. An empty key is the whole file."""
+    found: type[Section] = Config
+    for part in filter(None, key.split(".")):
+        child = {field.alias or name: field.annotation for name, field in found.model_fields.items()}.get(part)
+        if not (isinstance(child, type) and issubclass(child, Section)):
+            return None
+        found = child
+    return found
+
+
+def all_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all parameters, in the order of ``params.yaml``."""
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from all_keys(field.annotation, f"{key}.")
+        else:
+            yield key
+
+
+def unknown_key(key: str) -> str:
+    """A sentence that refuses a dotted key and names the nearest one that exists."""
+    section, _, name = key.rpartition(".")
+    siblings = section_class(section)
+    names = [f"{section}.{known}".lstrip(".") for known in _names(siblings)] if siblings else []
+    known = list(all_keys())
+    nearest = difflib.get_close_matches(key, names, 1, 0.7) or difflib.get_close_matches(key, [*known, *_names(Config)], 1, 0.6)
+    nearest = nearest or [other for other in known if other.rpartition(".")[2] == name]
+    return f"{key}: unknown key" + (f"; did you mean {nearest[0]}?" if nearest else "; docs/configuration.md lists all keys")
+
+
+def _names(section: type[Section]) -> list[str]:
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
 def parse_config(data: Any, origin: str) -> Config:
-    """Validate a parameter tree; ``origin`` names it in errors.
+    """Validate a parameter tree; ``origin`` names it in errors. Keys that are missing take their defaults.
 
     Raises:
-        ConfigError: with one line for each wrong key: where, what was found, what is allowed.
+        ConfigError: naming each wrong key, the value found and what is allowed; one line for one wrong key.
     """
-    if not isinstance(data, dict):
+    if not isinstance(data, Mapping):
         raise ConfigError(f"{origin}: expected a mapping of sections, found {type(data).__name__}")
+    if "extends" in data:
+        raise ConfigError(f"{origin}: only profiles in configs/ extend others; write a complete file with: cm3leon configure NAME")
     if renamed := list(_renamed_keys(data)):
         raise ConfigError(f"{origin} has keys of an earlier version: " + "; ".join(renamed))
     try:
@@ -490,25 +572,24 @@ def parse_config(data: Any, origin: str) -> Config:
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"])
             if item["type"] == "extra_forbidden":
-                lines.append(f"  {key}: unknown key")
+                lines.append(unknown_key(key))
             elif item["type"] == "value_error":  # of a check over several keys, which says what it found
-                lines.append(f"  {key or '(file)'}: {item['msg'].removeprefix('Value error, ')}")
+                lines.append(f"{key or '(file)'}: {item['msg'].removeprefix('Value error, ')}")
             else:
-                lines.append(f"  {key or '(file)'}: {item['msg']} (found {item['input']!r})")
-        raise ConfigError(f"{origin} is not a valid parameter file:\n" + "\n".join(lines)) from None
+                lines.append(f"{key or '(file)'}: {item['msg']} (found {item['input']!r})")
+        listing = lines[0] if len(lines) == 1 else f"{len(lines)} keys are wrong:" + "".join(f"\n  {line}" for line in lines)
+        raise ConfigError(f"{origin}: {listing}") from None
 
 
 def load_config(path: str | Path = "params.yaml") -> Config:
     """Read and validate a parameter file.
 
     Raises:
-        ConfigError: if the file is missing, is not YAML, or holds an unknown key or impossible value.
+        ConfigError: if the file is missing, is not YAML or not UTF-8, names a key twice, or holds an unknown key or impossible value.
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text())
+        data = read_yaml(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; write it with: cm3leon configure small") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
     return parse_config(data, str(path))

@@ -1,0 +1,1 @@
+"""From a collection to batches: manifest, images, validation, splits, token shards, sequences."""

@@ -35,9 +35,9 @@ class Sample(NamedTuple):
     task: int = 0
 
 
-def sample_rng(seed: int, epoch: int, name: str) -> np.random.Generator:
+def sample_rng(seed: int, epoch: int, document_id: str) -> np.random.Generator:
     """The random generator of one document in one epoch."""
-    return np.random.default_rng((seed, epoch, int(name, 16)))
+    return np.random.default_rng((seed, epoch, int(document_id, 16)))
 
 
 def read_neighbors(directory: Path, choice: NeighborChoice = "paper") -> dict[str, list[str]]:
@@ -55,17 +55,17 @@ def read_neighbors(directory: Path, choice: NeighborChoice = "paper") -> dict[st
     table = pq.read_table(directory / "neighbours.parquet", columns=["id", column, "modalities"])
     rows = zip(table["id"].to_pylist(), table[column].to_pylist(), table["modalities"].to_pylist(), strict=True)
     if choice in ("paper", "random"):
-        return {name: found for name, found, _ in rows}
-    return {name: [other for other, by in zip(found, how, strict=True) if by == choice] for name, found, how in rows}
+        return {document_id: found for document_id, found, _ in rows}
+    return {document_id: [other for other, by in zip(found, how, strict=True) if by == choice] for document_id, found, how in rows}
 
 
 def document_segments(document: Document, vocabulary: Vocabulary, rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
     """The segments ``text <break> image`` of a document, with one of its captions at random."""
-    text = document.texts[int(rng.integers(len(document.texts)))]
-    return [("text", vocabulary.text(text)), ("image", vocabulary.image(document.codes))]
+    caption = document.captions[int(rng.integers(len(document.captions)))]
+    return [("text", vocabulary.text(caption)), ("image", vocabulary.image(document.codes))]
 
 
-def choose_neighbors(candidates: Sequence[str], shares: Sequence[float], rng: np.random.Generator) -> list[str]:
+def sample_neighbors(candidates: Sequence[str], shares: Sequence[float], rng: np.random.Generator) -> list[str]:
     """Sample how many retrieved documents a sample gets (``shares[n]``: probability of n), and which, in random order."""
     wanted = int(rng.choice(len(shares), p=np.asarray(shares) / sum(shares)))
     count = min(wanted, len(candidates))
@@ -108,7 +108,7 @@ class PretrainingSamples:
         store: the documents of the split, the queries.
         pool: the documents that can be retrieved.
         neighbors: ids of each document's neighbors.
-        documents: probability of 0, 1, 2 ... retrieved documents.
+        retrieved_shares: probability of 0, 1, 2 ... retrieved documents.
         context: longest sequence, tokens.
     """
 
@@ -117,22 +117,22 @@ class PretrainingSamples:
     neighbors: Mapping[str, Sequence[str]]
     vocabulary: Vocabulary
     objective: ObjectiveConfig
-    documents: Sequence[float]
+    retrieved_shares: Sequence[float]
     context: int
     seed: int
 
     def __len__(self) -> int:
         return len(self.store)
 
-    def neighbors_of(self, name: str, rng: np.random.Generator) -> tuple[list[str], list[list[tuple[str, np.ndarray]]]]:
+    def sample_retrieved(self, document_id: str, rng: np.random.Generator) -> tuple[list[str], list[list[tuple[str, np.ndarray]]]]:
         """Ids and segments of the retrieved documents sampled for a query."""
-        chosen = choose_neighbors(self.neighbors.get(name, []), self.documents, rng)
+        chosen = sample_neighbors(self.neighbors.get(document_id, []), self.retrieved_shares, rng)
         return chosen, [document_segments(self.pool.by_id(other), self.vocabulary, rng) for other in chosen]
 
     def __call__(self, epoch: int, row: int) -> Sample:
         document = self.store[row]
         rng = sample_rng(self.seed, epoch, document.id)
-        chosen, retrieved = self.neighbors_of(document.id, rng)
+        chosen, retrieved = self.sample_retrieved(document.id, rng)
         query = document_segments(document, self.vocabulary, rng)
         body = fit_body([*retrieved, query], self.context - 1)
         masked = mask(

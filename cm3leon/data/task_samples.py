@@ -69,8 +69,8 @@ class TaskSamples:
     def rows(self) -> dict[str, np.ndarray]:
         """Rows of the store whose documents allow each task of the mix; tasks that none allows are left out."""
         found: dict[str, list[int]] = {name: [] for name in TASKS if self.config.tasks.get(name, 0) > 0}
-        for row, name in enumerate(self.pretraining.store.ids):
-            for task in self._allowed(self._values[name]):
+        for row, document_id in enumerate(self.pretraining.store.ids):
+            for task in self._allowed(self._values[document_id]):
                 found[task].append(row)
         return {name: np.array(rows) for name, rows in found.items() if rows}
 
@@ -163,7 +163,7 @@ class TaskSamples:
         if "condition" in values and self.conditions is not None:
             images["condition"] = self.conditions.by_id(values["condition"]).codes
         segments, _ = lay_out(template, [values], images, vocabulary, self.tokenizer)
-        chosen, retrieved = ([], []) if task.sees_image else self.pretraining.neighbors_of(document.id, rng)
+        chosen, retrieved = ([], []) if task.sees_image else self.pretraining.sample_retrieved(document.id, rng)
         body = fit_body([*retrieved, segments], self.pretraining.context - 1 - TOKENS_PER_SPAN * max(map(len, task.cfg_dropout)))
         own = [segment for segment in body.segments if segment.document == body.segments[-1].document]
         dropped = task.cfg_dropout[int(rng.integers(len(task.cfg_dropout)))] if rng.random() < self.config.conditioning_dropout else ()

@@ -1,11 +1,11 @@
-"""Tokenized documents: Arrow IPC shards, memory-mapped.
+"""Tokenized documents in memory-mapped Arrow IPC shards.
 
-Codes and texts stay on disk until they are read. What grows with the data in memory is the list of ids and the map from id to row, under
-200 bytes a document, in each process that opens a store.
+Codes and captions stay on disk until they are read. Memory grows only with the list of ids and the map from id to row, under 200 bytes per
+document, in each process that opens a store.
 
-Columns (fixed): ``id`` (string), ``codes`` (fixed-size list of uint16), ``texts`` (list of lists of uint32: the captions).
-Files are named after their split: ``train-00000.arrow``. ``conditions-train-00000.arrow`` holds the condition images of that split's
-documents, without texts; an id is the document's with the kind behind it.
+Columns (fixed): ``id`` (string), ``codes`` (fixed-size list of uint16), ``texts`` (list of lists of uint32, the captions).
+Shards are named after their split, ``train-00000.arrow``. ``conditions-train-00000.arrow`` holds the condition images of that split's
+documents, without captions, under the ids of :func:`cm3leon.sequence.tasks.condition_key`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-CONDITIONS_OF = "conditions-"
-"""Before the name of a split: the condition images of its documents."""
+CONDITION_PREFIX = "conditions-"
+"""Prefix of a split's name for the condition images of its documents."""
 
 
 def schema(tokens_per_image: int) -> pa.Schema:
+    """The columns of a shard."""
     return pa.schema(
         [
             ("id", pa.string()),
@@ -33,15 +34,15 @@ def schema(tokens_per_image: int) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Document:
-    """One tokenized document: image codes (h*w,) and the captions' text-tokenizer ids."""
+    """One tokenized document: image codes (tokens_per_image,) and the text-tokenizer ids of each caption."""
 
     id: str
     codes: np.ndarray
-    texts: list[np.ndarray]
+    captions: list[np.ndarray]
 
 
 def write_tokens(directory: Path, split: str, documents: Iterable[Document], tokens_per_image: int, shard_documents: int) -> int:
-    """Write one split's shards in place of those an earlier run left; returns the number of documents."""
+    """Write one split's shards, replacing those of an earlier run; returns the number of documents."""
     directory.mkdir(parents=True, exist_ok=True)
     for old in directory.glob(f"{split}-*.arrow"):
         old.unlink()
@@ -55,7 +56,7 @@ def write_tokens(directory: Path, split: str, documents: Iterable[Document], tok
         columns = [
             pa.array([d.id for d in pending]),
             pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), tokens_per_image),
-            pa.array([[t.astype(np.uint32) for t in d.texts] for d in pending], type=layout.field("texts").type),
+            pa.array([[t.astype(np.uint32) for t in d.captions] for d in pending], type=layout.field("texts").type),
         ]
         path = directory / f"{split}-{written // shard_documents:05d}.arrow"
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, layout) as writer:
@@ -76,7 +77,7 @@ class TokenStore:
     """Random access to the tokenized documents of some splits.
 
     Raises:
-        FileNotFoundError: if the directory holds no shard of a split asked for.
+        FileNotFoundError: if the directory has no shard of a requested split.
     """
 
     def __init__(self, directory: Path, splits: Sequence[str] = ("train",)) -> None:
@@ -88,30 +89,30 @@ class TokenStore:
             tables += [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths]
         self._table = pa.concat_tables(tables)
         self.ids: list[str] = self._table["id"].to_pylist()
-        self._row = {name: row for row, name in enumerate(self.ids)}
+        self._row_of = {document_id: row for row, document_id in enumerate(self.ids)}
 
     @staticmethod
     def holds(directory: Path, split: str) -> bool:
-        """Whether the directory has tokens of a split."""
+        """True if the directory has tokens of a split."""
         return any(Path(directory).glob(f"{split}-*.arrow"))
 
     def __len__(self) -> int:
         return self._table.num_rows
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._row
+    def __contains__(self, document_id: str) -> bool:
+        return document_id in self._row_of
 
     def __getitem__(self, row: int) -> Document:
         codes = self._table["codes"][row].values.to_numpy()
-        texts = [scalar.values.to_numpy() for scalar in self._table["texts"][row]]
-        return Document(self.ids[row], codes, texts)
+        captions = [scalar.values.to_numpy() for scalar in self._table["texts"][row]]
+        return Document(self.ids[row], codes, captions)
 
-    def by_id(self, name: str) -> Document:
+    def by_id(self, document_id: str) -> Document:
         """The document with this id.
 
         Raises:
             KeyError: if there is none.
         """
-        if name not in self._row:
-            raise KeyError(f"no tokenized document {name!r}")
-        return self[self._row[name]]
+        if document_id not in self._row_of:
+            raise KeyError(f"no tokenized document {document_id!r}")
+        return self[self._row_of[document_id]]

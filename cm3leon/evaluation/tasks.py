@@ -338,7 +338,7 @@ def long_caption(e: Evaluation) -> Sheet:
         return []
     pictures = e.pictures([row.image for row in rows])
     e.asked("long_caption", [[row.id, row.long_caption] for row in rows])
-    said = [text.text for text in e.generator.caption(pictures, long=True)]
+    said = [text.text for text in e.generator.long_caption(pictures)]
     names, wanted = [row.id for row in rows], {row.id: [row.long_caption] for row in rows}
     for name, values in caption_metrics.per_image(dict(zip(names, said, strict=True)), wanted).items():
         e.add(f"long_caption/{name}", values)
@@ -366,13 +366,13 @@ def reasoning(e: Evaluation) -> Sheet:
     def right(answers: Sequence[str]) -> list[float]:
         return [float(conclusion(answer) == conclusion(truth)) for answer, truth in zip(answers, truths, strict=True)]
 
-    explained = [text.text for text in e.generator.reason(pictures, *asked)]
+    explained = [text.text for text in e.generator.reasoning(pictures, *asked)]
     e.add("reasoning/accuracy", right(explained))
-    e.add("reasoning/accuracy_unexplained", right([text.text for text in e.generator.reason(pictures, *asked, explain=False)]))
+    e.add("reasoning/accuracy_unexplained", right([text.text for text in e.generator.reasoning(pictures, *asked, explain=False)]))
     e.calibrate("reasoning/accuracy_guess", [1 / len(problem["options"]) for problem in problems])
     if len(rows) > 1:
         elsewhere = [pictures[number] for number in others(len(pictures))]
-        e.calibrate("reasoning/accuracy_other_images", right([text.text for text in e.generator.reason(elsewhere, *asked)]))
+        e.calibrate("reasoning/accuracy_other_images", right([text.text for text in e.generator.reasoning(elsewhere, *asked)]))
     return [(image, f"{question} {text}") for image, question, text in zip(pictures, asked[0], explained, strict=True)]
 
 

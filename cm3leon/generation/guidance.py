@@ -1,4 +1,7 @@
-"""Guidance: logits of a conditional stream pushed away from those of streams that know less. Pure functions of tensors of one shape."""
+"""Guidance: the logits of a conditional stream, extrapolated away from those of streams that know less of the request.
+
+Pure functions of tensors of one shape. In the equations l_c are the logits of the conditional stream, l_u those of the unconditional one.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,19 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 
 def classifier_free(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """``l_u + scale * (l_c - l_u)`` (arXiv 2309.02591, section 3.1; Gafni et al. 2022)."""
+    """Classifier-free guidance, ``l = l_u + scale * (l_c - l_u)`` (arXiv 2309.02591, section 3.1; Gafni et al. 2022, arXiv 2203.13131)."""
     return unconditional.lerp(conditional, scale)
 
 
 def editing(full: Tensor, image: Tensor, unconditional: Tensor, image_scale: float, text_scale: float) -> Tensor:
-    """``l_u + s_I * (l_I - l_u) + s_T * (l_full - l_I)``: three streams, of image and instruction, the image alone, and neither
-    (InstructPix2Pix, arXiv 2211.09800, equation 3)."""
+    """Guidance of editing by three streams: image and instruction (full), the image alone (I), and neither (u).
+
+    ``l = l_u + s_I * (l_I - l_u) + s_T * (l_full - l_I)`` (InstructPix2Pix, arXiv 2211.09800, equation 3).
+    """
     return unconditional + image_scale * (image - unconditional) + text_scale * (full - image)
 
 
 def scale_at(schedule: Schedule, scale: float, progress: float) -> float:
-    """The guidance scale at ``progress`` in [0, 1] of an image: always ``scale``, or rising to it from 1, along a line or half a cosine."""
+    """The guidance scale at ``progress`` in [0, 1] of an image: always ``scale``, or rising to it from 1, linearly or by half a cosine."""
     share = {"constant": 1.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[schedule]
     return 1 + (scale - 1) * share

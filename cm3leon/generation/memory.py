@@ -1,4 +1,4 @@
-"""Retrieval at inference: documents of the bundle's memory bank that stand before a prompt."""
+"""Retrieval at inference: documents of the bundle's memory bank that precede a prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from cm3leon.config.schema import RetrieveConfig
 from cm3leon.data.tokens import TokenStore
-from cm3leon.generation.results import Neighbor
+from cm3leon.generation.results import RetrievedDocument
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.sequence.tasks import SegmentTokens
 
@@ -21,15 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory bank, the encoder that its vectors come from, its documents' tokens, and the rules by which neighbors are taken."""
+    """The memory bank, the encoder that its vectors come from, its documents' tokens, and the rules of retrieval."""
 
     bank: MemoryBank
     encoder: Encoder
     tokens: TokenStore
     rules: RetrieveConfig
 
-    def find(self, count: int, texts: Sequence[str] | None = None, images: Sequence[Image.Image] | None = None) -> list[list[Neighbor]]:
-        """Up to ``count`` documents for each query, by its text, its image or both, each found by text before each found by image.
+    def find(
+        self, count: int, texts: Sequence[str] | None = None, images: Sequence[Image.Image] | None = None
+    ) -> list[list[RetrievedDocument]]:
+        """Up to ``count`` documents for each query, the most relevant first.
+
+        Queries have a text, an image or both; with both, documents found by text and by image alternate, beginning with text.
 
         Raises:
             ValueError: if there is neither text nor image.
@@ -39,15 +43,19 @@ class Memory:
         by_text = None if texts is None else self.encoder.encode_texts(list(texts))
         by_image = None if images is None else self.encoder.encode_images(list(images))
         found = find(self.bank, self.rules.model_copy(update={"candidates_per_modality": count}), text=by_text, image=by_image)
-        documents = self.bank.documents
         queries = []
         for group in found:
-            by_modality = [[n for n in group if n.modality == name] for name in ("text", "image")]
-            turns = [n for place in range(count) for own in by_modality for n in own[place : place + 1]][:count]
-            queries.append([{**documents.iloc[n.position].to_dict(), "score": round(n.score, 4)} for n in turns])
+            by_modality = [[neighbor for neighbor in group if neighbor.modality == name] for name in ("text", "image")]
+            ranked = [neighbor for rank in range(count) for own in by_modality for neighbor in own[rank : rank + 1]]
+            queries.append(
+                [
+                    {**self.bank.documents.iloc[neighbor.position].to_dict(), "score": round(neighbor.score, 4)}
+                    for neighbor in ranked[:count]
+                ]
+            )
         return queries
 
-    def segments(self, neighbor: Neighbor, vocabulary: Vocabulary) -> list[SegmentTokens]:
-        """A document as it stands before a prompt: its first caption, the one shown, and its image."""
-        document = self.tokens.by_id(neighbor["id"])
-        return [("text", vocabulary.text(document.texts[0])), ("image", vocabulary.image(document.codes))]
+    def segments(self, document: RetrievedDocument, vocabulary: Vocabulary) -> list[SegmentTokens]:
+        """A document as it precedes a prompt: its first caption, the one that is shown, and its image."""
+        stored = self.tokens.by_id(document["id"])
+        return [("text", vocabulary.text(stored.captions[0])), ("image", vocabulary.image(stored.codes))]

@@ -1,4 +1,4 @@
-"""Ranking candidates: by the CLIP encoder, and by how likely the decoder itself is to read from an image what was asked."""
+"""Ranking candidates: by CLIP score, and by the decoder's own log-likelihood of the prompt as the image's caption."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cm3leon.generation.engine import log_likelihoods
-from cm3leon.generation.prompts import Query, reading_pair
+from cm3leon.generation.checks import free_tokens
+from cm3leon.generation.engine import MAX_ROWS, log_likelihoods
+from cm3leon.generation.image_requests import Query
+from cm3leon.generation.prompts import likelihood_pair
 from cm3leon.generation.results import GeneratedImage
 from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import Prompt
@@ -16,48 +18,56 @@ from cm3leon.sequence.grammar import Prompt
 if TYPE_CHECKING:
     from cm3leon.models.clip import Encoder
 
-ROWS = 128
-"""Sequences scored together."""
-
 
 def rank(
-    queries: Sequence[Query], drawn: Sequence[list[GeneratedImage]], encoder: Encoder | None, model: Decoder, likelihood: float
+    queries: Sequence[Query], candidates: Sequence[list[GeneratedImage]], encoder: Encoder | None, model: Decoder, likelihood: float
 ) -> list[list[GeneratedImage]]:
-    """Each list sorted, best first; images of queries that describe them get their CLIP score, all encoded together.
+    """Each list of candidates sorted by its ranking score, best first; images get their CLIP score.
+
+    The score of an image x for a prompt t is ``cos(CLIP(x), CLIP(t)) + likelihood * log p(t | x)``. The paper ranks by CLIP alone
+    (arXiv 2309.02591); the second term is the decoder's, nats. An instruction of editing does not describe the image, so that
+    CLIP cannot compare them: there the score is ``log p(t | x, source)`` alone.
 
     Args:
-        queries: what was asked, one for each list. Those that do not describe their image (an instruction) are ranked by likelihood alone.
-        likelihood: weight, beside the CLIP score, of how likely what was asked is, read from the image, nats.
+        queries: one for each list.
+        likelihood: weight of the log-likelihood.
     """
-    flat = [(query, image) for query, images in zip(queries, drawn, strict=True) for image in images]
-    keys = np.zeros(len(flat))
-    described = [row for row, (query, _) in enumerate(flat) if query.describes and encoder is not None]
+    flat = [(query, image) for query, images in zip(queries, candidates, strict=True) for image in images]
+    scores = np.zeros(len(flat))
+    # 1. CLIP scores, all images encoded together and each prompt once.
+    described = [row for row, (query, _) in enumerate(flat) if query.describes_image and encoder is not None]
     if described and encoder is not None:
         vectors = encoder.encode_images([flat[row][1].image for row in described])
         prompts = list(dict.fromkeys(flat[row][1].prompt for row in described))
         texts = dict(zip(prompts, encoder.encode_texts(prompts), strict=True))
         for row, vector in zip(described, vectors, strict=True):
-            generated = flat[row][1]
-            keys[row] = generated.score = float(vector @ texts[generated.prompt])
-    read = [row for row, (query, _) in enumerate(flat) if query.hidden and (likelihood or not query.describes)]
+            image = flat[row][1]
+            scores[row] = image.score = float(vector @ texts[image.prompt])
+    # 2. Log-likelihoods, where they count.
+    read = [row for row, (query, _) in enumerate(flat) if query.likelihood_segments and (likelihood or not query.describes_image)]
     if read:
-        weights = [likelihood if flat[row][0].describes else 1.0 for row in read]
-        keys[read] += np.array(weights) * read_likelihoods(model, [flat[row][0] for row in read], [flat[row][1].codes for row in read])
-    order = {id(image): -key for (_, image), key in zip(flat, keys, strict=True)}
-    return [sorted(images, key=lambda image: order[id(image)]) for images in drawn]
+        weights = np.array([likelihood if flat[row][0].describes_image else 1.0 for row in read])
+        scores[read] += weights * caption_log_likelihoods(model, [flat[row][0] for row in read], [flat[row][1].codes for row in read])
+    # 3. A stable sort: of equal scores the first candidate stays first.
+    score_of = {id(image): score for (_, image), score in zip(flat, scores, strict=True)}
+    return [sorted(images, key=lambda image: -score_of[id(image)]) for images in candidates]
 
 
-def read_likelihoods(model: Decoder, queries: Sequence[Query], codes: Sequence[np.ndarray]) -> np.ndarray:
-    """How likely the model is to read from each image what was asked, and nothing more, nats; of what is too long for the context, of its
-    beginning."""
+def caption_log_likelihoods(model: Decoder, queries: Sequence[Query], codes: Sequence[np.ndarray]) -> np.ndarray:
+    """The log-likelihood of each query's ``likelihood_segments`` and of their ends, given its image; nats, (queries,).
+
+    A text that is too long for the context is cut: its beginning is scored.
+
+    Args:
+        codes: of the queries' images.
+    """
     found: list[float] = []
-    for start in range(0, len(codes), ROWS):
-        part = slice(start, start + ROWS)
-        pairs = [
-            reading_pair(query.segments, row, query.hidden, model.vocabulary) for query, row in zip(queries[part], codes[part], strict=True)
-        ]
+    for start in range(0, len(codes), MAX_ROWS):
+        rows = range(start, min(start + MAX_ROWS, len(codes)))
+        pairs = [likelihood_pair(queries[row].segments, codes[row], queries[row].likelihood_segments, model.vocabulary) for row in rows]
         prompts = [prompt for prompt, _ in pairs]
-        rooms = [model.spec.context + 1 - len(prompt) for prompt in prompts]
-        wanted = [Prompt(tail.tokens[:room], tail.image_positions[:room]) for (_, tail), room in zip(pairs, rooms, strict=True)]
-        found += [float(score.sum()) for score in log_likelihoods(model, prompts, wanted)]
+        # The last token is only predicted, never read, so that a continuation may be longer by one than the free tokens.
+        rooms = [free_tokens(model, [prompt]) + 1 for prompt in prompts]
+        continuations = [Prompt(tail.tokens[:room], tail.image_positions[:room]) for (_, tail), room in zip(pairs, rooms, strict=True)]
+        found += [float(tokens.sum()) for tokens in log_likelihoods(model, prompts, continuations)]
     return np.array(found)

@@ -1,4 +1,4 @@
-"""What a generator returns: images and texts, and how each came about."""
+"""Results of a generator: images and texts, each with the record of what it was generated from."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-Neighbor = dict[str, Any]
-"""A document that stood before a prompt: id, caption, licence, attribution, source, and its score to the query."""
+RetrievedDocument = dict[str, Any]
+"""A document of the memory bank that preceded a prompt: id, caption, licence, attribution, source, and its score to the query."""
 
 METADATA = "cm3leon"
 """Name of the text chunk of a PNG in which :meth:`GeneratedImage.save` keeps the record."""
@@ -20,24 +20,33 @@ METADATA = "cm3leon"
 
 @dataclass
 class GeneratedImage:
-    """An image and how it came about; ``codes`` (tokens_per_image,), ``score`` is the CLIP score where candidates were ranked."""
+    """A generated image and what it was generated from.
+
+    Attributes:
+        prompt: the text that a person gave.
+        seed: of this candidate's noise.
+        codes: (tokens_per_image,).
+        score: CLIP score of image and prompt; None if candidates were not ranked by it.
+        retrieved_documents: those that preceded the prompt, in order.
+        settings: decoding settings.
+    """
 
     image: Image.Image
     prompt: str
     seed: int
     codes: np.ndarray
     score: float | None = None
-    neighbors: list[Neighbor] = field(default_factory=list)
+    retrieved_documents: list[RetrievedDocument] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     task: str = "text_to_image"
 
     @property
     def record(self) -> dict[str, Any]:
-        """All but the pixels and codes, for JSON."""
-        return {name: getattr(self, name) for name in ("task", "prompt", "seed", "score", "settings", "neighbors")}
+        """All but pixels and codes, as JSON can hold it."""
+        return {name: getattr(self, name) for name in ("task", "prompt", "seed", "score", "settings", "retrieved_documents")}
 
     def save(self, file: str | Path | IO[bytes]) -> None:
-        """Write a PNG whose metadata hold task, prompt, seed, settings and the retrieved documents' ids, licences and attributions."""
+        """Write a PNG whose metadata hold :attr:`record`: among others the retrieved documents' ids, licenses and attributions."""
         info = PngInfo()
         info.add_itxt(METADATA, json.dumps(self.record))
         self.image.save(file, format="PNG", pnginfo=info)
@@ -45,7 +54,7 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """A text and how it came about; ``tokens`` are ids of the text tokenizer."""
+    """A generated text and what it was generated with; ``tokens`` are ids of the text tokenizer."""
 
     text: str
     seed: int
@@ -57,13 +66,13 @@ class GeneratedText:
         return self.text
 
 
-Part = str | Image.Image | GeneratedText | GeneratedImage
-"""A part of a document of texts and images: given, or generated."""
+DocumentPart = str | Image.Image | GeneratedText | GeneratedImage
+"""A text or image of a document that is continued: given, or generated."""
 
 
 @dataclass(frozen=True)
 class PairScore:
-    """How likely a model finds an image and a text together, nats: the ``text`` given the image, and the ``image`` given the text."""
+    """Log-likelihoods of a pair, nats: of the ``text`` given the image, and of the ``image`` given the text."""
 
     text: float
     image: float

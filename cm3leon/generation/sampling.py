@@ -1,6 +1,7 @@
-"""Choosing the next token: temperature, top-k, top-p, contrastive decoding, and noise that belongs to a row, not to a batch.
+"""Sampling the next token: temperature, top-k, top-p, contrastive decoding, and noise that belongs to a row, not to a batch.
 
-Each function takes logits or probabilities (..., V) and returns the like.
+Functions take logits or probabilities (..., V) and return the same shape. Shapes: S streams of guidance, P prompts, C candidates of each,
+V image tokens.
 """
 
 from __future__ import annotations
@@ -31,17 +32,18 @@ def at_temperature(logits: Tensor, temperature: float) -> Tensor:
 
 
 def keep_top_k(probabilities: Tensor, k: int) -> Tensor:
-    """Only the ``k`` most likely tokens, and those as likely as the k-th, scaled to sum to 1."""
+    """Only the ``k`` most likely tokens, and those as likely as the k-th, normalized to sum to 1."""
     least = probabilities.topk(min(k, probabilities.shape[-1])).values[..., -1:]
     kept = probabilities.masked_fill(probabilities < least, 0)
     return kept / kept.sum(-1, keepdim=True)
 
 
 def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
-    """Only the smallest set of most likely tokens whose mass reaches ``p``, and those as likely as its last, scaled to sum to 1.
+    """Nucleus sampling: only the smallest set of most likely tokens whose mass reaches ``p``, and those as likely as its last, normalized.
 
     Holtzman et al. 2020, arXiv 1904.09751. The most likely token always stays.
     """
+    # A token is in the nucleus if the mass of those before it is still below p.
     descending = _sorted(probabilities).flip(-1)
     needed = (descending.cumsum(-1) - descending < p).sum(-1, keepdim=True).clamp(min=1)
     kept = probabilities.masked_fill(probabilities < descending.gather(-1, needed - 1), 0)
@@ -49,63 +51,70 @@ def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
 
 
 def _sorted(values: Tensor) -> Tensor:
-    """Ascending. On a CPU NumPy's sort, as torch's also finds the order, which takes ten times as long."""
+    """In ascending order. NumPy's sort on a CPU: torch's also computes the permutation, which takes ten times as long."""
     return torch.from_numpy(np.sort(values.numpy())) if values.device.type == "cpu" else values.sort(-1).values
 
 
 def contrastive(conditional: Tensor, unconditional: Tensor, k: int, alpha: float) -> Tensor:
-    """CD-K: ``log p_c - log p_u`` where ``p_c >= alpha * (k-th largest p_c)``, else -inf (arXiv 2309.02591, section 3.1.2).
+    """CD-K: ``score(t) = log p_c(t) - log p_u(t)`` where ``p_c(t) >= alpha * (k-th largest p_c)``, else -inf.
 
-    With ``k`` 1 it is contrastive decoding (Li et al., arXiv 2210.15097).
+    Source: arXiv 2309.02591, section 3.1.2. With ``k`` 1 it is contrastive decoding (Li et al., arXiv 2210.15097), whose terms are used
+    here: the conditional stream is the expert, the unconditional one the amateur.
     """
     expert, amateur = conditional.log_softmax(-1), unconditional.log_softmax(-1)
+    # Without this threshold a token that both find unlikely could have the best difference.
     least = expert.topk(min(k, expert.shape[-1])).values[..., -1:]
     implausible = expert.exp() < alpha * least.exp()
     return (expert - amateur).masked_fill(implausible, -torch.inf)
 
 
 def sample(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Invert the cumulative distribution at one uniform number a row; (..., ) int64."""
+    """Sample by inverting the cumulative distribution at one uniform number a row; token indices (...,) int64."""
+    # In float64: the rounding errors of a float32 sum over thousands of tokens would give zero-probability tokens mass.
     cumulative = probabilities.double().cumsum(-1)
+    # The last sum is 1 up to rounding; scaling by it keeps the threshold inside.
     threshold = uniform.to(cumulative.device)[..., None] * cumulative[..., -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How the next token of an image is chosen from the logits of its streams.
+    """The distribution of an image's next token, from the logits of its streams of guidance.
 
     One stream: the conditional. Two: conditional, unconditional. Three, for editing: image and instruction, image, neither.
     """
 
     settings: DecodingConfig
 
-    def streams_of(self, known: int) -> int:
-        """How many of the streams that a drawing has are needed with these settings; the conditional one comes first."""
+    def streams_needed(self, available: int) -> int:
+        """How many of a request's streams these settings need: without guidance only the conditional one, which comes first."""
         settings = self.settings
-        plain = settings.guidance == 1 and settings.contrastive == 0 and (known < 3 or settings.image_guidance == 1)
-        return 1 if plain else known
+        unguided = settings.guidance == 1 and settings.contrastive == 0 and (available < 3 or settings.image_guidance == 1)
+        return 1 if unguided else available
 
     def probabilities(self, logits_SPCV: Tensor, progress: float) -> Tensor:
-        """Probabilities (P, C, V) from logits of S streams for P prompts with C candidates each.
+        """Probabilities (P, C, V) of the next token; the last ``contrastive`` share of the candidates is sampled by CD-K.
 
         Args:
-            progress: how much of the image is drawn, in [0, 1].
+            progress: share of the image that is generated, in [0, 1].
         """
         settings, candidates = self.settings, logits_SPCV.shape[2]
-        by_contrast = round(settings.contrastive * candidates)
-        plain, contrasted = logits_SPCV.split([candidates - by_contrast, by_contrast], dim=2)
-        parts = []
-        if candidates > by_contrast:
-            found = at_temperature(self._guided(plain, progress), settings.temperature)
-            found = found if settings.top_k is None else keep_top_k(found, settings.top_k)
-            parts.append(found if settings.top_p == 1 else keep_top_p(found, settings.top_p))
-        if by_contrast:
-            scores = contrastive(contrasted[0], contrasted[-1], settings.contrastive_k, settings.contrastive_alpha)
-            parts.append(at_temperature(scores, settings.temperature))
-        return torch.cat(parts, 1)
+        contrasted = round(settings.contrastive * candidates)
+        guided_SPCV, contrasted_SPCV = logits_SPCV.split([candidates - contrasted, contrasted], dim=2)
+        groups = []
+        if candidates > contrasted:
+            # Guidance, temperature, top-k, top-p, in this order.
+            found_PCV = at_temperature(self._guided(guided_SPCV, progress), settings.temperature)
+            found_PCV = found_PCV if settings.top_k is None else keep_top_k(found_PCV, settings.top_k)
+            groups.append(found_PCV if settings.top_p == 1 else keep_top_p(found_PCV, settings.top_p))
+        if contrasted:
+            # CD-K has its own threshold of plausibility in place of top-k and top-p.
+            scores_PCV = contrastive(contrasted_SPCV[0], contrasted_SPCV[-1], settings.contrastive_k, settings.contrastive_alpha)
+            groups.append(at_temperature(scores_PCV, settings.temperature))
+        return torch.cat(groups, 1)
 
     def _guided(self, logits_SPCV: Tensor, progress: float) -> Tensor:
+        """Logits (P, C, V) after guidance."""
         scale = scale_at(self.settings.guidance_schedule, self.settings.guidance, progress)
         if len(logits_SPCV) == 1:
             return logits_SPCV[0]

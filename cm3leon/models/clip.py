@@ -1,7 +1,10 @@
-"""The CLIP bi-encoder that retrieval, reranking and the CLIP score share: images and texts to one space of unit vectors.
+"""The CLIP bi-encoder (Radford et al. 2021, arXiv 2103.00020) that retrieval, reranking and the CLIP score share.
 
-Either pretrained open_clip weights (paper: ViT-B/32, frozen) or a small open_clip model trained here (``contrastive.py``). Both are saved
-the same way, ``config.json`` + ``model.safetensors`` (+ ``tokenizer.json`` for a trained one), and load without network and without pickle.
+It maps images and texts to unit vectors of one space. It is either pretrained open_clip weights (paper: ViT-B/32, frozen) or a small
+open_clip model trained here (``training/clip.py``). Both are saved the same way, ``config.json`` + ``model.safetensors``
+(+ ``tokenizer.json`` for a trained one), and load without network and without pickle.
+
+Shapes: n texts or images, L token positions, W width of the text tower, d dimensions of the shared space.
 """
 
 from __future__ import annotations
@@ -30,14 +33,14 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PAD = 0
-HEAD = 32
+HEAD_DIM = 32
 BATCH = 128
 
 
 class ClipTokenizer:
-    """Byte-level BPE ids as open_clip's text tower wants them: ``<start> ids <end> <pad>...``, longest ``context_length``.
+    """Byte-level BPE ids in the form of open_clip's text tower: ``<start> ids <end> <pad>...``, ``context_length`` in all.
 
-    The tower pools at the highest id of a row, so ``<end>`` is the highest: pad 0, text from 1, then start, then end.
+    The tower pools at the highest id of a row, so ``<end>`` is the highest: pad is 0, text counts from 1, then come start and end.
     """
 
     def __init__(self, tokenizer: TextTokenizer, context_length: int) -> None:
@@ -46,7 +49,7 @@ class ClipTokenizer:
         self.size = tokenizer.size + 3
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """int64 ``(n, context_length)``; longer texts lose their tail, never the end token."""
+        """int64 ``(n, context_length)``; longer texts are truncated before the end token."""
         rows = torch.full((len(texts), self.context_length), PAD)
         for row, ids in zip(rows, self.bpe.encode_many(list(texts)), strict=True):
             kept = [self.start, *(i + 1 for i in ids[: self.context_length - 2]), self.end]
@@ -55,7 +58,7 @@ class ClipTokenizer:
 
 
 def build_clip(settings: dict[str, Any]) -> nn.Module:
-    """A small open_clip model from the ``model`` part of a trained encoder's configuration; weights from torch's global generator."""
+    """A small open_clip model from the ``model`` section of a trained encoder's settings, initialized by torch's global generator."""
     torchvision_compat.make_importable()
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
@@ -63,46 +66,48 @@ def build_clip(settings: dict[str, Any]) -> nn.Module:
 
 
 def trained_settings(config: EncoderConfig, vocabulary: int) -> dict[str, Any]:
-    """Configuration of an encoder to train, in the form stored in ``config.json``."""
-    vision: dict[str, Any] = {"image_size": config.image_size, "width": config.width, "head_width": HEAD}
+    """The settings of an encoder to be trained, as stored in ``config.json``."""
+    vision: dict[str, Any] = {"image_size": config.image_size, "width": config.width, "head_width": HEAD_DIM}
     if config.image_tower == "resnet":
         vision["layers"] = [config.layers] * 4
     else:
         vision |= {"layers": config.layers, "patch_size": config.patch_size}
     text = {"context_length": config.context_length, "vocab_size": vocabulary, "width": config.text_width, "layers": config.text_layers}
-    text["heads"] = config.text_width // HEAD
+    text["heads"] = config.text_width // HEAD_DIM
     model = {"embed_dim": config.embedding_dim, "vision": vision, "text": text}
     return {"kind": "trained", "image_size": config.image_size, "model": model}
 
 
 def to_pixels(images: Sequence[Image.Image], size: int) -> torch.Tensor:
-    """uint8 ``(n, 3, size, size)`` of RGB images fitted to a square."""
+    """uint8 ``(n, 3, size, size)`` of images resized and center-cropped to a square."""
     arrays = [np.asarray(fit_square(image, size)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 def embed_pixels(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Unit vectors ``(n, d)`` of uint8 pixels, under a model trained here (pixels scaled to [-1, 1])."""
+    """Unit vectors ``(n, d)`` of uint8 pixels ``(n, 3, size, size)``; for models trained here, which take pixels in [-1, 1]."""
     return model.encode_image(to_unit(pixels), normalize=True)  # type: ignore[operator]
 
 
-def embed_ids(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Unit vectors ``(n, d)`` of token ids; columns where every row is padding are not computed.
+def embed_ids(model: nn.Module, ids_nL: torch.Tensor) -> torch.Tensor:
+    """Unit vectors ``(n, d)`` of token ids; positions where every row is padding are not computed.
 
-    Exact: attention is causal and the tower pools at the end token, so padding behind it changes nothing.
+    The result is exact: attention is causal and the tower pools at the end token, so the padding after it has no effect.
     """
-    longest = int((ids != PAD).sum(1).max())
-    x = model.token_embedding(ids[:, :longest]) + model.positional_embedding[:longest]  # type: ignore[operator, index]
-    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:longest, :longest]))  # type: ignore[operator, index]
-    pooled = x[torch.arange(len(x)), ids.argmax(1)] @ model.text_projection
-    return nn.functional.normalize(pooled, dim=-1)
+    longest = int((ids_nL != PAD).sum(1).max())
+    x_nLW = model.token_embedding(ids_nL[:, :longest]) + model.positional_embedding[:longest]  # type: ignore[operator, index]
+    x_nLW = model.ln_final(model.transformer(x_nLW, attn_mask=model.attn_mask[:longest, :longest]))  # type: ignore[operator, index]
+    pooled_nW = x_nLW[torch.arange(len(x_nLW)), ids_nL.argmax(1)]
+    return nn.functional.normalize(pooled_nW @ model.text_projection, dim=-1)
 
 
 class Encoder:
-    """Images and texts to L2-normalized vectors of one space. Make one with :meth:`load`, :meth:`pretrained` or ``contrastive.train``."""
+    """Images and texts to unit vectors of one space. Made by :meth:`load`, :meth:`pretrained` or ``training.clip.train``."""
 
     def __init__(self, model: nn.Module, settings: dict[str, Any], tokenizer: Any, preprocess: Any = None) -> None:
-        self.model, self.settings, self.tokenizer, self._preprocess = model.eval().requires_grad_(False), settings, tokenizer, preprocess
+        self.model = model.eval().requires_grad_(False)
+        self.settings, self.tokenizer = settings, tokenizer
+        self._preprocess = preprocess  # open_clip's image transform; None for models trained here
         self.device = next(model.parameters()).device
 
     @classmethod
@@ -110,11 +115,11 @@ class Encoder:
         """Published open_clip weights.
 
         Args:
-            architecture: open_clip's name, e.g. ``ViT-B-32``.
-            weights: a tag of it, e.g. ``laion2b_s34b_b79k`` (downloaded), or the path of a checkpoint.
+            architecture: a name of open_clip, e.g. ``ViT-B-32``.
+            weights: one of its tags for that architecture, e.g. ``laion2b_s34b_b79k`` (downloaded), or the path of a checkpoint.
 
         Raises:
-            ConfigError: if open_clip knows no such architecture, or neither tag nor file.
+            ConfigError: if open_clip has no such architecture, or ``weights`` is neither a tag nor a file.
         """
         torchvision_compat.make_importable()
         import open_clip
@@ -171,7 +176,7 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that differ when settings or weights do: an index made with one encoder must not be searched with another."""
+        """16 hex digits, a hash of settings and weights: an index built with one encoder must not be searched with another."""
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -179,7 +184,7 @@ class Encoder:
         return digest.hexdigest()[:16]
 
     def to(self, device: str | torch.device) -> Encoder:
-        """Move the weights; vectors always come back as NumPy arrays."""
+        """Move the weights to a device; returns self. Vectors are NumPy arrays on any device."""
         self.model.to(device)
         self.device = torch.device(device)
         return self
@@ -189,38 +194,41 @@ class Encoder:
         """float32 ``(n, d)``, L2-normalized."""
         batches = []
         for start in range(0, len(images), BATCH):
-            part = images[start : start + BATCH]
+            batch = images[start : start + BATCH]
             if self._preprocess is None:
-                vectors = embed_pixels(self.model, to_pixels(part, self.settings["image_size"]).to(self.device))
+                vectors = embed_pixels(self.model, to_pixels(batch, self.settings["image_size"]).to(self.device))
             else:
-                pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in part]).to(self.device)
+                pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in batch]).to(self.device)
                 vectors = self.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
             batches.append(vectors.float().cpu().numpy())
         return np.concatenate(batches) if batches else np.zeros((0, self.dimensions), dtype=np.float32)
 
     def encode_refs(self, store: ImageStore, refs: Sequence[str], batch_size: int = BATCH) -> np.ndarray:
-        """:meth:`encode_images` of stored images, a batch in memory at a time."""
+        """:meth:`encode_images` of stored images, of which one batch at a time is in memory."""
         batches = []
         with progress("embedding images", len(refs), "images") as meter:
             for start in range(0, len(refs), batch_size):
-                part = refs[start : start + batch_size]
-                batches.append(self.encode_images([store.open(ref) for ref in part]))
-                meter.advance(len(part))
+                batch = refs[start : start + batch_size]
+                batches.append(self.encode_images([store.open(ref) for ref in batch]))
+                meter.advance(len(batch))
         return np.concatenate(batches) if batches else self.encode_images([])
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 ``(n, d)``, L2-normalized. Texts longer than the tower's context lose their tail."""
+        """float32 ``(n, d)``, L2-normalized. Texts longer than the tower's context are truncated."""
         batches = []
         for start in range(0, len(texts), BATCH):
-            ids = self.tokenizer(list(texts[start : start + BATCH])).to(self.device)
-            vectors = embed_ids(self.model, ids) if self._preprocess is None else self.model.encode_text(ids, normalize=True)  # type: ignore[operator]
+            ids_nL = self.tokenizer(list(texts[start : start + BATCH])).to(self.device)
+            if self._preprocess is None:
+                vectors = embed_ids(self.model, ids_nL)
+            else:
+                vectors = self.model.encode_text(ids_nL, normalize=True)  # type: ignore[operator]
             batches.append(vectors.float().cpu().numpy())
         return np.concatenate(batches) if batches else np.zeros((0, self.dimensions), dtype=np.float32)
 
 
 def _plain(value: Any) -> Any:
-    """Settings as JSON holds them (tuples become lists), so that saved and loaded encoders have one fingerprint."""
+    """Settings as JSON stores them, where tuples become lists: saved and loaded encoders then have the same fingerprint."""
     return json.loads(json.dumps(value))
 
 

@@ -1,7 +1,18 @@
 """Next-token cross-entropy over a large vocabulary, without ever holding the logits of the whole batch.
 
-Logits are made, turned into their own gradient and dropped again a chunk of tokens at a time, so that beside the gradients of hidden
-states and output matrix only one chunk is in memory. Nothing is computed twice: the gradients are made in the forward pass.
+For one token with hidden state h, output matrix W, target y, weight w and z-loss coefficient c:
+
+    l = W h,    log Z = log sum_v exp(l_v)
+    loss        = w (log Z - l_y + c (log Z)^2)
+    d loss/d l  = w ((1 + 2 c log Z) softmax(l) - onehot(y))
+    d loss/d h  = W^T (d loss/d l),    d loss/d W = (d loss/d l) h^T
+
+The last term of the loss is the z-loss, which keeps logits from drifting (Chameleon, arXiv 2405.09818, section 2.3).
+
+Logits are computed and turned into their own gradient one chunk of tokens at a time, already in the forward pass: nothing is computed
+twice, and only one chunk is in memory together with the gradients of hidden states and output matrix.
+
+Shapes: N tokens, C tokens of a chunk, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +23,8 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
-"""Logits made at once: 4 MB of float32 where caches are small, 512 MB where matrices should be large. They are held two or three times."""
+"""Logits of a chunk: 4 MB of float32 on CPUs, with their small caches, 512 MB on GPUs, which want large matrices. Two or three buffers of
+this size are held."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -20,65 +32,74 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, output_VD: Tensor, targets_N: Tensor, weights_N: Tensor, z_loss: float, chunk: int
     ) -> tuple[Tensor, Tensor]:
+        # 1. Buffers. Products are in autocast's dtype; logits, softmax and losses are float32.
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
-        output = output_VD.to(dtype)
-        want_gradient = any(ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(hidden_ND) if want_gradient else None
-        grad_output = torch.zeros_like(output_VD, dtype=torch.float32) if want_gradient else None
-        losses = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
-        held, likely = (losses.new_empty(min(chunk, len(hidden_ND)), len(output_VD)) for _ in range(2))
-        rounded = held if dtype == torch.float32 else torch.empty_like(held, dtype=dtype)
-        total = losses.new_zeros(())
+        matrix_VD = output_VD.to(dtype)
+        needs_gradient = any(ctx.needs_input_grad[:2])
+        grad_hidden_ND = torch.empty_like(hidden_ND) if needs_gradient else None
+        grad_output_VD = torch.zeros_like(output_VD, dtype=torch.float32) if needs_gradient else None
+        losses_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
+        total = losses_N.new_zeros(())
+        shape_CV = (min(chunk, len(hidden_ND)), len(output_VD))
+        logits_buffer, softmax_buffer = losses_N.new_empty(shape_CV), losses_N.new_empty(shape_CV)
+        product_buffer = logits_buffer if dtype == torch.float32 else torch.empty_like(logits_buffer, dtype=dtype)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden_ND), chunk):
-                part = slice(start, start + chunk)
-                hidden, targets, weights = hidden_ND[part].to(dtype), targets_N[part], weights_N[part]
-                logits, probabilities, products = (buffer[: len(hidden)] for buffer in (held, likely, rounded))
-                torch.mm(hidden, output.T, out=products)
-                if rounded is not held:
-                    logits.copy_(products)
-                target_logits = logits.gather(1, targets[:, None])[:, 0]
-                highest = logits.amax(1)
-                torch.softmax(logits, 1, out=probabilities)
-                log_sums = highest - probabilities.amax(1).log()  # the likeliest has one over the sum of the exponentials
-                losses[part] = log_sums - target_logits
-                total += (weights * (losses[part] + z_loss * log_sums.square())).sum()
-                if grad_hidden is not None and grad_output is not None:
-                    factors = 1 + 2 * z_loss * log_sums
-                    probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1 / factors
-                    scale = (weights * factors)[:, None]  # of rows: of the hidden states, which are fewer numbers than the logits
-                    gradient = probabilities if rounded is held else products.copy_(probabilities)
-                    grad_hidden[part] = (gradient @ output) * scale
-                    scaled = (hidden * scale).to(dtype)
-                    grad_output.addmm_(gradient.T, scaled) if dtype == torch.float32 else grad_output.add_(gradient.T @ scaled)
-        if grad_hidden is not None and grad_output is not None:
-            ctx.save_for_backward(grad_hidden, grad_output.to(output_VD.dtype))
-        ctx.mark_non_differentiable(losses)
-        return total, losses
+                rows = slice(start, start + chunk)
+                hidden_CD, targets_C, weights_C = hidden_ND[rows].to(dtype), targets_N[rows], weights_N[rows]
+                count = len(hidden_CD)
+                logits_CV, softmax_CV, product_CV = logits_buffer[:count], softmax_buffer[:count], product_buffer[:count]
+                # 2. Logits, log Z and losses. The largest probability is exp(max l) / Z, so log Z needs no second pass over the logits.
+                torch.mm(hidden_CD, matrix_VD.T, out=product_CV)
+                if product_buffer is not logits_buffer:
+                    logits_CV.copy_(product_CV)
+                target_logits_C = logits_CV.gather(1, targets_C[:, None])[:, 0]
+                max_logits_C = logits_CV.amax(1)
+                torch.softmax(logits_CV, 1, out=softmax_CV)
+                log_z_C = max_logits_C - softmax_CV.amax(1).log()
+                losses_N[rows] = log_z_C - target_logits_C
+                total += (weights_C * (losses_N[rows] + z_loss * log_z_C.square())).sum()
+                # 3. Gradients. d loss/d l is scale * (softmax - onehot / factor), with factor = 1 + 2 c log Z and scale = w * factor; the
+                #    scale is applied to rows of width D rather than V, which is cheaper.
+                if grad_hidden_ND is not None and grad_output_VD is not None:
+                    factors_C = 1 + 2 * z_loss * log_z_C
+                    softmax_CV[torch.arange(count, device=targets_C.device), targets_C] -= 1 / factors_C
+                    scale_C1 = (weights_C * factors_C)[:, None]
+                    gradient_CV = softmax_CV if product_buffer is logits_buffer else product_CV.copy_(softmax_CV)
+                    grad_hidden_ND[rows] = (gradient_CV @ matrix_VD) * scale_C1
+                    scaled_CD = (hidden_CD * scale_C1).to(dtype)
+                    if dtype == torch.float32:
+                        grad_output_VD.addmm_(gradient_CV.T, scaled_CD)
+                    else:
+                        grad_output_VD.add_(gradient_CV.T @ scaled_CD)
+        if grad_hidden_ND is not None and grad_output_VD is not None:
+            ctx.save_for_backward(grad_hidden_ND, grad_output_VD.to(output_VD.dtype))
+        ctx.mark_non_differentiable(losses_N)
+        return total, losses_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_output = ctx.saved_tensors
-        return grad_hidden * gradients[0], grad_output * gradients[0], None, None, None, None
+        grad_hidden_ND, grad_output_VD = ctx.saved_tensors
+        return grad_hidden_ND * gradients[0], grad_output_VD * gradients[0], None, None, None, None
 
 
 def chunked_cross_entropy(
     hidden_ND: Tensor, output_VD: Tensor, targets_N: Tensor, weights_N: Tensor, z_loss: float = 0.0, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the cross-entropies of ``targets``, and each one's, nats.
+    """Weighted sum of the tokens' cross-entropies, and the cross-entropy of each, nats.
 
     Args:
-        hidden_ND: hidden states; their logits are ``hidden @ output.T``, computed in autocast's dtype where that is on.
+        hidden_ND: hidden states; their logits are ``hidden @ output.T``, computed in autocast's dtype if that is on.
         output_VD: the output matrix.
-        targets_N: ids.
-        weights_N: weight of each in the sum.
-        z_loss: adds ``z_loss * log(Z)**2`` to each loss of the sum, which keeps logits from drifting (Chameleon, arXiv 2405.09818).
-        chunk: tokens at once; by default as many as :data:`CHUNK_ELEMENTS` logits are.
+        targets_N: token ids.
+        weights_N: weight of each token in the sum.
+        z_loss: coefficient of ``(log Z)**2``, which is added to each token's loss in the sum.
+        chunk: tokens of a chunk; by default as many as have :data:`CHUNK_ELEMENTS` logits.
 
     Returns:
-        The sum, float32 and differentiable, and the cross-entropies alone (N,), float32 and not.
+        The sum, float32 and differentiable, and the cross-entropies (N,), float32, without z-loss and not differentiable.
     """
     rows = chunk or max(1, CHUNK_ELEMENTS.get(hidden_ND.device.type, 1 << 26) // len(output_VD))
-    total, losses = _ChunkedCrossEntropy.apply(hidden_ND, output_VD, targets_N, weights_N, z_loss, rows)
-    return total, losses
+    total, losses_N = _ChunkedCrossEntropy.apply(hidden_ND, output_VD, targets_N, weights_N, z_loss, rows)
+    return total, losses_N

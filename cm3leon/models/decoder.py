@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cm3leon.config.schema import current_names
+from cm3leon.config.schema import ModelConfig, current_names
 from cm3leon.models.cross_entropy import chunked_cross_entropy
 from cm3leon.models.kernels import apply_rotary_emb, attention, linear, relu
 from cm3leon.sequence.grammar import Vocabulary
@@ -40,18 +40,23 @@ RENAMED_TENSORS = {"places.weight": "image_positions.weight"}
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Architecture of a decoder; stored with its vocabulary next to the weights as ``config.json``."""
+    """Architecture of a decoder, without defaults of its own; stored with its vocabulary next to the weights as ``config.json``."""
 
     layers: int
     width: int
     heads: int
     context: int
-    init_std: float = 0.006
-    position_std: float = 0.0002
-    qk_norm: bool = False
-    image_positions: bool = False
-    rope: bool = False
-    previous_token: bool = False
+    init_std: float
+    position_std: float
+    qk_norm: bool
+    image_positions: bool
+    rope: bool
+    previous_token: bool
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> DecoderSpec:
+        """The shape that the parameters describe."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 class Cache(Protocol):

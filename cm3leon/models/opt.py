@@ -3,15 +3,16 @@
     export_opt(Decoder.load(Path("models/pretrained")), Path("opt"))   # transformers.OPTForCausalLM.from_pretrained("opt")
     decoder = import_opt(Path("opt"))
 
-The decoder is OPT without biases and learnable norms, which OPT's configuration can say (``enable_bias``,
-``layer_norm_elementwise_affine``), so the two compute the same. Three things differ in how they are kept: OPT has queries, keys and
-values apart, its learned positions start at row 2, and its names are its own. ``transformers`` is not needed here, and nothing is pickled.
+The decoder is OPT (arXiv 2205.01068) without biases and without learnable norms. OPT's configuration has switches for both
+(``enable_bias``, ``layer_norm_elementwise_affine``), so the two models compute the same. The files differ in three ways: OPT has separate
+matrices for queries, keys and values, its learned positions start at row 2, and its tensors have other names. ``transformers`` is not
+needed here, and nothing is pickled.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,45 +29,42 @@ from cm3leon.utils.errors import UserError
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 OWN = "cm3leon"
-"""Key of OPT's configuration that holds what a decoder's own ``config.json`` does; transformers keeps it as it is."""
+"""Key in OPT's configuration of a copy of the decoder's own ``config.json``; transformers reads and writes it unchanged."""
 
 OFFSET = 2
-"""Rows of OPT's positions before that of the first token: row 1 is for padding, row 0 for nothing."""
+"""Rows of OPT's position embeddings before that of the first token: row 1 is for padding, row 0 is not used."""
 
 TOKENS, POSITIONS, HEAD = "model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight", "lm_head.weight"
 FUSED, PROJECTIONS = "attention.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MATRICES = {"attention.out": "self_attn.out_proj", "up": "fc1", "down": "fc2"}
-"""Matrices of a block, ours -> OPT's, beside the fused one."""
+"""Matrices of a block except the fused one, ours -> OPT's."""
 
 SIZES = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads", "context": "max_position_embeddings"}
 """Fields of :class:`DecoderSpec` -> OPT's."""
 
-INITIALIZATION = ("init_std", "position_std")
-"""Fields of :class:`DecoderSpec` that say how training began, not what is computed."""
-
 FIXED: dict[str, tuple[Any, Any, str]] = {
-    "model_type": ("opt", None, "no other kind of model is read"),
+    "model_type": ("opt", None, "only OPT models can be read"),
     "enable_bias": (False, True, "the decoder has no biases"),
     "layer_norm_elementwise_affine": (False, True, "the decoder's norms have no parameters"),
     "do_layer_norm_before": (True, True, "the decoder's norms come first in a block"),
-    "_remove_final_layer_norm": (False, False, "the decoder has a last norm"),
-    "activation_function": ("relu", "relu", "the decoder has no other"),
-    "tie_word_embeddings": (True, True, "the decoder's output matrix is that of its embeddings"),
+    "_remove_final_layer_norm": (False, False, "the decoder has a final norm"),
+    "activation_function": ("relu", "relu", "the decoder's feed-forward has no other activation"),
+    "tie_word_embeddings": (True, True, "the decoder's output matrix is its token embedding"),
 }
-"""OPT's field -> what it must be, what its absence means, and why. Dropout is not here: it changes training with transformers alone."""
+"""OPT's field -> required value, OPT's default if it is absent, and the reason. Dropout may have any value: it only affects training."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class OPTFormatError(UserError):
-    """A decoder that OPT cannot express, or a checkpoint that the decoder cannot hold; the message says what stands in the way."""
+    """A decoder that OPT cannot express, or a checkpoint that is no such OPT; the message names the field or tensor."""
 
 
 def export_opt(model: Decoder, directory: Path) -> None:
     """Write ``config.json``, ``generation_config.json`` and ``model.safetensors`` for ``OPTForCausalLM``, in the model's own precision.
 
     Raises:
-        OPTFormatError: if the decoder has an option that OPT has not (``image_positions``, ``qk_norm``).
+        OPTFormatError: if the decoder has an option that OPT lacks, such as ``image_positions`` or ``qk_norm``.
     """
     _check_expressible(model.spec)
     weights = _to_opt({name: weight.detach().cpu() for name, weight in model.state_dict().items()}, model.spec.layers)
@@ -79,14 +77,14 @@ def export_opt(model: Decoder, directory: Path) -> None:
 
 
 def import_opt(directory: Path, vocabulary: Vocabulary | None = None) -> Decoder:
-    """Read what :func:`export_opt` or transformers' ``save_pretrained`` wrote, in one file or several; a decoder in fp32, in eval mode.
+    """Read what :func:`export_opt` or transformers' ``save_pretrained`` wrote, in one file or several, as a float32 decoder in eval mode.
 
     Args:
-        vocabulary: layout of the token ids, for a checkpoint whose configuration does not hold it.
+        vocabulary: layout of the token ids, if the checkpoint's configuration does not have it.
 
     Raises:
         FileNotFoundError: if the directory holds no checkpoint.
-        OPTFormatError: naming the field or tensor, if the checkpoint is not one that a decoder can hold, or is pickled.
+        OPTFormatError: if the checkpoint is not an OPT that a decoder can express, or is pickled.
     """
     directory = Path(directory)
     path = directory / CONFIG
@@ -95,7 +93,7 @@ def import_opt(directory: Path, vocabulary: Vocabulary | None = None) -> Decoder
     config = _read_json(path)
     spec, vocabulary = _check_config(config, vocabulary, path)
     weights = _read_weights(directory)
-    head = weights.pop(HEAD, None)  # some writers keep it although it is tied
+    head = weights.pop(HEAD, None)  # some programs save the output matrix although it is tied
     if head is not None and not (TOKENS in weights and torch.equal(head, weights[TOKENS])):
         raise OPTFormatError(f"{directory}: {HEAD} differs from {TOKENS}; {FIXED['tie_word_embeddings'][2]}")
     _check_weights(weights, _shapes(spec, vocabulary), directory)
@@ -126,60 +124,64 @@ def _config(model: Decoder) -> dict[str, Any]:
 
 
 def _check_expressible(spec: DecoderSpec) -> None:
-    """Every option that changes what is computed must be off: as it is by default."""
-    options = [field for field in fields(spec) if field.default is not MISSING and field.name not in INITIALIZATION]
-    on = [field for field in options if getattr(spec, field.name) != field.default]
+    """Every option that changes what is computed must be off; these are the fields that are true or false."""
+    on = [field.name for field in fields(spec) if getattr(spec, field.name) is True]
     if on:
-        found = ", ".join(f"{field.name}={json.dumps(getattr(spec, field.name))}" for field in on)
-        needed = ", ".join(f"pretrain.model.{field.name}={json.dumps(field.default)}" for field in on)
+        found = ", ".join(f"{name}=true" for name in on)
+        needed = ", ".join(f"pretrain.model.{name}=false" for name in on)
         raise OPTFormatError(f"OPT cannot express a decoder with {found}; train one with {needed}")
 
 
 def _check_config(config: dict[str, Any], vocabulary: Vocabulary | None, path: Path) -> tuple[DecoderSpec, Vocabulary]:
-    """The shape and vocabulary of the decoder that holds the checkpoint; ``path`` names its configuration in errors."""
+    """The architecture and vocabulary of the decoder for a checkpoint; ``path`` is its configuration's, for errors."""
 
-    def refuse(field: str, found: object, needed: object, why: str) -> OPTFormatError:
-        return OPTFormatError(f"{path}: {field} is {json.dumps(found)}, needed is {json.dumps(needed)}: {why}")
+    def unsuitable(field: str, found: object, needed: object, reason: str) -> OPTFormatError:
+        return OPTFormatError(f"{path}: {field} is {json.dumps(found)}, needed is {json.dumps(needed)}: {reason}")
 
-    for field, (needed, absent, why) in FIXED.items():
-        found = config.get(field, absent)
+    # 1. Switches: OPT must compute what the decoder computes.
+    for field, (needed, default, reason) in FIXED.items():
+        found = config.get(field, default)
         if found != needed:
-            raise refuse(field, found, needed, why)
+            raise unsuitable(field, found, needed, reason)
     architectures = config.get("architectures") or ["OPTForCausalLM"]
     if architectures != ["OPTForCausalLM"]:
-        raise refuse("architectures", architectures, ["OPTForCausalLM"], "the decoder is a language model")
+        raise unsuitable("architectures", architectures, ["OPTForCausalLM"], "the decoder is a language model")
+    # 2. Sizes.
     for field in (*SIZES.values(), "vocab_size", "ffn_dim"):
         if type(config.get(field)) is not int or config[field] < 1:
-            raise OPTFormatError(f"{path}: {field} must be a whole number above 0, found {json.dumps(config.get(field))}")
+            raise OPTFormatError(f"{path}: {field} must be a positive integer, found {json.dumps(config.get(field))}")
     sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
     width, projected = sizes["width"], config.get("word_embed_proj_dim")
     if projected not in (None, width):
-        raise refuse("word_embed_proj_dim", projected, width, "the decoder's embeddings are as wide as the decoder")
+        raise unsuitable("word_embed_proj_dim", projected, width, "the decoder's embeddings have the decoder's width")
     if config["ffn_dim"] != 4 * width:
-        raise refuse("ffn_dim", config["ffn_dim"], 4 * width, "the decoder's feed-forward has four widths")
+        raise unsuitable("ffn_dim", config["ffn_dim"], 4 * width, "the decoder's feed-forward is four times its width")
     if width % sizes["heads"]:
         raise OPTFormatError(f"{path}: hidden_size {width} is not a multiple of num_attention_heads {sizes['heads']}")
+    # 3. The copy of the decoder's own configuration, if there is one.
     return _check_own(config, sizes, vocabulary, path)
 
 
 def _check_own(config: dict[str, Any], sizes: dict[str, int], vocabulary: Vocabulary | None, path: Path) -> tuple[DecoderSpec, Vocabulary]:
+    """The architecture and vocabulary under :data:`OWN`, which must agree with OPT's fields; without it, those of the arguments."""
     own = config.get(OWN)
-    spec = DecoderSpec(sizes["layers"], sizes["width"], sizes["heads"], sizes["context"])
+    begun = {"init_std": 0.006, "position_std": 0.0002}  # the paper's; the weights are read, so neither is used
+    spec = DecoderSpec(**sizes, **begun, qk_norm=False, image_positions=False, rope=False, previous_token=False)  # type: ignore[arg-type]
     if own is not None:
         try:
             spec = DecoderSpec(**current_names(own["decoder"], "pretrain.model"))
             stored = Vocabulary(**own["vocabulary"])
         except (KeyError, TypeError) as error:
-            raise OPTFormatError(f"{path}: {OWN} holds no decoder and vocabulary of this version ({error})") from None
+            raise OPTFormatError(f"{path}: {OWN} has no decoder and vocabulary that this version can read ({error})") from None
         _check_expressible(spec)
         for ours, theirs in SIZES.items():
             if getattr(spec, ours) != sizes[ours]:
                 raise OPTFormatError(f"{path}: {theirs} is {sizes[ours]}, but {OWN}.decoder.{ours} is {getattr(spec, ours)}")
         if vocabulary not in (None, stored):
-            raise OPTFormatError(f"{path}: the checkpoint has a vocabulary of its own, {stored}, not {vocabulary}")
+            raise OPTFormatError(f"{path}: the checkpoint has the vocabulary {stored}, not {vocabulary}")
         vocabulary = stored
     if vocabulary is None:
-        raise OPTFormatError(f"{path}: no key {OWN}, which holds the layout of the vocabulary; give it (--vocabulary)")
+        raise OPTFormatError(f"{path}: no key {OWN}, which has the layout of the vocabulary; give it with --vocabulary")
     if vocabulary.size != config["vocab_size"]:
         raise OPTFormatError(f"{path}: vocab_size is {config['vocab_size']}, but the vocabulary has {vocabulary.size} ids: {vocabulary}")
     return spec, vocabulary
@@ -189,20 +191,23 @@ def _check_own(config: dict[str, Any], sizes: dict[str, int], vocabulary: Vocabu
 
 
 def _to_opt(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """A decoder's tensors under OPT's names, the fused matrix divided into queries, keys and values."""
     left = dict(weights)
-    positions = left.pop("positions.weight")
-    opt = {TOKENS: left.pop("tokens.weight"), POSITIONS: torch.cat([positions.new_zeros(OFFSET, positions.shape[1]), positions])}
+    positions_CD = left.pop("positions.weight")
+    unused = positions_CD.new_zeros(OFFSET, positions_CD.shape[1])
+    opt = {TOKENS: left.pop("tokens.weight"), POSITIONS: torch.cat([unused, positions_CD])}
     for layer in range(layers):
         ours, theirs = _prefixes(layer)
         for name, weight in zip(PROJECTIONS, left.pop(f"{ours}{FUSED}.weight").chunk(3), strict=True):
             opt[f"{theirs}{name}.weight"] = weight
         for name, their_name in MATRICES.items():
             opt[f"{theirs}{their_name}.weight"] = left.pop(f"{ours}{name}.weight")
-    assert not left, f"tensors of the decoder without a place in OPT: {', '.join(left)}"
+    assert not left, f"tensors of the decoder that OPT has no name for: {', '.join(left)}"
     return opt
 
 
 def _from_opt(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """The inverse of :func:`_to_opt`."""
     own = {"tokens.weight": weights[TOKENS], "positions.weight": weights[POSITIONS][OFFSET:]}
     for layer in range(layers):
         ours, theirs = _prefixes(layer)
@@ -212,6 +217,7 @@ def _from_opt(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
 
 
 def _prefixes(layer: int) -> tuple[str, str]:
+    """Beginnings of the names of a block's tensors, ours and OPT's."""
     return f"blocks.{layer}.", f"model.decoder.layers.{layer}."
 
 
@@ -219,10 +225,10 @@ def _shapes(spec: DecoderSpec, vocabulary: Vocabulary) -> dict[str, tuple[int, .
     """OPT's tensors and their shapes."""
     width = spec.width
     shapes: dict[str, tuple[int, ...]] = {TOKENS: (vocabulary.size, width), POSITIONS: (spec.context + OFFSET, width)}
-    special = {"fc1": (4 * width, width), "fc2": (width, 4 * width)}
+    feed_forward = {"fc1": (4 * width, width), "fc2": (width, 4 * width)}
     for layer in range(spec.layers):
         for name in (*PROJECTIONS, *MATRICES.values()):
-            shapes[f"{_prefixes(layer)[1]}{name}.weight"] = special.get(name, (width, width))
+            shapes[f"{_prefixes(layer)[1]}{name}.weight"] = feed_forward.get(name, (width, width))
     return shapes
 
 
@@ -230,7 +236,7 @@ def _check_weights(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]
     if missing := [name for name in shapes if name not in weights]:
         raise OPTFormatError(f"{directory}: {_named(missing)} missing from the checkpoint")
     if unknown := sorted(set(weights) - set(shapes)):
-        raise OPTFormatError(f"{directory}: {_named(unknown)} in the checkpoint, which the decoder has no place for")
+        raise OPTFormatError(f"{directory}: {_named(unknown)} in the checkpoint, which the decoder does not have")
     for name, shape in shapes.items():
         if tuple(weights[name].shape) != shape:
             raise OPTFormatError(f"{directory}: {name} has shape {tuple(weights[name].shape)}, needed is {shape}")
@@ -261,7 +267,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, from one file or from those that its index names."""
+    """All tensors of a checkpoint, from its one file or from the files that its index names."""
     files = [WEIGHTS]
     if not (directory / WEIGHTS).is_file():
         if not (directory / INDEX).is_file():
@@ -274,11 +280,11 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name in files:
         if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory / name} is missing, and {INDEX} names it")
+            raise FileNotFoundError(f"{directory / name} is missing; {INDEX} names it")
         try:
             weights |= load_file(directory / name)
         except SafetensorError as error:
-            raise OPTFormatError(f"{directory / name} is not a whole safetensors file: {error}") from None
+            raise OPTFormatError(f"{directory / name} is not a complete safetensors file: {error}") from None
     return weights
 
 
@@ -286,6 +292,6 @@ def _refuse_pickle(directory: Path) -> None:
     pickled = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
     if pickled:
         raise OPTFormatError(
-            f"{directory}: weights only as {pickled[0]}, a pickle, which can run code and is never read here; save them as safetensors: "
+            f"{directory}: the weights are in {pickled[0]}, a pickle, which can run code and is never read here; save them as safetensors: "
             f'OPTForCausalLM.from_pretrained("{directory}").save_pretrained("NEW") with transformers'
         )

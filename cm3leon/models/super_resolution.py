@@ -1,7 +1,10 @@
-"""The upscaler that runs after decoding: a small residual network on top of bicubic interpolation (EDSR, Lim et al. 2017).
+"""The upscaler that runs after the image tokenizer's decoder: bicubic interpolation plus a small residual network.
 
-It is trained by itself on the collection's own images: each is its own target, its bicubic reduction the input. Fidelity is measured on the
-images before upscaling (paper).
+The network is EDSR's (Lim et al. 2017, arXiv 1707.02921), smaller: residual blocks without normalization, and upsampling by pixel shuffle.
+It is trained separately, on the collection's own images (``training/super_resolution.py``). FID is measured on images before upscaling, as
+in the paper.
+
+Shapes: B batch, C channels, h w low resolution, H W high resolution, H = scale * h; S = scale * scale.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,13 +24,16 @@ from torch.nn.functional import interpolate, pixel_shuffle
 from cm3leon.data.images import to_rgb
 from cm3leon.utils.images import to_pil, to_uint8, to_unit
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CORRECTION_SCALE = 0.3
-"""Of the network's output. It tames the first steps, so that a high learning rate does not begin by undoing the interpolation."""
+"""Factor of the network's output. It keeps the first steps of a high learning rate from destroying the interpolated image."""
 
 
 class ResidualBlock(nn.Module):
-    """Convolution, ReLU, convolution, no normalization; starts as the identity."""
+    """Convolution, ReLU, convolution, without normalization; the identity at initialization, as the second convolution is zero."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -35,14 +42,14 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.second.weight)
         nn.init.zeros_(self.second.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.second(torch.relu(self.first(x)))
+    def forward(self, x_BChw: torch.Tensor) -> torch.Tensor:
+        return x_BChw + self.second(torch.relu(self.first(x_BChw)))
 
 
 class SuperResolution(nn.Module):
-    """``(B, 3, h, w)`` in [-1, 1] to ``(B, 3, scale * h, scale * w)``: bicubic interpolation plus a learned correction.
+    """(B, 3, h, w) in [-1, 1] to (B, 3, H, W): bicubic interpolation plus a learned correction.
 
-    The correction starts at zero, so an untrained network is bicubic interpolation.
+    The correction is zero at initialization, so an untrained network is bicubic interpolation.
     """
 
     def __init__(self, scale: int, channels: int, blocks: int) -> None:
@@ -55,10 +62,11 @@ class SuperResolution(nn.Module):
         nn.init.zeros_(self.tail.weight)
         nn.init.zeros_(self.tail.bias)  # type: ignore[arg-type]
 
-    def forward(self, low: torch.Tensor) -> torch.Tensor:
-        features = self.head(low)
-        correction = CORRECTION_SCALE * pixel_shuffle(self.tail(features + self.body(features)), self.scale)
-        return interpolate(low, scale_factor=self.scale, mode="bicubic", align_corners=False) + correction
+    def forward(self, low_B3hw: torch.Tensor) -> torch.Tensor:
+        features_BChw = self.head(low_B3hw)
+        subpixels_B3Shw = self.tail(features_BChw + self.body(features_BChw))  # 3 * S channels
+        correction_B3HW = CORRECTION_SCALE * pixel_shuffle(subpixels_B3Shw, self.scale)
+        return interpolate(low_B3hw, scale_factor=self.scale, mode="bicubic", align_corners=False) + correction_B3HW
 
     @classmethod
     def load(cls, directory: str | Path) -> SuperResolution:
@@ -84,17 +92,27 @@ class SuperResolution(nn.Module):
 
     @torch.inference_mode()
     def upscale(self, images: Sequence[Image.Image]) -> list[Image.Image]:
-        """Images of any sizes, each ``scale`` times larger, RGB."""
+        """Images of any sizes as RGB images, ``scale`` times as wide and high."""
         device = self.head.weight.device
         result = []
         for image in images:
-            low = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)[None].to(device)
-            result += to_pil(self(to_unit(low)))
+            low_13hw = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)[None].to(device)
+            result += to_pil(self(to_unit(low_13hw)))
         return result
 
 
+def target_side(manifest: pd.DataFrame, image_size: int, scale: int) -> int:
+    """Side of the high-resolution training images, pixels, a multiple of ``scale``.
+
+    It is the side of upscaled outputs, ``image_size * scale``, or less where more than half of the collection's images are smaller:
+    an image enlarged to its own target would teach the network to blur.
+    """
+    available = int(manifest[["width", "height"]].min(axis=1).median())
+    return max(scale, min(image_size * scale, available) // scale * scale)
+
+
 def reduce(pixels: torch.Tensor, scale: int) -> torch.Tensor:
-    """uint8 ``(B, 3, H, W)`` reduced ``scale`` times by antialiased bicubic interpolation, rounded to uint8 as a stored image is.
+    """uint8 (B, 3, H, W) to (B, 3, h, w) by antialiased bicubic interpolation, rounded to uint8 like a stored image.
 
     Raises:
         ValueError: if a side is not a multiple of ``scale``.

@@ -1,11 +1,14 @@
 """The image tokenizer: a VQ-GAN autoencoder, images <-> grids of codes.
 
-The family of Make-A-Scene and taming-transformers (arXiv 2203.13131, 2012.09841): a convolutional encoder, a codebook, a mirrored
-decoder. Two departures make it learn in minutes: with ``patch`` > 1 the image is pixel-unshuffled first, so that no convolution runs at
-full resolution; and there is no normalization outside the residual branches, which start silent, so that the network begins as a linear
-map of patches and flat colors pass at once (docs/log.md has the figures).
+The architecture of taming-transformers and Make-A-Scene (arXiv 2012.09841, 2203.13131): a convolutional encoder, a codebook, a mirrored
+decoder. Two changes make it learn in minutes (docs/log.md):
 
-Shapes: B batch, C channels, H W pixels, h w tokens; downsampling f = patch * 2 ** (levels - 1), h = H / f.
+- With ``patch`` > 1 the image is pixel-unshuffled first, so that no convolution runs at full resolution.
+- There is no normalization outside the residual branches, and these are zero at initialization. The network is a linear map of patches at
+  first, which reconstructs flat colors from the start.
+
+Shapes: B batch, C channels, H W pixels, h w tokens of an image, h = H / f with downsampling f = patch * 2 ** (levels - 1); N = B * h * w
+latents, D their dimensions, E entries of the codebook.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from cm3leon.utils.images import to_channels_first, to_channels_last
 
 @dataclass(frozen=True)
 class ImageTokenizerSpec:
-    """What it takes to build the network again; stored beside the weights as ``config.json``."""
+    """Architecture of an image tokenizer; stored next to the weights as ``config.json``."""
 
     image_size: int
     patch: int
@@ -51,33 +54,35 @@ class ImageTokenizerSpec:
 
 
 class ChannelNorm(nn.Module):
-    """Root-mean-square normalization over the channels of each position."""
+    """RMSNorm (arXiv 1910.07467) over the channels of each position: ``x / sqrt(mean(x**2)) * scale``."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.scale
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW * torch.rsqrt(x_BCHW.square().mean(1, keepdim=True) + 1e-6) * self.scale
 
 
 class ResidualBlock(nn.Module):
-    """x + 1x1(SiLU(3x3(norm(x)))); the identity at first, since the 1x1 convolution starts at zero. ``kernel`` is 3, or another side."""
+    """``x + out(SiLU(conv(norm(x))))``; the identity at initialization, as the 1x1 convolution ``out`` is zero.
+
+    Args:
+        kernel: side of the other convolution's kernel.
+    """
 
     def __init__(self, channels: int, kernel: int = 3) -> None:
         super().__init__()
-        self.norm, self.conv, self.out = (
-            ChannelNorm(channels),
-            nn.Conv2d(channels, channels, kernel, padding=kernel // 2),
-            nn.Conv2d(channels, channels, 1),
-        )
+        self.norm = ChannelNorm(channels)
+        self.conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(F.silu(self.conv(self.norm(x))))
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW + self.out(F.silu(self.conv(self.norm(x_BCHW))))
 
 
-def start_linear(network: nn.Module) -> None:
-    """Orthogonal 1x1 convolutions and silent residual blocks: at first the network is a rotation of patches, which keeps colors."""
+def init_linear(network: nn.Module) -> None:
+    """Initialize 1x1 convolutions as orthogonal and residual branches as zero: the network is then an orthogonal map of patches."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.zeros_(module.bias)
@@ -89,9 +94,9 @@ def start_linear(network: nn.Module) -> None:
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) in [-1, 1] -> (B, embedding_dim, h, w).
+    """Images (B, 3, H, W) in [-1, 1] to latents (B, D, h, w).
 
-    With ``encoder_kernel`` 1 a latent sees its own patch alone, so that equal patches have equal codes, whatever lies around them.
+    With ``encoder_kernel`` 1 a latent depends on its own patch only, so that equal patches have equal codes whatever surrounds them.
     """
 
     def __init__(self, spec: ImageTokenizerSpec) -> None:
@@ -103,14 +108,14 @@ class Encoder(nn.Module):
                 layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * widths[level - 1], width, 1)]
             layers += [ResidualBlock(width, spec.encoder_kernel) for _ in range(spec.blocks)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], spec.embedding_dim, 1))
-        start_linear(self)
+        init_linear(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        return self.layers(images_B3HW)
 
 
 class Decoder(nn.Module):
-    """(B, embedding_dim, h, w) -> (B, 3, H, W), about [-1, 1]."""
+    """Latents (B, D, h, w) to images (B, 3, H, W), about in [-1, 1]."""
 
     def __init__(self, spec: ImageTokenizerSpec) -> None:
         super().__init__()
@@ -123,16 +128,30 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.output = nn.Conv2d(widths[-1], 3 * spec.patch**2, 1)
         self.shuffle = nn.PixelShuffle(spec.patch)
-        start_linear(self)
+        init_linear(self)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.shuffle(self.output(self.layers(latents)))
+    def forward(self, z_BDhw: Tensor) -> Tensor:
+        return self.shuffle(self.output(self.layers(z_BDhw)))
 
 
 class Codebook(nn.Module):
-    """Nearest-neighbor quantization, the entries learned by exponential moving averages (van den Oord et al. 2017, arXiv 1711.00937,
-    appendix A). They start as k-means of encoder outputs (:meth:`initialize`); against collapse, entries that are used too seldom are
-    restarted where the codebook says least (:meth:`restart`).
+    """Nearest-neighbor quantization with entries learned by exponential moving averages (arXiv 1711.00937, appendix A).
+
+    For entry i, with n_i latents z assigned to it in a batch and decay g:
+
+        usage_i <- g usage_i + (1 - g) n_i
+        sums_i  <- g sums_i  + (1 - g) sum of those z
+        entry_i  = sums_i / usage_i
+
+    Here n_i and the sums are scaled by E / N, so that an entry of average use has usage 1 whatever the size of the batch.
+
+    Entries are initialized by k-means of latents (:meth:`initialize`). Against codebook collapse, entries that are hardly used are
+    restarted at latents that the codebook quantizes badly (:meth:`restart`).
+
+    Attributes:
+        entries: (E, D).
+        usage: (E,), moving average of each entry's use.
+        sums: (E, D), moving average of the sum of each entry's latents.
     """
 
     entries: Tensor
@@ -141,21 +160,24 @@ class Codebook(nn.Module):
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        entries = torch.randn(size, dim)
-        self.register_buffer("entries", entries)
+        entries_ED = torch.randn(size, dim)
+        self.register_buffer("entries", entries_ED)
         self.register_buffer("usage", torch.ones(size), persistent=False)
-        self.register_buffer("sums", entries.clone(), persistent=False)
+        self.register_buffer("sums", entries_ED.clone(), persistent=False)
 
     def nearest(self, z_ND: Tensor) -> Tensor:
-        """Index of the entry nearest to each row."""
+        """Codes (N,): index of the entry nearest to each latent."""
+        # argmin |z - e|^2 = argmax (z e - |e|^2 / 2), as |z|^2 is the same for all entries.
         return (z_ND @ self.entries.T - 0.5 * self.entries.square().sum(1)).argmax(-1)
 
     def lookup(self, codes: Tensor) -> Tensor:
+        """Entries (..., D) of codes (...)."""
         return F.embedding(codes, self.entries)
 
     @torch.no_grad()
     def initialize(self, z_ND: Tensor, generator: torch.Generator, iterations: int = 10) -> None:
-        """k-means of encoder outputs, seeded as k-means++: each entry at an output drawn in proportion to its squared error so far."""
+        """Set the entries to the centroids of latents: k-means, seeded by k-means++ (Arthur and Vassilvitskii 2007)."""
+        # 1. k-means++: each entry is a latent, sampled in proportion to its squared distance to the nearest entry so far.
         error_N = torch.full((len(z_ND),), torch.inf)
         weights_N = torch.ones(len(z_ND))
         for index in range(len(self.entries)):
@@ -163,45 +185,47 @@ class Codebook(nn.Module):
             self.entries[index] = z_ND[pick]
             error_N = torch.minimum(error_N, (z_ND - z_ND[pick]).square().sum(1).cpu())
             weights_N = error_N + 1e-9
+        # 2. k-means: each entry moves to the mean of its latents; entries without any stay.
         for _ in range(iterations):
             codes_N = self.nearest(z_ND)
-            sums = torch.zeros_like(self.entries).index_add_(0, codes_N, z_ND)
-            counts = torch.bincount(codes_N, minlength=len(self.entries))[:, None]
-            self.entries.copy_(torch.where(counts > 0, sums / counts.clamp(min=1), self.entries))
+            sums_ED = torch.zeros_like(self.entries).index_add_(0, codes_N, z_ND)
+            counts_E1 = torch.bincount(codes_N, minlength=len(self.entries))[:, None]
+            self.entries.copy_(torch.where(counts_E1 > 0, sums_ED / counts_E1.clamp(min=1), self.entries))
+        # 3. Moving averages that agree with the entries.
         counts_E = torch.bincount(self.nearest(z_ND), minlength=len(self.entries)).to(z_ND.dtype)
         self.usage.copy_(counts_E * len(self.entries) / len(z_ND))
         self.sums.copy_(self.entries * self.usage[:, None])
 
     @torch.no_grad()
     def update(self, z_ND: Tensor, codes_N: Tensor, decay: float) -> None:
-        """Move the averages toward this batch's assignments."""
+        """Update the moving averages and the entries by a batch of latents and their codes."""
         size = self.entries.shape[0]
-        counts = torch.bincount(codes_N, minlength=size).to(z_ND.dtype)
-        sums = torch.zeros_like(self.sums).index_add_(0, codes_N, z_ND)
-        self.usage.mul_(decay).add_(counts * size / len(z_ND), alpha=1 - decay)
-        self.sums.mul_(decay).add_(sums * size / len(z_ND), alpha=1 - decay)
-        used = self.usage > 1e-4
-        self.entries[used] = self.sums[used] / self.usage[used, None]
+        counts_E = torch.bincount(codes_N, minlength=size).to(z_ND.dtype)
+        sums_ED = torch.zeros_like(self.sums).index_add_(0, codes_N, z_ND)
+        self.usage.mul_(decay).add_(counts_E * size / len(z_ND), alpha=1 - decay)
+        self.sums.mul_(decay).add_(sums_ED * size / len(z_ND), alpha=1 - decay)
+        used_E = self.usage > 1e-4  # entries without use keep their value: both averages go to zero
+        self.entries[used_E] = self.sums[used_E] / self.usage[used_E, None]
 
     @torch.no_grad()
     def restart(self, z_ND: Tensor, below: float, generator: torch.Generator) -> int:
-        """Restart entries used less than ``below`` times the mean; returns how many.
+        """Restart entries with a usage of less than ``below`` times the mean; returns their number.
 
-        They move to encoder outputs drawn in proportion to their squared quantization error: to what the codebook says worst.
+        They are set to latents sampled in proportion to their squared quantization error.
         """
         dead = (self.usage < below * self.usage.mean()).nonzero().flatten()
         if len(dead):
-            error = (z_ND - self.lookup(self.nearest(z_ND))).square().sum(1) + 1e-9
-            picks = torch.multinomial(error.cpu(), len(dead), replacement=True, generator=generator)
-            fresh_usage = 2 * below
+            error_N = (z_ND - self.lookup(self.nearest(z_ND))).square().sum(1) + 1e-9
+            picks = torch.multinomial(error_N.cpu(), len(dead), replacement=True, generator=generator)
+            initial_usage = 2 * below  # above the threshold, so that the entry is not restarted again before it can be used
             self.entries[dead] = z_ND[picks.to(z_ND.device)]
-            self.usage[dead] = fresh_usage
-            self.sums[dead] = self.entries[dead] * fresh_usage
+            self.usage[dead] = initial_usage
+            self.sums[dead] = self.entries[dead] * initial_usage
         return len(dead)
 
 
 class ImageTokenizer(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] <-> codes (B, h*w), row by row from the top left."""
+    """Images (B, 3, H, W) in [-1, 1] <-> codes (B, h * w) in raster order."""
 
     def __init__(self, spec: ImageTokenizerSpec) -> None:
         super().__init__()
@@ -210,26 +234,27 @@ class ImageTokenizer(nn.Module):
         self.codebook = Codebook(spec.codebook_size, spec.embedding_dim)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, h*w), int64.
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Codes (B, h * w), int64.
 
         Raises:
             ValueError: if the images are not (B, 3, image_size, image_size).
         """
         size = self.spec.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"expected images of shape (B, 3, {size}, {size}), found {tuple(images.shape)}")
-        z_NhwD = self.encoder(images).permute(0, 2, 3, 1)
-        return self.codebook.nearest(z_NhwD.reshape(-1, self.spec.embedding_dim)).view(len(images), -1)
+        if images_B3HW.ndim != 4 or images_B3HW.shape[1:] != (3, size, size):
+            raise ValueError(f"expected images of shape (B, 3, {size}, {size}), found {tuple(images_B3HW.shape)}")
+        z_BhwD = self.encoder(images_B3HW).permute(0, 2, 3, 1)
+        return self.codebook.nearest(z_BhwD.reshape(-1, self.spec.embedding_dim)).view(len(images_B3HW), -1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] from codes (B, h*w)."""
+        """Images (B, 3, H, W) in [-1, 1] of codes (B, h * w)."""
         side = self.spec.side
         z_BDhw = self.codebook.lookup(codes).view(-1, side, side, self.spec.embedding_dim).permute(0, 3, 1, 2)
         return self.decoder(z_BDhw.contiguous()).clamp(-1, 1)
 
     def save(self, directory: Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(asdict(self.spec), indent=2) + "\n")
@@ -253,10 +278,10 @@ class ImageTokenizer(nn.Module):
 
 @torch.no_grad()
 def reconstruct(model: ImageTokenizer, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Codes (N, h*w) and reconstructions uint8 (N, H, W, 3) of uint8 images (N, H, W, 3)."""
+    """Codes (B, h * w) and reconstructions, uint8 (B, H, W, 3), of uint8 images (B, H, W, 3), ``batch_size`` at a time."""
     device = next(model.parameters()).device
     codes, outputs = [], []
-    for batch in images.split(batch_size):
-        codes.append(model.encode(to_channels_first(batch, device)))
+    for batch_BHW3 in images.split(batch_size):
+        codes.append(model.encode(to_channels_first(batch_BHW3, device)))
         outputs.append(to_channels_last(model.decode(codes[-1])))
     return torch.cat(codes).cpu(), torch.cat(outputs)

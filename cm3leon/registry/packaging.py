@@ -1,4 +1,4 @@
-"""A bundle as a version of an MLflow model: models from code, so that nothing is pickled, with this package's code beside it."""
+"""A bundle as a version of an MLflow model: a model from code, so that nothing is pickled, with a copy of this package's code."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ REQUIREMENTS = (
     "mlflow", "torch", "torchvision", "open_clip_torch", "faiss-cpu", "numpy", "pandas", "pyarrow", "pillow",
     "pydantic", "pyyaml", "rich", "safetensors", "tokenizers",
 )  # fmt: skip
-"""What a registered model needs to load and predict; registered with the versions installed here."""
+"""Packages that a registered model needs to load and predict; registered with the versions installed here."""
 
 
 def log_version(client: MlflowClient, bundle: Path, name: str, tags: Mapping[str, str], config: Config) -> str:
-    """Log the bundle in a run ``register`` with its evaluation and lineage, and make it a version of model ``name``; returns its number.
+    """Log the bundle in a run ``register`` with its evaluation and lineage, and make it a version of model ``name``.
+
+    Returns the version's number.
 
     Raises:
         ConnectionError: if the store takes no runs.
@@ -45,12 +47,12 @@ def log_version(client: MlflowClient, bundle: Path, name: str, tags: Mapping[str
         client.log_artifacts(run.run_id, str(bundle / "evaluation"), "evaluation")
         client.log_artifact(run.run_id, str(bundle / "lineage.json"))
         try:
-            client.create_registered_model(name, description="CM3leon: draws, captions and answers. Load it by alias.")
+            client.create_registered_model(name, description="CM3leon: generates images, captions and answers. Load it by alias.")
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        made = client.create_model_version(name, model.model_uri, run.run_id, tags=dict(tags), model_id=model.model_id)
-        return str(made.version)
+        version = client.create_model_version(name, model.model_uri, run.run_id, tags=dict(tags), model_id=model.model_id)
+        return str(version.version)
 
 
 def log_model(bundle: Path, name: str) -> Any:

@@ -1,28 +1,29 @@
-"""What the served model takes and gives: its MLflow signature and the parameters of a request.
+"""The registered model's MLflow signature, and the parameters of a request.
 
-MLflow drops parameters that the signature does not name, with a warning in the server's log, before the model sees them; what it lets
-through is checked here.
+MLflow drops parameters that the signature does not name, with a warning in the server's log, before the model sees them; those that it lets
+through are checked here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from cm3leon.config.schema import DecodingConfig, Section, current_names
+from cm3leon.generation.settings import decoding_field
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 REQUEST_COLUMNS = ("task", "prompt", "image", "question", "instruction", "text", "kind", "context", "box", "objects", "document", "options")
-"""Of a request, all text; ``box``, ``objects``, ``document`` and ``options`` are JSON."""
+"""Columns of a request, all text; those in :data:`JSON_COLUMNS` hold JSON."""
 JSON_COLUMNS = ("box", "objects", "document", "options")
 
 OUTPUTS = {
-    "row": "long", "task": "string", "text": "string", "image_png": "string", "score": "double", "seed": "long", "neighbors": "string",
-    "text_log_likelihood": "double", "image_log_likelihood": "double",
+    "row": "long", "task": "string", "text": "string", "image_png": "string", "score": "double", "seed": "long",
+    "retrieved_documents": "string", "text_log_likelihood": "double", "image_log_likelihood": "double",
 }  # fmt: skip
 """Columns of an answer and MLflow's types of them; the first two are always there."""
 
@@ -32,14 +33,19 @@ class RequestSettings(Section):
 
     num_images: int = Field(1, ge=1, le=16, description="images returned for each prompt")
     seed: int = Field(0, ge=0)
-    temperature: float | None = Field(None, ge=0, le=10, description="of drawing; 0: greedy")
-    top_p: float | None = Field(None, gt=0, le=1)
-    guidance: float | None = Field(None, ge=0, le=50, description="classifier-free guidance scale; 1: none")
-    image_guidance: float | None = Field(None, ge=0, le=50, description="in editing, towards the image that is edited")
-    candidates: int | None = Field(None, ge=1, le=64, description="images drawn for each one returned")
-    retrieved_documents: int | None = Field(None, ge=0, le=16, description="retrieved documents before the prompt")
-    text_temperature: float = Field(0.0, ge=0, le=10, description="of writing; 0: the likeliest text")
-    long: bool = Field(False, description="captions at length")
+    temperature: float | None = decoding_field("temperature")
+    top_p: float | None = decoding_field("top_p")
+    top_k: int | None = decoding_field("top_k")
+    candidates: int | None = decoding_field("candidates")
+    likelihood: float | None = decoding_field("likelihood")
+    guidance: float | None = decoding_field("guidance")
+    guidance_schedule: Literal["constant", "linear", "cosine"] | None = decoding_field("guidance_schedule")
+    contrastive: float | None = decoding_field("contrastive")
+    contrastive_k: int | None = decoding_field("contrastive_k")
+    contrastive_alpha: float | None = decoding_field("contrastive_alpha")
+    image_guidance: float | None = decoding_field("image_guidance")
+    retrieved_documents: int | None = decoding_field("retrieved_documents")
+    text_temperature: float = decoding_field("temperature", 0.0)
     segments: int = Field(2, ge=1, le=8, description="texts and images that interleave adds, at most")
 
 
@@ -49,8 +55,11 @@ def request_settings(params: Mapping[str, Any] | None) -> RequestSettings:
     Raises:
         ValueError: with a line for each unknown or impossible parameter.
     """
+    given = current_names(params or {}, "decoding")  # earlier signatures fill in earlier names
+    if given.pop("long", False):
+        raise ValueError("long: a long caption is now the task long_caption; name it in the column task")
     try:
-        return RequestSettings.model_validate(current_names(params or {}, "decoding"))  # earlier signatures fill in earlier names
+        return RequestSettings.model_validate(given)
     except ValidationError as error:
         known = ", ".join(RequestSettings.model_fields)
         lines = [
@@ -68,7 +77,7 @@ def signature(decoding: DecodingConfig) -> ModelSignature:
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     defaults = RequestSettings().model_dump() | decoding.model_dump(include=set(RequestSettings.model_fields))
-    types = {bool: DataType.boolean, int: DataType.long, float: DataType.double}
+    types = {int: DataType.long, float: DataType.double, str: DataType.string, type(None): DataType.long}
     columns = [ColSpec(DataType.string, name, required=False) for name in REQUEST_COLUMNS]
     outputs = [ColSpec(DataType[kind], name, required=name in ("row", "task")) for name, kind in OUTPUTS.items()]
     params = [ParamSpec(name, types[type(value)], value) for name, value in defaults.items()]

@@ -1,0 +1,1 @@
+"""The memory bank of embeddings and the rules by which documents are retrieved from it."""

@@ -1,8 +1,10 @@
-"""The memory bank: one vector a document in a FAISS index, and what is needed to show the documents found.
+"""The memory bank: a FAISS index with one vector per document, and the captions and credits of the documents.
 
-A document's vector is the mean of its L2-normalized text and image embeddings (paper), brought back to length 1 (as RA-CM3): so the inner
-product of two documents, or of a query and a document, is a cosine, and one bound says when they are too alike. The text is the document's
-first caption, the one shown when the document is retrieved.
+A document's vector is the mean of its L2-normalized text and image embeddings (paper, section 2.1), normalized again (RA-CM3, section 3.2).
+The inner product of two documents, or of a query and a document, is then a cosine, and one bound excludes near-duplicates. The text is the
+document's first caption, which is also the one shown with it.
+
+Shapes: n documents or queries, d dimensions, k results.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from cm3leon.data.manifest import first_caption
 from cm3leon.utils.errors import UserError
 
 INDEX, DOCUMENTS, SETTINGS = "index.faiss", "documents.parquet", "config.json"
@@ -23,20 +26,26 @@ BANK_COLUMNS = ["id", "caption", "licence", "attribution", "source"]
 
 
 def normalize(vectors: np.ndarray) -> np.ndarray:
-    """Rows of float32 ``(n, d)`` brought to length 1; zero rows stay zero."""
+    """float32 ``(..., d)``, L2-normalized; zero vectors stay zero."""
     vectors = np.asarray(vectors, dtype=np.float32)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def document_vectors(text: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """float32 ``(n, d)`` unit vectors of documents from their unit text and image vectors."""
+    """float32 ``(..., d)`` unit vectors of documents from their unit text and image vectors: ``(t + i) / |t + i|``."""
     return normalize(np.asarray(text, dtype=np.float32) + np.asarray(image, dtype=np.float32))
+
+
+def multimodal_records(manifest: pd.DataFrame) -> pd.DataFrame:
+    """Records with an image and a non-blank first caption, which is added as the column ``caption``: those that can be retrieved."""
+    first = manifest["captions"].map(lambda captions: first_caption(captions).strip())
+    return manifest.assign(caption=first)[manifest["image"].notna() & first.ne("")].reset_index(drop=True)
 
 
 def build_index(vectors: np.ndarray, kind: Kind) -> Any:
     """A FAISS inner-product index: ``flat`` is exact, ``ivf`` and ``hnsw`` are approximate and for large banks.
 
-    Built on one thread where the order of insertion matters, so that equal vectors give an equal index.
+    The same vectors give the same index, byte for byte.
     """
     import faiss
 
@@ -47,7 +56,7 @@ def build_index(vectors: np.ndarray, kind: Kind) -> Any:
         index = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = 200
         index.hnsw.efSearch = 512
-        threads = faiss.omp_get_max_threads()
+        threads = faiss.omp_get_max_threads()  # one thread: the graph depends on the order of insertion
         faiss.omp_set_num_threads(1)
         try:
             index.add(vectors)
@@ -55,7 +64,7 @@ def build_index(vectors: np.ndarray, kind: Kind) -> Any:
             faiss.omp_set_num_threads(threads)
         return index
     if kind == "ivf":
-        lists = max(1, min(int(4 * count**0.5), count // 39))  # FAISS wants 39 vectors a list to place the lists
+        lists = max(1, min(int(4 * count**0.5), count // 39))  # FAISS's k-means wants at least 39 vectors per centroid
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, lists, faiss.METRIC_INNER_PRODUCT)
         index.train(vectors)
         index.add(vectors)
@@ -67,7 +76,7 @@ def build_index(vectors: np.ndarray, kind: Kind) -> Any:
 
 
 class MemoryBank:
-    """Documents that can be retrieved. ``documents`` has one row for each vector, in the index's order."""
+    """Documents that can be retrieved. Row i of ``documents`` is vector i of the index, its position."""
 
     def __init__(self, index: Any, documents: pd.DataFrame, text: np.ndarray, image: np.ndarray, settings: dict[str, Any]) -> None:
         if not len(documents) == len(text) == len(image) == index.ntotal:
@@ -82,7 +91,8 @@ class MemoryBank:
 
         Args:
             documents: rows with :data:`BANK_COLUMNS`, all with a caption and an image (only multimodal documents are retrieved).
-            text, image: unit vectors ``(n, d)``; kept as float16, and the index is made from what is kept.
+            text, image: unit vectors ``(n, d)``. They are kept as float16, and the index is built from the rounded vectors, so that scores
+                computed from the stored embeddings agree with it.
             encoder: fingerprint of the encoder that made them.
 
         Raises:
@@ -131,20 +141,24 @@ class MemoryBank:
     def __len__(self) -> int:
         return len(self.documents)
 
+    def positions_of(self, ids: pd.Series) -> np.ndarray:
+        """int64 ``(n,)``: positions of documents in the bank; -1 for those that are not in it."""
+        return ids.map(self.position).fillna(-1).to_numpy(dtype=np.int64)
+
     def check_encoder(self, fingerprint: str) -> None:
-        """Raise UserError unless the bank was made with the encoder of this fingerprint."""
+        """Raise UserError unless the bank was built with the encoder of this fingerprint: vectors of two encoders cannot be compared."""
         if self.settings["encoder"] != fingerprint:
             raise UserError(f"the memory bank was made with encoder {self.settings['encoder']}, not {fingerprint}; run: cm3leon index")
 
     def vectors(self, positions: np.ndarray) -> np.ndarray:
-        """float32 ``(..., d)`` unit document vectors at ``positions``; where a position is -1 the vector is the last one's."""
+        """float32 ``(..., d)`` unit document vectors at ``positions``. Position -1 gives the last document's: callers mask it."""
         return document_vectors(self.text[positions], self.image[positions])
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The ``k`` documents of highest inner product with each of ``vectors`` ``(n, d)``.
 
         Returns:
-            Scores float32 ``(n, k)`` in descending order and positions int64 ``(n, k)``; where fewer were found, -inf and -1.
+            Scores float32 ``(n, k)`` in descending order and positions int64 ``(n, k)``; -inf and -1 where fewer were found.
         """
         k = min(k, len(self))
         scores, positions = self.index.search(np.ascontiguousarray(vectors, dtype=np.float32), k)

@@ -1,4 +1,4 @@
-"""The instruction-tuning tasks (paper, Table 5): their columns, templates, conditioning dropout, generator method and score.
+"""The instruction-tuning tasks (paper, Table 5): their columns, templates, conditioning dropout and score.
 
 A template's segments are separated by ``<break>``. Text comes before the image that it is about, so answers are infilled: an answer is
 masked in its place and moved to the end, ``instruction <mask:0> <break> image <mask:0> answer <eoss>``.
@@ -96,7 +96,6 @@ class Task:
         templates: one is sampled in training; the first is used at inference.
         sample_fields: samples the template's fields from a manifest row, in random order; several only where a sample may ask several
             questions or where a choice may turn out to be missing.
-        method: name of the generator's method.
         score: the task's main score in the evaluation record.
         cfg_dropout: groups of segments that are masked in some samples (conditioning dropout). Each gives guidance one of its
             unconditional streams; the first is also what reranking scores: how likely the result makes what was asked.
@@ -105,7 +104,6 @@ class Task:
     columns: tuple[str, ...]
     templates: tuple[str, ...]
     sample_fields: Callable[[Row, np.random.Generator], list[Fields]]
-    method: str
     score: str
     cfg_dropout: tuple[tuple[int, ...], ...] = ()
 
@@ -124,13 +122,12 @@ _ASKED = "Question: {question}\nContext: {context}\nOptions: {options}\n"
 SO_THE_ANSWER_IS = "So the answer is"
 
 TASKS: dict[str, Task] = {
-    "text_to_image": Task(("captions",), ("{caption} <break> {image}",), _captions, "text_to_image", "composition", ((0,),)),
-    "write": Task(("text_in_image",), ('draw "{text}" <break> {image}',), _written, "write", "write/text", ((0,),)),
+    "text_to_image": Task(("captions",), ("{caption} <break> {image}",), _captions, "composition", ((0,),)),
+    "write": Task(("text_in_image",), ('draw "{text}" <break> {image}',), _written, "write/text", ((0,),)),
     "layout_to_image": Task(
         ("captions", "objects"),
         ("Generate high quality image of {caption} with segmentations {layout} <break> {image}",),
         _layout,
-        "layout_to_image",
         "layout/iou",
         ((0,),),
     ),
@@ -138,7 +135,6 @@ TASKS: dict[str, Task] = {
         ("captions", "conditions"),
         ("Make high quality image from {kind} features <break> {condition} <break> {caption} <break> {image}",),
         _condition,
-        "condition_to_image",
         "condition/agreement",
         ((1, 2),),
     ),
@@ -146,7 +142,6 @@ TASKS: dict[str, Task] = {
         ("instruction", "edited_from"),
         ("Edit first image following the instruction <break> {source} <break> {instruction} <break> {image}",),
         _edit,
-        "edit",
         "edit/done",
         ((2,), (1, 2)),
     ),
@@ -154,7 +149,6 @@ TASKS: dict[str, Task] = {
         ("captions",),
         ("{answer} <break> {image}", "Describe the given picture. {answer} <break> {image}"),
         _captions,
-        "caption",
         "cider",
     ),
     "long_caption": Task(
@@ -164,7 +158,6 @@ TASKS: dict[str, Task] = {
             "Describe the given picture in every detail. {answer} <break> {image}",
         ),
         _long_caption,
-        "caption",
         "long_caption/cider",
     ),
     "vqa": Task(
@@ -175,14 +168,12 @@ TASKS: dict[str, Task] = {
             "Question: {question} The answer is {answer}. <break> {image}",
         ),
         _questions,
-        "answer",
         "vqa_accuracy",
     ),
     "reasoning": Task(
         ("reasoning",),
         (_ASKED + "Let's think step-by-step: {explained} <break> {image}", _ASKED + "Answer: {answer}. <break> {image}"),
         _reasoning,
-        "reason",
         "reasoning/accuracy",
     ),
 }

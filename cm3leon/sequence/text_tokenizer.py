@@ -11,14 +11,14 @@ FILE = "tokenizer.json"
 
 
 class TextTokenizer:
-    """Text <-> ids in ``[0, size)``. Special tokens live outside, in :class:`cm3leon.sequence.grammar.Vocabulary`."""
+    """Text to ids in ``[0, size)`` and back. Special tokens are not among them: see :class:`cm3leon.sequence.grammar.Vocabulary`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary_size: int) -> TextTokenizer:
-        """Learn merges until the vocabulary (256 bytes included) has ``vocabulary_size`` entries or no pair repeats."""
+        """Learn merges until the vocabulary, which includes the 256 bytes, has ``vocabulary_size`` entries or no pair repeats."""
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -44,18 +44,23 @@ class TextTokenizer:
         return cls(Tokenizer.from_file(str(path)))
 
     def save(self, directory: Path) -> None:
+        """Write ``directory/tokenizer.json``."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(str(Path(directory) / FILE))
 
     @property
     def size(self) -> int:
+        """Number of ids."""
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
         return self._tokenizer.encode(text).ids
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """Ids of several texts, encoded in parallel."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)

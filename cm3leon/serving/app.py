@@ -1,4 +1,4 @@
-"""The HTTP interface of a generator: OpenAI's image endpoint, one endpoint for each other task, health, metrics, and the page."""
+"""The HTTP interface of a generator: OpenAI's image endpoint, an endpoint for each task, health, metrics, and the page."""
 
 from __future__ import annotations
 
@@ -17,35 +17,44 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from cm3leon.generation.generator import BadInputError, PromptTooLongError
-from cm3leon.serving import requests, responses, schemas
+from cm3leon.generation.checks import BadInputError, PromptTooLongError
+from cm3leon.generation.task_names import FORMER_NAMES
+from cm3leon.serving import responses, schemas
 from cm3leon.serving.batching import Call, State, Worker
 from cm3leon.serving.errors import CLIENT_GONE, ApiError, from_validation
 from cm3leon.serving.guard import Guard
+from cm3leon.serving.requests import REQUESTS
 
 PAGE = Path(__file__).parent / "page"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-IMAGES = "/v1/images/generations"
+IMAGES_ROUTE = "/v1/images/generations"
+DEPRECATED_SINCE = 1795737600
+"""When routes and fields of earlier versions were deprecated (2026-11-27), as the header ``Deprecation`` gives it (RFC 9745)."""
+
+
+def task_route(task: str) -> str:
+    """The path of a task's endpoint."""
+    return f"/v1/tasks/{task}"
 
 
 async def disconnected(request: Request) -> None:
-    """Return once the client has left; the body must have been read."""
+    """Return once the client has disconnected; the body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def answer(worker: Worker, call: Call, request: Request) -> Any:
-    """The call's result; a call whose client leaves before its turn is withdrawn.
+    """The call's result; a call whose client disconnects before its turn is withdrawn.
 
     Raises:
-        ApiError: if it is refused, cannot be answered, or its client left.
+        ApiError: if it is refused, cannot be answered, or its client disconnected.
     """
     future = worker.submit(call)
     done, gone = asyncio.wrap_future(future), asyncio.create_task(disconnected(request))
     try:
         await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not done.done():
-            raise ApiError(CLIENT_GONE, "the client left", code="client_gone")
+            raise ApiError(CLIENT_GONE, "the client disconnected", code="client_gone")
         return done.result()
     except (BadInputError, PromptTooLongError) as error:
         code = "prompt_too_long" if isinstance(error, PromptTooLongError) else "bad_input"
@@ -61,30 +70,40 @@ def create_app(worker: Worker, name: str, hosts: Collection[str] | None = LOOPBA
 
     Args:
         name: the model's id.
-        hosts: names under which the server may be asked for; None: any.
+        hosts: host names that requests may address; None: any.
     """
     app = FastAPI(title="cm3leon", version=version("cm3leon"), docs_url=None, redoc_url=None)
     started = int(time.time())
 
-    def task_endpoint(kind: type[schemas.TaskRequest]) -> Callable[..., Awaitable[Response]]:
+    def task_endpoint(kind: type[schemas.TaskRequest], successor: str | None = None) -> Callable[..., Awaitable[Response]]:
+        """An endpoint for one kind of request; ``successor`` is the path that replaces it if it is deprecated."""
+
         async def endpoint(body: Any, request: Request) -> Response:
             if body.model not in (None, name):
                 raise ApiError(404, f"model: this server has {name!r} (found {body.model!r})", param="model", code="model_not_found")
             call = await run_in_threadpool(body.call, worker.ready())
             result = await answer(worker, call, request)
-            return JSONResponse(await run_in_threadpool(responses.body, result))
+            headers = {}
+            if successor or body.is_deprecated:
+                headers["Deprecation"] = f"@{DEPRECATED_SINCE}"
+                headers["Link"] = f'<{successor or task_route(call.task)}>; rel="successor-version"'
+            return JSONResponse(await run_in_threadpool(responses.body, result), headers=headers)
 
-        endpoint.__annotations__["body"] = kind
+        endpoint.__annotations__["body"] = kind  # FastAPI reads the body's type here
         endpoint.__doc__ = kind.__doc__
         return endpoint
 
-    tasks = {IMAGES: requests.TextToImage} | {f"/v1/tasks/{kind.task}": kind for kind in requests.TASKS}
-    for path, kind in tasks.items():
-        app.add_api_route(path, task_endpoint(kind), methods=["POST"], name=kind.task)
+    routes = {IMAGES_ROUTE: "text_to_image"} | {task_route(task): task for task in REQUESTS}
+    for path, task in routes.items():
+        app.add_api_route(path, task_endpoint(REQUESTS[task]), methods=["POST"], name=task)
+    former_routes = {task_route(old): task for old, task in FORMER_NAMES.items()}
+    for path, task in former_routes.items():
+        endpoint = task_endpoint(REQUESTS[task], successor=task_route(task))
+        app.add_api_route(path, endpoint, methods=["POST"], name=path, include_in_schema=False)
 
     @app.get("/v1/models")
     def models() -> Any:
-        """The served model; ``cm3leon`` says what it can do, once it is loaded."""
+        """The served model; ``cm3leon`` describes what it can do, or is null while it is loaded."""
         found = responses.describe(worker.generator) if worker.generator is not None else None
         return {"object": "list", "data": [{"id": name, "object": "model", "created": started, "owned_by": "cm3leon", "cm3leon": found}]}
 
@@ -105,11 +124,11 @@ def create_app(worker: Worker, name: str, hosts: Collection[str] | None = LOOPBA
 
     app.mount("/page", StaticFiles(directory=PAGE))
     add_error_handlers(app)
-    return Guard(app, worker.metrics, {path: kind.task for path, kind in tasks.items()}, schemas.MAX_BODY, hosts)
+    return Guard(app, worker.metrics, routes | former_routes, schemas.MAX_BODY, hosts)
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Every error in the one shape."""
+    """Answer every error in OpenAI's shape."""
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:

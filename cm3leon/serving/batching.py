@@ -1,7 +1,7 @@
-"""One thread owns the generator and answers requests in the order they came, those together that differ in texts and images alone.
+"""One thread owns the generator and answers requests in order of arrival; those that differ only in texts and images share a batch.
 
-A request is submitted as a :class:`Call` and answered through a future. What waits is bounded, can be withdrawn, and is finished before the
-server stops.
+A request is submitted as a :class:`Call` and answered through a future. The queue is bounded; a request in it can be withdrawn, and is
+answered before the server stops.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from cm3leon.serving.metrics import Metrics
 
 @dataclass(eq=False)
 class Job:
-    """A call that waits or is answered."""
+    """A call that is queued or being answered."""
 
     call: Call
     future: Future[Any] = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)
 
     def answer(self, result: Any) -> None:
-        """Give the result, or the error, to whoever still waits for it."""
+        """Set the result, or the error, unless the future was canceled."""
         with suppress(InvalidStateError):
             if isinstance(result, Exception):
                 self.future.set_exception(result)
@@ -40,7 +40,7 @@ class Job:
 
 
 class State(StrEnum):
-    """What the worker does."""
+    """The worker's state."""
 
     LOADING = "loading"
     READY = "ready"
@@ -52,10 +52,10 @@ class Worker:
     """The thread and its queue.
 
     Args:
-        load: makes the generator, in the thread.
-        capacity: how many requests may wait.
-        max_rows: how many sequences are generated together, unless one request asks for more.
-        wait_seconds: how long the first of a batch waits for others.
+        load: loads the generator, in the thread.
+        capacity: most requests in the queue.
+        max_rows: most sequences generated together, unless one request asks for more.
+        wait_seconds: how long the first request of a batch waits for others.
     """
 
     def __init__(
@@ -74,30 +74,30 @@ class Worker:
         metrics.queue_length.set_function(lambda: len(self._queue))
 
     def start(self) -> None:
-        """Load the generator, then answer."""
+        """Start the thread: it loads the generator, then answers."""
         self._thread.start()
 
     @property
     def queue_length(self) -> int:
-        """Requests that wait for their turn."""
+        """Number of requests in the queue."""
         return len(self._queue)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits and nothing is being answered."""
+        """True if the queue is empty and nothing is being answered."""
         with self._changed:
             return not self._queue and not self._running
 
     def ready(self) -> Generator:
-        """The generator, for its properties; only the thread calls its methods.
+        """The generator, for its properties; only the worker's thread calls its methods.
 
         Raises:
-            ApiError: 503 while it is loaded and once the server stops.
+            ApiError: 503 while the model is being loaded and once the server stops.
         """
         if self.state is State.READY and self.generator is not None:
             return self.generator
-        doing = "loading its model" if self.state is State.LOADING else "shutting down"
-        raise ApiError(503, f"the server is {doing}; try again later", code=self.state, retry_after=5)
+        activity = "loading its model" if self.state is State.LOADING else "shutting down"
+        raise ApiError(503, f"the server is {activity}; try again later", code=self.state, retry_after=5)
 
     def submit(self, call: Call) -> Future[Any]:
         """Queue a call.
@@ -110,7 +110,7 @@ class Worker:
             if len(self._queue) >= self.capacity:
                 seconds = max(1, math.ceil(self._seconds_per_request * len(self._queue)))
                 raise ApiError(
-                    429, f"{len(self._queue)} requests wait already; try again in {seconds} s", code="queue_full", retry_after=seconds
+                    429, f"{len(self._queue)} requests are queued already; try again in {seconds} s", code="queue_full", retry_after=seconds
                 )
             job = Job(call)
             self._queue.append(job)
@@ -118,28 +118,28 @@ class Worker:
             return job.future
 
     def withdraw(self, future: Future[Any]) -> None:
-        """Drop a call whose turn has not come."""
+        """Remove a call from the queue, if its turn has not come."""
         with self._changed:
             self._queue = [job for job in self._queue if job.future is not future]
         future.cancel()
 
     def close(self) -> None:
-        """Take no more calls; those that wait are still answered."""
+        """Take no more calls; those in the queue are still answered."""
         with self._changed:
             self.state = State.STOPPING
             self._changed.notify_all()
 
     def abandon(self) -> None:
-        """Refuse all that is not answered yet."""
+        """Refuse every call that is not answered yet."""
         with self._changed:
-            left, self._queue = self._queue + self._running, []
-        for job in left:
+            unanswered, self._queue = self._queue + self._running, []
+        for job in unanswered:
             job.answer(
                 ApiError(503, "the server shut down before this request was answered; send it again", code="stopping", retry_after=5)
             )
 
     def join(self, seconds: float) -> bool:
-        """Whether the thread ends in time."""
+        """Wait for the thread; True if it has ended in time."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
@@ -156,20 +156,24 @@ class Worker:
         while jobs := self._take():
             start = time.monotonic()
             self._answer(jobs)
+            # A moving average, from which a full queue tells clients when to try again.
             self._seconds_per_request += 0.2 * ((time.monotonic() - start) / len(jobs) - self._seconds_per_request)
             self._running = []
 
     def _take(self) -> list[Job]:
-        """The next jobs to answer together, once there are any; none once the worker is closed and nothing waits."""
+        """Wait for the next jobs to answer together; none once the worker is closed and the queue is empty."""
         with self._changed:
             while not self._running:
+                # 1. Wait for a job.
                 while not self._queue:
                     if self.state is State.STOPPING:
                         return []
                     self._changed.wait()
+                # 2. Wait a little for others that can join it.
                 deadline = time.monotonic() + self.wait_seconds
-                while sum(job.call.rows for job in self._joinable()) < self.max_rows and (left := deadline - time.monotonic()) > 0:
-                    self._changed.wait(left)
+                while sum(job.call.rows for job in self._joinable()) < self.max_rows and (remaining := deadline - time.monotonic()) > 0:
+                    self._changed.wait(remaining)
+                # 3. Take them; those whose client disconnected meanwhile are dropped, maybe all.
                 jobs = self._joinable()
                 self._queue = [job for job in self._queue if job not in jobs]
                 self._running = [job for job in jobs if job.future.set_running_or_notify_cancel()]

@@ -1,4 +1,4 @@
-"""A request as a call of the generator, alone or together with its like."""
+"""A request as a call of the generator, which several requests can share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cm3leon.generation.generator import Generator
+from cm3leon.generation.results import GeneratedImage
 
 
 @dataclass(frozen=True)
@@ -14,11 +15,11 @@ class Call:
     """A call of the generator for one item.
 
     Attributes:
-        task: the generator's method.
+        task: also the name of the generator's method.
         item: one element for each of the lists that the method takes.
-        settings: its keyword arguments, in order of their names.
-        upscaled: enlarge the images drawn.
-        rows: how many sequences it generates.
+        settings: the method's keyword arguments, sorted by name.
+        upscaled: enlarge the generated images.
+        rows: number of sequences that it generates.
     """
 
     task: str
@@ -29,7 +30,7 @@ class Call:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Calls with equal keys can be one call with several items."""
+        """Calls with equal keys can be answered by one call with several items."""
         return self.task, len(self.item), self.settings, self.upscaled
 
 
@@ -39,7 +40,12 @@ def perform(generator: Generator, calls: Sequence[Call]) -> list[Any]:
     columns = [list(column) for column in zip(*(call.item for call in calls), strict=True)]
     results = getattr(generator, first.task)(*columns, **dict(first.settings))
     if first.upscaled:
-        drawn = [image for images in results for image in images]
-        for image, large in zip(drawn, generator.upscale([image.image for image in drawn]), strict=True):
-            image.image, image.settings = large, {**image.settings, "upscale": True}
+        upscale([image for images in results for image in images], generator)
     return list(results)
+
+
+def upscale(images: Sequence[GeneratedImage], generator: Generator) -> None:
+    """Enlarge generated images in place, and note it in their settings."""
+    for image, enlarged in zip(images, generator.upscale([image.image for image in images]), strict=True):
+        image.image = enlarged
+        image.settings = {**image.settings, "upscale": True}

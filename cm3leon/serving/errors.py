@@ -9,11 +9,14 @@ if TYPE_CHECKING:
     from starlette.responses import JSONResponse
 
 CLIENT_GONE = 499
-"""Status counted, and sent to nobody, where the client left before its answer."""
+"""Status that is counted, and sent to nobody, if the client disconnected before its answer."""
 
 
 class ApiError(Exception):
-    """A request is refused: ``message`` says what is wrong and what to do, ``param`` where, ``code`` is for programs."""
+    """A request is refused.
+
+    ``message`` says what is wrong and what to do, ``param`` names the field, ``code`` is for programs.
+    """
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -21,14 +24,14 @@ class ApiError(Exception):
 
     @property
     def type(self) -> str:
-        """Whose fault it is, by status."""
+        """OpenAI's type of the error, by status."""
         if self.status == 429:
             return "rate_limit_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
 
     def response(self) -> JSONResponse:
-        """What the client gets."""
-        from starlette.responses import JSONResponse  # a registered model knows these errors where no server is installed
+        """The response that the client gets."""
+        from starlette.responses import JSONResponse  # a registered model uses these errors without a server installed
 
         body = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         headers = {"Retry-After": str(self.retry_after)} if self.retry_after is not None else None
@@ -36,7 +39,7 @@ class ApiError(Exception):
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's errors about a request's body; what was found is told where it is short."""
+    """The first of pydantic's errors about a request's body, with the value found if it is short."""
     first = errors[0]
     param = ".".join(str(part) for part in first["loc"] if part != "body")
     if first["type"] == "json_invalid":

@@ -1,4 +1,4 @@
-"""What stands before the application: limits on bodies, names of this host, security headers, and the count of requests."""
+"""An ASGI wrapper of the application: it limits bodies, checks the host name, adds security headers and counts requests."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ HEADERS = [
 
 
 class Guard:
-    """An ASGI application around another.
+    """An ASGI application that wraps another.
 
     Args:
         tasks: path -> task, of the requests that are counted.
-        max_body: bytes.
-        hosts: names under which this server may be asked for, so that a page of another site that is made to resolve to this address gets
-            nothing; None: any.
+        max_body: largest body, bytes.
+        hosts: host names that requests may address, against DNS rebinding: a page of another site whose name resolves to this address
+            gets nothing. None: any.
     """
 
     def __init__(
@@ -65,20 +65,20 @@ class Guard:
         await self.app(scope, receive_on, send_on)
 
     def check_host(self, host: str) -> None:
-        """Raises :class:`ApiError` for the name of another host."""
+        """Raises :class:`ApiError` for another host name."""
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self.hosts is not None and name.strip("[]").lower() not in self.hosts:
             raise ApiError(421, f"this server is not {name or 'without a name'}; ask for {' or '.join(self.hosts)}", code="host")
 
     async def read_body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The body, or None if the client left.
+        """The body, or None if the client disconnected.
 
         Raises:
-            ApiError: 413 as soon as it is known to be too large.
+            ApiError: 413 as soon as more than ``max_body`` bytes are announced or received.
         """
         too_large = ApiError(413, f"the body is larger than {self.max_body} bytes; send smaller images", code="body_too_large")
-        told = headers.get("content-length", "0")
-        if told.isdigit() and int(told) > self.max_body:
+        announced = headers.get("content-length", "0")
+        if announced.isdigit() and int(announced) > self.max_body:
             raise too_large
         body = bytearray()
         while True:

@@ -1,10 +1,10 @@
 """The registered model's code: MLflow runs this file to load and serve a bundle (``mlflow models serve``, ``mlflow.pyfunc.load_model``).
 
-A request is a table or a list of rows. ``task`` is one of the generator's methods, by default ``text_to_image``; the other columns are the
-fields of that task's request (:mod:`cm3leon.serving.requests`): ``{"prompt": ...}``, ``{"task": "answer", "image": ..., "question": ...}``,
+A request is a table or a list of rows. ``task`` is by default ``text_to_image``; the other columns are the fields of the task's request
+(:mod:`cm3leon.serving.requests`): ``{"prompt": ...}``, ``{"task": "vqa", "image": ..., "question": ...}``,
 ``{"task": "edit", "image": ..., "instruction": ...}`` and so on. ``image`` is a base64 PNG or JPEG, with or without a ``data:`` prefix, or
-the path of a file that the server may read; ``box``, ``objects`` and ``document`` are JSON. Answers are rows in the order of the request,
-``row`` naming the row answered; a row may have several:
+the path of a file that the server may read; ``box``, ``objects`` and ``document`` are JSON. Answers are rows in the order of the request;
+``row`` is the number of the row answered, which may have several:
 
     {"dataframe_records": [{"prompt": "a red circle"}, {"task": "infill", "image": "iVBO...", "box": "[0, 0, 32, 32]", "prompt": "a ring"}],
      "params": {"seed": 1, "num_images": 2}}
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,22 +24,20 @@ import pandas as pd
 from PIL import Image
 from pydantic import ValidationError
 
+from cm3leon.generation.task_names import FORMER_NAMES
 from cm3leon.registry.signature import JSON_COLUMNS, OUTPUTS, REQUEST_COLUMNS, RequestSettings, request_settings
 from cm3leon.serving.calls import Call, perform
 from cm3leon.serving.errors import ApiError, from_validation
-from cm3leon.serving.requests import TASKS, TextToImage
+from cm3leon.serving.requests import REQUESTS
 from cm3leon.serving.responses import png
-from cm3leon.serving.schemas import Drawing, TaskRequest, Writing
+from cm3leon.serving.schemas import ImageRequest, TextRequest
 
 if TYPE_CHECKING:
     from cm3leon.generation.generator import Generator
 
-ALL: tuple[type[TaskRequest], ...] = (TextToImage, *TASKS)
-REQUESTS = {request.task: request for request in ALL}
-
 
 class BundleModel(mlflow.pyfunc.PythonModel):
-    """A bundle behind MLflow's interface. The bundle is read at the first request."""
+    """A bundle with MLflow's interface. The bundle is loaded at the first request."""
 
     def __init__(self) -> None:
         self._generator: Generator | None = None
@@ -52,17 +51,19 @@ class BundleModel(mlflow.pyfunc.PythonModel):
         return self._generator
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Answer every row; those that differ in texts and images alone are answered together.
+        """Answer every row; rows that differ only in their texts and images are answered together.
 
         Raises:
             ValueError: naming the row or the parameter that is wrong and what is allowed.
         """
         settings = request_settings(params)
         generator = self.generator(context)
+        # 1. Each row as a call; rows with equal keys are one call.
         calls = [call_of(number, record, settings, generator) for number, record in enumerate(records_of(model_input))]
         groups: dict[Any, list[int]] = {}
         for number, call in enumerate(calls):
             groups.setdefault(call.key, []).append(number)
+        # 2. Their answers, in the order of the rows.
         answers: list[dict[str, Any]] = []
         for numbers in groups.values():
             results = perform(generator, [calls[number] for number in numbers])
@@ -91,6 +92,9 @@ def call_of(number: int, record: Any, settings: RequestSettings, generator: Gene
         raise ValueError(f"row {number}: unknown column {unknown[0]!r}; known are {', '.join(REQUEST_COLUMNS)}")
     row = {str(name): value for name, value in record.items() if isinstance(value, str) and value.strip()}
     task = row.pop("task", "text_to_image")
+    if task in FORMER_NAMES:
+        warnings.warn(f"row {number}: the task {task} is now called {FORMER_NAMES[task]}", stacklevel=2)
+        task = FORMER_NAMES[task]
     if task not in REQUESTS:
         raise ValueError(f"row {number}: unknown task {task!r}; known are {', '.join(REQUESTS)}")
     try:
@@ -100,12 +104,13 @@ def call_of(number: int, record: Any, settings: RequestSettings, generator: Gene
     if "image" in fields:
         fields["image"] = image_of(fields["image"])
     request = REQUESTS[task]
-    given = settings.model_dump(exclude_none=True)
-    if settings.candidates == generator.decoding.candidates:
-        given.pop("candidates")  # MLflow fills in the signature's default: as if left out, which fits it to the number of images
-    given |= {"n": given["num_images"]} if issubclass(request, Drawing) else {"temperature": given["text_temperature"]}
-    if not issubclass(request, Drawing | Writing):
-        given.pop("temperature", None)
+    # MLflow fills in the signature's defaults. They count as left out, so that a task's own defaults and the limit of candidates hold.
+    defaults = generator.decoding.model_dump()
+    given = {name: value for name, value in settings.model_dump(exclude_none=True).items() if value != defaults.get(name)}
+    if issubclass(request, ImageRequest):
+        given["n"] = settings.num_images
+    if issubclass(request, TextRequest):
+        given["temperature"] = settings.text_temperature
     used = {name: value for name, value in given.items() if name in request.model_fields}
     try:
         return request.model_validate(used | fields).call(generator)
@@ -116,14 +121,14 @@ def call_of(number: int, record: Any, settings: RequestSettings, generator: Gene
 
 
 def image_of(value: str) -> str:
-    """The image of a row as base64: it is that already, or the path of a file."""
+    """The image of a row as base64; the row holds that, or the path of a file."""
     if len(value) < 1024 and Path(value).is_file():
         return base64.b64encode(Path(value).read_bytes()).decode()
     return value
 
 
 def answers_of(result: Any) -> Iterator[dict[str, Any]]:
-    """What the generator returned for one row, as rows of the answer."""
+    """The generator's result for one row as rows of the answer."""
     from cm3leon.generation.results import GeneratedImage, GeneratedText, PairScore
 
     if isinstance(result, PairScore):
@@ -131,7 +136,8 @@ def answers_of(result: Any) -> Iterator[dict[str, Any]]:
         return
     for part in result if isinstance(result, list) else [result]:
         if isinstance(part, GeneratedImage):
-            yield {"image_png": png(part), "score": part.score, "seed": part.seed, "neighbors": json.dumps(part.neighbors)}
+            documents = json.dumps(part.retrieved_documents)
+            yield {"image_png": png(part), "score": part.score, "seed": part.seed, "retrieved_documents": documents}
         elif isinstance(part, GeneratedText):
             yield {"text": part.text, "seed": part.seed}
         else:

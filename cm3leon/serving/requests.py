@@ -5,40 +5,44 @@ from __future__ import annotations
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
+from cm3leon.generation.generator import Generator
+from cm3leon.generation.settings import decoding_field
+from cm3leon.generation.task_names import TASKS
+from cm3leon.serving.calls import Call
 from cm3leon.serving.errors import ApiError
 from cm3leon.serving.schemas import (
-    COMMON,
     MAX_CHARACTERS,
-    Box,
-    Drawing,
-    Guided,
-    Picture,
-    Retrieved,
-    Seeded,
+    EncodedImage,
+    GuidedImageRequest,
+    ImageRequest,
+    PixelBox,
+    RetrievingImageRequest,
+    SeededRequest,
     TaskRequest,
     Text,
-    Writing,
+    TextRequest,
     read_image,
 )
 
 MAX_UPSCALED_SIDE = 1024
 
 
-class TextToImage(Retrieved):
-    """Draw a prompt."""
+class TextToImage(RetrievingImageRequest):
+    """Generate images of a prompt."""
 
-    task, apart = "text_to_image", COMMON | {"prompt"}
+    task, item_fields = "text_to_image", frozenset({"prompt"})
     prompt: Text
 
     def item(self) -> tuple[Any, ...]:
         return (self.prompt,)
 
 
-class Write(Retrieved):
-    """Draw a text as writing."""
+class Write(RetrievingImageRequest):
+    """Generate images of a text as writing."""
 
-    task, apart = "write", COMMON | {"text"}
+    task, item_fields = "write", frozenset({"text"})
     text: Text
 
     def item(self) -> tuple[Any, ...]:
@@ -46,87 +50,118 @@ class Write(Retrieved):
 
 
 class LaidOutObject(BaseModel):
-    """An object and where it is to be drawn."""
+    """An object of a layout and its box."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     label: Annotated[Text, StringConstraints(max_length=200)]
-    box: Box
+    box: PixelBox
 
 
-class LayoutToImage(Retrieved):
-    """Draw a prompt with objects at places, in pixels of the image to draw."""
+class LayoutToImage(RetrievingImageRequest):
+    """Generate images of a prompt with objects inside boxes, in pixels of the generated image."""
 
-    task, apart = "layout_to_image", COMMON | {"prompt", "objects"}
+    task, item_fields = "layout_to_image", frozenset({"prompt", "objects"})
     prompt: Text
     objects: list[LaidOutObject] = Field(min_length=1, max_length=16)
 
     def item(self) -> tuple[Any, ...]:
-        return self.prompt, [(placed.label, tuple(placed.box)) for placed in self.objects]
+        return self.prompt, [(laid_out.label, tuple(laid_out.box)) for laid_out in self.objects]
 
 
-class ConditionToImage(Guided):
-    """Draw a prompt over the structure that an image shows."""
+class ConditionToImage(GuidedImageRequest):
+    """Generate images of a prompt with the structure that a condition image shows."""
 
-    task, apart = "condition_to_image", COMMON | {"prompt", "image", "kind"}
+    task, item_fields = "condition_to_image", frozenset({"prompt", "image", "kind"})
     prompt: Text
-    image: Picture
-    kind: str = Field(max_length=40, description="what the image shows: 'canny edge', 'segmentation map' ...")
+    image: EncodedImage
+    kind: str = Field(max_length=40, description="of the condition image: 'canny edge', 'segmentation map' ...")
 
     def item(self) -> tuple[Any, ...]:
         return self.prompt, read_image(self.image, "image"), self.kind
 
 
-class Edit(Guided):
+class Edit(GuidedImageRequest):
     """Change an image as an instruction says."""
 
-    task, apart = "edit", COMMON | {"image", "instruction"}
-    image: Picture
+    task, item_fields = "edit", frozenset({"image", "instruction"})
+    image: EncodedImage
     instruction: Text
-    image_guidance: float | None = Field(None, ge=0, le=50, description="guidance towards the image that is edited")
+    image_guidance: float | None = decoding_field("image_guidance")
 
     def item(self) -> tuple[Any, ...]:
         return read_image(self.image, "image"), self.instruction
 
 
-class Infill(Drawing):
-    """Draw anew what is inside a box of an image, in pixels of that image."""
+class Infill(ImageRequest):
+    """Inpaint: generate the inside of a box of an image again, in pixels of that image."""
 
-    task, apart = "infill", COMMON | {"image", "box", "prompt"}
-    image: Picture
-    box: Box
+    task, item_fields = "infill", frozenset({"image", "box", "prompt"})
+    image: EncodedImage
+    box: PixelBox
     prompt: Text
 
     def item(self) -> tuple[Any, ...]:
         return read_image(self.image, "image"), tuple(self.box), self.prompt
 
 
-class Caption(Writing):
-    """Describe an image."""
+class InfillText(TextRequest):
+    """Fill the blanks of a text, which may be about an image."""
 
-    task, apart = "caption", frozenset({"model", "image"})
-    image: Picture
-    long: bool = Field(False, description="at length")
+    task, item_fields = "infill_text", frozenset({"text", "image"})
+    text: Text = Field(description="with ___ for each blank")
+    image: EncodedImage | None = None
+
+    def item(self) -> tuple[Any, ...]:
+        return (self.text,) if self.image is None else (self.text, read_image(self.image, "image"))
+
+
+class LongCaption(TextRequest):
+    """Describe an image in detail."""
+
+    task, item_fields = "long_caption", frozenset({"image"})
+    image: EncodedImage
 
     def item(self) -> tuple[Any, ...]:
         return (read_image(self.image, "image"),)
 
 
-class Answer(Writing):
+class Caption(TextRequest):
+    """Describe an image."""
+
+    task, item_fields = "caption", frozenset({"image", "long"})
+    image: EncodedImage
+    long: SkipJsonSchema[bool] = False
+    """Requests of earlier versions ask for a long caption by it."""
+
+    def item(self) -> tuple[Any, ...]:
+        return (read_image(self.image, "image"),)
+
+    @property
+    def is_deprecated(self) -> bool:
+        return "long" in self.model_fields_set
+
+    def call(self, generator: Generator) -> Call:
+        if self.long:
+            return LongCaption(**self.model_dump(exclude={"long"})).call(generator)
+        return super().call(generator)
+
+
+class Vqa(TextRequest):
     """Answer a question about an image."""
 
-    task, apart = "answer", frozenset({"model", "image", "question"})
-    image: Picture
+    task, item_fields = "vqa", frozenset({"image", "question"})
+    image: EncodedImage
     question: Text
 
     def item(self) -> tuple[Any, ...]:
         return read_image(self.image, "image"), self.question
 
 
-class Reason(Writing):
-    """Answer a question about an image with one of several options, and say why."""
+class Reasoning(TextRequest):
+    """Answer a question about an image with one of several options, with the reasons first."""
 
-    task, apart = "reason", frozenset({"model", "image", "question", "options", "context"})
-    image: Picture
+    task, item_fields = "reasoning", frozenset({"image", "question", "options", "context"})
+    image: EncodedImage
     question: Text
     options: list[Annotated[Text, StringConstraints(max_length=200)]] = Field(min_length=2, max_length=16)
     context: Annotated[str, StringConstraints(max_length=MAX_CHARACTERS)] = ""
@@ -136,50 +171,42 @@ class Reason(Writing):
         return read_image(self.image, "image"), self.question, self.options, self.context
 
 
-class InfillText(Writing):
-    """Fill the blanks of a text, which may be about an image."""
-
-    task, apart = "infill_text", frozenset({"model", "text", "image"})
-    text: Text = Field(description="with ___ for each blank")
-    image: Picture | None = None
-
-    def item(self) -> tuple[Any, ...]:
-        return (self.text,) if self.image is None else (self.text, read_image(self.image, "image"))
-
-
-class Segment(BaseModel):
-    """A part of a document: a text or an image."""
+class DocumentPart(BaseModel):
+    """A text or an image of a document."""
 
     model_config = ConfigDict(extra="forbid")
     text: Text | None = None
-    image: Picture | None = None
+    image: EncodedImage | None = None
 
     @model_validator(mode="after")
-    def one_of_both(self) -> Self:
+    def exactly_one(self) -> Self:
         if (self.text is None) == (self.image is None):
             raise ValueError('give {"text": ...} or {"image": ...}')
         return self
 
 
-class Interleave(Seeded):
-    """Continue a document of texts and images."""
+class Interleave(SeededRequest):
+    """Continue a document of texts and images in turn."""
 
-    task, apart = "interleave", frozenset({"model", "document"})
-    document: list[Segment] = Field(min_length=1, max_length=16)
+    task, item_fields = "interleave", frozenset({"document"})
+    document: list[DocumentPart] = Field(min_length=1, max_length=16)
     segments: int = Field(2, ge=1, le=8, description="texts and images to add, at most")
-    temperature: float | None = Field(None, ge=0, le=10)
-    top_p: float | None = Field(None, gt=0, le=1)
+    temperature: float | None = decoding_field("temperature")
+    top_p: float | None = decoding_field("top_p")
+    top_k: int | None = decoding_field("top_k")
 
     def item(self) -> tuple[Any, ...]:
-        parts = enumerate(self.document)
-        return ([part.text if part.image is None else read_image(part.image, f"document.{number}.image") for number, part in parts],)
+        document = []
+        for number, part in enumerate(self.document):
+            document.append(part.text if part.image is None else read_image(part.image, f"document.{number}.image"))
+        return (document,)
 
 
 class Score(TaskRequest):
-    """How likely an image and a text are together."""
+    """The log-likelihoods of an image and a text together."""
 
-    task, apart = "score", frozenset({"model", "image", "text"})
-    image: Picture
+    task, item_fields = "score", frozenset({"image", "text"})
+    image: EncodedImage
     text: Text
 
     def item(self) -> tuple[Any, ...]:
@@ -189,8 +216,8 @@ class Score(TaskRequest):
 class Upscale(TaskRequest):
     """Enlarge an image with the model's upscaler."""
 
-    task, apart = "upscale", frozenset({"model", "image"})
-    image: Picture
+    task, item_fields = "upscale", frozenset({"image"})
+    image: EncodedImage
 
     def item(self) -> tuple[Any, ...]:
         image = read_image(self.image, "image")
@@ -200,7 +227,9 @@ class Upscale(TaskRequest):
         return (image,)
 
 
-TASKS: tuple[type[TaskRequest], ...] = (
-    Caption, Answer, Reason, Edit, Infill, InfillText, LayoutToImage, ConditionToImage, Write, Interleave, Score, Upscale,
+_ALL: tuple[type[TaskRequest], ...] = (
+    TextToImage, Write, LayoutToImage, ConditionToImage, Edit, Infill, InfillText,
+    Caption, LongCaption, Vqa, Reasoning, Interleave, Score, Upscale,
 )  # fmt: skip
-"""Those with an address ``/v1/tasks/{task}``."""
+REQUESTS = dict(zip(TASKS, _ALL, strict=True))
+"""Task -> its request."""

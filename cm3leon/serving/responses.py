@@ -11,8 +11,10 @@ from typing import Any
 from PIL import Image
 
 from cm3leon.generation.generator import Generator
-from cm3leon.generation.results import GeneratedImage, GeneratedText, PairScore, Part
-from cm3leon.serving.schemas import MAX_DRAWN, MAX_IMAGE_BYTES, MAX_IMAGES, MAX_PIXELS, sizes
+from cm3leon.generation.results import DocumentPart, GeneratedImage, GeneratedText, PairScore
+from cm3leon.generation.task_names import TASKS
+from cm3leon.sequence.tasks import TASKS as TUNING_TASKS
+from cm3leon.serving.schemas import MAX_GENERATED, MAX_IMAGE_BYTES, MAX_IMAGES, MAX_PIXELS, sizes
 
 
 def png(image: GeneratedImage | Image.Image) -> str:
@@ -25,14 +27,14 @@ def png(image: GeneratedImage | Image.Image) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
-def drawn(image: GeneratedImage) -> dict[str, Any]:
-    """An image with what it came from; what a retrieved document does not tell is null."""
-    neighbors = [{name: None if value != value else value for name, value in found.items()} for found in image.neighbors]
-    return {"b64_json": png(image), "seed": image.seed, "score": image.score, "neighbors": neighbors}
+def generated_image(image: GeneratedImage) -> dict[str, Any]:
+    """An image with its seed, its CLIP score and the retrieved documents; a field that a document lacks (NaN) is null."""
+    documents = [{name: None if value != value else value for name, value in document.items()} for document in image.retrieved_documents]
+    return {"b64_json": png(image), "seed": image.seed, "score": image.score, "retrieved_documents": documents}
 
 
 def body(result: Any) -> dict[str, Any]:
-    """What the generator returned for one item, as the body of an answer."""
+    """The generator's result for one item as the body of an answer."""
     if isinstance(result, GeneratedText):
         return {"text": result.text, "seed": result.seed}
     if isinstance(result, PairScore):
@@ -40,35 +42,27 @@ def body(result: Any) -> dict[str, Any]:
     if isinstance(result, Image.Image):
         return {"created": int(time.time()), "data": [{"b64_json": png(result)}]}
     if all(isinstance(part, GeneratedImage) for part in result):
-        return {"created": int(time.time()), "data": [drawn(image) for image in result]}
-    return {"document": [part_of_document(part) for part in result]}
+        return {"created": int(time.time()), "data": [generated_image(image) for image in result]}
+    return {"document": [document_part(part) for part in result]}
 
 
-def part_of_document(part: Part) -> dict[str, Any]:
-    """A part as a request would give it; of what was generated its seed too."""
+def document_part(part: DocumentPart) -> dict[str, Any]:
+    """A text or image of a document in the form of a request; one that was generated has its seed too."""
     seed = {"seed": part.seed} if isinstance(part, GeneratedText | GeneratedImage) else {}
     return {"text": str(part), **seed} if isinstance(part, str | GeneratedText) else {"image": png(part), **seed}
 
 
-NEEDED = {
-    "text_to_image": "text_to_image", "write": "write", "layout_to_image": "layout_to_image", "condition_to_image": "condition_to_image",
-    "edit": "edit", "caption": "caption", "long_caption": "long_caption", "answer": "vqa", "reason": "reasoning",
-    "infill": None, "infill_text": None, "interleave": None, "score": None,
-}  # fmt: skip
-"""What is asked of a model -> the task of instruction tuning without which it cannot; the others come with pretraining."""
-
-
 def describe(generator: Generator) -> dict[str, Any]:
-    """What a model can do: for each task why it cannot, or null; sizes of images, decoding defaults, limits."""
-    tasks: dict[str, str | None] = {}
-    for name, needed in NEEDED.items():
-        trained = needed is None or needed in generator.trained_tasks
-        tasks[name] = None if trained else f"this model was not tuned for {needed}; add it to sft.tasks and train again"
-    tasks["upscale"] = None if generator.super_resolution is not None else "this model has no upscaler; run the stage super_resolution"
+    """The abilities of a model: for each task null, or why it cannot do it; sizes of images, decoding defaults, limits."""
+    tasks: dict[str, str | None] = dict.fromkeys(TASKS)
+    for name in set(TUNING_TASKS) - generator.trained_tasks:
+        tasks[name] = f"this model was not tuned for {name}; add it to sft.tasks and train again"
+    if generator.super_resolution is None:
+        tasks["upscale"] = "this model has no upscaler; run the stage super_resolution"
     return {
         "tasks": tasks,
         "image_size": generator.image_size,
         "sizes": sizes(generator),
         "decoding": generator.decoding.model_dump(),
-        "limits": {"images": MAX_IMAGES, "drawn": MAX_DRAWN, "image_bytes": MAX_IMAGE_BYTES, "pixels": MAX_PIXELS},
+        "limits": {"images": MAX_IMAGES, "generated": MAX_GENERATED, "image_bytes": MAX_IMAGE_BYTES, "pixels": MAX_PIXELS},
     }

@@ -1,4 +1,4 @@
-"""What the requests of the HTTP interface have in common: limits, types of fields, and how a request becomes a call of the generator."""
+"""Parts that the requests of the HTTP interface share: limits, types of fields, and how a request becomes a call of the generator."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field,
 
 from cm3leon.data.images import ImageError, decode
 from cm3leon.generation.generator import Generator
+from cm3leon.generation.settings import decoding_field
 from cm3leon.serving.calls import Call
 from cm3leon.serving.errors import ApiError
 
@@ -19,20 +20,20 @@ MAX_CHARACTERS = 4000
 MAX_IMAGE_BYTES = 10 * 2**20
 MAX_PIXELS = 25_000_000
 MAX_IMAGES = 16
-MAX_DRAWN = 64
-"""Images drawn for one request: those returned times the candidates for each."""
+MAX_GENERATED = 64
+"""Images generated for one request: those returned times the candidates for each."""
 
 
-def filled(text: str) -> str:
-    """The text, which must say something."""
+def not_blank(text: str) -> str:
+    """The text, unless it is empty or only white space."""
     if not text.strip():
         raise ValueError("must not be empty")
     return text
 
 
-Text = Annotated[str, StringConstraints(max_length=MAX_CHARACTERS), AfterValidator(filled)]
-Picture = Annotated[str, Field(description="an image file in base64, with or without 'data:image/png;base64,' before it")]
-Box = Annotated[
+Text = Annotated[str, StringConstraints(max_length=MAX_CHARACTERS), AfterValidator(not_blank)]
+EncodedImage = Annotated[str, Field(description="an image file in base64, with or without 'data:image/png;base64,' before it")]
+PixelBox = Annotated[
     list[Annotated[float, Field(ge=0, le=100_000)]],
     Len(4, 4),
     Field(description="left, top, right, bottom in pixels; right and bottom excluded"),
@@ -60,12 +61,14 @@ def read_image(value: str, param: str) -> Image.Image:
 
 
 class TaskRequest(BaseModel):
-    """What all requests have. Fields named as settings of the generator's method are passed on to it."""
+    """A request of a task. Its fields are those of the item, and settings, which the generator's method gets under the same names."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     task: ClassVar[str]
-    apart: ClassVar[frozenset[str]] = frozenset({"model"})
-    """Fields that are no settings of the generator's method: they are used here, or are parts of the item."""
+    item_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that :meth:`item` reads."""
+    own_fields: ClassVar[frozenset[str]] = frozenset({"model"})
+    """Other fields that are no settings of the generator's method."""
 
     model: str | None = Field(None, description="the served model's id; may be left out")
 
@@ -75,39 +78,48 @@ class TaskRequest(BaseModel):
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments of the generator's method."""
-        return self.model_dump(exclude=set(self.apart), exclude_none=True)
+        return self.model_dump(exclude=set(self.item_fields | self.own_fields), exclude_none=True)
 
     def call(self, generator: Generator) -> Call:
         """The call that answers this request.
 
         Raises:
-            ApiError: for an image that cannot be read, or more than can be asked of this generator.
+            ApiError: for an image that cannot be read, or a request beyond the limits of this server or model.
         """
         return Call(self.task, self.item(), tuple(sorted(self.settings().items())))
 
+    @property
+    def is_deprecated(self) -> bool:
+        """True if the request has a field of an earlier version."""
+        return False
 
-class Seeded(TaskRequest):
-    """What requests have whose answers are drawn by chance."""
+
+class SeededRequest(TaskRequest):
+    """A request whose answer is sampled."""
 
     seed: int = Field(0, ge=0, lt=2**53, description="the same seed gives the same answer")
 
 
-class Drawing(Seeded):
-    """What all requests for images have. Settings that are left out are the model's own."""
+class TextRequest(SeededRequest):
+    """A request for text."""
 
+    temperature: float = decoding_field("temperature", 0.0)
+
+
+class ImageRequest(SeededRequest):
+    """A request for images. Settings that are left out are the model's own."""
+
+    own_fields = frozenset({"model", "n", "size", "response_format"})
     n: int = Field(1, ge=1, le=MAX_IMAGES, description="images returned, best first")
     size: str | None = Field(
         None, max_length=20, description="WIDTHxHEIGHT: of the model's images or of its enlarged ones; 'auto': the former"
     )
     response_format: Literal["b64_json"] = "b64_json"
-    temperature: float | None = Field(None, ge=0, le=10)
-    top_p: float | None = Field(None, gt=0, le=1)
-    candidates: int | None = Field(
-        None,
-        ge=1,
-        le=MAX_DRAWN,
-        description=f"images drawn for each one returned; left out, the model's own number, or fewer so that {MAX_DRAWN} are drawn in all",
-    )
+    temperature: float | None = decoding_field("temperature")
+    top_p: float | None = decoding_field("top_p")
+    top_k: int | None = decoding_field("top_k")
+    candidates: int | None = decoding_field("candidates")
+    likelihood: float | None = decoding_field("likelihood")
 
     @field_validator("response_format", mode="before")
     @classmethod
@@ -117,46 +129,41 @@ class Drawing(Seeded):
         return value
 
     def call(self, generator: Generator) -> Call:
-        candidates = self.candidates or max(1, min(generator.decoding.candidates, MAX_DRAWN // self.n))
-        if self.n * candidates > MAX_DRAWN:
-            message = f"{self.n} images with {candidates} candidates each are more than the {MAX_DRAWN} drawn for one request"
+        # The model's own number of candidates, or fewer, so that n images fit in the limit.
+        own = generator.decoding.tasks.get(self.task, {}).get("candidates", generator.decoding.candidates)
+        candidates = self.candidates or max(1, min(own, MAX_GENERATED // self.n))
+        if self.n * candidates > MAX_GENERATED:
+            message = f"{self.n} images with {candidates} candidates each are more than the {MAX_GENERATED} generated for one request"
             raise ApiError(400, f"{message}; lower n or candidates", param="candidates", code="too_many")
         settings = self.settings() | {"num_images": self.n, "candidates": candidates}
         upscaled = self.size not in (None, "auto", *sizes(generator)[:1])
         if upscaled and self.size not in sizes(generator):
-            message = f"size: this model draws {' or '.join(sizes(generator))} (found {self.size!r})"
+            message = f"size: this model generates {' or '.join(sizes(generator))} (found {self.size!r})"
             raise ApiError(400, message, param="size", code="size")
         return Call(self.task, self.item(), tuple(sorted(settings.items())), upscaled, self.n * candidates)
 
 
-def sizes(generator: Generator) -> list[str]:
-    """What ``size`` may be: that of drawn images, and of enlarged ones where the model has an upscaler."""
-    scales = [1] if generator.super_resolution is None else [1, generator.super_resolution.scale]
-    return [f"{generator.image_size * scale}x{generator.image_size * scale}" for scale in scales]
+class GuidedImageRequest(ImageRequest):
+    """A request for images with guidance or contrastive decoding."""
+
+    guidance: float | None = decoding_field("guidance")
+    guidance_schedule: Literal["constant", "linear", "cosine"] | None = decoding_field("guidance_schedule")
+    contrastive: float | None = decoding_field("contrastive")
+    contrastive_k: int | None = decoding_field("contrastive_k")
+    contrastive_alpha: float | None = decoding_field("contrastive_alpha")
 
 
-COMMON = frozenset({"model", "n", "size", "response_format"})
+class RetrievingImageRequest(GuidedImageRequest):
+    """A request for images with documents retrieved by its text."""
 
-
-class Guided(Drawing):
-    """Images drawn with classifier-free guidance."""
-
-    guidance: float | None = Field(None, ge=0, le=50, description="classifier-free guidance scale; 1: none")
-
-
-class Retrieved(Guided):
-    """Images drawn after retrieved documents."""
-
-    retrieved_documents: int | None = Field(
-        None,
-        ge=0,
-        le=16,
+    retrieved_documents: int | None = decoding_field(
+        "retrieved_documents",
+        # Requests of earlier versions say documents.
         validation_alias=AliasChoices("retrieved_documents", "documents"),
-        description="retrieved documents before the prompt; requests of earlier versions say documents",
     )
 
 
-class Writing(Seeded):
-    """What all requests for text have."""
-
-    temperature: float = Field(0.0, ge=0, le=10, description="0: the likeliest text")
+def sizes(generator: Generator) -> list[str]:
+    """Values of ``size``: that of generated images, and that of enlarged ones if the model has an upscaler."""
+    scales = [1] if generator.super_resolution is None else [1, generator.super_resolution.scale]
+    return [f"{generator.image_size * scale}x{generator.image_size * scale}" for scale in scales]

@@ -1,7 +1,7 @@
-"""``cm3leon serve``: one process that loads a model and answers over HTTP until it is told to stop.
+"""``cm3leon serve``: one process that loads a model and answers over HTTP until SIGTERM or Ctrl-C.
 
-At SIGTERM or Ctrl-C new requests get 503, those that wait are answered within a limit, and the process ends with status 0; at a second
-signal it ends at once.
+At the signal new requests get 503, those in the queue are answered within a time limit, and the process ends with status 0. A second signal
+ends it at once.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from cm3leon.serving.metrics import Metrics
 OPTIONS: dict[str, Any] = {
     "ws": "none", "lifespan": "off", "access_log": False, "server_header": False, "timeout_graceful_shutdown": 10
 }  # fmt: skip
-"""Of uvicorn."""
+"""Options of uvicorn."""
 
 WARNING = "warning: --host {host}: whoever reaches this address can use the model; there is no authentication and no encryption"
 
 
 class Server(uvicorn.Server):
-    """A server that finishes what waits before it stops."""
+    """A server that answers queued requests before it stops."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker, drain_seconds: float) -> None:
         super().__init__(config)
@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
         self.force_exit = self.signals > 1
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to stop, asked ten times a second."""
+        """True to stop; uvicorn asks ten times a second."""
         if self.signals and self.worker.state is not State.STOPPING:
             self.worker.close()
             self._deadline = time.monotonic() + self.drain_seconds
@@ -63,7 +63,7 @@ class Server(uvicorn.Server):
 
 
 def name_of(model: str) -> str:
-    """The id under which a model is served: ``cm3leon@champion`` of a registered one, the directory's name of a bundle."""
+    """The default id of a served model: ``cm3leon@champion`` of a registered one, the directory's name of a bundle."""
     return model.removeprefix("models:/") if model.startswith("models:/") else Path(model).resolve().name
 
 
@@ -82,10 +82,10 @@ def run(
 
     Args:
         model: a registered model (``models:/NAME@ALIAS``) or a bundle directory.
-        name: the id under which it is served; None: :func:`name_of` it.
+        name: the served model's id; None: as :func:`name_of`.
         precision, compiled: see :func:`~cm3leon.generation.parts.load_decoder`.
-        capacity: requests that may wait; more are answered 429.
-        drain_seconds: how long what waits is still answered after a signal.
+        capacity: most requests in the queue; more are answered 429.
+        drain_seconds: how long queued requests are still answered after a signal.
 
     Raises:
         NotRegisteredError, FileNotFoundError: if there is no such model.
@@ -99,7 +99,7 @@ def run(
     if worker.failure is not None:
         raise worker.failure
     if not worker.join(seconds=1):
-        # The thread is still in the model. To end the interpreter under it can crash the process.
+        # The thread is still in the model, and would crash the process if the interpreter ended under it.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

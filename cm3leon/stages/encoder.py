@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
 from cm3leon.config import paths
@@ -15,39 +14,28 @@ from cm3leon.training import clip
 from cm3leon.utils.device import default_device
 from cm3leon.utils.progress import progress
 
-HELD_OUT = 256
+VALIDATION_RECORDS = 256
 LOG_EVERY = 20
 
 
-def paired(manifest: pd.DataFrame) -> pd.DataFrame:
-    """The rows that have both an image and a caption."""
+def captioned(split: str) -> pd.DataFrame:
+    """The records of a split that have both an image and a caption."""
+    manifest = read_manifest(paths.VALIDATED, split, ["image", "captions"])
     return manifest[manifest["image"].notna() & manifest["captions"].map(len).gt(0)].reset_index(drop=True)
 
 
-def recall(queries: np.ndarray, targets: np.ndarray) -> float:
-    """Share of rows of ``queries`` whose most similar row of ``targets`` is the one at the same position."""
-    return float((np.argmax(queries @ targets.T, axis=1) == np.arange(len(queries))).mean()) if len(queries) else 0.0
+def make_encoder(config: EncoderConfig, seed: int, store: ImageStore, run: runs.Run) -> Encoder:
+    """Pretrained open_clip weights if ``config.pretrained_model`` is set, else a model trained on the train split.
 
-
-def held_out_figures(encoder: Encoder, rows: pd.DataFrame, store: ImageStore) -> dict[str, float]:
-    """Retrieval among the first :data:`HELD_OUT` val documents by first caption, and the mean cosine of true pairs."""
-    rows = rows.iloc[:HELD_OUT]
-    texts = encoder.encode_texts([first_caption(captions) for captions in rows["captions"]])
-    images = encoder.encode_refs(store, rows["image"].tolist())
-    return {
-        "recall_text_to_image": recall(texts, images),
-        "recall_image_to_text": recall(images, texts),
-        "clip_score": float((texts * images).sum(axis=1).mean()) if len(rows) else 0.0,
-    }
-
-
-def make(config: EncoderConfig, seed: int, store: ImageStore, rows: pd.DataFrame, run: runs.Run) -> Encoder:
-    """Pretrained or newly trained, as the configuration says."""
+    Raises:
+        ConfigError: if a pretrained model has no ``pretrained_weights``.
+    """
     if config.pretrained_model:
         if not config.pretrained_weights:
             raise ConfigError("encoder.pretrained_model needs encoder.pretrained_weights, an open_clip tag or the path of a checkpoint")
         return Encoder.pretrained(config.pretrained_model, config.pretrained_weights)
-    images = ImageSet(store, rows["image"].tolist(), config.image_size)
+    records = captioned("train")
+    images = ImageSet(store, records["image"].tolist(), config.image_size)
     with progress("encoder", config.steps, "steps") as meter:
 
         def on_step(step: int, loss: float) -> None:
@@ -55,21 +43,20 @@ def make(config: EncoderConfig, seed: int, store: ImageStore, rows: pd.DataFrame
             if step % LOG_EVERY == 0 or step == config.steps - 1:
                 run.log_metrics({"encoder/loss": loss}, step)
 
-        return clip.train(config, images, rows["captions"].tolist(), seed, default_device(), on_step)
+        return clip.train(config, images, records["captions"].tolist(), seed, default_device(), on_step)
 
 
 def run(config: Config) -> dict[str, float]:
-    """Writes ``models/encoder/``; returns retrieval figures on the val split."""
-    section = config.encoder
+    """Write ``models/encoder/``; returns retrieval recall and mean CLIP score on val, and the number of parameters."""
     store = ImageStore(paths.RAW)
     with runs.stage_run("encoder", config) as run:
         run.log_dataset(paths.RAW, "raw")
         run.log_dataset(paths.VALIDATED, "validated")
-        rows = paired(read_manifest(paths.VALIDATED, "train", ["image", "captions"]))
-        encoder = make(section, config.seed, store, rows, run)
+        encoder = make_encoder(config.encoder, config.seed, store, run)
         encoder.save(paths.ENCODER)
-        held_out = paired(read_manifest(paths.VALIDATED, "val", ["image", "captions"]))
-        figures = held_out_figures(encoder.to(default_device()), held_out, store)
-        figures["parameters"] = float(sum(p.numel() for p in encoder.model.parameters()))
-        run.log_metrics({f"encoder/{name}": value for name, value in figures.items()})
-    return figures
+        held_out = captioned("val").iloc[:VALIDATION_RECORDS]
+        captions = [first_caption(captions) for captions in held_out["captions"]]
+        metrics = clip.validate(encoder.to(default_device()), store, held_out["image"].tolist(), captions)
+        metrics["parameters"] = float(sum(p.numel() for p in encoder.model.parameters()))
+        run.log_metrics({f"encoder/{name}": value for name, value in metrics.items()})
+    return metrics

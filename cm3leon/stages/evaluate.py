@@ -28,9 +28,9 @@ from cm3leon.evaluation.record import Record, digest
 from cm3leon.evaluation.tasks import MEASURES, Evaluation, Sheet, best, infill
 from cm3leon.evaluation.upscaling import measure_upscaling
 from cm3leon.generation.generator import Generator
+from cm3leon.models.super_resolution import target_side
 from cm3leon.models.vqgan import reconstruct
 from cm3leon.scenes import composition
-from cm3leon.stages.super_resolution import target_side
 from cm3leon.tracking import runs
 from cm3leon.tracking.lineage import content_hash
 from cm3leon.utils.device import default_device
@@ -76,7 +76,7 @@ def training_answers(manifest: pd.DataFrame) -> Counter[tuple[str, str]]:
 def answer_all(generator: Generator, store: ImageStore, refs: Sequence[str], questions: Sequence[str]) -> list[str]:
     """An answer to each question about its image; questions too long for the context lose their end."""
     images = fitted(generator, store, refs)
-    return [answer.text for answer in generator.answer(images, [generator.shorten_question(question) for question in questions])]
+    return [answer.text for answer in generator.vqa(images, [generator.shorten_question(question) for question in questions])]
 
 
 def fitted(generator: Generator, store: ImageStore, refs: Sequence[str]) -> list[Image.Image]:

@@ -23,17 +23,20 @@ VALIDATION_IMAGES = 512
 SHEET_IMAGES = 16
 
 
-def pictures(manifest: pd.DataFrame, condition_share: float, seed: int) -> list[str]:
-    """What the tokenizer learns from: the documents' images and, drawn at random, condition images up to their share of all."""
-    documents = manifest["image"].tolist()
+def training_images(manifest: pd.DataFrame, condition_share: float, seed: int) -> list[str]:
+    """The records' images, and a random sample of their condition images that makes up ``condition_share`` of all, if there are enough.
+
+    The image tokenizer has to encode condition images (edges, depth ...) too, and they look unlike the others.
+    """
+    images = manifest["image"].tolist()
     conditions = [item["image"] for items in manifest["conditions"] for item in items if item["kind"] in CONDITIONS]
-    wanted = min(round(len(documents) * condition_share / (1 - condition_share)), len(conditions))
-    chosen = np.random.default_rng((seed, 4)).permutation(len(conditions))[:wanted]
-    return documents + [conditions[int(number)] for number in chosen]
+    count = min(round(len(images) * condition_share / (1 - condition_share)), len(conditions))
+    chosen = np.random.default_rng((seed, 4)).permutation(len(conditions))[:count]
+    return images + [conditions[int(number)] for number in chosen]
 
 
 def run(config: Config) -> dict[str, float]:
-    """Writes ``models/image_tokenizer/`` and ``reconstructions.png`` in it; returns PSNR on val and the codebook's usage."""
+    """Write ``models/image_tokenizer/`` with ``reconstructions.png``; returns PSNR (dB) on val and the codebook's usage and perplexity."""
     section = config.image_tokenizer
     store = ImageStore(paths.RAW)
     with runs.stage_run("image_tokenizer", config) as run:
@@ -43,21 +46,21 @@ def run(config: Config) -> dict[str, float]:
             model = ImageTokenizer.load(Path(section.pretrained), default_device())
         else:
             manifest = read_manifest(paths.VALIDATED, "train")
-            images = ImageSet(store, pictures(manifest, section.condition_share, config.seed), section.image_size)
+            images = ImageSet(store, training_images(manifest, section.condition_share, config.seed), section.image_size)
             model = train_image_tokenizer(
                 images,
                 section,
                 config.seed,
                 default_device(),
-                lambda figures, step: run.log_metrics({f"image_tokenizer/{k}": v for k, v in figures.items()}, step),
+                lambda metrics, step: run.log_metrics({f"image_tokenizer/{k}": v for k, v in metrics.items()}, step),
             )
         model.save(paths.IMAGE_TOKENIZER)
         held_out = read_manifest(paths.VALIDATED, "val")["image"].tolist()[:VALIDATION_IMAGES]
         originals = torch.from_numpy(ImageSet(store, held_out, model.spec.image_size)[np.arange(len(held_out))])
-        codes, copies = reconstruct(model, originals)
-        figures = {"psnr": psnr(originals, copies), **code_statistics(codes, model.spec.codebook_size)}
-        run.log_metrics({f"image_tokenizer/val_{k}": v for k, v in figures.items()})
+        codes, reconstructions = reconstruct(model, originals)
+        metrics = {"psnr": psnr(originals, reconstructions), **code_statistics(codes, model.spec.codebook_size)}
+        run.log_metrics({f"image_tokenizer/val_{k}": v for k, v in metrics.items()})
         sheet = paths.IMAGE_TOKENIZER / "reconstructions.png"
-        save_pairs(originals[:SHEET_IMAGES].numpy(), copies[:SHEET_IMAGES].numpy(), sheet)
+        save_pairs(originals[:SHEET_IMAGES].numpy(), reconstructions[:SHEET_IMAGES].numpy(), sheet)
         run.log_artifact(sheet, "samples")
-    return figures
+    return metrics

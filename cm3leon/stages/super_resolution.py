@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
 from cm3leon.evaluation.upscaling import measure_upscaling
+from cm3leon.models.super_resolution import target_side
 from cm3leon.tracking import runs
 from cm3leon.training.super_resolution import train
 from cm3leon.utils.device import default_device
@@ -19,22 +19,16 @@ VALIDATION_IMAGES = 256
 LOG_EVERY = 20
 
 
-def target_side(manifest: pd.DataFrame, image_size: int, scale: int) -> int:
-    """Side of the high-resolution images, pixels: what upscaled outputs will have, or what half of the collection's images reach."""
-    available = int(manifest[["width", "height"]].min(axis=1).median())
-    return max(scale, min(image_size * scale, available) // scale * scale)
-
-
 def run(config: Config) -> dict[str, float]:
-    """Writes ``models/super_resolution/``; returns PSNR over RGB on val, dB, of the network and of bicubic interpolation."""
+    """Write ``models/super_resolution/``; returns PSNR (dB) and SSIM on val, of the network and of bicubic interpolation."""
     section = config.super_resolution
     store = ImageStore(paths.RAW)
     with runs.stage_run("super_resolution", config) as run:
         manifest = read_manifest(paths.VALIDATED, columns=["image", "width", "height", "split"])
-        manifest = manifest[manifest["image"].notna()]
-        rows = manifest[manifest["split"] == "train"]
-        side = target_side(rows, config.image_tokenizer.image_size, section.scale)
-        images = ImageSet(store, rows["image"].tolist(), side)
+        records = manifest[manifest["image"].notna()]
+        training = records[records["split"] == "train"]
+        side = target_side(training, config.image_tokenizer.image_size, section.scale)
+        images = ImageSet(store, training["image"].tolist(), side)
         with progress("super_resolution", section.steps, "steps") as meter:
 
             def on_step(step: int, loss: float) -> None:
@@ -44,7 +38,7 @@ def run(config: Config) -> dict[str, float]:
 
             model = train(section, images, config.seed, default_device(), on_step)
         model.save(paths.SUPER_RESOLUTION)
-        held_out = ImageSet(store, manifest[manifest["split"] == "val"]["image"].tolist()[:VALIDATION_IMAGES], side)
-        figures = {name: float(np.mean(values)) for name, values in measure_upscaling(model, held_out).items()}
-        run.log_metrics({f"super_resolution/{name}": value for name, value in figures.items()})
-    return figures
+        held_out = ImageSet(store, records[records["split"] == "val"]["image"].tolist()[:VALIDATION_IMAGES], side)
+        metrics = {name: float(np.mean(scores)) for name, scores in measure_upscaling(model, held_out).items()}
+        run.log_metrics({f"super_resolution/{name}": value for name, value in metrics.items()})
+    return metrics

@@ -17,8 +17,11 @@ from cm3leon.tracking import runs
 
 
 def texts(manifest: pd.DataFrame) -> Iterator[str]:
-    """All captions, and all texts that tasks make of each row, each task by one of its templates in turn; and the words of all templates
-    once, for those that no row allows."""
+    """The texts that training will see.
+
+    (1) the captions; (2) each task's texts for each row, its templates taken in turn; (3) the words of every template once, also of tasks
+    that no row allows.
+    """
     rng = np.random.default_rng(0)
     for number, row in enumerate(manifest[[name for name in TASK_COLUMNS if name in manifest.columns]].to_dict("records")):
         yield from row["captions"]
@@ -31,16 +34,20 @@ def texts(manifest: pd.DataFrame) -> Iterator[str]:
 
 
 def run(config: Config) -> dict[str, float]:
-    """Writes ``models/text_tokenizer/``; returns the vocabulary's size and how many characters a token stands for."""
+    """Write ``models/text_tokenizer/``.
+
+    Returns:
+        The vocabulary's size, and on the captions of val the characters per token and tokens per caption.
+    """
     with runs.stage_run("text_tokenizer", config) as run:
         tokenizer = TextTokenizer.train(texts(read_manifest(paths.VALIDATED, "train")), config.text_tokenizer.vocabulary_size)
         tokenizer.save(paths.TEXT_TOKENIZER)
         captions = [caption for captions in read_manifest(paths.VALIDATED, "val")["captions"] for caption in captions]
         lengths = [len(ids) for ids in tokenizer.encode_many(captions)]
-        figures = {
+        metrics = {
             "vocabulary": float(tokenizer.size),
             "characters_per_token": sum(map(len, captions)) / max(sum(lengths), 1),
             "tokens_per_caption": sum(lengths) / max(len(lengths), 1),
         }
-        run.log_metrics({f"text_tokenizer/{k}": v for k, v in figures.items()})
-    return figures
+        run.log_metrics({f"text_tokenizer/{k}": v for k, v in metrics.items()})
+    return metrics

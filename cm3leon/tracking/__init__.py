@@ -1,0 +1,1 @@
+"""MLflow runs and store, and the lineage of what a run made."""

@@ -1,14 +1,14 @@
-"""Checkpoints of a training run: whole, verified, and only ever continued by the run that wrote them.
+"""Checkpoints of a training run: complete, verified, and resumed from only by the run that wrote them.
 
 A checkpoint is a directory ``step-00001000``: tensors as safetensors files, one for each process that wrote
 (``torch.distributed.checkpoint``, so that any number of processes can read them), ``state.json`` with everything else, and
-``checksums.json`` over both. It is written under another name and renamed when complete; a name without ``.part`` is a whole checkpoint.
-The directory also holds the run's fingerprint: parameters, data and code. A run with another one never continues from it.
+``checksums.json`` of both. It is written as ``step-00001000.part`` and renamed when complete, so a name without ``.part`` is a complete
+checkpoint. The directory of the checkpoints also holds the run's fingerprint: parameters, data and code. A run with another fingerprint
+does not resume from them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,62 +25,17 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from cm3leon.training.distributed import World
+from cm3leon.training.fingerprint import Fingerprint, differences, file_hash
 from cm3leon.utils.errors import UserError
-
-Fingerprint = dict[str, str]
-"""What a run is: name of a parameter, input or part of the code -> its value or hash."""
-
-CHUNK = 1 << 20
 
 
 class CheckpointError(UserError):
-    """A checkpoint is damaged or of another run; the message says which file and why."""
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def data_hash(path: Path) -> str:
-    """A hash of a file, or of all below a directory: names, sizes, and the first and last megabyte of each, so that it stays fast."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path) if file != path else ''}:{size};".encode())
-        with file.open("rb") as content:
-            digest.update(content.read(CHUNK))
-            content.seek(max(CHUNK, size - CHUNK))
-            digest.update(content.read())
-    return digest.hexdigest()
-
-
-def code_hash() -> str:
-    """A hash of the modules that decide what a step computes."""
-    root = Path(__file__).parent.parent
-    names = ["data/sequences", "data/batches", "data/tokens", "data/task_samples"]
-    rooms = [file for room in ("models", "sequence", "training") for file in sorted((root / room).glob("*.py"))]
-    files = [root / f"{name}.py" for name in names] + rooms
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """One line for each entry of two fingerprints that is not the same."""
-    return [
-        f"{name}: {_short(old.get(name, 'nothing'))} then, {_short(new.get(name, 'nothing'))} now"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-
-
-def _short(value: str) -> str:
-    return value if len(value) <= 40 else value[:12] + "…"
+    """A checkpoint is damaged or of another model; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run, in ``directory``: the ``keep`` newest and the best."""
+    """The checkpoints of one run, in ``directory``: the ``keep`` newest and the one with the lowest validation loss."""
 
     directory: Path
     fingerprint: Fingerprint
@@ -88,9 +43,10 @@ class Checkpoints:
     world: World = field(default_factory=World)
 
     def open(self) -> None:
-        """Make ready to save and load. What another run left, or a finished one, is put aside or removed, and standard error says so.
+        """Prepare the directory for saving and loading.
 
-        Checkpoints of a run with another fingerprint are moved to ``DIRECTORY.old``, in place of what was there.
+        Checkpoints of a run with another fingerprint are moved to ``DIRECTORY.old``, which is replaced; if that run was not finished,
+        standard error says what differs. Those of this run are removed if it has finished: it then starts from the beginning.
         """
         if self.world.rank == 0:
             self._prepare()
@@ -104,19 +60,19 @@ class Checkpoints:
             if run["finished"] and not changed:
                 shutil.rmtree(self.directory)
             elif changed:
-                aside = self.directory.with_name(self.directory.name + ".old")
-                shutil.rmtree(aside, ignore_errors=True)
-                self.directory.rename(aside)
+                old = self.directory.with_name(self.directory.name + ".old")
+                shutil.rmtree(old, ignore_errors=True)
+                self.directory.rename(old)
                 if not run["finished"]:
                     lines = "\n  ".join(changed)
-                    _say(f"starting from the beginning: the checkpoints in {self.directory} are of another run, now in {aside}:\n  {lines}")
+                    _warn(f"starting from the beginning: the checkpoints in {self.directory} are of another run, now in {old}:\n  {lines}")
         self.directory.mkdir(parents=True, exist_ok=True)
         for part in self.directory.glob("*.part"):
             shutil.rmtree(part)
         self._write_run(finished=False)
 
     def finish(self) -> None:
-        """Mark the run as finished: its checkpoints stay, and no run continues from them."""
+        """Mark the run as finished: its checkpoints are kept until the next run starts, which does not resume from them."""
         if self.world.rank == 0:
             self._write_run(finished=True)
 
@@ -124,15 +80,16 @@ class Checkpoints:
         _write_json(self.directory / "run.json", {"fingerprint": self.fingerprint, "finished": finished})
 
     def names(self) -> list[str]:
-        """The checkpoints, oldest first."""
+        """Names of the complete checkpoints, oldest first."""
         return sorted(p.name for p in self.directory.glob("step-*") if p.is_dir() and p.suffix != ".part")
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Write a checkpoint; every process calls it, with its shards of ``tensors``.
+        """Write a checkpoint; all processes call this, each with its shards of ``tensors``.
 
         Args:
-            state: JSON; ``state["score"]``, if not None, is the validation loss by which the best is known.
+            state: everything else, as JSON values; ``state["score"]`` is the validation loss, or None.
         """
+        # 1. Every process writes its tensors to the directory that the first one has made.
         final = self.directory / f"step-{step:08d}"
         part = final.with_name(final.name + ".part")
         if self.world.rank == 0:
@@ -140,13 +97,15 @@ class Checkpoints:
             part.mkdir(parents=True)
         self.world.wait()
         writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
-        with _alone():
+        with _single_process():
             dcp.save(tensors, storage_writer=writer, no_dist=self.world.size == 1)
         if self.world.rank == 0:
+            # 2. The first process adds state and checksums, and brings all of it to disk before the rename.
             _write_json(part / "state.json", state)
             _write_json(part / "checksums.json", {file.name: file_hash(file) for file in sorted(part.iterdir())})
             for file in part.iterdir():
                 _sync(file)
+            # 3. The rename makes it a checkpoint.
             if final.exists():
                 shutil.rmtree(final)
             part.rename(final)
@@ -165,19 +124,19 @@ class Checkpoints:
                 self._remove(name)
 
     def _remove(self, name: str) -> None:
-        (self.directory / name).rename(self.directory / f"{name}.part")  # never half a checkpoint under a whole one's name
+        (self.directory / name).rename(self.directory / f"{name}.part")  # if killed while removing, it is no complete checkpoint
         shutil.rmtree(self.directory / f"{name}.part")
 
     def state(self, name: str) -> dict[str, Any]:
-        """What :meth:`save` was given as ``state``."""
+        """The ``state`` of a checkpoint."""
         found: dict[str, Any] = json.loads((self.directory / name / "state.json").read_text())
         return found
 
     def verify(self, name: str) -> None:
-        """Check the files of a checkpoint against its checksums.
+        """Compare the files of a checkpoint with its checksums.
 
         Raises:
-            CheckpointError: naming the file that is missing or not as it was written.
+            CheckpointError: if a file is missing or has changed.
         """
         directory = self.directory / name
         try:
@@ -188,44 +147,43 @@ class Checkpoints:
             if not (directory / file).is_file():
                 raise CheckpointError(f"{directory / file} is missing")
             if file_hash(directory / file) != expected:
-                raise CheckpointError(f"{directory / file} is not as it was written: its checksum differs")
+                raise CheckpointError(f"{directory / file} has changed: its checksum differs")
 
     def newest(self) -> str | None:
-        """The newest whole checkpoint, of which standard error is told what is damaged before it; the same on every process."""
+        """Name of the newest intact checkpoint, the same on every process; None if there is none. Warns of damaged ones that it skips."""
         found = None
         if self.world.rank == 0:
             for name in reversed(self.names()):
                 try:
                     self.verify(name)
                 except CheckpointError as error:
-                    _say(f"checkpoint {name} is not used: {error}; trying the one before")
+                    _warn(f"checkpoint {name} is not used: {error}; trying the one before")
                     continue
                 found = name
                 break
         return self.world.gather(found)[0]
 
     def load(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Fill ``tensors`` in place, whatever the number of processes that wrote them; returns the state.
+        """Fill ``tensors`` in place and return the state. The number of processes may differ from when it was saved.
 
         Raises:
-            CheckpointError: if it does not hold exactly these tensors, in these shapes.
+            CheckpointError: if the checkpoint's tensors have other names or shapes.
         """
         reader = dcp.HuggingFaceStorageReader(str(self.directory / name))
         stored = {key: getattr(value, "size", None) for key, value in reader.read_metadata().state_dict_metadata.items()}
         wanted = {key: value.shape for key, value in tensors.items()}
         if stored != wanted:
-            odd = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
-            raise CheckpointError(
-                f"{self.directory / name} is of another model: {', '.join(odd[:3])} and {max(0, len(odd) - 3)} others differ"
-            )
-        with _alone():
+            differing = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise CheckpointError(f"{self.directory / name} is of another model: {', '.join(differing[:3])}{more} differ")
+        with _single_process():
             dcp.load(tensors, storage_reader=reader, no_dist=self.world.size == 1)
         return self.state(name)
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Without torch's warning that a single process saves and loads as one, which is what is wanted."""
+def _single_process() -> Iterator[None]:
+    """Suppress torch's warning that saving and loading without torch.distributed assumes a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
@@ -246,12 +204,12 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _say(message: str) -> None:
+def _warn(message: str) -> None:
     print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
 def generator_states() -> dict[str, list[int]]:
-    """The states of torch's random generators, for JSON."""
+    """The states of torch's random generators, as JSON values."""
     states = {"cpu": torch.get_rng_state().tolist()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state().tolist()
@@ -259,7 +217,7 @@ def generator_states() -> dict[str, list[int]]:
 
 
 def set_generator_states(states: Mapping[str, list[int]]) -> None:
-    """Undo :func:`generator_states`, for the generators that are here."""
+    """Restore what :func:`generator_states` returned; a CUDA state is ignored on machines without a GPU."""
     torch.set_rng_state(torch.tensor(states["cpu"], dtype=torch.uint8))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))

@@ -1,9 +1,12 @@
-"""Trains the small CLIP model: InfoNCE both ways over a batch, with hard negative captions.
+"""Training of the small CLIP model: InfoNCE in both directions over a batch, with hard negative captions.
 
-Images of a batch are told apart mostly by their backgrounds and main colors; which object has which color, how many there are and what
-is left of what decides only among near misses. So each caption also gets near misses of its own, made from the training captions alone:
-one word is replaced by another that the captions use between the same two neighbors ("a _red_ circle" -> "a _blue_ circle"), or two
-such slots of one caption exchange their words. They count as further negatives of their image (as in NegCLIP, Yuksekgonul et al. 2023).
+The images of a batch differ in their backgrounds and main colors, which suffices to tell them apart. Which object has which color, how many
+there are and what is left of what only matters between captions that are nearly the same. So each caption gets hard negatives of its own
+(as in NegCLIP, Yuksekgonul et al. 2023, arXiv 2210.01936), made from the training captions alone: one word is replaced by another that the
+captions use between the same two words ("a _red_ circle" -> "a _blue_ circle"), or two words of the caption that fit in each other's place
+are swapped.
+
+Shapes: n images of a batch, m hard negatives, d dimensions.
 """
 
 from __future__ import annotations
@@ -19,20 +22,28 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from cm3leon.config.schema import EncoderConfig
+from cm3leon.data.manifest import ImageStore
 from cm3leon.data.pixels import ImageSet
 from cm3leon.models.clip import ClipTokenizer, Encoder, build_clip, embed_ids, embed_pixels, trained_settings
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training.optimizer import learning_rate_at, set_learning_rate
 from cm3leon.utils.errors import UserError
 
-LARGEST_SCALE = math.log(100)  # of the logits, as CLIP
+MAX_LOGIT_SCALE = math.log(100)
+"""Upper bound of the learned log inverse temperature (CLIP, arXiv 2103.00020, section 2.5)."""
+
+SWAP_SHARE = 0.3
+"""Share of the hard negatives that swap two words, where a caption has words to swap."""
 
 
-class NearMisses:
-    """Captions that are one replacement, or one exchange, away from a given one."""
+class HardNegatives:
+    """Captions that differ from a given one by one replaced word, or by two swapped words."""
 
     def __init__(self, captions: Sequence[str], alternatives: int = 64) -> None:
-        """Learn which words occur between which neighbors; slots with a single word, or more than ``alternatives``, offer nothing."""
+        """Learn which words occur in which slot, a slot being the words before and after.
+
+        Slots with one word have no alternative; slots with more than ``alternatives`` say nothing about the word and are not used.
+        """
         slots: dict[tuple[str, str], set[str]] = defaultdict(set)
         for caption in captions:
             words = ["", *caption.split(), ""]
@@ -41,47 +52,55 @@ class NearMisses:
         self._slots = {slot: sorted(words) for slot, words in slots.items() if 1 < len(words) <= alternatives}
 
     def __call__(self, caption: str, rng: random.Random) -> str | None:
-        """A near miss of ``caption``, or None where it has no slot with an alternative."""
+        """A hard negative of ``caption``; None if none of its words has an alternative."""
+        # 1. The words that can be replaced: position -> words seen in that slot.
         words = caption.split()
         padded = ["", *words, ""]
-        choices = [(i, self._slots[slot]) for i in range(len(words)) if (slot := (padded[i], padded[i + 2])) in self._slots]
-        if not choices:
+        slots = [(position, (padded[position], padded[position + 2])) for position in range(len(words))]
+        options = {position: self._slots[slot] for position, slot in slots if slot in self._slots}
+        if not options:
             return None
-        exchanges = [
-            (i, j)
-            for i, options in choices
-            for j, others in choices
-            if i < j and words[i] != words[j] and words[j] in options and words[i] in others
-        ]
-        if exchanges and rng.random() < 0.3:
-            i, j = rng.choice(exchanges)
+        # 2. Pairs of different words that have each been seen in the other's slot.
+        pairs = [(i, j) for i in options for j in options if i < j and words[i] != words[j]]
+        swaps = [(i, j) for i, j in pairs if words[j] in options[i] and words[i] in options[j]]
+        # 3. Swap or replace.
+        if swaps and rng.random() < SWAP_SHARE:
+            i, j = rng.choice(swaps)
             words[i], words[j] = words[j], words[i]
         else:
-            i, options = rng.choice(choices)
-            words[i] = rng.choice([word for word in options if word != words[i]])
+            i = rng.choice(list(options))
+            words[i] = rng.choice([word for word in options[i] if word != words[i]])
         return " ".join(words)
 
 
-def loss_of(
-    image_vectors: torch.Tensor, text_vectors: torch.Tensor, hard_vectors: torch.Tensor, owners: torch.Tensor, scale: torch.Tensor
+def contrastive_loss(
+    images_nd: torch.Tensor, texts_nd: torch.Tensor, negatives_md: torch.Tensor, owners_m: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """InfoNCE both ways; ``hard_vectors[j]`` is one more wrong text, for image ``owners[j]`` alone.
+    """InfoNCE in both directions, with hard negatives for the images.
+
+    With unit vectors v_i of images, t_i of texts, and h_j of the hard negatives, inverse temperature s:
+
+        image -> text:  -log exp(s v_i t_i) / (sum_k exp(s v_i t_k) + sum_{j of i} exp(s v_i h_j))
+        text -> image:  -log exp(s v_i t_i) / sum_k exp(s v_k t_i)
+
+    The loss is the mean over i of both, halved (CLIP, arXiv 2103.00020, section 2.3; NegCLIP, arXiv 2210.01936, section 4).
 
     Args:
-        image_vectors, text_vectors: ``(n, d)`` unit vectors, pairs by position.
-        hard_vectors: ``(m, d)`` unit vectors, ``m`` may be 0.
-        owners: ``(m,)`` positions in ``[0, n)``.
+        images_nd, texts_nd: pairs by position.
+        negatives_md: m may be 0.
+        owners_m: the image that each hard negative belongs to, in ``[0, n)``; it is no negative of other images.
         scale: inverse temperature.
     """
-    n = len(image_vectors)
-    logits = scale * image_vectors @ text_vectors.T
-    target = torch.arange(n, device=logits.device)
-    by_text = cross_entropy(logits.T, target)
-    if len(hard_vectors):
-        hard = scale * image_vectors @ hard_vectors.T
-        hard = hard.masked_fill(owners[None, :] != target[:, None], float("-inf"))
-        logits = torch.cat([logits, hard], dim=1)
-    return (cross_entropy(logits, target) + by_text) / 2
+    logits_nn = scale * images_nd @ texts_nd.T
+    target_n = torch.arange(len(images_nd), device=logits_nn.device)
+    text_to_image = cross_entropy(logits_nn.T, target_n)
+    logits = logits_nn
+    if len(negatives_md):
+        hard_nm = scale * images_nd @ negatives_md.T
+        hard_nm = hard_nm.masked_fill(owners_m[None, :] != target_n[:, None], float("-inf"))
+        logits = torch.cat([logits_nn, hard_nm], dim=1)
+    image_to_text = cross_entropy(logits, target_n)
+    return (image_to_text + text_to_image) / 2
 
 
 def _optimizer(model: nn.Module, config: EncoderConfig) -> torch.optim.Optimizer:
@@ -92,10 +111,12 @@ def _optimizer(model: nn.Module, config: EncoderConfig) -> torch.optim.Optimizer
 
 
 class _Batches:
-    """Endless shuffled batches of positions; an epoch's rest that fills no batch is dropped."""
+    """Endless shuffled batches of positions; the end of an epoch that does not fill a batch is dropped."""
 
     def __init__(self, count: int, size: int, seed: int) -> None:
-        self.count, self.size, self.rng, self.order = count, min(size, count), np.random.default_rng(seed), np.zeros(0, dtype=np.int64)
+        self.count, self.size = count, min(size, count)
+        self.rng = np.random.default_rng(seed)
+        self.order = np.zeros(0, dtype=np.int64)
 
     def next(self) -> np.ndarray:
         if len(self.order) < self.size:
@@ -112,37 +133,45 @@ def train(
     device: torch.device | str = "cpu",
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Encoder:
-    """Train an encoder on images and their captions (one at random each time). The same arguments give the same weights on one machine.
+    """Train an encoder on images and their captions, one of each image's at random in every batch.
+
+    The same arguments give the same weights on one machine.
 
     Raises:
-        UserError: if there are fewer than two images; ValueError: if an image has no caption.
+        UserError: if there are fewer than two images, or another number of caption lists.
+        ValueError: if an image has no caption.
     """
     if len(images) < 2 or len(images) != len(captions):
-        found = f"{len(images)} images, {len(captions)} caption lists"
-        raise UserError(f"contrastive training needs two or more images with captions, found {found}")
-    if any(not texts for texts in captions):
+        counts = f"{len(images)} images, {len(captions)} caption lists"
+        raise UserError(f"contrastive training needs two or more images with captions, found {counts}")
+    if not all(captions):
         raise ValueError("every image needs a caption; drop images without one before training the encoder")
-    every = [text for texts in captions for text in texts]
-    near_misses = NearMisses(every)
-    tokenizer = ClipTokenizer(TextTokenizer.train(every, config.vocabulary_size), config.context_length)
+    every_caption = [caption for own in captions for caption in own]
+    hard_negatives = HardNegatives(every_caption)
+    tokenizer = ClipTokenizer(TextTokenizer.train(every_caption, config.vocabulary_size), config.context_length)
     settings = trained_settings(config, tokenizer.size)
     torch.manual_seed(seed)
     model = build_clip(settings["model"]).to(device).train()
     optimizer = _optimizer(model, config)
     batches, rng = _Batches(len(images), config.batch_size, seed), random.Random(seed)
     for step in range(config.steps):
+        # 1. A batch of images with one caption each, and hard negatives of these captions.
         positions = batches.next()
-        texts = [rng.choice(captions[i]) for i in positions]
-        misses = [
-            (owner, miss)
-            for owner, i in enumerate(positions)
-            for miss in _misses(near_misses, texts[owner], captions[i], config.hard_negatives, rng)
-        ]
+        texts = [rng.choice(captions[position]) for position in positions]
+        negatives: list[str] = []
+        owners: list[int] = []
+        for owner, position in enumerate(positions):
+            found = _negatives(hard_negatives, texts[owner], captions[position], config.hard_negatives, rng)
+            negatives += found
+            owners += [owner] * len(found)
+        # 2. Embed. Captions and hard negatives go through the text tower together.
         pixels = torch.from_numpy(images[positions]).permute(0, 3, 1, 2).to(device)
-        vectors = embed_ids(model, tokenizer(texts + [miss for _, miss in misses]).to(device))
-        owners = torch.tensor([owner for owner, _ in misses], dtype=torch.long, device=device)
-        scale = model.logit_scale.clamp(max=LARGEST_SCALE).exp()  # type: ignore[operator, union-attr]
-        loss = loss_of(embed_pixels(model, pixels), vectors[: len(texts)], vectors[len(texts) :], owners, scale)
+        vectors = embed_ids(model, tokenizer(texts + negatives).to(device))
+        texts_nd, negatives_md = vectors[: len(texts)], vectors[len(texts) :]
+        owners_m = torch.tensor(owners, dtype=torch.long, device=device)
+        # 3. Loss and update.
+        scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()  # type: ignore[operator, union-attr]
+        loss = contrastive_loss(embed_pixels(model, pixels), texts_nd, negatives_md, owners_m, scale)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -153,7 +182,26 @@ def train(
     return Encoder(model, settings, tokenizer)
 
 
-def _misses(near_misses: NearMisses, text: str, own: Sequence[str], count: int, rng: random.Random) -> list[str]:
-    """Up to ``count`` near misses that are not captions of the same image."""
-    found = (near_misses(text, rng) for _ in range(count))
-    return [miss for miss in found if miss is not None and miss not in own]
+def _negatives(hard_negatives: HardNegatives, text: str, own: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    """Up to ``count`` hard negatives of ``text``; those that are captions of the same image, ``own``, are left out."""
+    found = (hard_negatives(text, rng) for _ in range(count))
+    return [negative for negative in found if negative is not None and negative not in own]
+
+
+def validate(encoder: Encoder, store: ImageStore, refs: Sequence[str], captions: Sequence[str]) -> dict[str, float]:
+    """Recall at 1 of retrieval among pairs of images and captions, in both directions, and the mean CLIP score of the pairs."""
+    texts_nd = encoder.encode_texts(captions)
+    images_nd = encoder.encode_refs(store, refs)
+    return {
+        "recall_text_to_image": recall_at_1(texts_nd, images_nd),
+        "recall_image_to_text": recall_at_1(images_nd, texts_nd),
+        "clip_score": float((texts_nd * images_nd).sum(axis=1).mean()) if len(refs) else 0.0,
+    }
+
+
+def recall_at_1(queries_nd: np.ndarray, targets_nd: np.ndarray) -> float:
+    """Share of queries whose most similar target is the one at the same position."""
+    if not len(queries_nd):
+        return 0.0
+    nearest_n = np.argmax(queries_nd @ targets_nd.T, axis=1)
+    return float((nearest_n == np.arange(len(queries_nd))).mean())

@@ -1,14 +1,14 @@
-"""Training in several processes: FSDP2 under ``torchrun``; one process is the same with nothing to agree on.
+"""Training in several processes: FSDP2 under ``torchrun``. A single process runs the same code, with no communication.
 
-Every process draws the rows of the batch that are its own, computes their loss, and holds a shard of parameters, gradients and optimizer.
+Every process computes the loss of its own rows of the batch and holds a shard of the parameters, gradients and optimizer states.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,21 +17,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cm3leon.config.schema import TrainConfig
-from cm3leon.models.decoder import Decoder
-from cm3leon.training.hardware import computes_bfloat16
+from cm3leon.training.precision import autocast_dtype
 from cm3leon.utils.device import default_device
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, this one's number among them, and its device."""
+    """The processes of a run: this one's rank, their number, and this one's device."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def own(self, count: int) -> range:
-        """Which of ``count`` rows are this process's: every ``size``-th, from ``rank``."""
+        """This process's share of ``count`` rows: every ``size``-th, from ``rank``."""
         return range(self.rank, count, self.size)
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -42,8 +41,8 @@ class World:
         dist.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
 
-    def highest(self, value: int) -> int:
-        """The highest of the processes' values."""
+    def max(self, value: int) -> int:
+        """The maximum over the processes."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value, device=self.device)
@@ -51,31 +50,35 @@ class World:
         return int(tensor.item())
 
     def gather(self, value: Any) -> list[Any]:
-        """Each process's JSON value, in order of rank."""
+        """The JSON values of all processes, in order of rank."""
         if self.size == 1:
             return [value]
+        # 1. Agree on the sizes: each process fills in its own of a vector of zeros, and the vectors are summed.
         data = json.dumps(value).encode()
         sizes = torch.zeros(self.size, dtype=torch.int64)
         sizes[self.rank] = len(data)
-        dist.all_reduce(sizes := sizes.to(self.device))
+        sizes = sizes.to(self.device)
+        dist.all_reduce(sizes)
+        # 2. Exchange the bytes, padded to the longest: all_gather takes tensors of one size.
         sent = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=self.device)
         sent[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         received = [torch.empty_like(sent) for _ in range(self.size)]
         dist.all_gather(received, sent)
-        return [json.loads(bytes(part[:size].tolist())) for part, size in zip(received, sizes.tolist(), strict=True)]
+        # 3. Remove the padding.
+        return [json.loads(bytes(padded[:size].tolist())) for padded, size in zip(received, sizes.tolist(), strict=True)]
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Return when all processes have called this (a barrier)."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
 def world() -> Iterator[World]:
-    """The processes that ``torchrun`` started, connected (NCCL between GPUs, Gloo between CPUs); or this one alone.
+    """Connect the processes that ``torchrun`` started, by NCCL between GPUs and Gloo between CPUs; disconnects them at the end.
 
     Yields:
-        World: ended with the block.
+        World: of this process alone if there is no ``torchrun``.
     """
     device, size = default_device(), int(os.environ.get("WORLD_SIZE", "1"))
     if device.type == "cuda":
@@ -83,6 +86,7 @@ def world() -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
+    # Gloo also with GPUs, for the tensors on CPUs that checkpoints exchange.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), size, device)
@@ -90,10 +94,10 @@ def world() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def shard(model: Decoder, config: TrainConfig, world: World) -> None:
-    """Divide the parameters among the processes, block by block, in place; nothing to do for one process.
+def shard(model: nn.Module, blocks: Iterable[nn.Module], config: TrainConfig, world: World) -> None:
+    """Shard a model's parameters among the processes, in place (FSDP2); a single process keeps them whole.
 
-    Parameters and the sums of gradients are float32; what is gathered for a block's products is in the run's precision.
+    Parameters and gradient sums are float32; the parameters gathered to compute a block are in the run's precision.
     """
     if world.size == 1:
         return
@@ -101,16 +105,18 @@ def shard(model: Decoder, config: TrainConfig, world: World) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    compute = products_dtype(config, world.device)
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:
+    dtype = autocast_dtype(config, world.device)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # 1. Each block is a unit: its parameters are gathered just before it runs, and freed after it.
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
+    # 2. What is left, the embeddings, stays gathered from the forward to the backward pass, which needs it first.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; what a sharded model gathered is given back at the end."""
+    """Evaluation mode without gradients; a sharded model frees its gathered parameters at the end."""
     was_training = model.training
     model.eval()
     try:
@@ -122,17 +128,15 @@ def inference(model: nn.Module) -> Iterator[None]:
             model.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor that shards make up, on every process; one that is not sharded, itself."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on every process; all of them must call this. Other tensors are returned as they are."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
-    """Matrix products in the run's precision."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if products_dtype(config, device) == torch.bfloat16 else nullcontext()
+def shard_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Undo :func:`full_tensor`: this process's shard of ``tensor``, which all processes hold, sharded as ``parameter`` is."""
+    if not hasattr(parameter, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
 
-
-def products_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Of matrix products: the run's precision, or what ``auto`` means on a device."""
-    bf16 = computes_bfloat16(device) if config.precision == "auto" else config.precision == "bf16"
-    return torch.bfloat16 if bf16 else torch.float32
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

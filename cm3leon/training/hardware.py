@@ -1,4 +1,4 @@
-"""What devices can do, and what a token costs: for plans, and for the share of a device's speed that training reaches (MFU)."""
+"""Peak FLOP/s and memory of accelerators, and training FLOPs per token: for plans and for model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 
 class Shape(Protocol):
-    """Of a decoder: what decides its cost."""
+    """The sizes of a decoder that decide its FLOPs."""
 
     @property
     def layers(self) -> int: ...
@@ -23,10 +21,10 @@ class Device:
     """A kind of accelerator.
 
     Attributes:
-        name: as the user writes it.
-        words: that are all among the words of the name its driver gives it.
-        flops: dense bfloat16 products a second with float32 sums, as the vendor states them, without sparsity.
-        memory: bytes, by the vendor's GB of 10**9; a little less than the driver shows for most.
+        name: as in ``cm3leon plan --device``.
+        words: the name that the driver reports has all of these words.
+        flops: peak FLOP/s of dense bfloat16 matrix products with float32 accumulation, without sparsity, by the vendor's data sheet.
+        memory: bytes, by the vendor's GB of 10**9; most drivers report a little more.
     """
 
     name: str
@@ -35,7 +33,7 @@ class Device:
     memory: float
 
 
-# Vendors' data sheets. Where NVIDIA prints the figure with sparsity, half of it stands here.
+# By the vendors' data sheets, named in the comments with the TFLOP/s that they print. Those printed with sparsity are halved here.
 DEVICES = (
     Device("a100", ("a100", "80gb"), 312e12, 80e9),  # NVIDIA A100 Tensor Core GPU (A100 80GB): 312
     Device("a100-40gb", ("a100",), 312e12, 40e9),  # the same sheet, A100 40GB
@@ -53,34 +51,30 @@ DEVICES = (
     Device("rtx-4090", ("rtx", "4090"), 165e12, 24e9),  # NVIDIA Ada GPU architecture whitepaper, GeForce RTX 4090: 165.2
     Device("mi300x", ("mi300x",), 1307e12, 192e9),  # AMD Instinct MI300X: 1,307.4
 )
-"""What is known, a name with more words before the same with fewer."""
+"""Known devices. The first match counts, so a device with more words comes before one with a part of them."""
 
-OTHERS = {"mig", "laptop", "d"}
-"""Words of a name that make a device a slice or a slower kind of the one it is called after."""
+UNKNOWN_VARIANTS = {"mig", "laptop", "d"}
+"""Words of driver names for a slice or a slower variant of a known device, whose peak is not known."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by what ``torch.cuda.get_device_name()`` says; None if it is not known."""
+    """Peak dense bfloat16 FLOP/s of a device by its ``torch.cuda.get_device_name()``; None if the device is not known."""
     words = set(re.findall(r"[a-z0-9]+", device_name.lower()))
-    if words & OTHERS:
+    if words & UNKNOWN_VARIANTS:
         return None
     return next((device.flops for device in DEVICES if words.issuperset(device.words)), None)
 
 
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for products in bfloat16, rather than emulating them in float32, which is slower than that."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-
-
 def flops_per_token(spec: Shape, vocabulary_size: int, context: int) -> float:
-    """FLOPs of one token's forward and backward pass in a sequence of ``context`` tokens: ``6 N + 12 * layers * width * context / 2``.
+    """FLOPs of one token's forward and backward pass in a sequence of ``context`` tokens: ``6 N + 6 * layers * width * context``.
 
-    N are the weights of the blocks, ``12 * layers * width ** 2``, and of the output matrix, ``vocabulary_size * width``: each is two FLOPs
-    forward and four backward. The second term is attention's two products, over the half of the context that a token sees on average
-    (causal). Looking up embeddings, norms and softmax are left out, and what is computed again for activation checkpointing does not count.
+    The count of PaLM (arXiv 2204.02311, appendix B), but for causal attention:
+
+    - N weights, ``12 * layers * width**2`` of the blocks and ``vocabulary_size * width`` of the output matrix, take two FLOPs each in the
+      forward pass and four in the backward pass.
+    - Attention's two products take ``12 * layers * width * context`` over the whole context; a token attends to half of it on average.
+
+    Embedding lookups, norms, softmax and the recomputation of activation checkpointing are not counted.
     """
     weights = 12 * spec.layers * spec.width**2 + vocabulary_size * spec.width
     return 6.0 * weights + 6.0 * spec.layers * spec.width * context

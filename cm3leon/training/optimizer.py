@@ -1,5 +1,8 @@
-"""The optimizers and the learning-rate schedule. The paper does not publish its optimizer: AdamW is the field's usual choice, and Muon for
-the hidden layers needs about half as many samples (docs/log.md)."""
+"""The decoder's optimizers, and the learning-rate schedule of every training run.
+
+The paper does not publish its optimizer. AdamW is the usual choice; Muon for the hidden layers needs about half as many samples
+(docs/log.md).
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ import torch
 from torch import nn
 
 from cm3leon.config.schema import TrainConfig
-from cm3leon.training.distributed import products_dtype
 from cm3leon.training.muon import Muon
+from cm3leon.training.precision import autocast_dtype
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over everything, or over the embeddings alone beside Muon over the matrices between them; embeddings are not decayed."""
+    """AdamW for all parameters, or AdamW for the embeddings and Muon for the matrices of the blocks. Embeddings have no weight decay."""
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     known = {id(p) for p in embeddings}
     matrices = [p for p in model.parameters() if id(p) not in known]
@@ -25,15 +28,16 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     if config.optimizer == "adamw":
         return [adamw]
     device = embeddings[0].device
-    dtype = torch.bfloat16 if device.type == "cuda" else products_dtype(config, device)
+    # On GPUs Newton-Schulz runs in bfloat16 even when the model computes in float32, as in the reference implementation.
+    dtype = torch.bfloat16 if device.type == "cuda" else autocast_dtype(config, device)
     return [adamw, Muon(matrices, config.learning_rate, config.weight_decay, dtype=dtype)]
 
 
 def learning_rate_at(step: int, *, peak: float, steps: int, warmup_steps: int, final: float = 0.0) -> float:
-    """The schedule of every training run here: linear warm-up to ``peak``, then half a cosine down to ``final * peak``.
+    """Linear warm-up to ``peak``, then cosine decay to ``final * peak``.
 
     Args:
-        step: from 0; from ``steps`` on the rate stays at its end.
+        step: from 0; from ``steps`` on the rate is ``final * peak``.
         final: share of the peak at the end.
     """
     if step < warmup_steps:
@@ -43,6 +47,6 @@ def learning_rate_at(step: int, *, peak: float, steps: int, warmup_steps: int, f
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of all of an optimizer's parameter groups."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate

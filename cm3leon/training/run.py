@@ -1,41 +1,37 @@
-"""What the two training stages share: their stream of batches, their fingerprint, and the run itself from setup to the saved decoder."""
+"""What the two training stages share: their stream of batches, and the run itself from setup to the saved decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, TrainConfig
+from cm3leon.config.schema import TrainConfig
 from cm3leon.data.batches import Batch, GetSample, PackedStream, SortedStream
 from cm3leon.models.decoder import Decoder
-from cm3leon.tracking.runs import Run, flatten
-from cm3leon.training.checkpoint import Checkpoints, Fingerprint, code_hash, data_hash
-from cm3leon.training.distributed import World, whole
+from cm3leon.tracking.runs import Run
+from cm3leon.training.checkpoint import Checkpoints
+from cm3leon.training.distributed import World, full_tensor
+from cm3leon.training.fingerprint import Fingerprint
 from cm3leon.training.trainer import fit, setup
 
 
-def stream_of(get_sample: GetSample, size: int, section: TrainConfig, seed: int, context: int) -> SortedStream | PackedStream:
-    """Batches of the samples of a training section: padded rows, or packed rows of the context's length; ``size`` samples make an epoch."""
+def make_stream(get_sample: GetSample, size: int, section: TrainConfig, seed: int, context: int) -> SortedStream | PackedStream:
+    """The training batches of a stage: rows of ``context`` tokens under ``packing``, else one padded sample a row.
+
+    Args:
+        size: samples in an epoch.
+    """
     if section.packing:
         return PackedStream(get_sample, size, section.batch_size, seed, context)
     return SortedStream(get_sample, size, section.batch_size, seed)
 
 
 def first_batches(get_sample: GetSample, size: int, section: TrainConfig, seed: int) -> list[Batch]:
-    """The first batches of held-out samples, to validate on, one sample a row."""
+    """Validation batches: the first ``validation_samples`` samples of a shuffled epoch, one padded sample a row."""
     rows = min(section.batch_size, section.validation_samples)
     stream = SortedStream(get_sample, size, section.micro_batch_size or rows, seed)
     return [stream(step) for step in range(max(1, section.validation_samples // stream.batch_size))]
-
-
-def fingerprint(config: Config, stage: str, inputs: Sequence[Path]) -> Fingerprint:
-    """What makes a training run the same run: its parameters, what it reads, the code and torch."""
-    section = getattr(config, stage).model_dump()
-    found = {f"{stage}.{name}": value for name, value in flatten(section).items()} | {"seed": str(config.seed)}
-    return found | {str(path): data_hash(path) for path in inputs} | {"code": code_hash(), "torch": torch.__version__}
 
 
 def train(
@@ -51,31 +47,33 @@ def train(
     identity: Fingerprint,
     tasks: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Train, or go on from where a run with the same ``identity`` was stopped; writes the decoder and ``losses.csv`` to ``output``.
+    """Train a decoder and write it with its ``losses.csv`` to ``output``; resumes if a run with the same ``identity`` was interrupted.
 
     Args:
-        tasks: see :func:`~cm3leon.training.trainer.fit`.
+        stage: name of the parameters' section; the prefix of MLflow's metrics.
+        validation, tasks: see :func:`~cm3leon.training.trainer.fit`.
 
     Returns:
-        The last validation figures.
+        The last validation losses.
     """
     checkpoints = Checkpoints(paths.CHECKPOINTS / stage, identity, section.keep_checkpoints, processes)
     state = setup(model, section, processes)
-    figures = fit(
+    metrics = fit(
         state,
         stream,
         section,
         validation,
         stage,
-        lambda values, step: run.log_metrics({f"{stage}/{name}": value for name, value in values.items()}, step),
+        lambda metrics, step: run.log_metrics({f"{stage}/{name}": value for name, value in metrics.items()}, step),
         after_validation,
         checkpoints,
         tasks,
     )
-    tensors = {name: whole(parameter).detach().cpu() for name, parameter in model.named_parameters()}
+    # Gathering shards takes all processes; only the first one writes.
+    tensors = {name: full_tensor(parameter).detach().cpu() for name, parameter in model.named_parameters()}
     if processes.rank == 0:
         model.save(output, tensors)
         curve = "".join(f"{step},{loss!r}\n" for step, loss in enumerate(state.losses, 1))
         (output / "losses.csv").write_text("step,loss\n" + curve)
     processes.wait()
-    return figures
+    return metrics

@@ -1,4 +1,4 @@
-"""Sample sheets by step: the same prompts and seeds drawn again and again while a decoder trains."""
+"""Sample sheets by step: images generated for the same prompts and seeds, again and again while a decoder trains."""
 
 from __future__ import annotations
 
@@ -25,26 +25,30 @@ PROMPTS = 12
 
 
 def sample_sheets(run: Run, model: Decoder, held_out: TokenStore) -> Callable[[int], None]:
-    """A function of the step that draws the first prompts of ``held_out`` and keeps the sheet in MLflow as ``samples/prompts_STEP.png``.
+    """Prepare sheets of the first captions of ``held_out``.
 
-    Plain sampling: temperature 1, no guidance, no retrieval; prompt ``n`` has seed ``n``.
+    Decoding is plain sampling: temperature 1, no guidance, no retrieval; prompt ``n`` has seed ``n``.
+
+    Returns:
+        A function of the step that generates the images and logs the sheet to MLflow as ``samples/prompts_STEP.png``.
     """
     image_tokenizer = ImageTokenizer.load(paths.IMAGE_TOKENIZER, model.device)
     text_tokenizer = TextTokenizer.load(paths.TEXT_TOKENIZER)
     vocabulary = model.vocabulary
-    texts = [held_out[row].texts[0] for row in range(min(PROMPTS, len(held_out)))]
-    longest = model.spec.context - vocabulary.tokens_per_image - 2
+    texts = [held_out[row].captions[0] for row in range(min(PROMPTS, len(held_out)))]
+    longest = model.spec.context - vocabulary.tokens_per_image - 2  # an opening <eos> and a <break> besides the image
     prompts = [[image_prompt([("text", vocabulary.text(ids[:longest]))], [], vocabulary)] for ids in texts]
-    plain = Sampler(DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0))
+    captions = [text_tokenizer.decode(np.asarray(ids).tolist()) for ids in texts]
+    sampler = Sampler(DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0))
 
-    def draw(step: int) -> None:
+    def log_sheet(step: int) -> None:
         model.eval()
-        codes = generate_images(model, prompts, [[row] for row in range(len(prompts))], plain)[:, 0]
+        codes = generate_images(model, prompts, [[row] for row in range(len(prompts))], sampler)[:, 0]
         images = to_pil(image_tokenizer.decode(torch.from_numpy(codes).to(model.device)))
         with tempfile.TemporaryDirectory() as folder:
             sheet = Path(folder) / "prompts.png"
-            save_captioned(images, [text_tokenizer.decode(np.asarray(ids).tolist()) for ids in texts], sheet)
+            save_captioned(images, captions, sheet)
             run.log_sheet(sheet, "prompts", step)
         model.train()
 
-    return draw
+    return log_sheet

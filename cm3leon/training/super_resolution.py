@@ -1,4 +1,7 @@
-"""Training of the upscaler: each image of the collection is its own target, its bicubic reduction the input."""
+"""Training of the upscaler: an image of the collection is the target, its bicubic reduction the input.
+
+Shapes: B batch, h w low resolution, H W high resolution.
+"""
 
 from __future__ import annotations
 
@@ -24,25 +27,30 @@ def train(
     device: torch.device | str = "cpu",
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> SuperResolution:
-    """Train on random crops, turned and mirrored, under an L1 loss. The same arguments give the same weights on one machine.
+    """Train on random crops, rotated and flipped, with an L1 loss (as EDSR, arXiv 1707.02921, section 3).
+
+    The same arguments give the same weights on one machine.
 
     Raises:
-        UserError: if there are no images, or they are too small to be reduced ``scale`` times.
+        UserError: if there are no images, or they are smaller than ``scale`` pixels.
     """
     if not len(images):
         raise UserError("super-resolution has no images to train on")
+    # Crops are patch_size pixels wide in the input, or the whole image where that is smaller.
     side = min(config.patch_size * config.scale, images.size // config.scale * config.scale)
     if side < config.scale:
         raise UserError(f"images of {images.size} pixels are too small for a scale of {config.scale}")
     torch.manual_seed(seed)
-    model = SuperResolution(config.scale, config.channels, config.blocks).to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    model = SuperResolution(config.scale, config.channels, config.blocks).to(device).train()
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     rng = np.random.default_rng(seed)
     for step in range(config.steps):
         rate = learning_rate_at(step, peak=config.learning_rate, steps=config.steps, warmup_steps=config.steps // 10)
         set_learning_rate(optimizer, rate)
-        high = torch.from_numpy(_crops(images, config.batch_size, side, rng)).permute(0, 3, 1, 2).to(device)
-        loss = l1_loss(model(to_unit(reduce(high, config.scale))), to_unit(high))
+        high_B3HW = torch.from_numpy(_crops(images, config.batch_size, side, rng)).permute(0, 3, 1, 2).to(device)
+        low_B3hw = reduce(high_B3HW, config.scale)
+        loss = l1_loss(model(to_unit(low_B3hw)), to_unit(high_B3HW))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -52,11 +60,11 @@ def train(
 
 
 def _crops(images: ImageSet, count: int, side: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 ``(count, side, side, 3)``: random crops of random images in one of the eight orientations."""
-    picked = images[rng.integers(len(images), size=count)]
+    """uint8 (count, side, side, 3): random crops of random images, each in one of the eight orientations of a square."""
     crops = []
-    for image in picked:
-        top, left = rng.integers(image.shape[0] - side + 1), rng.integers(image.shape[1] - side + 1)
-        crop = np.rot90(image[top : top + side, left : left + side], int(rng.integers(4)))
-        crops.append(crop[:, ::-1] if rng.integers(2) else crop)
+    for image in images[rng.integers(len(images), size=count)]:
+        top = rng.integers(image.shape[0] - side + 1)
+        left = rng.integers(image.shape[1] - side + 1)
+        rotated = np.rot90(image[top : top + side, left : left + side], int(rng.integers(4)))
+        crops.append(rotated[:, ::-1] if rng.integers(2) else rotated)
     return np.stack(crops)

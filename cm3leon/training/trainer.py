@@ -1,18 +1,17 @@
 """The training loop of pretraining and instruction tuning: :func:`setup`, :func:`fit`, :func:`validate`.
 
-A run that was killed at any moment goes on from its newest checkpoint and ends with the same bits: parameters, optimizer, schedule, random
-generators, position in the data and the samples held for packing are all in it.
+A run that was killed at any moment resumes from its newest checkpoint and ends with the same bits as an uninterrupted one. A checkpoint
+holds the parameters, optimizer states, step, random generators, and the samples buffered for packing.
+
+Shapes: B rows, T tokens.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -24,12 +23,17 @@ from cm3leon.training import distributed
 from cm3leon.training.checkpoint import Checkpoints, generator_states, set_generator_states
 from cm3leon.training.distributed import World
 from cm3leon.training.hardware import flops_per_token, peak_flops
+from cm3leon.training.interruption import interruption
 from cm3leon.training.optimizer import learning_rate_at, make_optimizers, set_learning_rate
+from cm3leon.training.precision import autocast
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.progress import progress
 
 Log = Callable[[dict[str, float], int], None]
+"""Takes metrics by name, and the step they are of."""
+
 LOG_EVERY = 10
+"""Steps."""
 
 
 class DivergenceError(UserError):
@@ -38,8 +42,15 @@ class DivergenceError(UserError):
 
 @dataclass
 class State:
-    """All that a run changes. ``losses`` holds the loss of each step, ``best`` the lowest validation loss, ``by_task`` (2, tasks) the sum
-    of the losses of each task's tokens and their number, since they were last logged."""
+    """All that a run changes.
+
+    Attributes:
+        step: steps taken.
+        losses: loss of each step.
+        best: lowest validation loss.
+        task_sums: (2, 1 + tasks), sum of the token losses of each task, and number of those tokens, since they were last logged; task 0 is
+            none. Empty if tasks are not logged.
+    """
 
     model: Decoder
     optimizers: list[torch.optim.Optimizer]
@@ -47,19 +58,19 @@ class State:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     best: float = math.inf
-    by_task: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
+    task_sums: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and the optimizers' tensors by name; shards of them where the model is sharded."""
+        """Parameters and optimizer states by name; this process's shards of them if the model is sharded."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         found: dict[str, Tensor] = {f"model.{name}": parameter for parameter, name in names.items()}
         for number, optimizer in enumerate(self.optimizers):
-            for parameter, values in optimizer.state.items():
-                found |= {f"optimizer{number}.{names[parameter]}.{key}": value for key, value in values.items()}
+            for parameter, states in optimizer.state.items():
+                found |= {f"optimizer{number}.{names[parameter]}.{key}": tensor for key, tensor in states.items()}
         return found
 
-    def fill_optimizers(self) -> None:
-        """Give the optimizers the tensors that they would make in their first step, by a step that changes nothing."""
+    def allocate_optimizer_states(self) -> None:
+        """Take a step with zero gradients and learning rate, so that the states that a checkpoint is loaded into exist."""
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         for optimizer in self.optimizers:
@@ -71,10 +82,11 @@ class State:
 
 def setup(model: Decoder, config: TrainConfig, world: World | None = None) -> State:
     """The state before the first step: the model on its device, sharded if there are several processes, and its optimizers."""
+    # Sharding replaces the parameters, so the optimizers are made after it.
     world = world or World(device=model.device)
     model.to(world.device).train()
     model.recompute = config.activation_checkpointing
-    distributed.shard(model, config, world)
+    distributed.shard(model, model.blocks, config, world)
     if config.compile:
         for block in model.blocks:
             block.compile()
@@ -83,7 +95,7 @@ def setup(model: Decoder, config: TrainConfig, world: World | None = None) -> St
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did, over all processes: mean loss, gradient norm before clipping, learning rate, tokens read, padding included."""
+    """Result of one step, over all processes: mean loss, gradient norm before clipping, learning rate, number of tokens with padding."""
 
     loss: float
     gradient_norm: float
@@ -92,32 +104,37 @@ class Step:
 
 
 def train_step(state: State, stream: Stream, config: TrainConfig, name: str) -> Step:
-    """Take one step: the own rows of the batch in micro-batches, gradients summed, clipped, applied.
+    """Take one optimization step on a batch.
+
+    The loss is ``sum(w_i * loss_i) / sum(w_i)`` over all tokens i of the batch, on whichever process and in whichever micro-batch they are.
 
     Raises:
         DivergenceError: if the loss or the gradient is not finite; the step is not taken.
     """
     model, world = state.model, state.world
+    # 1. This process's rows, and over all processes the sum of the weights, which every micro-batch is divided by.
     batch = stream(state.step, world.own(stream.batch_size))
-    count = batch.tokens.shape[0]
-    size = config.micro_batch_size or max(1, -(-stream.batch_size // world.size))
+    rows = batch.tokens.shape[0]
+    micro_rows = config.micro_batch_size or max(1, -(-stream.batch_size // world.size))
     [weight, tokens] = world.sum([float(batch.weights.sum(dtype=torch.float64)), batch.tokens.numel()])
+    # 2. Gradients, summed over the micro-batches. FSDP averages them over the processes; times world.size they are sums.
     model.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=world.device)
-    for start in range(0, max(count, 1), size):
-        part = batch.rows(slice(start, start + size)).to(world.device)
-        with distributed.autocast(config, world.device):
+    for start in range(0, max(rows, 1), micro_rows):
+        part = batch.rows(slice(start, start + micro_rows)).to(world.device)
+        with autocast(config, world.device):
             total, losses_BT = model.losses(part.tokens, part.weights, part.image_positions, part.samples, part.positions, config.z_loss)
         (total * (world.size / max(weight, 1.0))).backward()
         loss += total.detach()
-        if state.by_task.numel():
-            targets = (part.weights > 0).flatten()
-            state.by_task.index_add_(1, part.tasks.flatten()[targets], torch.stack([losses_BT.flatten(), targets.float()])[:, targets])
+        if state.task_sums.numel():
+            _add_task_losses(state.task_sums, part, losses_BT)
     [mean] = world.sum([loss.item()])
     mean /= max(weight, 1.0)
-    norm = distributed.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)).item()
+    # 3. Clip by the norm of all gradients together.
+    norm = distributed.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)).item()
     if not (math.isfinite(mean) and math.isfinite(norm)):
         raise DivergenceError(f"{name} diverged at step {state.step}: loss {mean}, gradient norm {norm}; lower {name}.learning_rate")
+    # 4. Update the parameters.
     rate = learning_rate_at(
         state.step,
         peak=config.learning_rate,
@@ -133,55 +150,67 @@ def train_step(state: State, stream: Stream, config: TrainConfig, name: str) -> 
     return Step(mean, norm, rate, int(tokens))
 
 
+def _add_task_losses(task_sums: Tensor, batch: Batch, losses_BT: Tensor) -> None:
+    """Add the losses of a batch's targets to those of their tasks."""
+    is_target = (batch.weights > 0).flatten()
+    sums_and_counts = torch.stack([losses_BT.flatten(), is_target.float()])
+    task_sums.index_add_(1, batch.tasks.flatten()[is_target], sums_and_counts[:, is_target])
+
+
 def task_losses(state: State, tasks: Sequence[str]) -> dict[str, float]:
-    """Mean loss of each task's tokens, unweighted, since the last call, of those tasks that had any."""
-    totals = state.world.sum(state.by_task.flatten().tolist())
-    state.by_task.zero_()
+    """Mean unweighted loss of each task's tokens since the last call, by ``loss_TASK``; tasks without tokens are left out."""
+    totals = state.world.sum(state.task_sums.flatten().tolist())
+    state.task_sums.zero_()
     sums, counts = totals[: len(tasks) + 1], totals[len(tasks) + 1 :]
     return {f"loss_{task}": sums[number] / counts[number] for number, task in enumerate(tasks, 1) if counts[number]}
 
 
 def validate(state: State, batches: Sequence[Batch], config: TrainConfig) -> dict[str, float]:
-    """Mean loss over all targets, and over text and image targets apart; each process takes every so many-th batch."""
+    """Mean loss over all targets, and over the text targets and the image targets alone.
+
+    Batches are dealt to the processes in turn. All of them compute in every round, because each needs the shards of the others; where
+    batches are left for only some, the others compute one again that does not count.
+    """
     vocabulary, world = state.model.vocabulary, state.world
-    sums = torch.zeros(3, dtype=torch.float64)
-    counts = torch.zeros(3, dtype=torch.float64)
+    names = ("loss", "loss_text", "loss_image")
+    sums = torch.zeros(len(names), dtype=torch.float64)
+    counts = torch.zeros(len(names), dtype=torch.float64)
     rounds = -(-len(batches) // world.size)
-    with distributed.inference(state.model), distributed.autocast(config, world.device):
+    with distributed.inference(state.model), autocast(config, world.device):
         for number in range(rounds):
             mine = number * world.size + world.rank
             batch = batches[min(mine, len(batches) - 1)].to(world.device)
-            _, losses = state.model.losses(batch.tokens, batch.weights, batch.image_positions, batch.samples, batch.positions)
+            _, losses_BT = state.model.losses(batch.tokens, batch.weights, batch.image_positions, batch.samples, batch.positions)
             if mine >= len(batches):
-                continue  # computed because the others need this process's shards
+                continue
             is_target = batch.weights > 0
-            image = (batch.tokens >= vocabulary.image_start) & (batch.tokens < vocabulary.text_start)
-            for place, chosen in enumerate((is_target, is_target & (batch.tokens >= vocabulary.text_start), is_target & image)):
-                sums[place] += losses[chosen].sum(dtype=torch.float64).item()
-                counts[place] += chosen.sum().item()
+            is_text = batch.tokens >= vocabulary.text_start
+            is_image = (batch.tokens >= vocabulary.image_start) & ~is_text
+            for index, chosen in enumerate((is_target, is_target & is_text, is_target & is_image)):
+                sums[index] += losses_BT[chosen].sum(dtype=torch.float64).item()
+                counts[index] += chosen.sum().item()
     totals = world.sum([*sums.tolist(), *counts.tolist()])
-    names = ("loss", "loss_text", "loss_image")
-    return {name: totals[i] / totals[3 + i] for i, name in enumerate(names) if totals[3 + i]}
+    return {name: totals[i] / totals[len(names) + i] for i, name in enumerate(names) if totals[len(names) + i]}
 
 
 def save(state: State, stream: Stream, checkpoints: Checkpoints, score: float | None = None) -> None:
-    """Write a checkpoint of the run as it stands."""
+    """Write a checkpoint. ``score`` is the validation loss at this step, if it was computed."""
     held: dict[str, object] = {}
-    for part in state.world.gather(stream.state()):
+    for part in state.world.gather(stream.state()):  # each process buffers samples for its own rows
         held |= part
     rest = {"step": state.step, "losses": state.losses, "best": state.best, "score": score, "data": held, "generators": generator_states()}
     checkpoints.save(state.step, state.tensors(), rest)
 
 
 def resume(state: State, stream: Stream, checkpoints: Checkpoints) -> bool:
-    """Go on from the newest whole checkpoint, if there is one; says whether there was."""
+    """Resume from the newest intact checkpoint; False if there is none."""
     name = checkpoints.newest()
     if name is None:
         return False
-    state.fill_optimizers()
+    state.allocate_optimizer_states()
     found = checkpoints.load(name, state.tensors())
     state.step, state.losses, state.best = found["step"], found["losses"], found["best"]
-    own = {str(row) for row in state.world.own(stream.batch_size)}
+    own = {str(row) for row in state.world.own(stream.batch_size)}  # JSON's keys are strings
     stream.load_state({row: held for row, held in found["data"].items() if row in own})
     set_generator_states(found["generators"])
     return True
@@ -193,99 +222,102 @@ def fit(
     config: TrainConfig,
     validation: Mapping[str, Sequence[Batch]],
     name: str,
-    log: Log = lambda figures, step: None,
+    log: Log = lambda metrics, step: None,
     after_validation: Callable[[int], None] = lambda step: None,
     checkpoints: Checkpoints | None = None,
     tasks: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Train to ``config.steps``; returns the last validation figures.
+    """Train to ``config.steps``; returns the metrics of the last validation.
 
-    With ``checkpoints`` it goes on from the newest, writes one every ``config.checkpoint_every`` steps and at each validation, and on
-    SIGTERM or SIGINT, or when the process that started this one is gone, writes one and leaves; a second SIGINT leaves at once.
+    With ``checkpoints`` it resumes from the newest one, and writes one every ``config.checkpoint_every`` steps, at each validation, and
+    when interrupted: by SIGTERM, by SIGINT, or by the end of the process that started this one. A second SIGINT stops at once, without a
+    checkpoint.
 
     Args:
-        validation: name -> batches; figures are called ``val_loss``, ``val_loss_text``, ``val_loss_image``, behind the name if it is
-            not empty: ``val_alone_loss``. The one without a name tells which checkpoint is best.
-        name: of the stage, named in errors and progress.
+        validation: name -> batches. Metrics are called ``val_loss``, ``val_loss_text`` and ``val_loss_image``, with a name that is not
+            empty inside: ``val_alone_loss``. The losses of the batches without a name decide which checkpoint is the best.
+        name: the stage's, for errors and progress.
         after_validation: called with the step after each validation.
-        tasks: names of the tasks that samples are numbered by, from 1, whose losses are logged apart, as ``loss_TASK``.
+        tasks: names of the tasks, whose numbers in the samples count from 1; each task's loss is logged as ``loss_TASK``.
 
     Raises:
-        DivergenceError: if the loss or the gradient is not finite; the step is not taken, and the last checkpoint stays.
-        SystemExit: when told to leave, with 128 and the signal's number.
+        DivergenceError: if the loss or the gradient is not finite; the step is not taken, and the last checkpoint is kept.
+        SystemExit: if interrupted; the status is 128 + the signal's number.
     """
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
+    throughput = _Throughput(state)
+    state.task_sums = torch.zeros(2, len(tasks) + 1 if tasks else 0, device=state.world.device)
 
     def say(message: str) -> None:
         if state.world.rank == 0:
             print(message, flush=True)
 
-    device_flops = peak_flops(torch.cuda.get_device_name()) if state.world.device.type == "cuda" else None
-    state.by_task = torch.zeros(2, len(tasks) + 1 if tasks else 0, device=state.world.device)
-    token_flops = flops_per_token(state.model.spec, state.model.vocabulary.size, state.model.spec.context)
+    # 1. Resume. The losses so far are logged again, because each start is an MLflow run of its own and its curve should be whole.
     if checkpoints is not None:
         checkpoints.open()
         if resume(state, stream, checkpoints):
-            say(f"{name} goes on at step {state.step} of {config.steps}")
+            say(f"{name}: resuming at step {state.step} of {config.steps}")
             for done in range(LOG_EVERY, state.step + 1, LOG_EVERY):
-                log({"loss": state.losses[done - 1]}, done)  # the curve is whole in whatever records this start
-    with progress(name, config.steps, "steps", done=state.step, shown=state.world.rank == 0) as meter, _told_to_leave() as told:
+                log({"loss": state.losses[done - 1]}, done)
+    with progress(name, config.steps, "steps", done=state.step, shown=state.world.rank == 0) as meter, interruption() as interrupted:
         while state.step < config.steps:
+            # 2. Take a step.
             try:
                 step = train_step(state, stream, config, name)
             except DivergenceError as error:
-                raise DivergenceError(f"{error}{_last_good(checkpoints)}") from None
+                raise DivergenceError(f"{error}{_last_checkpoint(checkpoints)}") from None
             meter.advance(1, f"loss {step.loss:.3f}")
+            # 3. Log.
             if state.step % LOG_EVERY == 0:
-                rate = meter.rate * step.tokens
-                speed = {"tokens_per_second": rate}
-                if device_flops:
-                    speed["mfu"] = rate * token_flops / (device_flops * state.world.size)
-                apart = task_losses(state, tasks) if tasks else {}
+                losses = {"loss": step.loss} | (task_losses(state, tasks) if tasks else {})
                 rates = {"gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate}
-                log({"loss": step.loss, **apart, **rates, **speed}, state.step)
+                log({**losses, **rates, **throughput(meter.rate * step.tokens)}, state.step)
+            # 4. Validate.
             score = None
             if state.step % config.validate_every == 0 or state.step == config.steps:
-                figures = {}
-                for which, batches in validation.items():
-                    found = validate(state, batches, config)
-                    figures |= {f"val_{which}_{key}" if which else f"val_{key}": value for key, value in found.items()}
-                score = figures.get("val_loss")
+                metrics = _validate_all(state, validation, config)
+                score = metrics.get("val_loss")
                 state.best = min(state.best, score if score is not None else math.inf)
-                log({**figures, "best_val_loss": state.best}, state.step)
+                log({**metrics, "best_val_loss": state.best}, state.step)
                 with distributed.inference(state.model):
                     after_validation(state.step)
-            leave = state.world.highest(told())
-            if checkpoints is not None and (score is not None or state.step % config.checkpoint_every == 0 or leave):
+            # 5. Write a checkpoint. The processes agree on the signal, which may have reached only some of them.
+            number = state.world.max(interrupted())
+            if checkpoints is not None and (score is not None or state.step % config.checkpoint_every == 0 or number):
                 save(state, stream, checkpoints, score)
-            if leave and state.step < config.steps:
-                say(f"{name}: told to leave at step {state.step}{_last_good(checkpoints)}")
-                raise SystemExit(128 + leave)
+            if number and state.step < config.steps:
+                say(f"{name}: interrupted by {signal.Signals(number).name} at step {state.step}{_last_checkpoint(checkpoints)}")
+                raise SystemExit(128 + number)
     if checkpoints is not None:
         checkpoints.finish()
     state.model.eval()
-    return figures
+    return metrics
 
 
-def _last_good(checkpoints: Checkpoints | None) -> str:
+class _Throughput:
+    """Tokens per second, and on a known GPU the share of its peak that they use: model FLOPs utilization (MFU)."""
+
+    def __init__(self, state: State) -> None:
+        model, device = state.model, state.world.device
+        peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
+        self.peak = peak * state.world.size if peak else None
+        self.token_flops = flops_per_token(model.spec, model.vocabulary.size, model.spec.context)
+
+    def __call__(self, tokens_per_second: float) -> dict[str, float]:
+        metrics = {"tokens_per_second": tokens_per_second}
+        if self.peak:
+            metrics["mfu"] = tokens_per_second * self.token_flops / self.peak
+        return metrics
+
+
+def _validate_all(state: State, validation: Mapping[str, Sequence[Batch]], config: TrainConfig) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for name, batches in validation.items():
+        prefix = f"val_{name}_" if name else "val_"
+        metrics |= {f"{prefix}{key}": loss for key, loss in validate(state, batches, config).items()}
+    return metrics
+
+
+def _last_checkpoint(checkpoints: Checkpoints | None) -> str:
     names = checkpoints.names() if checkpoints is not None else []
     return f"; the last checkpoint is {checkpoints.directory / names[-1]}" if checkpoints is not None and names else ""
-
-
-@contextmanager
-def _told_to_leave() -> Iterator[Callable[[], int]]:
-    """A function that tells the signal on which to leave, or 0: SIGTERM or SIGINT when it has come, SIGTERM when the parent has gone."""
-    heard: list[int] = []
-    parent = os.getppid()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in heard:
-            raise KeyboardInterrupt
-        heard.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: max(heard, default=signal.SIGTERM if os.getppid() != parent else 0)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,7 +1,16 @@
-"""Training of the image tokenizer: reconstruction, commitment and, by profile, perceptual and adversarial losses.
+"""Training of the image tokenizer (Esser et al. 2021, arXiv 2012.09841, section 3.1).
 
-Losses as in taming-transformers (arXiv 2012.09841): L1 + perceptual + hinge patch-GAN with the adaptive weight + commitment; the codebook
-itself moves by exponential averages (see :class:`cm3leon.models.vqgan.Codebook`). L1 is smoothed near zero.
+With encoder E, decoder G, images x, latents z = E(x), z_q the codebook's entries nearest to z, and x_hat = G(z_q), the loss is
+
+    reconstruction = smooth_l1(x, x_hat) + perceptual_weight * perceptual(x, x_hat)
+    commitment     = mean((z - sg[z_q])^2)                       (arXiv 1711.00937, equation 3, third term)
+    loss = reconstruction + beta * commitment - adversarial_weight * adaptive_weight * mean(D(x_hat))
+
+where sg stops gradients, beta is ``commitment`` of the parameters, and D is a patch discriminator, trained by the hinge loss. The codebook
+has no loss: it is updated by moving averages (:class:`cm3leon.models.vqgan.Codebook`). The perceptual and adversarial losses are off by
+default.
+
+Shapes: B batch, H W pixels, h w tokens of an image, N = B * h * w latents, D their dimensions.
 """
 
 from __future__ import annotations
@@ -20,85 +29,33 @@ from cm3leon.config.schema import ImageTokenizerConfig
 from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec
 from cm3leon.training.muon import Muon
 from cm3leon.training.optimizer import learning_rate_at, set_learning_rate
+from cm3leon.training.vqgan_losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.images import to_channels_first
 from cm3leon.utils.progress import progress
 
 
 class Images(Protocol):
-    """uint8 images (N, H, W, 3) by an array of positions: a numpy array, or an :class:`cm3leon.data.pixels.ImageSet`."""
+    """uint8 images (n, H, W, 3) by an array of positions: a numpy array, or an :class:`cm3leon.data.pixels.ImageSet`."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, positions: np.ndarray, /) -> np.ndarray: ...
 
 
-HUBER = 0.2
-"""Errors below this (images span 2) count quadratically, larger ones linearly: L1 without its noise on what is nearly right."""
+HUBER_BETA = 0.2
+"""Errors below this (pixels are in [-1, 1]) are penalized quadratically, larger ones linearly: L1 has noisy gradients for small errors."""
 RESTART_EVERY = 20
+"""Steps between restarts of unused codebook entries."""
 RECENT_BATCHES = 32
-"""Batches whose latents seed the codebook when quantization begins."""
+"""Batches whose latents the codebook is initialized from."""
 LOG_EVERY = 20
 WEIGHT_DECAY = 1e-4
 FINAL_LEARNING_RATE = 0.05
 """Share of the peak learning rate at the last step."""
 
 
-class PatchDiscriminator(nn.Module):
-    """Three-layer PatchGAN: (B, 3, H, W) -> a map of real/fake logits."""
-
-    def __init__(self, channels: int = 32) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        previous = 3
-        for width in (channels, 2 * channels, 4 * channels):
-            layers += [nn.Conv2d(previous, width, 4, stride=2, padding=1), nn.GroupNorm(4, width), nn.LeakyReLU(0.2)]
-            previous = width
-        self.layers = nn.Sequential(*layers, nn.Conv2d(previous, 1, 3, padding=1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
-
-
-class PerceptualLoss(nn.Module):
-    """Mean squared difference of channel-normalized VGG-16 features at five depths: LPIPS (arXiv 1801.03924) without learned weights."""
-
-    DEPTHS = (3, 8, 15, 22, 29)
-
-    def __init__(self, weights: Path) -> None:
-        super().__init__()
-        from cm3leon.utils.torchvision_compat import make_importable
-
-        make_importable()
-        from torchvision.models import vgg16
-
-        if weights.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(weights)
-        else:
-            state = torch.load(weights, weights_only=True, map_location="cpu")
-        network = vgg16(weights=None).features
-        network.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier")})
-        self.network = network.eval().requires_grad_(False)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        x = (images * 0.5 + 0.5 - self.get_buffer("mean")) / self.get_buffer("std")
-        kept = []
-        for depth, layer in enumerate(self.network):
-            x = layer(x)
-            if depth in self.DEPTHS:
-                kept.append(F.normalize(x, dim=1))
-        return kept
-
-    def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        pairs = zip(self.features(images), self.features(reconstructions), strict=True)
-        return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).sum()
-
-
 def make_optimizers(model: nn.Module, config: ImageTokenizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over everything, or over biases and scales alone beside Muon over the convolutions."""
+    """AdamW for all parameters, or Muon for the convolutions and AdamW for their biases and the norms' scales."""
     filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)] if config.optimizer == "muon" else []
     known = {id(p) for p in filters}
     others = [p for p in model.parameters() if id(p) not in known]
@@ -110,7 +67,7 @@ def make_optimizers(model: nn.Module, config: ImageTokenizerConfig) -> list[torc
 
 
 def code_statistics(codes: Tensor, size: int) -> dict[str, float]:
-    """Share of the codebook in use and the perplexity of its use."""
+    """Share of the codebook's entries in use, and perplexity of their use: ``exp(-sum p log p)``, at most ``size``."""
     p = torch.bincount(codes.flatten(), minlength=size).double()
     p = p / p.sum()
     entropy = -(p[p > 0] * p[p > 0].log()).sum()
@@ -118,12 +75,13 @@ def code_statistics(codes: Tensor, size: int) -> dict[str, float]:
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> float:
-    """Peak signal-to-noise ratio over all uint8 images together, dB."""
+    """Peak signal-to-noise ratio of uint8 images, dB: ``10 log10(255**2 / mean squared error)`` over all images together."""
     error = (images.float() - reconstructions.float()).square().mean().item()
     return 10 * math.log10(255**2 / max(error, 1e-10))
 
 
-def spec_of(config: ImageTokenizerConfig) -> ImageTokenizerSpec:
+def make_spec(config: ImageTokenizerConfig) -> ImageTokenizerSpec:
+    """The architecture that the parameters describe."""
     return ImageTokenizerSpec(
         image_size=config.image_size,
         patch=config.patch,
@@ -138,72 +96,77 @@ def spec_of(config: ImageTokenizerConfig) -> ImageTokenizerSpec:
 
 
 class ImageTokenizerTrainer:
-    """One training run: networks, optimizers and the losses of a step."""
+    """One training run: networks, optimizers, and the losses of a step."""
 
     def __init__(self, config: ImageTokenizerConfig, seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
         self.config, self.device = config, device
-        self.model = ImageTokenizer(spec_of(config)).to(device)
+        self.model = ImageTokenizer(make_spec(config)).to(device)
         self.optimizers = make_optimizers(self.model, config)
         self.generator = torch.Generator().manual_seed(seed)
-        self.recent: list[Tensor] = []
+        self.recent: list[Tensor] = []  # latents (N, D) of the last batches before the codebook is initialized
         self.perceptual = PerceptualLoss(Path(str(config.perceptual_weights))).to(device) if config.perceptual_weight else None
         self.discriminator = PatchDiscriminator().to(device) if config.adversarial_weight else None
         if self.discriminator is not None:
             self.discriminator_optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=config.learning_rate, betas=(0.5, 0.9))
 
     def quantize(self, z_BDhw: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Straight-through quantization: quantized latents, commitment loss, codes; moves the codebook.
+        """Quantize latents with a straight-through gradient, and update the codebook.
 
-        For a first share of the training the latents stay continuous; then the codebook is made from them by k-means.
+        Returns:
+            Quantized latents (B, D, h, w), commitment loss, and codes (N,).
         """
         codebook, config = self.model.codebook, self.config
         z_BhwD = z_BDhw.permute(0, 2, 3, 1)
         z_ND = z_BhwD.reshape(-1, config.embedding_dim)
-        fixed_ND = z_ND.detach()
-        start = round(config.continuous_share * config.steps)
-        if step < start:
-            self.recent = [*self.recent[1 - RECENT_BATCHES :], fixed_ND]
-            return z_BDhw, z_ND.new_zeros(()), codebook.nearest(fixed_ND)
-        if step == start:
-            codebook.initialize(torch.cat([*self.recent, fixed_ND]), self.generator)
+        detached_ND = z_ND.detach()
+        # 1. For the first share of the steps there is no quantization: the autoencoder learns before it needs a codebook.
+        first_quantized = round(config.continuous_share * config.steps)
+        if step < first_quantized:
+            self.recent = [*self.recent[1 - RECENT_BATCHES :], detached_ND]
+            return z_BDhw, z_ND.new_zeros(()), codebook.nearest(detached_ND)
+        # 2. Then the codebook is initialized from the latents of the last batches.
+        if step == first_quantized:
+            codebook.initialize(torch.cat([*self.recent, detached_ND]), self.generator)
             self.recent = []
-        codes = codebook.nearest(fixed_ND)
-        codebook.update(fixed_ND, codes, config.codebook_decay)
+        # 3. The codebook follows the latents by moving averages, with restarts until a share of the steps.
+        codes_N = codebook.nearest(detached_ND)
+        codebook.update(detached_ND, codes_N, config.codebook_decay)
         if step % RESTART_EVERY == RESTART_EVERY - 1 and step < config.restart_until * config.steps:
-            codebook.restart(fixed_ND, config.restart_below, self.generator)
-        quantized = codebook.lookup(codes)
-        commitment = F.mse_loss(z_ND, quantized.detach())
-        straight = z_ND + (quantized - z_ND).detach()
-        return straight.view_as(z_BhwD).permute(0, 3, 1, 2).contiguous(), commitment, codes
+            codebook.restart(detached_ND, config.restart_below, self.generator)
+        # 4. Straight-through estimator: the value is z_q, the gradient passes to z unchanged.
+        quantized_ND = codebook.lookup(codes_N)
+        commitment = F.mse_loss(z_ND, quantized_ND.detach())
+        straight_through_ND = z_ND + (quantized_ND - z_ND).detach()
+        return straight_through_ND.view_as(z_BhwD).permute(0, 3, 1, 2).contiguous(), commitment, codes_N
 
-    def adversarial_weight(self, reconstruction_loss: Tensor, generator_loss: Tensor) -> Tensor:
-        """The adaptive weight: ratio of the two losses' gradients at the last layer."""
-        last = self.model.decoder.output.weight
-        wanted = torch.autograd.grad(reconstruction_loss, last, retain_graph=True)[0].norm()
-        found = torch.autograd.grad(generator_loss, last, retain_graph=True)[0].norm()
-        return (wanted / (found + 1e-4)).clamp(0, 1e4).detach() * self.config.adversarial_weight
+    def step(self, images_B3HW: Tensor, step: int) -> dict[str, float]:
+        """One optimization step on images in [-1, 1]; returns the losses and the codebook's statistics.
 
-    def step(self, images: Tensor, step: int) -> dict[str, float]:
-        """One optimization step on float images (B, 3, H, W)."""
+        Raises:
+            UserError: if the loss is not finite.
+        """
         config = self.config
-        latents, commitment, codes = self.quantize(self.model.encoder(images), step)
-        output = self.model.decoder(latents)
-        difference = output - images
-        reconstruction = F.smooth_l1_loss(output, images, beta=HUBER)
+        # 1. Reconstruction and commitment losses.
+        latents, commitment, codes = self.quantize(self.model.encoder(images_B3HW), step)
+        output_B3HW = self.model.decoder(latents)
+        reconstruction = F.smooth_l1_loss(output_B3HW, images_B3HW, beta=HUBER_BETA)
         if self.perceptual is not None:
-            reconstruction = reconstruction + config.perceptual_weight * self.perceptual(images, output)
+            reconstruction = reconstruction + config.perceptual_weight * self.perceptual(images_B3HW, output_B3HW)
         loss = reconstruction + config.commitment * commitment
-        figures = {
-            "l1": difference.abs().mean().item(),
+        metrics = {
+            "l1": (output_B3HW - images_B3HW).abs().mean().item(),
             "commitment": commitment.item(),
             **code_statistics(codes.cpu(), config.codebook_size),
         }
+        # 2. Adversarial loss, once the reconstructions are worth discriminating.
         adversarial = self.discriminator is not None and step >= config.adversarial_start
         if adversarial and self.discriminator is not None:
-            generator_loss = -self.discriminator(output).mean()
-            loss = loss + self.adversarial_weight(reconstruction, generator_loss) * generator_loss
-            figures["generator_loss"] = generator_loss.item()
+            generator_loss = -self.discriminator(output_B3HW).mean()
+            weight = adaptive_weight(reconstruction, generator_loss, self.model.decoder.output.weight) * config.adversarial_weight
+            loss = loss + weight * generator_loss
+            metrics["generator_loss"] = generator_loss.item()
+        # 3. Update encoder and decoder.
         self.model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -213,16 +176,17 @@ class ImageTokenizerTrainer:
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, rate)
             optimizer.step()
+        # 4. Update the discriminator, on the reconstructions from before the update.
         if adversarial:
-            figures["discriminator_loss"] = self.discriminator_step(images, output.detach())
+            metrics["discriminator_loss"] = self.discriminator_step(images_B3HW, output_B3HW.detach())
         if not math.isfinite(loss.item()):
             raise UserError(f"image tokenizer diverged at step {step}: loss {loss.item()}; lower image_tokenizer.learning_rate")
-        return {"loss": loss.item(), **figures}
+        return {"loss": loss.item(), **metrics}
 
-    def discriminator_step(self, images: Tensor, output: Tensor) -> float:
-        """Hinge loss of the discriminator."""
+    def discriminator_step(self, images_B3HW: Tensor, output_B3HW: Tensor) -> float:
+        """One optimization step of the discriminator; returns its hinge loss."""
         assert self.discriminator is not None
-        loss = 0.5 * (F.relu(1 - self.discriminator(images)).mean() + F.relu(1 + self.discriminator(output)).mean())
+        loss = hinge_loss(self.discriminator, images_B3HW, output_B3HW)
         self.discriminator_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.discriminator_optimizer.step()
@@ -234,12 +198,12 @@ def train_image_tokenizer(
     config: ImageTokenizerConfig,
     seed: int,
     device: torch.device,
-    log: Callable[[dict[str, float], int], None] = lambda figures, step: None,
+    log: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
 ) -> ImageTokenizer:
-    """Train on uint8 images (N, image_size, image_size, 3); ``log`` receives figures by step.
+    """Train on uint8 images (n, image_size, image_size, 3); ``log`` receives metrics and the step every :data:`LOG_EVERY` steps.
 
     Raises:
-        UserError: if the loss is no longer finite.
+        UserError: if the loss is not finite.
     """
     trainer = ImageTokenizerTrainer(config, seed, device)
     trainer.model.train()
@@ -247,12 +211,13 @@ def train_image_tokenizer(
     position = 0
     with progress("image tokenizer", config.steps, "steps") as meter:
         for step in range(config.steps):
-            if position + config.batch_size > len(order):
-                order, position = torch.randperm(len(images), generator=trainer.generator), 0
-            batch = torch.from_numpy(images[order[position : position + config.batch_size].numpy()])
+            if position + config.batch_size > len(order):  # the end of an epoch that does not fill a batch is dropped
+                order = torch.randperm(len(images), generator=trainer.generator)
+                position = 0
+            batch_BHW3 = torch.from_numpy(images[order[position : position + config.batch_size].numpy()])
             position += config.batch_size
-            figures = trainer.step(to_channels_first(batch, device), step)
+            metrics = trainer.step(to_channels_first(batch_BHW3, device), step)
             if step % LOG_EVERY == 0 or step == config.steps - 1:
-                log(figures, step)
-            meter.advance(1, f"L1 {figures['l1']:.4f}, codes used {figures['codebook_usage']:.0%}")
+                log(metrics, step)
+            meter.advance(1, f"L1 {metrics['l1']:.4f}, codes used {metrics['codebook_usage']:.0%}")
     return trainer.model.eval()

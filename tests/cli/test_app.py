@@ -12,17 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from PIL import Image
+from tests_support import decoding
 from typer.testing import CliRunner
 
-from cm3leon.cli import app, model
-from cm3leon.config.schema import DecodingConfig
+from cm3leon.cli import app, options
+from cm3leon.config.schema import DecodingConfig, load_config
 from cm3leon.generation.generator import Generator
+from cm3leon.generation.settings import SETTINGS, bounds_of
+from cm3leon.generation.task_names import TASKS
 from cm3leon.stages.common import METRICS, STAGES
 from cm3leon.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+COMMANDS: dict[str, Any] = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
 HEAVY = ("torch", "mlflow", "prefect", "dvc", "great_expectations", "open_clip", "faiss", "pandas", "numpy")
 
 
@@ -36,7 +41,7 @@ def test_every_error_that_derives_from_the_users_own_is_one_line():
 
 
 class Recorder:
-    """A real generator on untrained models, of which it remembers what it was asked."""
+    """A real generator of untrained models that records its calls."""
 
     def __init__(self, generator: Generator) -> None:
         self.generator, self.asked = generator, []
@@ -53,14 +58,14 @@ class Recorder:
 
 @pytest.fixture(scope="session")
 def loaded(tiny_parts: dict[str, Path]) -> Generator:
-    return Generator.from_parts(**tiny_parts, decoding=DecodingConfig(candidates=2))  # type: ignore[arg-type]
+    return Generator.from_parts(**tiny_parts, decoding=decoding(candidates=2))  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def generator(loaded: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.chdir(tmp_path)
     recorder = Recorder(loaded)
-    monkeypatch.setattr(model, "load_generator", lambda model: recorder)
+    monkeypatch.setattr(options, "load_generator", lambda model: recorder)
     return recorder
 
 
@@ -88,7 +93,7 @@ def test_help_imports_nothing_heavy() -> None:
 import sys
 from typer.testing import CliRunner
 from cm3leon.cli import app
-result = CliRunner().invoke(app.app, ["generate", "--help"])
+result = CliRunner().invoke(app.app, ["text-to-image", "--help"])
 assert result.exit_code == 0, result.output
 print([name for name in {HEAVY} if name in sys.modules])
 """
@@ -105,6 +110,17 @@ def test_every_dvc_stage_is_a_command_and_has_a_module() -> None:
         assert name in listed
         assert (ROOT / f"cm3leon/stages/{name}.py").is_file()
     assert CliRunner().invoke(app.app, ["super-resolution", "--help"]).exit_code == 0
+
+
+def test_configure_writes_parameters_that_every_command_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs", "configs")
+    assert call("configure", "tiny", "--set", "seed=3") == (0, "params.yaml: profile tiny, seed=3\n", "")
+    written = Path("params.yaml").read_text()
+    assert (load_config().profile, load_config().seed) == ("tiny", 3)
+    error = "error: --set sft.stepz=3: sft.stepz: unknown key; did you mean sft.steps?\n"
+    assert call("configure", "tiny", "--set", "sft.stepz=3") == (2, "", error)
+    assert Path("params.yaml").read_text() == written
 
 
 def test_a_stage_prints_its_metrics_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,9 +174,20 @@ def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.M
         call("ingest")
 
 
-def test_generate_one(generator: Recorder) -> None:
+def test_text_to_image(generator: Recorder) -> None:
     status, out, _ = call(
-        "generate", "a red circle", "--seed", "3", "--guidance", "2.5", "--retrieved-documents", "1", "--set", "top_k=5", "--out", "one.png"
+        "text-to-image",
+        "a red circle",
+        "--seed",
+        "3",
+        "--guidance",
+        "2.5",
+        "--retrieved-documents",
+        "1",
+        "--set",
+        "top_k=5",
+        "--out",
+        "one.png",
     )
     assert status == 0
     name, (prompts, number), settings = generator.asked[0]
@@ -171,38 +198,38 @@ def test_generate_one(generator: Recorder) -> None:
     record = json.loads(picture.info["cm3leon"])
     assert record["prompt"] == "a red circle" and record["settings"]["top_k"] == 5
     assert re.fullmatch(r"one.png: seed [34], CLIP score -?0\.\d{3}", out.splitlines()[0])
-    assert out.splitlines()[1] == f"retrieved: {record['neighbors'][0]['id']} (CC0-1.0, us)"
+    assert out.splitlines()[1] == f"retrieved: {record['retrieved_documents'][0]['id']} (CC0-1.0, us)"
 
 
-def test_neighbors_are_shown(generator: Recorder) -> None:
+def test_retrieved_documents_are_shown(generator: Recorder) -> None:
     Image.new("RGB", (4, 4), "red").save("a.png")
-    _, out, _ = call("text_to_image", "a ring", "--retrieved-documents", "2", "--reference", "a.png", "--show-neighbors")
+    _, out, _ = call("text_to_image", "a ring", "--retrieved-documents", "2", "--reference", "a.png", "--show-retrieved-documents")
     shown = [line for line in out.splitlines() if line.startswith("    ")]
     assert len(shown) == out.count("retrieved: ") == 2
     assert all(re.search(r"'.+', score -?\d\.\d{3}, source test", line) for line in shown)
 
 
-def test_generate_several_are_files_of_their_own_the_best_first(generator: Recorder) -> None:
-    status, out, _ = call("generate", "shapes", "--num-images", "3", "--out", "some.png")
+def test_several_images_are_files_of_their_own_the_best_first(generator: Recorder) -> None:
+    status, out, _ = call("text-to-image", "shapes", "--num-images", "3", "--out", "some.png")
     assert status == 0
     files = ["some.png", "some-2.png", "some-3.png"]
     assert sorted(path.name for path in Path().iterdir()) == sorted(files)
     records = [json.loads(Image.open(file).info["cm3leon"]) for file in files]
     assert [record["score"] for record in records] == sorted((record["score"] for record in records), reverse=True)
     assert out.splitlines() == [f"{f}: seed {r['seed']}, CLIP score {r['score']:.3f}" for f, r in zip(files, records, strict=True)]
-    assert call("generate", "one", "two", "--num-images", "2")[0] == 0
+    assert call("text-to-image", "one", "two", "--num-images", "2")[0] == 0
     assert {p.name for p in Path().glob("out*")} == {"out-p1.png", "out-p1-2.png", "out-p2.png", "out-p2-2.png"}
 
 
-def test_generate_upscaled(generator: Recorder) -> None:
-    assert call("generate", "shapes", "--num-images", "2", "--upscale")[0] == 0
+def test_images_are_upscaled(generator: Recorder) -> None:
+    assert call("text-to-image", "shapes", "--num-images", "2", "--upscale")[0] == 0
     for name in ("out.png", "out-2.png"):
         picture = Image.open(name)
         assert picture.size == (64, 64)
         assert json.loads(picture.info["cm3leon"])["settings"]["upscale"] is True
 
 
-DRAWING = {
+IMAGE_COMMANDS = {
     "write": ["hello"],
     "layout_to_image": ["two things", "--object", "red circle=0,0,16,16", "--object", "ring=16,16,32,32"],
     "condition_to_image": ["a ring", "a.png", "--kind", "canny edge"],
@@ -211,17 +238,17 @@ DRAWING = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWING)
-def test_every_drawing_command_writes_what_it_is_named_after(name: str, generator: Recorder) -> None:
+@pytest.mark.parametrize("name", IMAGE_COMMANDS)
+def test_every_image_command_is_its_task(name: str, generator: Recorder) -> None:
     Image.new("RGB", (40, 30), "red").save("a.png")
-    status, out, err = call(name, *DRAWING[name], "--num-images", "2", "--set", "temperature=0.9")
+    status, out, err = call(name, *IMAGE_COMMANDS[name], "--num-images", "2", "--set", "temperature=0.9")
     assert (status, err) == (0, "")
     for file, line in zip(("out.png", "out-2.png"), out.splitlines(), strict=True):
         record = json.loads(Image.open(file).info["cm3leon"])
         assert record["task"] == name and record["settings"]["temperature"] == 0.9
         assert line.startswith(f"{file}: seed {record['seed']}" + ("" if name == "edit" else ", CLIP score"))
     if "_" in name:
-        assert call(name.replace("_", "-"), *DRAWING[name])[0] == 0
+        assert call(name.replace("_", "-"), *IMAGE_COMMANDS[name])[0] == 0
 
 
 def test_documents_texts_and_scores(generator: Recorder) -> None:
@@ -235,11 +262,12 @@ def test_documents_texts_and_scores(generator: Recorder) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["generate", "x", "--out", "out.jpg"], "error: --out out.jpg: images are written as PNG"),
-    (["generate", "x", "--out", "no/out.png"], "error: --out no/out.png: there is no directory no"),
-    (["generate", "x", "--top-p", "2"], "error: top_p: Input should be less than or equal to 1"),
-    (["generate", "x", "--set", "topk=2"], "error: topk: Extra inputs are not permitted"),
-    (["generate", "x", "--set", "topk"], "error: --set topk: write it as name=value"),
+    (["text-to-image", "x", "--out", "out.jpg"], "error: --out out.jpg: images are written as PNG"),
+    (["text-to-image", "x", "--out", "no/out.png"], "error: --out no/out.png: there is no directory no"),
+    (["text-to-image", "x", "--top-p", "2"], "error: top_p: Input should be less than or equal to 1"),
+    (["text-to-image", "x", "--set", "topk=2"], "error: topk: Extra inputs are not permitted"),
+    (["text-to-image", "x", "--set", "topk"], "error: --set topk: write it as name=value"),
+    (["text-to-image", "x", "--guidance", "51"], "error: guidance: Input should be less than or equal to 50"),
     (["layout_to_image", "x", "--object", "dog"], "error: --object dog: write it as label=left,top,right,bottom"),
     (["layout_to_image", "x", "--object", "dog=1,2"], "error: --object dog: '1,2': write it as left,top,right,bottom"),
     (["infill", "missing.png", "1,2,3,4", "x"], "missing.png"),
@@ -257,23 +285,56 @@ def test_users_errors_are_one_line_and_status_2(arguments: list[str], message: s
     assert err.count("\n") == 1
 
 
-def test_caption_and_ask(generator: Recorder) -> None:
+def test_captions_and_answers(generator: Recorder) -> None:
     Image.new("RGBA", (4, 6)).save("a.png")
     Image.new("L", (5, 5)).save("b.png")
-    [said] = generator.generator.caption([model.open_image(Path("a.png"))])
+    [said] = generator.generator.caption([options.open_image(Path("a.png"))])
     assert call("caption", "a.png")[1] == f"{said.text}\n"
-    out = call("caption", "a.png", "b.png", "--long")[1].splitlines()
+    out = call("long-caption", "a.png", "b.png")[1].splitlines()
     assert [line.split(":")[0] for line in out] == ["a.png", "b.png"]
-    [told] = generator.generator.answer([model.open_image(Path("b.png"))], ["What color?"])
-    assert call("reason", "b.png", "Which?", "--option", "a", "--option", "b")[0] == 0
-    assert call("ask", "b.png", "What color?")[1] == call("answer", "b.png", "What color?")[1] == f"{told.text}\n"
-    assert len(call("answer", "b.png", "What color?", "How many?")[1].splitlines()) == 2
+    [told] = generator.generator.vqa([options.open_image(Path("b.png"))], ["What color?"])
+    assert call("reasoning", "b.png", "Which?", "--option", "a", "--option", "b")[0] == 0
+    assert call("vqa", "b.png", "What color?") == (0, f"{told.text}\n", "")
+    assert len(call("vqa", "b.png", "What color?", "How many?")[1].splitlines()) == 2
+
+
+CHOICE = ["a.png", "Which?", "--option", "a", "--option", "b"]
+FORMER = [
+    (["generate", "a ring", "--guidance", "2"], ["text-to-image", "a ring", "--guidance", "2"]),
+    (["ask", "a.png", "What?"], ["vqa", "a.png", "What?"]),
+    (["answer", "a.png", "What?"], ["vqa", "a.png", "What?"]),
+    (["reason", *CHOICE], ["reasoning", *CHOICE]),
+    (["caption", "a.png", "--long"], ["long-caption", "a.png"]),
+]
+"""Commands as in earlier versions, and as of today."""
+
+
+@pytest.mark.parametrize(("old", "new"), FORMER)
+def test_former_names_are_hidden_and_print_a_notice(old: list[str], new: list[str], generator: Recorder) -> None:
+    Image.new("RGB", (5, 5)).save("a.png")
+    status, out, err = call(*old)
+    assert (status, out) == call(*new)[:2]
+    assert generator.asked[0] == generator.asked[1]
+    assert re.fullmatch(rf"notice: 'cm3leon {old[0]}( --long)?' is now 'cm3leon {new[0]}'\n", err)
+    command = COMMANDS[old[0]]
+    assert command.hidden or next(option for option in command.params if option.name == "long").hidden
+
+
+def test_every_task_is_a_command_with_the_decoding_settings_as_the_schema_declares_them() -> None:
+    for task in TASKS:
+        command = COMMANDS[task.replace("_", "-")]
+        assert not command.hidden
+        found = {option.name: option for option in command.params}
+        assert set(found) & set(DecodingConfig.model_fields) == set(SETTINGS.get(task, {"temperature"} & set(found)))
+        for name in set(found) & set(DecodingConfig.model_fields):
+            assert found[name].help.startswith(DecodingConfig.model_fields[name].description)
+            assert all(str(bound) in found[name].help for bound in bounds_of(name).values())
 
 
 def test_no_champion_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    status, _, err = call("generate", "a red circle")
+    status, _, err = call("text-to-image", "a red circle")
     assert status == 2
     assert "run make run first" in err
     assert err.count("\n") == 1
@@ -282,7 +343,7 @@ def test_no_champion_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_no_such_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    status, _, err = call("generate", "a red circle", "--model", "models/bundle")
+    status, _, err = call("text-to-image", "a red circle", "--model", "models/bundle")
     assert status == 2
     assert "models/bundle is not a bundle" in err
 

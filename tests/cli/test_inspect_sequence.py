@@ -15,8 +15,8 @@ from cm3leon.config.schema import Config
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
 from cm3leon.sequence.grammar import check_grammar
 from cm3leon.sequence.text_tokenizer import TextTokenizer
-from cm3leon.stages.pretrain import build_vocabulary, training_samples
-from cm3leon.training.run import stream_of
+from cm3leon.training.pretraining import build_vocabulary, training_samples
+from cm3leon.training.run import make_stream
 from cm3leon.utils.errors import UserError
 
 PACKED = {
@@ -33,7 +33,7 @@ def project(tiny_models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     document = TokenStore(paths.TOKENS)[0]
     for split, document_id in (("val", "e1"), ("test", "e2")):
-        write_tokens(paths.TOKENS, split, [Document(document_id, document.codes, document.texts)], len(document.codes), 100)
+        write_tokens(paths.TOKENS, split, [Document(document_id, document.codes, document.captions)], len(document.codes), 100)
     neighbors = {document_id: [other for other in "abcd" if other != document_id][:2] for document_id in "abcd"}
     rows = [{"id": key, "neighbours": found, "modalities": ["text", "image"], "random": []} for key, found in neighbors.items()]
     paths.NEIGHBORS.mkdir(parents=True)
@@ -65,7 +65,7 @@ def test_every_token_of_a_sample_is_shown_with_its_document(project):
             own = [token for token in tokens if token.document == inspect_sequence.label_of(number, len(sample.documents))]
             document = samples.pool.by_id(document_id)
             assert [int(token.content) for token in own if token.role == "image"] == document.codes.tolist()
-            assert sorted(t.id - vocabulary.text_start for t in own if t.role == "text") == sorted(document.texts[0].tolist())
+            assert sorted(t.id - vocabulary.text_start for t in own if t.role == "text") == sorted(document.captions[0].tolist())
         assert all(token.document == "" for token in tokens if token.role.startswith("<"))
         seen.add((len(sample.documents), len(sample.masked.spans) > 0))
     assert {(1, True), (2, True), (3, True), (2, False)} <= seen
@@ -86,7 +86,7 @@ def test_a_document_is_shown_with_its_neighbors_and_masks(project):
 
 def test_a_packed_row_is_what_training_reads_in_that_step(project):
     samples = source()
-    stream = stream_of(samples, len(samples), CONFIG.pretrain, CONFIG.seed, 400)
+    stream = make_stream(samples, len(samples), CONFIG.pretrain, CONFIG.seed, 400)
     batches = [stream(step) for step in range(4)]
     row = batches[3].tokens[1]
     plain, _ = printed(inspect_sequence.show_row, 3, 1, CONFIG)
@@ -117,7 +117,7 @@ def test_unknown_documents_rows_and_steps_are_errors(project):
 def test_a_sequence_that_violates_the_grammar_is_exit_status_2(project, monkeypatch, capsys):
     """Tokens of another tokenizer: one id is not in the vocabulary."""
     store = TokenStore(paths.TOKENS)
-    documents = [Document(d.id, d.codes.copy(), [text + 10_000 for text in d.texts]) for d in (store[row] for row in range(4))]
+    documents = [Document(d.id, d.codes.copy(), [text + 10_000 for text in d.captions]) for d in (store[row] for row in range(4))]
     write_tokens(paths.TOKENS, "train", documents, len(documents[0].codes), 100)
     monkeypatch.setattr("cm3leon.config.schema.load_config", lambda: CONFIG)
     with pytest.raises(SystemExit) as left, app.plain_errors():

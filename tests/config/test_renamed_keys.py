@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests_support import decoder_spec
 
 from cm3leon.config.profiles import configure
 from cm3leon.config.schema import RENAMED, Config, ConfigError, current_name, current_names, parse_config
 from cm3leon.evaluation.record import FILE, Record
 from cm3leon.generation.generator import Generator
-from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder
 from cm3leon.models.opt import export_opt, import_opt
 from cm3leon.registry.bundle import build_bundle
 from cm3leon.registry.signature import request_settings
@@ -75,15 +76,27 @@ def test_stored_trees_are_read_with_the_names_of_today() -> None:
     assert current_names(expected, "decoding") == expected
 
 
+def test_a_stored_file_that_holds_no_parameters_is_refused() -> None:
+    with pytest.raises(TypeError, match="expected a mapping of parameters, found list"):
+        current_names([1], "decoding")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", [key for key in RENAMED if "*" not in key])
+def test_the_documentation_names_every_renamed_key(key: str) -> None:
+    page = (CONFIGS.parent / "docs/configuration.md").read_text()
+    assert f"`{key}`" in page
+    assert f"`{RENAMED[key]}`" in page or f"`{RENAMED[key].rpartition('.')[2]}`" in page
+
+
 def test_a_decoder_of_an_earlier_version_loads(tmp_path: Path) -> None:
-    spec = DecoderSpec(layers=1, width=32, heads=4, context=48, rope=True)
+    spec = decoder_spec(layers=1, width=32, heads=4, context=48, rope=True)
     Decoder(spec, Vocabulary(40, 20, 4, 9)).save(tmp_path)
     rename(tmp_path / "config.json", rope="rotation")
     assert Decoder.load(tmp_path).spec == spec
 
 
 def test_an_opt_checkpoint_of_an_earlier_version_loads(tmp_path: Path) -> None:
-    model = Decoder(DecoderSpec(layers=1, width=32, heads=4, context=48), Vocabulary(40, 20, 4, 9))
+    model = Decoder(decoder_spec(layers=1, width=32, heads=4, context=48), Vocabulary(40, 20, 4, 9))
     export_opt(model, tmp_path)
     rename(tmp_path / "config.json", rope="rotation")
     assert import_opt(tmp_path).spec == model.spec

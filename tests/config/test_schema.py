@@ -1,4 +1,4 @@
-"""Parameter files: every profile is valid and complete, wrong ones are refused with the key named, `configure` keeps comments."""
+"""Parameters: the defaults are profile ``small``, every key is described, wrong values are refused with the key named."""
 
 from __future__ import annotations
 
@@ -6,86 +6,90 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from cm3leon.config.profiles import configure, profile_names
-from cm3leon.config.schema import TASK_NAMES, Config, ConfigError, load_config, parse_config
+from cm3leon.config.profiles import load_profile
+from cm3leon.config.schema import TASK_NAMES, Config, ConfigError, Section, all_keys, load_config, parse_config, section_class
 from cm3leon.sequence.tasks import TASKS
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
-PROFILES = profile_names(CONFIGS)
-FREE = {"columns", "tasks", "floors", "ceilings", "margins"}
-"""Sections whose keys are the user's."""
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def keys(tree: dict[str, Any], prefix: str = "") -> set[str]:
-    """Dotted names of all parameters."""
-    found = set()
-    for name, value in tree.items():
-        found |= keys(value, f"{prefix}{name}.") if isinstance(value, dict) and name not in FREE else {f"{prefix}{name}"}
-    return found
+def test_the_defaults_are_profile_small() -> None:
+    assert Config() == load_profile("small", configs=CONFIGS)
 
 
-def test_the_profiles_there_should_be() -> None:
-    assert {"tiny", "small", "gpu", "cm3leon-350m", "cm3leon-760m", "cm3leon-7b"} <= set(PROFILES)
+def test_task_names_are_those_of_the_tasks() -> None:
+    assert tuple(TASKS) == TASK_NAMES
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_profile_is_valid_and_complete(profile: str) -> None:
-    """Complete: DVC sees parameters in files only, so a default in code that no file states could change unnoticed."""
-    path = CONFIGS / f"{profile}.yaml"
-    config = load_config(path)
-    assert config.profile == profile
-    assert keys(yaml.safe_load(path.read_text())) == keys(config.model_dump(by_alias=True))
+@pytest.mark.parametrize("key", all_keys())
+def test_every_key_has_a_description_and_a_default(key: str) -> None:
+    section, _, name = key.rpartition(".")
+    found = section_class(section)
+    assert found is not None
+    field = found.model_fields[name]
+    assert field.description
+    assert field.description[0] != " " and not field.description.endswith(".")
+    assert not field.is_required()
 
 
-def test_params_yaml_is_valid_and_complete() -> None:
-    assert keys(yaml.safe_load((ROOT / "params.yaml").read_text())) == keys(load_config(ROOT / "params.yaml").model_dump(by_alias=True))
-
-
-def test_tiny_has_no_floors() -> None:
-    gate = load_config(CONFIGS / "tiny.yaml").gate
-    assert not gate.floors
-    assert not gate.ceilings
-
-
-@pytest.mark.parametrize(("name", "layers", "width", "heads", "rate", "tokens"), [
-    ("cm3leon-350m", 24, 1024, 16, 6e-4, 1.4e12),
-    ("cm3leon-760m", 24, 1536, 16, 5e-4, 1.9e12),
-    ("cm3leon-7b", 32, 4096, 32, 1.2e-4, 2.4e12),
-])  # fmt: skip
-def test_papers_models(name: str, layers: int, width: int, heads: int, rate: float, tokens: float) -> None:
-    config = load_config(CONFIGS / f"{name}.yaml")
-    model, pretrain = config.pretrain.model, config.pretrain
-    assert (model.layers, model.width, model.heads, model.context) == (layers, width, heads, 4096)
-    assert (pretrain.learning_rate, pretrain.warmup_steps) == (rate, 1500)
-    assert pretrain.steps * pretrain.batch_size * model.context == pytest.approx(tokens, rel=1e-3)
-    assert config.sft.steps * config.sft.batch_size * model.context == pytest.approx(30e9, rel=1e-2)
-    images, texts = config.image_tokenizer, config.text_tokenizer
-    assert (images.tokens_per_image, images.downsampling, images.codebook_size) == (1024, 8, 8192)
-    assert texts.vocabulary_size + images.codebook_size + model.sentinels + 512 == 65_536
+def test_every_section_says_what_it_is_for() -> None:
+    sections = {section for key in all_keys() if (section := section_class(key.rpartition(".")[0]))}
+    assert len(sections) > 15
+    assert all(section.__doc__ and section.__doc__ != Section.__doc__ for section in sections)
 
 
 @pytest.mark.parametrize(("tree", "message"), [
-    ({"pretrain": {"stepz": 3}}, "pretrain.stepz: unknown key"),
-    ({"pretrian": {}}, "pretrian: unknown key"),
+    ({"pretrain": {"stepz": 3}}, "pretrain.stepz: unknown key; did you mean pretrain.steps?"),
+    ({"pretrian": {}}, "pretrian: unknown key; did you mean pretrain?"),
+    ({"image_tokenizer": {"layers": 3}}, "image_tokenizer.layers: unknown key"),
+    ({"entirely": {}}, "entirely: unknown key; docs/configuration.md lists all keys"),
     ({"sft": {"steps": 0}}, "sft.steps: Input should be greater than or equal to 1 (found 0)"),
     ({"validate": {"max_rejected_rate": 1.5}}, "validate.max_rejected_rate"),
+    ({"pretrain": {"learning_rate": float("inf")}}, "pretrain.learning_rate: Input should be a finite number"),
     ({"pretrain": {"model": {"width": 10, "heads": 3}}}, "width 10 is not a multiple of heads 3"),
+    ({"pretrain": {"model": {"width": 36, "heads": 3}}}, "rope needs heads of a multiple of 8, found 12"),
     ({"sft": {"tasks": {"dance": 1.0}}}, "sft: tasks names dance; tasks are text_to_image, write"),
     ({"sft": {"tasks": {"caption": -1.0}}}, "sft: the weights of tasks must be 0 or more"),
     ({"sft": {"tasks": {"caption": 0.0}}}, "at least one above 0"),
     ({"sft": {"retrieved_documents": [0.5, 0.4]}}, "sft: retrieved_documents must be shares"),
     ({"sft": {"retrieved_documents": []}}, "sft: retrieved_documents must be shares"),
     ({"pretrain": {"retrieved_documents": [1.5, -0.5]}}, "pretrain: retrieved_documents must be shares"),
+    ({"decoding": {"tasks": {"edit": {"top_q": 1}}}}, "decoding: tasks.edit.top_q: unknown key"),
+    ({"decoding": {"tasks": {"edit": {"top_p": 2}}}}, "decoding: tasks.edit.top_p: Input should be less than or equal to 1 (found 2)"),
+    ({"decoding": {"tasks": {"edit": {"tasks": {}}}}}, "decoding: tasks.edit: the settings of a task have no tasks of their own"),
     ({"image_tokenizer": {"image_size": 256}}, "pretrain.model.context 256 is too short for an image of 1024 tokens"),
+    ({"extends": "small"}, "only profiles in configs/ extend others; write a complete file with: cm3leon configure NAME"),
     ([1], "expected a mapping"),
 ])  # fmt: skip
-def test_wrong_parameters_are_named(tree: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=r"here\.yaml") as caught:
+def test_wrong_parameters_are_named_in_one_line(tree: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"^here\.yaml: ") as caught:
         parse_config(tree, "here.yaml")
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_wrong_keys_are_a_line_each() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"pretrain": {"steps": 0, "clip": -1}}, "here.yaml")
+    first, *lines = str(caught.value).splitlines()
+    assert first == "here.yaml: 2 keys are wrong:"
+    assert [line.split(":")[0].strip() for line in lines] == ["pretrain.steps", "pretrain.clip"]
+
+
+@pytest.mark.parametrize("key", [key for key in all_keys() if key.rpartition(".")[2] == "seed"])
+def test_seeds_are_numbers_of_32_bits(key: str) -> None:
+    def tree(value: int) -> Any:
+        found: Any = value
+        for part in reversed(key.split(".")):
+            found = {part: found}
+        return found
+
+    for fine in (0, 2**32 - 1):
+        parse_config(tree(fine), "here.yaml")
+    for wrong in (-1, 2**32):
+        with pytest.raises(ConfigError, match=rf"^here\.yaml: {key}: Input should be .* \(found {wrong}\)$"):
+            parse_config(tree(wrong), "here.yaml")
 
 
 def test_the_context_must_hold_an_image_and_text() -> None:
@@ -97,55 +101,22 @@ def test_the_context_must_hold_an_image_and_text() -> None:
     parse_config({"image_tokenizer": {"image_size": 256, "pretrained": "elsewhere"}}, "here.yaml")  # its own size counts
 
 
-def test_task_names_are_those_of_the_tasks() -> None:
-    assert tuple(TASKS) == TASK_NAMES
+@pytest.mark.parametrize(("content", "message"), [
+    (b"a: [1", r"params\.yaml is not YAML, line 1: expected ',' or ']'"),
+    (b"seed: 1\npretrain:\n  steps: 3\nseed: 2\n", r"params\.yaml, line 4: seed is named twice, first in line 1; keep one of the two"),
+    (b"sft:\n  steps: 3\npretrain: {}\nsft: {}\n", r"params\.yaml, line 4: sft is named twice, first in line 1"),
+    (b"sft:\n  tasks: {vqa: 1.0, caption: 2.0, vqa: 3.0}\n", r"params\.yaml, line 2: vqa is named twice, first in line 2"),
+    (b"profile: na\xefve\n", r"params\.yaml is not UTF-8: byte 0xef at position 11; save it as UTF-8"),
+    (b"profile: a\x00b\n", r"params\.yaml is not YAML: unacceptable character #x0000"),
+    (b"? [1]\n: 2\n", r"params\.yaml, line 1: found unhashable key"),
+])  # fmt: skip
+def test_broken_files_are_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)
 
 
-def test_missing_and_broken_files(tmp_path: Path) -> None:
+def test_a_missing_file_says_how_to_write_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cm3leon configure small"):
         load_config(tmp_path / "params.yaml")
-    (tmp_path / "params.yaml").write_text("a: [1")
-    with pytest.raises(ConfigError, match="is not YAML"):
-        load_config(tmp_path / "params.yaml")
-
-
-def test_configure_copies_a_profile_as_it_is(tmp_path: Path) -> None:
-    params = tmp_path / "params.yaml"
-    configure("tiny", configs=CONFIGS, params=params)
-    assert params.read_text() == (CONFIGS / "tiny.yaml").read_text()
-
-
-def test_configure_sets_values_and_keeps_comments(tmp_path: Path) -> None:
-    params = tmp_path / "params.yaml"
-    changes = [
-        "pretrain.steps=2000",
-        "ingest.source=folder",
-        "ingest.folder.columns.captions=caption",
-        "sft.tasks={caption: 1.0}",
-        "seed=7",
-    ]
-    written = configure("small", changes, configs=CONFIGS, params=params)
-    assert written == load_config(params)
-    assert (written.pretrain.steps, written.ingest.source, written.seed) == (2000, "folder", 7)
-    assert written.ingest.folder.columns == {"captions": "caption"}
-    assert written.sft.tasks == {"caption": 1.0}
-    before, after = (CONFIGS / "small.yaml").read_text(), params.read_text()
-    assert after.count("#") == before.count("#")
-    untouched = written.model_copy(update={name: getattr(Config(), name) for name in ("pretrain", "ingest", "sft", "seed")})
-    original = load_config(CONFIGS / "small.yaml")
-    assert untouched == original.model_copy(update={name: getattr(Config(), name) for name in ("pretrain", "ingest", "sft", "seed")})
-
-
-@pytest.mark.parametrize(
-    "change", ["pretrain.stepz=3", "pretrain.steps=-1", "pretrain.steps", "nothing.at.all=1", "pretrain.steps.more=1", "=3", "a=[1"]
-)
-def test_configure_writes_nothing_that_is_wrong(change: str, tmp_path: Path) -> None:
-    params = tmp_path / "params.yaml"
-    with pytest.raises(ConfigError):
-        configure("small", [change], configs=CONFIGS, params=params)
-    assert not params.exists()
-
-
-def test_configure_unknown_profile(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="small, tiny"):
-        configure("smal", configs=CONFIGS, params=tmp_path / "params.yaml")

@@ -5,13 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from tests_support import make_documents
+from tests_support import OBJECTIVE, decoder_spec, make_documents
 
-from cm3leon.config.schema import ObjectiveConfig
 from cm3leon.data.batches import LOOKAHEAD, PackedStream, SortedStream, collate, pack
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
-from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import EOS, Vocabulary, check_grammar
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
@@ -24,7 +23,7 @@ def samples(tmp_path_factory):
     write_tokens(directory, "train", make_documents(40), 16, 100)
     store = TokenStore(directory)
     neighbors = dict.fromkeys(store.ids, store.ids[:3])
-    return PretrainingSamples(store, store, neighbors, VOCABULARY, ObjectiveConfig(), [0.5, 0.5], 80, 0)
+    return PretrainingSamples(store, store, neighbors, VOCABULARY, OBJECTIVE, [0.5, 0.5], 80, 0)
 
 
 def packed(samples, batch_size=4):
@@ -63,7 +62,7 @@ def test_rows_are_well_filled(samples):
     assert filled > 0.85
 
 
-def test_the_opening_token_of_a_sample_is_no_target_and_positions_begin_anew(samples):
+def test_the_opening_token_of_a_sample_is_no_target_and_positions_restart(samples):
     batch = packed(samples)(0)
     starts = batch.positions.eq(0) & (batch.samples > 0)
     assert (batch.tokens[starts] == EOS).all()
@@ -73,7 +72,7 @@ def test_the_opening_token_of_a_sample_is_no_target_and_positions_begin_anew(sam
 
 def test_losses_of_packed_samples_are_those_of_the_samples_alone(samples):
     torch.manual_seed(0)
-    model = Decoder(DecoderSpec(2, 32, 2, LENGTH, init_std=0.2, image_positions=True), VOCABULARY)
+    model = Decoder(decoder_spec(2, 32, 2, LENGTH, init_std=0.2, image_positions=True), VOCABULARY)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     four = [samples(0, row) for row in range(4)]
@@ -96,7 +95,7 @@ def test_any_division_of_the_rows_gives_the_same_rows(samples):
     assert {**first.state(), **second.state()} == whole.state()
 
 
-def test_a_stream_goes_on_from_its_state(samples):
+def test_a_stream_resumes_from_its_state(samples):
     stream = packed(samples)
     for step in range(7):
         stream(step)
@@ -111,7 +110,7 @@ def test_a_sample_longer_than_a_row_is_an_error(samples):
         PackedStream(samples, len(samples), 2, 0, 10)(0)
 
 
-def test_micro_batches_are_the_batch(samples):
+def test_micro_batches_make_up_the_batch(samples):
     batch = SortedStream(samples, len(samples), 8, 0)(3)
     parts = [batch.rows(slice(start, start + 3)) for start in range(0, 8, 3)]
     assert [len(part.tokens) for part in parts] == [3, 3, 2]

@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from tests_support import make_documents
+from tests_support import OBJECTIVE, make_documents
 
-from cm3leon.config.schema import ObjectiveConfig
 from cm3leon.data.batches import SortedStream
-from cm3leon.data.sequences import PretrainingSamples, choose_neighbors, fit_body, sample_rng
+from cm3leon.data.sequences import PretrainingSamples, fit_body, sample_neighbors, sample_rng
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.sequence.grammar import Vocabulary, check_grammar
 
@@ -23,14 +22,14 @@ def store(tmp_path_factory):
 
 def samples(store, documents=(0.4, 0.3, 0.3), seed=0, context=128, **objective):
     neighbors = {name: [store.ids[(row + i) % len(store)] for i in (1, 2, 3)] for row, name in enumerate(store.ids)}
-    return PretrainingSamples(store, store, neighbors, VOCABULARY, ObjectiveConfig(**objective), documents, context, seed)
+    return PretrainingSamples(store, store, neighbors, VOCABULARY, OBJECTIVE.model_copy(update=objective), documents, context, seed)
 
 
 def test_documents_come_back_from_the_shards(store):
     for row, document in enumerate(make_documents(60)):
         for found in (store[row], store.by_id(document.id)):
             assert found.id == document.id and np.array_equal(found.codes, document.codes)
-            assert all(np.array_equal(a, b) for a, b in zip(found.texts, document.texts, strict=True))
+            assert all(np.array_equal(a, b) for a, b in zip(found.captions, document.captions, strict=True))
 
 
 def test_shards_of_an_earlier_larger_run_are_replaced(tmp_path):
@@ -70,7 +69,7 @@ def test_every_sample_follows_the_grammar_and_fits(store):
 def test_number_of_retrieved_documents_follows_its_shares():
     counts = np.zeros(3)
     for number in range(3000):
-        counts[len(choose_neighbors(["a", "b", "c"], [0.5, 0.3, 0.2], sample_rng(0, number, "1f")))] += 1
+        counts[len(sample_neighbors(["a", "b", "c"], [0.5, 0.3, 0.2], sample_rng(0, number, "1f")))] += 1
     assert np.allclose(counts / 3000, [0.5, 0.3, 0.2], atol=0.03)
 
 

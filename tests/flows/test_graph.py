@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import random
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import yaml
 
 from cm3leon.config.schema import Config
 from cm3leon.stages.common import STAGES
+from cm3leon.utils.imports import import_closure
 from flows.graph import downstream_of, stage_order
 
 ROOT = Path(__file__).parents[2]
@@ -79,36 +79,19 @@ def test_a_cycle_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         stage_order()
 
 
-def module_file(name: str) -> Path | None:
-    path = ROOT.joinpath(*name.split("."))
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
-
-
-def imported(file: Path) -> Iterator[Path]:
-    """Files of this package that ``file`` imports, at its top or inside functions."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            if name.split(".")[0] == "cm3leon" and (found := module_file(name)):
-                yield found
+def name_of(file: Path) -> str:
+    """A module's path without suffix below ``cm3leon/``."""
+    return file.relative_to(ROOT / "cm3leon").with_suffix("").as_posix()
 
 
 def closure(stage: str) -> set[str]:
-    """Every module of this package that a stage can reach, as paths without suffix below ``cm3leon/``."""
-    seen: set[Path] = set()
-    todo = [ROOT / "cm3leon/stages" / f"{stage}.py"]
-    while todo:
-        file = todo.pop()
-        if file not in seen:
-            seen.add(file)
-            name = file.relative_to(ROOT / "cm3leon").with_suffix("").as_posix()
-            todo += [] if name in INFRASTRUCTURE else imported(file)
-    names = {file.relative_to(ROOT / "cm3leon").with_suffix("").as_posix() for file in seen if file.name != "__init__.py"}
-    return names - INFRASTRUCTURE
+    """The modules that decide what a stage writes: all that it imports, directly or through others."""
+
+    def follow(file: Path) -> bool:
+        return (ROOT / "cm3leon") in file.parents and name_of(file) not in INFRASTRUCTURE
+
+    files = import_closure([ROOT / "cm3leon/stages" / f"{stage}.py"], ROOT, follow)
+    return {name_of(file) for file in files if file.name != "__init__.py"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -120,6 +103,11 @@ def test_declared_code_is_what_the_stage_imports(stage: str) -> None:
     assert not missing, f"add to the deps of {stage} in dvc.yaml: {missing}"
     unused = sorted(dep for dep in declared if not any(file == dep or file.startswith(f"{dep}/") for file in files))
     assert not unused, f"{stage} does not import {unused}"
+
+
+@pytest.mark.parametrize("stage", ["image_tokenizer", "encoder", "super_resolution"])
+def test_editing_the_decoder_retrains_no_other_network(stage: str) -> None:
+    assert "models/decoder" not in closure(stage)
 
 
 def test_every_source_is_a_dependency_of_ingest() -> None:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 TOY = {
     "first": {"cmd": "python -u work.py first", "deps": ["work.py"], "outs": ["out/first"]},
     "second": {"cmd": "python -u work.py second", "deps": ["out/first", "fault.txt"], "outs": ["out/second"], "params": ["sft.steps"]},

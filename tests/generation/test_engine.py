@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from tests_support import decoder_spec
 
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation import cache as caches
 from cm3leon.generation.cache import DecodingCache, read_prompts
-from cm3leon.generation.engine import PromptTooLongError, common_beginning, generate_images, generate_texts, log_likelihoods
+from cm3leon.generation.checks import PromptTooLongError
+from cm3leon.generation.engine import generate_images, generate_texts, log_likelihoods, shared_prefix
 from cm3leon.generation.sampling import Sampler, at_temperature, sample, uniform_noise
-from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Prompt, Vocabulary
 
 VOCABULARY = Vocabulary(text_size=40, image_size=20, sentinels=4, tokens_per_image=9)
@@ -18,7 +20,7 @@ CONTEXT = 128
 
 def make(**options):
     torch.manual_seed(0)
-    spec = DecoderSpec(layers=2, width=32, heads=4, context=CONTEXT, init_std=0.5, position_std=0.3, **options)
+    spec = decoder_spec(layers=2, width=32, heads=4, context=CONTEXT, init_std=0.5, position_std=0.3, **options)
     model = Decoder(spec, VOCABULARY)
     for block in model.blocks:
         torch.nn.init.normal_(block.attention.out.weight, std=0.3)
@@ -52,31 +54,31 @@ def sampler(**changes):
 
 @torch.no_grad()
 def forward(model, tokens, image_positions):
-    """Logits after the last token, all recomputed."""
+    """Logits after the last token, without a cache."""
     hidden = model(torch.from_numpy(tokens)[None], torch.from_numpy(image_positions)[None])
     return model.logits(hidden)[0, -1]
 
 
 @torch.no_grad()
-def reference_image(model, streams, seed, chosen_by):
+def reference_image(model, streams, seed, image_sampler):
     """One candidate of one prompt."""
     noise = uniform_noise([seed], VOCABULARY.tokens_per_image)
     codes = []
     for step in range(VOCABULARY.tokens_per_image):
-        drawn = np.array([c + VOCABULARY.image_start for c in codes], dtype=np.int64)
+        generated = np.array([c + VOCABULARY.image_start for c in codes], dtype=np.int64)
         image_positions = np.arange(1, step + 1)
-        rows = [forward(model, np.append(p.tokens, drawn), np.append(p.image_positions, image_positions)) for p in streams]
+        rows = [forward(model, np.append(p.tokens, generated), np.append(p.image_positions, image_positions)) for p in streams]
         logits = torch.stack(rows)[:, None, None, VOCABULARY.image_start : VOCABULARY.text_start]
-        codes.append(int(sample(chosen_by.probabilities(logits, step / 8), noise[:, None, step])))
+        codes.append(int(sample(image_sampler.probabilities(logits, step / 8), noise[:, None, step])))
     return codes
 
 
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"image_positions": True}, {"rope": True}, {"previous_token": True}])
 @pytest.mark.parametrize("shared", [0, 40])
-@pytest.mark.parametrize("long", [0, 1000], ids=["held-once", "copied"])
-def test_reading_and_continuing_prompts_equals_the_full_pass(options, shared, long, monkeypatch):
-    """Hidden states of prompts of different lengths and of three continuations of each, with a beginning in common or not."""
-    monkeypatch.setattr(caches, "LONG", long)
+@pytest.mark.parametrize("long", [0, 1000], ids=["uncopied", "copied"])
+def test_prefill_and_decoding_equal_the_full_pass(options, shared, long, monkeypatch):
+    """Hidden states of prompts of different lengths and of three continuations of each, with a shared prefix or without."""
+    monkeypatch.setattr(caches, "MIN_UNCOPIED_PROMPT", long)
     model, rng = make(**options), np.random.default_rng(0)
     lengths = [50, 41, 63]
     rows = [plain(np.append(EOS, VOCABULARY.text(rng.integers(40, size=length - 1)))) for length in lengths]
@@ -96,44 +98,45 @@ def test_reading_and_continuing_prompts_equals_the_full_pass(options, shared, lo
                 torch.testing.assert_close(got, expected[len(row) :], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("long", [0, 1000], ids=["held-once", "copied"])
+@pytest.mark.parametrize("long", [0, 1000], ids=["uncopied", "copied"])
 @pytest.mark.parametrize("changes", [{}, {"guidance": 2.5}, {"guidance": 2.5, "guidance_schedule": "cosine"}, {"contrastive": 1.0}])
-def test_images_equal_the_reference_whatever_the_batch(model, changes, long, monkeypatch):
-    monkeypatch.setattr(caches, "LONG", long)
-    prompts, chosen_by = [prompt(3, 1), prompt(11, 2, documents=3), prompt(1, 3)], sampler(**changes)
-    streams = [[p, UNCONDITIONAL][: chosen_by.streams_of(2)] for p in prompts]
+def test_images_equal_the_reference_in_any_batch(model, changes, long, monkeypatch):
+    monkeypatch.setattr(caches, "MIN_UNCOPIED_PROMPT", long)
+    prompts, image_sampler = [prompt(3, 1), prompt(11, 2, documents=3), prompt(1, 3)], sampler(**changes)
+    streams = [[p, UNCONDITIONAL][: image_sampler.streams_needed(2)] for p in prompts]
     seeds = [[5, 6], [7, 8], [9, 10]]
-    codes = generate_images(model, streams, seeds, chosen_by)
+    codes = generate_images(model, streams, seeds, image_sampler)
     assert codes.shape == (3, 2, 9) and codes.min() >= 0 and codes.max() < 20
     for own, own_seeds, found in zip(streams, seeds, codes, strict=True):
-        assert found.tolist() == [reference_image(model, own, seed, chosen_by) for seed in own_seeds]
+        assert found.tolist() == [reference_image(model, own, seed, image_sampler) for seed in own_seeds]
 
 
-@pytest.mark.parametrize("long", [0, 1000], ids=["held-once", "copied"])
-def test_compiled_decoding_draws_and_writes_the_same(long, monkeypatch):
-    """Over a boundary of what attention looks at, so that two lengths are compiled."""
-    monkeypatch.setattr(caches, "LONG", long)
-    monkeypatch.setattr(caches, "STATIC_STEP", 6 if long == 0 else 38)
-    model, chosen_by = make(), sampler(guidance=2.5)
+@pytest.mark.slow
+@pytest.mark.parametrize("long", [0, 1000], ids=["uncopied", "copied"])
+def test_compiled_decoding_generates_the_same_images_and_texts(long, monkeypatch):
+    """Over a multiple of the length that attention covers, so that two lengths are compiled."""
+    monkeypatch.setattr(caches, "MIN_UNCOPIED_PROMPT", long)
+    monkeypatch.setattr(caches, "LENGTH_MULTIPLE", 6 if long == 0 else 38)
+    model, image_sampler = make(), sampler(guidance=2.5)
     streams = [[p, UNCONDITIONAL] for p in (prompt(3, 1), prompt(11, 2))]
-    expected = generate_images(model, streams, [[5, 6], [7, 8]], chosen_by)
+    expected = generate_images(model, streams, [[5, 6], [7, 8]], image_sampler)
     options = {"temperature": 1.5, "top_p": 1.0, "max_tokens": 8}
     text = generate_texts(model, [prompt(4, 1), prompt(9, 2)], [1, 2], **options)
     model.compiled_decoding = True
     torch._dynamo.utils.counters.clear()
-    assert np.array_equal(generate_images(model, streams, [[5, 6], [7, 8]], chosen_by), expected)
+    assert np.array_equal(generate_images(model, streams, [[5, 6], [7, 8]], image_sampler), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 and not torch._dynamo.utils.counters["graph_break"]
     assert generate_texts(model, [prompt(4, 1), prompt(9, 2)], [1, 2], **options) == text
 
 
 def test_three_streams_equal_the_reference(model):
     streams = [[prompt(12, 1, documents=2), prompt(5, 1, documents=2), prompt(2, 1, documents=2)]]
-    chosen_by = sampler(guidance=4.0, image_guidance=1.5)
-    [[found]] = generate_images(model, streams, [[3]], chosen_by)
-    assert found.tolist() == reference_image(model, streams[0], 3, chosen_by)
+    image_sampler = sampler(guidance=4.0, image_guidance=1.5)
+    [[found]] = generate_images(model, streams, [[3]], image_sampler)
+    assert found.tolist() == reference_image(model, streams[0], 3, image_sampler)
 
 
-def test_documents_before_all_streams_and_candidates_are_read_once(model, monkeypatch):
+def test_documents_shared_by_all_streams_and_candidates_are_prefilled_once(model, monkeypatch):
     """Counted by what the decoder is given: the documents once, each stream's own tokens once, then one token a row."""
     given = []
     forward_pass = model.forward
@@ -146,8 +149,8 @@ def test_documents_before_all_streams_and_candidates_are_read_once(model, monkey
     body = prompt(6, 4, documents=3)
     masked = plain([*body.tokens[:-7], VOCABULARY.sentinel(0), BREAK])
     generate_images(model, [[body, masked]], [list(range(8))], sampler(guidance=3.0))
-    shared = common_beginning([body, masked])
-    assert shared == len(body) - 7 >= caches.WORTH_SHARING
+    shared = shared_prefix([body, masked])
+    assert shared == len(body) - 7 >= caches.MIN_SHARED_PREFIX
     assert given == [(1, shared), (2, 7), *[(16, 1)] * 8]
 
 
@@ -160,7 +163,7 @@ def test_guidance_with_another_stream_changes_the_image(model):
     assert np.array_equal(plain_one, same)
 
 
-def test_a_span_is_drawn_around_what_is_known(model):
+def test_a_span_is_generated_around_known_codes(model):
     """From the fourth code to the eighth, of which the sixth is given: the others are those of a full pass, with their image positions."""
     start = prompt(4, 1)
     known = np.array([[-1, -1, 13, -1, -1]])
@@ -168,8 +171,8 @@ def test_a_span_is_drawn_around_what_is_known(model):
     assert found[2] == 13 and len(found) == 5
     noise = uniform_noise([2], 5)
     for step in (0, 1, 3, 4):
-        drawn = found[:step] + VOCABULARY.image_start
-        logits = forward(model, np.append(start.tokens, drawn), np.append(start.image_positions, np.arange(4, 4 + step)))
+        generated = found[:step] + VOCABULARY.image_start
+        logits = forward(model, np.append(start.tokens, generated), np.append(start.image_positions, np.arange(4, 4 + step)))
         row = logits[None, None, None, VOCABULARY.image_start : VOCABULARY.text_start]
         assert found[step] == int(sample(sampler().probabilities(row, step / 4), noise[:, None, step]))
 
@@ -191,7 +194,7 @@ def test_texts_equal_the_reference(model):
         assert texts[row] == (expected, end)
 
 
-def test_texts_are_drawn_by_their_own_seed(model):
+def test_texts_are_sampled_by_their_own_seed(model):
     options = {"temperature": 1.5, "top_p": 1.0, "max_tokens": 8}
     three = generate_texts(model, [prompt(4, 1), prompt(9, 2), prompt(4, 1)], [1, 2, 3], **options)
     assert [generate_texts(model, [p], [s], **options)[0] for p, s in ((prompt(4, 1), 1), (prompt(9, 2), 2), (prompt(4, 1), 3))] == three
@@ -210,7 +213,7 @@ def test_likelihoods_equal_the_reference(model):
         assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_what_does_not_fit_is_an_error(model):
+def test_a_prompt_that_does_not_fit_in_the_context_is_an_error(model):
     with pytest.raises(PromptTooLongError, match="context of 128"):
         generate_images(model, [[prompt(122)]], [[0]], sampler())
     with pytest.raises(PromptTooLongError, match="context of 128"):
@@ -218,5 +221,5 @@ def test_what_does_not_fit_is_an_error(model):
     assert generate_images(model, [[prompt(117)]], [[0]], sampler()).shape == (1, 1, 9)
 
 
-def test_greedy_is_what_temperature_zero_chooses():
+def test_temperature_zero_chooses_the_most_likely_token():
     assert at_temperature(torch.tensor([0.0, 2.0]), 0.0).tolist() == [0.0, 1.0]

@@ -7,31 +7,32 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests_support import decoding
 
 from cm3leon.config import paths
-from cm3leon.config.schema import DecodingConfig, RetrieveConfig
-from cm3leon.generation.engine import PromptTooLongError, log_likelihoods
+from cm3leon.config.schema import RetrieveConfig
+from cm3leon.generation.checks import BadInputError, PromptTooLongError
+from cm3leon.generation.engine import log_likelihoods
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.memory import Memory
-from cm3leon.generation.parts import BadInputError
 from cm3leon.generation.results import GeneratedText
 from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Prompt
 from cm3leon.sequence.tasks import CONDITIONS, TASKS, Training
 
 PROMPTS = ["a red circle", "two green crosses and a blue square on white"]
-PICTURE = Image.new("RGB", (32, 32), "red")
+RED = Image.new("RGB", (32, 32), "red")
 
 
 @pytest.fixture(scope="module")
 def generator(tiny_parts):
-    return Generator.from_parts(**tiny_parts, decoding=DecodingConfig(candidates=2, max_text_tokens=8))
+    return Generator.from_parts(**tiny_parts, decoding=decoding(candidates=2, max_text_tokens=8))
 
 
 def codes(results):
     return [[image.codes.tolist() for image in images] for images in results]
 
 
-def test_the_same_seed_draws_the_same_whatever_else_is_asked(generator):
+def test_the_same_seed_generates_the_same_in_any_batch(generator):
     both = generator.text_to_image(PROMPTS, num_images=2, seed=3)
     alone = generator.text_to_image(PROMPTS[1:], num_images=2, seed=3)
     assert codes(both)[1] == codes(alone)[0]
@@ -48,8 +49,8 @@ def test_candidates_are_ranked_by_score_and_the_best_kept(generator):
 
 
 @torch.no_grad()
-def read_from(generator, text, codes):
-    """How likely the model is to caption an image with a text and to end it there, nats."""
+def caption_likelihood(generator, text, codes):
+    """Log-likelihood of a text and its end as the caption of an image, nats."""
     vocabulary = generator.model.vocabulary
     start = [EOS, vocabulary.sentinel(0), BREAK, *vocabulary.image(codes), vocabulary.sentinel(0)]
     tokens = torch.tensor([[*start, *vocabulary.text(generator.text_tokenizer.encode(text)), EOSS]])
@@ -57,24 +58,24 @@ def read_from(generator, text, codes):
     return logits[0].log_softmax(-1)[torch.arange(len(start) - 1, tokens.shape[1] - 1), tokens[0, len(start) :]].sum().item()
 
 
-def test_edits_are_ranked_by_how_likely_the_instruction_is_read_from_both_pictures(generator):
-    [images] = generator.edit([PICTURE], ["make it blue"], 4, guidance=1.0, image_guidance=1.0)
+def test_edits_are_ranked_by_the_likelihood_of_the_instruction_given_both_images(generator):
+    [images] = generator.edit([RED], ["make it blue"], 4, guidance=1.0, image_guidance=1.0)
     assert all(image.score is None for image in images)  # an instruction does not describe the image
-    vocabulary, [source] = generator.model.vocabulary, generator.encode([PICTURE])
+    vocabulary, [source] = generator.model.vocabulary, generator.encode([RED])
     said = [*vocabulary.text(generator.text_tokenizer.encode("make it blue")), EOSS]
     read = []
     for image in images:
-        edit, picture = generator.ids("Edit first image following the instruction"), vocabulary.image(image.codes)
+        edit, picture = generator.parts.text_tokens("Edit first image following the instruction"), vocabulary.image(image.codes)
         tokens = [EOS, *edit, BREAK, *vocabulary.image(source), BREAK, vocabulary.sentinel(0), BREAK, *picture, vocabulary.sentinel(0)]
         prompt = Prompt(np.array(tokens), vocabulary.image_positions(np.array(tokens)))
         read.append(log_likelihoods(generator.model, [prompt], [Prompt(np.array(said), np.zeros(len(said), int))])[0].sum())
     assert read == sorted(read, reverse=True)
 
 
-def test_likelihood_ranks_beside_the_clip_score(generator):
+def test_likelihood_is_added_to_the_clip_score(generator):
     def ranked(weight):
         [images] = generator.text_to_image(PROMPTS[1:], num_images=8, candidates=2, likelihood=weight, seed=0)
-        scores = [image.score + weight * read_from(generator, image.prompt, image.codes) for image in images]
+        scores = [image.score + weight * caption_likelihood(generator, image.prompt, image.codes) for image in images]
         return scores, [image.seed for image in images]
 
     clip_alone, mixed, likelihood_alone = ranked(0.0), ranked(0.01), ranked(1e6)
@@ -83,49 +84,50 @@ def test_likelihood_ranks_beside_the_clip_score(generator):
     assert clip_alone[1] != likelihood_alone[1]
 
 
-def test_an_image_says_where_it_comes_from(generator, tmp_path):
+def test_an_image_names_its_retrieved_documents(generator, tmp_path):
     [[image]] = generator.text_to_image(PROMPTS[:1], candidates=1, retrieved_documents=1, seed=5)
-    assert image.neighbors[0]["licence"] == "CC0-1.0" and {"id", "caption", "attribution", "score"} <= set(image.neighbors[0])
+    [document] = image.retrieved_documents
+    assert document["licence"] == "CC0-1.0" and {"id", "caption", "attribution", "score"} <= set(document)
     image.save(tmp_path / "out.png")
     record = json.loads(Image.open(tmp_path / "out.png").text["cm3leon"])
-    assert record["prompt"] == PROMPTS[0] and record["seed"] == 5 and record["neighbors"] == image.neighbors
+    assert record["prompt"] == PROMPTS[0] and record["seed"] == 5 and record["retrieved_documents"] == image.retrieved_documents
     assert record["settings"]["retrieved_documents"] == 1
 
 
-def test_retrieval_changes_what_is_drawn(generator):
+def test_retrieval_changes_the_image(generator):
     plain = generator.text_to_image(PROMPTS[:1], candidates=1, retrieved_documents=0)
     retrieved = generator.text_to_image(PROMPTS[:1], candidates=1, retrieved_documents=1)
     assert codes(plain) != codes(retrieved)
 
 
-def test_images_of_any_size_are_captioned_and_asked_about(generator):
+def test_images_of_any_size_are_captioned_and_answered_about(generator):
     pictures = [Image.new("RGB", size, "red") for size in [(32, 32), (90, 40), (7, 300)]]
-    assert len(generator.caption(pictures)) == len(generator.caption(pictures, long=True)) == 3
-    answers = generator.answer(pictures, ["What?", "What color is it?", "How many objects are there on the picture?"])
+    assert len(generator.caption(pictures)) == len(generator.long_caption(pictures)) == 3
+    answers = generator.vqa(pictures, ["What?", "What color is it?", "How many objects are there on the picture?"])
     assert all(isinstance(answer, GeneratedText) and answer.task == "vqa" for answer in answers)
     assert [generator.text_tokenizer.decode(answer.tokens).strip() for answer in answers] == [answer.text for answer in answers]
-    assert generator.answer(pictures[1:2], ["What color is it?"]) == answers[1:2]
+    assert generator.vqa(pictures[1:2], ["What color is it?"]) == answers[1:2]
 
 
 @pytest.mark.parametrize("text", ["circle " * 300, "ö" * 900, "\U0001f600" * 200])
-def test_what_is_too_long_can_be_shortened_to_what_fits(generator, text):
+def test_long_texts_are_shortened_to_the_context(generator, text):
     short = generator.shorten(text)
     assert text.startswith(short) and len(short) > 10
     assert [generator.fits("text_to_image", {"caption": t}) for t in (short, text, short + text[: len(text) // 20])] == [True, False, False]
     assert len(generator.text_to_image([short], candidates=1)) == 1
     question = generator.shorten_question(text)
     assert text.startswith(question) and len(question) > 10
-    assert len(generator.answer([Image.new("RGB", (8, 8))], [question])) == 1
+    assert len(generator.vqa([Image.new("RGB", (8, 8))], [question])) == 1
     assert generator.shorten("a red circle") == generator.shorten_question("a red circle") == "a red circle"
 
 
-def test_documents_that_do_not_fit_beside_the_prompt_are_left_out(generator):
+def test_retrieved_documents_that_do_not_fit_are_left_out(generator):
     prompt = generator.shorten("circle " * 300)
     [[image]] = generator.text_to_image([prompt], candidates=1, retrieved_documents=2)
-    assert image.neighbors == []
-    [found] = generator.neighbors(["a red circle"], 2)
+    assert image.retrieved_documents == []
+    [found] = generator.retrieve(["a red circle"], 2)
     [[roomy]] = generator.text_to_image(["a red circle"], candidates=1, retrieved_documents=2)
-    assert roomy.neighbors == found != []
+    assert roomy.retrieved_documents == found != []
 
 
 def test_a_long_question_leaves_the_answers_of_others_as_they_are(generator):
@@ -135,15 +137,15 @@ def test_a_long_question_leaves_the_answers_of_others_as_they_are(generator):
         long += " x"
     while True:  # the longest question that leaves room for an answer
         try:
-            generator.answer([picture], [long + " x"])
+            generator.vqa([picture], [long + " x"])
         except PromptTooLongError:
             break
         long += " x"
-    both = generator.answer([picture, picture], ["What?", long])
-    assert both == generator.answer([picture], ["What?"]) + generator.answer([picture], [long])
+    both = generator.vqa([picture, picture], ["What?", long])
+    assert both == generator.vqa([picture], ["What?"]) + generator.vqa([picture], [long])
 
 
-def test_a_retrieved_document_stands_with_the_caption_that_is_shown(generator):
+def test_a_retrieved_document_has_its_first_caption(generator):
     from cm3leon.data.tokens import Document
 
     codes = np.zeros(generator.model.vocabulary.tokens_per_image, dtype=np.uint16)
@@ -153,50 +155,50 @@ def test_a_retrieved_document_stands_with_the_caption_that_is_shown(generator):
     assert generator.text_tokenizer.decode(ids - generator.model.vocabulary.text_start) == "first"
 
 
-def test_neighbors_are_taken_by_the_rules_given(generator):
+def test_documents_are_retrieved_by_the_rules_given(generator):
     strict: Memory = replace(generator.memory, rules=RetrieveConfig(max_score=-1.0))
     assert strict.find(2, ["a red circle"]) == [[]] != generator.memory.find(2, ["a red circle"])
 
 
-def test_images_are_encoded_and_decoded_in_parts(generator, monkeypatch):
+def test_images_are_encoded_and_decoded_in_batches(generator, monkeypatch):
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)) for _ in range(7)]
     codes = generator.encode(pictures)
     decoded = [np.asarray(image) for image in generator.decode(codes)]
-    monkeypatch.setattr("cm3leon.generation.parts.PICTURES", 3)
+    monkeypatch.setattr("cm3leon.generation.parts.BATCH", 3)
     assert np.array_equal(generator.encode(pictures), codes)
     assert np.abs(np.stack([np.asarray(image) for image in generator.decode(codes)]).astype(int) - decoded).max() <= 1
 
 
-def test_drawn_images_are_enlarged_by_the_bundles_upscaler(generator):
+def test_images_are_enlarged_by_the_upscaler(generator):
     [[image]] = generator.text_to_image(PROMPTS[:1], candidates=1)
     [large] = generator.upscale([image.image])
     assert large.size == (64, 64)
     assert np.abs(np.asarray(large.resize((32, 32), Image.Resampling.BOX), dtype=float) - np.asarray(image.image)).mean() < 20
-    plain = Generator(generator.model, generator.image_tokenizer, generator.text_tokenizer, generator.decoding)
+    plain = Generator(replace(generator.parts, super_resolution=None))
     with pytest.raises(BadInputError, match="super_resolution"):
         plain.upscale([image.image])
 
 
-def test_every_task_names_the_method_that_does_it():
-    assert all(callable(getattr(Generator, task.method)) for task in TASKS.values())
+def test_every_task_is_a_method_of_its_name():
+    assert all(callable(getattr(Generator, task)) for task in TASKS)
 
 
-def test_every_drawing_task_says_what_it_did(generator):
+def test_every_image_task_records_its_settings(generator):
     layout = [("circle", (0, 0, 16, 16)), ("square", (16, 8, 32, 32))]
-    drawn = {
+    results = {
         "write": generator.write(["hello"], 2),
         "layout_to_image": generator.layout_to_image(["a scene"], [layout], 2),
-        "condition_to_image": generator.condition_to_image(["a scene"], [PICTURE], [CONDITIONS[0]], 2),
-        "edit": generator.edit([PICTURE], ["make it blue"], 2, guidance=3.0),
-        "infill": generator.infill([PICTURE], [(8, 8, 24, 24)], ["a red circle"], 2),
+        "condition_to_image": generator.condition_to_image(["a scene"], [RED], [CONDITIONS[0]], 2),
+        "edit": generator.edit([RED], ["make it blue"], 2, guidance=3.0),
+        "infill": generator.infill([RED], [(8, 8, 24, 24)], ["a red circle"], 2),
     }
-    for task, [images] in drawn.items():
+    for task, [images] in results.items():
         assert len(images) == 2 and all(image.task == task and image.image.size == (32, 32) for image in images)
         if task != "edit":
             assert [image.score for image in images] == sorted((image.score for image in images), reverse=True)
         assert images[0].record["task"] == task and images[0].settings["temperature"] == generator.decoding.temperature
-    assert codes(generator.edit([PICTURE], ["make it blue"], 2, guidance=3.0)) == codes([drawn["edit"][0]])
+    assert codes(generator.edit([RED], ["make it blue"], 2, guidance=3.0)) == codes([results["edit"][0]])
 
 
 def test_infilling_leaves_codes_outside_the_box_as_they_are(generator):
@@ -214,18 +216,18 @@ def test_infilling_leaves_codes_outside_the_box_as_they_are(generator):
 
 def test_blanks_are_filled_and_the_rest_of_the_text_kept(generator):
     texts = ["a ___ circle", "two ___ and a ___ on white"]
-    for images in (None, [PICTURE, PICTURE]):
+    for images in (None, [RED, RED]):
         found = generator.infill_text(texts, images)
         assert found[0].text.startswith("a ") and found[0].text.endswith(" circle")
         assert found[1].text.startswith("two ") and " and a " in found[1].text and found[1].text.endswith(" on white")
-        assert [generator.infill_text([text], images and [PICTURE])[0].text for text in texts] == [each.text for each in found]
+        assert [generator.infill_text([text], images and [RED])[0].text for text in texts] == [each.text for each in found]
 
 
 def test_documents_are_continued_in_turn(generator):
-    [one, other] = generator.interleave([["a red circle"], ["a red circle", PICTURE]], segments=2, seed=1)
+    [one, other] = generator.interleave([["a red circle"], ["a red circle", RED]], segments=2, seed=1)
     assert one[0] == "a red circle" and one[1].image.size == (32, 32)
     assert (one[1].prompt, one[1].seed, one[1].task) == ("a red circle", 1, "interleave")
-    assert other[:2] == ["a red circle", PICTURE] and all(isinstance(part, GeneratedText) and part.seed == 1 for part in other[2:3])
+    assert other[:2] == ["a red circle", RED] and all(isinstance(part, GeneratedText) and part.seed == 1 for part in other[2:3])
     assert len(one) <= 3 and len(other) <= 4
 
 
@@ -240,44 +242,44 @@ def test_scores_are_likelihoods_of_the_text_and_of_the_image(generator):
     # the image's tokens, one by one, by a full pass over "<eos> text <break> image"
     model, vocabulary = generator.model, generator.model.vocabulary
     [image] = generator.encode(pictures[:1])
-    tokens = np.concatenate([[1], generator.ids(PROMPTS[0]), [2], vocabulary.image(image)])
+    tokens = np.concatenate([[1], generator.parts.text_tokens(PROMPTS[0]), [2], vocabulary.image(image)])
     hidden = model(torch.from_numpy(tokens)[None], torch.from_numpy(vocabulary.image_positions(tokens))[None])
     scores = model.logits(hidden)[0].log_softmax(-1)
     expected = sum(scores[-len(image) - 1 + n, token].item() for n, token in enumerate(vocabulary.image(image)))
     assert both[0].image == pytest.approx(expected, rel=1e-4)
 
 
-def test_documents_are_found_by_text_by_image_or_by_both(generator):
+def test_documents_are_retrieved_by_text_by_image_or_by_both(generator):
     white = [Image.new("RGB", (32, 32), "white")]
     memory = replace(generator.memory, rules=RetrieveConfig(max_score=1.1))
     [by_text], [by_image], [by_both] = memory.find(2, PROMPTS[:1]), memory.find(2, None, white), memory.find(2, PROMPTS[:1], white)
     assert len(by_text) == len(by_image) == len(by_both) == 2
     assert by_both[0]["id"] == by_text[0]["id"] and {n["id"] for n in by_both} & {n["id"] for n in by_image}
     [[image]] = generator.text_to_image(PROMPTS[:1], references=white, retrieved_documents=2, candidates=1)
-    assert [image.neighbors] == generator.neighbors(PROMPTS[:1], 2, white)
+    assert [image.retrieved_documents] == generator.retrieve(PROMPTS[:1], 2, white)
 
 
-def test_what_a_model_was_not_trained_for_is_refused(generator):
-    parts = (generator.model, generator.image_tokenizer, generator.text_tokenizer, generator.decoding)
-    plain = Generator(*parts, training=Training(frozenset({"text_to_image", "caption"}), masked_prompts=False))
+def test_tasks_that_a_model_was_not_trained_for_are_refused(generator):
+    training = Training(frozenset({"text_to_image", "caption"}), masked_prompts=False)
+    plain = Generator(replace(generator.parts, training=training))
     with pytest.raises(BadInputError, match=r"not tuned for edit \(it knows caption, text_to_image\)"):
-        plain.edit([PICTURE], ["x"])
+        plain.edit([RED], ["x"])
     with pytest.raises(BadInputError, match="guidance and contrastive decoding need"):
         plain.text_to_image(["x"], guidance=2.0, candidates=1)
-    assert plain.text_to_image(["x"], guidance=1.0, candidates=1) and plain.caption([PICTURE])
+    assert plain.text_to_image(["x"], guidance=1.0, candidates=1) and plain.caption([RED])
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 def test_other_precisions_find_almost_the_same_likelihoods(generator, tiny_models, precision):
     parts = {"model": paths.FINETUNED, "image_tokenizer": paths.IMAGE_TOKENIZER, "text_tokenizer": paths.TEXT_TOKENIZER}
     other = Generator.from_parts(
-        **{name: tiny_models / path for name, path in parts.items()}, decoding=DecodingConfig(candidates=1), precision=precision
+        **{name: tiny_models / path for name, path in parts.items()}, decoding=decoding(candidates=1), precision=precision
     )
-    [expected], [found] = (g.score([PICTURE], PROMPTS[:1]) for g in (generator, other))
+    [expected], [found] = (g.score([RED], PROMPTS[:1]) for g in (generator, other))
     assert (found.text, found.image) == pytest.approx((expected.text, expected.image), rel=0.02)
     [[image]] = other.text_to_image(PROMPTS[:1], guidance=2.0)
     assert image.codes.min() >= 0 and image.codes.max() < 16 and image.image.size == (32, 32)
-    assert other.caption([PICTURE])[0].tokens is not None
+    assert other.caption([RED])[0].tokens is not None
 
 
 @pytest.mark.parametrize(
@@ -287,27 +289,35 @@ def test_other_precisions_find_almost_the_same_likelihoods(generator, tiny_model
         (lambda g: g.text_to_image(["x"], top_p=1.5), BadInputError, "top_p"),
         (lambda g: g.text_to_image(["x"], num_images=0), BadInputError, "num_images"),
         (lambda g: g.text_to_image(["circle " * 300]), PromptTooLongError, "context of 160"),
-        (lambda g: g.answer([Image.new("RGB", (8, 8))], []), BadInputError, "1 images but 0 questions"),
-        (lambda g: g.answer([Image.new("RGB", (8, 8))], [" "]), BadInputError, "empty"),
+        (lambda g: g.vqa([Image.new("RGB", (8, 8))], []), BadInputError, "1 images but 0 questions"),
+        (lambda g: g.vqa([Image.new("RGB", (8, 8))], [" "]), BadInputError, "empty"),
         (lambda g: g.write([""]), BadInputError, "text 0 is empty"),
         (lambda g: g.text_to_image(["x"], no_such=1), BadInputError, "no_such"),
         (lambda g: g.text_to_image(["x"], contrastive=2.0), BadInputError, "contrastive"),
         (lambda g: g.text_to_image(["x"], references=[]), BadInputError, "1 prompts but 0 references"),
-        (lambda g: g.edit([PICTURE], []), BadInputError, "1 images but 0 instructions"),
-        (lambda g: g.reason([PICTURE], ["Which?"], [["a"]]), BadInputError, "question 0 has 1 options; give at least two"),
-        (lambda g: g.edit([PICTURE], [" "]), BadInputError, "instruction 0 is empty"),
-        (lambda g: g.infill([PICTURE], [(0, 0, 33, 8)], ["x"]), BadInputError, r"the box, \(0, 0, 33, 8\).*inside the image of 32 x 32"),
-        (lambda g: g.infill([PICTURE], [(8, 8, 8, 9)], ["x"]), BadInputError, "not empty"),
+        (lambda g: g.edit([RED], []), BadInputError, "1 images but 0 instructions"),
+        (lambda g: g.reasoning([RED], ["Which?"], [["a"]]), BadInputError, "question 0 has 1 options; give at least two"),
+        (lambda g: g.edit([RED], [" "]), BadInputError, "instruction 0 is empty"),
+        (lambda g: g.infill([RED], [(0, 0, 33, 8)], ["x"]), BadInputError, r"the box, \(0, 0, 33, 8\).*inside the image of 32 x 32"),
+        (lambda g: g.infill([RED], [(8, 8, 8, 9)], ["x"]), BadInputError, "not empty"),
         (lambda g: g.layout_to_image(["x"], [[]]), BadInputError, "layout 0 holds no object"),
         (lambda g: g.layout_to_image(["x"], [[("dog", (0, 0, 40, 4))]]), BadInputError, "a box of layout 0"),
-        (lambda g: g.condition_to_image(["x"], [PICTURE], ["fog"]), BadInputError, "unknown condition 'fog'; known are canny edge"),
+        (lambda g: g.condition_to_image(["x"], [RED], ["fog"]), BadInputError, "unknown condition 'fog'; known are canny edge"),
         (lambda g: g.infill_text(["no blank"]), BadInputError, r"1 to 4 blanks \(___\), found 0"),
         (lambda g: g.infill_text(["___" * 5]), BadInputError, "found 5"),
-        (lambda g: g.infill_text(["circle " * 300 + "___"]), PromptTooLongError, "text 0 leaves no room for blank 1"),
+        (
+            lambda g: g.infill_text(["circle " * 300 + "___"]),
+            PromptTooLongError,
+            "text 0, before blank 1, of .* do not fit",
+        ),
         (lambda g: g.interleave([[]]), BadInputError, "at least one text or image"),
-        (lambda g: g.score([PICTURE], ["circle " * 300]), PromptTooLongError, "context of 160"),
-        (lambda g: g.neighbors(None, 1), BadInputError, "by prompts, by images, or by both"),
-        (lambda g: g.answer([Image.new("RGB", (8, 8))], ["how many " * 200]), PromptTooLongError, "the question 'how many how.*no room"),
+        (lambda g: g.score([RED], ["circle " * 300]), PromptTooLongError, "context of 160"),
+        (lambda g: g.retrieve(None, 1), BadInputError, "by prompts, by images, or by both"),
+        (
+            lambda g: g.vqa([Image.new("RGB", (8, 8))], ["how many " * 200]),
+            PromptTooLongError,
+            "the question 'how many how.* do not fit",
+        ),
     ],
 )
 def test_bad_input_is_named(generator, call, error, message):
@@ -320,7 +330,7 @@ def test_without_encoder_ranking_and_retrieval_are_refused(tiny_models):
         model=tiny_models / paths.FINETUNED,
         image_tokenizer=tiny_models / paths.IMAGE_TOKENIZER,
         text_tokenizer=tiny_models / paths.TEXT_TOKENIZER,
-        decoding=DecodingConfig(candidates=1),
+        decoding=decoding(candidates=1),
     )
     assert np.asarray(plain.text_to_image(["x"])[0][0].image).shape == (32, 32, 3)
     with pytest.raises(BadInputError, match="rank"):

@@ -72,7 +72,7 @@ def test_guidance_is_its_formula():
         torch.testing.assert_close(classifier_free(c, u, scale), u + scale * (c - u))
         torch.testing.assert_close(editing(c, i, u, 1.5, scale), u + 1.5 * (i - u) + scale * (c - i))
     torch.testing.assert_close(editing(c, i, u, 1.0, 1.0), c)
-    torch.testing.assert_close(editing(c, u, u, 7.0, 3.5), classifier_free(c, u, 3.5))  # where the image says nothing
+    torch.testing.assert_close(editing(c, u, u, 7.0, 3.5), classifier_free(c, u, 3.5))  # an image stream without effect
 
 
 def test_schedules_rise_from_one_to_the_scale():
@@ -93,7 +93,7 @@ def test_a_sampler_is_guidance_temperature_top_k_and_top_p_in_this_order():
     torch.testing.assert_close(Sampler(settings(top_k=8)).probabilities(streams, 1.0), expected)
 
 
-def test_half_and_half_draws_the_last_candidates_by_contrast():
+def test_half_and_half_samples_the_last_candidates_by_contrastive_decoding():
     streams = torch.stack([logits(2, 4), logits(2, 4, seed=1)])
     found = Sampler(settings(contrastive=0.5, contrastive_k=3)).probabilities(streams, 1.0)
     torch.testing.assert_close(found[:, :2], Sampler(settings()).probabilities(streams, 1.0)[:, :2])
@@ -111,14 +111,14 @@ def test_three_streams_are_for_editing():
 
 def test_streams_that_are_needed():
     plain, edits = Sampler(settings(guidance=1.0)), Sampler(settings(guidance=1.0, image_guidance=1.0))
-    assert plain.streams_of(2) == edits.streams_of(2) == edits.streams_of(3) == 1 and plain.streams_of(3) == 3
-    assert Sampler(settings()).streams_of(2) == Sampler(settings(guidance=1.0, contrastive=0.5)).streams_of(2) == 2
+    assert plain.streams_needed(2) == edits.streams_needed(2) == edits.streams_needed(3) == 1 and plain.streams_needed(3) == 3
+    assert Sampler(settings()).streams_needed(2) == Sampler(settings(guidance=1.0, contrastive=0.5)).streams_needed(2) == 2
 
 
 def test_samples_follow_the_probabilities():
     probabilities = torch.tensor([[0.1, 0.0, 0.6, 0.3]]).expand(20_000, 4)
-    drawn = sample(probabilities, torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    shares = torch.bincount(drawn, minlength=4) / 20_000
+    sampled = sample(probabilities, torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    shares = torch.bincount(sampled, minlength=4) / 20_000
     torch.testing.assert_close(shares, torch.tensor([0.1, 0.0, 0.6, 0.3]), atol=0.015, rtol=0)
     assert shares[1] == 0
 

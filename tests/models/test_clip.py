@@ -1,4 +1,4 @@
-"""The bi-encoder: vectors, saving, and training that is repeatable and learns."""
+"""The bi-encoder: unit vectors, exact saving, and training that learns and is deterministic."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from cm3leon.config.schema import EncoderConfig
 from cm3leon.models.clip import ClipTokenizer, Encoder, embed_ids
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training import clip
-from cm3leon.training.clip import NearMisses, loss_of
+from cm3leon.training.clip import HardNegatives, contrastive_loss
 from cm3leon.utils import torchvision_compat
 
 COLORS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "white": (250, 250, 250), "black": (5, 5, 5)}
@@ -52,7 +52,7 @@ def encoder(halves: Halves) -> Encoder:
 
 
 def test_learns_to_match(halves: Halves, encoder: Encoder) -> None:
-    """Both colors are found for nearly every caption; which is above takes longer to learn and is not asked."""
+    """Both colors are right for nearly every caption; which one is above takes longer to learn and is not tested."""
     captions = [c[0] for c in halves.captions]
     similarity = encoder.encode_texts(captions) @ encoder.encode_images(halves.images).T
     found = [sorted(captions[i].split()) == sorted(caption.split()) for i, caption in zip(similarity.argmax(axis=1), captions, strict=True)]
@@ -74,15 +74,15 @@ def test_images_of_any_size_and_mode(halves: Halves, encoder: Encoder) -> None:
     assert vectors[2] == pytest.approx(vectors[1], abs=1e-6)
 
 
-def test_texts_beside_longer_ones_get_the_same_vector(encoder: Encoder) -> None:
+def test_the_other_texts_of_a_batch_do_not_change_a_vector(encoder: Encoder) -> None:
     alone = encoder.encode_texts(["red above blue"])
-    beside = encoder.encode_texts(["red above blue", "red above blue below green above white below black above red"])
-    assert beside[0] == pytest.approx(alone[0], abs=1e-5)
+    together = encoder.encode_texts(["red above blue", "red above blue below green above white below black above red"])
+    assert together[0] == pytest.approx(alone[0], abs=1e-5)
     ids = encoder.tokenizer(["red above blue", "green"])
     assert embed_ids(encoder.model, ids).numpy() == pytest.approx(encoder.model.encode_text(ids, normalize=True).numpy(), abs=1e-5)
 
 
-def test_same_seed_same_bytes(halves: Halves, encoder: Encoder, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(halves: Halves, encoder: Encoder, tmp_path: Path) -> None:
     encoder.save(tmp_path / "a")
     clip.train(CONFIG, halves, halves.captions, seed=0).save(tmp_path / "b")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
@@ -102,7 +102,7 @@ def test_saving_and_loading(halves: Halves, encoder: Encoder, tmp_path: Path) ->
 
 
 def test_pretrained_weights_from_a_checkpoint(halves: Halves, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An open_clip architecture with a checkpoint's path: saved, and loaded again without it."""
+    """A checkpoint of an open_clip architecture is read, saved, and loaded again when the checkpoint is gone."""
     torchvision_compat.make_importable()
     import open_clip
     from safetensors.torch import save_file
@@ -132,7 +132,7 @@ def test_nothing_to_load(tmp_path: Path) -> None:
         Encoder.load(tmp_path)
 
 
-def test_end_token_is_highest_and_never_cut() -> None:
+def test_the_end_token_has_the_highest_id_and_is_never_truncated() -> None:
     tokenizer = ClipTokenizer(TextTokenizer.train(["red above blue"] * 3, 300), 8)
     ids = tokenizer(["red", "red above blue " * 20, ""])
     assert ids.shape == (3, 8)
@@ -141,20 +141,20 @@ def test_end_token_is_highest_and_never_cut() -> None:
     assert int(ids.max()) == tokenizer.size - 1
 
 
-def test_near_misses_differ_in_one_word_or_one_exchange() -> None:
+def test_hard_negatives_differ_in_one_word_or_by_one_swap() -> None:
     import random
 
     captions = [f"a {c} circle {r} a {d} square" for c in ("red", "blue") for d in ("red", "blue") for r in ("above", "below")]
-    near_misses, rng = NearMisses(captions), random.Random(0)
-    found = {near_misses(captions[2], rng) for _ in range(200)}  # a red circle above a blue square
+    negatives, rng = HardNegatives(captions), random.Random(0)
+    found = {negatives(captions[2], rng) for _ in range(200)}  # a red circle above a blue square
     assert not found & {captions[2], None}
     for caption in found:
         changed = [(x, y) for x, y in zip(captions[2].split(), caption.split(), strict=True) if x != y]
         assert len(changed) == 1 or sorted(x for x, _ in changed) == sorted(y for _, y in changed)
     assert "a blue circle above a red square" in found
     assert "a red circle below a blue square" in found
-    assert near_misses("entirely unknown words", rng) is None
-    assert near_misses("", rng) is None
+    assert negatives("entirely unknown words", rng) is None
+    assert negatives("", rng) is None
 
 
 def test_loss_without_hard_negatives_is_infonce() -> None:
@@ -163,12 +163,12 @@ def test_loss_without_hard_negatives_is_infonce() -> None:
     none, scale = torch.zeros(0, 4), torch.tensor(7.0)
     logits = 7 * image @ text.T
     expected = -(logits.log_softmax(1).diag().mean() + logits.log_softmax(0).diag().mean()) / 2
-    assert loss_of(image, text, none, torch.zeros(0, dtype=torch.long), scale).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert contrastive_loss(image, text, none, torch.zeros(0, dtype=torch.long), scale).item() == pytest.approx(expected.item(), rel=1e-5)
     own = logits.clone()
     with_hard = torch.cat([own, torch.full((5, 2), -torch.inf)], dim=1)
     with_hard[3, 5], with_hard[0, 6] = 7 * image[3] @ hard[0], 7 * image[0] @ hard[1]
     expected = -(with_hard.log_softmax(1)[:, :5].diag().mean() + logits.log_softmax(0).diag().mean()) / 2
-    assert loss_of(image, text, hard, torch.tensor([3, 0]), scale).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert contrastive_loss(image, text, hard, torch.tensor([3, 0]), scale).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_refuses_images_without_captions(halves: Halves) -> None:
@@ -178,6 +178,7 @@ def test_refuses_images_without_captions(halves: Halves) -> None:
         clip.train(CONFIG, halves, halves.captions[:3], seed=0)
 
 
+@pytest.mark.slow
 def test_torchvision_imports_in_a_fresh_process() -> None:
     """Once and twice, before torchvision and open_clip."""
     code = (

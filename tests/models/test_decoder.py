@@ -1,10 +1,14 @@
 """The decoder: parameter layout, causality, and cached decoding equal to the full pass."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tests_support import decoder_spec
 
-from cm3leon.models.decoder import MAX_ATTENTION_LOGIT, Attention, Decoder, DecoderSpec, RotaryEmbedding
+from cm3leon.models.decoder import MAX_ATTENTION_LOGIT, WEIGHTS, Attention, Decoder, RotaryEmbedding
 from cm3leon.models.kernels import apply_rotary_emb
 from cm3leon.sequence.grammar import Vocabulary
 
@@ -13,7 +17,7 @@ VOCABULARY = Vocabulary(text_size=40, image_size=20, sentinels=4, tokens_per_ima
 
 def make(seed=0, **options):
     torch.manual_seed(seed)
-    model = Decoder(DecoderSpec(layers=2, width=32, heads=4, context=48, init_std=0.1, **options), VOCABULARY)
+    model = Decoder(decoder_spec(layers=2, width=32, heads=4, context=48, init_std=0.1, **options), VOCABULARY)
     for block in model.blocks:  # zero output layers would hide everything attention does
         torch.nn.init.normal_(block.attention.out.weight, std=0.2)
         torch.nn.init.normal_(block.down.weight, std=0.2)
@@ -27,7 +31,7 @@ def draw(*shape):
 
 
 def test_parameters_are_matrices_only_and_outputs_start_at_zero():
-    model = Decoder(DecoderSpec(2, 32, 4, 48), VOCABULARY)
+    model = Decoder(decoder_spec(2, 32, 4, 48), VOCABULARY)
     assert all(p.ndim == 2 for p in model.parameters())
     expected = VOCABULARY.size * 32 + 48 * 32 + 2 * 12 * 32 * 32
     assert model.parameter_count == expected
@@ -117,7 +121,7 @@ def test_logits_of_a_slice_are_the_slice_of_the_logits():
 @pytest.mark.parametrize("heads", [2, 8])
 def test_normalized_attention_is_as_sharp_in_heads_of_any_size_and_length(heads):
     """A query weighs a key of its own direction and one whose cosine with it is 0.8 as logits 0.2 of the largest apart."""
-    attention = Attention(DecoderSpec(layers=1, width=32, heads=heads, context=8, qk_norm=True), 0)
+    attention = Attention(decoder_spec(layers=1, width=32, heads=heads, context=8, qk_norm=True), 0)
     direction, across = torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat(8), torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(8)
     tokens = torch.stack([0.8 * direction + 0.6 * across, direction])
     with torch.no_grad():
@@ -141,6 +145,22 @@ def test_save_and_load_give_the_same_model(tmp_path):
     assert again.vocabulary == VOCABULARY and again.spec == model.spec
     assert all(np.array_equal(a.detach(), b.detach()) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_files_of_earlier_versions_load(tmp_path):
+    """``rope`` was called ``rotation``, and the embedding of image positions ``places``."""
+    model = make(image_positions=True, rope=True)
+    model.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["decoder"]["rotation"] = config["decoder"].pop("rope")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["places.weight"] = tensors.pop("image_positions.weight")
+    save_file(tensors, tmp_path / WEIGHTS)
+    again = Decoder.load(tmp_path)
+    assert again.spec == model.spec
+    inputs = draw(2, 12)
+    assert torch.equal(again(*inputs), model(*inputs))
 
 
 def test_load_says_where_nothing_is(tmp_path):

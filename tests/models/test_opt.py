@@ -1,4 +1,4 @@
-"""OPT checkpoints: the same logits and the same greedy continuation as transformers, and every bit back; what cannot be said is refused."""
+"""OPT checkpoints: the logits and greedy continuations of transformers, exact round trips, and errors for all that is not expressible."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests_support import decoder_spec
 
 from cm3leon.cli import app, model
-from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder
 from cm3leon.models.opt import OPTFormatError, export_opt, import_opt
 from cm3leon.sequence.grammar import EOS, PAD, Vocabulary
 from cm3leon.utils.torchvision_compat import make_importable
@@ -24,9 +25,9 @@ FC1 = "model.decoder.layers.0.fc1.weight"
 
 
 def make(layers: int = 2, width: int = 32, heads: int = 4, context: int = 48, seed: int = 0, **options: Any) -> Decoder:
-    """A decoder with no weight left as it starts: output layers start at zero and would hide the rest."""
+    """A decoder with random weights everywhere: at initialization the output layers are zero and would hide the others."""
     torch.manual_seed(seed)
-    model = Decoder(DecoderSpec(layers, width, heads, context, **options), VOCABULARY)
+    model = Decoder(decoder_spec(layers, width, heads, context, **options), VOCABULARY)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -62,7 +63,7 @@ def change_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], 
     save_file(weights, directory / "model.safetensors")
 
 
-# --- beside transformers ---------------------------------------------------------------------------------------------
+# --- compared with transformers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -80,7 +81,7 @@ def test_transformers_computes_the_same_logits(shape: tuple[int, int, int, int],
 
 
 @torch.no_grad()
-def test_transformers_continues_greedily_as_we_do(exported: Path, transformers: Any) -> None:
+def test_transformers_gives_the_same_greedy_continuation(exported: Path, transformers: Any) -> None:
     model, reference = make(), transformers.OPTForCausalLM.from_pretrained(exported).eval()
     prompts = torch.randint(VOCABULARY.text_start, VOCABULARY.size, (8, 6))
     prompts[:, 0] = EOS
@@ -108,7 +109,7 @@ def test_generation_stops_at_eos(tmp_path: Path, transformers: Any) -> None:
 
 
 @pytest.mark.parametrize("size", ["1GB", "20KB"])
-def test_what_transformers_saves_comes_back(size: str, exported: Path, tmp_path: Path, transformers: Any) -> None:
+def test_what_transformers_saves_is_read_exactly(size: str, exported: Path, tmp_path: Path, transformers: Any) -> None:
     transformers.OPTForCausalLM.from_pretrained(exported).save_pretrained(tmp_path / "saved", max_shard_size=size)
     shards = list((tmp_path / "saved").glob("*.safetensors"))
     assert len(shards) == 1 if size == "1GB" else len(shards) > 2
@@ -116,7 +117,7 @@ def test_what_transformers_saves_comes_back(size: str, exported: Path, tmp_path:
     assert same(again, make()) and (again.spec, again.vocabulary) == (make().spec, VOCABULARY)
 
 
-def test_a_model_that_transformers_began_is_read_with_a_vocabulary(tmp_path: Path, transformers: Any) -> None:
+def test_a_model_made_by_transformers_is_read_with_a_vocabulary(tmp_path: Path, transformers: Any) -> None:
     config = transformers.OPTConfig(
         vocab_size=VOCABULARY.size, hidden_size=24, ffn_dim=96, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=30,
         enable_bias=False, layer_norm_elementwise_affine=False, init_std=0.3, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS,
@@ -124,7 +125,7 @@ def test_a_model_that_transformers_began_is_read_with_a_vocabulary(tmp_path: Pat
     torch.manual_seed(0)
     reference = transformers.OPTForCausalLM(config).eval()
     reference.save_pretrained(tmp_path)
-    with pytest.raises(OPTFormatError, match="give it"):
+    with pytest.raises(OPTFormatError, match="give it with --vocabulary"):
         import_opt(tmp_path)
     model = import_opt(tmp_path, VOCABULARY)
     tokens = torch.randint(VOCABULARY.size, (2, 30))
@@ -132,7 +133,7 @@ def test_a_model_that_transformers_began_is_read_with_a_vocabulary(tmp_path: Pat
         torch.testing.assert_close(model.logits(model(tokens, torch.zeros_like(tokens))), reference(tokens).logits, atol=1e-4, rtol=0)
 
 
-# --- there and back --------------------------------------------------------------------------------------------------
+# --- round trips -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -147,7 +148,7 @@ def test_round_trip_is_exact(shape: tuple[int, int, int, int], tmp_path: Path) -
     assert same(Decoder.load(tmp_path / "ours"), model)
 
 
-def test_half_precision_stays_in_the_file_and_is_read_as_fp32(tmp_path: Path) -> None:
+def test_half_precision_is_kept_in_the_file_and_read_as_float32(tmp_path: Path) -> None:
     model = make().to(torch.bfloat16)
     export_opt(model, tmp_path)
     assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
@@ -155,12 +156,12 @@ def test_half_precision_stays_in_the_file_and_is_read_as_fp32(tmp_path: Path) ->
     assert same(import_opt(tmp_path), model.float())
 
 
-def test_a_tied_output_matrix_that_was_written_is_ignored(exported: Path) -> None:
+def test_a_saved_output_matrix_that_is_tied_is_ignored(exported: Path) -> None:
     change_weights(exported, lambda weights: weights.update({"lm_head.weight": weights[TOKENS].clone()}))
     assert same(import_opt(exported), make())
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("options", "found", "needed"), [
@@ -190,14 +191,14 @@ def test_options_that_opt_lacks_are_named(options: dict[str, bool], found: str, 
     ({"tie_word_embeddings": False}, "tie_word_embeddings is false, needed is true"),
     ({"word_embed_proj_dim": 16}, "word_embed_proj_dim is 16, needed is 32"),
     ({"ffn_dim": 64}, "ffn_dim is 64, needed is 128"),
-    ({"hidden_size": None}, "hidden_size must be a whole number above 0, found null"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number above 0, found 0"),
-    ({"vocab_size": "67"}, 'vocab_size must be a whole number above 0, found "67"'),
+    ({"hidden_size": None}, "hidden_size must be a positive integer, found null"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, found 0"),
+    ({"vocab_size": "67"}, 'vocab_size must be a positive integer, found "67"'),
     ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
     ({"num_attention_heads": 8}, "num_attention_heads is 8, but cm3leon.decoder.heads is 4"),
     ({"vocab_size": 70}, f"vocab_size is 70, but the vocabulary has {VOCABULARY.size} ids"),
-    ({"cm3leon": {"decoder": {}}}, "cm3leon holds no decoder and vocabulary of this version"),
-    ({"cm3leon": None}, "no key cm3leon, which holds the layout of the vocabulary"),
+    ({"cm3leon": {"decoder": {}}}, "cm3leon has no decoder and vocabulary that this version can read"),
+    ({"cm3leon": None}, "no key cm3leon, which has the layout of the vocabulary"),
     ({"cm3leon": None, "max_position_embeddings": 47}, "no key cm3leon"),
 ])  # fmt: skip
 def test_another_configuration_is_refused_by_field_and_value(changes: dict[str, Any], message: str, exported: Path) -> None:
@@ -217,7 +218,7 @@ def test_a_stored_decoder_with_an_option_that_opt_lacks_is_refused(exported: Pat
 
 def test_a_vocabulary_that_is_not_the_checkpoints_is_refused(exported: Path) -> None:
     assert import_opt(exported, VOCABULARY).vocabulary == VOCABULARY
-    with pytest.raises(OPTFormatError, match="a vocabulary of its own"):
+    with pytest.raises(OPTFormatError, match="the checkpoint has the vocabulary"):
         import_opt(exported, Vocabulary(43, 20, 4, 9))
     change_config(exported, cm3leon=None)
     with pytest.raises(OPTFormatError, match=f"vocab_size is {VOCABULARY.size}, but the vocabulary has 73 ids"):
@@ -240,11 +241,11 @@ def test_other_tensors_are_refused_by_name(change: Callable[[dict[str, torch.Ten
 
 def test_pickled_weights_are_never_read(exported: Path) -> None:
     (exported / "model.safetensors").rename(exported / "pytorch_model.bin")
-    with pytest.raises(OPTFormatError, match=r"only as pytorch_model\.bin, a pickle"):
+    with pytest.raises(OPTFormatError, match=r"in pytorch_model\.bin, a pickle"):
         import_opt(exported)
 
 
-def test_what_is_not_there_is_said(exported: Path, tmp_path: Path) -> None:
+def test_missing_files_are_named(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no OPT checkpoint here"):
         import_opt(tmp_path / "nowhere")
     (exported / "model.safetensors").unlink()
@@ -263,7 +264,7 @@ def test_what_is_not_there_is_said(exported: Path, tmp_path: Path) -> None:
 def test_broken_files_are_named(exported: Path) -> None:
     weights = exported / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(OPTFormatError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(OPTFormatError, match=r"model\.safetensors is not a complete safetensors file"):
         import_opt(exported)
     for text, message in (("{", r"config\.json is not JSON"), ("[]", "expected a mapping, found list")):
         (exported / "config.json").write_text(text)
@@ -276,10 +277,10 @@ def test_broken_files_are_named(exported: Path) -> None:
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of the command."""
-    with pytest.raises(SystemExit) as left, app.plain_errors():
+    with pytest.raises(SystemExit) as exited, app.plain_errors():
         app.app([str(argument) for argument in arguments])
     captured = capsys.readouterr()
-    return int(left.value.code or 0), captured.out, captured.err
+    return int(exited.value.code or 0), captured.out, captured.err
 
 
 def test_export_and_import_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,7 +328,7 @@ def test_export_without_a_champion(tmp_path: Path, capsys: pytest.CaptureFixture
     (["import", "opt", "full"], "error: full is not empty; name a new directory"),
     (["import", "nowhere", "new"], "error: nowhere: no OPT checkpoint here"),
     (["import", "ours", "new"], "error: ours/config.json: model_type is null"),
-    (["import", "pickled", "new"], "error: pickled: weights only as pytorch_model.bin, a pickle"),
+    (["import", "pickled", "new"], "error: pickled: the weights are in pytorch_model.bin, a pickle"),
     (["import", "opt", "new", "--vocabulary", "nowhere"], "error: nowhere: no decoder here"),
 ])  # fmt: skip
 def test_users_errors_are_one_line_and_status_2(

@@ -1,4 +1,4 @@
-"""The upscaler: starts as bicubic interpolation, learns to beat it, is repeatable and survives saving."""
+"""The upscaler: bicubic interpolation at first, better than it when trained, deterministic, and unchanged by saving."""
 
 from pathlib import Path
 
@@ -42,12 +42,12 @@ def model() -> SuperResolution:
 
 
 def test_an_untrained_network_is_bicubic() -> None:
-    figures = measure_upscaling(SuperResolution(3, 8, 1), Sized(Discs(4, 1), 30))
-    assert len(figures["psnr_rgb"]) == 4 and figures["psnr_rgb"] == pytest.approx(figures["psnr_rgb_bicubic"], abs=1e-6)
+    scores = measure_upscaling(SuperResolution(3, 8, 1), Sized(Discs(4, 1), 30))
+    assert len(scores["psnr_rgb"]) == 4 and scores["psnr_rgb"] == pytest.approx(scores["psnr_rgb_bicubic"], abs=1e-6)
 
 
 class Sized:
-    """Images cut to a side that the scale divides."""
+    """Images cropped to a side that the scale divides."""
 
     def __init__(self, images: Discs, size: int) -> None:
         self.images, self.size = images, size
@@ -60,11 +60,11 @@ class Sized:
 
 
 def test_beats_bicubic_on_held_out_images(model: SuperResolution) -> None:
-    figures = measure_upscaling(model, Discs(24, 1))
-    assert np.mean(figures["psnr_rgb"]) > np.mean(figures["psnr_rgb_bicubic"]) + 1
+    scores = measure_upscaling(model, Discs(24, 1))
+    assert np.mean(scores["psnr_rgb"]) > np.mean(scores["psnr_rgb_bicubic"]) + 1
 
 
-def test_same_seed_same_bytes(model: SuperResolution, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(model: SuperResolution, tmp_path: Path) -> None:
     model.save(tmp_path / "a")
     train(CONFIG, Discs(64, 0), seed=0).save(tmp_path / "b")
     for file in (tmp_path / "a").iterdir():
@@ -84,7 +84,7 @@ def test_saving_loading_and_upscaling(model: SuperResolution, tmp_path: Path) ->
         SuperResolution.load(tmp_path / "absent")
 
 
-def test_transparent_is_white() -> None:
+def test_transparent_pixels_become_white() -> None:
     large = SuperResolution(2, 4, 1).upscale([Image.new("RGBA", (10, 7), (255, 0, 0, 0))])
     assert np.asarray(large[0]).min() == 255
 
@@ -95,11 +95,11 @@ def test_psnr() -> None:
     assert psnr_rgb(black, black) == 100
 
 
-def test_reduction_keeps_plain_ground_and_refuses_uneven_sides() -> None:
-    plain = torch.full((1, 3, 12, 12), 77, dtype=torch.uint8)
-    assert torch.equal(reduce(plain, 3), torch.full((1, 3, 4, 4), 77, dtype=torch.uint8))
+def test_reduction_keeps_a_flat_image_and_refuses_sides_that_are_no_multiple() -> None:
+    flat = torch.full((1, 3, 12, 12), 77, dtype=torch.uint8)
+    assert torch.equal(reduce(flat, 3), torch.full((1, 3, 4, 4), 77, dtype=torch.uint8))
     with pytest.raises(ValueError, match="cannot be reduced 5 times"):
-        reduce(plain, 5)
+        reduce(flat, 5)
 
 
 def test_refuses_to_train_on_nothing() -> None:

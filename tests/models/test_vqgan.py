@@ -6,7 +6,7 @@ import torch
 
 from cm3leon.config.schema import ImageTokenizerConfig
 from cm3leon.models.vqgan import Codebook, ImageTokenizer, reconstruct
-from cm3leon.training.vqgan import ImageTokenizerTrainer, code_statistics, psnr, spec_of, train_image_tokenizer
+from cm3leon.training.vqgan import ImageTokenizerTrainer, code_statistics, make_spec, psnr, train_image_tokenizer
 from cm3leon.utils.images import to_channels_first
 
 CPU = torch.device("cpu")
@@ -21,9 +21,9 @@ def flat_images(count, side=32, seed=0):
 
 
 @pytest.mark.parametrize(("patch", "multipliers", "factor"), [(4, [1, 2], 8), (1, [1, 1, 2, 2], 8), (8, [1], 8), (2, [1, 2], 4)])
-def test_downsampling_and_round_shapes(patch, multipliers, factor):
+def test_shapes_and_downsampling(patch, multipliers, factor):
     config = ImageTokenizerConfig(**{**SMALL, "patch": patch, "multipliers": multipliers})
-    model = ImageTokenizer(spec_of(config)).eval()
+    model = ImageTokenizer(make_spec(config)).eval()
     codes = model.encode(torch.rand(2, 3, 32, 32) * 2 - 1)
     assert config.downsampling == factor
     assert codes.shape == (2, (32 // factor) ** 2) and codes.dtype == torch.int64
@@ -38,19 +38,19 @@ def test_codes_are_the_nearest_entries():
     assert torch.equal(codebook.nearest(z), distances.argmin(-1))
 
 
-def test_a_fresh_network_passes_flat_colors():
-    model = ImageTokenizer(spec_of(ImageTokenizerConfig(**{**SMALL, "channels": 64, "embedding_dim": 192})))
+def test_latents_of_a_flat_image_are_flat_at_initialization():
+    model = ImageTokenizer(make_spec(ImageTokenizerConfig(**{**SMALL, "channels": 64, "embedding_dim": 192})))
     latents = model.encoder(torch.randn(1, 3, 1, 1).expand(1, 3, 32, 32))
     assert latents.std(dim=(2, 3)).max() < 1e-5 and latents.norm() > 0.1
 
 
 def test_wrong_image_size_is_an_error():
-    model = ImageTokenizer(spec_of(ImageTokenizerConfig(**SMALL)))
+    model = ImageTokenizer(make_spec(ImageTokenizerConfig(**SMALL)))
     with pytest.raises(ValueError, match=r"\(B, 3, 32, 32\)"):
         model.encode(torch.zeros(1, 3, 64, 64))
 
 
-def test_averages_move_entries_to_what_is_assigned_to_them():
+def test_moving_averages_bring_entries_to_the_mean_of_their_latents():
     codebook = Codebook(2, 3)
     codebook.entries.copy_(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]))
     codebook.sums.copy_(codebook.entries)
@@ -76,7 +76,7 @@ def test_a_collapsed_codebook_recovers_by_restarts():
     assert before < 2 and after > 24
 
 
-def test_kmeans_start_finds_well_separated_clusters():
+def test_kmeans_initialization_finds_well_separated_clusters():
     centers = torch.randn(8, 4) * 10
     z = centers.repeat(200, 1) + 0.01 * torch.randn(1600, 4)
     codebook = Codebook(8, 4)
@@ -84,20 +84,21 @@ def test_kmeans_start_finds_well_separated_clusters():
     assert torch.cdist(centers, codebook.entries).amin(1).max() < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 4e-3), ("muon", 2e-2)])
 def test_training_reconstructs_and_is_deterministic(optimizer, rate):
     images = flat_images(64)
     config = ImageTokenizerConfig(**SMALL, steps=60, batch_size=16, optimizer=optimizer, learning_rate=rate)
     first, second = (train_image_tokenizer(images, config, 0, CPU) for _ in range(2))
-    codes, copies = reconstruct(first, torch.from_numpy(images))
-    gray = torch.full_like(copies, 128)
-    assert psnr(torch.from_numpy(images), copies) > psnr(torch.from_numpy(images), gray) + 5
+    codes, reconstructions = reconstruct(first, torch.from_numpy(images))
+    gray = torch.full_like(reconstructions, 128)
+    assert psnr(torch.from_numpy(images), reconstructions) > psnr(torch.from_numpy(images), gray) + 5
     assert torch.equal(codes, reconstruct(second, torch.from_numpy(images))[0])
 
 
 @pytest.mark.parametrize(("kernel", "local"), [(1, True), (3, False)])
-def test_with_kernel_1_a_code_depends_on_its_own_patch_alone(kernel, local):
-    model = ImageTokenizer(spec_of(ImageTokenizerConfig(**SMALL, encoder_kernel=kernel))).eval()
+def test_with_kernel_1_a_code_depends_on_its_own_patch_only(kernel, local):
+    model = ImageTokenizer(make_spec(ImageTokenizerConfig(**SMALL, encoder_kernel=kernel))).eval()
     for parameter in model.encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -116,16 +117,17 @@ def test_every_parameter_of_the_tokenizer_is_in_an_optimizer_once(optimizer):
     assert sorted(map(id, grouped)) == sorted(map(id, trainer.model.parameters()))
 
 
-def test_adversarial_training_moves_both_networks():
+def test_adversarial_training_updates_the_discriminator_from_its_start():
     config = ImageTokenizerConfig(**SMALL, steps=10, adversarial_weight=0.5, adversarial_start=2)
     trainer = ImageTokenizerTrainer(config, 0, CPU)
     images = to_channels_first(torch.from_numpy(flat_images(8)), CPU)
     before = [p.detach().clone() for p in trainer.discriminator.parameters()]
-    figures = [trainer.step(images, step) for step in range(4)]
-    assert "discriminator_loss" not in figures[1] and figures[2]["discriminator_loss"] > 0
+    metrics = [trainer.step(images, step) for step in range(4)]
+    assert "discriminator_loss" not in metrics[1] and metrics[2]["discriminator_loss"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.discriminator.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_perceptual_loss_reads_vgg_weights_and_sees_differences(tmp_path):
     from cm3leon.utils.torchvision_compat import make_importable
 
@@ -133,7 +135,7 @@ def test_the_perceptual_loss_reads_vgg_weights_and_sees_differences(tmp_path):
     from safetensors.torch import save_file
     from torchvision.models import vgg16
 
-    from cm3leon.training.vqgan import PerceptualLoss
+    from cm3leon.training.vqgan_losses import PerceptualLoss
 
     state = {f"features.{k}": v for k, v in vgg16(weights=None).features.state_dict().items()}
     save_file(state, tmp_path / "vgg.safetensors")
@@ -143,7 +145,7 @@ def test_the_perceptual_loss_reads_vgg_weights_and_sees_differences(tmp_path):
 
 
 def test_save_and_load(tmp_path):
-    model = ImageTokenizer(spec_of(ImageTokenizerConfig(**SMALL))).eval()
+    model = ImageTokenizer(make_spec(ImageTokenizerConfig(**SMALL))).eval()
     model.save(tmp_path)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     assert torch.equal(ImageTokenizer.load(tmp_path).encode(images), model.encode(images))

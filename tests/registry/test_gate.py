@@ -52,13 +52,13 @@ def test_a_missing_score_fails_its_checks():
 
 
 def test_a_margin_does_not_apply_to_a_score_that_neither_record_has():
-    result = verdict(record(), record(), GateConfig(margins={"vqa_accuracy": 0.1}))
+    result = verdict(record(), record(), GateConfig(floors={}, margins={"vqa_accuracy": 0.1}))
     assert result.passed and "neither record" in result.to_markdown()
     assert failed(verdict(record(), record(), GateConfig(floors={"cider": 1.0}, margins={"cider": 0.1}))) == {("cider", "floor")}
 
 
 def test_a_margin_does_not_apply_to_a_score_that_the_champion_lacks():
-    config = GateConfig(margins={"cider": 0.1})
+    config = GateConfig(floors={}, margins={"cider": 0.1})
     result = verdict(record(cider=1.0), record(), config)
     assert result.passed
     assert [row.passed for row in result.rows if row.metric == "cider"] == [None]
@@ -77,7 +77,7 @@ def test_after_a_change_of_contract_floors_decide_or_the_challenger_is_held_back
 
 
 TUNED = {"edit": {"asked": "e", "count": 3}, "layout_to_image": {"asked": "l", "count": 3}}
-TASKS_GATE = GateConfig(margins={"composition": 0.02, "edit/done": 0.1, "layout/iou": 0.1, "clip_score": 0.1, "fd_encoder": 0.5})
+TASKS_GATE = GateConfig(floors={}, margins={"composition": 0.02, "edit/done": 0.1, "layout/iou": 0.1, "clip_score": 0.1, "fd_encoder": 0.5})
 
 
 def test_a_lost_task_fails_its_margin_and_the_other_margins_apply():

@@ -92,7 +92,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     bank = bank_of(50, 1, 0.5)
     text = np.asarray(bank.text, dtype=np.float32)
     whole = strategy.find(bank, RetrieveConfig(), text=text, own=np.arange(50))
-    monkeypatch.setattr(strategy, "_VALUES", 1)
+    monkeypatch.setattr(strategy, "_MAX_FLOATS", 1)
     pieces = strategy.find(bank, RetrieveConfig(), text=text, own=np.arange(50))
     assert [[n.position for n in group] for group in pieces] == [[n.position for n in group] for group in whole]
 

@@ -81,7 +81,7 @@ def test_masks_cross_breaks_only_where_they_may():
     assert crossed[True] > 100 and crossed[False] == 0
 
 
-def test_image_tokens_keep_their_places_when_moved():
+def test_image_tokens_keep_their_image_positions_when_moved():
     rng = np.random.default_rng(7)
     for _ in range(500):
         body = random_body(rng)
@@ -104,7 +104,7 @@ def test_masked_caption_gives_the_captioning_prompt_and_the_guidance_prompt():
     assert tokens == [EOS, sentinel, 2, *image, sentinel, *VOCABULARY.text([1, 2, 3]).tolist(), EOSS, EOS]
 
 
-def test_too_long_the_source_is_cut_and_never_a_target():
+def test_a_long_sequence_loses_source_tokens_never_a_target():
     rng = np.random.default_rng(5)
     cut = 0
     for _ in range(3000):
@@ -160,7 +160,7 @@ def test_the_kinds_of_masks_are_told_apart():
 
 
 @pytest.mark.parametrize("length", [*range(2, 40), 100, 1000, 4096])
-def test_no_length_crashes_with_a_longest(length):
+def test_every_length_fits_a_longest(length):
     rng = np.random.default_rng(length)
     for _ in range(20):
         text = VOCABULARY.text(rng.integers(50, size=max(length - 2, 0)))

@@ -5,13 +5,13 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
-from tests_support import make_documents
+from tests_support import OBJECTIVE, make_documents
 
-from cm3leon.config.schema import ObjectiveConfig, SFTConfig
+from cm3leon.config.schema import SFTConfig
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.task_samples import TaskSamples, bounded_shares
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
-from cm3leon.generation.prompts import answer_prompt, image_prompt, reading_pair
+from cm3leon.generation.prompts import answer_prompt, image_prompt, likelihood_pair
 from cm3leon.sequence.grammar import EOS, EOSS, Vocabulary, check_grammar, split_tail
 from cm3leon.sequence.tasks import BREAK, TASKS, available, box_in_square, condition_key, lay_out, reasoning_fields, split_template
 from cm3leon.sequence.text_tokenizer import TextTokenizer
@@ -54,11 +54,17 @@ def samples(tmp_path_factory):
         write_tokens(directory, "train", make_documents(40), 16, 100)
         store = TokenStore(directory)
         manifest = pd.DataFrame([{"id": name, **ROW, **(change(row) if change else {})} for row, name in enumerate(store.ids)])
-        documents = PretrainingSamples(store, store, {}, VOCABULARY, ObjectiveConfig(), [1.0], 200, 0)
+        documents = PretrainingSamples(store, store, {}, VOCABULARY, OBJECTIVE, [1.0], 200, 0)
         depth = [Document(condition_key(document.id, "depth"), document.codes ^ 1, []) for document in make_documents(40)]
         write_tokens(directory, "conditions-train", depth, 16, 100)
         conditions = TokenStore(directory, ["conditions-train"])
-        return TaskSamples(documents, manifest, TOKENIZER, SFTConfig(tasks=tasks, **options), conditions)
+        return TaskSamples(
+            documents,
+            manifest,
+            TOKENIZER,
+            SFTConfig(**{"tasks": tasks, "answer_weight": 4.0, "input_weight": 1.0, "questions_per_sample": 1, **options}),
+            conditions,
+        )
 
     return make
 
@@ -78,12 +84,12 @@ ANSWERS = {
 
 @pytest.mark.parametrize(("name", "template"), [(n, t) for n, task in TASKS.items() if not task.generates_image for t in task.templates])
 def test_inference_prompt_is_the_samples_beginning(samples, name, template):
-    drawn = samples({name: 1.0}, lambda row: {"reasoning": [PROBLEM]}, answer_weight=5.0)
-    values, codes = ANSWERS[name], drawn.pretraining.store[3].codes
+    sampled = samples({name: 1.0}, lambda row: {"reasoning": [PROBLEM]}, answer_weight=5.0)
+    values, codes = ANSWERS[name], sampled.pretraining.store[3].codes
     prompt = answer_prompt(template, values, codes, VOCABULARY, TOKENIZER)
     wanted = values["explained" if "{explained}" in template else "answer"]
     seen = []
-    for masked, weights in ((s.masked, s.weights) for n in range(1200) if (s := drawn(*divmod(n, 40))).documents == (f"{4:016x}",)):
+    for masked, weights in ((s.masked, s.weights) for n in range(1200) if (s := sampled(*divmod(n, 40))).documents == (f"{4:016x}",)):
         check_grammar(masked.tokens, VOCABULARY)
         if masked.tokens[: len(prompt)].tolist() == prompt.tokens.tolist():
             answer = masked.tokens[len(prompt) : -2]
@@ -114,26 +120,26 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_a_drawing_sample_is_the_prompt_of_one_of_its_streams_and_the_image(samples, name):
-    """What the generator lays out, the hidden segments masked or not, and what it reads from an image to rank it."""
-    drawn = samples({name: 1.0}, change, conditioning_dropout=0.5)
-    task, store = TASKS[name], drawn.pretraining.store
+def test_an_image_sample_is_the_prompt_of_one_of_its_guidance_streams_and_the_image(samples, name):
+    """Training samples equal what the generator lays out, with and without dropped segments, and what reranking scores."""
+    sampled = samples({name: 1.0}, change, conditioning_dropout=0.5)
+    task, store = TASKS[name], sampled.pretraining.store
     others = {"source": store[2].codes, "condition": store[3].codes ^ 1}
     query, _ = lay_out(task.templates[0], DRAWN[name], others, VOCABULARY, TOKENIZER)
-    streams = [image_prompt(query, [], VOCABULARY, frozenset(hidden)).tokens for hidden in ((), *task.cfg_dropout)]
+    streams = [image_prompt(query, [], VOCABULARY, frozenset(dropped)).tokens for dropped in ((), *task.cfg_dropout)]
     wholes = [[*stream, *VOCABULARY.image(store[3].codes), EOS] for stream in streams[:1]]
-    for hidden in task.cfg_dropout:
-        before, read = reading_pair(query, store[3].codes, hidden, VOCABULARY)
+    for dropped in task.cfg_dropout:
+        before, read = likelihood_pair(query, store[3].codes, dropped, VOCABULARY)
         wholes.append([*before.tokens, *read.tokens, EOS])
         assert before.tokens[: len(streams[len(wholes) - 1])].tolist() == streams[len(wholes) - 1].tolist()
-    found = [drawn(epoch, number) for epoch in range(12) for number in range(len(drawn))]
+    found = [sampled(epoch, number) for epoch in range(12) for number in range(len(sampled))]
     own = [masked.tokens.tolist() for masked, _, documents, _ in found if documents[-1] == store.ids[3]]
     assert all(tokens in wholes for tokens in own) and all(whole in own for whole in wholes)
     for masked, *_ in found:
         check_grammar(masked.tokens, VOCABULARY)
 
 
-def test_a_sample_needs_its_other_picture(samples):
+def test_a_sample_needs_its_other_image(samples):
     assert samples({"edit": 1.0, "text_to_image": 1.0}, lambda row: change(row) | {"edited_from": "f" * 16}).counts == {"text_to_image": 40}
     outside = [{"label": "outside", "box": [0, 0, 10, 10]}]  # the sides of a wide image are cut away
     wide = samples({"layout_to_image": 1.0, "caption": 1.0}, lambda row: change(row) | {"width": 64, "height": 32, "objects": outside})
@@ -142,7 +148,7 @@ def test_a_sample_needs_its_other_picture(samples):
     assert samples({"condition_to_image": 1.0, "caption": 1.0}, lambda row: change(row) | {"conditions": fog}).counts == {"caption": 40}
 
 
-def test_a_layout_is_told_as_the_model_sees_it():
+def test_a_layout_is_written_in_the_coordinates_of_the_center_crop():
     assert box_in_square([16, 0, 48, 32], 64, 32) == (0, 0, 1, 1)
     assert box_in_square([0, 0, 40, 16], 64, 32) == (0, 0, 0.75, 0.5)
     assert box_in_square([0, 0, 30, 16], 64, 32) is None  # its center is cut away
@@ -152,12 +158,12 @@ QUESTIONS = [{"question": f"What color is number {n}?", "answers": [f"red {n}"]}
 
 
 @pytest.mark.parametrize(("context", "most"), [(160, 4), (100, 3)])
-def test_a_sample_asks_several_questions_and_answers_each_behind_the_image(samples, context, most):
-    drawn = samples({"vqa": 1.0}, lambda row: {"questions": QUESTIONS}, questions_per_sample=4, answer_weight=5.0, input_weight=0.5)
-    object.__setattr__(drawn.pretraining, "context", context)
+def test_a_sample_asks_several_questions_and_answers_each_after_the_image(samples, context, most):
+    sampled = samples({"vqa": 1.0}, lambda row: {"questions": QUESTIONS}, questions_per_sample=4, answer_weight=5.0, input_weight=0.5)
+    object.__setattr__(sampled.pretraining, "context", context)
     counts = Counter()
     for epoch in range(40):
-        masked, weights, *_ = drawn(epoch, 0)
+        masked, weights, *_ = sampled(epoch, 0)
         assert len(masked.tokens) <= context
         check_grammar(masked.tokens, VOCABULARY)
         body, tail = split_tail(masked.tokens[1:-1], VOCABULARY)
@@ -172,26 +178,26 @@ def test_a_sample_asks_several_questions_and_answers_each_behind_the_image(sampl
     assert sorted(counts) == list(range(1, most + 1))
 
 
-def test_drawing_samples_are_prompt_then_image_and_some_drop_the_caption(samples):
-    drawn = samples({"text_to_image": 1.0}, conditioning_dropout=0.3)
+def test_image_samples_are_prompt_then_image_and_some_drop_the_caption(samples):
+    sampled = samples({"text_to_image": 1.0}, conditioning_dropout=0.3)
     query = [("text", VOCABULARY.text(TOKENIZER.encode("a red circle")))]
     prompt, unconditional = (image_prompt(query, [], VOCABULARY, masked).tokens for masked in (frozenset(), frozenset({0})))
     plain = dropped = 0
     for epoch in range(10):
         for row in range(40):
-            masked, *_ = drawn(epoch, row)
+            masked, *_ = sampled(epoch, row)
             plain += masked.tokens[: len(prompt)].tolist() == prompt.tolist()
             dropped += masked.tokens[: len(unconditional)].tolist() == unconditional.tolist()
     assert plain + dropped == 400
     assert 0.2 < dropped / 400 < 0.4
 
 
-def test_what_stands_before_the_image_to_draw_has_the_inputs_weight(samples):
+def test_tokens_before_the_generated_image_have_the_input_weight(samples):
     for task in ("text_to_image", "condition_to_image", "edit"):
-        drawn = samples({task: 1.0}, change, conditioning_dropout=0.5, input_weight=0.25)
-        for number in range(len(drawn)):
-            masked, weights, documents, _ = drawn(0, number)
-            image = VOCABULARY.image(drawn.pretraining.store.by_id(documents[-1]).codes)
+        sampled = samples({task: 1.0}, change, conditioning_dropout=0.5, input_weight=0.25)
+        for number in range(len(sampled)):
+            masked, weights, documents, _ = sampled(0, number)
+            image = VOCABULARY.image(sampled.pretraining.store.by_id(documents[-1]).codes)
             tokens = " ".join(map(str, masked.tokens))
             first = tokens[: tokens.rindex(" " + " ".join(map(str, image)))].count(" ") + 1
             assert set(weights[:first]) <= {0.0, 0.25} and set(weights[first:]) == {1.0}
@@ -199,8 +205,8 @@ def test_what_stands_before_the_image_to_draw_has_the_inputs_weight(samples):
 
 
 def test_the_mix_follows_its_weights(samples):
-    drawn = samples({"text_to_image": 3.0, "caption": 1.0}, conditioning_dropout=0.0)
-    masked = sum(bool(drawn(epoch, row)[0].spans) for epoch in range(20) for row in range(40))
+    sampled = samples({"text_to_image": 3.0, "caption": 1.0}, conditioning_dropout=0.0)
+    masked = sum(bool(sampled(epoch, row)[0].spans) for epoch in range(20) for row in range(40))
     assert masked == 200
 
 
@@ -213,20 +219,22 @@ def test_the_mix_stays_within_its_bounds():
 
 
 def test_every_document_of_a_task_comes_before_one_comes_again(samples):
-    drawn = samples({"edit": 1.0, "text_to_image": 1.0}, change, conditioning_dropout=0.0)
-    assert len(drawn) == 40 and drawn.counts == {"text_to_image": 40, "edit": 20}
+    sampled = samples({"edit": 1.0, "text_to_image": 1.0}, change, conditioning_dropout=0.0)
+    assert len(sampled) == 40 and sampled.counts == {"text_to_image": 40, "edit": 20}
     edits = []
     for epoch in range(3):
         for number in range(40):
-            sample = drawn(epoch, number)
+            sample = sampled(epoch, number)
             edits += [sample.documents[-1]] if len(sample.masked.body.segments) == 4 else []
-    assert len(edits) == 60 and all(sorted(edits[start : start + 20]) == sorted(drawn.pretraining.store.ids[1::2]) for start in (0, 20, 40))
+    assert len(edits) == 60 and all(
+        sorted(edits[start : start + 20]) == sorted(sampled.pretraining.store.ids[1::2]) for start in (0, 20, 40)
+    )
 
 
 def test_documents_without_a_task_are_no_samples(samples):
-    drawn = samples({"vqa": 1.0}, lambda row: {} if row % 4 == 1 else {"questions": []})
-    assert len(drawn) == drawn.counts["vqa"] == 10
-    assert {drawn(0, row).documents[0] for row in range(10)} == set(drawn.pretraining.store.ids[1::4])
+    sampled = samples({"vqa": 1.0}, lambda row: {} if row % 4 == 1 else {"questions": []})
+    assert len(sampled) == sampled.counts["vqa"] == 10
+    assert {sampled(0, row).documents[0] for row in range(10)} == set(sampled.pretraining.store.ids[1::4])
 
 
 def test_no_document_with_a_task_is_an_error(samples):

@@ -2,14 +2,14 @@
 
 import pytest
 from serving_support import Held, serving
+from tests_support import decoding
 
-from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.generator import Generator
 
 
 @pytest.fixture(scope="session")
 def generator(tiny_parts):
-    return Generator.from_parts(**tiny_parts, decoding=DecodingConfig(candidates=2, max_text_tokens=8))
+    return Generator.from_parts(**tiny_parts, decoding=decoding(candidates=2, max_text_tokens=8))
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ def predict(bundle):
     return lambda rows, params=None: model.predict(context, rows, params)
 
 
-def picture(color="red"):
+def encoded_image(color="red"):
     stream = io.BytesIO()
     Image.new("RGB", (40, 30), color).save(stream, format="PNG")
     return base64.b64encode(stream.getvalue()).decode()
@@ -48,24 +48,24 @@ def opened(value):
 
 def test_answers_come_in_the_order_of_the_rows_and_say_which_they_answer(predict):
     rows = [
-        {"task": "answer", "image": picture(), "question": "what color?"},
+        {"task": "vqa", "image": encoded_image(), "question": "what color?"},
         {"prompt": "a red circle"},
-        {"task": "caption", "image": "data:image/png;base64," + picture("blue")},
+        {"task": "caption", "image": "data:image/png;base64," + encoded_image("blue")},
         {"task": "text_to_image", "prompt": "a ring"},
     ]
     answers = predict(pd.DataFrame(rows), {"num_images": 2, "candidates": 1, "seed": 5})
     assert answers["row"].tolist() == [0, 1, 1, 2, 3, 3]
-    assert answers["task"].tolist() == ["answer", "text_to_image", "text_to_image", "caption", "text_to_image", "text_to_image"]
-    drawn = answers[answers["row"] == 1]
-    assert set(drawn["seed"]) == {5, 6}
-    assert opened(drawn["image_png"].iloc[0]).size == (32, 32)
-    assert json.loads(opened(drawn["image_png"].iloc[0]).text["cm3leon"])["prompt"] == "a red circle"
+    assert answers["task"].tolist() == ["vqa", "text_to_image", "text_to_image", "caption", "text_to_image", "text_to_image"]
+    images = answers[answers["row"] == 1]
+    assert set(images["seed"]) == {5, 6}
+    assert opened(images["image_png"].iloc[0]).size == (32, 32)
+    assert json.loads(opened(images["image_png"].iloc[0]).text["cm3leon"])["prompt"] == "a red circle"
     assert isinstance(answers["text"].iloc[0], str)
     assert isinstance(answers["text"].iloc[3], str)
 
 
 def test_the_default_number_of_candidates_leaves_room_for_several_images():
-    """MLflow sends the signature's defaults along; 4 images with 32 candidates each would be more than are drawn for a request."""
+    """MLflow sends the signature's defaults along; 4 images with 32 candidates each would be more than are generated for a request."""
     from cm3leon.serving.mlflow_model import call_of
 
     generator = SimpleNamespace(decoding=DecodingConfig(candidates=32), image_size=32, super_resolution=None)
@@ -77,7 +77,7 @@ def test_the_default_number_of_candidates_leaves_room_for_several_images():
 
 
 def test_every_task_is_answered(predict):
-    image, box = picture(), "[4, 4, 24, 20]"
+    image, box = encoded_image(), "[4, 4, 24, 20]"
     asked = {
         "write": {"text": "hi"},
         "layout_to_image": {"prompt": "a ring", "objects": '[{"label": "ring", "box": [0, 0, 16, 16]}]'},
@@ -85,7 +85,8 @@ def test_every_task_is_answered(predict):
         "edit": {"image": image, "instruction": "make it blue"},
         "infill": {"image": image, "box": box, "prompt": "a ring"},
         "infill_text": {"text": "a ___ circle", "image": image},
-        "reason": {"image": image, "question": "Which?", "options": '["a", "b"]', "context": "Look."},
+        "long_caption": {"image": image},
+        "reasoning": {"image": image, "question": "Which?", "options": '["a", "b"]', "context": "Look."},
         "interleave": {"document": '[{"text": "a ring"}]'},
         "score": {"image": image, "text": "a ring"},
         "upscale": {"image": image},
@@ -104,7 +105,26 @@ def test_the_same_request_gives_the_same_answer_and_documents_are_named(predict)
     request = [{"prompt": "a blue square"}], {"retrieved_documents": 1, "candidates": 1, "seed": 3}
     first, second = predict(*request), predict(*request)
     assert first.equals(second)
-    assert set(json.loads(first["neighbors"].iloc[0])[0]) >= {"id", "licence", "attribution"}
+    assert set(json.loads(first["retrieved_documents"].iloc[0])[0]) >= {"id", "licence", "attribution"}
+
+
+def test_task_names_of_earlier_versions_are_answered_with_a_warning(predict):
+    row = {"image": encoded_image(), "question": "what color?"}
+    with pytest.warns(UserWarning, match="row 0: the task answer is now called vqa"):
+        former = predict([{"task": "answer", **row}])
+    assert former.equals(predict([{"task": "vqa", **row}])) and former["task"].tolist() == ["vqa"]
+
+
+def test_defaults_of_the_signature_leave_a_task_its_own_settings():
+    """MLflow sends all defaults along; a task's own settings in the bundle hold unless a request changes them."""
+    from cm3leon.serving.mlflow_model import call_of
+
+    decoding = DecodingConfig(temperature=0.7, tasks={"edit": {"temperature": 0.0}})
+    generator = SimpleNamespace(decoding=decoding, image_size=32, super_resolution=None)
+    sent = {param.name: param.default for param in signature(decoding).params.params}
+    row = {"task": "edit", "image": encoded_image(), "instruction": "x"}
+    assert "temperature" not in dict(call_of(0, row, request_settings(sent), generator).settings)
+    assert dict(call_of(0, row, request_settings(sent | {"temperature": 0.5}), generator).settings)["temperature"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -113,6 +133,8 @@ def test_the_same_request_gives_the_same_answer_and_documents_are_named(predict)
         ({"temprature": 1.0}, "unknown parameter 'temprature'; known are num_images"),
         ({"temperature": -1.0}, "temperature: .*-1.0"),
         ({"top_p": 0.0}, "top_p"),
+        ({"guidance": 51.0}, "guidance: .*50"),
+        ({"long": True}, "long_caption"),
         ({"num_images": 0}, "num_images"),
         ({"num_images": 1000}, "num_images"),
         ({"candidates": "many"}, "candidates"),
@@ -129,15 +151,15 @@ def test_wrong_parameters_are_named(predict, params, complaint):
     [
         ({"prompt": " "}, "row 1: task text_to_image: prompt: Field required"),
         ({"task": "paint", "prompt": "x"}, "row 1: unknown task 'paint'"),
-        ({"task": "answer", "image": picture()}, "row 1: task answer: question: Field required"),
+        ({"task": "vqa", "image": encoded_image()}, "row 1: task vqa: question: Field required"),
         ({"task": "caption", "image": "no image"}, "row 1: image: not base64"),
         ({"task": "caption", "image": base64.b64encode(b"no image").decode()}, "row 1: image: unreadable"),
-        ({"task": "caption", "image": picture(), "prompt": "x"}, "row 1: task caption: prompt: unknown field"),
+        ({"task": "caption", "image": encoded_image(), "prompt": "x"}, "row 1: task caption: prompt: unknown field"),
         (
-            {"task": "infill", "image": picture(), "box": "1, 2", "prompt": "x"},
+            {"task": "infill", "image": encoded_image(), "box": "1, 2", "prompt": "x"},
             "row 1: box and objects and document and options must be JSON",
         ),
-        ({"task": "infill", "image": picture(), "box": "[1, 2]", "prompt": "x"}, "row 1: task infill: box"),
+        ({"task": "infill", "image": encoded_image(), "box": "[1, 2]", "prompt": "x"}, "row 1: task infill: box"),
         ({"promt": "x"}, "row 1: unknown column 'promt'"),
     ],
 )
@@ -172,6 +194,7 @@ print(answers["image_png"][0])
 """
 
 
+@pytest.mark.slow
 def test_a_saved_model_works_in_another_process_and_directory(bundle, tmp_path, monkeypatch):
     import mlflow
 

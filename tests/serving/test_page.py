@@ -1,4 +1,4 @@
-"""The page in a real browser: a person types, draws boxes and uploads, and sees pictures, scores, answers and errors."""
+"""The page in a real browser: a person types, adds boxes and uploads, and sees images, scores, answers and errors."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from serving_support import serving
 
 from cm3leon.serving.app import PAGE
 
+pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs the program chromium")
 
@@ -31,13 +32,13 @@ def page(browser, server):
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image_file(tmp_path):
     Image.new("RGB", (60, 40), "red").save(tmp_path / "red.png")
     return tmp_path / "red.png"
 
 
 @needs_browser
-def test_a_prompt_becomes_pictures_with_scores_and_what_they_come_from(page, server, tmp_path):
+def test_a_prompt_becomes_images_with_scores_and_retrieved_documents(page, server, tmp_path):
     page.write("#prompt", "a red circle")
     page.click("summary")
     page.write("[name=n]", "3")
@@ -53,18 +54,18 @@ def test_a_prompt_becomes_pictures_with_scores_and_what_they_come_from(page, ser
     file = tmp_path / f"cm3leon-seed-{seed}.png"
     server.until(file.is_file)
     record = json.loads(Image.open(file).text["cm3leon"])
-    assert record["prompt"] == "a red circle" and record["seed"] == int(seed) and len(record["neighbors"]) == 2
+    assert record["prompt"] == "a red circle" and record["seed"] == int(seed) and len(record["retrieved_documents"]) == 2
 
 
 @needs_browser
-def test_things_are_placed_by_drawing_boxes_or_typing_them(page):
+def test_boxes_of_a_layout_are_added_with_the_pointer_or_typed(page):
     page.click("#tab-layout")
     page.drag("#board", (0.125, 0.25), (0.5, 0.75))
     page.write(".box input", "circle")
     page.write("#prompt", "a circle and a square")
     page.click("#add-box")
     page.click("#go")
-    assert page.text("#error") == "Say what is in each box."
+    assert page.text("#error") == "Name the object in each box."
     page.write(".box:nth-child(2) input", "square")
     page.click("#go")
     page.until("document.querySelectorAll('figure').length === 4")
@@ -73,39 +74,39 @@ def test_things_are_placed_by_drawing_boxes_or_typing_them(page):
     )
     assert [row[0] for row in boxes] == ["circle", "square"] and boxes[1][1:] == ["0", "0", "16", "16"]
     assert all(abs(int(found) - wanted) <= 1 for found, wanted in zip(boxes[0][1:], (4, 8, 16, 24), strict=True))
-    page.click("#tab-draw")
+    page.click("#tab-generate")
     page.click("#tab-layout")
     assert page.count(".box") == 2  # kept while another tab is shown
 
 
 @needs_browser
-def test_a_part_of_a_picture_is_redrawn(page, picture):
+def test_a_region_of_an_image_is_inpainted(page, image_file):
     page.click("#tab-infill")
     page.write("#prompt", "a ring")
     page.click("#go")
-    assert page.text("#error") == "Choose a picture first."
-    page.upload("#file", picture)
+    assert page.text("#error") == "Choose an image first."
+    page.upload("#file", image_file)
     page.until("!document.querySelector('#board-part').hidden")
     page.click("#go")
-    page.until("document.querySelector('#error').innerText === 'Draw a box around the part to redraw first.'")
+    page.until("document.querySelector('#error').innerText === 'Add a box around the region to inpaint first.'")
     page.drag("#board", (0.3, 0.3), (0.6, 0.6))
     page.click("#go")
     page.until("document.querySelectorAll('figure').length === 4 && document.querySelector('#error').hidden")
-    page.drag("#board", (0.02, 0.3), (0.1, 0.6))  # in what is cut off
+    page.drag("#board", (0.02, 0.3), (0.1, 0.6))  # outside the center crop
     assert page.count(".box") == 1
     page.click("#go")
     page.until("document.querySelector('#error').innerText.includes('outside the square that the model sees')")
 
 
 @needs_browser
-def test_a_picture_is_described_asked_about_and_edited(page, picture, generator):
+def test_an_image_is_described_asked_about_and_edited(page, image_file, generator):
     page.click("#tab-describe")
-    page.upload("#file", picture)
+    page.upload("#file", image_file)
     page.until("!document.querySelector('#board-part').hidden")
     page.click("#describe")
     page.until("document.querySelector('.answer')")
     shown = page.evaluate("document.querySelector('.answer p').textContent")
-    assert shown == generator.caption([Image.open(picture)])[0].text
+    assert shown == generator.caption([Image.open(image_file)])[0].text
     page.write("#question", "What color?")
     page.press("Enter")
     page.until("document.querySelectorAll('.answer').length === 2")
@@ -117,7 +118,7 @@ def test_a_picture_is_described_asked_about_and_edited(page, picture, generator)
 
 
 @needs_browser
-def test_a_drawn_picture_is_used_again_and_enlarged(page):
+def test_a_generated_image_is_used_again_and_enlarged(page):
     page.write("#prompt", "a ring")
     page.click("#go")
     page.until("document.querySelectorAll('figure').length === 4")
@@ -129,11 +130,11 @@ def test_a_drawn_picture_is_used_again_and_enlarged(page):
 
 
 @needs_browser
-def test_a_file_that_cannot_be_used_is_said_before_it_is_sent(page, tmp_path):
+def test_a_file_that_cannot_be_used_is_refused_before_it_is_sent(page, tmp_path):
     page.click("#tab-edit")
     for name, content, words in (
         ("big.png", b"0" * (10 * 2**20 + 1), "10.0 MiB; the server takes up to 10"),
-        ("x.png", b"x", "not a picture"),
+        ("x.png", b"x", "not an image"),
     ):
         (tmp_path / name).write_bytes(content)
         page.upload("#file", tmp_path / name)
@@ -142,10 +143,10 @@ def test_a_file_that_cannot_be_used_is_said_before_it_is_sent(page, tmp_path):
 
 
 @needs_browser
-def test_errors_of_the_server_are_shown_in_words(page):
+def test_errors_of_the_server_are_shown(page):
     page.write("#prompt", "circle " * 300)
     page.click("#go")
-    page.until("document.querySelector('#error').innerText.includes('shorten the prompt')")
+    page.until("document.querySelector('#error').innerText.includes('shorten the text')")
     page.write("#prompt", " ")
     page.click("#go")
     assert page.text("#error") == "The prompt is empty."
@@ -157,7 +158,7 @@ def test_errors_of_the_server_are_shown_in_words(page):
 
 
 @needs_browser
-def test_who_waits_sees_it_and_can_cancel(browser, held):
+def test_a_pending_request_is_shown_and_can_be_canceled(browser, held):
     with serving(held) as running:
         browser.open(running.url)
         browser.write("#prompt", "first")
@@ -166,7 +167,7 @@ def test_who_waits_sees_it_and_can_cancel(browser, held):
         assert browser.text("#waiting").startswith("Working") and browser.count("#go:disabled") == 1
         browser.click("#cancel")
         browser.until("document.querySelector('#waiting').hidden && !document.querySelector('#go').disabled")
-        browser.click("#go")  # waits behind the first, which is being drawn
+        browser.click("#go")  # is queued after the first, which is being answered
         running.until(lambda: running.worker.queue_length == 1)
         browser.click("#cancel")
         running.until(lambda: running.worker.queue_length == 0)
@@ -176,7 +177,7 @@ def test_who_waits_sees_it_and_can_cancel(browser, held):
 
 
 @needs_browser
-def test_what_a_model_cannot_do_is_said_with_the_reason(browser, held):
+def test_tasks_that_a_model_cannot_do_are_disabled_with_the_reason(browser, held):
     held.trained_tasks, held.super_resolution = frozenset({"text_to_image", "caption"}), None
     held.let_go.set()
     with serving(held) as running:

@@ -1,4 +1,4 @@
-"""The queue around real, untrained models: what is joined, dropped and counted, and how the server begins and stops."""
+"""The queue before real, untrained models: which requests are batched, dropped and counted, and how the server starts and stops."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from contextlib import chdir
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving_support import IMAGES, PICTURE, Asking, ask_all, opened, same, serving, starting
+from serving_support import IMAGES_ROUTE, RED_PNG, Connection, ask_all, opened, same, serving, starting
 
 from cm3leon.config.schema import Config
 from cm3leon.registry.bundle import build_bundle
@@ -20,7 +20,7 @@ from cm3leon.serving.server import run
 # --- the queue ---------------------------------------------------------------------------------------------------------
 
 
-def test_requests_that_ask_the_same_go_together_and_get_what_they_get_alone(held):
+def test_requests_with_equal_settings_are_batched_and_answered_as_alone(held):
     prompts = ["a red circle", "a blue square", "two green crosses and a blue square on white", "x"]
     with serving(held, max_rows=8) as running:
         [first] = ask_all(running, [{"text": "first"}], "/v1/tasks/write")
@@ -32,15 +32,15 @@ def test_requests_that_ask_the_same_go_together_and_get_what_they_get_alone(held
         held.let_go.set()
         answers = [asked.result() for asked in (first, *same_settings, *other_seed, *too_many)]
     assert all(answer.status_code == 200 for answer in answers)
-    drawn = [(columns[0], settings["seed"], settings["num_images"]) for _, columns, settings in held.calls[1:]]
-    assert len(drawn) == 3
-    assert [(sorted(texts), *rest) for texts, *rest in drawn if len(texts) > 1] == [(sorted(prompts), 5, 1)]
+    generated = [(columns[0], settings["seed"], settings["num_images"]) for _, columns, settings in held.calls[1:]]
+    assert len(generated) == 3
+    assert [(sorted(texts), *rest) for texts, *rest in generated if len(texts) > 1] == [(sorted(prompts), 5, 1)]
     for prompt, answer in zip(prompts, answers[1:5], strict=True):
         [[alone]] = held.generator.text_to_image([prompt], seed=5, candidates=2)
         assert same(opened(answer.json()["data"][0]["b64_json"]), alone.image)
 
 
-def test_more_rows_than_allowed_are_not_joined(held):
+def test_batches_have_no_more_rows_than_allowed(held):
     with serving(held, max_rows=8) as running:
         [first] = ask_all(running, [{"text": "first"}], "/v1/tasks/write")
         running.until(lambda: held.calls)
@@ -51,7 +51,7 @@ def test_more_rows_than_allowed_are_not_joined(held):
     assert [len(columns[0]) for _, columns, _ in held.calls[1:]] == [2, 2, 1]
 
 
-def test_one_that_cannot_be_answered_does_not_fail_those_it_was_joined_with(held):
+def test_a_request_that_fails_does_not_fail_its_batch(held):
     with serving(held) as running:
         [first] = ask_all(running, [{"text": "first"}], "/v1/tasks/write")
         running.until(lambda: held.calls)
@@ -66,44 +66,44 @@ def test_one_that_cannot_be_answered_does_not_fail_those_it_was_joined_with(held
     assert same(opened(answers[0].json()["data"][0]["b64_json"]), alone.image)
 
 
-def test_a_full_queue_says_when_to_come_again(held):
+def test_a_full_queue_says_when_to_try_again(held):
     with serving(held, capacity=2) as running:
         asked = ask_all(running, [{"text": "first"}], "/v1/tasks/write")
         running.until(lambda: held.calls)
         asked += ask_all(running, [{"prompt": "x"}, {"prompt": "y"}])
         running.until(lambda: running.worker.queue_length == 2)
-        refused = running.client.post(IMAGES, json={"prompt": "z"})
+        refused = running.client.post(IMAGES_ROUTE, json={"prompt": "z"})
         assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert running.client.get("/health").json() == {"status": "ready", "model": "tiny", "queue_length": 2}
         held.let_go.set()
         assert all(answer.result().status_code == 200 for answer in asked)
-        assert running.client.post(IMAGES, json={"prompt": "z"}).status_code == 200
+        assert running.client.post(IMAGES_ROUTE, json={"prompt": "z"}).status_code == 200
 
 
-def test_who_leaves_before_their_turn_is_dropped(held):
+def test_a_request_whose_client_disconnects_is_dropped(held):
     with serving(held) as running:
         [first] = ask_all(running, [{"text": "first"}], "/v1/tasks/write")
         running.until(lambda: held.calls)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(running.url + IMAGES, json={"prompt": "left alone"}, timeout=0.3, trust_env=False)
+            httpx.post(running.url + IMAGES_ROUTE, json={"prompt": "left alone"}, timeout=0.3, trust_env=False)
         running.until(lambda: running.worker.queue_length == 0)
         held.let_go.set()
         assert first.result().status_code == 200
-        assert running.client.post(IMAGES, json={"prompt": "stayed"}).status_code == 200
+        assert running.client.post(IMAGES_ROUTE, json={"prompt": "stayed"}).status_code == 200
         counted = samples(running)
     assert [columns[0] for _, columns, _ in held.calls] == [["first"], ["stayed"]]
     assert counted["cm3leon_requests_total", "text_to_image", "499"] == 1
 
 
-def test_what_fails_inside_is_told_without_its_details(held):
+def test_internal_errors_are_answered_without_details(held):
     held.caption = lambda *columns, **settings: 1 / 0
     with serving(held) as running:
-        answer = running.client.post("/v1/tasks/caption", json={"image": PICTURE})
+        answer = running.client.post("/v1/tasks/caption", json={"image": RED_PNG})
         assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
         assert "division" not in answer.text and "log" in answer.text
         held.let_go.set()
-        assert running.client.post("/v1/tasks/answer", json={"image": PICTURE, "question": "?"}).status_code == 200
+        assert running.client.post("/v1/tasks/vqa", json={"image": RED_PNG, "question": "?"}).status_code == 200
 
 
 def samples(running):
@@ -116,7 +116,7 @@ def samples(running):
     }
 
 
-def test_metrics_count_what_happened(held):
+def test_metrics_count_requests_and_batches(held):
     with serving(held) as running:
         [first] = ask_all(running, [{"text": "first"}], "/v1/tasks/write")
         running.until(lambda: held.calls)
@@ -126,7 +126,7 @@ def test_metrics_count_what_happened(held):
         held.let_go.set()
         for answer in (first, *asked):
             answer.result()
-        running.client.post(IMAGES, json={"n": 0})
+        running.client.post(IMAGES_ROUTE, json={"n": 0})
         found = samples(running)
     assert found["cm3leon_requests_total", "write", "200"] == 1
     assert found["cm3leon_requests_total", "text_to_image", "200"] == 2 and found["cm3leon_requests_total", "text_to_image", "400"] == 1
@@ -143,16 +143,16 @@ def test_nothing_is_answered_before_the_model_is_loaded(generator):
     with starting(lambda: loaded.wait(20) and generator) as running:
         health = running.client.get("/health")
         assert health.status_code == 503 and health.json()["status"] == "loading"
-        refused = running.client.post(IMAGES, json={"prompt": "x"})
+        refused = running.client.post(IMAGES_ROUTE, json={"prompt": "x"})
         assert refused.status_code == 503 and "loading" in refused.json()["error"]["message"] and refused.headers["Retry-After"]
         assert running.client.get("/v1/models").json()["data"][0]["cm3leon"] is None
         assert "<title>cm3leon</title>" in running.client.get("/").text
         loaded.set()
         running.until(running.healthy)
-        assert running.client.post(IMAGES, json={"prompt": "x"}).status_code == 200
+        assert running.client.post(IMAGES_ROUTE, json={"prompt": "x"}).status_code == 200
 
 
-def test_what_waits_at_a_signal_is_finished_and_what_comes_after_refused(held):
+def test_at_a_signal_queued_requests_are_answered_and_new_ones_refused(held):
     with serving(held) as running:
         asked = ask_all(running, [{"text": "first"}], "/v1/tasks/write")
         running.until(lambda: held.calls)
@@ -160,7 +160,7 @@ def test_what_waits_at_a_signal_is_finished_and_what_comes_after_refused(held):
         running.until(lambda: running.worker.queue_length == 2)
         running.server.handle_exit(15, None)
         running.until(lambda: running.client.get("/health").status_code == 503)
-        refused = running.client.post(IMAGES, json={"prompt": "late"})
+        refused = running.client.post(IMAGES_ROUTE, json={"prompt": "late"})
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "stopping"
         held.let_go.set()
         assert [answer.result().status_code for answer in asked] == [200, 200, 200]
@@ -168,7 +168,7 @@ def test_what_waits_at_a_signal_is_finished_and_what_comes_after_refused(held):
         assert not running.thread.is_alive() and running.worker.join(1)
 
 
-def test_what_is_not_finished_within_the_limit_is_told_so(held):
+def test_requests_not_answered_within_the_limit_get_503(held):
     with serving(held, drain_seconds=0.2) as running:
         asked = ask_all(running, [{"text": "first"}], "/v1/tasks/write")
         running.until(lambda: held.calls)
@@ -200,15 +200,16 @@ def bundle(tiny_models, tmp_path):
 PROGRAM = "import sys; from cm3leon.serving.server import run; run(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
 
 
-def test_a_process_that_is_told_to_stop_finishes_and_ends_with_status_0(bundle, tmp_path):
-    host = "127.0.0.2"  # not the name of this host: it must be asked for, and is warned about
+@pytest.mark.slow
+def test_a_process_that_gets_sigterm_finishes_and_ends_with_status_0(bundle, tmp_path):
+    host = "127.0.0.2"  # not loopback by name: the server warns about it
     with socket.create_server((host, 0)) as free:
         port = free.getsockname()[1]
     with (tmp_path / "log").open("w") as log:
         command = [sys.executable, "-c", PROGRAM, str(bundle), host, str(port)]
         process = subprocess.Popen(command, stderr=log, stdout=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
-        running = Asking(f"http://{host}:{port}")
+        running = Connection(f"http://{host}:{port}")
         running.until(running.healthy, seconds=60)
         asked = ask_all(running, [{"prompt": "x", "n": 8, "candidates": 4, "seed": seed} for seed in range(16)])
         running.until(lambda: running.client.get("/health").json()["queue_length"] >= 2)
@@ -220,7 +221,7 @@ def test_a_process_that_is_told_to_stop_finishes_and_ends_with_status_0(bundle, 
     assert "there is no authentication" in (tmp_path / "log").read_text()
 
 
-def test_a_model_that_is_not_there_is_said(tmp_path, capsys):
+def test_a_missing_model_is_an_error(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="is not a bundle"):
         run(str(tmp_path), port=0)
     assert "authentication" not in capsys.readouterr().err

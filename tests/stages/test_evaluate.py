@@ -23,7 +23,7 @@ from cm3leon.evaluation import inception
 from cm3leon.evaluation.leakage import LeakageError
 from cm3leon.evaluation.record import Record
 from cm3leon.evaluation.tasks import MEASURES
-from cm3leon.generation.engine import PromptTooLongError
+from cm3leon.generation.checks import PromptTooLongError
 from cm3leon.scenes import source as shapes
 from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.stages import evaluate

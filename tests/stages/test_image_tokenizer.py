@@ -1,17 +1,17 @@
-"""What the image tokenizer learns from."""
+"""The images that the image tokenizer is trained on."""
 
 import pandas as pd
 import pytest
 
-from cm3leon.stages.image_tokenizer import pictures
+from cm3leon.stages.image_tokenizer import training_images
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.2, 5), (0.5, 20), (0.9, 40)])
-def test_condition_images_are_a_share_of_all_and_no_document_is_left_out(share, count):
+def test_condition_images_are_a_share_of_all_and_no_record_is_left_out(share, count):
     conditions = [[{"kind": "depth", "image": f"depth {n}"}, {"kind": "hed", "image": f"hed {n}"}] for n in range(20)]
-    manifest = pd.DataFrame({"image": [f"document {n}" for n in range(20)], "conditions": conditions})
-    found = pictures(manifest, share, 0)
+    manifest = pd.DataFrame({"image": [f"image {n}" for n in range(20)], "conditions": conditions})
+    found = training_images(manifest, share, 0)
     assert found[:20] == manifest["image"].tolist()
     assert len(found[20:]) == len(set(found[20:])) == count
     assert set(found[20:]) <= {item["image"] for items in conditions for item in items}
-    assert pictures(manifest, share, 0) == found
+    assert training_images(manifest, share, 0) == found

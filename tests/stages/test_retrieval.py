@@ -21,11 +21,13 @@ from cm3leon.config.schema import Config, PretrainConfig
 from cm3leon.data.manifest import VALIDATED_SCHEMA
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
 from cm3leon.models.clip import Encoder
+from cm3leon.models.super_resolution import target_side
+from cm3leon.retrieval import table
 from cm3leon.retrieval.index import MemoryBank
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.stages import encoder, index, retrieve, super_resolution
-from cm3leon.stages.pretrain import training_samples
 from cm3leon.tracking import runs
+from cm3leon.training.pretraining import training_samples
 
 CONFIG = Config.model_validate(
     {
@@ -95,17 +97,17 @@ def test_index_holds_the_multimodal_train_documents(project: tuple[Path, dict[st
 
 def test_neighbors_come_from_train_and_are_never_the_query(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
     _, figures = project
-    table = pd.read_parquet(paths.NEIGHBORS / retrieve.FILE)
-    assert pq.read_schema(paths.NEIGHBORS / retrieve.FILE).equals(retrieve.SCHEMA)
-    assert table["id"].tolist() == [f"ab{i:02d}" for i in range(1, TRAIN + VAL + TEST)]
+    found = pd.read_parquet(paths.NEIGHBORS / table.FILE)
+    assert pq.read_schema(paths.NEIGHBORS / table.FILE).equals(table.SCHEMA)
+    assert found["id"].tolist() == [f"ab{i:02d}" for i in range(1, TRAIN + VAL + TEST)]
     train = {f"ab{i:02d}" for i in range(1, TRAIN)}
-    for row in table.itertuples():
+    for row in found.itertuples():
         assert set(row.neighbours) <= train - {row.id}
         assert len(set(row.neighbours)) == len(row.neighbours) == len(row.scores) == len(row.modalities) <= 4
         assert (row.scores <= 0.99).all()
         assert set(row.random) <= train - {row.id} and len(set(row.random)) == len(row.random) <= len(row.neighbours)
         assert sorted(row.modalities, reverse=True) == list(row.modalities)  # text first
-    lengths = table["neighbours"].map(len)[: TRAIN - 1]
+    lengths = found["neighbours"].map(len)[: TRAIN - 1]
     assert figures["retrieve"]["train_neighbors"] == pytest.approx(lengths.mean())
     assert figures["retrieve"]["train_complete"] == pytest.approx((lengths == 4).mean())
     assert lengths.max() > 0
@@ -116,7 +118,7 @@ def test_nothing_of_the_query_and_nothing_held_out_stands_before_it(project: tup
     vocabulary = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
     for split, first, count in (("train", 1, TRAIN - 1), ("val", TRAIN, VAL), ("test", TRAIN + VAL, TEST)):
         documents = make_documents(count)
-        named = [Document(f"ab{first + number:02d}", d.codes, d.texts) for number, d in enumerate(documents)]
+        named = [Document(f"ab{first + number:02d}", d.codes, d.captions) for number, d in enumerate(documents)]
         write_tokens(paths.TOKENS, split, named, 16, 100)
     bank = MemoryBank.load(paths.INDEX)
     vectors = bank.vectors(np.arange(len(bank)))
@@ -164,10 +166,10 @@ def test_super_resolution_reports_both(project: tuple[Path, dict[str, dict[str, 
 
 def test_side_of_the_targets() -> None:
     sizes = pd.DataFrame({"width": [640, 300, 641], "height": [480, 301, 500]})
-    assert super_resolution.target_side(sizes, 256, 2) == 480  # half of the images have it
-    assert super_resolution.target_side(sizes, 64, 2) == 128  # outputs are no larger
-    assert super_resolution.target_side(sizes, 500, 3) == 480
-    assert super_resolution.target_side(sizes.assign(width=65), 64, 4) == 64
+    assert target_side(sizes, 256, 2) == 480  # half of the images have it
+    assert target_side(sizes, 64, 2) == 128  # outputs are no larger
+    assert target_side(sizes, 500, 3) == 480
+    assert target_side(sizes.assign(width=65), 64, 4) == 64
 
 
 def test_pretrained_model_needs_weights(project: tuple[Path, dict[str, dict[str, float]]]) -> None:

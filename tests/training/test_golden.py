@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests_support import make_documents
 
-from cm3leon.config.schema import load_config
+from cm3leon.config.profiles import load_profile
 from cm3leon.data.batches import PackedStream, SortedStream
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
@@ -23,14 +23,14 @@ from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.trainer import fit, setup
 
 GOLDEN = Path(__file__).with_name("golden.json")
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=16, tokens_per_image=16)
 TOLERANCE = 5e-3
 """Sums differ in their last digits between processors, and training makes that larger."""
 
 
 def curve(directory: Path, packing: bool) -> list[float]:
-    config = load_config(TINY)
+    config = load_profile("tiny", configs=CONFIGS)
     section = config.pretrain.model_copy(update={"steps": 50, "packing": packing})
     write_tokens(directory, "train", make_documents(60), 16, 100)
     store = TokenStore(directory)
@@ -43,7 +43,7 @@ def curve(directory: Path, packing: bool) -> list[float]:
         else SortedStream(samples, len(store), section.batch_size, config.seed)
     )
     torch.manual_seed(config.seed)
-    model = Decoder(DecoderSpec(**section.model.model_dump(exclude={"sentinels", "reserved", "codebook_std"})), VOCABULARY)
+    model = Decoder(DecoderSpec.from_config(section.model), VOCABULARY)
     state = setup(model, section)
     fit(state, stream, section, {}, "golden")
     return state.losses

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests_support import decoder_spec
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm3leon.config.schema import TrainConfig
-from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import Vocabulary
-from cm3leon.training.distributed import products_dtype
 from cm3leon.training.hardware import DEVICES, flops_per_token, peak_flops
 
 
@@ -57,7 +56,7 @@ def test_flops_are_those_that_pytorch_counts(recompute: bool) -> None:
     """
     layers, width, context, rows = 2, 64, 32, 3
     vocabulary = Vocabulary(40, 20, 4, 9)
-    model = Decoder(DecoderSpec(layers, width, 4, context), vocabulary)
+    model = Decoder(decoder_spec(layers, width, 4, context), vocabulary)
     model.recompute = recompute
     tokens = torch.randint(vocabulary.size, (rows, context))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -69,14 +68,3 @@ def test_flops_are_those_that_pytorch_counts(recompute: bool) -> None:
     no_target = 6 * rows * vocabulary.size * width  # the last token of a row predicts nothing
     counted = rows * context * (flops_per_token(model.spec, vocabulary.size, context) + causal_half + again) - no_target
     assert counter.get_total_flops() == counted
-
-
-def test_auto_is_bfloat16_only_where_there_are_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, cpu = TrainConfig(precision="auto"), torch.device("cpu")
-    for capability, expected in (("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx512_f", torch.float32)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capability: {found: True}, raising=False)
-        assert products_dtype(config, cpu) == expected
-        assert products_dtype(TrainConfig(precision="fp32"), cpu) == torch.float32
-        assert products_dtype(TrainConfig(precision="bf16"), cpu) == torch.bfloat16
-    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch before 2.12
-    assert products_dtype(config, cpu) == torch.float32

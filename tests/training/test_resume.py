@@ -1,4 +1,4 @@
-"""A run that was stopped, however it was, goes on to the same bits; and in any number of processes it is the same run."""
+"""A run that was killed or interrupted resumes to the same bits, and is the same run in any number of processes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ STEPS = 40
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def new_directory(tmp_path_factory):
     """A function that makes a new directory with the same tokens."""
 
     def make():
@@ -34,14 +34,14 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(place):
+def uninterrupted(new_directory):
     """A function of changed parameters: the directory of an uninterrupted run in one process, and its losses."""
     known = {}
 
     def get(**changes):
         key = json.dumps(changes, sort_keys=True)
         if key not in known:
-            directory = place()
+            directory = new_directory()
             known[key] = directory, run(directory, **changes)[0]
         return known[key]
 
@@ -89,45 +89,48 @@ def same_weights(one, other):
 MUON_PACKED = {"optimizer": "muon", "packing": True, "micro_batch_size": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, MUON_PACKED], ids=["adamw", "muon-packed"])
-def test_after_a_kill_losses_and_weights_are_the_same_bits(place, whole, changes):
-    expected_directory, expected = whole(**changes)
-    killed = place()
+def test_after_a_kill_losses_and_weights_are_the_same_bits(new_directory, uninterrupted, changes):
+    expected_directory, expected = uninterrupted(**changes)
+    killed = new_directory()
     status, _ = stop(start(killed, **changes), killed, 8, signal.SIGKILL)
     assert status == -signal.SIGKILL
     found, output = run(killed, **changes)
-    assert "goes on at step" in output
+    assert "resuming at step" in output
     assert found == expected
     assert same_weights(killed, expected_directory)
 
 
-def test_told_to_leave_it_writes_a_checkpoint_and_goes_on_from_there(place, whole):
-    told = place()
+@pytest.mark.slow
+def test_interrupted_by_sigterm_it_writes_a_checkpoint_and_resumes_from_it(new_directory, uninterrupted):
+    directory = new_directory()
     begin = time.monotonic()
-    status, output = stop(start(told), told, 4, signal.SIGTERM)
+    status, output = stop(start(directory), directory, 4, signal.SIGTERM)
     assert time.monotonic() - begin < 60
     assert status == 143
-    left = int(output.partition("told to leave at step ")[2].split(";")[0])
-    assert (told / "checkpoints" / f"step-{left:08d}").is_dir()
-    found, output = run(told)
-    assert f"goes on at step {left} of" in output
-    assert found == whole()[1]
+    step = int(output.partition("interrupted by SIGTERM at step ")[2].split(";")[0])
+    assert (directory / "checkpoints" / f"step-{step:08d}").is_dir()
+    found, output = run(directory)
+    assert f"resuming at step {step} of" in output
+    assert found == uninterrupted()[1]
 
 
-def test_a_damaged_checkpoint_is_refused_with_the_reason_and_the_one_before_is_used(place, whole):
-    hurt = place()
-    stop(start(hurt), hurt, 16, signal.SIGKILL)
-    newest = sorted(path for path in (hurt / "checkpoints").glob("step-*") if path.suffix != ".part")[-1]
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_the_one_before_is_used(new_directory, uninterrupted):
+    damaged = new_directory()
+    stop(start(damaged), damaged, 16, signal.SIGKILL)
+    newest = sorted(path for path in (damaged / "checkpoints").glob("step-*") if path.suffix != ".part")[-1]
     file = next(newest.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-5])
-    found, output = run(hurt)
+    found, output = run(damaged)
     assert f"checkpoint {newest.name} is not used" in output
     assert "checksum differs" in output
-    assert "goes on at step" in output
-    assert found == whole()[1]
+    assert "resuming at step" in output
+    assert found == uninterrupted()[1]
 
 
-def test_another_fingerprint_starts_anew_says_why_and_keeps_the_old(tmp_path, capsys):
+def test_another_fingerprint_starts_from_the_beginning_says_why_and_keeps_the_old(tmp_path, capsys):
     def checkpoints(**fingerprint):
         return Checkpoints(tmp_path / "run", fingerprint, 2)
 
@@ -144,7 +147,7 @@ def test_another_fingerprint_starts_anew_says_why_and_keeps_the_old(tmp_path, ca
     assert (tmp_path / "run.old" / "step-00000007").is_dir()
 
 
-def test_a_finished_run_is_not_continued(tmp_path):
+def test_a_finished_run_is_not_resumed(tmp_path):
     checkpoints = Checkpoints(tmp_path / "run", {"a": "1"}, 2)
     checkpoints.open()
     checkpoints.save(1, {"model.w": torch.ones(2, 3)}, {"score": None})
@@ -162,21 +165,23 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert checkpoints.names() == ["step-00000002", "step-00000005", "step-00000006"]
 
 
-def test_two_processes_are_the_same_run_as_one(place, whole):
-    _, expected = whole(**MUON_PACKED)
-    found, _ = run(place(), processes=2, **MUON_PACKED)
+@pytest.mark.slow
+def test_two_processes_are_the_same_run_as_one(new_directory, uninterrupted):
+    _, expected = uninterrupted(**MUON_PACKED)
+    found, _ = run(new_directory(), processes=2, **MUON_PACKED)
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(place, whole):
-    _, expected = whole(packing=True)
-    directory = place()
+@pytest.mark.slow
+def test_a_run_resumes_with_another_number_of_processes(new_directory, uninterrupted):
+    _, expected = uninterrupted(packing=True)
+    directory = new_directory()
     stop(start(directory, 2, packing=True), directory, 8, signal.SIGTERM)
     _, output = stop(start(directory, 1, packing=True), directory, 24, signal.SIGTERM)
-    assert "goes on at step" in output
+    assert "resuming at step" in output
     found, output = run(directory, 2, packing=True)
-    assert "goes on at step" in output
+    assert "resuming at step" in output
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
 
 

@@ -6,20 +6,22 @@ import signal
 import numpy as np
 import pytest
 import torch
-from tests_support import make_documents
+from tests_support import OBJECTIVE, decoder_spec, make_documents
 
-from cm3leon.config.schema import ObjectiveConfig, TrainConfig
+from cm3leon.config.schema import TrainConfig
 from cm3leon.data.batches import PackedStream, SortedStream, collate
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
-from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.optimizer import learning_rate_at, make_optimizers
 from cm3leon.training.trainer import LOG_EVERY, DivergenceError, fit, setup, validate
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
-CONFIG = TrainConfig(steps=30, batch_size=8, warmup_steps=5, validate_every=15, learning_rate=5e-3)
+CONFIG = TrainConfig(
+    steps=30, batch_size=8, warmup_steps=5, validate_every=15, checkpoint_every=250, optimizer="adamw", learning_rate=5e-3, precision="fp32"
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +29,13 @@ def stream(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokens")
     write_tokens(directory, "train", make_documents(16), 16, 100)
     store = TokenStore(directory)
-    samples = PretrainingSamples(store, store, {}, VOCABULARY, ObjectiveConfig(), [1.0], 80, 0)
+    samples = PretrainingSamples(store, store, {}, VOCABULARY, OBJECTIVE, [1.0], 80, 0)
     return SortedStream(samples, len(store), 8, 0)
 
 
 def make_model():
     torch.manual_seed(0)
-    return Decoder(DecoderSpec(layers=2, width=32, heads=2, context=80, init_std=0.02, image_positions=True), VOCABULARY)
+    return Decoder(decoder_spec(layers=2, width=32, heads=2, context=80, init_std=0.02, image_positions=True), VOCABULARY)
 
 
 def train(stream, config=CONFIG):
@@ -201,6 +203,7 @@ def test_a_run_that_goes_on_records_its_losses_from_the_beginning(stream, tmp_pa
     assert {step: logged[step]["loss"] for step in first} == first
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_learn_the_same(stream):
     short = CONFIG.model_copy(update={"steps": 3})

@@ -1,10 +1,10 @@
-// A canvas that shows a picture, or an empty square, and on which boxes are drawn. Boxes are in pixels of the picture.
+// A canvas that shows an image, or an empty square, and on which boxes are added with a pointer. Boxes are in pixels of the image.
 
 const SIDE = 384;
 const COLORS = ["#c2185b", "#1565c0", "#2e7d32", "#ef6c00", "#6a1b9a", "#00838f"];
 
 export class Board {
-  // onChange is called when a box was drawn.
+  // onChange is called when a box was added.
   constructor(canvas, onChange) {
     this.canvas = canvas;
     this.onChange = onChange;
@@ -17,13 +17,13 @@ export class Board {
     canvas.addEventListener("pointercancel", () => { this.draft = null; this.paint(); });
   }
 
-  // most: how many boxes may be drawn; where it is one, a new box replaces it.
-  show(picture, width, height, most, boxes = []) {
-    Object.assign(this, { picture, width, height, most, boxes, draft: null });
+  // most: how many boxes there may be; if it is one, a new box replaces it.
+  show(image, width, height, most, boxes = []) {
+    Object.assign(this, { image, width, height, most, boxes, draft: null });
     this.scale = SIDE / Math.max(width, height);
     this.canvas.width = Math.max(1, Math.round(width * this.scale));
     this.canvas.height = Math.max(1, Math.round(height * this.scale));
-    this.canvas.classList.toggle("drawable", most > 0);
+    this.canvas.classList.toggle("takes-boxes", most > 0);
     this.paint();
   }
 
@@ -33,7 +33,8 @@ export class Board {
     this.onChange();
   }
 
-  place(event) {
+  // The pixel of the image under the pointer.
+  pixelAt(event) {
     const frame = this.canvas.getBoundingClientRect();
     const inside = (value, most) => Math.min(Math.max(value, 0), most);
     return [
@@ -45,13 +46,13 @@ export class Board {
   start(event) {
     if (!this.most || (this.most > 1 && this.boxes.length >= this.most)) return;
     this.canvas.setPointerCapture(event.pointerId);
-    this.from = this.place(event);
+    this.from = this.pixelAt(event);
     this.move(event);
   }
 
   move(event) {
     if (!this.from) return;
-    const [x, y] = this.place(event);
+    const [x, y] = this.pixelAt(event);
     const [left, top] = [Math.floor(Math.min(x, this.from[0])), Math.floor(Math.min(y, this.from[1]))];
     this.draft = [left, top, Math.ceil(Math.max(x, this.from[0])), Math.ceil(Math.max(y, this.from[1]))];
     this.paint();
@@ -68,18 +69,18 @@ export class Board {
     const context = this.canvas.getContext("2d");
     const { width, height } = this.canvas;
     context.clearRect(0, 0, width, height);
-    if (this.picture) {
+    if (this.image) {
       context.imageSmoothingEnabled = this.scale < 3;
-      context.drawImage(this.picture, 0, 0, width, height);
+      context.drawImage(this.image, 0, 0, width, height);
       this.shade(context);
     } else {
       this.grid(context);
     }
-    const drawn = [...this.boxes, ...(this.draft ? [{ label: "", box: this.draft }] : [])];
-    drawn.forEach(({ label, box }, number) => this.frame(context, label, box, COLORS[number % COLORS.length]));
+    const shown = [...this.boxes, ...(this.draft ? [{ label: "", box: this.draft }] : [])];
+    shown.forEach(({ label, box }, number) => this.frame(context, label, box, COLORS[number % COLORS.length]));
   }
 
-  // What the model does not see of a picture that is no square.
+  // Shade the parts of an image that is not square which the center crop leaves out.
   shade(context) {
     const { width, height } = this.canvas;
     const [across, down] = [Math.max(0, (width - height) / 2), Math.max(0, (height - width) / 2)];

@@ -1,6 +1,6 @@
 // Requests to the server this page comes from.
 
-// An answer's JSON. Throws an Error whose message can be shown to a person.
+// The JSON of a response. Throws an Error whose message can be shown to a person.
 async function read(request) {
   let response;
   try {
@@ -12,7 +12,7 @@ async function read(request) {
   let answer = null;
   try {
     answer = await response.json();
-  } catch { /* no JSON: the status says what there is to say */ }
+  } catch { /* no JSON: the status is the message */ }
   if (response.ok && answer) return answer;
   throw new Error(answer?.error?.message ?? `The server answered with status ${response.status}.`);
 }
@@ -21,7 +21,7 @@ export function post(path, body, signal) {
   return read(fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal }));
 }
 
-// The served model, once it is loaded; report is told what is going on until then.
+// The served model, once it is loaded; until then report gets messages about its state.
 export async function loadedModel(report) {
   for (;;) {
     try {
@@ -35,7 +35,7 @@ export async function loadedModel(report) {
   }
 }
 
-// How many requests wait in the server, or null if it does not say.
+// The number of requests in the server's queue, or null if it does not answer.
 export async function queueLength() {
   try {
     return (await (await fetch("/health")).json()).queue_length;
@@ -48,7 +48,7 @@ export function base64Of(blob) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.addEventListener("load", () => resolve(reader.result));
-    reader.addEventListener("error", () => reject(new Error("The picture cannot be read.")));
+    reader.addEventListener("error", () => reject(new Error("The image cannot be read.")));
     reader.readAsDataURL(blob);
   });
 }

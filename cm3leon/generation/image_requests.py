@@ -1,0 +1,142 @@
+"""Requests for images: the prompts that precede an image, and the segments by which its candidates are ranked.
+
+:func:`image_request` lays out a task's texts and images as in training, once for each stream of guidance. :func:`inpainting_request` keeps
+the codes outside a box.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from cm3leon.data.images import fit_square
+from cm3leon.generation.checks import BadInputError, free_tokens
+from cm3leon.generation.parts import Parts
+from cm3leon.generation.prompts import image_prompt, infill_prompt
+from cm3leon.generation.results import RetrievedDocument
+from cm3leon.sequence.grammar import Prompt
+from cm3leon.sequence.tasks import TASKS, Box, Fields, SegmentTokens, lay_out
+
+
+@dataclass(frozen=True)
+class Query:
+    """The segments that precede an image, without retrieved documents.
+
+    Attributes:
+        likelihood_segments: those whose log-likelihood, given the image, ranks candidates; empty: it does not.
+        describes_image: the prompt describes the image, so that CLIP can compare the two; an instruction of editing does not.
+    """
+
+    segments: list[SegmentTokens]
+    likelihood_segments: tuple[int, ...] = ()
+    describes_image: bool = True
+
+
+@dataclass(frozen=True)
+class Region:
+    """A region of an image to be inpainted.
+
+    Attributes:
+        span: first code, and the one after the last, in raster order.
+        known: (tokens_per_image,), the image's codes, -1 inside the region.
+    """
+
+    span: tuple[int, int]
+    known: np.ndarray
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image to generate.
+
+    Attributes:
+        prompt: the text that a person gave.
+        streams: the prompt of each stream of guidance, the conditional one first.
+        retrieved_documents: those that precede the query in every stream.
+        region: the region to inpaint; None: the whole image is generated.
+    """
+
+    prompt: str
+    query: Query
+    streams: list[Prompt]
+    retrieved_documents: list[RetrievedDocument] = field(default_factory=list)
+    region: Region | None = None
+
+
+def image_request(
+    parts: Parts,
+    task: str,
+    prompt: str,
+    values: Fields,
+    images: Mapping[str, np.ndarray] | None = None,
+    documents: Sequence[RetrievedDocument] = (),
+) -> ImageRequest:
+    """The request that a task makes of its texts and images.
+
+    Retrieved documents that do not fit in the context with the prompt and the image are left out, the least relevant first.
+
+    Args:
+        values: texts of the fields of the task's template (``cm3leon.sequence.tasks``).
+        images: codes of the template's other images by field name (``source``, ``condition``).
+    """
+    segments = query_segments(parts, task, values, images or {})
+    documents = list(documents)
+    streams = guidance_streams(parts, task, segments, documents)
+    while documents and free_tokens(parts.model, streams) < parts.model.vocabulary.tokens_per_image:
+        documents.pop()
+        streams = guidance_streams(parts, task, segments, documents)
+    query = Query(segments, TASKS[task].cfg_dropout[0], describes_image=task != "edit")
+    return ImageRequest(prompt, query, streams, documents)
+
+
+def query_segments(parts: Parts, task: str, values: Fields, images: Mapping[str, np.ndarray]) -> list[SegmentTokens]:
+    """The segments before the image that a task generates, by its first template."""
+    return lay_out(TASKS[task].templates[0], [values], images, parts.model.vocabulary, parts.text_tokenizer)[0]
+
+
+def guidance_streams(
+    parts: Parts, task: str, segments: Sequence[SegmentTokens], documents: Sequence[RetrievedDocument] = ()
+) -> list[Prompt]:
+    """The streams of guidance: the conditional one, then one for each group of segments that conditioning dropout masks in training.
+
+    All keep the retrieved documents (arXiv 2309.02591, section 3.1). For editing: image and instruction, image, neither.
+    """
+    vocabulary = parts.model.vocabulary
+    retrieved = [] if parts.memory is None else [parts.memory.segments(document, vocabulary) for document in documents]
+    return [image_prompt(segments, retrieved, vocabulary, frozenset(masked)) for masked in ((), *TASKS[task].cfg_dropout)]
+
+
+def inpainting_request(parts: Parts, image: Image.Image, codes: np.ndarray, box: Box, caption: str) -> ImageRequest:
+    """The request to generate again what a box of an image shows; one stream, as a span that CM3 masked.
+
+    Args:
+        codes: (tokens_per_image,), of the image.
+        box: pixels of the image, inside it; grows to whole patches of the image tokenizer.
+
+    Raises:
+        BadInputError: if the box is outside the square that the model sees.
+    """
+    inside = _codes_inside(parts, image, box)
+    span = (int(inside[0]), int(inside[-1]) + 1)
+    known = codes.astype(np.int64)
+    known[inside] = -1
+    segments = query_segments(parts, "text_to_image", {"caption": caption}, {})
+    query = Query(segments, TASKS["text_to_image"].cfg_dropout[0])
+    streams = [infill_prompt(segments[0][1], codes, span, parts.model.vocabulary)]
+    return ImageRequest(caption, query, streams, region=Region(span, known))
+
+
+def _codes_inside(parts: Parts, image: Image.Image, box: Box) -> np.ndarray:
+    """Raster indices of the codes whose patches a box touches, once the image is cropped and resized to the tokenizer's square."""
+    # A mask of the box takes the same path as the image, so that crop and resize need not be computed twice.
+    mask = Image.new("L", image.size)
+    mask.paste(255, (int(box[0]), int(box[1]), int(np.ceil(box[2])), int(np.ceil(box[3]))))
+    fitted = np.asarray(fit_square(mask.convert("RGB"), parts.image_size))[..., 0] > 0
+    side = round(parts.model.vocabulary.tokens_per_image**0.5)
+    touched = fitted.reshape(side, parts.image_size // side, side, -1).any((1, 3))
+    if not touched.any():
+        raise BadInputError(f"the box {box} is outside the square that the model sees of an image of {image.width} x {image.height} pixels")
+    return np.flatnonzero(touched)

@@ -1,0 +1,29 @@
+"""The precision of a run's matrix products: float32, or bfloat16 under autocast. Parameters and optimizer states stay float32."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from cm3leon.config.schema import TrainConfig
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """True if the device has bfloat16 instructions. Where PyTorch emulates them in float32, bfloat16 is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # absent before torch 2.12
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products under ``config.precision``; ``auto`` is bfloat16 on devices with native support for it."""
+    bf16 = has_native_bf16(device) if config.precision == "auto" else config.precision == "bf16"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast to :func:`autocast_dtype`; no autocast at all for float32."""
+    dtype = autocast_dtype(config, device)
+    return torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else nullcontext()

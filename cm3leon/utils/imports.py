@@ -1,0 +1,42 @@
+"""The modules that a module imports, directly or not, read from the source text: nothing is imported to find out."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+
+def imported_files(file: Path, root: Path) -> Iterator[Path]:
+    """Files below ``root`` that ``file`` imports, at its top or inside functions.
+
+    Args:
+        root: the folder that holds the packages; imports from elsewhere are left out.
+    """
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            # ``from package import name``: the name can be a module or something that the package defines.
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            path = root.joinpath(*name.split("."))
+            candidates = (path.with_suffix(".py"), path / "__init__.py")
+            yield from (candidate for candidate in candidates if candidate.is_file())
+
+
+def import_closure(starts: Iterable[Path], root: Path, follow: Callable[[Path], bool]) -> list[Path]:
+    """``starts`` and every file that they import, directly or through others, sorted.
+
+    Args:
+        follow: files for which it is false are left out, and their imports are not followed.
+    """
+    seen: set[Path] = set()
+    todo = [file for file in starts if follow(file)]
+    while todo:
+        file = todo.pop()
+        if file not in seen:
+            seen.add(file)
+            todo += [found for found in imported_files(file, root) if follow(found)]
+    return sorted(seen)

@@ -1,0 +1,62 @@
+"""The identity of a training run changes with its code, its data and its parameters, and with nothing else."""
+
+import shutil
+
+import pytest
+
+from cm3leon.config.schema import Config
+from cm3leon.training.fingerprint import PACKAGE, code_hash, data_hash, differences, fingerprint, training_modules
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A copy of the package's source."""
+    copy = tmp_path_factory.mktemp("source") / PACKAGE.name
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "page"))
+    return copy
+
+
+def test_attention_rope_and_the_objective_are_among_the_modules_of_a_step():
+    names = {file.relative_to(PACKAGE).as_posix() for file in training_modules()}
+    assert {"models/kernels.py", "models/decoder.py", "models/cross_entropy.py", "sequence/cm3.py", "training/muon.py"} <= names
+    assert {"data/sequences.py", "data/batches.py", "data/task_samples.py", "data/tokens.py", "sequence/tasks.py"} <= names
+    assert not any(name.startswith(("cli/", "tracking/", "serving/", "registry/", "config/")) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [("models/kernels.py", True), ("sequence/cm3.py", True), ("training/muon.py", True), ("cli/app.py", False), ("models/opt.py", False)],
+)
+def test_only_an_edit_of_these_modules_changes_the_hash_of_the_code(package, file, changes):
+    before, source = code_hash(package), (package / file).read_text()
+    (package / file).write_text(source + "# an edit\n")
+    assert (code_hash(package) != before) == changes
+    (package / file).write_text(source)
+    assert code_hash(package) == before == code_hash()
+
+
+def test_any_byte_and_any_name_changes_the_hash_of_the_data(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    (data / "shards").mkdir(parents=True)
+    (data / "shards" / "train-00000.arrow").write_bytes(bytes(5_000_000))
+    (data / "note.json").write_text("{}")
+    before = data_hash(data)
+    shutil.copytree(data, other)
+    assert data_hash(other) == before
+    with (other / "shards" / "train-00000.arrow").open("r+b") as file:
+        file.seek(2_500_000)
+        file.write(b"\1")
+    assert data_hash(other) != before
+    (data / "note.json").rename(data / "renamed.json")
+    assert data_hash(data) != before
+    assert data_hash(data / "renamed.json") != data_hash(data / "shards" / "train-00000.arrow")
+
+
+def test_a_changed_parameter_is_named_with_both_values(tmp_path):
+    (tmp_path / "tokens").write_text("tokens")
+    config = Config.model_validate({"pretrain": {"steps": 10}})
+    changed = Config.model_validate({"pretrain": {"steps": 20}, "sft": {"steps": 5}})
+    old, new = (fingerprint(each, "pretrain", [tmp_path / "tokens"]) for each in (config, changed))
+    assert differences(old, old) == []
+    assert differences(old, new) == ["pretrain.steps: 10 then, 20 now"]
+    assert {"seed", "code", "torch", str(tmp_path / "tokens")} <= old.keys()
