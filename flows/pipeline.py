@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     from dvc.exceptions import DvcException
 
     from cm3leon.config.profiles import configure, profile_names
-    from cm3leon.config.schema import ConfigError, load_config
+    from cm3leon.utils.errors import UserError
 
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Run the whole pipeline.")
     parser.add_argument("--profile", help=f"write params.yaml from configs/PROFILE.yaml first ({', '.join(profile_names())})")
@@ -122,9 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.profile:
             configure(options.profile)
-        load_config()
+        prepare_project()  # before DVC is asked for the graph: outside of a git repository DVC needs a setting first
         stage_order()
-    except (ConfigError, DvcException) as error:
+    except (UserError, DvcException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     state = pipeline(promote=not options.no_promote, return_state=True)

@@ -44,7 +44,7 @@ for _stage, _help in STAGES.items():
 
 @app.command(help=STAGES["evaluate"], rich_help_panel="Stages")
 def evaluate(
-    reproduce: Annotated[Path | None, typer.Option(help="an evaluation record: measure again as it says, and compare every figure")] = None,
+    reproduce: Annotated[Path | None, typer.Option(help="an evaluation record: evaluate again with its settings, and compare every score")] = None,
 ) -> None:
     if reproduce is None:
         return run_stage("evaluate")
@@ -54,7 +54,7 @@ def evaluate(
     count, differing = evaluate_again(load_config(), reproduce)
     for name, recorded, again in differing:
         print(f"{name}: recorded {recorded}, now {again}")
-    print(f"{count - len(differing)} of {count} figures of {reproduce} agree")
+    print(f"{count - len(differing)} of {count} scores of {reproduce} agree")
     if differing:
         raise typer.Exit(1)
 
@@ -65,7 +65,7 @@ def evaluate(
 @app.command(rich_help_panel="Project")
 def configure(
     profile: Annotated[str, typer.Argument(help="a file of configs/, without .yaml")],
-    changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; can be given several times")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; can be repeated")] = None,
 ) -> None:
     """Write the complete params.yaml of a profile, checked."""
     from cm3leon.config.profiles import PARAMS
@@ -77,14 +77,14 @@ def configure(
 
 @app.command(rich_help_panel="Project")
 def plan(
-    profile: Annotated[str | None, typer.Option(help="a file of configs/, without .yaml; by default what params.yaml says")] = None,
-    gpus: Annotated[int, typer.Option(help="how many, over all machines")] = 8,
+    profile: Annotated[str | None, typer.Option(help="a file of configs/, without .yaml; by default params.yaml")] = None,
+    gpus: Annotated[int, typer.Option(help="number of GPUs, over all machines")] = 8,
     device: Annotated[str, typer.Option(help="h100, h200, a100, l40s ...; an unknown one lists all")] = "h100",
-    mfu: Annotated[float, typer.Option(help="assumed share of the device's bfloat16 FLOP/s that goes into the model's")] = 0.4,
-    tokens: Annotated[float | None, typer.Option(help="to train on; by default the profile's steps")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; can be given several times")] = None,
+    mfu: Annotated[float, typer.Option(help="assumed model FLOPs utilization (MFU), as a share of the device's bfloat16 FLOP/s")] = 0.4,
+    tokens: Annotated[float | None, typer.Option(help="tokens to train on; by default those of the profile's steps")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; can be repeated")] = None,
 ) -> None:
-    """What pretraining needs: memory on each GPU, time, disk; needs no GPU itself."""
+    """Estimate the memory on each GPU, the time and the disk space that pretraining needs; runs without a GPU."""
     from rich.console import Console
 
     from cm3leon.training import planning
@@ -103,7 +103,7 @@ def setup() -> None:
 
 @app.command(rich_help_panel="Project")
 def ui(
-    mlflow_port: Annotated[int, typer.Option(help="the next free port is taken where this one is in use")] = 5000,
+    mlflow_port: Annotated[int, typer.Option(help="port to listen on; the next free one if it is in use")] = 5000,
     prefect_port: int = 4200,
     docs_port: int = 8000,
 ) -> None:

@@ -87,6 +87,15 @@ def test_stages_run_in_order_and_are_skipped_while_up_to_date(toy: Path, capsys:
     assert task_states(run_flow())["second"][0] == "Cached"
 
 
+def test_a_project_outside_of_git_runs(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unpacked archive: DVC must be told that there is no repository before it is asked for the graph."""
+    from flows.pipeline import main
+
+    shutil.rmtree(".git")
+    assert main(["--no-promote"]) == 0
+    assert "rows 12" in capsys.readouterr().out
+
+
 def test_a_failed_stage_shows_its_own_error_and_completed_stages_are_kept(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("fault.txt").write_text("yes")
     state = run_flow()
