@@ -44,7 +44,9 @@ for _stage, _help in STAGES.items():
 
 @app.command(help=STAGES["evaluate"], rich_help_panel="Stages")
 def evaluate(
-    reproduce: Annotated[Path | None, typer.Option(help="an evaluation record: evaluate again with its settings, and compare every score")] = None,
+    reproduce: Annotated[
+        Path | None, typer.Option(help="an evaluation record: evaluate again with its settings, and compare every score")
+    ] = None,
 ) -> None:
     if reproduce is None:
         return run_stage("evaluate")

@@ -6,7 +6,7 @@ upscaler does. Imports nothing, so that a command's help needs no model code.
 
 from __future__ import annotations
 
-TASKS = (
+GENERATOR_TASKS = (
     "text_to_image", "write", "layout_to_image", "condition_to_image", "edit", "infill", "infill_text",
     "caption", "long_caption", "vqa", "reasoning", "interleave", "score", "upscale",
 )  # fmt: skip

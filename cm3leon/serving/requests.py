@@ -9,7 +9,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.settings import decoding_field
-from cm3leon.generation.task_names import TASKS
+from cm3leon.generation.task_names import GENERATOR_TASKS
 from cm3leon.serving.calls import Call
 from cm3leon.serving.errors import ApiError
 from cm3leon.serving.schemas import (
@@ -231,5 +231,5 @@ _ALL: tuple[type[TaskRequest], ...] = (
     TextToImage, Write, LayoutToImage, ConditionToImage, Edit, Infill, InfillText,
     Caption, LongCaption, Vqa, Reasoning, Interleave, Score, Upscale,
 )  # fmt: skip
-REQUESTS = dict(zip(TASKS, _ALL, strict=True))
+REQUESTS = dict(zip(GENERATOR_TASKS, _ALL, strict=True))
 """Task -> its request."""

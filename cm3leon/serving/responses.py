@@ -12,8 +12,8 @@ from PIL import Image
 
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.results import DocumentPart, GeneratedImage, GeneratedText, PairScore
-from cm3leon.generation.task_names import TASKS
-from cm3leon.sequence.tasks import TASKS as TUNING_TASKS
+from cm3leon.generation.task_names import GENERATOR_TASKS
+from cm3leon.sequence.tasks import TASKS
 from cm3leon.serving.schemas import MAX_GENERATED, MAX_IMAGE_BYTES, MAX_IMAGES, MAX_PIXELS, sizes
 
 
@@ -54,8 +54,8 @@ def document_part(part: DocumentPart) -> dict[str, Any]:
 
 def describe(generator: Generator) -> dict[str, Any]:
     """The abilities of a model: for each task null, or why it cannot do it; sizes of images, decoding defaults, limits."""
-    tasks: dict[str, str | None] = dict.fromkeys(TASKS)
-    for name in set(TUNING_TASKS) - generator.trained_tasks:
+    tasks: dict[str, str | None] = dict.fromkeys(GENERATOR_TASKS)
+    for name in set(TASKS) - generator.trained_tasks:
         tasks[name] = f"this model was not tuned for {name}; add it to sft.tasks and train again"
     if generator.super_resolution is None:
         tasks["upscale"] = "this model has no upscaler; run the stage super_resolution"

@@ -22,7 +22,7 @@ from cm3leon.cli import app, options
 from cm3leon.config.schema import DecodingConfig, load_config
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.settings import SETTINGS, bounds_of
-from cm3leon.generation.task_names import TASKS
+from cm3leon.generation.task_names import GENERATOR_TASKS
 from cm3leon.stages.common import METRICS, STAGES
 from cm3leon.utils.errors import UserError
 
@@ -321,7 +321,7 @@ def test_former_names_are_hidden_and_print_a_notice(old: list[str], new: list[st
 
 
 def test_every_task_is_a_command_with_the_decoding_settings_as_the_schema_declares_them() -> None:
-    for task in TASKS:
+    for task in GENERATOR_TASKS:
         command = COMMANDS[task.replace("_", "-")]
         assert not command.hidden
         found = {option.name: option for option in command.params}

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from serving_support import IMAGES_ROUTE, RED, RED_PNG, encoded, opened, same, serving
 
-from cm3leon.generation.task_names import TASKS
+from cm3leon.generation.task_names import GENERATOR_TASKS
 from cm3leon.serving import schemas
 
 # --- answers -----------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_documents_scores_and_enlarged_images_are_the_generators(server, generat
 
 def test_every_task_has_a_route_of_its_name(server, generator):
     paths = server.client.get("/openapi.json").json()["paths"]
-    assert {path for path in paths if path.startswith("/v1/tasks/")} == {f"/v1/tasks/{task}" for task in TASKS}
+    assert {path for path in paths if path.startswith("/v1/tasks/")} == {f"/v1/tasks/{task}" for task in GENERATOR_TASKS}
     answers = [server.client.post(path, json={"prompt": "x", "seed": 3}) for path in (IMAGES_ROUTE, "/v1/tasks/text_to_image")]
     assert same(*(opened(answer.json()["data"][0]["b64_json"]) for answer in answers))
     assert all("Deprecation" not in answer.headers for answer in answers)

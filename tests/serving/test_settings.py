@@ -5,9 +5,9 @@ import pytest
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.settings import SETTINGS
-from cm3leon.generation.task_names import FORMER_NAMES, TASKS
+from cm3leon.generation.task_names import FORMER_NAMES, GENERATOR_TASKS
 from cm3leon.registry.signature import RequestSettings
-from cm3leon.sequence.tasks import TASKS as TUNING_TASKS
+from cm3leon.sequence.tasks import TASKS
 from cm3leon.serving.requests import REQUESTS
 
 DECODING = DecodingConfig.model_fields
@@ -19,7 +19,7 @@ def declared(model, name):
     return sorted(map(repr, field.metadata)), field.description
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", GENERATOR_TASKS)
 def test_a_request_has_the_settings_of_its_task(task):
     request = REQUESTS[task]
     found = set(request.model_fields) & set(DECODING)
@@ -35,7 +35,7 @@ def test_the_registered_model_has_the_settings_of_all_tasks():
 
 
 def test_a_task_has_one_name():
-    assert set(TUNING_TASKS) < set(TASKS)
-    assert list(REQUESTS) == [request.task for request in REQUESTS.values()] == list(TASKS)
-    assert all(callable(getattr(Generator, task)) for task in TASKS)
-    assert set(FORMER_NAMES.values()) < set(TASKS) and not set(FORMER_NAMES) & set(TASKS)
+    assert set(TASKS) < set(GENERATOR_TASKS)
+    assert list(REQUESTS) == [request.task for request in REQUESTS.values()] == list(GENERATOR_TASKS)
+    assert all(callable(getattr(Generator, task)) for task in GENERATOR_TASKS)
+    assert set(FORMER_NAMES.values()) < set(GENERATOR_TASKS) and not set(FORMER_NAMES) & set(GENERATOR_TASKS)
