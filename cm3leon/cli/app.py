@@ -45,7 +45,7 @@ for _stage, _help in STAGES.items():
 @app.command(help=STAGES["evaluate"], rich_help_panel="Stages")
 def evaluate(
     reproduce: Annotated[
-        Path | None, typer.Option(help="an evaluation record: evaluate again with its settings, and compare every score")
+        Path | None, typer.Option(help="evaluation record: evaluate again with its settings, compare every score")
     ] = None,
 ) -> None:
     if reproduce is None:
