@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cm3leon.config import paths
-from cm3leon.config.schema import load_config
+from cm3leon.config.loading import load_config
 from cm3leon.data.manifest import read_manifest
 from cm3leon.evaluation.run import load_generator
 from cm3leon.generation.image_requests import Query

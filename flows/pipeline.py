@@ -67,8 +67,8 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
         profile: write ``params.yaml`` from ``configs/PROFILE.yaml`` first; None takes ``params.yaml`` as it is.
         promote: register, gate and promote after the stages.
     """
+    from cm3leon.config.loading import load_config
     from cm3leon.config.profiles import configure
-    from cm3leon.config.schema import load_config
     from cm3leon.tracking import runs
 
     if profile:

@@ -68,7 +68,7 @@ def register_gate_promote(config: Config) -> str:
 @flow(name="cm3leon-promotion", persist_result=False)
 def promotion() -> State:
     """Register the stages' outputs, gate them, and promote them if they pass."""
-    from cm3leon.config.schema import load_config
+    from cm3leon.config.loading import load_config
 
     return Completed(message=register_gate_promote(load_config()))
 

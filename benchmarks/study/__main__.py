@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.study import claims
 from benchmarks.study.report import write
 from benchmarks.study.runs import ROOT, Study
-from cm3leon.config.schema import load_config
+from cm3leon.config.loading import load_config
 
 CLAIMS = {
     "retrieval": claims.retrieval,

@@ -44,13 +44,11 @@ for _stage, _help in STAGES.items():
 
 @app.command(help=STAGES["evaluate"], rich_help_panel="Stages")
 def evaluate(
-    reproduce: Annotated[
-        Path | None, typer.Option(help="evaluation record: evaluate again with its settings, compare every score")
-    ] = None,
+    reproduce: Annotated[Path | None, typer.Option(help="evaluation record: evaluate again with its settings, compare every score")] = None,
 ) -> None:
     if reproduce is None:
         return run_stage("evaluate")
-    from cm3leon.config.schema import load_config
+    from cm3leon.config.loading import load_config
     from cm3leon.evaluation.run import reproduce as evaluate_again
 
     count, differing = evaluate_again(load_config(), reproduce)
@@ -126,7 +124,7 @@ def inspect_document(
     from rich.console import Console
 
     from cm3leon.cli import inspect_sequence
-    from cm3leon.config.schema import load_config
+    from cm3leon.config.loading import load_config
 
     if bool(document_id) == (step is not None):
         raise UsageError("inspect shows either a document (inspect DOCUMENT_ID) or a row of a batch (inspect --step 0 --row 0)")
@@ -166,7 +164,7 @@ def status() -> None:
 @app.command(rich_help_panel="Registry")
 def register() -> None:
     """Bundle the stages' outputs and register them as challenger."""
-    from cm3leon.config.schema import load_config
+    from cm3leon.config.loading import load_config
     from cm3leon.registry import registry
 
     print(f"challenger: version {registry.register_outputs(load_config())}")
@@ -175,7 +173,7 @@ def register() -> None:
 @app.command(rich_help_panel="Registry")
 def gate() -> None:
     """Compare the challenger with the champion; exit status 1 if it is held back."""
-    from cm3leon.config.schema import load_config
+    from cm3leon.config.loading import load_config
     from cm3leon.registry import registry
 
     verdict = registry.gate(load_config().gate)

@@ -14,9 +14,12 @@ from typing import Any
 
 import yaml
 
-from cm3leon.config.schema import Config, ConfigError, current_name, load_config, parse_config, section_class, unknown_key
+from cm3leon.config.loading import load_config, parse_config, section_class, unknown_key
+from cm3leon.config.renamed import current_name
+from cm3leon.config.schema import Config
 from cm3leon.config.writer import params_text
 from cm3leon.config.yaml_file import parse_yaml, read_text
+from cm3leon.utils.errors import ConfigError
 
 CONFIGS = Path("configs")
 PARAMS = Path("params.yaml")

@@ -8,11 +8,7 @@ from typing import Any
 
 import yaml
 
-from cm3leon.utils.errors import UserError
-
-
-class ConfigError(UserError):
-    """A parameter file is unreadable, names an unknown key or holds an impossible value."""
+from cm3leon.utils.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):

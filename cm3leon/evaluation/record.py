@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cm3leon.config.schema import current_names
+from cm3leon.config.renamed import current_names
 
 FILE = "record.json"
 DIGITS = 6

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from cm3leon.config.schema import DecodingConfig, current_name
+from cm3leon.config.renamed import current_name
+from cm3leon.config.schema import DecodingConfig
 from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cm3leon.config.schema import DecodingConfig, RetrieveConfig, current_names
+from cm3leon.config.renamed import current_names
+from cm3leon.config.schema import DecodingConfig, RetrieveConfig
 from cm3leon.data.images import fit_square
 from cm3leon.data.tokens import TokenStore
 from cm3leon.generation.memory import Memory

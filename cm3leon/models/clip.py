@@ -20,11 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cm3leon.config.schema import ConfigError, EncoderConfig
+from cm3leon.config.schema import EncoderConfig
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.utils import torchvision_compat
+from cm3leon.utils.errors import ConfigError
 from cm3leon.utils.images import to_unit
 from cm3leon.utils.progress import progress
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cm3leon.config.schema import current_names
+from cm3leon.config.renamed import current_names
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.sequence.grammar import EOS, PAD, Vocabulary
 from cm3leon.utils.errors import UserError

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, load_config
+from cm3leon.config.loading import load_config
+from cm3leon.config.schema import Config
 from cm3leon.evaluation.record import FILE as RECORD
 from cm3leon.evaluation.record import Record
 from cm3leon.tracking import lineage

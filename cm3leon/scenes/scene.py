@@ -15,7 +15,7 @@ from functools import cache
 
 import numpy as np
 
-from cm3leon.config.schema import ConfigError
+from cm3leon.utils.errors import ConfigError
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (222, 28, 36),

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from cm3leon.config.schema import ConfigError, ShapesConfig
+from cm3leon.config.schema import ShapesConfig
 from cm3leon.data.images import encode
 from cm3leon.data.manifest import SourceRow
 from cm3leon.scenes import text as scene_text
 from cm3leon.scenes.conditions import conditions
 from cm3leon.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Object, Scene, is_valid, place, sample_scene
+from cm3leon.utils.errors import ConfigError
 
 TRIES = 500
 

@@ -57,10 +57,10 @@ def prepare_project() -> list[str]:
     """Prepare a new clone for its first run; idempotent. Returns a line about each of parameters, DVC and MLflow.
 
     Raises:
-        cm3leon.config.schema.ConfigError: if ``params.yaml`` is missing or invalid.
+        cm3leon.utils.errors.ConfigError: if ``params.yaml`` is missing or invalid.
         ProjectError: if the directory is not the project's root.
     """
-    from cm3leon.config.schema import load_config
+    from cm3leon.config.loading import load_config
     from cm3leon.tracking.runs import prepare_store
 
     if not Path("dvc.yaml").is_file():

@@ -40,7 +40,7 @@ def peak_megabytes() -> float:
 
 def run_stage(stage: str) -> None:
     """Run a stage with ``params.yaml``; its last line is ``metrics: {...}`` (see :data:`METRICS`)."""
-    from cm3leon.config.schema import load_config
+    from cm3leon.config.loading import load_config
 
     config = load_config()
     start = time.monotonic()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pandas as pd
 
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, ConfigError, EncoderConfig
+from cm3leon.config.schema import Config, EncoderConfig
 from cm3leon.data.manifest import ImageStore, first_caption, read_manifest
 from cm3leon.data.pixels import ImageSet
 from cm3leon.models.clip import Encoder
 from cm3leon.tracking import runs
 from cm3leon.training import clip
 from cm3leon.utils.device import default_device
+from cm3leon.utils.errors import ConfigError
 from cm3leon.utils.progress import progress
 
 VALIDATION_RECORDS = 256

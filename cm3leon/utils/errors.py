@@ -1,4 +1,4 @@
-"""The base class of errors that the user can correct."""
+"""Errors that the user can correct, and their base class."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Commands print the message and exit with status 2; any other exception is a defect of the program and keeps its traceback.
     """
+
+
+class ConfigError(UserError):
+    """A parameter file is unreadable, names an unknown key or holds an impossible value."""

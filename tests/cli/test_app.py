@@ -19,7 +19,8 @@ from tests_support import decoding
 from typer.testing import CliRunner
 
 from cm3leon.cli import app, options
-from cm3leon.config.schema import DecodingConfig, load_config
+from cm3leon.config.loading import load_config
+from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.settings import SETTINGS, bounds_of
 from cm3leon.generation.task_names import GENERATOR_TASKS

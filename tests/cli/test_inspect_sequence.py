@@ -119,7 +119,7 @@ def test_a_sequence_that_violates_the_grammar_is_exit_status_2(project, monkeypa
     store = TokenStore(paths.TOKENS)
     documents = [Document(d.id, d.codes.copy(), [text + 10_000 for text in d.captions]) for d in (store[row] for row in range(4))]
     write_tokens(paths.TOKENS, "train", documents, len(documents[0].codes), 100)
-    monkeypatch.setattr("cm3leon.config.schema.load_config", lambda: CONFIG)
+    monkeypatch.setattr("cm3leon.config.loading.load_config", lambda: CONFIG)
     with pytest.raises(SystemExit) as left, app.plain_errors():
         app.app(["inspect", "a"], standalone_mode=False)
     assert left.value.code == 2

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from cm3leon.config.loading import all_keys, load_config, section_class
 from cm3leon.config.profiles import changed_config, configure, load_profile, profile_names
-from cm3leon.config.schema import Config, ConfigError, all_keys, load_config, section_class
+from cm3leon.config.schema import Config
+from cm3leon.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from tests_support import decoder_spec
 
+from cm3leon.config.loading import parse_config
 from cm3leon.config.profiles import configure
-from cm3leon.config.schema import RENAMED, Config, ConfigError, current_name, current_names, parse_config
+from cm3leon.config.renamed import RENAMED, current_name, current_names
+from cm3leon.config.schema import Config
 from cm3leon.evaluation.record import FILE, Record
 from cm3leon.generation.generator import Generator
 from cm3leon.models.decoder import Decoder
@@ -19,6 +21,7 @@ from cm3leon.registry.bundle import build_bundle
 from cm3leon.registry.signature import request_settings
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.serving.requests import TextToImage
+from cm3leon.utils.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from cm3leon.config.loading import all_keys, load_config, parse_config, section_class
 from cm3leon.config.profiles import load_profile
-from cm3leon.config.schema import TASK_NAMES, Config, ConfigError, Section, all_keys, load_config, parse_config, section_class
+from cm3leon.config.schema import TASK_NAMES, Config, Section
 from cm3leon.sequence.tasks import TASKS
+from cm3leon.utils.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

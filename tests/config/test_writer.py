@@ -10,8 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cm3leon.config.loading import all_keys, parse_config
 from cm3leon.config.profiles import configure, profile_names
-from cm3leon.config.schema import Config, all_keys, parse_config
+from cm3leon.config.schema import Config
 from cm3leon.config.writer import WIDTH, flow, params_text, reference, with_reference
 
 ROOT = Path(__file__).parents[2]

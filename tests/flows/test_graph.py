@@ -17,7 +17,10 @@ from flows.graph import downstream_of, stage_order
 
 ROOT = Path(__file__).parents[2]
 INFRASTRUCTURE = {
+    "config/loading",
+    "config/renamed",
     "config/schema",
+    "config/yaml_file",
     "config/paths",
     "tracking/runs",
     "tracking/store",

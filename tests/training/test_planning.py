@@ -12,10 +12,10 @@ import yaml
 from typer.testing import CliRunner
 
 from cm3leon.cli import app
-from cm3leon.config.schema import Config, ConfigError
+from cm3leon.config.schema import Config
 from cm3leon.training.memory import optimizer_bytes
 from cm3leon.training.planning import Plan, make_plan, read_config
-from cm3leon.utils.errors import UserError
+from cm3leon.utils.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
