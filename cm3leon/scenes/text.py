@@ -187,13 +187,13 @@ def _counted(count: int, shape: str, verb: bool = True) -> str:
 
 def _remaining(scene: Scene, rng: random.Random) -> Problem:
     shape = rng.choice(sorted({item.shape for item in scene.objects}))
-    whole, gone = len(scene.objects), sum(item.shape == shape for item in scene.objects)
-    counted = [f"{NUMBERS[number]} {noun if number == 1 else plural(noun)}" for number, noun in ((whole, "object"), (gone, shape))]
+    whole, removed = len(scene.objects), sum(item.shape == shape for item in scene.objects)
+    counted = [f"{NUMBERS[number]} {noun if number == 1 else plural(noun)}" for number, noun in ((whole, "object"), (removed, shape))]
     return Problem(
         f"How many objects remain without the {plural(shape)}?",
         [str(number) for number in range(4)],
-        str(whole - gone),
-        f"{counted[0].capitalize()} less {counted[1]} is {NUMBERS.get(whole - gone, 'none')}.",
+        str(whole - removed),
+        f"{counted[0].capitalize()} less {counted[1]} is {NUMBERS.get(whole - removed, 'none')}.",
         "Only whole shapes count.",
     )
 
