@@ -90,7 +90,7 @@ def test_the_study_is_a_page_with_a_section_and_a_plot_a_claim(tmp_path: Path) -
     class Study:
         tokens, seeds, captions = 10, 2, ("x",)
 
-    report.write(Study(), sections, tmp_path)  # type: ignore[arg-type]
+    report.write(Study(), sections, tmp_path)
     page = (tmp_path / "study.md").read_text()
     for name in CLAIMS:
         assert f"## ({name})" in page and (tmp_path / f"study-{name}.png").is_file()

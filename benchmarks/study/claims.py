@@ -3,6 +3,7 @@ intervals part, or the interval of the difference prompt for prompt is above 0; 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,8 +173,8 @@ def candidates(study: Study) -> Section:
     table, curves = [["sampling", *[f"{count} {'candidate' if count == 1 else 'candidates'}" for count in COUNTS]]], {}
     right: dict[str, list[list[float]]] = {}
     for name, settings in SAMPLINGS.items():
-        found = study.kept("candidates", [name, settings, content_hash(model)], lambda settings=settings: _best_of(study, model, settings))
-        shown = [{"mean": float(np.mean(values)), "interval": _interval(values)} for values in found]
+        found = study.kept("candidates", [name, settings, content_hash(model)], functools.partial(_best_of, study, model, settings))
+        shown: list[dict[str, Any]] = [{"mean": float(np.mean(values)), "interval": _interval(values)} for values in found]
         table.append([name, *map(_shown, shown)])
         right[name] = found
         curves[name] = [(count, r["mean"], *r["interval"]) for count, r in zip(COUNTS, shown, strict=True)]
@@ -241,7 +242,7 @@ def masking(study: Study) -> Section:
         for seed in range(min(2, study.seeds)):
             model, trained = study.trained(f"masks-{name.split(' (')[0].replace(' ', '-')}", (*ALONE, *changes), seed)
             plain, guided = study.composition(model, 2), study.composition(model, 2, guidance=2.0)
-            cider = study.kept("cider", [content_hash(model)], lambda model=model: _cider(study, model))
+            cider = study.kept("cider", [content_hash(model)], functools.partial(_cider, study, model))
             scores[name].append(plain["mean"])
             ciders[name].append(cider)
             table.append(
@@ -274,7 +275,7 @@ def tuning(study: Study) -> Section:
     """(e) Before and after instruction tuning, on every task."""
     decoding = study.config.decoding.model_dump(mode="json")
     found = {
-        name: study.kept("tasks", [name, content_hash(model), decoding], lambda model=model: _all_tasks(study, model))
+        name: study.kept("tasks", [name, content_hash(model), decoding], functools.partial(_all_tasks, study, model))
         for name, model in (("pretrained", paths.PRETRAINED), ("tuned", paths.FINETUNED))
     }
     before, after = found["pretrained"], found["tuned"]

@@ -116,7 +116,7 @@ def _as_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _read_region(
-    pixels: np.ndarray, lab: np.ndarray, contrast: np.ndarray, ground: np.ndarray, mask: np.ndarray, window: tuple, least: float
+    pixels: np.ndarray, lab: np.ndarray, contrast: np.ndarray, ground: np.ndarray, mask: np.ndarray, window: tuple[slice, ...], least: float
 ) -> list[Object]:
     """The objects of one connected region: one, or several where parts of different colors touch."""
     strength = contrast[window]
@@ -139,7 +139,9 @@ def _read_region(
     return parts
 
 
-def _read_object(pixels: np.ndarray, ground: np.ndarray, mask: np.ndarray, core: np.ndarray, window: tuple, color: str) -> Object:
+def _read_object(
+    pixels: np.ndarray, ground: np.ndarray, mask: np.ndarray, core: np.ndarray, window: tuple[slice, ...], color: str
+) -> Object:
     """Fit the templates to one region. ``mask`` and ``core`` are cut to ``window``; the fit looks two pixels around it."""
     height, width = pixels.shape[:2]
     side = math.sqrt(height * width)

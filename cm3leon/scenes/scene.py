@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -184,7 +185,7 @@ class Scene:
         return len(self.objects) > 1 and len({item.label for item in self.objects}) == 1
 
     @property
-    def signature(self) -> tuple:
+    def signature(self) -> tuple[Any, ...]:
         """Equal for two scenes exactly when they look the same."""
         return self.background, tuple(sorted((o.label, round(o.x, 4), round(o.y, 4)) for o in self.objects))
 

@@ -41,7 +41,7 @@ def test_every_scene_has_all_kinds_and_the_same_each_time(side: int) -> None:
         assert sorted(drawn) == sorted(CONDITIONS)
         again = conditions(scene, side)
         for kind, pixels in drawn.items():
-            assert (pixels.shape, pixels.dtype) == ((side, side, 3), np.uint8)
+            assert (pixels.shape, pixels.dtype) == ((side, side, 3), np.uint8)  # type: ignore[comparison-overlap]
             assert (pixels == again[kind]).all()
             assert (pixels != pixels[0, 0]).any()
 

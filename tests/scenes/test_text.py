@@ -131,7 +131,7 @@ def _concludes(scene: Scene, question: str) -> str:
 
 
 def test_reasoning_comes_to_the_right_conclusion_and_is_true() -> None:
-    kinds = Counter()
+    kinds: Counter[str] = Counter()
     for i, scene in enumerate(SCENES):
         problems = reasoning(scene, random.Random(i))
         assert len(problems) == (0 if scene.letter else 1)
