@@ -51,7 +51,7 @@ def test_colors_are_swapped_between_two_different_objects_only() -> None:
 def test_a_claim_holds_only_where_every_seed_agrees() -> None:
     assert claims._better([3.0, 4.0], [1.0, 2.0]) == "holds here"
     assert claims._better([1.0, 2.0], [3.0, 4.0]) == "does not hold here"
-    assert "cannot be told" in claims._better([1.0, 3.0], [2.0, 4.0])
+    assert "is undecided" in claims._better([1.0, 3.0], [2.0, 4.0])
 
 
 def test_a_difference_is_judged_prompt_for_prompt() -> None:
@@ -59,7 +59,7 @@ def test_a_difference_is_judged_prompt_for_prompt() -> None:
     better = [1.0 if n % 2 or n % 20 == 0 else 0.0 for n in range(200)]
     assert claims._paired(better, hard).startswith("holds here (+0.050 [")
     assert claims._paired(hard, better).startswith("does not hold here (-0.050 [")
-    assert claims._paired(hard, hard[::-1]).startswith("cannot be told here (+0.000 [")
+    assert claims._paired(hard, hard[::-1]).startswith("is undecided here (+0.000 [")
 
 
 def test_what_was_computed_is_kept_for_the_same_question_and_inputs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

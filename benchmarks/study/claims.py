@@ -1,5 +1,8 @@
-"""The claims: for each what the paper says, what is measured, and whether it holds here. A claim holds where every seed agrees, the
-intervals part, or the interval of the difference prompt for prompt is above 0; else the page says that it cannot be told."""
+"""The claims of the paper: the paper's result, the measurement here, and a verdict.
+
+A claim holds if all seeds agree, if intervals do not overlap, or if the paired difference over prompts has an interval above 0. Otherwise
+the verdict is "undecided".
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,12 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Section:
-    """A part of the report: ``curves`` are drawn as lines, name -> points (x, y, low, high); ``logarithmic`` names an axis, x or y."""
+    """A section of the report.
+
+    Attributes:
+        curves: lines of the plot by name, each a list of points (x, y, low, high).
+        logarithmic: the axis with a logarithmic scale, x or y.
+    """
 
     title: str
     paper: str
@@ -64,18 +72,18 @@ def _shown(result: dict[str, Any]) -> str:
 
 
 def _better(one: Sequence[float], other: Sequence[float]) -> str:
-    """Whether every seed of one is above every seed of the other."""
+    """The verdict on "one is higher than the other", by whether every seed of one is above every seed of the other."""
     if min(one) > max(other):
         return "holds here"
-    return "does not hold here" if max(one) < min(other) else "cannot be told here: the seeds overlap"
+    return "does not hold here" if max(one) < min(other) else "is undecided here: the seeds overlap"
 
 
 def _paired(one: Sequence[float], other: Sequence[float]) -> str:
-    """Whether one is above the other, prompt for prompt: the difference with its interval, and what it says."""
+    """The verdict on "one is higher than the other" from the paired difference over prompts, with its interval."""
     difference = np.asarray(one) - np.asarray(other)
     low, high = _interval(difference)
-    told = "holds here" if low > 0 else "does not hold here" if high < 0 else "cannot be told here"
-    return f"{told} ({difference.mean():+.3f} [{low:+.2f}, {high:+.2f}])"
+    verdict = "holds here" if low > 0 else "does not hold here" if high < 0 else "is undecided here"
+    return f"{verdict} ({difference.mean():+.3f} [{low:+.2f}, {high:+.2f}])"
 
 
 def _last(curve: Sequence[dict[str, float]], name: str) -> float:
@@ -153,7 +161,7 @@ def guidance(study: Study) -> Section:
         same = "holds here"
     elif common:
         overlapping = ", ".join(f"{scale:g}" for scale in common)
-        same = f"cannot be told here: at {overlapping} the intervals overlap that of the best"
+        same = f"undecided here: at {overlapping} the intervals overlap that of the best"
     else:
         same = "does not hold here"
     scales = ", ".join(f"{size} {scale:g}" for size, scale in best.items())
