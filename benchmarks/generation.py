@@ -25,7 +25,7 @@ from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.engine import generate_images
 from cm3leon.generation.prompts import image_prompt
 from cm3leon.generation.sampling import Sampler
-from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.decoder import Block, Decoder, DecoderSpec
 from cm3leon.models.opt import export_opt
 from cm3leon.sequence.grammar import Prompt, Vocabulary
 from cm3leon.utils.device import default_device
@@ -52,6 +52,7 @@ def make_model(shape: str, tokens: int | None) -> Decoder:
         off = {"qk_norm": False, "image_positions": False, "rope": False, "previous_token": False}  # as the paper's
         model = Decoder(DecoderSpec(layers, width, heads, tokens + 64, init_std=0.02, position_std=0.0002, **off), layout)
     for block in model.blocks:
+        assert isinstance(block, Block)
         torch.nn.init.normal_(block.attention.out.weight, std=0.02)
         torch.nn.init.normal_(block.down.weight, std=0.02)
     return (model.bfloat16() if DEVICE.type == "cuda" else model).eval()
@@ -93,7 +94,7 @@ def theirs(opt: torch.nn.Module, model: Decoder, candidates: int, *, greedy: boo
 
     conditional, unconditional = (torch.from_numpy(p.tokens)[None].expand(candidates, -1) for p in guidance_streams(model))
     sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}
-    found = opt.generate(
+    found = opt.generate(  # type: ignore[operator]
         input_ids=conditional, attention_mask=torch.ones_like(conditional), guidance_scale=GUIDANCE,
         negative_prompt_ids=unconditional, negative_prompt_attention_mask=torch.ones_like(unconditional),
         max_new_tokens=vocabulary.tokens_per_image, min_new_tokens=vocabulary.tokens_per_image, eos_token_id=None, pad_token_id=0,

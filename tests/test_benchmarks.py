@@ -51,7 +51,7 @@ def test_colors_are_swapped_between_two_different_objects_only() -> None:
 def test_a_claim_holds_only_where_every_seed_agrees() -> None:
     assert claims._better([3.0, 4.0], [1.0, 2.0]) == "holds here"
     assert claims._better([1.0, 2.0], [3.0, 4.0]) == "does not hold here"
-    assert "cannot be told" in claims._better([1.0, 3.0], [2.0, 4.0])
+    assert "is undecided" in claims._better([1.0, 3.0], [2.0, 4.0])
 
 
 def test_a_difference_is_judged_prompt_for_prompt() -> None:
@@ -59,7 +59,7 @@ def test_a_difference_is_judged_prompt_for_prompt() -> None:
     better = [1.0 if n % 2 or n % 20 == 0 else 0.0 for n in range(200)]
     assert claims._paired(better, hard).startswith("holds here (+0.050 [")
     assert claims._paired(hard, better).startswith("does not hold here (-0.050 [")
-    assert claims._paired(hard, hard[::-1]).startswith("cannot be told here (+0.000 [")
+    assert claims._paired(hard, hard[::-1]).startswith("is undecided here (+0.000 [")
 
 
 def test_what_was_computed_is_kept_for_the_same_question_and_inputs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_the_study_is_a_page_with_a_section_and_a_plot_a_claim(tmp_path: Path) -
     class Study:
         tokens, seeds, captions = 10, 2, ("x",)
 
-    report.write(Study(), sections, tmp_path)  # type: ignore[arg-type]
+    report.write(Study(), sections, tmp_path)
     page = (tmp_path / "study.md").read_text()
     for name in CLAIMS:
         assert f"## ({name})" in page and (tmp_path / f"study-{name}.png").is_file()

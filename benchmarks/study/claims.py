@@ -1,8 +1,12 @@
-"""The claims: for each what the paper says, what is measured, and whether it holds here. A claim holds where every seed agrees, the
-intervals part, or the interval of the difference prompt for prompt is above 0; else the page says that it cannot be told."""
+"""The claims of the paper: the paper's result, the measurement here, and a verdict.
+
+A claim holds if all seeds agree, if intervals do not overlap, or if the paired difference over prompts has an interval above 0. Otherwise
+the verdict is "undecided".
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +50,12 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Section:
-    """A part of the report: ``curves`` are drawn as lines, name -> points (x, y, low, high); ``logarithmic`` names an axis, x or y."""
+    """A section of the report.
+
+    Attributes:
+        curves: lines of the plot by name, each a list of points (x, y, low, high).
+        logarithmic: the axis with a logarithmic scale, x or y.
+    """
 
     title: str
     paper: str
@@ -63,18 +72,18 @@ def _shown(result: dict[str, Any]) -> str:
 
 
 def _better(one: Sequence[float], other: Sequence[float]) -> str:
-    """Whether every seed of one is above every seed of the other."""
+    """The verdict on "one is higher than the other", by whether every seed of one is above every seed of the other."""
     if min(one) > max(other):
         return "holds here"
-    return "does not hold here" if max(one) < min(other) else "cannot be told here: the seeds overlap"
+    return "does not hold here" if max(one) < min(other) else "is undecided here: the seeds overlap"
 
 
 def _paired(one: Sequence[float], other: Sequence[float]) -> str:
-    """Whether one is above the other, prompt for prompt: the difference with its interval, and what it says."""
+    """The verdict on "one is higher than the other" from the paired difference over prompts, with its interval."""
     difference = np.asarray(one) - np.asarray(other)
     low, high = _interval(difference)
-    told = "holds here" if low > 0 else "does not hold here" if high < 0 else "cannot be told here"
-    return f"{told} ({difference.mean():+.3f} [{low:+.2f}, {high:+.2f}])"
+    verdict = "holds here" if low > 0 else "does not hold here" if high < 0 else "is undecided here"
+    return f"{verdict} ({difference.mean():+.3f} [{low:+.2f}, {high:+.2f}])"
 
 
 def _last(curve: Sequence[dict[str, float]], name: str) -> float:
@@ -152,7 +161,7 @@ def guidance(study: Study) -> Section:
         same = "holds here"
     elif common:
         overlapping = ", ".join(f"{scale:g}" for scale in common)
-        same = f"cannot be told here: at {overlapping} the intervals overlap that of the best"
+        same = f"undecided here: at {overlapping} the intervals overlap that of the best"
     else:
         same = "does not hold here"
     scales = ", ".join(f"{size} {scale:g}" for size, scale in best.items())
@@ -172,8 +181,8 @@ def candidates(study: Study) -> Section:
     table, curves = [["sampling", *[f"{count} {'candidate' if count == 1 else 'candidates'}" for count in COUNTS]]], {}
     right: dict[str, list[list[float]]] = {}
     for name, settings in SAMPLINGS.items():
-        found = study.kept("candidates", [name, settings, content_hash(model)], lambda settings=settings: _best_of(study, model, settings))
-        shown = [{"mean": float(np.mean(values)), "interval": _interval(values)} for values in found]
+        found = study.kept("candidates", [name, settings, content_hash(model)], functools.partial(_best_of, study, model, settings))
+        shown: list[dict[str, Any]] = [{"mean": float(np.mean(values)), "interval": _interval(values)} for values in found]
         table.append([name, *map(_shown, shown)])
         right[name] = found
         curves[name] = [(count, r["mean"], *r["interval"]) for count, r in zip(COUNTS, shown, strict=True)]
@@ -241,7 +250,7 @@ def masking(study: Study) -> Section:
         for seed in range(min(2, study.seeds)):
             model, trained = study.trained(f"masks-{name.split(' (')[0].replace(' ', '-')}", (*ALONE, *changes), seed)
             plain, guided = study.composition(model, 2), study.composition(model, 2, guidance=2.0)
-            cider = study.kept("cider", [content_hash(model)], lambda model=model: _cider(study, model))
+            cider = study.kept("cider", [content_hash(model)], functools.partial(_cider, study, model))
             scores[name].append(plain["mean"])
             ciders[name].append(cider)
             table.append(
@@ -274,7 +283,7 @@ def tuning(study: Study) -> Section:
     """(e) Before and after instruction tuning, on every task."""
     decoding = study.config.decoding.model_dump(mode="json")
     found = {
-        name: study.kept("tasks", [name, content_hash(model), decoding], lambda model=model: _all_tasks(study, model))
+        name: study.kept("tasks", [name, content_hash(model), decoding], functools.partial(_all_tasks, study, model))
         for name, model in (("pretrained", paths.PRETRAINED), ("tuned", paths.FINETUNED))
     }
     before, after = found["pretrained"], found["tuned"]

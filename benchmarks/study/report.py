@@ -10,8 +10,8 @@ from benchmarks.study.runs import Study
 HEAD = """# The paper's claims, measured again
 
 Written by `make study`. Small decoders on scenes of the `shapes` source, {tokens:,} tokens each, several seeds where a row says so; scores
-on {prompts} prompts of the val split, with 95 % intervals over prompts in brackets. The decoders are a thousandth of the paper's and see
-pictures that are simpler than any photograph: what holds here need not hold there, and the other way round.
+on {prompts} prompts of the val split, with 95 % intervals over prompts in brackets. The decoders are a thousand times
+smaller than the paper's, and their images are simpler than any photograph: what holds here may not hold there, and vice versa.
 """
 
 

@@ -50,16 +50,19 @@ class Batch:
     positions: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        values = [getattr(self, field.name) for field in fields(self)]
-        return Batch(*(None if value is None else value.to(device, non_blocking=True) for value in values))
+        return self._map(lambda value: value.to(device, non_blocking=True))
 
     def rows(self, part: slice) -> Batch:
         """Some of the rows; unless they are packed, cut to the longest."""
-        values = [getattr(self, field.name) for field in fields(self)]
         length = self.tokens.shape[1]
         if self.samples is None:
             length = int((self.tokens[part] != PAD).sum(1).max())
-        return Batch(*(None if value is None else value[part, :length] for value in values))
+        return self._map(lambda value: value[part, :length])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in given.items()}
+        return Batch(**changed)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -100,7 +103,7 @@ class Stream(Protocol):
         """The samples in those rows."""
 
     def state(self) -> dict[str, Any]:
-        """What resuming from here needs, as JSON values."""
+        """The state from which to resume, as JSON values."""
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Resume from :meth:`state`, in which the states of all processes are merged."""

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
-from skimage import feature, morphology, transform
+from skimage import feature, transform
+from skimage.morphology import skeletonize
 
 WEAK, STRONG = 0.08, 0.2
 """Thresholds of Canny's hysteresis: an edge starts at a contrast of ``STRONG`` and is followed while it has at least ``WEAK``."""
@@ -61,7 +62,7 @@ def _edges(pixels: np.ndarray, enlarged: float = 1.0) -> np.ndarray:
         for channel in range(3)
         if np.ptp(pixels[..., channel]) >= STRONG * 255
     ]
-    return morphology.skeletonize(np.any(found, axis=0)) if found else np.zeros(pixels.shape[:2], bool)
+    return skeletonize(np.any(found, axis=0)) if found else np.zeros(pixels.shape[:2], bool)
 
 
 def canny_edge(pixels: np.ndarray) -> np.ndarray:

@@ -92,7 +92,7 @@ def check(frames: dict[str, pd.DataFrame], config: ValidateConfig, docs: Path) -
     with tempfile.TemporaryDirectory(prefix="cm3leon-expectations-") as scratch:
         context = gx.get_context(mode="file", project_root_dir=scratch)
         context.enable_analytics(False)
-        context.variables.progress_bars = {"globally": False}  # type: ignore[assignment]
+        context.variables.progress_bars = {"globally": False}
         context.delete_data_docs_site("local_site")
         store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs.absolute())}
         context.add_data_docs_site(

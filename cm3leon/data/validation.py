@@ -114,7 +114,7 @@ def check_rows(frame: pd.DataFrame, profiles: list[Profile], config: ValidateCon
     Among records with the same pixels the first that breaks no rule is kept, and those after it are each a ``duplicate``.
     """
     # 1. The rules that need one record.
-    records: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
+    records: list[dict[str, Any]] = frame.to_dict("records")
     findings = [list(_check_record(record, profile, config)) for record, profile in zip(records, profiles, strict=True)]
 
     # 2. Duplicates. A record that breaks a rule does not make its copies duplicates, else no copy would be left.

@@ -84,7 +84,7 @@ class Parts:
         return [image for batch in batches for image in to_pil(self.image_tokenizer.decode(batch.to(self.model.device)))]
 
 
-def load_decoder(directory: Path, device: str, precision: Precision | None, compiled: bool = False) -> Decoder:
+def load_decoder(directory: Path, device: str | torch.device, precision: Precision | None, compiled: bool = False) -> Decoder:
     """A decoder to generate with.
 
     Args:
@@ -114,7 +114,7 @@ def load_parts(
     tokens: Path | None = None,
     super_resolution: Path | None = None,
     retrieval: RetrieveConfig | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     precision: Precision | None = None,
     compiled: bool = False,
 ) -> Parts:

@@ -150,7 +150,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale_O1[:, 0].to(matrix.weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype)) * self.scale
+        return F.linear(x, self.get_buffer("weight").to(x.dtype)) * self.get_buffer("scale")
 
 
 class Attention(nn.Module):

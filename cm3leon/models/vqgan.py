@@ -85,6 +85,7 @@ def init_linear(network: nn.Module) -> None:
     """Initialize 1x1 convolutions as orthogonal and residual branches as zero: the network is then an orthogonal map of patches."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
+            assert module.bias is not None
             nn.init.zeros_(module.bias)
             if module.kernel_size == (1, 1):
                 nn.init.orthogonal_(module.weight.view(module.out_channels, -1))

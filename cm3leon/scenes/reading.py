@@ -130,7 +130,7 @@ def _as_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _read_region(
-    pixels: np.ndarray, lab: np.ndarray, contrast: np.ndarray, ground: np.ndarray, mask: np.ndarray, window: tuple, least: float
+    pixels: np.ndarray, lab: np.ndarray, contrast: np.ndarray, ground: np.ndarray, mask: np.ndarray, window: tuple[slice, ...], least: float
 ) -> list[Object]:
     """Read the objects of a connected region: one, or several if objects of different colors touch.
 
@@ -161,7 +161,9 @@ def _read_region(
     return objects
 
 
-def _read_object(pixels: np.ndarray, ground: np.ndarray, mask: np.ndarray, core: np.ndarray, window: tuple, color: str) -> Object:
+def _read_object(
+    pixels: np.ndarray, ground: np.ndarray, mask: np.ndarray, core: np.ndarray, window: tuple[slice, ...], color: str
+) -> Object:
     """Fit the templates to one region; ``mask`` and ``core`` are its pixels within ``window``."""
     # 1. A window two pixels wider, and a mask one pixel wider: an antialiased or blurred edge extends beyond the region.
     height, width = pixels.shape[:2]

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -192,7 +193,7 @@ class Scene:
         return len(self.objects) > 1 and len({item.label for item in self.objects}) == 1
 
     @property
-    def signature(self) -> tuple:
+    def signature(self) -> tuple[Any, ...]:
         """A key that is equal for scenes that look the same: the order of the objects does not matter."""
         return self.background, tuple(sorted((o.label, round(o.x, 4), round(o.y, 4)) for o in self.objects))
 

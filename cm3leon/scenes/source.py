@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -38,7 +39,7 @@ def rows(config: ShapesConfig, path: Path) -> Iterator[SourceRow]:
     Raises:
         ConfigError: if there are not enough different scenes for ``config.count`` under this configuration.
     """
-    seen: set[tuple] = set()
+    seen: set[tuple[Any, ...]] = set()
     for number in range(config.count):
         # A generator for each scene: a longer run starts with the rows of a shorter one.
         rng = random.Random(f"{config.seed}/{number}")
@@ -55,7 +56,7 @@ def rows(config: ShapesConfig, path: Path) -> Iterator[SourceRow]:
             yield second
 
 
-def _unique_scene(rng: random.Random, config: ShapesConfig, seen: set[tuple]) -> Scene:
+def _unique_scene(rng: random.Random, config: ShapesConfig, seen: set[tuple[Any, ...]]) -> Scene:
     """Sample a scene whose signature is not in ``seen``, and add it there."""
     for _ in range(TRIES):
         scene = sample_scene(rng, config.max_objects, config.grid, config.letters)
@@ -95,7 +96,7 @@ def _pixel_box(item: Object, side: int) -> tuple[float, float, float, float]:
     return x0, y0, x1, y1
 
 
-def edit(scene: Scene, rng: random.Random, config: ShapesConfig, seen: set[tuple]) -> tuple[str, Scene] | None:
+def edit(scene: Scene, rng: random.Random, config: ShapesConfig, seen: set[tuple[Any, ...]]) -> tuple[str, Scene] | None:
     """Sample an edit: an instruction, and the scene after it. None if no edit was found that gives a valid scene not in ``seen``."""
     for _ in range(TRIES):
         sampled = _sample_edit(scene, rng, config)

@@ -115,7 +115,7 @@ def call_of(number: int, record: Any, settings: RequestSettings, generator: Gene
     try:
         return request.model_validate(used | fields).call(generator)
     except ValidationError as error:
-        raise ValueError(f"row {number}: task {task}: {from_validation(error.errors()).message}") from None  # type: ignore[arg-type]
+        raise ValueError(f"row {number}: task {task}: {from_validation(error.errors()).message}") from None
     except ApiError as error:
         raise ValueError(f"row {number}: {error.message}") from None
 

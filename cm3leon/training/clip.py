@@ -170,7 +170,7 @@ def train(
         texts_nd, negatives_md = vectors[: len(texts)], vectors[len(texts) :]
         owners_m = torch.tensor(owners, dtype=torch.long, device=device)
         # 3. Loss and update.
-        scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()  # type: ignore[operator, union-attr]
+        scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()  # type: ignore[operator]
         loss = contrastive_loss(embed_pixels(model, pixels), texts_nd, negatives_md, owners_m, scale)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -124,13 +124,15 @@ def inference(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+        sharded: Any = model
         if hasattr(model, "reshard"):
-            model.reshard()
+            sharded.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every process; all of them must call this. Other tensors are returned as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    sharded: Any = tensor  # a DTensor, whose module takes long to import, where there is more than one process
+    return sharded.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def shard_like(parameter: Tensor, tensor: Tensor) -> Tensor:
@@ -139,4 +141,5 @@ def shard_like(parameter: Tensor, tensor: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    sharded: Any = parameter
+    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None)

@@ -62,7 +62,7 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and optimizer states by name; this process's shards of them if the model is sharded."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         found: dict[str, Tensor] = {f"model.{name}": parameter for parameter, name in names.items()}
         for number, optimizer in enumerate(self.optimizers):
             for parameter, states in optimizer.state.items():

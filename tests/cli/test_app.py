@@ -45,7 +45,8 @@ class Recorder:
     """A real generator of untrained models that records its calls."""
 
     def __init__(self, generator: Generator) -> None:
-        self.generator, self.asked = generator, []
+        self.generator = generator
+        self.asked: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.generator, name)
@@ -59,7 +60,7 @@ class Recorder:
 
 @pytest.fixture(scope="session")
 def loaded(tiny_parts: dict[str, Path]) -> Generator:
-    return Generator.from_parts(**tiny_parts, decoding=decoding(candidates=2))  # type: ignore[arg-type]
+    return Generator.from_parts(**tiny_parts, decoding=decoding(candidates=2))
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_a_stage_prints_its_metrics_last(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text("seed: 5\n")
     fake = types.SimpleNamespace(run=lambda config: print("working") or {"seed": float(config.seed)})
-    monkeypatch.setitem(sys.modules, "cm3leon.stages.ingest", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cm3leon.stages.ingest", fake)
     status, out, _ = call("ingest")
     assert status == 0
     first, last = out.splitlines()
@@ -159,7 +160,7 @@ def test_what_a_stage_cannot_work_with_is_one_line(tmp_path: Path, monkeypatch: 
     def refuse(config: object) -> None:
         raise UserError("encoder has no images to train on")
 
-    monkeypatch.setitem(sys.modules, "cm3leon.stages.encoder", types.SimpleNamespace(run=refuse))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cm3leon.stages.encoder", types.SimpleNamespace(run=refuse))
     assert call("encoder") == (2, "", "error: encoder has no images to train on\n")
 
 
@@ -170,7 +171,7 @@ def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.M
     def broken(config: object) -> None:
         raise KeyError("a defect")
 
-    monkeypatch.setitem(sys.modules, "cm3leon.stages.ingest", types.SimpleNamespace(run=broken))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cm3leon.stages.ingest", types.SimpleNamespace(run=broken))
     with pytest.raises(KeyError, match="a defect"):
         call("ingest")
 

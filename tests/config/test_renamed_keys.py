@@ -81,7 +81,7 @@ def test_stored_trees_are_read_with_the_names_of_today() -> None:
 
 def test_a_stored_file_that_holds_no_parameters_is_refused() -> None:
     with pytest.raises(TypeError, match="expected a mapping of parameters, found list"):
-        current_names([1], "decoding")  # type: ignore[arg-type]
+        current_names([1], "decoding")
 
 
 @pytest.mark.parametrize("key", [key for key in RENAMED if "*" not in key])

@@ -63,7 +63,7 @@ def task_states(state: Any) -> dict[str, tuple[str, str]]:
     with get_client(sync_client=True) as client:
         chosen = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
         runs = client.read_task_runs(flow_run_filter=chosen)
-    return {run.name: (run.state.name, run.state.message or "") for run in runs}
+    return {run.name: (run.state.name, run.state.message or "") for run in runs}  # type: ignore[misc]
 
 
 def test_stages_run_in_order_and_are_skipped_while_up_to_date(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:

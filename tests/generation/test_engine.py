@@ -63,7 +63,7 @@ def forward(model, tokens, image_positions):
 def reference_image(model, streams, seed, image_sampler):
     """One candidate of one prompt."""
     noise = uniform_noise([seed], VOCABULARY.tokens_per_image)
-    codes = []
+    codes: list[int] = []
     for step in range(VOCABULARY.tokens_per_image):
         generated = np.array([c + VOCABULARY.image_start for c in codes], dtype=np.int64)
         image_positions = np.arange(1, step + 1)
@@ -181,7 +181,8 @@ def test_texts_equal_the_reference(model):
     prompts = [prompt(4, 1).followed_by(VOCABULARY.sentinel(0)), prompt(9, 2).followed_by(VOCABULARY.sentinel(0))]
     texts = generate_texts(model, prompts, [0, 0], temperature=0.0, top_p=1.0, max_tokens=12, ends=(EOSS, BREAK))
     for row, start in enumerate(prompts):
-        tokens, expected, end = start.tokens, [], None
+        tokens, end = start.tokens, None
+        expected: list[int] = []
         while len(expected) < 12 and end is None:
             logits = forward(model, tokens, VOCABULARY.image_positions(tokens))
             allowed = [EOSS, BREAK, *range(VOCABULARY.text_start, VOCABULARY.size)]

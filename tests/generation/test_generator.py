@@ -89,7 +89,7 @@ def test_an_image_names_its_retrieved_documents(generator, tmp_path):
     [document] = image.retrieved_documents
     assert document["licence"] == "CC0-1.0" and {"id", "caption", "attribution", "score"} <= set(document)
     image.save(tmp_path / "out.png")
-    record = json.loads(Image.open(tmp_path / "out.png").text["cm3leon"])
+    record = json.loads(Image.open(tmp_path / "out.png").text["cm3leon"])  # type: ignore[attr-defined]
     assert record["prompt"] == PROMPTS[0] and record["seed"] == 5 and record["retrieved_documents"] == image.retrieved_documents
     assert record["settings"]["retrieved_documents"] == 1
 

@@ -89,7 +89,7 @@ def settings(**changes):
 
 def test_a_sampler_is_guidance_temperature_top_k_and_top_p_in_this_order():
     streams = torch.stack([logits(2, 3), logits(2, 3, seed=1)])
-    expected = keep_top_p(keep_top_k(at_temperature(classifier_free(*streams, 3.0), 0.7), 8), 0.9)
+    expected = keep_top_p(keep_top_k(at_temperature(classifier_free(*streams, 3.0), 0.7), 8), 0.9)  # type: ignore[call-arg]
     torch.testing.assert_close(Sampler(settings(top_k=8)).probabilities(streams, 1.0), expected)
 
 
@@ -97,7 +97,7 @@ def test_half_and_half_samples_the_last_candidates_by_contrastive_decoding():
     streams = torch.stack([logits(2, 4), logits(2, 4, seed=1)])
     found = Sampler(settings(contrastive=0.5, contrastive_k=3)).probabilities(streams, 1.0)
     torch.testing.assert_close(found[:, :2], Sampler(settings()).probabilities(streams, 1.0)[:, :2])
-    torch.testing.assert_close(found[:, 2:], at_temperature(contrastive(*streams[:, :, 2:], 3, 0.5), 0.7))
+    torch.testing.assert_close(found[:, 2:], at_temperature(contrastive(*streams[:, :, 2:], 3, 0.5), 0.7))  # type: ignore[call-arg]
     all_of_them = Sampler(settings(contrastive=1.0)).probabilities(streams, 1.0)
     assert all_of_them.shape == found.shape
     torch.testing.assert_close(all_of_them.sum(-1), torch.ones(2, 4, dtype=all_of_them.dtype))
@@ -105,7 +105,7 @@ def test_half_and_half_samples_the_last_candidates_by_contrastive_decoding():
 
 def test_three_streams_are_for_editing():
     streams = torch.stack([logits(1, 2, seed=seed) for seed in range(3)])
-    expected = at_temperature(editing(*streams, 1.2, 3.0), 0.7)
+    expected = at_temperature(editing(*streams, 1.2, 3.0), 0.7)  # type: ignore[call-arg]
     torch.testing.assert_close(Sampler(settings(image_guidance=1.2, top_p=1.0)).probabilities(streams, 0.5), expected)
 
 

@@ -10,10 +10,10 @@ from cm3leon.models.kernels import apply_rotary_emb, attention, relu
 
 def with_gradients(function, *inputs):
     """The function's value and the gradients of its inputs, of a weighted sum of it."""
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    y = function(*inputs)
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    y = function(*leaves)
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
-    return y, *torch.autograd.grad((y * weights).sum(), inputs)
+    return y, *torch.autograd.grad((y * weights).sum(), leaves)
 
 
 def equal(found, expected, **tolerance):

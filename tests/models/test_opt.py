@@ -305,7 +305,7 @@ def test_export_takes_the_decoder_of_a_registered_model(
 
     asked = []
     make().save(tmp_path / "bundle")
-    monkeypatch.setattr(registry, "fetch_bundle", lambda uri: asked.append(uri) or tmp_path / "bundle")
+    monkeypatch.setattr(registry, "fetch_bundle", lambda uri: asked.append(uri) or tmp_path / "bundle")  # type: ignore[func-returns-value]
     assert call(capsys, "export", tmp_path / "opt")[0] == 0
     assert asked == [model.CHAMPION]
     assert same(import_opt(tmp_path / "opt"), make())

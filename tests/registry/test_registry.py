@@ -174,8 +174,8 @@ def test_three_versions_from_registration_to_rollback(stages):
 def test_the_record_is_read_once_on_its_way_to_the_gate(stages, monkeypatch):
     released(0.5)
     evaluated(0.6)
-    read, real = [], Record.read.__func__
-    monkeypatch.setattr(Record, "read", classmethod(lambda cls, folder: read.append(str(folder)) or real(cls, folder)))
+    read, real = [], Record.read.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(Record, "read", classmethod(lambda cls, folder: read.append(str(folder)) or real(cls, folder)))  # type: ignore[func-returns-value]
     version = registry.register_outputs(CONFIG)
     assert read == [str(paths.EVALUATION)]
     assert registry.gate(CONFIG.gate, version).passed

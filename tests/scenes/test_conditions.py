@@ -41,7 +41,7 @@ def test_every_kind_is_rendered_and_rendering_is_deterministic(side: int) -> Non
         assert sorted(rendered) == sorted(CONDITIONS)
         again = conditions(scene, side)
         for kind, pixels in rendered.items():
-            assert (pixels.shape, pixels.dtype) == ((side, side, 3), np.uint8)
+            assert (pixels.shape, pixels.dtype) == ((side, side, 3), np.uint8)  # type: ignore[comparison-overlap]
             assert (pixels == again[kind]).all()
             assert (pixels != pixels[0, 0]).any()
 

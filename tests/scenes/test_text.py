@@ -131,7 +131,7 @@ def _concludes(scene: Scene, question: str) -> str:
 
 
 def test_answers_and_explanations_of_reasoning_are_true() -> None:
-    kinds = Counter()
+    kinds: Counter[str] = Counter()
     for i, scene in enumerate(SCENES):
         problems = reasoning(scene, random.Random(i))
         assert len(problems) == (0 if scene.letter else 1)

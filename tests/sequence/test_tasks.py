@@ -161,7 +161,7 @@ QUESTIONS = [{"question": f"What color is number {n}?", "answers": [f"red {n}"]}
 def test_a_sample_asks_several_questions_and_answers_each_after_the_image(samples, context, most):
     sampled = samples({"vqa": 1.0}, lambda row: {"questions": QUESTIONS}, questions_per_sample=4, answer_weight=5.0, input_weight=0.5)
     object.__setattr__(sampled.pretraining, "context", context)
-    counts = Counter()
+    counts: Counter[int] = Counter()
     for epoch in range(40):
         masked, weights, *_ = sampled(epoch, 0)
         assert len(masked.tokens) <= context

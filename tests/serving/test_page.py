@@ -53,7 +53,7 @@ def test_a_prompt_becomes_images_with_scores_and_retrieved_documents(page, serve
     seed = re.search(r"seed (\d)", page.text("figcaption"))[1]
     file = tmp_path / f"cm3leon-seed-{seed}.png"
     server.until(file.is_file)
-    record = json.loads(Image.open(file).text["cm3leon"])
+    record = json.loads(Image.open(file).text["cm3leon"])  # type: ignore[attr-defined]
     assert record["prompt"] == "a red circle" and record["seed"] == int(seed) and len(record["retrieved_documents"]) == 2
 
 

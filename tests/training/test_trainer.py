@@ -159,7 +159,7 @@ def test_divergence_names_the_last_checkpoint(stream, tmp_path):
             state.model.tokens.weight.data[:] = float("nan")
         return stream(step, rows)
 
-    with_nan.batch_size, with_nan.state, with_nan.load_state = stream.batch_size, stream.state, stream.load_state
+    with_nan.batch_size, with_nan.state, with_nan.load_state = stream.batch_size, stream.state, stream.load_state  # type: ignore[attr-defined]
     with pytest.raises(DivergenceError, match=r"step 6.*the last checkpoint is .*step-00000004"):
         fit(state, with_nan, config, {}, "test", checkpoints=checkpoints)
     assert checkpoints.newest() == "step-00000004"
@@ -187,7 +187,8 @@ def test_one_sigint_writes_a_checkpoint_and_exits_and_a_second_one_exits_at_once
 
 
 def test_a_resumed_run_logs_its_losses_from_the_beginning(stream, tmp_path):
-    checkpoints, logged = Checkpoints(tmp_path / "run", {"a": "1"}, 2), {}
+    checkpoints = Checkpoints(tmp_path / "run", {"a": "1"}, 2)
+    logged: dict[int, dict[str, float]] = {}
 
     def train_to(steps):
         config = CONFIG.model_copy(update={"steps": steps, "checkpoint_every": LOG_EVERY})
