@@ -1,12 +1,14 @@
-"""Pretrain short, under several settings, on the tokens that the last pipeline run left:
+"""Compare settings of pretraining by short runs on the tokens of the last pipeline run:
 
     python benchmarks/decoder.py --steps 600 "pretrain.optimizer=adamw pretrain.learning_rate=0.003" "pretrain.learning_rate=0.01"
 
-Each argument is one variant: changes to ``params.yaml``, separated by blanks. For each a line with steps a second, the losses of the val
-split without masks (nats an image given its caption, nats a caption token given the image), and the composition accuracy of one plain
-sample of each val prompt, by the number of different objects it names; "relation": how often a stated relation holds where number and
-colors are right (chance: about 0.25); "binding": how often an image of two objects is likelier under its caption than under the same with
-the two colors swapped (chance: 0.5).
+Each argument is one variant: changes to ``params.yaml``, separated by spaces. The table has a row for each, measured on the val split:
+
+- steps per second of training;
+- losses without masks: nats per image given its caption, and nats per caption token given the image;
+- composition accuracy of one unranked image for each prompt, also by the number of different objects that the prompt names, and
+  "relation": how often a stated relation holds if number and colors are right (chance: about 0.25);
+- "binding": how often an image of two objects is more likely given its caption than given it with swapped colors (chance: 0.5).
 """
 
 from __future__ import annotations
@@ -39,11 +41,11 @@ from cm3leon.training.pretraining import build_decoder, training_samples
 from cm3leon.training.trainer import fit, setup, validate
 from cm3leon.utils.images import to_pil
 
-DRAWN_TOGETHER = 128
+IMAGES_AT_ONCE = 128
 
 
 def held_out_batches(model: Decoder, config: Config, objective: ObjectiveConfig) -> list[Batch]:
-    """The val split once, without retrieved documents, masked as ``objective`` says."""
+    """The val split once, without retrieved documents, with the masks of ``objective``."""
     section = config.pretrain.model_copy(update={"objective": objective, "retrieved_documents": [1.0]})
     store = TokenStore(paths.TOKENS, ["val"])
     stream = SortedStream(training_samples(store, model.vocabulary, section, config.seed), len(store), 64, config.seed)
@@ -51,18 +53,26 @@ def held_out_batches(model: Decoder, config: Config, objective: ObjectiveConfig)
 
 
 def composition_by_objects(model: Decoder) -> dict[str, float]:
-    """Composition accuracy of one plain sample of each val prompt: of all, of those that name 1, 2, 3 different objects, of relations."""
+    """Composition accuracy of one image, sampled without guidance, for each val prompt.
+
+    Returns:
+        By key: ``all``; ``1``, ``2``, ``3``, the prompts that name so many different objects; ``relation``, the relation alone where number
+        and colors are right.
+    """
     images, texts = ImageTokenizer.load(paths.IMAGE_TOKENIZER), TextTokenizer.load(paths.TEXT_TOKENIZER)
+    # 1. One image for each prompt.
     captions = [str(found[0]) for found in read_manifest(paths.VALIDATED, "val")["captions"]]
     vocabulary = model.vocabulary
     prompts = [[image_prompt([("text", vocabulary.text(texts.encode(caption)))], [], vocabulary)] for caption in captions]
     plain = Sampler(DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0))
     verdicts = []
-    for start in range(0, len(prompts), DRAWN_TOGETHER):
-        part = slice(start, start + DRAWN_TOGETHER)
-        seeds = [[row] for row in range(start, start + len(prompts[part]))]
-        codes = generate_images(model, prompts[part], seeds, plain)[:, 0]
-        verdicts += composition.verdicts(captions[part], to_pil(images.decode(torch.from_numpy(codes))))
+    for start in range(0, len(prompts), IMAGES_AT_ONCE):
+        batch = slice(start, start + IMAGES_AT_ONCE)
+        seeds = [[row] for row in range(start, start + len(prompts[batch]))]
+        codes = generate_images(model, prompts[batch], seeds, plain)[:, 0]
+        verdicts += composition.verdicts(captions[batch], to_pil(images.decode(torch.from_numpy(codes))))
+
+    # 2. Outcomes by key.
     right = defaultdict(list)
     for caption, verdict in zip(captions, verdicts, strict=True):
         if verdict is not None and (statement := composition.parse_caption(caption)) is not None:
@@ -74,7 +84,7 @@ def composition_by_objects(model: Decoder) -> dict[str, float]:
 
 
 def swapped_colors(caption: str) -> str | None:
-    """A caption of two objects of different colors and shapes with the colors swapped; None of others."""
+    """The caption with the colors of its two objects swapped; None unless it has two objects of different colors and shapes."""
     object_ = rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b"
     found = re.findall(object_, caption)
     if len(found) != 2 or len({color for color, _ in found}) < 2 or len({shape for _, shape in found}) < 2:
@@ -84,8 +94,10 @@ def swapped_colors(caption: str) -> str | None:
 
 
 def binding(model: Decoder) -> float:
-    """Share of val images of two objects that are likelier under their caption than under the same with the colors swapped."""
-    texts, store, vocabulary = TextTokenizer.load(paths.TEXT_TOKENIZER), TokenStore(paths.TOKENS, ["val"]), model.vocabulary
+    """Fraction of val images of two objects that are more likely given their caption than given it with the colors swapped."""
+    texts = TextTokenizer.load(paths.TEXT_TOKENIZER)
+    store = TokenStore(paths.TOKENS, ["val"])
+    vocabulary = model.vocabulary
     rows = read_manifest(paths.VALIDATED, "val")
     asked = [(store.by_id(name).codes, str(captions[0])) for name, captions in zip(rows["id"], rows["captions"], strict=True)]
     pairs = [(codes, caption, other) for codes, caption in asked if (other := swapped_colors(caption)) is not None]
@@ -98,7 +110,7 @@ def binding(model: Decoder) -> float:
 
 
 def trial(changes: Sequence[str], steps: int) -> str:
-    """Train one variant; its row of the table."""
+    """Train one variant and return its row of the table."""
     config = changed_config([*changes, f"pretrain.steps={steps}", f"pretrain.validate_every={steps}"], PARAMS)
     section = config.pretrain
     model = build_decoder(section.model, config.seed)
@@ -108,14 +120,14 @@ def trial(changes: Sequence[str], steps: int) -> str:
     state = setup(model, section)
     fit(state, stream, section, {}, "pretrain")
     rate = steps / (time.perf_counter() - start)
-    drawing = validate(state, held_out_batches(model, config, ObjectiveConfig(mean_masks=0, segment_rate=0)), section)
+    image_metrics = validate(state, held_out_batches(model, config, ObjectiveConfig(mean_masks=0, segment_rate=0)), section)
     caption = ObjectiveConfig(mean_masks=0, segment_rate=1, caption_share=1)
-    captioning = validate(state, held_out_batches(model, config, caption), section)
+    caption_metrics = validate(state, held_out_batches(model, config, caption), section)
     model.eval()
     shown = ", ".join(f"{key}: {value:.3f}" for key, value in composition_by_objects(model).items())
-    image = drawing["loss_image"] * model.vocabulary.tokens_per_image
-    figures = f"{rate:.2f} | {image:.2f} | {captioning['loss_text']:.3f} | {shown} | {binding(model):.2f}"
-    return f"| {' '.join(changes) or 'params.yaml'} | {figures} |"
+    per_image = image_metrics["loss_image"] * model.vocabulary.tokens_per_image
+    columns = f"{rate:.2f} | {per_image:.2f} | {caption_metrics['loss_text']:.3f} | {shown} | {binding(model):.2f}"
+    return f"| {' '.join(changes) or 'params.yaml'} | {columns} |"
 
 
 if __name__ == "__main__":
@@ -123,6 +135,6 @@ if __name__ == "__main__":
     parser.add_argument("variants", nargs="*", default=[""])
     parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
-    print("| changes | steps/s | nats an image | nats a caption token | composition of one sample | binding |\n|---|---|---|---|---|---|")
+    print("| changes | steps/s | nats per image | nats per caption token | composition of one image | binding |\n|---|---|---|---|---|---|")
     for variant in options.variants:
         print(trial(variant.split(), options.steps), flush=True)

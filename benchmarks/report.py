@@ -1,4 +1,4 @@
-"""The figures that the README and docs/log.md quote, read from the last pipeline run: python benchmarks/report.py
+"""The scores and times of the last pipeline run that the README and docs/log.md quote: python benchmarks/report.py
 
 Scores with their calibrations from ``models/evaluation/record.json``; seconds and peak memory of each stage from MLflow.
 """
@@ -11,26 +11,26 @@ from cm3leon.config import paths
 from cm3leon.evaluation.record import Record
 from cm3leon.tracking.store import EXPERIMENT, tracking_uri
 
-BESIDE = {
+CALIBRATIONS = {
     "composition": ("composition_reconstructions", "composition_other_captions"),
     "vqa_accuracy": ("vqa_accuracy_majority", "vqa_accuracy_other_images"),
     "cider": ("cider_other_images",),
     "clip_score": ("clip_score_real", "clip_score_other_captions"),
     "fd_encoder": ("fd_encoder_reconstructions",),
 }
-"""Score -> the calibrations that make it readable."""
+"""Score -> its ceilings and baselines."""
 
 
 def scores(record: Record) -> str:
-    """A Markdown table of the main scores with intervals and what to hold them against."""
-    lines = ["| score | value | 95 % interval | beside it |", "|---|---|---|---|"]
-    for name, others in BESIDE.items():
+    """A Markdown table of the main scores with their intervals and calibrations."""
+    lines = ["| name | score | 95 % interval | calibration |", "|---|---|---|---|"]
+    for name, others in CALIBRATIONS.items():
         if name not in record.scores:
             continue
         interval = record.intervals.get(name)
         shown = f"{interval[0]:.3f}–{interval[1]:.3f}" if interval else ""
-        beside = ", ".join(f"{other.removeprefix(name + '_').replace('_', ' ')} {record.calibration[other]:.3f}" for other in others)
-        lines.append(f"| {name} | **{record.scores[name]:.3f}** | {shown} | {beside} |")
+        calibration = ", ".join(f"{other.removeprefix(name + '_').replace('_', ' ')} {record.calibration[other]:.3f}" for other in others)
+        lines.append(f"| {name} | **{record.scores[name]:.3f}** | {shown} | {calibration} |")
     lines += [f"| {name} | {value:.3f} | | |" for name, value in sorted(record.scores.items()) if "/" in name]
     return "\n".join(lines)
 
@@ -49,7 +49,7 @@ def stages() -> str:
             lines = ["| stage | seconds | peak, MB |", "|---|---|---|"]
             for stage, value in seconds.items():
                 lines.append(f"| {stage} | {value:.0f} | {run.data.metrics.get(f'pipeline/{stage}_peak_megabytes', 0):.0f} |")
-            return "\n".join([*lines, f"| together | {sum(seconds.values()):.0f} | |"])
+            return "\n".join([*lines, f"| total | {sum(seconds.values()):.0f} | |"])
     return "no pipeline run in the tracking store"
 
 

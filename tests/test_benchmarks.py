@@ -1,4 +1,4 @@
-"""The benchmark scripts load, and what they compute themselves is right."""
+"""The benchmark scripts load, and the functions of their own are right."""
 
 import importlib.util
 import math
@@ -24,17 +24,17 @@ def load(path: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_every_script_loads_and_says_how_to_run_it(path: Path) -> None:
+def test_every_script_loads_and_states_its_command(path: Path) -> None:
     assert f"python benchmarks/{path.name}" in (load(path).__doc__ or "")
 
 
-def test_uncertainty_of_a_code_given_its_patch() -> None:
+def test_entropy_of_codes_given_their_patches() -> None:
     [script] = [path for path in SCRIPTS if path.stem == "image_tokenizer"]
     images = np.zeros((2, 8, 8, 3), dtype=np.uint8)
     images[:, 4:] = 9  # two different patches, each four times
     same = np.array([[1, 1, 2, 2], [1, 1, 2, 2]])
     assert load(script).code_uncertainty(images, same, 4) == 0
-    half = np.array([[1, 3, 2, 2], [1, 3, 2, 2]])  # the first has one of two codes, four times in two images
+    half = np.array([[1, 3, 2, 2], [1, 3, 2, 2]])  # the first patch has one of two codes, four times in two images
     assert load(script).code_uncertainty(images, half, 4) == pytest.approx(2 * math.log(2))
 
 
@@ -48,21 +48,21 @@ def test_colors_are_swapped_between_two_different_objects_only() -> None:
     assert swapped("two red circles on white") is None and swapped("a red circle on blue") is None
 
 
-def test_a_claim_holds_only_where_every_seed_agrees() -> None:
+def test_a_claim_holds_only_if_all_seeds_agree() -> None:
     assert claims._better([3.0, 4.0], [1.0, 2.0]) == "holds here"
     assert claims._better([1.0, 2.0], [3.0, 4.0]) == "does not hold here"
-    assert "is undecided" in claims._better([1.0, 3.0], [2.0, 4.0])
+    assert "undecided" in claims._better([1.0, 3.0], [2.0, 4.0])
 
 
-def test_a_difference_is_judged_prompt_for_prompt() -> None:
-    hard = [float(n % 2) for n in range(200)]  # half of the prompts are always wrong: only the differences matter
+def test_paired_differences_over_prompts_decide() -> None:
+    hard = [float(n % 2) for n in range(200)]  # half of the prompts are always wrong, so means are uncertain and differences are not
     better = [1.0 if n % 2 or n % 20 == 0 else 0.0 for n in range(200)]
     assert claims._paired(better, hard).startswith("holds here (+0.050 [")
     assert claims._paired(hard, better).startswith("does not hold here (-0.050 [")
-    assert claims._paired(hard, hard[::-1]).startswith("is undecided here (+0.000 [")
+    assert claims._paired(hard, hard[::-1]).startswith("undecided here (+0.000 [")
 
 
-def test_what_was_computed_is_kept_for_the_same_question_and_inputs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_kept_for_the_same_key_and_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     study = runs.Study(Config(), 10, 5, 1)
     study.__dict__["inputs"] = "hash"
@@ -78,12 +78,12 @@ def test_what_was_computed_is_kept_for_the_same_question_and_inputs_only(tmp_pat
     assert other.kept("x", "a", compute) == 3 and study.kept("x", "a", compute) == 1
 
 
-def test_tokens_to_a_loss_lie_between_two_points_of_the_curve() -> None:
+def test_tokens_to_a_loss_are_interpolated_between_validations() -> None:
     curve = [{"tokens": 100.0, "loss": 3.0}, {"tokens": 200.0, "loss": 2.0}, {"tokens": 300.0, "loss": 1.0}]
     assert claims._tokens_to(curve, "loss", 1.5) == 250 and claims._tokens_to(curve, "loss", 0.5) is None
 
 
-def test_the_study_is_a_page_with_a_section_and_a_plot_a_claim(tmp_path: Path) -> None:
+def test_the_page_has_a_section_and_a_plot_for_each_claim(tmp_path: Path) -> None:
     points = [(1.0, 0.2, 0.1, 0.3), (2.0, 0.4, 0.3, 0.5)]
     sections = {name: claims.Section(f"({name})", "so", "holds", [["a", "b"], ["1", "2"]], ("x", "y"), {"one": points}) for name in CLAIMS}
 

@@ -18,7 +18,7 @@ from cm3leon.config import paths
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.evaluation import measure
-from cm3leon.evaluation.context import Evaluation, fitted_images, sample_rows
+from cm3leon.evaluation.context import Evaluation, best_images, fitted_images, sample_rows
 from cm3leon.evaluation.image_tasks import infill
 from cm3leon.evaluation.record import Record
 from cm3leon.evaluation.run import load_generator
@@ -29,6 +29,7 @@ from cm3leon.tracking.lineage import content_hash
 
 BASE: tuple[str, ...] = ("pretrain.retrieved_documents=[0.2, 0.4, 0.4]",)
 ALONE = ("pretrain.retrieved_documents=[1.0]",)
+"""Changes to the parameters: pretraining with 0, 1 or 2 retrieved documents at these rates (BASE), or without retrieval (ALONE)."""
 SIZES = {
     "small": ("pretrain.model.layers=2", "pretrain.model.width=64", "pretrain.model.heads=2"),
     "medium": (),
@@ -45,7 +46,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "half top-p, half CD-K, k 4": {"top_p": 0.9, "contrastive": 0.5, "contrastive_k": 4},
     "half top-p, half CD-K, k 1": {"top_p": 0.9, "contrastive": 0.5, "contrastive_k": 1},
 }
-"""The paper does not publish its k; alpha is the program's default."""
+"""Sampling strategies. The paper does not state its k; alpha is the default of DecodingConfig."""
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Section:
 
 
 def _shown(result: dict[str, Any]) -> str:
+    """A mean with its interval, as in the tables."""
     low, high = result["interval"]
     return f"{result['mean']:.3f} [{low:.2f}, {high:.2f}]"
 
@@ -75,14 +77,14 @@ def _better(one: Sequence[float], other: Sequence[float]) -> str:
     """The verdict on "one is higher than the other", by whether every seed of one is above every seed of the other."""
     if min(one) > max(other):
         return "holds here"
-    return "does not hold here" if max(one) < min(other) else "is undecided here: the seeds overlap"
+    return "does not hold here" if max(one) < min(other) else "undecided here (the seeds overlap)"
 
 
 def _paired(one: Sequence[float], other: Sequence[float]) -> str:
     """The verdict on "one is higher than the other" from the paired difference over prompts, with its interval."""
     difference = np.asarray(one) - np.asarray(other)
     low, high = _interval(difference)
-    verdict = "holds here" if low > 0 else "does not hold here" if high < 0 else "is undecided here"
+    verdict = "holds here" if low > 0 else "does not hold here" if high < 0 else "undecided here"
     return f"{verdict} ({difference.mean():+.3f} [{low:+.2f}, {high:+.2f}])"
 
 
@@ -91,7 +93,7 @@ def _last(curve: Sequence[dict[str, float]], name: str) -> float:
 
 
 def _tokens_to(curve: Sequence[dict[str, float]], name: str, goal: float) -> float | None:
-    """Tokens after which a loss falls to ``goal``, interpolated."""
+    """Tokens after which a loss has fallen to ``goal``, interpolated between validations; None if it does not."""
     points = [(point["tokens"], point[name]) for point in curve if name in point]
     for (before, high), (after, low) in zip(points, points[1:], strict=False):
         if low <= goal < high:
@@ -101,6 +103,7 @@ def _tokens_to(curve: Sequence[dict[str, float]], name: str, goal: float) -> flo
 
 def retrieval(study: Study) -> Section:
     """(a) With and without retrieval at equal compute."""
+    # 1. Decoders and their scores.
     runs = {
         name: [study.trained(name, changes, seed) for seed in range(study.seeds)]
         for name, changes in (("retrieval", BASE), ("no-retrieval", ALONE))
@@ -111,31 +114,35 @@ def retrieval(study: Study) -> Section:
             scores = [_shown(study.composition(model, retrieved_documents=count)) for count in (0, 1, 2)]
             losses = [f"{_last(trained['curve'], f'val_{key}_loss'):.3f}" for key in ("alone", "retrieved")]
             table.append([name, str(seed), *losses, *scores])
-    best = {
+
+    # 2. Final losses, each with the documents that the decoder was trained on, and the tokens to the same loss.
+    final = {
         name: [_last(t["curve"], key) for _, t in runs[name]]
         for name, key in (("retrieval", "val_retrieved_loss"), ("no-retrieval", "val_alone_loss"))
     }
-    goal = float(np.mean(best["no-retrieval"]))
+    goal = float(np.mean(final["no-retrieval"]))
     needed = [_tokens_to(t["curve"], "val_retrieved_loss", goal) for _, t in runs["retrieval"]]
-    share = [value / study.tokens for value in needed if value is not None]
+    fractions = [tokens / study.tokens for tokens in needed if tokens is not None]
     compute = (
-        f"to the final loss of those without, it needs {np.mean(share):.2f} of the tokens"
-        if share
-        else "the loss of those without is not reached"
+        f"it reaches the final loss without retrieval after {np.mean(fractions):.2f} of the tokens"
+        if fractions
+        else "it does not reach the final loss without retrieval"
     )
     documents = [study.composition(model, retrieved_documents=2)["mean"] for model, _ in runs["retrieval"]]
     none = [study.composition(model, retrieved_documents=0)["mean"] for model, _ in runs["no-retrieval"]]
+
+    # 3. Learning curves.
     curves = {
         f"{name}, seed {seed}": [(p["tokens"] / 1e6, p[key], p[key], p[key]) for p in t["curve"]]
         for name, key in (("retrieval", "val_retrieved_loss"), ("no-retrieval", "val_alone_loss"))
         for seed, (_, t) in enumerate(runs[name])
     }
-    lower = _better([-x for x in best["retrieval"]], [-x for x in best["no-retrieval"]])
+    lower = _better([-x for x in final["retrieval"]], [-x for x in final["no-retrieval"]])
     return Section(
         "(a) Retrieval at equal compute",
         "FID 10.82, 5.78, 4.88 with 0, 1, 2 retrieved documents (7B); retrieval-augmented training needs several times less compute.",
-        f"A lower loss of the query behind two documents: {lower}; {compute}. Better images with two documents than without retrieval: "
-        f"{_better(documents, none)}.",
+        f"The loss is lower with two retrieved documents: {lower}; {compute}. Composition is higher with two retrieved documents than "
+        f"without retrieval: {_better(documents, none)}.",
         table,
         ("million tokens", "validation loss of the query"),
         curves,
@@ -144,7 +151,7 @@ def retrieval(study: Study) -> Section:
 
 
 def guidance(study: Study) -> Section:
-    """(b) The guidance scale at three sizes."""
+    """(b) The best guidance scale at three model sizes."""
     table, curves = [["size", *[f"guidance {scale:g}" for scale in SCALES], "best"]], {}
     best: dict[str, float] = {}
     as_good: list[set[float]] = []
@@ -161,14 +168,14 @@ def guidance(study: Study) -> Section:
         same = "holds here"
     elif common:
         overlapping = ", ".join(f"{scale:g}" for scale in common)
-        same = f"undecided here: at {overlapping} the intervals overlap that of the best"
+        same = f"undecided here (at {overlapping} the intervals overlap that of the best)"
     else:
         same = "does not hold here"
     scales = ", ".join(f"{size} {scale:g}" for size, scale in best.items())
     return Section(
         "(b) Guidance scale and model size",
-        "One scale of guidance was used for all sizes.",
-        f"One scale is as good as the best for all sizes: {same} (best: {scales}).",
+        "One guidance scale is used for all sizes.",
+        f"One guidance scale is best for all sizes: {same}. The best here: {scales}.",
         table,
         ("guidance scale", "composition of one image"),
         curves,
@@ -176,7 +183,7 @@ def guidance(study: Study) -> Section:
 
 
 def candidates(study: Study) -> Section:
-    """(c) Ways of sampling as candidates grow, the best chosen by CLIP."""
+    """(c) Sampling strategies with more candidates, of which the one with the highest CLIP score counts."""
     model = paths.FINETUNED
     table, curves = [["sampling", *[f"{count} {'candidate' if count == 1 else 'candidates'}" for count in COUNTS]]], {}
     right: dict[str, list[list[float]]] = {}
@@ -190,14 +197,15 @@ def candidates(study: Study) -> Section:
         max((name for name in right if name.startswith("half") == mixed), key=lambda name: np.mean(right[name][-1]))
         for mixed in (True, False)
     )
+    # Gains from 8 to 32 candidates.
     gains = ", ".join(f"{name} {np.mean(values[-1]) - np.mean(values[-3]):+.3f}" for name, values in right.items())
     return Section(
         "(c) More candidates",
         "Top-p and CD-K alone stagnate as candidates grow; half of each keeps improving.",
-        f"That with {COUNTS[-1]} candidates the better mixture, {mixture}, is better than the best of the others, {other}, "
-        f"{_paired(right[mixture][-1], right[other][-1])}. That it still improves from {COUNTS[-3]} to {COUNTS[-1]} candidates "
-        f"{_paired(right[mixture][-1], right[mixture][-3])}; all: {gains}. With k 4 all is plausible that is "
-        f"{DecodingConfig().contrastive_alpha:g} times as likely as the fourth most likely token: where a model is sure, anything.",
+        f"With {COUNTS[-1]} candidates the better mixture ({mixture}) is better than the best single strategy ({other}): "
+        f"{_paired(right[mixture][-1], right[other][-1])}. It still improves from {COUNTS[-3]} to {COUNTS[-1]} candidates: "
+        f"{_paired(right[mixture][-1], right[mixture][-3])}; gains of all: {gains}. With k 4, CD-K keeps every token that is at least "
+        f"{DecodingConfig().contrastive_alpha:g} times as likely as the fourth most likely one, so nearly all if the model is confident.",
         table,
         ("candidates, the best by CLIP", "composition"),
         curves,
@@ -206,20 +214,21 @@ def candidates(study: Study) -> Section:
 
 
 def _interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The 95 % bootstrap interval of a mean."""
     record = Record()
     record.add("x", values, 1000, 0)
     return record.intervals["x"]
 
 
 def _best_of(study: Study, model: Any, settings: dict[str, Any]) -> list[list[float]]:
-    """For each number of candidates whether the one with the highest CLIP score is right, for each prompt.
+    """For each number of candidates and prompt, whether the candidate with the highest CLIP score is right, 0 or 1.
 
-    All are drawn by one call for half and half to hold within each number: that many at a time.
+    Each number is generated by a call of its own: mixtures sample half of the candidates of a call with each strategy.
     """
     generator, found = study.generator(model), []
     for count in COUNTS:
-        drawn = [images[0].image for images in generator.text_to_image(study.captions, candidates=count, **settings)]
-        found.append([float(all(verdict.values())) for verdict in composition.verdicts(study.captions, drawn) if verdict is not None])
+        best = best_images(generator.text_to_image(study.captions, candidates=count, **settings))
+        found.append([float(all(verdict.values())) for verdict in composition.verdicts(study.captions, best) if verdict is not None])
     return found
 
 
@@ -235,9 +244,9 @@ def masking(study: Study) -> Section:
     }  # fmt: skip
     table = [
         [
-            "masks (share of whole segments)",
+            "masks (rate of whole segments)",
             "seed",
-            "loss of plain documents",
+            "loss without retrieval",
             "composition",
             "CIDEr by infilling",
             "composition at guidance 2",
@@ -260,10 +269,10 @@ def masking(study: Study) -> Section:
     whole = _better(ciders["whole segments in half"], ciders["whole segments never"])
     cost = _better(scores["whole segments never"], scores["whole segments in half"])
     return Section(
-        "(d) Where masks may lie",
-        "Masks do not cross breaks, which keeps the model from generating images around text; no figure is given.",
-        f"That masks within segments give better images than masks across breaks {within}. That captions by infilling are better where "
-        f"whole segments are masked in half of the samples than where they never are {whole}; that this costs composition {cost}.",
+        "(d) Masks across breaks, and whole segments",
+        "Masks do not cross breaks, which keeps the model from generating images around text; no score is given.",
+        f"Composition is higher with masks within segments than with masks across breaks: {within}. Captions by infilling are better if "
+        f"whole segments are masked in half of the samples than if they never are: {whole}; this costs composition: {cost}.",
         table,
     )
 
@@ -272,10 +281,10 @@ def _cider(study: Study, model: Any) -> float:
     """CIDEr of captions by infilling of val images."""
     generator = study.generator(model)
     rows = sample_rows(read_manifest(paths.VALIDATED, "val"), study.prompts, 0)
-    pictures = fitted_images(generator, ImageStore(paths.RAW), rows["image"].tolist())
+    images = fitted_images(generator, ImageStore(paths.RAW), rows["image"].tolist())
     record = Record()
-    said = [text.text for text in generator.caption(pictures)]
-    measure.measure_captions(record, rows["id"].tolist(), said, [list(texts) for texts in rows["captions"]], 10, 0)
+    captions = [text.text for text in generator.caption(images)]
+    measure.measure_captions(record, rows["id"].tolist(), captions, [list(texts) for texts in rows["captions"]], 10, 0)
     return record.scores["cider"]
 
 
@@ -293,41 +302,45 @@ def tuning(study: Study) -> Section:
     lower = [name for name in names if after[name]["interval"][1] < before[name]["interval"][0]]
     return Section(
         "(e) Instruction tuning",
-        "Tuning brings image and text tasks that pretraining alone does not.",
-        f"After tuning {len(higher)} of {len(names)} scores are higher, their intervals apart. Lower: {', '.join(lower) or 'none'}. "
-        f"The intervals of the others overlap: {', '.join(sorted(set(names) - set(higher) - set(lower))) or 'none'}.",
+        "Instruction tuning adds image and text tasks that the pretrained model cannot do.",
+        f"After tuning {len(higher)} of {len(names)} scores are higher, as intervals do not overlap. Lower: {', '.join(lower) or 'none'}. "
+        f"Undecided, as intervals overlap: {', '.join(sorted(set(names) - set(higher) - set(lower))) or 'none'}.",
         table,
     )
 
 
 def _all_tasks(study: Study, model: Any) -> dict[str, dict[str, Any]]:
-    """The main scores of each task on the val split, with their intervals."""
+    """The main scores of all tasks on the val split, with their intervals."""
+    # 1. Tasks with a measurement of their own. Without its list of trained tasks the pretrained model accepts every task.
     config = study.config.model_copy(update={"evaluate": study.config.evaluate.model_copy(update={"tasks": study.prompts})})
     generator, record = load_generator(config, model), Record()
     generator.parts.training = None
     store, val = ImageStore(paths.RAW), read_manifest(paths.VALIDATED, "val")
     evaluation = Evaluation(config, generator, store, val, record)
-    for measured in (*MEASURES.values(), infill):
-        measured(evaluation)
+    for measure_task in (*MEASURES.values(), infill):
+        measure_task(evaluation)
+
+    # 2. Text to image, questions and captions.
     bootstrap = (config.evaluate.bootstrap, 0)
-    drawn = [images[0].image for images in generator.text_to_image(study.captions)]
-    for name, values in composition.by_attribute(composition.verdicts(study.captions, drawn)).items():
+    generated = best_images(generator.text_to_image(study.captions))
+    for name, values in composition.by_attribute(composition.verdicts(study.captions, generated)).items():
         record.add(name, values, *bootstrap)
     asked = sample_questions(val, 2 * study.prompts, 0)
     refs, questions, truths = zip(*asked, strict=True)
     answers = answer_questions(generator, store, refs, questions)
     measure.measure_answers(record, questions, answers, None, truths, refs, measure.Counter(), *bootstrap)
     captioned = sample_rows(val, study.prompts, 0)
-    said = [text.text for text in generator.caption(fitted_images(generator, store, captioned["image"].tolist()))]
-    measure.measure_captions(record, captioned["id"].tolist(), said, [list(texts) for texts in captioned["captions"]], *bootstrap)
-    parts = ("vqa_accuracy/", "condition/agreement/", "composition/", "bleu_1", "bleu_2", "bleu_3")
-    return {
-        name: {"mean": value, "interval": record.intervals[name]} for name, value in record.scores.items() if not name.startswith(parts)
-    }
+    captions = [text.text for text in generator.caption(fitted_images(generator, store, captioned["image"].tolist()))]
+    measure.measure_captions(record, captioned["id"].tolist(), captions, [list(texts) for texts in captioned["captions"]], *bootstrap)
+
+    # 3. Without breakdowns.
+    breakdowns = ("vqa_accuracy/", "condition/agreement/", "composition/", "bleu_1", "bleu_2", "bleu_3")
+    main = {name: score for name, score in record.scores.items() if not name.startswith(breakdowns)}
+    return {name: {"mean": score, "interval": record.intervals[name]} for name, score in main.items()}
 
 
 def sizes(study: Study) -> Section:
-    """(f) Three model sizes."""
+    """(f) Loss and composition at three model sizes."""
     table = [["size", "parameters", "seed", "loss", "composition of one image"]]
     losses: dict[str, list[float]] = {}
     curves = {}
@@ -344,7 +357,7 @@ def sizes(study: Study) -> Section:
     return Section(
         "(f) Model size",
         "Loss and FID fall with size (350M, 760M, 7B) and tokens.",
-        f"That a larger model has a lower loss after the same number of tokens {larger}.",
+        f"A larger model has a lower loss after the same number of tokens: {larger}.",
         table,
         ("million tokens", "validation loss"),
         curves,

@@ -1,4 +1,4 @@
-"""Decoders trained for the study, and results that are kept, so that nothing is computed twice."""
+"""The study's decoders and their scores; both are kept, so that nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -26,15 +26,23 @@ from cm3leon.training.pretraining import build_decoder, training_samples, valida
 from cm3leon.training.trainer import fit, setup
 
 ROOT = Path("models/study")
+"""Where decoders and results are kept."""
 VALIDATIONS = 16
-"""Points of a learning curve."""
+"""Validations in a training run: the points of a learning curve."""
 COUNTED = 64
-"""Batches from which the tokens of a step are estimated."""
+"""Batches by which the mean number of tokens in a step is estimated."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """What all parts share: parameters, the tokens that each decoder is trained on, the number of prompts and of seeds."""
+    """The settings of a study.
+
+    Attributes:
+        config: the project's parameters, which the claims change.
+        tokens: training tokens of each decoder.
+        prompts: prompts of the val split on which decoders are evaluated.
+        seeds: training runs of each setting.
+    """
 
     config: Config
     tokens: int
@@ -43,29 +51,33 @@ class Study:
 
     @cached_property
     def captions(self) -> list[str]:
-        """Prompts of the val split that state a scene."""
+        """Prompts of the val split that describe scenes."""
         found = [str(texts[0]) for texts in read_manifest(paths.VALIDATED, "val")["captions"]]
         return [caption for caption in found if composition.parse_caption(caption) is not None][: self.prompts]
 
     @cached_property
     def inputs(self) -> str:
-        """A hash of what the study reads."""
+        """A hash of all that the study reads."""
         read = (paths.TOKENS, paths.NEIGHBORS, paths.IMAGE_TOKENIZER, paths.TEXT_TOKENIZER, paths.ENCODER, paths.INDEX)
         return digest([content_hash(path) for path in read])
 
     def kept(self, name: str, key: Any, compute: Callable[[], Any]) -> Any:
-        """The result ``name`` as it was computed before for the same ``key`` and inputs, or computed now and kept as JSON."""
+        """The result ``name`` for ``key``: read if it was computed before with the same inputs, else computed and kept as JSON."""
         file = ROOT / "results" / f"{name}-{digest([key, self.inputs, self.prompts])}.json"
         if not file.is_file():
             value = compute()
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".partial")
             partial.write_text(json.dumps(value))
-            partial.rename(file)
+            partial.rename(file)  # atomic: an interrupted study leaves no half of a result
         return json.loads(file.read_text())
 
     def trained(self, name: str, changes: Sequence[str], seed: int) -> tuple[Path, dict[str, Any]]:
-        """A decoder pretrained from nothing on ``tokens`` tokens with changed parameters, and its learning curve."""
+        """Pretrain a decoder from scratch with changed parameters, unless it was trained before.
+
+        Returns:
+            The decoder's directory; its number of parameters, its steps, and its learning curve (tokens and metrics of each validation).
+        """
         directory = (
             ROOT / f"{name}-{seed}-{digest([list(changes), self.tokens, self.inputs, self.config.pretrain.model_dump(mode='json')])}"
         )
@@ -77,17 +89,23 @@ class Study:
         return directory, self.kept(directory.name, "curve", train)
 
     def _train(self, directory: Path, changes: Sequence[str], seed: int) -> dict[str, Any]:
+        # 1. The decoder and its samples.
         config = changed_config([*changes, f"seed={seed}"], PARAMS)
         section = config.pretrain
         model = build_decoder(section.model, seed)
         train, held_out = TokenStore(paths.TOKENS, ["train"]), TokenStore(paths.TOKENS, ["val"])
         samples = training_samples(train, model.vocabulary, section, seed)
         stream = SortedStream(samples, len(train), section.batch_size, seed)
-        a_step = float(np.mean([int((stream(step).tokens > 0).sum()) for step in range(COUNTED)]))
-        steps = max(VALIDATIONS, round(self.tokens / a_step))
+
+        # 2. As many steps as give the tokens of the study: settings are compared at equal compute, not at equal steps.
+        tokens_per_step = float(np.mean([int((stream(step).tokens > 0).sum()) for step in range(COUNTED)]))
+        steps = max(VALIDATIONS, round(self.tokens / tokens_per_step))
         section = section.model_copy(update={"steps": steps, "validate_every": max(1, steps // VALIDATIONS)})
-        with_documents = section.model_copy(update={"retrieved_documents": [0.0, 0.0, 1.0]})  # all are judged on none and on two
+        # Every decoder is validated without retrieved documents and with two, whatever it was trained on.
+        with_documents = section.model_copy(update={"retrieved_documents": [0.0, 0.0, 1.0]})
         validation = validation_batches(replace(samples, store=held_out, retrieved_shares=[1.0]), with_documents)
+
+        # 3. Training.
         curve: list[dict[str, float]] = []
         fit(
             setup(model, section),
@@ -95,18 +113,18 @@ class Study:
             section,
             validation,
             directory.name,
-            lambda figures, step: curve.append({"tokens": step * a_step, **figures}) if "val_loss" in figures else None,
+            lambda metrics, step: curve.append({"tokens": step * tokens_per_step, **metrics}) if "val_loss" in metrics else None,
         )
         model.save(directory)
         return {"parameters": model.parameter_count, "steps": steps, "curve": curve}
 
     def generator(self, model: Path) -> Generator:
-        """A generator on a decoder of the study, or of the pipeline, with the pipeline's other parts and plain sampling."""
+        """A generator with a decoder of the study or of the pipeline, the pipeline's other models, and no guidance or ranking."""
         plain = DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0, candidates=1, likelihood=0.0, tasks={})
         return load_generator(self.config.model_copy(update={"decoding": plain}), model)
 
     def composition(self, model: Path, number: int = 1, **settings: Any) -> dict[str, Any]:
-        """Composition accuracy of ``number`` unranked images of each prompt, with its interval over prompts."""
+        """Composition accuracy, averaged over ``number`` unranked images of each prompt, with its interval over prompts."""
         scores = self.kept(
             "composition", [str(model), content_hash(model), number, settings], lambda: self._scores(model, number, settings)
         )
@@ -114,12 +132,13 @@ class Study:
         return {"mean": float(values.mean()), "interval": bootstrap(values.mean(1), 1000, 0)}
 
     def _scores(self, model: Path, number: int, settings: dict[str, Any]) -> list[list[float]]:
-        drawn = self.generator(model).text_to_image(self.captions, number, **settings)
+        """For each prompt and image whether every stated attribute is right, 0 or 1: (prompts, number)."""
+        generated = self.generator(model).text_to_image(self.captions, number, **settings)
         return [
             [
                 float(all(verdict.values()))
                 for verdict in composition.verdicts([caption] * number, [image.image for image in images])
                 if verdict
             ]
-            for caption, images in zip(self.captions, drawn, strict=True)
+            for caption, images in zip(self.captions, generated, strict=True)
         ]
