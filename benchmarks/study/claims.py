@@ -228,7 +228,7 @@ def _best_of(study: Study, model: Any, settings: dict[str, Any]) -> list[list[fl
     generator, found = study.generator(model), []
     for count in COUNTS:
         best = best_images(generator.text_to_image(study.captions, candidates=count, **settings))
-        found.append([float(all(verdict.values())) for verdict in composition.verdicts(study.captions, best) if verdict is not None])
+        found.append(composition.all_right(composition.check_images(study.captions, best)))
     return found
 
 
@@ -323,7 +323,7 @@ def _all_tasks(study: Study, model: Any) -> dict[str, dict[str, Any]]:
     # 2. Text to image, questions and captions.
     bootstrap = (config.evaluate.bootstrap, 0)
     generated = best_images(generator.text_to_image(study.captions))
-    for name, values in composition.by_attribute(composition.verdicts(study.captions, generated)).items():
+    for name, values in composition.by_attribute(composition.check_images(study.captions, generated)).items():
         record.add(name, values, *bootstrap)
     asked = sample_questions(val, 2 * study.prompts, 0)
     refs, questions, truths = zip(*asked, strict=True)
