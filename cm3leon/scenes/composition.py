@@ -48,6 +48,7 @@ def _any(words: Sequence[str]) -> str:
     return "|".join(words)
 
 
+# The grammar, in lower case. Backgrounds come after the objects ("... on gray") or before them ("a gray background with ...").
 _GROUND = _any(list(BACKGROUNDS))
 _ON_BACKGROUND = re.compile(rf"(?P<subject>.+?),? (?:on|against|with) (?:(?:an?|the) )?(?P<ground>{_GROUND})(?: background)?")
 _BACKGROUND_WITH = re.compile(rf"(?:on )?(?:(?:an?|the) )?(?P<ground>{_GROUND}) background(?: with|,) (?P<subject>.+)")
@@ -56,6 +57,7 @@ _RELATIONS = {
     "above": r"above|over|on top of", "below": r"below|under|beneath",
 }  # fmt: skip
 _RELATED = {name: re.compile(rf"(?P<first>.+?) (?:is )?(?:{words}) (?P<second>.+)") for name, words in _RELATIONS.items()}
+# A noun phrase of shapes: "two small red circles".
 _THING = re.compile(
     rf"(?:(?P<number>an?|the|one|two|three|1|2|3) )?(?:(?P<size>{_any(list(SIZES))}) )?(?:(?P<color>{_any(list(COLORS))}) )?"
     rf"(?P<shape>{_any(list(SHAPES))})(?P<plural>e?s)?"
@@ -73,7 +75,7 @@ def _mentions(words: str) -> tuple[Mention, ...] | None:
     if thing is None:
         return None
     count = _COUNTS[thing["number"]]
-    if (count > 1) != bool(thing["plural"]):
+    if (count > 1) != bool(thing["plural"]):  # "two circle" and "a circles" are errors of the writer
         return None
     return (Mention(thing["shape"], thing["color"], thing["size"]),) * count
 
@@ -137,6 +139,7 @@ def match(statement: Statement, scene: Scene) -> list[Object | None]:
         )
         return sum(_compare(statement, order).values()), single
 
+    # At most 6! = 720 assignments, so all of them are tried.
     return max((list(order) for order in itertools.permutations(seen, wanted)), key=quality)
 
 
