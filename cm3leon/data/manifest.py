@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pyarrow as pa
@@ -113,6 +113,11 @@ class ManifestError(UserError):
 def first_caption(captions: Iterable[str]) -> str:
     """The first caption that is not blank; "" if there is none, as in no record that ``validate`` has accepted."""
     return next((text for text in map(str, captions) if text.strip()), "")
+
+
+def records_of(manifest: pd.DataFrame) -> list[dict[str, Any]]:
+    """The records of a manifest, in its order, each a dict from column to value."""
+    return cast("list[dict[str, Any]]", manifest.to_dict("records"))  # the names of a manifest's columns are texts
 
 
 def read_manifest(path: str | Path, split: str | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
