@@ -163,9 +163,9 @@ def test_three_versions_from_registration_to_rollback(stages):
     run_id = registry.status()[0].run_id
     from mlflow import MlflowClient
 
-    from cm3leon.tracking import runs
+    from cm3leon.tracking import store
 
-    client = MlflowClient(tracking_uri=runs.tracking_uri())
+    client = MlflowClient(tracking_uri=store.tracking_uri())
     assert {"gate.md", "gate.json", "evaluation", "lineage.json"} <= {file.path for file in client.list_artifacts(run_id)}
     assert registry.status()[0].scores["composition"] == 0.6
     assert client.get_run(run_id).data.metrics == {}  # evaluate has logged the scores

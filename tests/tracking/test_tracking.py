@@ -18,22 +18,22 @@ from cm3leon.tracking import lineage, runs, store
 def client():
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=runs.tracking_uri())
+    return MlflowClient(tracking_uri=store.tracking_uri())
 
 
 def test_the_uri_is_that_of_the_environment_or_an_absolute_sqlite_path(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert runs.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    assert store.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert runs.tracking_uri() == "http://127.0.0.1:5000"
+    assert store.tracking_uri() == "http://127.0.0.1:5000"
 
 
 def test_preparing_a_current_store_is_fast_and_changes_nothing(project):
-    runs.prepare_store()
+    store.prepare_store()
     revision = store.schema_revision(project / "mlflow.db")
     start = time.monotonic()
-    runs.prepare_store()
+    store.prepare_store()
     assert time.monotonic() - start < 2
     assert revision
     assert store.schema_revision(project / "mlflow.db") == revision
@@ -117,7 +117,7 @@ def test_the_run_of_a_killed_process_is_ended_and_that_of_a_living_one_is_not(pr
     assert done.returncode == -9
     assert client().get_run(killed).info.status == "RUNNING"
     with runs.stage_run("sft", Config()) as living:
-        runs.prepare_store()
+        store.prepare_store()
         assert client().get_run(living.run_id).info.status == "RUNNING"
     assert client().get_run(killed).info.status == "KILLED"
 
