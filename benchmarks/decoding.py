@@ -33,6 +33,7 @@ SETTINGS = ("temperature", "top_p", "guidance", "guidance_schedule", "candidates
 
 
 def main(prompts: int) -> None:
+    """Print a table with a row for each setting of :data:`GRID`."""
     generator = Generator.from_parts(
         model=paths.FINETUNED,
         image_tokenizer=paths.IMAGE_TOKENIZER,

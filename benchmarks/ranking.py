@@ -24,6 +24,7 @@ WEIGHTS = (0.0, 0.003, 0.01, 0.02, 0.05, 0.1, 0.3, 1e6)
 
 
 def main(prompts: int, candidates: int, model: Path) -> None:
+    """Print the composition accuracy of a random candidate, of any, and of the best by each weight of :data:`WEIGHTS`."""
     generator = load_generator(load_config(), model)
     captions = [str(texts[0]) for texts in read_manifest(paths.VALIDATED, "val")["captions"]]
     captions = [caption for caption in captions if composition.parse_caption(caption) is not None][:prompts]

@@ -39,7 +39,7 @@ def stages() -> str:
     """A Markdown table of seconds and peak memory of the stages that the last pipeline run executed."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri(Path(".")))
+    client = MlflowClient(tracking_uri(Path()))
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         return "no pipeline run in the tracking store"

@@ -54,8 +54,7 @@ def links() -> list[tuple[str, str]]:
 def markdown(results: Sequence[StageResult], verdict: str, mlflow_run: str | None) -> str:
     """The report as markdown."""
     lines = [f"## {verdict}", "", "| stage | state | seconds | peak MB | metrics |", "|---|---|---:|---:|---|"]
-    for r in results:
-        lines.append(f"| {r.stage} | {r.state} | {r.seconds:.1f} | {_memory(r)} | {metrics_text(r.metrics, 12)} |")
+    lines += [f"| {r.stage} | {r.state} | {r.seconds:.1f} | {_memory(r)} | {metrics_text(r.metrics, 12)} |" for r in results]
     for r in results:
         if r.error:
             lines += ["", "```", r.error, "```"]

@@ -27,6 +27,7 @@ CLAIMS = {
 
 
 def main() -> None:
+    """Entry point of the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=float, default=2e6, help="training tokens of each decoder")
     parser.add_argument("--prompts", type=int, default=128)

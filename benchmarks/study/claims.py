@@ -7,6 +7,7 @@ the verdict is "undecided".
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -328,7 +329,7 @@ def _all_tasks(study: Study, model: Any) -> dict[str, dict[str, Any]]:
     asked = sample_questions(val, 2 * study.prompts, 0)
     refs, questions, truths = zip(*asked, strict=True)
     answers = answer_questions(generator, store, refs, questions)
-    measure.measure_answers(record, questions, answers, None, truths, refs, measure.Counter(), *bootstrap)
+    measure.measure_answers(record, questions, answers, None, truths, refs, Counter(), *bootstrap)
     captioned = sample_rows(val, study.prompts, 0)
     captions = [text.text for text in generator.caption(fitted_images(generator, store, captioned["image"].tolist()))]
     measure.measure_captions(record, captioned["id"].tolist(), captions, [list(texts) for texts in captioned["captions"]], *bootstrap)

@@ -46,8 +46,10 @@ for _stage, _help in STAGES.items():
 def evaluate(
     reproduce: Annotated[Path | None, typer.Option(help="evaluation record: evaluate again with its settings, compare every score")] = None,
 ) -> None:
+    """Run the stage, or with ``--reproduce`` compare a new evaluation with a record; exit with 1 if a score differs."""
     if reproduce is None:
-        return run_stage("evaluate")
+        run_stage("evaluate")
+        return
     from cm3leon.config.loading import load_config
     from cm3leon.evaluation.run import reproduce as evaluate_again
 

@@ -23,7 +23,6 @@ from cm3leon.cli.options import (
     Seed,
     Temperature,
     UsageError,
-    app,
     check_out,
     decoding_changes,
     former,
@@ -35,6 +34,7 @@ from cm3leon.cli.options import (
     setting_option,
     text_command,
 )
+from cm3leon.cli.options import app as app  # explicit, because cli/app.py adds model.app
 
 # --- images ----------------------------------------------------------------------------------------------------------
 

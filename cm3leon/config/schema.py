@@ -113,7 +113,7 @@ class ImageTokenizerConfig(Section):
     @property
     def downsampling(self) -> int:
         """The factor f: an image of S pixels per side has S / f codes per side."""
-        return self.patch * 2 ** (len(self.multipliers) - 1)
+        return int(self.patch * 2 ** (len(self.multipliers) - 1))
 
     @property
     def tokens_per_image(self) -> int:

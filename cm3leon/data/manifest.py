@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pyarrow as pa
@@ -115,6 +115,11 @@ def first_caption(captions: Iterable[str]) -> str:
     return next((text for text in map(str, captions) if text.strip()), "")
 
 
+def records_of(manifest: pd.DataFrame) -> list[dict[str, Any]]:
+    """The records of a manifest, in its order, each a dict from column to value."""
+    return cast("list[dict[str, Any]]", manifest.to_dict("records"))  # the names of a manifest's columns are texts
+
+
 def read_manifest(path: str | Path, split: str | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Read the records of a manifest, in file order.
 
@@ -192,7 +197,7 @@ class ImageStore:
         if member not in offsets:
             raise ManifestError(f"image shard {self.root / shard} has no member {member!r}; run again: cm3leon ingest")
         offset, size = offsets[member]
-        with open(self.root / shard, "rb", buffering=0) as file:
+        with (self.root / shard).open("rb", buffering=0) as file:
             file.seek(offset)
             data = file.read(size)
         if len(data) != size:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from cm3leon.config.schema import SFTConfig
+from cm3leon.data.manifest import records_of
 from cm3leon.data.sequences import PretrainingSamples, Sample, fit_body, kept_documents, sample_rng
 from cm3leon.data.tokens import Document, TokenStore
 from cm3leon.sequence.cm3 import TOKENS_PER_SPAN, apply_spans
@@ -63,7 +64,7 @@ class TaskSamples:
     @cached_property
     def _values(self) -> dict[str, dict[str, Any]]:
         columns = [name for name in TASK_COLUMNS if name in self.manifest.columns]
-        return {row["id"]: row for row in self.manifest[columns].to_dict("records")}
+        return {row["id"]: row for row in records_of(self.manifest[columns])}
 
     @cached_property
     def rows(self) -> dict[str, np.ndarray]:

@@ -97,7 +97,7 @@ class TokenStore:
         return any(Path(directory).glob(f"{split}-*.arrow"))
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return len(self._table)
 
     def __contains__(self, document_id: str) -> bool:
         return document_id in self._row_of

@@ -16,7 +16,7 @@ import pandas as pd
 
 from cm3leon.config.schema import ValidateConfig
 from cm3leon.data.images import ImageError, decode
-from cm3leon.data.manifest import ImageStore
+from cm3leon.data.manifest import ImageStore, records_of
 from cm3leon.data.thumbnails import thumbnail_of
 from cm3leon.utils.progress import progress
 
@@ -114,7 +114,7 @@ def check_rows(frame: pd.DataFrame, profiles: list[Profile], config: ValidateCon
     Among records with the same pixels the first that breaks no rule is kept, and those after it are each a ``duplicate``.
     """
     # 1. The rules that need one record.
-    records: list[dict[str, Any]] = frame.to_dict("records")
+    records = records_of(frame)
     findings = [list(_check_record(record, profile, config)) for record, profile in zip(records, profiles, strict=True)]
 
     # 2. Duplicates. A record that breaks a rule does not make its copies duplicates, else no copy would be left.

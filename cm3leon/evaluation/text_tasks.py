@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cm3leon.data.manifest import ImageStore
+from cm3leon.data.manifest import ImageStore, records_of
 from cm3leon.evaluation import captions as caption_metrics
 from cm3leon.evaluation import measure, vqa
 from cm3leon.evaluation.context import Evaluation, Sheet, fitted_images
@@ -21,9 +21,9 @@ from cm3leon.sequence.tasks import Fields, conclusion, reasoning_fields
 def sample_questions(manifest: pd.DataFrame, count: int, seed: int) -> list[tuple[str, str, list[str]]]:
     """Up to ``count`` questions, sampled by the seed from those of all records: (image, question, answers) each."""
     found = [
-        (row.image, item["question"], list(item["answers"]))
-        for row in manifest.itertuples()
-        for item in (row.questions if row.questions is not None else ())
+        (record["image"], item["question"], list(item["answers"]))
+        for record in records_of(manifest[["image", "questions"]])
+        for item in (record["questions"] if record["questions"] is not None else ())
     ]
     order = np.random.default_rng(seed).permutation(len(found))[:count]
     return [found[int(i)] for i in sorted(order)]

@@ -200,8 +200,9 @@ class Generator:
     def edit(
         self, images: Sequence[Image.Image], instructions: Sequence[str], num_images: int = 1, *, seed: int = 0, **settings: Any
     ) -> Images:
-        """Change each image as its instruction says, guided by three streams: ``image_guidance`` keeps the image, ``guidance`` follows the
-        instruction.
+        """Change each image as its instruction says.
+
+        Guided by three streams: ``image_guidance`` keeps the image, ``guidance`` follows the instruction.
 
         Raises:
             BadInputError: if the lists differ in length or an instruction is empty.

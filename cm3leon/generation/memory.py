@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from cm3leon.config.schema import RetrieveConfig
+from cm3leon.data.manifest import records_of
 from cm3leon.data.tokens import TokenStore
 from cm3leon.generation.results import RetrievedDocument
 from cm3leon.sequence.grammar import Vocabulary
@@ -47,12 +48,8 @@ class Memory:
         for group in found:
             by_modality = [[neighbor for neighbor in group if neighbor.modality == name] for name in ("text", "image")]
             ranked = [neighbor for rank in range(count) for own in by_modality for neighbor in own[rank : rank + 1]]
-            queries.append(
-                [
-                    {**self.bank.documents.iloc[neighbor.position].to_dict(), "score": round(neighbor.score, 4)}
-                    for neighbor in ranked[:count]
-                ]
-            )
+            records = records_of(self.bank.documents.iloc[[neighbor.position for neighbor in ranked[:count]]])
+            queries.append([{**record, "score": round(neighbor.score, 4)} for record, neighbor in zip(records, ranked, strict=False)])
         return queries
 
     def segments(self, document: RetrievedDocument, vocabulary: Vocabulary) -> list[SegmentTokens]:

@@ -165,10 +165,16 @@ def _challenger(versions: list[Version]) -> Version:
     return challenger
 
 
+def _run_id(version: Version) -> str:
+    if version.run_id is None:
+        raise PromotionError(f"version {version} has no run, so no evaluation record; register the model by: cm3leon register")
+    return version.run_id
+
+
 def _record(client: MlflowClient, version: Version) -> Record:
     """The evaluation record that was registered with a version."""
     with tempfile.TemporaryDirectory() as folder:
-        return read_record(Path(client.download_artifacts(version.run_id, "evaluation", folder)))
+        return read_record(Path(client.download_artifacts(_run_id(version), "evaluation", folder)))
 
 
 def gate(config: GateConfig, registered: Version | None = None) -> Verdict:
@@ -178,7 +184,7 @@ def gate(config: GateConfig, registered: Version | None = None) -> Verdict:
         registered: the challenger as :func:`register` returned it, with its record; None reads the record from the registry.
 
     Raises:
-        PromotionError: if there is no challenger.
+        PromotionError: if there is no challenger, or a version has no run.
         IncompleteRecordError: if a record in the registry is damaged.
     """
     client = _client()
@@ -192,8 +198,8 @@ def gate(config: GateConfig, registered: Version | None = None) -> Verdict:
     # Registering an unchanged model again makes the champion the challenger.
     against = (champion.number, record if champion == challenger else _record(client, champion)) if champion else None
     verdict = compare(config, (challenger.number, record), against, refusals)
-    client.log_text(challenger.run_id, verdict.to_markdown(), "gate.md")
-    client.log_text(challenger.run_id, verdict.to_json(), "gate.json")
+    client.log_text(_run_id(challenger), verdict.to_markdown(), "gate.md")
+    client.log_text(_run_id(challenger), verdict.to_json(), "gate.json")
     client.set_model_version_tag(MODEL_NAME, challenger.number, GATE_TAG, _gate_tag(verdict.passed, champion))
     return verdict
 
@@ -312,7 +318,7 @@ def _download(client: MlflowClient, entity: Any, cached: Path) -> Path:
     target = None if here else str(partial)
     model = Path(download_artifacts(uri, dst_path=target, tracking_uri=client.tracking_uri, registry_uri=client.tracking_uri))
     description = yaml.safe_load((model / "MLmodel").read_text())
-    bundle = model / description["flavors"]["python_function"]["artifacts"]["bundle"]["path"]
+    bundle: Path = model / description["flavors"]["python_function"]["artifacts"]["bundle"]["path"]
     if here:
         return bundle
     # Another process may have downloaded the same bundle meanwhile.

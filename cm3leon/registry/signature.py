@@ -75,11 +75,13 @@ def request_settings(params: Mapping[str, Any] | None) -> RequestSettings:
 def signature(decoding: DecodingConfig) -> ModelSignature:
     """The signature registered with a bundle; its parameters' defaults are the bundle's decoding defaults."""
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
     defaults = RequestSettings().model_dump() | decoding.model_dump(include=set(RequestSettings.model_fields))
     types = {int: DataType.long, float: DataType.double, str: DataType.string, type(None): DataType.long}
-    columns = [ColSpec(DataType.string, name, required=False) for name in REQUEST_COLUMNS]
-    outputs = [ColSpec(DataType[kind], name, required=name in ("row", "task")) for name, kind in OUTPUTS.items()]
+    columns: list[ColSpec | TensorSpec] = [ColSpec(DataType.string, name, required=False) for name in REQUEST_COLUMNS]
+    outputs: list[ColSpec | TensorSpec] = [
+        ColSpec(DataType[kind], name, required=name in ("row", "task")) for name, kind in OUTPUTS.items()
+    ]
     params = [ParamSpec(name, types[type(value)], value) for name, value in defaults.items()]
     return ModelSignature(inputs=Schema(columns), outputs=Schema(outputs), params=ParamSchema(params))

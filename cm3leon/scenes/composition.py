@@ -238,19 +238,3 @@ def confusions(captions: Sequence[str], images: Sequence[Image.Image | np.ndarra
                     counts[name, stated, str(getattr(seen, name)) if seen is not None else "missing"] += 1
     lines = [f"{','.join(key)},{count}" for key, count in sorted(counts.items(), key=lambda item: (item[0][0], -item[1], item[0]))]
     return "\n".join(["attribute,stated,drawn,count", *lines]) + "\n"
-
-
-__all__ = [
-    "ATTRIBUTES",
-    "Mention",
-    "Statement",
-    "all_right",
-    "check",
-    "check_images",
-    "confusions",
-    "match",
-    "parse_caption",
-    "read_scene",
-    "score",
-    "summarize",
-]

@@ -5,6 +5,7 @@ Captions are in American English, like those of COCO. They follow the grammar th
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from cm3leon.data.manifest import Problem
@@ -81,11 +82,11 @@ def long_caption(scene: Scene) -> str:
         f"There is {listed}.",
     ]
     if not scene.identical:
-        facts = []
-        for i, first in enumerate(scene.objects):
-            for second in scene.objects[i + 1 :]:
-                if position := relation(first, second):
-                    facts.append(f"the {first.color} {first.shape} is {position} the {second.color} {second.shape}")
+        facts = [
+            f"the {first.color} {first.shape} is {position} the {second.color} {second.shape}"
+            for first, second in itertools.combinations(scene.objects, 2)
+            if (position := relation(first, second))
+        ]
         if facts:
             joined = facts[0] if len(facts) == 1 else f"{', '.join(facts[:-1])} and {facts[-1]}"
             sentences.append(f"{joined[0].upper()}{joined[1:]}.")

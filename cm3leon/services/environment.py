@@ -61,7 +61,7 @@ def prepare_project() -> list[str]:
         ProjectError: if the directory is not the project's root.
     """
     from cm3leon.config.loading import load_config
-    from cm3leon.tracking.runs import prepare_store
+    from cm3leon.tracking.store import prepare_store
 
     if not Path("dvc.yaml").is_file():
         raise ProjectError(f"{Path.cwd()} has no dvc.yaml; run the command in the project's root")

@@ -103,7 +103,7 @@ def serve(mlflow_port: int = 5000, prefect_port: int = 4200, docs_port: int = 80
 
     use_environment()
     uri = prepare_store()
-    experiment_id = experiment_id_of(MlflowClient(tracking_uri=uri, registry_uri=uri), Path("."), uri)
+    experiment_id = experiment_id_of(MlflowClient(tracking_uri=uri, registry_uri=uri), Path(), uri)
     by_name = services(uri, experiment_id, mlflow_port, prefect_port, docs_port)
     with _running(by_name):
         for name, service in by_name.items():

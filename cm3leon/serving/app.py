@@ -20,7 +20,8 @@ from starlette.staticfiles import StaticFiles
 from cm3leon.generation.checks import BadInputError, PromptTooLongError
 from cm3leon.generation.task_names import FORMER_NAMES
 from cm3leon.serving import responses, schemas
-from cm3leon.serving.batching import Call, State, Worker
+from cm3leon.serving.batching import State, Worker
+from cm3leon.serving.calls import Call
 from cm3leon.serving.errors import CLIENT_GONE, ApiError, from_validation
 from cm3leon.serving.guard import Guard
 from cm3leon.serving.requests import REQUESTS

@@ -41,7 +41,8 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -54,9 +55,10 @@ class Guard:
             self.check_host(Headers(scope=scope).get("host", ""))
             body = await self.read_body(Headers(scope=scope), receive)
         except ApiError as error:
-            return await error.response()(scope, receive, send_on)
+            await error.response()(scope, receive, send_on)
+            return
         if body is None:
-            return None
+            return
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_on() -> Message:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
+from mlflow.pyfunc import PythonModel
 from PIL import Image
 from pydantic import ValidationError
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from cm3leon.generation.generator import Generator
 
 
-class BundleModel(mlflow.pyfunc.PythonModel):
+class BundleModel(PythonModel):
     """A bundle with MLflow's interface. The bundle is loaded at the first request."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
-from cm3leon.data.manifest import read_manifest
+from cm3leon.data.manifest import read_manifest, records_of
 from cm3leon.sequence.tasks import BREAK, IMAGE_FIELDS, TASK_COLUMNS, TASKS, available, split_template
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.tracking import runs
@@ -23,7 +23,7 @@ def texts(manifest: pd.DataFrame) -> Iterator[str]:
     that no row allows.
     """
     rng = np.random.default_rng(0)
-    for number, row in enumerate(manifest[[name for name in TASK_COLUMNS if name in manifest.columns]].to_dict("records")):
+    for number, row in enumerate(records_of(manifest[[name for name in TASK_COLUMNS if name in manifest.columns]])):
         yield from row["captions"]
         for name in available(row):
             segments = TASKS[name].templates[number % len(TASKS[name].templates)].split(BREAK)

@@ -22,7 +22,7 @@ from rich.table import Table
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, ValidateConfig
 from cm3leon.data import data_docs, expectations, splits, thumbnails
-from cm3leon.data.manifest import MANIFEST_SCHEMA, VALIDATED_SCHEMA, ImageStore, read_manifest
+from cm3leon.data.manifest import MANIFEST_SCHEMA, SPLITS, VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.validation import RULES, Findings, Profile, check_rows, profile_images
 from cm3leon.tracking import runs
 from cm3leon.utils.errors import UserError
@@ -83,7 +83,7 @@ def validate(raw: Path, output: Path, config: ValidateConfig, seed: int) -> dict
     if not problems:
         components, report["parts"] = _components(frame, profiles, good, config)
         accepted["split"] = splits.assign_splits(accepted["id"].tolist(), components, seed, config.val_fraction, config.test_fraction)
-        report["splits"] = {name: int((accepted["split"] == name).sum()) for name in splits.SPLITS}
+        report["splits"] = {name: int((accepted["split"] == name).sum()) for name in SPLITS}
         accepted, report["cleaned"] = _clean(accepted, frame, good)
         frames["rows"] = expectations.flat_frame(accepted, components)
 

@@ -23,7 +23,7 @@ def content_hash(path: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def git_commit(root: Path = Path(".")) -> str | None:
+def git_commit(root: Path = Path()) -> str | None:
     """The commit that is checked out, with "-dirty" if tracked files differ from it; None outside a repository.
 
     ``dvc.lock`` changes during a pipeline run and is recorded by its own md5, so that it does not count as a difference.
@@ -43,13 +43,13 @@ def git_commit(root: Path = Path(".")) -> str | None:
     return f"{commit}-dirty" if changes else commit
 
 
-def dvc_lock_md5(root: Path = Path(".")) -> str | None:
+def dvc_lock_md5(root: Path = Path()) -> str | None:
     """The md5 of ``dvc.lock``; None if it does not exist."""
     path = root / DVC_LOCK
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else None
 
 
-def dvc_md5(path: str | Path, root: Path = Path(".")) -> str | None:
+def dvc_md5(path: str | Path, root: Path = Path()) -> str | None:
     """The md5 in ``dvc.lock`` of an output or dependency of a stage; None if ``path`` is neither."""
     lock = root / DVC_LOCK
     if not lock.is_file():

@@ -87,11 +87,6 @@ class Run:
         for start in range(0, len(entities), MAX_REQUEST_PARAMS):
             self._try("log_batch", params=entities[start : start + MAX_REQUEST_PARAMS])
 
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags of the run."""
-        for name, value in tags.items():
-            self._try("set_tag", name, value)
-
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         """Store a file, or a directory with its contents, among the run's artifacts."""
         path = Path(path)
@@ -199,7 +194,7 @@ def _open(name: str, config: Config, tags: Mapping[str, str]) -> Run:
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        experiment_id = experiment_id_of(client, Path("."), uri)
+        experiment_id = experiment_id_of(client, Path(), uri)
         known = {"stage": name, "profile": config.profile, PROCESS_TAG: own_process(), "mlflow.source.name": f"cm3leon {name}"}
         origin = {"dvc_lock_md5": lineage.dvc_lock_md5(), "git_commit": lineage.git_commit()}
         known |= {tag: value for tag, value in origin.items() if value}

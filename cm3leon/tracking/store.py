@@ -49,12 +49,12 @@ def warn(message: str) -> None:
     print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
-def tracking_uri(root: Path = Path(".")) -> str:
+def tracking_uri(root: Path = Path()) -> str:
     """``MLFLOW_TRACKING_URI`` if set, else the SQLite file ``mlflow.db`` in the project's root."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').absolute()}"
 
 
-def prepare_store(root: Path = Path(".")) -> str:
+def prepare_store(root: Path = Path()) -> str:
     """Prepare the store and return its URI: migrate a SQLite file, create the experiment, end runs of dead processes.
 
     A new SQLite file that several processes open at once is corrupted for good, so the migration holds a file lock next to it.

@@ -1,5 +1,6 @@
 """``cm3leon inspect`` shows what training reads: every token, its role and document, and whether the grammar holds."""
 
+import io
 import re
 import shutil
 
@@ -46,7 +47,7 @@ def source():
 
 
 def printed(show, *arguments):
-    console = Console(record=True, width=200, force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, force_terminal=True, file=io.StringIO())
     show(*arguments[:-1], console, arguments[-1])
     return console.export_text(clear=False), console.export_text(styles=True)
 

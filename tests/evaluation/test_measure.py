@@ -1,5 +1,7 @@
 """Scores of generated images, captions and answers, their intervals and calibrations, and the evaluation record."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -66,7 +68,7 @@ def test_image_scores_and_their_calibrations():
 def test_baselines_of_answers_are_other_images_and_the_majority_answer():
     questions = ["What color is it?", "What color is that?", "How many are there?"]
     truths = [["red"], ["blue"], ["2"]]
-    known = measure.Counter({("what_color", "red"): 5, ("what_color", "blue"): 1, ("how_many", "3"): 9})
+    known = Counter({("what_color", "red"): 5, ("what_color", "blue"): 1, ("how_many", "3"): 9})
     record = Record()
     measure.measure_answers(record, questions, ["red", "blue", "3"], ["blue", "2", "2"], truths, ["x", "x", "y"], known, 100, 0)
     assert record.scores["vqa_accuracy"] == pytest.approx(2 / 3)
@@ -85,7 +87,7 @@ def test_kinds_of_questions_are_valid_metric_names():
 def test_only_the_most_frequent_kinds_of_questions_have_a_score():
     questions = [f"kind {number}?" for number in range(30) for _ in range(number + 1)]
     record = Record()
-    measure.measure_answers(record, questions, ["a"] * len(questions), None, [["a"]] * len(questions), questions, measure.Counter(), 10, 0)
+    measure.measure_answers(record, questions, ["a"] * len(questions), None, [["a"]] * len(questions), questions, Counter(), 10, 0)
     kinds = {name for name in record.scores if "/" in name}
     assert kinds == {f"vqa_accuracy/kind_{number}" for number in range(30 - measure.KINDS, 30)}
     assert "vqa_accuracy_other_images" not in record.calibration
@@ -158,7 +160,7 @@ def test_every_score_lies_in_its_interval():
     caption = "a small red circle on a white background"
     measure.measure_composition(record, [caption] * 40, near, real, real, 100, 0)
     questions, truths = ["What color is it?"] * 4 + ["How many?"] * 4, [["red"], ["2"]] * 4
-    measure.measure_answers(record, questions, ["red"] * 8, None, truths, list("aabbccdd"), measure.Counter(), 100, 0)
+    measure.measure_answers(record, questions, ["red"] * 8, None, truths, list("aabbccdd"), Counter(), 100, 0)
     assert record.scores.keys() - record.intervals.keys() == {"composition/prompts"}
     for name, (low, high) in record.intervals.items():
         assert low <= record.scores[name] <= high, name

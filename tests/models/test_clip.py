@@ -186,7 +186,7 @@ def test_torchvision_imports_in_a_fresh_process() -> None:
         "import torchvision.transforms, open_clip;"
         "from PIL import Image; print(torchvision.transforms.ToTensor()(Image.new('RGB', (3, 2))).shape)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "[3, 2, 3]" in result.stdout
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests_support import decoder_spec
 
-from cm3leon.cli import app, model
+from cm3leon.cli import app
+from cm3leon.cli.options import CHAMPION
 from cm3leon.models.decoder import Decoder
 from cm3leon.models.opt import OPTFormatError, export_opt, import_opt
 from cm3leon.sequence.grammar import EOS, PAD, Vocabulary
@@ -307,7 +308,7 @@ def test_export_takes_the_decoder_of_a_registered_model(
     make().save(tmp_path / "bundle")
     monkeypatch.setattr(registry, "fetch_bundle", lambda uri: asked.append(uri) or tmp_path / "bundle")  # type: ignore[func-returns-value]
     assert call(capsys, "export", tmp_path / "opt")[0] == 0
-    assert asked == [model.CHAMPION]
+    assert asked == [CHAMPION]
     assert same(import_opt(tmp_path / "opt"), make())
 
 

@@ -163,12 +163,25 @@ def test_three_versions_from_registration_to_rollback(stages):
     run_id = registry.status()[0].run_id
     from mlflow import MlflowClient
 
-    from cm3leon.tracking import runs
+    from cm3leon.tracking import store
 
-    client = MlflowClient(tracking_uri=runs.tracking_uri())
+    client = MlflowClient(tracking_uri=store.tracking_uri())
     assert {"gate.md", "gate.json", "evaluation", "lineage.json"} <= {file.path for file in client.list_artifacts(run_id)}
     assert registry.status()[0].scores["composition"] == 0.6
     assert client.get_run(run_id).data.metrics == {}  # evaluate has logged the scores
+
+
+def test_a_version_registered_without_a_run_is_refused(project):
+    from mlflow import MlflowClient
+
+    from cm3leon.tracking import store
+
+    client = MlflowClient(tracking_uri=store.prepare_store())
+    client.create_registered_model(registry.MODEL_NAME)
+    client.create_model_version(registry.MODEL_NAME, (project / "elsewhere").as_uri())
+    client.set_registered_model_alias(registry.MODEL_NAME, CHALLENGER, "1")
+    with pytest.raises(PromotionError, match="version 1 has no run, so no evaluation record"):
+        registry.gate(CONFIG.gate)
 
 
 def test_the_record_is_read_once_on_its_way_to_the_gate(stages, monkeypatch):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from cm3leon.scenes.composition import Mention, Statement, check, check_images, parse_caption, read_scene, score, summarize
+from cm3leon.scenes.composition import Mention, Statement, check, check_images, parse_caption, score, summarize
+from cm3leon.scenes.reading import read_scene
 from cm3leon.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Object, Scene, sample_scene
 from cm3leon.scenes.text import captions
 

@@ -168,7 +168,7 @@ def test_inception_that_cannot_be_loaded_is_an_error_before_anything_is_generate
 
 def test_test_records_that_are_also_in_training_are_refused(scenes):
     frame = read_manifest(paths.VALIDATED)
-    frame.loc[1, "image"], frame.loc[1, "split"] = frame.loc[0, "image"], "train"
+    frame.loc[1, ["image", "split"]] = [str(frame.loc[0, "image"]), "train"]
     write_validated(frame[VALIDATED_SCHEMA.names].to_dict("records"))
     with pytest.raises(LeakageError, match="near-duplicates of training images"):
         evaluate.run(CONFIG)

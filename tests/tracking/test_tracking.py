@@ -18,22 +18,22 @@ from cm3leon.tracking import lineage, runs, store
 def client():
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=runs.tracking_uri())
+    return MlflowClient(tracking_uri=store.tracking_uri())
 
 
 def test_the_uri_is_that_of_the_environment_or_an_absolute_sqlite_path(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert runs.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    assert store.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert runs.tracking_uri() == "http://127.0.0.1:5000"
+    assert store.tracking_uri() == "http://127.0.0.1:5000"
 
 
 def test_preparing_a_current_store_is_fast_and_changes_nothing(project):
-    runs.prepare_store()
+    store.prepare_store()
     revision = store.schema_revision(project / "mlflow.db")
     start = time.monotonic()
-    runs.prepare_store()
+    store.prepare_store()
     assert time.monotonic() - start < 2
     assert revision
     assert store.schema_revision(project / "mlflow.db") == revision
@@ -112,12 +112,14 @@ def test_the_run_of_a_killed_process_is_ended_and_that_of_a_living_one_is_not(pr
         "    print(run.run_id, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     path = str(Path(runs.__file__).parents[2])
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
     killed = done.stdout.split()[-1]
     assert done.returncode == -9
     assert client().get_run(killed).info.status == "RUNNING"
     with runs.stage_run("sft", Config()) as living:
-        runs.prepare_store()
+        store.prepare_store()
         assert client().get_run(living.run_id).info.status == "RUNNING"
     assert client().get_run(killed).info.status == "KILLED"
 
@@ -130,7 +132,6 @@ def test_without_a_reachable_store_a_stage_still_runs(tmp_path, monkeypatch, cap
     with runs.stage_run("tokenize", Config()) as run:
         run.log_metrics({"a": 1.0})
         run.log_params({"b": 1})
-        run.set_tags({"c": "d"})
         run.log_dataset("data/raw", "raw")
         run.log_artifact(__file__)
         run.log_sheet(__file__, "sheet", 1)

@@ -120,7 +120,7 @@ def test_interrupted_by_sigterm_it_writes_a_checkpoint_and_resumes_from_it(new_d
 def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_the_one_before_is_used(new_directory, uninterrupted):
     damaged = new_directory()
     stop(start(damaged), damaged, 16, signal.SIGKILL)
-    newest = sorted(path for path in (damaged / "checkpoints").glob("step-*") if path.suffix != ".part")[-1]
+    newest = max(path for path in (damaged / "checkpoints").glob("step-*") if path.suffix != ".part")
     file = next(newest.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-5])
     found, output = run(damaged)
