@@ -1,8 +1,8 @@
-"""The paper's claims measured again on the project's own data: python -m benchmarks.study
+"""The paper's claims, measured again on the project's own data: python -m benchmarks.study
 
-Uses the tokenizers, encoder, memory bank and tuned model that the last pipeline run left, trains small decoders beside them under
-``models/study/``, and writes ``docs/study.md`` with its plots. What is done is not done again: stop it and start it as you like. Everything
-is measured on prompts of the val split.
+Uses the tokenizers, encoder, memory bank and tuned decoder of the last pipeline run, pretrains small decoders under ``models/study/``, and
+writes ``docs/study.md`` with its plots. Results are cached, so an interrupted study resumes where it was. Everything is measured on
+prompts of the val split.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CLAIMS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=float, default=2e6, help="that each decoder is trained on")
+    parser.add_argument("--tokens", type=float, default=2e6, help="tokens to train each decoder on")
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=CLAIMS, nargs="*", default=list(CLAIMS))
-    parser.add_argument("--out", type=Path, help="directory of the page: docs, or models/study for one of some sections --only")
+    parser.add_argument("--out", type=Path, help="directory of the page (default: docs, or models/study if --only leaves claims out)")
     options = parser.parse_args()
     study = Study(load_config(), int(options.tokens), options.prompts, options.seeds)
     start = time.perf_counter()

@@ -1,31 +1,34 @@
-"""The claims: for each what the paper says, what is measured, and whether it holds here. A claim holds where every seed agrees, the
-intervals part, or the interval of the difference prompt for prompt is above 0; else the page says that it cannot be told."""
+"""The paper's claims: for each the claim, how it is measured, and whether it holds here."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.study.runs import Study
+from benchmarks.study.measurements import correct_by_candidates, infilling_cider, task_scores
+from benchmarks.study.runs import RESAMPLES, Study
+from benchmarks.study.section import (
+    FAILS,
+    HOLDS,
+    INCONCLUSIVE,
+    Section,
+    every_seed_higher,
+    every_seed_lower,
+    paired_difference,
+    tokens_to_loss,
+    with_interval,
+)
 from cm3leon.config import paths
 from cm3leon.config.schema import DecodingConfig
-from cm3leon.data.manifest import ImageStore, read_manifest
-from cm3leon.evaluation import measure
-from cm3leon.evaluation.context import Evaluation, fitted_images, sample_rows
-from cm3leon.evaluation.image_tasks import infill
-from cm3leon.evaluation.record import Record
-from cm3leon.evaluation.run import load_generator
-from cm3leon.evaluation.tasks import MEASURES
-from cm3leon.evaluation.text_tasks import answer_questions, sample_questions
-from cm3leon.scenes import composition
+from cm3leon.evaluation.record import bootstrap
 from cm3leon.tracking.lineage import content_hash
 
-BASE: tuple[str, ...] = ("pretrain.retrieved_documents=[0.2, 0.4, 0.4]",)
-ALONE = ("pretrain.retrieved_documents=[1.0]",)
+RETRIEVAL: tuple[str, ...] = ("pretrain.retrieved_documents=[0.2, 0.4, 0.4]",)
+NO_RETRIEVAL = ("pretrain.retrieved_documents=[1.0]",)
+"""Shares of training samples with 0, 1 and 2 retrieved documents."""
 SIZES = {
     "small": ("pretrain.model.layers=2", "pretrain.model.width=64", "pretrain.model.heads=2"),
     "medium": (),
@@ -42,92 +45,49 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "half top-p, half CD-K, k 4": {"top_p": 0.9, "contrastive": 0.5, "contrastive_k": 4},
     "half top-p, half CD-K, k 1": {"top_p": 0.9, "contrastive": 0.5, "contrastive_k": 1},
 }
-"""The paper does not publish its k; alpha is the program's default."""
-
-
-@dataclass
-class Section:
-    """A part of the report: ``curves`` are drawn as lines, name -> points (x, y, low, high); ``logarithmic`` names an axis, x or y."""
-
-    title: str
-    paper: str
-    verdict: str
-    table: list[list[str]]
-    axes: tuple[str, str] = ("", "")
-    curves: dict[str, list[tuple[float, float, float, float]]] = field(default_factory=dict)
-    logarithmic: str = ""
-
-
-def _shown(result: dict[str, Any]) -> str:
-    low, high = result["interval"]
-    return f"{result['mean']:.3f} [{low:.2f}, {high:.2f}]"
-
-
-def _better(one: Sequence[float], other: Sequence[float]) -> str:
-    """Whether every seed of one is above every seed of the other."""
-    if min(one) > max(other):
-        return "holds here"
-    return "does not hold here" if max(one) < min(other) else "cannot be told here: the seeds overlap"
-
-
-def _paired(one: Sequence[float], other: Sequence[float]) -> str:
-    """Whether one is above the other, prompt for prompt: the difference with its interval, and what it says."""
-    difference = np.asarray(one) - np.asarray(other)
-    low, high = _interval(difference)
-    told = "holds here" if low > 0 else "does not hold here" if high < 0 else "cannot be told here"
-    return f"{told} ({difference.mean():+.3f} [{low:+.2f}, {high:+.2f}])"
-
-
-def _last(curve: Sequence[dict[str, float]], name: str) -> float:
-    return curve[-1][name]
-
-
-def _tokens_to(curve: Sequence[dict[str, float]], name: str, goal: float) -> float | None:
-    """Tokens after which a loss falls to ``goal``, interpolated."""
-    points = [(point["tokens"], point[name]) for point in curve if name in point]
-    for (before, high), (after, low) in zip(points, points[1:], strict=False):
-        if low <= goal < high:
-            return before + (after - before) * (high - goal) / (high - low)
-    return None
+"""The paper does not publish its k; alpha has its default."""
+MASKS = {
+    "within segments (0.15)": ("pretrain.objective.mean_masks=1.0", "pretrain.objective.segment_rate=0.15"),
+    "across breaks (0.15)": (
+        "pretrain.objective.mean_masks=1.0", "pretrain.objective.segment_rate=0.15", "pretrain.objective.across_breaks=true"
+    ),
+    "whole segments never": ("pretrain.objective.mean_masks=1.0", "pretrain.objective.segment_rate=0.0"),
+    "whole segments in half": ("pretrain.objective.mean_masks=1.0", "pretrain.objective.segment_rate=0.5"),
+}  # fmt: skip
 
 
 def retrieval(study: Study) -> Section:
-    """(a) With and without retrieval at equal compute."""
+    """(a) Pretraining with and without retrieval, at equal compute."""
+    # Each is judged as it was trained: on the query after two documents, or on the query alone.
+    losses = {"retrieval": "val_retrieved_loss", "no-retrieval": "val_alone_loss"}
     runs = {
         name: [study.trained(name, changes, seed) for seed in range(study.seeds)]
-        for name, changes in (("retrieval", BASE), ("no-retrieval", ALONE))
+        for name, changes in (("retrieval", RETRIEVAL), ("no-retrieval", NO_RETRIEVAL))
     }
     table = [["trained", "seed", "loss, no documents", "loss, two documents", "composition with 0", "with 1", "with 2 documents"]]
-    for name, found in runs.items():
-        for seed, (model, trained) in enumerate(found):
-            scores = [_shown(study.composition(model, retrieved_documents=count)) for count in (0, 1, 2)]
-            losses = [f"{_last(trained['curve'], f'val_{key}_loss'):.3f}" for key in ("alone", "retrieved")]
-            table.append([name, str(seed), *losses, *scores])
-    best = {
-        name: [_last(t["curve"], key) for _, t in runs[name]]
-        for name, key in (("retrieval", "val_retrieved_loss"), ("no-retrieval", "val_alone_loss"))
-    }
-    goal = float(np.mean(best["no-retrieval"]))
-    needed = [_tokens_to(t["curve"], "val_retrieved_loss", goal) for _, t in runs["retrieval"]]
-    share = [value / study.tokens for value in needed if value is not None]
-    compute = (
-        f"to the final loss of those without, it needs {np.mean(share):.2f} of the tokens"
-        if share
-        else "the loss of those without is not reached"
-    )
-    documents = [study.composition(model, retrieved_documents=2)["mean"] for model, _ in runs["retrieval"]]
-    none = [study.composition(model, retrieved_documents=0)["mean"] for model, _ in runs["no-retrieval"]]
-    curves = {
-        f"{name}, seed {seed}": [(p["tokens"] / 1e6, p[key], p[key], p[key]) for p in t["curve"]]
-        for name, key in (("retrieval", "val_retrieved_loss"), ("no-retrieval", "val_alone_loss"))
-        for seed, (_, t) in enumerate(runs[name])
-    }
-    lower = _better([-x for x in best["retrieval"]], [-x for x in best["no-retrieval"]])
+    curves = {}
+    final: dict[str, list[float]] = {name: [] for name in runs}
+    for name, seeds in runs.items():
+        for seed, (model, trained) in enumerate(seeds):
+            curve = trained["curve"]
+            scores = [with_interval(study.composition(model, retrieved_documents=count)) for count in (0, 1, 2)]
+            alone, retrieved = (f"{curve[-1][f'val_{key}_loss']:.3f}" for key in ("alone", "retrieved"))
+            table.append([name, str(seed), alone, retrieved, *scores])
+            final[name].append(curve[-1][losses[name]])
+            curves[f"{name}, seed {seed}"] = [_point(point, losses[name]) for point in curve]
+    # Compute saved: tokens after which retrieval reaches the final loss without it.
+    goal = float(np.mean(final["no-retrieval"]))
+    needed = [tokens_to_loss(trained["curve"], losses["retrieval"], goal) for _, trained in runs["retrieval"]]
+    shares = [tokens / study.tokens for tokens in needed if tokens is not None]
+    compute = f"reached with {np.mean(shares):.2f} of the tokens" if shares else "not reached"
+    with_two = [study.composition(model, retrieved_documents=2)["mean"] for model, _ in runs["retrieval"]]
+    without = [study.composition(model, retrieved_documents=0)["mean"] for model, _ in runs["no-retrieval"]]
     return Section(
         "(a) Retrieval at equal compute",
         "FID 10.82, 5.78, 4.88 with 0, 1, 2 retrieved documents (7B); retrieval-augmented training needs several times less compute.",
-        f"A lower loss of the query behind two documents: {lower}; {compute}. Better images with two documents than without retrieval: "
-        f"{_better(documents, none)}.",
+        f"Two retrieved documents lower the loss of the query: {every_seed_lower(final['retrieval'], final['no-retrieval'])}; the final "
+        f"loss without retrieval is {compute}. Images are better with two documents than without retrieval: "
+        f"{every_seed_higher(with_two, without)}.",
         table,
         ("million tokens", "validation loss of the query"),
         curves,
@@ -136,31 +96,30 @@ def retrieval(study: Study) -> Section:
 
 
 def guidance(study: Study) -> Section:
-    """(b) The guidance scale at three sizes."""
+    """(b) The guidance scale at three model sizes."""
     table, curves = [["size", *[f"guidance {scale:g}" for scale in SCALES], "best"]], {}
     best: dict[str, float] = {}
-    as_good: list[set[float]] = []
+    as_good: list[set[float]] = []  # for each size the scales whose interval overlaps that of the best
     for size, changes in SIZES.items():
-        model, _ = study.trained("retrieval" if size == "medium" else f"size-{size}", (*BASE, *changes), 0)
+        model, _ = _of_size(study, size, changes, 0)
         found = [study.composition(model, 4, guidance=scale) for scale in SCALES]
         highest = max(found, key=lambda result: result["mean"])
         best[size] = SCALES[found.index(highest)]
         as_good.append({scale for scale, r in zip(SCALES, found, strict=True) if r["interval"][1] >= highest["interval"][0]})
-        table.append([size, *map(_shown, found), f"{best[size]:g}"])
+        table.append([size, *map(with_interval, found), f"{best[size]:g}"])
         curves[size] = [(scale, r["mean"], *r["interval"]) for scale, r in zip(SCALES, found, strict=True)]
     common = sorted(set.intersection(*as_good))
     if len(common) == 1:
-        same = "holds here"
+        verdict = HOLDS
     elif common:
-        overlapping = ", ".join(f"{scale:g}" for scale in common)
-        same = f"cannot be told here: at {overlapping} the intervals overlap that of the best"
+        verdict = f"{INCONCLUSIVE}, as at {', '.join(f'{scale:g}' for scale in common)} the intervals overlap that of the best"
     else:
-        same = "does not hold here"
+        verdict = FAILS
     scales = ", ".join(f"{size} {scale:g}" for size, scale in best.items())
     return Section(
         "(b) Guidance scale and model size",
-        "One scale of guidance was used for all sizes.",
-        f"One scale is as good as the best for all sizes: {same} (best: {scales}).",
+        "One guidance scale was used for all sizes.",
+        f"One scale is as good as the best for all sizes: {verdict} (best: {scales}).",
         table,
         ("guidance scale", "composition of one image"),
         curves,
@@ -168,28 +127,32 @@ def guidance(study: Study) -> Section:
 
 
 def candidates(study: Study) -> Section:
-    """(c) Ways of sampling as candidates grow, the best chosen by CLIP."""
+    """(c) Sampling methods as the number of candidates grows, the best chosen by CLIP score."""
     model = paths.FINETUNED
     table, curves = [["sampling", *[f"{count} {'candidate' if count == 1 else 'candidates'}" for count in COUNTS]]], {}
-    right: dict[str, list[list[float]]] = {}
+    correct: dict[str, list[list[float]]] = {}
     for name, settings in SAMPLINGS.items():
-        found = study.kept("candidates", [name, settings, content_hash(model)], functools.partial(_best_of, study, model, settings))
-        shown: list[dict[str, Any]] = [{"mean": float(np.mean(values)), "interval": _interval(values)} for values in found]
-        table.append([name, *map(_shown, shown)])
-        right[name] = found
-        curves[name] = [(count, r["mean"], *r["interval"]) for count, r in zip(COUNTS, shown, strict=True)]
-    mixture, other = (
-        max((name for name in right if name.startswith("half") == mixed), key=lambda name: np.mean(right[name][-1]))
+        compute = functools.partial(correct_by_candidates, study, model, COUNTS, settings)
+        correct[name] = study.cached("candidates", [name, settings, content_hash(model)], compute)
+        scores: list[dict[str, Any]] = []
+        for found in correct[name]:
+            scores.append({"mean": float(np.mean(found)), "interval": bootstrap(found, RESAMPLES, 0)})
+        table.append([name, *map(with_interval, scores)])
+        curves[name] = [(count, score["mean"], *score["interval"]) for count, score in zip(COUNTS, scores, strict=True)]
+    mixture, single = (
+        max((name for name in correct if name.startswith("half") == mixed), key=lambda name: np.mean(correct[name][-1]))
         for mixed in (True, False)
     )
-    gains = ", ".join(f"{name} {np.mean(values[-1]) - np.mean(values[-3]):+.3f}" for name, values in right.items())
+    before, most = COUNTS[-3], COUNTS[-1]
+    gains = ", ".join(f"{name} {np.mean(found[-1]) - np.mean(found[-3]):+.3f}" for name, found in correct.items())
     return Section(
         "(c) More candidates",
         "Top-p and CD-K alone stagnate as candidates grow; half of each keeps improving.",
-        f"That with {COUNTS[-1]} candidates the better mixture, {mixture}, is better than the best of the others, {other}, "
-        f"{_paired(right[mixture][-1], right[other][-1])}. That it still improves from {COUNTS[-3]} to {COUNTS[-1]} candidates "
-        f"{_paired(right[mixture][-1], right[mixture][-3])}; all: {gains}. With k 4 all is plausible that is "
-        f"{DecodingConfig().contrastive_alpha:g} times as likely as the fourth most likely token: where a model is sure, anything.",
+        f"With {most} candidates the better mixture ({mixture}) beats the best single method ({single}): "
+        f"{paired_difference(correct[mixture][-1], correct[single][-1])}. The mixture still improves from {before} to {most} candidates: "
+        f"{paired_difference(correct[mixture][-1], correct[mixture][-3])}. Gains from {before} to {most}: {gains}. With k 4 every token is "
+        f"plausible that is at least {DecodingConfig().contrastive_alpha:g} times as likely as the fourth most likely one: where the model "
+        "is certain, nearly all tokens are.",
         table,
         ("candidates, the best by CLIP", "composition"),
         curves,
@@ -197,148 +160,81 @@ def candidates(study: Study) -> Section:
     )
 
 
-def _interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    record = Record()
-    record.add("x", values, 1000, 0)
-    return record.intervals["x"]
-
-
-def _best_of(study: Study, model: Any, settings: dict[str, Any]) -> list[list[float]]:
-    """For each number of candidates whether the one with the highest CLIP score is right, for each prompt.
-
-    All are drawn by one call for half and half to hold within each number: that many at a time.
-    """
-    generator, found = study.generator(model), []
-    for count in COUNTS:
-        drawn = [images[0].image for images in generator.text_to_image(study.captions, candidates=count, **settings)]
-        found.append([float(all(verdict.values())) for verdict in composition.verdicts(study.captions, drawn) if verdict is not None])
-    return found
-
-
 def masking(study: Study) -> Section:
     """(d) Masks across breaks, and how often a whole segment is masked."""
-    variants = {
-        "within segments (0.15)": ("pretrain.objective.mean_masks=1.0", "pretrain.objective.segment_rate=0.15"),
-        "across breaks (0.15)": (
-            "pretrain.objective.mean_masks=1.0", "pretrain.objective.segment_rate=0.15", "pretrain.objective.across_breaks=true"
-        ),
-        "whole segments never": ("pretrain.objective.mean_masks=1.0", "pretrain.objective.segment_rate=0.0"),
-        "whole segments in half": ("pretrain.objective.mean_masks=1.0", "pretrain.objective.segment_rate=0.5"),
-    }  # fmt: skip
-    table = [
-        [
-            "masks (share of whole segments)",
-            "seed",
-            "loss of plain documents",
-            "composition",
-            "CIDEr by infilling",
-            "composition at guidance 2",
-        ]
-    ]
-    scores: dict[str, list[float]] = {}
-    ciders: dict[str, list[float]] = {}
-    for name, changes in variants.items():
-        scores[name], ciders[name] = [], []
+    columns = ("loss of plain documents", "composition", "CIDEr by infilling", "composition at guidance 2")
+    table = [["masks (share of whole segments)", "seed", *columns]]
+    accuracy: dict[str, list[float]] = {name: [] for name in MASKS}
+    cider: dict[str, list[float]] = {name: [] for name in MASKS}
+    for name, changes in MASKS.items():
         for seed in range(min(2, study.seeds)):
-            model, trained = study.trained(f"masks-{name.split(' (')[0].replace(' ', '-')}", (*ALONE, *changes), seed)
+            model, trained = study.trained(f"masks-{name.split(' (')[0].replace(' ', '-')}", (*NO_RETRIEVAL, *changes), seed)
             plain, guided = study.composition(model, 2), study.composition(model, 2, guidance=2.0)
-            cider = study.kept("cider", [content_hash(model)], functools.partial(_cider, study, model))
-            scores[name].append(plain["mean"])
-            ciders[name].append(cider)
-            table.append(
-                [name, str(seed), f"{_last(trained['curve'], 'val_alone_loss'):.3f}", _shown(plain), f"{cider:.2f}", _shown(guided)]
-            )
-    within = _better(scores["within segments (0.15)"], scores["across breaks (0.15)"])
-    whole = _better(ciders["whole segments in half"], ciders["whole segments never"])
-    cost = _better(scores["whole segments never"], scores["whole segments in half"])
+            accuracy[name].append(plain["mean"])
+            cider[name].append(study.cached("cider", [content_hash(model)], functools.partial(infilling_cider, study, model)))
+            loss = f"{trained['curve'][-1]['val_alone_loss']:.3f}"
+            table.append([name, str(seed), loss, with_interval(plain), f"{cider[name][-1]:.2f}", with_interval(guided)])
+    within = every_seed_higher(accuracy["within segments (0.15)"], accuracy["across breaks (0.15)"])
+    whole = every_seed_higher(cider["whole segments in half"], cider["whole segments never"])
+    cost = every_seed_higher(accuracy["whole segments never"], accuracy["whole segments in half"])
     return Section(
-        "(d) Where masks may lie",
-        "Masks do not cross breaks, which keeps the model from generating images around text; no figure is given.",
-        f"That masks within segments give better images than masks across breaks {within}. That captions by infilling are better where "
-        f"whole segments are masked in half of the samples than where they never are {whole}; that this costs composition {cost}.",
+        "(d) Positions of masks",
+        "Masks do not cross breaks, which keeps the model from generating images around text; no measurement is given.",
+        f"Masks within segments give better images than masks across breaks: {within}. Masking a whole segment in half of the samples, "
+        f"rather than never, gives better captions by infilling: {whole}; and costs composition accuracy: {cost}.",
         table,
     )
-
-
-def _cider(study: Study, model: Any) -> float:
-    """CIDEr of captions by infilling of val images."""
-    generator = study.generator(model)
-    rows = sample_rows(read_manifest(paths.VALIDATED, "val"), study.prompts, 0)
-    pictures = fitted_images(generator, ImageStore(paths.RAW), rows["image"].tolist())
-    record = Record()
-    said = [text.text for text in generator.caption(pictures)]
-    measure.measure_captions(record, rows["id"].tolist(), said, [list(texts) for texts in rows["captions"]], 10, 0)
-    return record.scores["cider"]
 
 
 def tuning(study: Study) -> Section:
     """(e) Before and after instruction tuning, on every task."""
     decoding = study.config.decoding.model_dump(mode="json")
-    found = {
-        name: study.kept("tasks", [name, content_hash(model), decoding], functools.partial(_all_tasks, study, model))
+    before, after = (
+        study.cached("tasks", [name, content_hash(model), decoding], functools.partial(task_scores, study, model))
         for name, model in (("pretrained", paths.PRETRAINED), ("tuned", paths.FINETUNED))
-    }
-    before, after = found["pretrained"], found["tuned"]
+    )
     names = [name for name in after if name in before]
-    table = [["score", "pretrained", "tuned"], *[[name, _shown(before[name]), _shown(after[name])] for name in names]]
+    table = [["score", "pretrained", "tuned"], *[[name, with_interval(before[name]), with_interval(after[name])] for name in names]]
     higher = [name for name in names if after[name]["interval"][0] > before[name]["interval"][1]]
     lower = [name for name in names if after[name]["interval"][1] < before[name]["interval"][0]]
+    overlapping = sorted(set(names) - set(higher) - set(lower))
     return Section(
         "(e) Instruction tuning",
         "Tuning brings image and text tasks that pretraining alone does not.",
-        f"After tuning {len(higher)} of {len(names)} scores are higher, their intervals apart. Lower: {', '.join(lower) or 'none'}. "
-        f"The intervals of the others overlap: {', '.join(sorted(set(names) - set(higher) - set(lower))) or 'none'}.",
+        f"After tuning {len(higher)} of {len(names)} scores are higher, with intervals that do not overlap. "
+        f"Lower: {', '.join(lower) or 'none'}. Overlapping intervals: {', '.join(overlapping) or 'none'}.",
         table,
     )
 
 
-def _all_tasks(study: Study, model: Any) -> dict[str, dict[str, Any]]:
-    """The main scores of each task on the val split, with their intervals."""
-    config = study.config.model_copy(update={"evaluate": study.config.evaluate.model_copy(update={"tasks": study.prompts})})
-    generator, record = load_generator(config, model), Record()
-    generator.parts.training = None
-    store, val = ImageStore(paths.RAW), read_manifest(paths.VALIDATED, "val")
-    evaluation = Evaluation(config, generator, store, val, record)
-    for measured in (*MEASURES.values(), infill):
-        measured(evaluation)
-    bootstrap = (config.evaluate.bootstrap, 0)
-    drawn = [images[0].image for images in generator.text_to_image(study.captions)]
-    for name, values in composition.by_attribute(composition.verdicts(study.captions, drawn)).items():
-        record.add(name, values, *bootstrap)
-    asked = sample_questions(val, 2 * study.prompts, 0)
-    refs, questions, truths = zip(*asked, strict=True)
-    answers = answer_questions(generator, store, refs, questions)
-    measure.measure_answers(record, questions, answers, None, truths, refs, measure.Counter(), *bootstrap)
-    captioned = sample_rows(val, study.prompts, 0)
-    said = [text.text for text in generator.caption(fitted_images(generator, store, captioned["image"].tolist()))]
-    measure.measure_captions(record, captioned["id"].tolist(), said, [list(texts) for texts in captioned["captions"]], *bootstrap)
-    parts = ("vqa_accuracy/", "condition/agreement/", "composition/", "bleu_1", "bleu_2", "bleu_3")
-    return {
-        name: {"mean": value, "interval": record.intervals[name]} for name, value in record.scores.items() if not name.startswith(parts)
-    }
-
-
 def sizes(study: Study) -> Section:
-    """(f) Three model sizes."""
+    """(f) Three model sizes, on the same number of tokens."""
     table = [["size", "parameters", "seed", "loss", "composition of one image"]]
-    losses: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {size: [] for size in SIZES}
     curves = {}
     for size, changes in SIZES.items():
-        losses[size] = []
         for seed in range(min(2, study.seeds)):
-            model, trained = study.trained("retrieval" if size == "medium" else f"size-{size}", (*BASE, *changes), seed)
-            losses[size].append(_last(trained["curve"], "val_alone_loss"))
-            table.append([size, f"{trained['parameters']:,}", str(seed), f"{losses[size][-1]:.3f}", _shown(study.composition(model, 4))])
-            curves[f"{size}, seed {seed}"] = [
-                (p["tokens"] / 1e6, p["val_alone_loss"], *[p["val_alone_loss"]] * 2) for p in trained["curve"]
-            ]
-    larger = _better([-x for x in losses["large"]], [-x for x in losses["small"]])
+            model, trained = _of_size(study, size, changes, seed)
+            loss = trained["curve"][-1]["val_alone_loss"]
+            losses[size].append(loss)
+            table.append([size, f"{trained['parameters']:,}", str(seed), f"{loss:.3f}", with_interval(study.composition(model, 4))])
+            curves[f"{size}, seed {seed}"] = [_point(point, "val_alone_loss") for point in trained["curve"]]
     return Section(
         "(f) Model size",
         "Loss and FID fall with size (350M, 760M, 7B) and tokens.",
-        f"That a larger model has a lower loss after the same number of tokens {larger}.",
+        f"After the same number of tokens a larger model has a lower loss: {every_seed_lower(losses['large'], losses['small'])}.",
         table,
         ("million tokens", "validation loss"),
         curves,
         logarithmic="y",
     )
+
+
+def _of_size(study: Study, size: str, changes: tuple[str, ...], seed: int) -> tuple[Path, dict[str, Any]]:
+    """A decoder of a size, trained with retrieval; the medium one is that of claim (a)."""
+    return study.trained("retrieval" if size == "medium" else f"size-{size}", (*RETRIEVAL, *changes), seed)
+
+
+def _point(point: dict[str, float], loss: str) -> tuple[float, float, float, float]:
+    """A point of a learning curve, which has no interval: million tokens, loss."""
+    return point["tokens"] / 1e6, point[loss], point[loss], point[loss]
