@@ -1,7 +1,7 @@
-"""What the decoder's own operations save: a forward and backward pass of profile small's decoder, in turns as it is and with one of them
-replaced by plain PyTorch: python benchmarks/operations.py
+"""Time that the decoder's own operations save: python benchmarks/operations.py
 
-Products in bfloat16, on a CPU. Medians of ``--rounds``, milliseconds.
+A forward and backward pass of profile small's decoder, as it is and with one operation replaced by plain PyTorch, alternating. Products in
+bfloat16, on a CPU. Medians of ``--rounds``, milliseconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm3leon.config.profiles import CONFIGS, changed_config
+from cm3leon.config.profiles import load_profile
 from cm3leon.models.decoder import Decoder
 from cm3leon.training.planning import meta_decoder
 
@@ -34,7 +34,7 @@ def in_bfloat16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
 
 
 def by_reals(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Pairs turned by real numbers, a number of the first half with one of the second."""
+    """Rotary embedding in real numbers, with pairs of one element of each half."""
     cos, sin = cos_sin.unbind(-1)
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
@@ -60,7 +60,7 @@ if __name__ == "__main__":
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     torch.manual_seed(0)
-    shape = meta_decoder(changed_config([], CONFIGS / "small.yaml"))
+    shape = meta_decoder(load_profile("small"))
     model = Decoder(shape.spec, shape.vocabulary)
     tokens = torch.randint(4, model.vocabulary.size, (options.rows, options.tokens))
     image_positions = torch.randint(1 + model.vocabulary.tokens_per_image, tokens.shape)

@@ -54,7 +54,7 @@ def test_colors_are_swapped_between_two_different_objects_only() -> None:
 def test_a_claim_holds_only_where_every_seed_agrees() -> None:
     assert every_seed_higher([3.0, 4.0], [1.0, 2.0]) == "holds here"
     assert every_seed_higher([1.0, 2.0], [3.0, 4.0]) == "does not hold here"
-    assert "inconclusive" in every_seed_higher([1.0, 3.0], [2.0, 4.0])
+    assert "undecided" in every_seed_higher([1.0, 3.0], [2.0, 4.0])
 
 
 def test_paired_differences_leave_out_that_some_prompts_are_harder() -> None:
@@ -62,7 +62,7 @@ def test_paired_differences_leave_out_that_some_prompts_are_harder() -> None:
     better = [1.0 if n % 2 or n % 20 == 0 else 0.0 for n in range(200)]
     assert paired_difference(better, hard).startswith("holds here (+0.050 [")
     assert paired_difference(hard, better).startswith("does not hold here (-0.050 [")
-    assert paired_difference(hard, hard[::-1]).startswith("inconclusive here (+0.000 [")
+    assert paired_difference(hard, hard[::-1]).startswith("undecided here (+0.000 [")
 
 
 def test_results_are_cached_by_key_and_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +133,8 @@ def known_study(monkeypatch: pytest.MonkeyPatch) -> KnownStudy:
     [
         ("retrieval", "the loss of the query: holds here; the final loss without retrieval is reached with 0.67 of the tokens."),
         ("guidance", "One scale is as good as the best for all sizes: holds here (best: small 1.5, medium 1.5, large 1.5)."),
-        ("candidates", "The mixture still improves from 8 to 32 candidates: inconclusive here (+0.250 [+0.00, +0.75])."),
-        ("masking", "better captions by infilling: inconclusive here, as the seeds overlap"),
+        ("candidates", "The mixture still improves from 8 to 32 candidates: undecided here (+0.250 [+0.00, +0.75])."),
+        ("masking", "better captions by infilling: undecided here, as the seeds overlap"),
         ("tuning", "After tuning 1 of 1 scores are higher, with intervals that do not overlap. Lower: none. Overlapping intervals: none."),
         ("sizes", "After the same number of tokens a larger model has a lower loss: holds here."),
     ],

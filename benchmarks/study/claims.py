@@ -13,7 +13,7 @@ from benchmarks.study.runs import RESAMPLES, Study
 from benchmarks.study.section import (
     FAILS,
     HOLDS,
-    INCONCLUSIVE,
+    UNDECIDED,
     Section,
     every_seed_higher,
     every_seed_lower,
@@ -112,7 +112,7 @@ def guidance(study: Study) -> Section:
     if len(common) == 1:
         verdict = HOLDS
     elif common:
-        verdict = f"{INCONCLUSIVE}, as at {', '.join(f'{scale:g}' for scale in common)} the intervals overlap that of the best"
+        verdict = f"{UNDECIDED}, as at {', '.join(f'{scale:g}' for scale in common)} the intervals overlap that of the best"
     else:
         verdict = FAILS
     scales = ", ".join(f"{size} {scale:g}" for size, scale in best.items())

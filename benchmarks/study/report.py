@@ -10,9 +10,8 @@ from benchmarks.study.section import Section
 HEAD = """# The paper's claims, measured again
 
 Written by `make study`. Small decoders on scenes of the `shapes` source, {tokens:,} tokens each, with several seeds where the table has a
-column for them; scores on {prompts} prompts of the val split, with 95 % intervals over prompts in brackets. The decoders have a thousandth
-of the paper's parameters, and the scenes are simpler than any photograph: a claim that holds here need not hold for the paper's models,
-nor the reverse.
+column for them; scores on {prompts} prompts of the val split, with 95 % intervals over prompts in brackets. The decoders are a thousand
+times smaller than the paper's, and the scenes are simpler than any photograph: what holds here may not hold there, and vice versa.
 """
 
 

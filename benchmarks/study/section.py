@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.study.runs import RESAMPLES
 from cm3leon.evaluation.record import bootstrap
 
-HOLDS, FAILS, INCONCLUSIVE = "holds here", "does not hold here", "inconclusive here"
+HOLDS, FAILS, UNDECIDED = "holds here", "does not hold here", "undecided here"
 Curve = list[dict[str, float]]
 """Metrics of a training run at each validation, with the ``tokens`` it had seen."""
 
@@ -51,7 +51,7 @@ def every_seed_higher(first: Sequence[float], second: Sequence[float]) -> str:
     """
     if min(first) > max(second):
         return HOLDS
-    return FAILS if max(first) < min(second) else f"{INCONCLUSIVE}, as the seeds overlap"
+    return FAILS if max(first) < min(second) else f"{UNDECIDED}, as the seeds overlap"
 
 
 def every_seed_lower(first: Sequence[float], second: Sequence[float]) -> str:
@@ -66,7 +66,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> str:
     """
     difference = np.asarray(first) - np.asarray(second)
     low, high = bootstrap(difference, RESAMPLES, 0)
-    verdict = HOLDS if low > 0 else FAILS if high < 0 else INCONCLUSIVE
+    verdict = HOLDS if low > 0 else FAILS if high < 0 else UNDECIDED
     return f"{verdict} ({difference.mean():+.3f} [{low:+.2f}, {high:+.2f}])"
 
 

@@ -208,7 +208,7 @@ app.add_typer(convert.app)
 
 
 def is_users(error: Exception) -> bool:
-    """Whether the user can act on the message of ``error`` without a traceback."""
+    """True if the user can act on the message of ``error`` without a traceback."""
     return isinstance(error, (UserError, FileNotFoundError, IsADirectoryError, PermissionError, ConnectionError))
 
 

@@ -20,7 +20,7 @@ class Section(BaseModel):
 
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-"""What NumPy and PyTorch both take."""
+"""Seeds that NumPy and PyTorch both accept."""
 
 
 class ShapesConfig(Section):

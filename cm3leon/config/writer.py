@@ -22,7 +22,7 @@ WIDTH = 140
 """Longest line, characters."""
 
 BEGIN, END = "<!-- reference: begin -->", "<!-- reference: end -->"
-"""Marks in the documentation between which :func:`reference` stands."""
+"""Marks in the documentation around the text of :func:`reference`."""
 
 
 # --- params.yaml -----------------------------------------------------------------------------------------------------

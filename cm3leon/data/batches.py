@@ -103,7 +103,7 @@ class Stream(Protocol):
         """The samples in those rows."""
 
     def state(self) -> dict[str, Any]:
-        """What resuming from here needs, as JSON values."""
+        """The state from which to resume, as JSON values."""
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Resume from :meth:`state`, in which the states of all processes are merged."""

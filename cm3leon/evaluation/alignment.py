@@ -1,4 +1,4 @@
-"""How well images match texts: the cosine similarity of their CLIP embeddings."""
+"""CLIP score: the cosine similarity of image and text embeddings (Hessel et al. 2021, without their scaling)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 
 class ImageEncoder(Protocol):
-    """What gives features (n, d) of images."""
+    """A network that embeds images: features (n, d)."""
 
     def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray: ...
 
 
 class TextImageEncoder(ImageEncoder, Protocol):
-    """What :class:`cm3leon.models.clip.Encoder` offers here."""
+    """The part of :class:`cm3leon.models.clip.Encoder` that is needed here."""
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray: ...
 
 
 def clip_score(encoder: TextImageEncoder, images: Sequence[Image.Image], texts: Sequence[str]) -> np.ndarray:
-    """Cosine of each image with the text beside it, float32 ``(n,)`` in [-1, 1]; the higher the better they match.
+    """Cosine similarity of each image and its text, float32 ``(n,)`` in [-1, 1]; higher is better.
 
     It is the plain cosine, neither clipped at 0 nor scaled (CLIPScore by Hessel et al. 2021 is ``2.5 * max(cosine, 0)``),
     so that it also ranks candidates. Scores of different encoders cannot be compared.

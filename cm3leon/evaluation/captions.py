@@ -73,9 +73,8 @@ def ngrams(words: Words) -> Ngrams:
 
 
 def bleu_counts(hypotheses: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:
-    """What BLEU counts of each caption, ``(n, 10)``: clipped and all n-grams of one to four words, its length and the closest reference's.
-
-    Of two references equally close in length the shorter counts.
+    """The counts that BLEU needs of each caption, ``(n, 10)``: clipped and all n-grams for n = 1 to 4, its length, and the length of the
+    reference closest in length (the shorter of two equally close ones).
     """
     counts = np.zeros((len(hypotheses), 2 * LONGEST + 2))
     for row, hypothesis, group in zip(counts, hypotheses, references, strict=True):
@@ -90,9 +89,9 @@ def bleu_counts(hypotheses: Sequence[Words], references: Sequence[Sequence[Words
 
 
 def bleu_of(counts: np.ndarray) -> list[float]:
-    """BLEU-1..4 of captions from their :func:`bleu_counts`: clipped n-gram precision over all of them, brevity penalty.
+    """BLEU-1 to BLEU-4 of a corpus from its :func:`bleu_counts`: clipped n-gram precision with brevity penalty.
 
-    Tiny constants stand in for zero counts (1e-15 above, 1e-9 below).
+    As in the caption server, 1e-15 is added to numerators and 1e-9 to denominators.
     """
     sums = counts.sum(0)
     correct, guessed, length, reference_length = sums[:LONGEST], sums[LONGEST : 2 * LONGEST], sums[-2], sums[-1]
@@ -130,7 +129,7 @@ def rouge_l(hypothesis: Words, references: Sequence[Words]) -> float:
 
 
 def _weigh(counts: Ngrams, frequency: Ngrams, images: int) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
-    """Term frequency times inverse document frequency, by n-gram length; norms; and the length as CIDEr-D takes it: bigrams."""
+    """TF-IDF vectors by n-gram length, their norms, and the length as CIDEr-D counts it, in bigrams."""
     vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(LONGEST)]
     length = 0
     for gram, count in counts.items():
@@ -142,7 +141,8 @@ def _weigh(counts: Ngrams, frequency: Ngrams, images: int) -> tuple[list[dict[tu
 def cider(hypotheses: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
     """CIDEr-D of each caption (Vedantam et al. 2015): n to 4, sigma 6, counts clipped, document frequency from these references.
 
-    Multiplied by 10 as in the public code, so 10 is the most. A corpus of one image scores 0: every inverse document frequency is 0.
+    Multiplied by 10 as in the public code, so the range is 0 to 10. A corpus of one image scores 0, because every inverse document
+    frequency is 0.
     """
     images = len(references)
     counted = [[ngrams(reference) for reference in group] for group in references]
@@ -171,7 +171,7 @@ def score(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
     Args:
         hypotheses: image id -> caption.
         references: image id -> its human captions.
-        tokenized: the captions are tokens separated by spaces already, and :func:`tokenize` is not applied.
+        tokenized: the captions are tokens separated by spaces, to which :func:`tokenize` is not applied.
 
     Raises:
         ValueError: if the two do not name the same images, there are none, or an image's references are no list or an empty one.
@@ -188,7 +188,7 @@ def score(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
         raise ValueError(f"{len(empty)} images have no reference caption: {empty[:3]}")
     texts = [key for key, group in references.items() if isinstance(group, str)]
     if texts:
-        raise ValueError(f"{len(texts)} images have one text in the place of a list of reference captions: {texts[:3]}")
+        raise ValueError(f"{len(texts)} images have a text instead of a list of reference captions: {texts[:3]}")
     means = {name: float(np.mean(values)) for name, values in per_image(hypotheses, references, tokenized).items()}
     return dict(zip(BLEU, bleu_of(bleu_counts(*split(hypotheses, references, tokenized))), strict=True)) | means
 

@@ -1,7 +1,7 @@
-"""Does an image follow the condition image that it was drawn from? Extract the same kind of condition again, and compare the two.
+"""Whether an image follows its condition image: the same kind of condition is extracted from the image, and the two are compared.
 
-What any image gives (edges, scribbles, lines) is extracted as for training. What only a scene of shapes gives (segments, depth, normals,
-skeletons) is drawn of the scene that is read back from the image; this says something of images of shapes alone.
+Kinds that any image has (edges, scribbles, lines) are extracted as for training. Kinds that only a scene of shapes has (segments, depth,
+normals, skeletons) are rendered from the scene that is read back from the image, so their agreement is meaningful for such images only.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from cm3leon.scenes.conditions import FAR, NEAR, RENDERERS, SEGMENT_COLORS
 from cm3leon.scenes.reading import UNKNOWN, read_scene
 
 BRIGHT = 80
-"""A pixel belongs to a line where its brightest channel has at least this, of 255."""
+"""A pixel belongs to a line if its brightest channel has at least this value, of 255."""
 TOLERANCE = 1 / 64
-"""Lines this far apart still agree, share of the side."""
+"""Distance at which two lines still agree, as a fraction of the side."""
 TILT = 0.2
-"""A normal whose part across the line of sight is longer than this belongs to a tilted surface."""
+"""A normal whose component perpendicular to the line of sight is longer than this belongs to a tilted surface."""
 LINES = frozenset([*EXTRACTORS, "openpose"])
 
 
 def extract(kind: str, image: Image.Image | np.ndarray) -> np.ndarray:
-    """The condition image of an image (PIL, or uint8 (h, w, 3)): uint8 (h, w, 3), or (h, h, 3) of the kinds that are read from a scene.
+    """The condition image of an image (PIL, or uint8 (h, w, 3)): uint8 (h, w, 3), or (h, h, 3) for kinds that are rendered from a scene.
 
-    Objects whose shape cannot be told are left out.
+    Objects whose shape is not recognized are left out.
 
     Raises:
         ValueError: for a kind that cannot be extracted, or an array of another type or shape.
@@ -42,14 +42,14 @@ def extract(kind: str, image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def agreement(kind: str, asked: np.ndarray, found: np.ndarray) -> float:
-    """How well two condition images of one kind agree, from 0 to 1 (alike); 1 where both are empty. uint8 (h, w, 3) each.
+    """Agreement of two condition images of one kind, 0 to 1; 1 if both are empty. uint8 (h, w, 3) each.
 
-    Lines and skeletons: F-measure of their pixels, of which those within :data:`TOLERANCE` of one of the other image count as right.
-    Segments: mean intersection over union of the classes, without the background, that either image shows.
-    Depth and normals: intersection over union of what is nearer than the plane, or tilted, times one minus the mean difference in the
-    union (of brightness as a share of 255; of normals, half the distance between them).
+    Lines and skeletons: F-measure of their pixels; a pixel within :data:`TOLERANCE` of one of the other image is correct.
+    Segments: mean IoU of the classes in either image, without the background.
+    Depth and normals: IoU of the regions that are nearer than the plane, or tilted, times one minus the mean difference inside their union
+    (for depth, of brightness as a fraction of 255; for normals, half of the distance between them).
 
-    ``found`` is brought to the size of ``asked`` first, by nearest neighbors.
+    ``found`` is resized to ``asked`` first, by nearest neighbor.
 
     Raises:
         ValueError: for an unknown kind.
@@ -75,7 +75,7 @@ def _known(kind: str) -> None:
 
 
 def _f_measure(asked: np.ndarray, found: np.ndarray) -> float:
-    """Harmonic mean of the share of ``found`` that is near ``asked`` and the reverse: bool (h, w) each."""
+    """Harmonic mean of precision (``found`` near ``asked``) and recall (the reverse); bool (h, w) each."""
     if not asked.any() or not found.any():
         return float(asked.any() == found.any())
     reach = TOLERANCE * (asked.shape[0] * asked.shape[1]) ** 0.5
@@ -86,20 +86,20 @@ def _f_measure(asked: np.ndarray, found: np.ndarray) -> float:
 
 
 def _classes(segments: np.ndarray) -> np.ndarray:
-    """Number of the class whose color is nearest, 0 for the background: uint8 (h, w, 3) -> (h, w)."""
+    """Class of each pixel by nearest color, 0 for the background: uint8 (h, w, 3) to int (h, w)."""
     colors = np.array([(0, 0, 0), *SEGMENT_COLORS.values()])
     return ((segments[..., None, :].astype(int) - colors) ** 2).sum(axis=-1).argmin(axis=-1)
 
 
 def _mean_iou(asked: np.ndarray, found: np.ndarray) -> float:
-    """Over the classes from 1 on that either shows: int (h, w) each."""
+    """Mean IoU over the classes from 1 on that are in either image; int (h, w) each."""
     shown = np.union1d(asked, found)
     overlaps = [((asked == c) & (found == c)).sum() / ((asked == c) | (found == c)).sum() for c in shown[shown > 0]]
     return float(np.mean(overlaps)) if overlaps else 1.0
 
 
 def _surface_agreement(asked: np.ndarray, found: np.ndarray, difference: np.ndarray) -> float:
-    """Overlap of two foregrounds, bool (h, w), times one minus the mean ``difference`` inside their union, 0 to 1 (h, w)."""
+    """IoU of two foregrounds, bool (h, w), times one minus the mean of ``difference`` (h, w), 0 to 1, inside their union."""
     union = asked | found
     if not union.any():
         return 1.0

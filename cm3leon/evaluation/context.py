@@ -1,4 +1,4 @@
-"""What the measurements of all tasks share: the model, the held-out records, the evaluation record, and how records are chosen."""
+"""Shared by the measurements of all tasks: the model, the test records, the evaluation record, and how records are sampled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cm3leon.scenes import composition
 from cm3leon.sequence.tasks import Fields, is_filled
 
 Sheet = list[tuple[Image.Image, str]]
-"""Images and their captions, for a picture of what was measured."""
+"""Images with captions, for a sheet."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from cm3leon.data.images import to_rgb
 from cm3leon.utils import torchvision_compat
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-"""Name of the weights file that pytorch-fid publishes; its end is the beginning of the file's SHA-256."""
+"""Name of the weights file that pytorch-fid publishes; it ends with the first digits of the file's SHA-256."""
 
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 CACHE = Path(".cache/inception")
@@ -35,7 +35,7 @@ MAXED = "Mixed_7c"
 
 
 def fetch_weights() -> Path:
-    """The published weights, downloaded to :data:`CACHE` (92 MB) if they are not there, and checked against their hash.
+    """Path of the published weights, downloaded to :data:`CACHE` (92 MB) if missing, and checked against their hash.
 
     Raises:
         OSError, RuntimeError: if they cannot be fetched, or are not what was published.
@@ -48,17 +48,17 @@ def fetch_weights() -> Path:
 
 
 def average_pool(x: torch.Tensor) -> torch.Tensor:
-    """3 x 3 mean of stride 1 that leaves padding out of the count, as TensorFlow's does."""
+    """3 x 3 average pooling of stride 1 that does not count padding, as in TensorFlow."""
     return avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def largest_pool(x: torch.Tensor) -> torch.Tensor:
-    """3 x 3 maximum of stride 1: the 2015 network has it in its last block, where the paper has a mean."""
+    """3 x 3 maximum pooling of stride 1, which the 2015 network has in its last block where the paper has average pooling."""
     return max_pool2d(x, 3, stride=1, padding=1)
 
 
 def _replace_pooling(block: nn.Module, pool: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Give a torchvision block another pooling: what its pooled branch is called with is replaced by ``pool`` of the block's input."""
+    """Replace the pooling of a torchvision block: the input of its pooled branch becomes ``pool`` of the block's input."""
     held: list[torch.Tensor] = []
 
     def hold(block: nn.Module, inputs: tuple[torch.Tensor]) -> None:
@@ -93,10 +93,10 @@ def to_input(image: Image.Image) -> torch.Tensor:
 
 
 class Inception:
-    """Images to the 2048 features that FID and KID are defined on. Make one with :meth:`load`."""
+    """Images to the 2048 features of FID and KID; made by :meth:`load`."""
 
     def __init__(self, network: nn.Module, fingerprint: str) -> None:
-        """Take a network of :func:`build`; its classifier is dropped."""
+        """Use a network of :func:`build` without its classifier."""
         network.fc = nn.Identity()
         self.network, self.fingerprint = network, fingerprint
         self.device = next(network.parameters()).device
@@ -123,7 +123,7 @@ class Inception:
             return cls(network, hashlib.file_digest(file, "sha256").hexdigest()[:16])
 
     def to(self, device: str | torch.device) -> Inception:
-        """Move the weights; features always come back as NumPy arrays."""
+        """Move the weights; features are always returned as NumPy arrays."""
         self.network.to(device)
         self.device = torch.device(device)
         return self
@@ -160,7 +160,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check(path: Path, weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights of another network; counters of training batches may be missing, as they count for nothing."""
+    """Refuse weights of another network; batch counters of the norms may be missing, as inference does not use them."""
     missing = sorted(name for name in expected.keys() - weights.keys() if not name.endswith("num_batches_tracked"))
     unexpected = sorted(weights.keys() - expected.keys())
     if missing or unexpected:

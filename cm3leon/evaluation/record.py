@@ -21,10 +21,13 @@ DIGITS = 6
 class Record:
     """``models/evaluation/record.json``.
 
-    scores: the model's figures. intervals: 95 % bootstrap intervals of those that are means over prompts. calibration: what the same
-    measures give for real images, reconstructions, other documents' captions, majority answers. contract: what was asked, and how;
-    two records can be compared only if their contracts are equal. settings: the parameters with which to evaluate again. models: hashes of
-    what was evaluated.
+    Attributes:
+        scores: the model's scores.
+        intervals: 95 % bootstrap intervals of the scores.
+        calibration: the same metrics of known inputs: real images, reconstructions, other records' captions, majority answers.
+        contract: what was asked, and how; scores are comparable if their contracts are equal.
+        settings: the sections of the parameters with which to evaluate again.
+        models: content hashes of the evaluated models.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
@@ -35,17 +38,17 @@ class Record:
     models: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, values: Sequence[float] | np.ndarray, resamples: int, seed: int, groups: Sequence[str] | None = None) -> None:
-        """A score that is a mean over prompts, with its interval; ``groups`` as :func:`bootstrap` takes them."""
+        """Add a score that is a mean over prompts, with its interval; ``groups``: see :func:`bootstrap`."""
         self.scores[name] = float(np.mean(values))
         self.intervals[name] = bootstrap(values, resamples, seed, groups)
 
     def add_intervals(
         self, names: Sequence[str], statistic: Callable[[np.ndarray], Sequence[float]], count: int, resamples: int, seed: int
     ) -> None:
-        """Intervals of scores that are no means: those of ``statistic`` over resampled rows, of which there are ``count``.
+        """Add intervals of scores that are not means, by bootstrap of ``statistic`` over ``count`` rows.
 
-        A resample has some rows twice, which raises distances; the intervals are moved by as much as the resamples' mean differs from the
-        score, which must have been noted.
+        A resample has some rows twice, which raises distances. The interval is therefore shifted by the difference of the resamples' mean
+        from the score, which must have been added before.
         """
         rng = np.random.default_rng(seed)
         found = np.array([statistic(rng.integers(count, size=count)) for _ in range(resamples)])
@@ -54,18 +57,20 @@ class Record:
             self.intervals[name] = (low, high)
 
     def write(self, directory: Path) -> None:
+        """Write ``directory/record.json``, scores rounded to six decimals."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / FILE).write_text(json.dumps(_rounded(asdict(self)), indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def read(cls, directory: Path) -> Record:
+        """Read ``directory/record.json``."""
         return cls.read_file(directory / FILE)
 
     @classmethod
     def read_file(cls, path: Path) -> Record:
-        """A record at any place."""
+        """Read a record from a file."""
         data = json.loads(path.read_text())
-        for part in ("contract", "settings"):  # both repeat sections of the parameters
+        for part in ("contract", "settings"):  # both repeat sections of the parameters, whose keys may have been renamed
             data[part] = current_names(data.get(part, {}), "")
         data["intervals"] = {name: (low, high) for name, (low, high) in data["intervals"].items()}
         return cls(**data)
@@ -75,7 +80,7 @@ def bootstrap(values: Sequence[float] | np.ndarray, resamples: int, seed: int, g
     """95 % interval of the mean, by resampling prompts with replacement.
 
     Args:
-        groups: which values belong together, as several questions about one image do; whole groups are then resampled.
+        groups: the group of each value, such as the image of a question; whole groups are resampled.
     """
     array = np.asarray(values, dtype=np.float64)
     numbers = np.unique(groups, return_inverse=True)[1] if groups is not None else np.arange(len(array))

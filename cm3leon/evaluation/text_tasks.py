@@ -46,28 +46,28 @@ def answer_questions(generator: Generator, store: ImageStore, refs: Sequence[str
 
 def caption(e: Evaluation, captioned: pd.DataFrame) -> Sheet:
     """Captions of the images of these records."""
-    pictures = e.images(captioned["image"].tolist())
-    captions = [found.text for found in e.generator.caption(pictures)]
+    images = e.images(captioned["image"].tolist())
+    captions = [found.text for found in e.generator.caption(images)]
     references = [list(texts) for texts in captioned["captions"]]
     section = e.config.evaluate
     measure.measure_captions(e.record, captioned["id"].tolist(), captions, references, section.bootstrap, section.seed)
-    return list(zip(pictures, captions, strict=True))
+    return list(zip(images, captions, strict=True))
 
 
 def answer_vqa(e: Evaluation, asked: Sequence[tuple[str, str, list[str]]], frequent: Counter[tuple[str, str]]) -> Sheet:
     """Visual question answering; on the sheet, a wrong answer is followed by the first reference."""
-    images, questions, truths = zip(*asked, strict=True)
-    answers = answer_questions(e.generator, e.store, images, questions)
+    refs, questions, truths = zip(*asked, strict=True)
+    answers = answer_questions(e.generator, e.store, refs, questions)
     others = measure.images_of_others(asked)
     answers_of_others = answer_questions(e.generator, e.store, others, questions) if others else None
     section = e.config.evaluate
     measure.measure_answers(
-        e.record, questions, answers, answers_of_others, truths, images, frequent, section.bootstrap, section.seed
+        e.record, questions, answers, answers_of_others, truths, refs, frequent, section.bootstrap, section.seed
     )  # fmt: skip
     shown = list(zip(asked, answers, strict=True))[: section.sheet]
-    pictures = e.images([image for (image, _, _), _ in shown])
+    images = e.images([ref for (ref, _, _), _ in shown])
     wrong = ["" if vqa.answer_score(said, truth) else f" (not {truth[0]})" for (_, _, truth), said in shown]
-    return [(p, f"{question} {said}{note}") for p, ((_, question, _), said), note in zip(pictures, shown, wrong, strict=True)]
+    return [(image, f"{question} {said}{note}") for image, ((_, question, _), said), note in zip(images, shown, wrong, strict=True)]
 
 
 def long_caption(e: Evaluation) -> Sheet:
@@ -75,16 +75,16 @@ def long_caption(e: Evaluation) -> Sheet:
     rows = e.rows("long_caption", ("long_caption",))
     if not rows:
         return []
-    pictures = e.images([row.image for row in rows])
+    images = e.images([row.image for row in rows])
     e.asked("long_caption", [[row.id, row.long_caption] for row in rows])
-    said = [text.text for text in e.generator.long_caption(pictures)]
+    said = [text.text for text in e.generator.long_caption(images)]
     names, wanted = [row.id for row in rows], {row.id: [row.long_caption] for row in rows}
     for name, values in caption_metrics.per_image(dict(zip(names, said, strict=True)), wanted).items():
         e.add(f"long_caption/{name}", values)
     if len(rows) > 1:
         shuffled = {name: said[number] for name, number in zip(names, shifted_positions(len(names)), strict=True)}
         e.calibrate("long_caption/cider_other_images", caption_metrics.per_image(shuffled, wanted)["cider"])
-    return list(zip(pictures, said, strict=True))
+    return list(zip(images, said, strict=True))
 
 
 def reasoning(e: Evaluation) -> Sheet:
@@ -97,7 +97,7 @@ def reasoning(e: Evaluation) -> Sheet:
     rows = e.rows("reasoning", ("reasoning",), values=values)
     if not rows:
         return []
-    pictures, problems = e.images([row.image for row in rows]), [row.reasoning[0] for row in rows]
+    images, problems = e.images([row.image for row in rows]), [row.reasoning[0] for row in rows]
     truths = [problem["answer"] for problem in problems]
     e.asked("reasoning", [[row.id, problem] for row, problem in zip(rows, problems, strict=True)])
     asked = tuple([problem[name] for problem in problems] for name in ("question", "options", "context"))
@@ -105,11 +105,11 @@ def reasoning(e: Evaluation) -> Sheet:
     def right(answers: Sequence[str]) -> list[float]:
         return [float(conclusion(answer) == conclusion(truth)) for answer, truth in zip(answers, truths, strict=True)]
 
-    explained = [text.text for text in e.generator.reasoning(pictures, *asked)]
+    explained = [text.text for text in e.generator.reasoning(images, *asked)]
     e.add("reasoning/accuracy", right(explained))
-    e.add("reasoning/accuracy_unexplained", right([text.text for text in e.generator.reasoning(pictures, *asked, explain=False)]))
+    e.add("reasoning/accuracy_unexplained", right([text.text for text in e.generator.reasoning(images, *asked, explain=False)]))
     e.calibrate("reasoning/accuracy_guess", [1 / len(problem["options"]) for problem in problems])
     if len(rows) > 1:
-        elsewhere = [pictures[number] for number in shifted_positions(len(pictures))]
+        elsewhere = [images[number] for number in shifted_positions(len(images))]
         e.calibrate("reasoning/accuracy_other_images", right([text.text for text in e.generator.reasoning(elsewhere, *asked)]))
-    return [(image, f"{question} {text}") for image, question, text in zip(pictures, asked[0], explained, strict=True)]
+    return [(image, f"{question} {text}") for image, question, text in zip(images, asked[0], explained, strict=True)]

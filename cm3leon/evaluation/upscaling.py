@@ -26,8 +26,12 @@ def psnr_rgb(originals: torch.Tensor, copies: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def measure_upscaling(model: SuperResolution, images: ImageSet, batch_size: int = 64) -> dict[str, list[float]]:
-    """``psnr_rgb``, ``psnr_y`` and ``ssim_y`` of the network, and with ``_bicubic`` behind them those of plain interpolation, image
-    for image, on reductions of ``images``; those of Y without a border as wide as the scale (:mod:`cm3leon.evaluation.restoration`)."""
+    """PSNR and SSIM of each image, upscaled from its bicubic reduction.
+
+    Returns:
+        ``psnr_rgb``, ``psnr_y`` and ``ssim_y`` of the network, and with the suffix ``_bicubic`` those of bicubic interpolation. Scores of Y
+        leave out a border as wide as the scale (:mod:`cm3leon.evaluation.restoration`).
+    """
     found: dict[str, list[float]] = defaultdict(list)
     device = model.head.weight.device
     for start in range(0, len(images), batch_size):

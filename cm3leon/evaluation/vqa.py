@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 ENOUGH = 4
-"""References with which the server's rule, three matches among the others, can be met: from there on it applies to the letter."""
+"""Number of reference answers from which the server's rule, three matches among the others, can be met."""
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = frozenset({"a", "an", "the"})
@@ -30,7 +30,7 @@ would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll yo
 
 
 def _contractions() -> dict[str, str]:
-    """The server's table: each contraction with any one of its apostrophes missing, and one entry that goes the other way."""
+    """The server's table: each contraction without one of its apostrophes to the contraction, and one entry in the other direction."""
     table = {}
     for word in _EXPANDED.split():
         for position, letter in enumerate(word):
@@ -44,11 +44,11 @@ CONTRACTIONS = _contractions()
 # The server means "not after a digit" by (?!<=\d) but writes a condition that always holds: a period goes unless a digit follows it.
 _PERIOD = re.compile(r"\.(?!\d)")
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-_MOST_PERIODS = 32  # the server passes re.UNICODE, which is 32, where the count of replacements stands
+_MOST_PERIODS = 32  # the server passes re.UNICODE, which is 32, as the number of replacements
 
 
 def _strip_punctuation(text: str) -> str:
-    """Remove punctuation that touches a space, or all of it where a number holds a comma; else put a space in its place."""
+    """Remove punctuation next to a space, or all of it if a number has a comma; otherwise replace it by a space."""
     result = text
     joined = _COMMA_IN_NUMBER.search(text) is not None
     for mark in PUNCTUATION:

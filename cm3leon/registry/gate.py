@@ -60,7 +60,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether the challenger may be promoted."""
+        """True if the challenger may be promoted."""
         return not self.refusals and all(row.passed is not False for row in self.rows)
 
     def __str__(self) -> str:
@@ -99,7 +99,7 @@ def _show(score: float | None) -> str:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a lower score is the better one."""
+    """True if a lower score is better."""
     return metric.startswith(LOWER_IS_BETTER)
 
 
@@ -193,7 +193,7 @@ def contract_changes(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
 
 
 def concerns(entry: str, metric: str) -> bool:
-    """Whether an entry of the contract concerns a score.
+    """True if an entry of the contract concerns a score.
 
     A task's entry concerns its own scores, a feature extractor's the scores that are measured with it, any other entry all scores.
     """

@@ -1,1 +1,1 @@
-"""The synthetic world: scenes with exact ground truth, and the reading of scenes back from pixels."""
+"""The synthetic world: scenes of shapes that are painted with exact ground truth, and read back from pixels to score images."""

@@ -1,7 +1,8 @@
-"""Does an image show what its caption states? The share of prompts of which *every* stated attribute is drawn right.
+"""Composition accuracy: the fraction of prompts whose image has *every* attribute that the prompt states, 0 to 1.
 
-``parse_caption`` turns a caption of the shapes source (or a user's own words within its vocabulary) into a :class:`Statement`;
-``read_scene`` reads the image; ``check`` compares. The number of objects must match exactly: an extra object is an error.
+:func:`parse_caption` turns a caption of the shapes source, or a user's own words within its vocabulary, into a :class:`Statement`;
+``read_scene`` reads the image back into a scene; :func:`check` compares the two by attribute. The number of objects must match exactly:
+an extra object is an error.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from cm3leon.scenes.scene import BACKGROUNDS, COLORS, LETTERS, SHAPES, SIZES, Ob
 
 ATTRIBUTES = ("background", "count", "color", "shape", "size", "relation", "text")
 MOST_OBJECTS = 6
-"""That a caption may state. Of a crowded image only this many are matched; its count is wrong anyway."""
+"""Objects that a caption may state, and objects of an image that are matched (all permutations are tried). With more objects the count of
+an image is wrong anyway."""
 
 
 @dataclass(frozen=True)
 class Mention:
-    """One object as a caption states it; None where the caption says nothing. ``shape`` is ``"letter"`` for a letter."""
+    """An object as a caption states it; None for what the caption leaves open. ``shape`` is ``"letter"`` for a letter."""
 
     shape: str
     color: str | None = None
@@ -35,7 +37,7 @@ class Mention:
 
 @dataclass(frozen=True)
 class Statement:
-    """What a caption states. ``relation`` is where the first object lies, seen from the second."""
+    """The attributes that a caption states. ``relation`` is the spatial relation of the first object to the second."""
 
     objects: tuple[Mention, ...]
     background: str | None = None
@@ -53,7 +55,7 @@ _RELATIONS = {
     "left of": r"(?:to |on )?(?:the )?left of", "right of": r"(?:to |on )?(?:the )?right of",
     "above": r"above|over|on top of", "below": r"below|under|beneath",
 }  # fmt: skip
-_RELATED = {place: re.compile(rf"(?P<first>.+?) (?:is )?(?:{words}) (?P<second>.+)") for place, words in _RELATIONS.items()}
+_RELATED = {name: re.compile(rf"(?P<first>.+?) (?:is )?(?:{words}) (?P<second>.+)") for name, words in _RELATIONS.items()}
 _THING = re.compile(
     rf"(?:(?P<number>an?|the|one|two|three|1|2|3) )?(?:(?P<size>{_any(list(SIZES))}) )?(?:(?P<color>{_any(list(COLORS))}) )?"
     rf"(?P<shape>{_any(list(SHAPES))})(?P<plural>e?s)?"
@@ -64,7 +66,7 @@ _COUNTS = {None: 1, "a": 1, "an": 1, "the": 1, "one": 1, "1": 1, "two": 2, "2": 
 
 
 def _mentions(words: str) -> tuple[Mention, ...] | None:
-    """The objects of one noun phrase: ``"two small red circles"`` gives two."""
+    """The objects of one noun phrase, so two for ``"two small red circles"``; None if it does not follow the grammar."""
     if letter := _LETTER_IN.fullmatch(words) or _COLORED_LETTER.fullmatch(words):
         return (Mention("letter", letter["color"], None, letter["letter"].upper()),)
     thing = _THING.fullmatch(words)
@@ -77,42 +79,52 @@ def _mentions(words: str) -> tuple[Mention, ...] | None:
 
 
 def parse_caption(text: str) -> Statement | None:
-    """What ``text`` states, or None where it does not follow the grammar.
+    """Parse a caption; None if it does not follow the grammar.
 
-    Understood: ``[SIZE] COLOR SHAPE`` joined by "and", commas, "left of", "right of", "above", "below" (or "to the left of", "under" ...);
+    The grammar: ``[SIZE] COLOR SHAPE`` joined by "and", commas, "left of", "right of", "above", "below" (or "to the left of", "under" ...);
     "two red circles"; "the letter A in red", "a red letter A"; all with or without "on a gray background", "on gray" or
     "a gray background with" before it; at most :data:`MOST_OBJECTS` objects. Case, a final period and the spelling "grey" do not matter.
     """
+    # 1. Spelling, and the background before or after the objects.
     words = re.sub(r"\s+", " ", text.strip().rstrip(".").lower()).replace("grey", "gray")
     words = re.sub(r"^there (?:is|are) ", "", words)
     background = None
     if ground := _BACKGROUND_WITH.fullmatch(words) or _ON_BACKGROUND.fullmatch(words):
         background, words = ground["ground"], ground["subject"]
-    for place, pattern in _RELATED.items():
+
+    # 2. Two objects in a spatial relation.
+    for relation, pattern in _RELATED.items():
         if related := pattern.fullmatch(words):
             first, second = _mentions(related["first"]), _mentions(related["second"])
             if first is None or second is None or len(first) != 1 or len(second) != 1:
                 return None
-            return Statement(first + second, background, place)
+            return Statement(first + second, background, relation)
+
+    # 3. Or a list of objects.
     mentions: tuple[Mention, ...] = ()
-    for part in re.split(r",? and |, ", words):
-        found = _mentions(part)
+    for phrase in re.split(r",? and |, ", words):
+        found = _mentions(phrase)
         if found is None:
             return None
         mentions += found
     return Statement(mentions, background) if len(mentions) <= MOST_OBJECTS else None
 
 
-def _holds(place: str, first: Object, second: Object) -> bool:
-    """Whether the relation is true: the centers are apart in that direction, and further than across it."""
+def _holds(relation: str, first: Object, second: Object) -> bool:
+    """True if the centers differ in that direction, and by more than at right angles to it.
+
+    This is weaker than ``scene.relation``, by which captions state relations: an image need not be clearer than right.
+    """
     dx, dy = first.x - second.x, first.y - second.y
-    along, across = (dx, dy) if place in ("left of", "right of") else (dy, dx)
-    return abs(along) > abs(across) and (along < 0) == (place in ("left of", "above"))
+    along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
+    return abs(along) > abs(across) and (along < 0) == (relation in ("left of", "above"))
 
 
 def match(statement: Statement, scene: Scene) -> list[Object | None]:
-    """For each mention the object of the scene that it is taken to be, None for a missing one: so that most attributes are right, then most
-    single properties."""
+    """Match each mention with an object of the scene, or with None if there are fewer objects.
+
+    Among all assignments it takes the one with the most right attributes, then with the most right properties of single objects.
+    """
     wanted = len(statement.objects)
     seen: list[Object | None] = list(scene.objects[:MOST_OBJECTS])
     seen += [None] * (wanted - len(seen))
@@ -129,7 +141,7 @@ def match(statement: Statement, scene: Scene) -> list[Object | None]:
 
 
 def _compare(statement: Statement, seen: Sequence[Object | None]) -> dict[str, bool]:
-    """The verdicts on the objects' attributes when mention ``i`` is taken to be ``seen[i]`` (None: missing)."""
+    """The attributes of the objects, right or wrong, if mention ``i`` is matched with ``seen[i]`` (None: missing)."""
     pairs = list(zip(statement.objects, seen, strict=True))
     verdict = {}
     if any(m.color for m, _ in pairs):
@@ -147,10 +159,10 @@ def _compare(statement: Statement, seen: Sequence[Object | None]) -> dict[str, b
 
 
 def check(statement: Statement, scene: Scene) -> dict[str, bool]:
-    """Whether each stated attribute is right in ``scene``; attributes that the caption does not state are absent.
+    """For each stated attribute, whether the scene has it right; attributes that the caption does not state are absent.
 
-    Objects are matched to mentions by :func:`match`. Each attribute must hold for every object that states it; a missing object makes its
-    attributes wrong.
+    Mentions are matched with objects by :func:`match`. An attribute is right if it is for every mention that states it; for a missing
+    object it is wrong.
     """
     verdict = {"count": len(scene.objects) == len(statement.objects)}
     if statement.background:
@@ -168,14 +180,18 @@ def verdicts(captions: Sequence[str], images: Sequence[Image.Image | np.ndarray]
 
 
 def summarize(verdicts: Sequence[dict[str, bool] | None]) -> dict[str, float]:
-    """Means over prompts: ``composition`` (every stated attribute right), ``composition/NAME`` over the prompts that state NAME, and
-    ``composition/prompts``, the number of prompts counted: those that follow the grammar. Without any, only that last, 0."""
+    """The scores of verdicts, each 0 to 1, higher is better.
+
+    Returns:
+        ``composition``, the fraction of prompts with every stated attribute right; ``composition/NAME``, that of attribute NAME among the
+        prompts that state it; and ``composition/prompts``, the number of prompts that follow the grammar. Only the last if there are none.
+    """
     counted = sum(verdict is not None for verdict in verdicts)
     return {"composition/prompts": float(counted)} | {name: float(np.mean(values)) for name, values in by_attribute(verdicts).items()}
 
 
 def by_attribute(verdicts: Sequence[dict[str, bool] | None]) -> dict[str, list[bool]]:
-    """The verdicts of which :func:`summarize` takes the means, prompt for prompt; only names that some prompt states."""
+    """The outcomes by prompt whose means :func:`summarize` returns; without names that no prompt states."""
     counted = [verdict for verdict in verdicts if verdict is not None]
     found = {"composition": [all(verdict.values()) for verdict in counted]}
     found |= {f"composition/{name}": [verdict[name] for verdict in counted if name in verdict] for name in ATTRIBUTES}
@@ -188,7 +204,10 @@ def score(captions: Sequence[str], images: Sequence[Image.Image | np.ndarray]) -
 
 
 def confusions(captions: Sequence[str], images: Sequence[Image.Image | np.ndarray]) -> str:
-    """What was stated and what was drawn instead, as CSV: ``attribute,stated,drawn,count``, with what is right, the most frequent first."""
+    """A table of confusions as CSV: how often the prompts state a word (``stated``) and the images show another or the same (``drawn``).
+
+    The columns are ``attribute,stated,drawn,count``, the most frequent pairs of each attribute first.
+    """
     counts: Counter[tuple[str, str, str]] = Counter()
     for text, image in zip(captions, images, strict=True):
         statement = parse_caption(text)

@@ -1,4 +1,8 @@
-"""Was the asked edit made, and did the rest stay? Of scenes, object by object; of any image, outside of what the true edit changed."""
+"""Scores of edits: was the requested change made, and was everything else kept?
+
+In scenes this is judged object by object (:func:`judge`). For any image, :func:`psnr_outside` compares the pixels outside the region that
+the true edit changes.
+"""
 
 from __future__ import annotations
 
@@ -12,32 +16,42 @@ from scipy import ndimage
 
 from cm3leon.scenes.scene import Object, Scene
 
-PLACE = 0.1
-"""Two centers nearer than this are one place, share of the side."""
+SAME_POSITION = 0.1
+"""Objects whose centers are at most this far apart have the same position, fraction of the side."""
 CHANGED = 12
-"""A pixel whose channels differ by more than this, of 255, between an image and its true edit belongs to what the edit changes."""
+"""Pixels of which a channel differs by more than this, of 255, between an image and its true edit are in the changed region."""
 AROUND = 2
-"""Pixels around what the edit changes that belong to it too."""
+"""Pixels by which the changed region is dilated."""
 
 
 @dataclass(frozen=True)
 class Judgment:
-    """``done``: the asked change is there. ``kept``: what it does not concern is as before, and nothing came in addition."""
+    """Verdict on one edited image.
+
+    Attributes:
+        done: the requested change was made.
+        kept: everything that the edit does not concern is unchanged, and nothing was added to it.
+    """
 
     done: bool
     kept: bool
 
 
 def _label(item: Object) -> tuple[str | None, ...]:
+    """The look of an object: all but its position."""
     return item.shape, item.color, item.size, item.letter
 
 
 def _near(one: Object, other: Object) -> bool:
-    return math.hypot(one.x - other.x, one.y - other.y) <= PLACE
+    return math.hypot(one.x - other.x, one.y - other.y) <= SAME_POSITION
 
 
 def _match(objects: Sequence[Object], wanted: Sequence[Object], anywhere: Sequence[Object] = ()) -> tuple[list[Object], list[Object]]:
-    """Take one that looks like each of ``wanted``, at its place unless ``anywhere`` names it, from ``objects``; what is left of both."""
+    """Match each wanted object with one of ``objects`` that looks the same and has the same position; returns the unmatched of both.
+
+    Args:
+        anywhere: wanted objects that may have any position.
+    """
     left, missing = list(objects), []
     for item in wanted:
         fits = [o for o in left if _label(o) == _label(item) and (item in anywhere or _near(o, item))]
@@ -48,34 +62,57 @@ def _match(objects: Sequence[Object], wanted: Sequence[Object], anywhere: Sequen
     return left, missing
 
 
-def judge(before: Scene, after: Scene, drawn: Scene) -> Judgment:
-    """Compare what was drawn with what an edit makes of a scene. What is added may stand anywhere: instructions do not say where.
+def judge(before: Scene, after: Scene, generated: Scene) -> Judgment:
+    """Compare a generated scene with the true edit.
 
-    A changed object in a wrong color is a change not made, and leaves the rest as it was.
+    An added object may have any position, as instructions do not say where. An object that should change its color and has a wrong one
+    counts against ``done`` only, not against ``kept``.
+
+    Args:
+        before: the source scene.
+        after: the scene after the true edit.
+        generated: the scene read from the generated image.
     """
-    gone, come = _match(before.objects, after.objects)
-    stays, _ = _match(after.objects, come)
-    added = [item for item in come if not any(_near(item, other) for other in gone)]
-    rest, lost = _match(drawn.objects, stays)
-    extra, missing = _match(rest, come, added)
-    undone = any(_label(o) == _label(item) and _near(o, item) for o in rest for item in gone)
-    elsewhere = [o for o in extra if not any(_near(o, item) for item in gone)]
-    ground_changes, ground_right = before.background != after.background, drawn.background == after.background
+    # 1. The true edit: objects that it removes or changes (old look), adds or changes (new look), and keeps.
+    removed, new = _match(before.objects, after.objects)
+    kept, _ = _match(after.objects, new)
+    added = [item for item in new if not any(_near(item, other) for other in removed)]
+
+    # 2. The generated scene: first find the objects to keep, then the new ones among the others.
+    others, lost = _match(generated.objects, kept)
+    extra, missing = _match(others, new, added)
+    not_removed = any(_label(o) == _label(item) and _near(o, item) for o in others for item in removed)
+
+    # 3. Extra objects at the position of a removed one are a change done wrong. Elsewhere they were added without request; but an added
+    #    object with a wrong look is missing and extra at once, and is not counted twice.
+    elsewhere = [o for o in extra if not any(_near(o, item) for item in removed)]
+    added_missing = sum(item in added for item in missing)
+    background_changes = before.background != after.background
+    background_right = generated.background == after.background
     return Judgment(
-        done=not missing and not undone and (ground_right or not ground_changes),
-        kept=not lost and len(elsewhere) <= sum(item in added for item in missing) and (ground_right or ground_changes),
+        done=not missing and not not_removed and (background_right or not background_changes),
+        kept=not lost and len(elsewhere) <= added_missing and (background_right or background_changes),
     )
 
 
 def changed_region(before: Image.Image, after: Image.Image) -> np.ndarray:
-    """Boolean (h, w): what a true edit changes of an image, and a little around it."""
+    """Pixels that the true edit changes, dilated by :data:`AROUND` pixels for antialiased edges: boolean (h, w)."""
     differs = np.abs(np.asarray(before, dtype=int) - np.asarray(after, dtype=int)).max(-1) > CHANGED
     return ndimage.binary_dilation(differs, iterations=AROUND)
 
 
-def psnr_outside(image: Image.Image, drawn: Image.Image, region: np.ndarray, most: float = 60.0) -> float:
-    """PSNR of RGB pixels outside a region, dB, at most ``most``; of what covers everything, NaN."""
-    error = np.square(np.asarray(image, dtype=float) - np.asarray(drawn, dtype=float))[~region]
+def psnr_outside(image: Image.Image, generated: Image.Image, region: np.ndarray, most: float = 60.0) -> float:
+    """PSNR of a generated image against the true edit over the RGB pixels outside a region, dB; higher is better.
+
+    Args:
+        image: the true edit.
+        region: boolean (h, w).
+        most: upper bound, for equal pixels, whose PSNR is infinite.
+
+    Returns:
+        The PSNR; NaN if the region covers the whole image.
+    """
+    error = np.square(np.asarray(image, dtype=float) - np.asarray(generated, dtype=float))[~region]
     if not error.size:
         return math.nan
     return min(most, 10 * math.log10(255**2 / max(error.mean(), 1e-9)))

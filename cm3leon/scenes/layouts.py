@@ -1,4 +1,4 @@
-"""Intersection over union of the boxes that a layout asks for and the boxes found in an image. All boxes share one unit."""
+"""How well the boxes found in an image match a requested layout: intersection over union (IoU). All boxes have the same unit."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from cm3leon.sequence.tasks import Box
 
 
 def iou(one: Box, other: Box) -> float:
-    """Area that two boxes have in common, as a share of what they cover together."""
+    """Intersection over union of two boxes (x0, y0, x1, y1), 0 to 1; 0 if both are empty."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
-    common = max(width, 0.0) * max(height, 0.0)
-    covered = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)) - common
-    return common / covered if covered > 0 else 0.0
+    intersection = max(width, 0.0) * max(height, 0.0)
+    union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)) - intersection
+    return intersection / union if union > 0 else 0.0
 
 
 def mean_iou(asked: Sequence[tuple[str, Box]], found: Sequence[tuple[str, Box]], labeled: bool = False) -> float:
-    """Mean over the boxes asked for of the overlap with the found box assigned to each, so that the mean is highest; 0 for a missing one.
+    """Mean IoU of the requested boxes and the found boxes that are assigned to them, 0 to 1.
+
+    The assignment is one to one and maximizes the mean (Hungarian algorithm); a requested box without a found one counts 0. Found boxes in
+    excess cost nothing.
 
     Args:
-        labeled: only boxes with the same label can be assigned to one another.
+        asked: label and box of each requested object.
+        found: likewise of each object read from the image.
+        labeled: assign only boxes with the same label.
 
     Raises:
-        ValueError: if no box was asked for.
+        ValueError: if no box was requested.
     """
     if not asked:
         raise ValueError("a layout needs at least one box")

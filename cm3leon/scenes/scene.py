@@ -1,7 +1,8 @@
-"""Scenes of simple shapes: their vocabulary, geometry, rendering and sampling.
+"""Scenes of simple shapes: vocabulary, geometry, rendering, spatial relations and sampling.
 
-A scene is a flat background with one to three objects, or one letter. All lengths are shares of the image's side, with x to the right and
-y down, so that one scene renders at any size. Rendering is analytic: coverage of a pixel from the signed distance to the outline.
+A scene is a flat background with one to three objects, or with one letter. All lengths are fractions of the image's side, x to the right
+and y down, so that a scene renders at any size. Rendering is analytic: a pixel's coverage follows from the signed distance of its center
+to the outline, so that edges are antialiased without supersampling.
 """
 
 from __future__ import annotations
@@ -35,18 +36,19 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "pink": (255, 188, 208),
 }
 SIZES: dict[str, float] = {"small": 0.1, "large": 0.175}
-"""Size word -> radius, share of the image's side."""
+"""Size word -> radius, fraction of the image's side."""
 LETTER_SIZE = 0.26
-"""Half the height of a letter."""
+"""Half the height of a letter, fraction of the image's side."""
 MARGIN = 0.03
-"""Least distance of an object to the image's edge."""
+"""Least distance between an object and the image's edge."""
 GAP = 0.08
-"""Least distance of two objects along at least one axis."""
+"""Least distance between two objects along at least one axis."""
 DOMINANCE = 1.6
-"""A relation along one axis is stated only where the centers are this many times further apart along it than along the other."""
+"""A spatial relation holds along an axis if the centers are this many times further apart along it than along the other axis."""
 OBJECT_WEIGHTS = {1: 0.35, 2: 0.45, 3: 0.2}
+"""Number of objects -> probability of it."""
 IDENTICAL = {1: 0.0, 2: 0.2, 3: 0.3}
-"""Number of objects -> share of such scenes in which all objects are alike ("two red circles")."""
+"""Number of objects -> probability that all of them look the same ("two red circles")."""
 
 ARM = 0.37  # half the width of a cross's arms
 HOLE = 0.54  # radius of a ring's hole
@@ -66,6 +68,8 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(x - 1, y - ARM), np.maximum(x - ARM, y - 1))
 
 
+# A convex polygon is an intersection of half-planes, whose signed distance is the maximum of theirs; a union takes the minimum. Both are
+# exact at the edges, where coverage is computed, and a lower bound of the distance beyond corners.
 SHAPES: dict[str, Distance] = {
     "circle": lambda x, y: np.hypot(x, y) - 1,
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.88,
@@ -74,7 +78,7 @@ SHAPES: dict[str, Distance] = {
     "cross": _cross,
     "ring": lambda x, y: np.abs(np.hypot(x, y) - (1 + HOLE) / 2) - (1 - HOLE) / 2,
 }
-"""Shape -> signed distance to its outline (negative inside), in units of the radius."""
+"""Shape -> signed distance from points (x, y), relative to its center, to its outline; negative inside; in units of the radius."""
 
 _HALF_WIDTH = 1.9 / math.sqrt(3)
 EXTENTS: dict[str, tuple[float, float, float, float]] = {
@@ -91,6 +95,7 @@ Point = tuple[float, float]
 
 
 def _arc(cx: float, cy: float, rx: float, ry: float, start: float, stop: float, steps: int = 10) -> list[Point]:
+    """An arc of an ellipse as a polyline, from angle ``start`` to ``stop``, degrees clockwise from the x axis."""
     angles = [math.radians(start + (stop - start) * i / steps) for i in range(steps + 1)]
     return [(cx + rx * math.cos(a), cy + ry * math.sin(a)) for a in angles]
 
@@ -111,10 +116,11 @@ LETTERS: dict[str, list[list[Point]]] = {
 
 
 def letter_distance(letter: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance to the outline of a letter's strokes, in units of half the letter's height."""
+    """Signed distance from points (x, y) to the outline of a letter, negative inside, in units of half the letter's height."""
     best = np.full(np.broadcast(x, y).shape, np.inf)
     for stroke in LETTERS[letter]:
         for (ax, ay), (bx, by) in itertools.pairwise(stroke):
+            # Project each point on the segment, clip the projection to its ends, and take the distance to it.
             dx, dy = bx - ax, by - ay
             along = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy), 0, 1)
             np.minimum(best, np.hypot(x - ax - along * dx, y - ay - along * dy), out=best)
@@ -131,7 +137,7 @@ def letter_extent(letter: str) -> tuple[float, float, float, float]:
 
 @dataclass(frozen=True)
 class Object:
-    """One shape, or one letter (then ``shape`` is ``"letter"``). ``x`` and ``y`` are the center, shares of the side."""
+    """A shape, or a letter (``shape`` is then ``"letter"``), with its center (x, y) in fractions of the image's side."""
 
     shape: str
     color: str
@@ -142,11 +148,12 @@ class Object:
 
     @property
     def radius(self) -> float:
+        """Unit of the shape's geometry, fraction of the image's side; of a letter, half its height."""
         return LETTER_SIZE if self.letter else SIZES[self.size]
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """x0, y0, x1, y1, shares of the side."""
+        """Bounding box x0, y0, x1, y1, fractions of the side."""
         extent = letter_extent(self.letter) if self.letter else EXTENTS[self.shape]
         return (
             self.x + self.radius * extent[0], self.y + self.radius * extent[1],
@@ -155,15 +162,16 @@ class Object:
 
     @property
     def label(self) -> str:
-        """What the object is, as in ``"small red circle"`` or ``"red letter A"``."""
+        """The object in words: ``"small red circle"``, ``"red letter A"``."""
         return f"{self.color} letter {self.letter}" if self.letter else f"{self.size} {self.color} {self.shape}"
 
     def coverage(self, side: int) -> np.ndarray:
-        """Share of each pixel that the object covers, (side, side)."""
+        """Fraction of each pixel that the object covers: float64 (side, side) in [0, 1]."""
         centers = (np.arange(side) + 0.5) / side
         x = (centers[None, :] - self.x) / self.radius
         y = (centers[:, None] - self.y) / self.radius
         distance = letter_distance(self.letter, x, y) if self.letter else SHAPES[self.shape](x, y)
+        # An edge that runs at a signed distance d (pixels) from a pixel's center covers about 0.5 - d of the pixel.
         return np.clip(0.5 - distance * (self.radius * side), 0, 1)
 
 
@@ -176,21 +184,21 @@ class Scene:
 
     @property
     def letter(self) -> str | None:
-        """The letter shown, if this is a letter scene."""
+        """The letter of a letter scene, else None."""
         return self.objects[0].letter if self.objects else None
 
     @property
     def identical(self) -> bool:
-        """Whether there are several objects and all look the same."""
+        """True if there are several objects and all look the same."""
         return len(self.objects) > 1 and len({item.label for item in self.objects}) == 1
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """Equal for two scenes exactly when they look the same."""
+        """A key that is equal for scenes that look the same: the order of the objects does not matter."""
         return self.background, tuple(sorted((o.label, round(o.x, 4), round(o.y, 4)) for o in self.objects))
 
     def render(self, side: int) -> np.ndarray:
-        """The image, uint8 (side, side, 3)."""
+        """Paint the scene: RGB, uint8 (side, side, 3)."""
         image = np.empty((side, side, 3), np.float32)
         image[:] = BACKGROUNDS[self.background]
         for item in self.objects:
@@ -199,7 +207,7 @@ class Scene:
 
 
 def relation(first: Object, second: Object) -> str | None:
-    """Where ``first`` clearly lies, seen from ``second``: left of, right of, above, below, or None where no axis dominates."""
+    """The spatial relation of ``first`` to ``second``: left of, right of, above, below; None if none holds clearly (:data:`DOMINANCE`)."""
     dx, dy = first.x - second.x, first.y - second.y
     a, b = first.box, second.box
     if abs(dx) >= DOMINANCE * abs(dy) and (a[2] <= b[0] or b[2] <= a[0]):
@@ -210,13 +218,13 @@ def relation(first: Object, second: Object) -> str | None:
 
 
 def apart(first: Object, second: Object) -> bool:
-    """Whether two objects' boxes keep :data:`GAP` along at least one axis."""
+    """True if the boxes of two objects are at least :data:`GAP` apart along at least one axis."""
     a, b = first.box, second.box
     return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3]) >= GAP - 1e-9
 
 
 def is_valid(scene: Scene) -> bool:
-    """Whether objects lie inside and apart, and can be told apart by color and shape (or are all alike)."""
+    """True if all objects lie inside the image and apart from each other, and differ in color or shape (or all look the same)."""
     for i, item in enumerate(scene.objects):
         if min(item.box[:2]) < MARGIN - 1e-9 or max(item.box[2:]) > 1 - MARGIN + 1e-9:
             return False
@@ -227,31 +235,43 @@ def is_valid(scene: Scene) -> bool:
 
 
 def place(shape: str, color: str, size: str, grid: int, rng: random.Random, letter: str | None = None) -> Object | None:
-    """An object at a random place where it is fully inside; None where no grid point allows that."""
+    """Place an object at a random position where it lies inside the image; None if no grid point allows that.
+
+    Args:
+        grid: steps a side; centers lie on multiples of 1 / grid. 0: anywhere.
+    """
     extent = Object(shape, color, size, 0.0, 0.0, letter).box
 
-    def draw(low: float, high: float) -> float | None:
+    def sample_coordinate(low: float, high: float) -> float | None:
         if not grid:
             return round(rng.uniform(low, high), 4)
         first, last = math.ceil(low * grid - 1e-9), math.floor(high * grid + 1e-9)
         return rng.randint(first, last) / grid if first <= last else None
 
-    x = draw(MARGIN - extent[0], 1 - MARGIN - extent[2])
-    y = draw(MARGIN - extent[1], 1 - MARGIN - extent[3])
+    x = sample_coordinate(MARGIN - extent[0], 1 - MARGIN - extent[2])
+    y = sample_coordinate(MARGIN - extent[1], 1 - MARGIN - extent[3])
     return None if x is None or y is None else Object(shape, color, size, x, y, letter)
 
 
 def sample_scene(rng: random.Random, max_objects: int, grid: int, letters: float, attempts: int = 10_000) -> Scene:
-    """Draw a valid scene; two different objects always stand in a clear relation.
+    """Sample a valid scene by rejection; two different objects always have a spatial relation (:func:`relation`).
+
+    Args:
+        grid: steps a side of the grid on which centers lie; 0: anywhere.
+        letters: probability of a scene that shows one letter.
+        attempts: scenes that are tried.
 
     Raises:
-        ValueError: if the grid is too coarse to place anything.
+        ConfigError: if no valid scene was found, because the grid is too coarse.
     """
+    # 1. The kind of scene. It is fixed before any attempt, so that kinds that are rejected more often are not rarer.
     colors, shapes, sizes = list(COLORS), list(SHAPES), list(SIZES)
     is_letter = rng.random() < letters
     counts = [count for count in OBJECT_WEIGHTS if count <= max_objects]
     count = 1 if is_letter else rng.choices(counts, [OBJECT_WEIGHTS[c] for c in counts])[0]
     alike = rng.random() < IDENTICAL[count]
+
+    # 2. Objects, until an attempt is valid.
     for _ in range(attempts):
         objects: list[Object] = []
         names: tuple[str, str, str] | None = None

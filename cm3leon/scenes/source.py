@@ -1,8 +1,8 @@
-"""The procedural source: scenes of colored shapes with exact ground truth for every task.
+"""The procedural source ``shapes``: sampled scenes with exact ground truth for every task, as rows of the manifest.
 
-``python -m cm3leon.data.sources.shapes OUT.png`` draws a contact sheet.
+``python -m cm3leon.scenes.source OUT.png`` writes a contact sheet.
 
-Everything follows from ``(config.seed, config)``; no two rows of a run show the same image.
+The rows are a function of ``config``, which includes the seed; no two rows show the same image.
 """
 
 from __future__ import annotations
@@ -27,23 +27,26 @@ from cm3leon.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Object, Sce
 from cm3leon.utils.errors import ConfigError
 
 TRIES = 500
+"""Attempts to sample a scene, or an edit, that no earlier row shows."""
 
 
 def rows(config: ShapesConfig, path: Path) -> Iterator[SourceRow]:
-    """Draw ``config.count`` scenes, and the edited versions of some of them right after their originals.
+    """Sample ``config.count`` scenes; some are followed by an edited version of themselves.
 
-    ``path`` is not read; sources share one signature.
+    Args:
+        path: not read; all sources have the same signature.
 
     Raises:
         ConfigError: if there are not enough different scenes for ``config.count`` under this configuration.
     """
     seen: set[tuple[Any, ...]] = set()
     for number in range(config.count):
+        # A generator for each scene: a longer run starts with the rows of a shorter one.
         rng = random.Random(f"{config.seed}/{number}")
         scene = _unique_scene(rng, config, seen)
         row = _row(scene, f"scene-{number:07d}", f"scene {number}", config, rng)
         edited = edit(scene, rng, config, seen) if rng.random() < config.edits else None
-        row.group = row.key if edited else None
+        row.group = row.key if edited else None  # a group stays in one split
         yield row
         if edited:
             instruction, after = edited
@@ -54,6 +57,7 @@ def rows(config: ShapesConfig, path: Path) -> Iterator[SourceRow]:
 
 
 def _unique_scene(rng: random.Random, config: ShapesConfig, seen: set[tuple[Any, ...]]) -> Scene:
+    """Sample a scene whose signature is not in ``seen``, and add it there."""
     for _ in range(TRIES):
         scene = sample_scene(rng, config.max_objects, config.grid, config.letters)
         if scene.signature not in seen:
@@ -66,6 +70,7 @@ def _unique_scene(rng: random.Random, config: ShapesConfig, seen: set[tuple[Any,
 
 
 def _row(scene: Scene, key: str, origin: str, config: ShapesConfig, rng: random.Random) -> SourceRow:
+    """Paint a scene and write its texts; condition images for the fraction ``config.conditions`` of scenes."""
     row = SourceRow(
         key=key,
         origin=origin,
@@ -86,20 +91,29 @@ def _row(scene: Scene, key: str, origin: str, config: ShapesConfig, rng: random.
 
 
 def _pixel_box(item: Object, side: int) -> tuple[float, float, float, float]:
+    """Bounding box x0, y0, x1, y1, pixels."""
     x0, y0, x1, y1 = (round(value * side, 2) for value in item.box)
     return x0, y0, x1, y1
 
 
 def edit(scene: Scene, rng: random.Random, config: ShapesConfig, seen: set[tuple[Any, ...]]) -> tuple[str, Scene] | None:
-    """An instruction and the scene after it; None where no edit was found that gives a valid scene not in ``seen``."""
+    """Sample an edit: an instruction, and the scene after it. None if no edit was found that gives a valid scene not in ``seen``."""
     for _ in range(TRIES):
-        drawn = _draw_edit(scene, rng, config)
-        if drawn and is_valid(drawn[1]) and drawn[1].signature not in seen and drawn[1].signature != scene.signature:
-            return drawn
+        sampled = _sample_edit(scene, rng, config)
+        if sampled is None:
+            continue
+        _, after = sampled
+        if is_valid(after) and after.signature not in seen and after.signature != scene.signature:
+            return sampled
     return None
 
 
-def _draw_edit(scene: Scene, rng: random.Random, config: ShapesConfig) -> tuple[str, Scene] | None:
+def _sample_edit(scene: Scene, rng: random.Random, config: ShapesConfig) -> tuple[str, Scene] | None:
+    """One attempt at an edit, whose scene may be invalid; None if the sampled kind of edit does not apply to the scene.
+
+    Letters and identical objects change only their color, all at once: an instruction could not name one of several identical objects.
+    """
+    # 1. Edits that name no single object.
     kind = rng.choice(["background", "color", "size", "remove", "add"])
     if kind == "background":
         background = rng.choice(list(BACKGROUNDS))
@@ -115,6 +129,8 @@ def _draw_edit(scene: Scene, rng: random.Random, config: ShapesConfig) -> tuple[
         if item is None:
             return None
         return f"add {scene_text.with_article(item.label)}", replace(scene, objects=(*scene.objects, item))
+
+    # 2. Edits of one object, named by its shape, and by its color too if other objects have the same shape.
     target = rng.choice(scene.objects)
     only = sum(item.shape == target.shape for item in scene.objects) == 1
     name = target.shape if only else f"{target.color} {target.shape}"
@@ -133,11 +149,15 @@ def _draw_edit(scene: Scene, rng: random.Random, config: ShapesConfig) -> tuple[
 
 
 def sheet(config: ShapesConfig, columns: int = 6, cell: int = 192) -> Image.Image:
-    """All images of a (small) configuration with their instructions and first captions."""
-    drawn = list(rows(config, Path()))
-    image = Image.new("RGB", (columns * (cell + 60), -(-len(drawn) // columns) * (cell + 56)), "white")
+    """A contact sheet: all images of a (small) configuration with their instructions and first captions.
+
+    Args:
+        cell: side of an image on the sheet, pixels.
+    """
+    found = list(rows(config, Path()))
+    image = Image.new("RGB", (columns * (cell + 60), -(-len(found) // columns) * (cell + 56)), "white")
     draw = ImageDraw.Draw(image)
-    for index, row in enumerate(drawn):
+    for index, row in enumerate(found):
         x, y = index % columns * (cell + 60) + 8, index // columns * (cell + 56) + 4
         if row.image is not None:
             image.paste(Image.open(io.BytesIO(row.image)).resize((cell, cell), Image.Resampling.NEAREST), (x, y))

@@ -1,6 +1,6 @@
-"""What is said about a scene: captions, a long caption, questions with answers. All of it is true of the scene.
+"""Texts about a scene: captions, a long caption, questions with answers, reasoning. All of them are true of the scene.
 
-Captions are in American English, as COCO's. Their grammar is the one that ``cm3leon.scenes.composition.parse_caption`` reads.
+Captions are in American English, like those of COCO. They follow the grammar that ``cm3leon.scenes.composition.parse_caption`` parses.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from cm3leon.data.manifest import Problem
 from cm3leon.scenes.scene import COLORS, SHAPES, Object, Scene, relation
 
 NUMBERS = {1: "one", 2: "two", 3: "three"}
-OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 def with_article(words: str) -> str:
@@ -20,15 +19,17 @@ def with_article(words: str) -> str:
 
 
 def plural(shape: str) -> str:
+    """``"cross"`` -> ``"crosses"``."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 
 def _name(item: Object, sized: bool) -> str:
+    """``"a small red circle"``, without its size unless ``sized``."""
     return with_article(item.label if sized else f"{item.color} {item.shape}")
 
 
 def _subject(scene: Scene, rng: random.Random) -> str:
-    """The objects of a scene in words, sizes stated in half of the cases."""
+    """The objects of a scene as a noun phrase, in random order; with sizes in half of the cases."""
     objects, sized = list(scene.objects), rng.random() < 0.5
     if scene.letter:
         item = objects[0]
@@ -41,13 +42,13 @@ def _subject(scene: Scene, rng: random.Random) -> str:
     if len(names) == 1:
         return names[0]
     if len(names) == 2:
-        place = relation(objects[0], objects[1])
-        return f"{names[0]} {place} {names[1]}" if place and rng.random() < 0.75 else f"{names[0]} and {names[1]}"
+        position = relation(objects[0], objects[1])
+        return f"{names[0]} {position} {names[1]}" if position and rng.random() < 0.75 else f"{names[0]} and {names[1]}"
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One short caption; most end in ``"on a gray background"``."""
+    """Sample a short caption; 70 % end like ``"on a gray background"``."""
     subject, dice = _subject(scene, rng), rng.random()
     if dice < 0.7:
         return f"{subject} on a {scene.background} background"
@@ -55,25 +56,25 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Up to five different captions, five drawn."""
-    drawn = [caption(scene, rng) for _ in range(5)]
-    return list(dict.fromkeys(drawn))
+    """Five sampled captions without the duplicates among them, as COCO has five an image."""
+    sampled = [caption(scene, rng) for _ in range(5)]
+    return list(dict.fromkeys(sampled))
 
 
-def rough_place(item: Object) -> str:
-    """Where an object lies, in thirds of the image: ``"at the top left"``, ``"in the center"``."""
+def rough_position(item: Object) -> str:
+    """The position of an object on a 3 x 3 grid: ``"at the top left"``, ``"in the center"``."""
     row = "top" if item.y < 0.38 else "bottom" if item.y > 0.62 else ""
     column = "left" if item.x < 0.38 else "right" if item.x > 0.62 else ""
     return f"at the {row} {column}".replace("  ", " ").strip() if row or column else "in the center"
 
 
 def long_caption(scene: Scene) -> str:
-    """A paragraph: background and count, each object with size, color, shape and rough place, and pairwise relations."""
+    """A paragraph: background, number of objects, each with size, color, shape and rough position, and their spatial relations."""
     count = len(scene.objects)
     if scene.letter:
         item = scene.objects[0]
-        return f"The background is {scene.background}. The letter {item.letter} is drawn in {item.color} {rough_place(item)}."
-    items = [f"{with_article(item.label)} {rough_place(item)}" for item in scene.objects]
+        return f"The background is {scene.background}. The letter {item.letter} is drawn in {item.color} {rough_position(item)}."
+    items = [f"{with_article(item.label)} {rough_position(item)}" for item in scene.objects]
     listed = items[0] if count == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
     sentences = [
         f"The background is {scene.background} with {NUMBERS[count]} {'object' if count == 1 else 'objects'} on it.",
@@ -83,8 +84,8 @@ def long_caption(scene: Scene) -> str:
         facts = []
         for i, first in enumerate(scene.objects):
             for second in scene.objects[i + 1 :]:
-                if place := relation(first, second):
-                    facts.append(f"the {first.color} {first.shape} is {place} the {second.color} {second.shape}")
+                if position := relation(first, second):
+                    facts.append(f"the {first.color} {first.shape} is {position} the {second.color} {second.shape}")
         if facts:
             joined = facts[0] if len(facts) == 1 else f"{', '.join(facts[:-1])} and {facts[-1]}"
             sentences.append(f"{joined[0].upper()}{joined[1:]}.")
@@ -92,7 +93,10 @@ def long_caption(scene: Scene) -> str:
 
 
 def _existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A yes/no question, half of them yes; half of the others name a color or a shape that is there, in the wrong combination."""
+    """A yes/no question and its answer, yes in half of the cases.
+
+    Most negatives are hard: in 80 % of them the color or the shape occurs in the scene, in another combination.
+    """
     present = {(item.color, item.shape) for item in scene.objects}
     if rng.random() < 0.5:
         color, shape = rng.choice(sorted(present))
@@ -107,7 +111,7 @@ def _existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def _relation_questions(scene: Scene) -> list[tuple[str, str]]:
-    """``"What is left of the blue square?"`` where exactly one object lies on that side at all."""
+    """Questions like ``"What is left of the blue square?"``, only where exactly one object lies on that side, so that none is ambiguous."""
     found: list[tuple[str, str]] = []
     if scene.identical:
         return found
@@ -117,14 +121,14 @@ def _relation_questions(scene: Scene) -> list[tuple[str, str]]:
             "left of": [o for o in others if o.x < target.x], "right of": [o for o in others if o.x > target.x],
             "above": [o for o in others if o.y < target.y], "below": [o for o in others if o.y > target.y],
         }  # fmt: skip
-        for place, there in sides.items():
-            if len(there) == 1 and relation(there[0], target) == place:
-                found.append((f"What is {place} the {target.color} {target.shape}?", f"{there[0].color} {there[0].shape}"))
+        for position, there in sides.items():
+            if len(there) == 1 and relation(there[0], target) == position:
+                found.append((f"What is {position} the {target.color} {target.shape}?", f"{there[0].color} {there[0].shape}"))
     return found
 
 
 def questions(scene: Scene, rng: random.Random, most: int = 6) -> list[tuple[str, list[str]]]:
-    """Up to ``most`` questions of different kinds with their answers in lower case; none is ambiguous."""
+    """Up to ``most`` questions, at most one of a kind, with their answers in lower case. Each has exactly one right answer."""
     background = ("What is the background color?", scene.background)
     if scene.letter:
         chosen = [("Which letter is shown?", scene.letter.lower()), ("What color is the letter?", scene.objects[0].color), background]
@@ -149,12 +153,15 @@ def questions(scene: Scene, rng: random.Random, most: int = 6) -> list[tuple[str
 
 
 def reasoning(scene: Scene, rng: random.Random) -> list[Problem]:
-    """One question whose answer takes a step of thought, with options and the explanation; none of a letter."""
+    """A multiple-choice question that takes a step of reasoning, with options and explanation; empty for a letter scene."""
     if scene.letter:
         return []
     makers = [_more_or_less, _remaining] if scene.identical or len(scene.objects) == 1 else [_larger, _further, _more_or_less, _remaining]
     rng.shuffle(makers)
     return [next(problem for problem in (make(scene, rng) for make in makers) if problem)]
+
+
+# Each of the functions below makes one kind of problem; None if the scene gives no such problem.
 
 
 def _more_or_less(scene: Scene, rng: random.Random) -> Problem:
@@ -172,6 +179,7 @@ def _more_or_less(scene: Scene, rng: random.Random) -> Problem:
 
 
 def _counted(count: int, shape: str, verb: bool = True) -> str:
+    """A count in words: ``"are two circles"``, or ``"two circles"`` without the verb."""
     number = {0: "no"}.get(count, NUMBERS.get(count, str(count)))
     words = f"{number} {shape if count == 1 else plural(shape)}"
     return f"{'is' if count == 1 else 'are'} {words}" if verb else words
@@ -179,13 +187,13 @@ def _counted(count: int, shape: str, verb: bool = True) -> str:
 
 def _remaining(scene: Scene, rng: random.Random) -> Problem:
     shape = rng.choice(sorted({item.shape for item in scene.objects}))
-    whole, gone = len(scene.objects), sum(item.shape == shape for item in scene.objects)
-    counted = [f"{NUMBERS[number]} {noun if number == 1 else plural(noun)}" for number, noun in ((whole, "object"), (gone, shape))]
+    whole, removed = len(scene.objects), sum(item.shape == shape for item in scene.objects)
+    counted = [f"{NUMBERS[number]} {noun if number == 1 else plural(noun)}" for number, noun in ((whole, "object"), (removed, shape))]
     return Problem(
         f"How many objects remain without the {plural(shape)}?",
         [str(number) for number in range(4)],
-        str(whole - gone),
-        f"{counted[0].capitalize()} less {counted[1]} is {NUMBERS.get(whole - gone, 'none')}.",
+        str(whole - removed),
+        f"{counted[0].capitalize()} less {counted[1]} is {NUMBERS.get(whole - removed, 'none')}.",
         "Only whole shapes count.",
     )
 
@@ -207,17 +215,17 @@ def _larger(scene: Scene, rng: random.Random) -> Problem | None:
 
 
 def _further(scene: Scene, rng: random.Random) -> Problem | None:
-    pairs = [(a, b, place) for a in scene.objects for b in scene.objects if a is not b and (place := relation(a, b))]
+    pairs = [(a, b, position) for a in scene.objects for b in scene.objects if a is not b and (position := relation(a, b))]
     if not pairs:
         return None
-    first, second, place = rng.choice(pairs)
+    first, second, position = rng.choice(pairs)
     names = [f"{item.color} {item.shape}" for item in (first, second)]
-    way = {"left of": "further left", "right of": "further right", "above": "higher", "below": "lower"}[place]
+    way = {"left of": "further left", "right of": "further right", "above": "higher", "below": "lower"}[position]
     return Problem(
         f"Which is {way}, {_either(names, rng)}?",
         sorted(names),
         names[0],
-        f"The {names[0]} is {place} the {names[1]}.",
+        f"The {names[0]} is {position} the {names[1]}.",
         "Left is the viewer's left.",
     )
 

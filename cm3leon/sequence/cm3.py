@@ -21,7 +21,7 @@ TOKENS_PER_SPAN = 3
 """Tokens that a masked span adds to a sequence: its sentinel twice and ``<eoss>``."""
 
 Kind = Literal["plain", "caption", "image", "spans"]
-"""What is masked: nothing; the query's whole text; a whole image of the query; other spans."""
+"""The part of a sample that is masked: none; the query's whole text; a whole image of the query; other spans."""
 
 Spans = list[tuple[int, int]]
 
@@ -85,7 +85,7 @@ def sample_segment(body: Body, text_share: float, rng: np.random.Generator) -> S
 
 
 def kind_of(body: Body, spans: Spans) -> Kind:
-    """What the spans mask of the query, the last document."""
+    """Classify spans by the part of the query, the last document, that they mask."""
     query = [s for s in body.segments if s.document == body.segments[-1].document]
     whole = {s.modality for s in query if s.length and (s.start, s.stop) in spans}
     if "text" in whole and "image" not in whole:

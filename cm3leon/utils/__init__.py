@@ -1,1 +1,1 @@
-"""What every room may use: errors, progress, devices, image sheets."""
+"""Utilities for every room: errors, progress, devices, image sheets, telemetry."""

@@ -20,7 +20,7 @@ _library: Any = None  # the definitions exist as long as this object
 
 
 def _native_library_loads(package: Path) -> bool:
-    """Whether torchvision's own C++ library can be loaded; loading it again at import is harmless."""
+    """True if torchvision's own C++ library can be loaded; loading it again at import is harmless."""
     import torch
 
     for path in sorted(package.glob("_C*.so")) + sorted(package.glob("_C*.pyd")) + sorted(package.glob("_C*.dylib")):

@@ -169,5 +169,5 @@ def test_kernel_distance_and_precision_recall_refuse_bad_arguments() -> None:
     for neighbors in (0, 5):
         with pytest.raises(ValueError, match=f"neighbors {neighbors} must .* the 5 rows of generated|neighbors 0"):
             precision_recall(good, good[:5], neighbors)
-    with pytest.raises(ValueError, match="generated holds values that are not finite"):
+    with pytest.raises(ValueError, match="generated has values that are not finite"):
         precision_recall(good, np.full((5, 4), np.nan))

@@ -1,4 +1,4 @@
-"""The composition checker: it reads what is there, and it can fail."""
+"""Composition accuracy: scenes are read back right from images, and each kind of mistake is found."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from cm3leon.scenes.text import captions
 SCENES = [sample_scene(random.Random(i), 3, 16 if i % 2 else 0, 0.1) for i in range(1000)]
 
 
-def read_right(scenes: list[Scene], images: list[np.ndarray]) -> float:
-    """Share of images read with the right background and exactly the right objects in the right places."""
+def fraction_read_right(scenes: list[Scene], images: list[np.ndarray]) -> float:
+    """Fraction of images read with the right background and exactly the right objects at the right positions."""
     right = 0
     for scene, image in zip(scenes, images, strict=True):
         seen = read_scene(image)
@@ -32,12 +32,12 @@ def read_right(scenes: list[Scene], images: list[np.ndarray]) -> float:
 
 
 def test_clean_renders_are_read_right() -> None:
-    assert read_right(SCENES, [scene.render(64) for scene in SCENES]) >= 0.99
+    assert fraction_read_right(SCENES, [scene.render(64) for scene in SCENES]) >= 0.99
 
 
 @pytest.mark.parametrize("side", [48, 128, 256])
 def test_clean_renders_of_other_sizes_are_read_right(side: int) -> None:
-    assert read_right(SCENES[:60], [scene.render(side) for scene in SCENES[:60]]) >= 0.99
+    assert fraction_read_right(SCENES[:60], [scene.render(side) for scene in SCENES[:60]]) >= 0.99
 
 
 @pytest.mark.parametrize(("sigma", "noise", "least"), [(0.6, 4, 0.98), (0.8, 8, 0.95)])
@@ -48,10 +48,10 @@ def test_blurred_and_noisy_renders_are_read_right(sigma: float, noise: float, le
         ndimage.gaussian_filter(scene.render(64).astype(float), (sigma, sigma, 0)) + rng.normal(0, noise, (64, 64, 3))
         for scene in SCENES[:200]
     ]
-    assert read_right(SCENES[:200], [np.clip(image.round(), 0, 255).astype(np.uint8) for image in images]) >= least
+    assert fraction_read_right(SCENES[:200], [np.clip(image.round(), 0, 255).astype(np.uint8) for image in images]) >= least
 
 
-def test_captions_hold_of_their_own_scenes_and_not_of_others() -> None:
+def test_captions_are_right_for_their_own_scenes_and_wrong_for_others() -> None:
     texts = [captions(scene, random.Random(i))[0] for i, scene in enumerate(SCENES[:200])]
     images = [scene.render(64) for scene in SCENES[:200]]
     own = score(texts, images)
@@ -85,7 +85,7 @@ TEXT = "a small red circle left of a large blue square on a gray background"
         (Scene("gray", ()), {"count", "color", "shape", "size", "relation"}),
     ],
 )
-def test_each_mistake_is_detected(scene: Scene, wrong: set[str]) -> None:
+def test_each_kind_of_mistake_is_found(scene: Scene, wrong: set[str]) -> None:
     statement = parse_caption(TEXT)
     assert statement is not None
     for seen in (scene, read_scene(scene.render(64))):
@@ -94,13 +94,13 @@ def test_each_mistake_is_detected(scene: Scene, wrong: set[str]) -> None:
         assert {name for name, right in verdict.items() if not right} == wrong
 
 
-def test_only_what_is_stated_is_judged() -> None:
+def test_only_stated_attributes_are_checked() -> None:
     scene = Scene("white", (RED,))
     assert verdicts(["a red circle"], [scene.render(64)]) == [{"count": True, "color": True, "shape": True}]
     assert verdicts(["two circles on white"], [scene.render(64)]) == [{"background": True, "count": False, "shape": False}]
 
 
-def test_wrong_letter_is_detected() -> None:
+def test_a_wrong_letter_is_found() -> None:
     image = Scene("white", (Object("letter", "red", "large", 0.5, 0.5, "A"),)).render(64)
     good, bad, shape = verdicts(["the letter A in red on a white background", "the letter H in red", "a red triangle"], [image] * 3)
     assert good == {"background": True, "count": True, "color": True, "text": True}
@@ -108,13 +108,13 @@ def test_wrong_letter_is_detected() -> None:
     assert shape == {"count": True, "color": True, "shape": False}
 
 
-def test_objects_that_touch_are_told_apart_by_color() -> None:
+def test_touching_objects_are_separated_by_color() -> None:
     image = np.full((64, 64, 3), 255, np.uint8)
     image[20:32, 10:22], image[20:32, 22:34] = COLORS["red"], COLORS["green"]
     assert sorted((o.color, o.shape) for o in read_scene(image).objects) == [("green", "square"), ("red", "square")]
 
 
-def test_small_artifacts_are_ignored_and_object_sized_ones_are_not() -> None:
+def test_small_artifacts_are_ignored_and_those_of_an_objects_size_are_not() -> None:
     image = Scene("white", (RED,)).render(64)
     image[50:53, 50:53] = COLORS["green"]
     assert len(read_scene(image).objects) == 1
@@ -129,7 +129,7 @@ def test_flat_and_random_images_are_read_without_error(value: int) -> None:
     assert not all(check(Statement((Mention("circle", "red"),), "white"), read_scene(noise)).values())
 
 
-def test_images_of_other_types_and_shapes() -> None:
+def test_pil_images_are_read_like_arrays_and_wrong_input_is_an_error() -> None:
     pixels = Scene("pink", (RED, BLUE)).render(64)
     assert read_scene(Image.fromarray(pixels)) == read_scene(pixels)
     with pytest.raises(ValueError, match="uint8 array"):
@@ -138,7 +138,7 @@ def test_images_of_other_types_and_shapes() -> None:
         score(["a red circle", "a blue circle"], [pixels])
 
 
-def test_phrasings_of_a_user() -> None:
+def test_phrasings_of_users_are_parsed() -> None:
     expected = parse_caption(TEXT)
     for text in (
         "A small red circle to the left of a large blue square on a grey background.",
@@ -165,7 +165,7 @@ def test_other_texts_are_not_parsed(text: str) -> None:
     assert parse_caption(text) is None
 
 
-def test_unparsed_captions_are_counted_out_visibly() -> None:
+def test_captions_that_cannot_be_parsed_are_not_counted_as_prompts() -> None:
     image = Scene("white", (RED,)).render(64)
     assert verdicts(["a dog", "a red circle"], [image, image])[0] is None
     assert score(["a dog", "a red circle"], [image, image])["composition/prompts"] == 1
@@ -175,11 +175,11 @@ def test_unparsed_captions_are_counted_out_visibly() -> None:
 mentions = st.builds(Mention, st.sampled_from(list(SHAPES)), st.sampled_from(list(COLORS)), st.sampled_from([None, *SIZES]))
 
 
-@given(first=mentions, second=mentions, background=st.sampled_from(list(BACKGROUNDS)), place=st.sampled_from(["left of", "above", None]))
+@given(first=mentions, second=mentions, background=st.sampled_from(list(BACKGROUNDS)), relation=st.sampled_from(["left of", "above", None]))
 @settings(max_examples=100, deadline=None)
-def test_parsing_undoes_writing(first: Mention, second: Mention, background: str, place: str | None) -> None:
+def test_parsing_inverts_writing(first: Mention, second: Mention, background: str, relation: str | None) -> None:
     def words(mention: Mention) -> str:
         return f"a {mention.size + ' ' if mention.size else ''}{mention.color} {mention.shape}"
 
-    text = f"{words(first)} {place or 'and'} {words(second)} on a {background} background"
-    assert parse_caption(text) == Statement((first, second), background, place)
+    text = f"{words(first)} {relation or 'and'} {words(second)} on a {background} background"
+    assert parse_caption(text) == Statement((first, second), background, relation)

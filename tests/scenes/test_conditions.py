@@ -1,4 +1,4 @@
-"""Condition images that are drawn of a scene: segments, solids in depth and normals, skeletons."""
+"""Condition images rendered from a scene: segmentation, solids in depth and normal maps, skeletons."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def decoded(pixels: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("side", [32, 64, 100])
-def test_every_scene_has_all_kinds_and_the_same_each_time(side: int) -> None:
+def test_every_kind_is_rendered_and_rendering_is_deterministic(side: int) -> None:
     for scene in SCENES[:10]:
-        drawn = conditions(scene, side)
-        assert sorted(drawn) == sorted(CONDITIONS)
+        rendered = conditions(scene, side)
+        assert sorted(rendered) == sorted(CONDITIONS)
         again = conditions(scene, side)
-        for kind, pixels in drawn.items():
+        for kind, pixels in rendered.items():
             assert (pixels.shape, pixels.dtype) == ((side, side, 3), np.uint8)  # type: ignore[comparison-overlap]
             assert (pixels == again[kind]).all()
             assert (pixels != pixels[0, 0]).any()
 
 
-def test_an_empty_scene_and_objects_beyond_the_edge_do_no_harm() -> None:
+def test_empty_scenes_and_objects_beyond_the_edge_are_rendered() -> None:
     for pixels in conditions(Scene("gray", ()), 64).values():
         assert (pixels == pixels[0, 0]).all()
-    for place in (-0.3, 0.0, 1.0, 1.3):
-        conditions(Scene("gray", (Object("ring", "red", "large", place, 0.5), Object("letter", "red", "large", 0.5, place, "S"))), 64)
+    for center in (-0.3, 0.0, 1.0, 1.3):
+        conditions(Scene("gray", (Object("ring", "red", "large", center, 0.5), Object("letter", "red", "large", 0.5, center, "S"))), 64)
 
 
-def test_segments_are_what_the_objects_cover_in_the_color_of_their_class() -> None:
+def test_segments_cover_the_objects_in_the_color_of_their_class() -> None:
     for scene in SCENES:
         segments = segmentation_map(scene, 64)
         for item in scene.objects:
@@ -62,7 +62,7 @@ def test_segments_are_what_the_objects_cover_in_the_color_of_their_class() -> No
     assert len(set(SEGMENT_COLORS.values())) == len(SHAPES) + 1
 
 
-def test_in_depth_objects_stand_before_the_plane() -> None:
+def test_in_depth_maps_objects_are_nearer_than_the_plane() -> None:
     for scene in SCENES:
         field = depth(scene, 64)
         assert (field == field[..., :1]).all()
@@ -71,7 +71,7 @@ def test_in_depth_objects_stand_before_the_plane() -> None:
     assert depth(alone(THINGS[1]), 64).max() > 250
 
 
-def test_circles_are_balls_and_rings_are_tori() -> None:
+def test_circles_are_hemispheres_and_rings_are_tori() -> None:
     side = 128
     y, x = (np.indices((side, side)) + 0.5) / side - 0.5
     for size, radius in SIZES.items():
@@ -86,7 +86,7 @@ def test_circles_are_balls_and_rings_are_tori() -> None:
 
 
 @EACH
-def test_normals_point_where_the_height_field_says(item: Object) -> None:
+def test_normals_are_those_of_the_height_field(item: Object) -> None:
     side = 512
     field = heights(alone(item), side) * side
     down, right = np.gradient(field)
@@ -96,7 +96,7 @@ def test_normals_point_where_the_height_field_says(item: Object) -> None:
     inner = ~np.isnan(expected[..., 0])
     assert inner.sum() > 0.8 * item.coverage(side).sum()
     angles = np.degrees(np.linalg.norm(found - expected, axis=-1)[inner])
-    # Slopes over two pixels miss the edges of solids, and the steep foot of round ones.
+    # Slopes over two pixels miss the edges of solids and the steep base of round ones, hence percentiles.
     assert np.median(angles) < 1
     assert np.percentile(angles, 80) < 3
 
@@ -110,7 +110,7 @@ def test_normals_have_unit_length_and_face_the_viewer_on_the_plane() -> None:
         assert (pixels[..., 2] >= 127).all()
 
 
-def test_a_ball_is_lit_from_the_right_sides() -> None:
+def test_normals_of_a_hemisphere_point_right_and_up_on_its_right_and_upper_side() -> None:
     pixels = normals(alone(Object("circle", "red", "large", 0.5, 0.5)), 65)
     assert (pixels[32, 32] == (128, 128, 255)).all()
     left, right, top, bottom = pixels[32, 23], pixels[32, 41], pixels[23, 32], pixels[41, 32]
@@ -118,10 +118,10 @@ def test_a_ball_is_lit_from_the_right_sides() -> None:
 
 
 @EACH
-def test_a_skeleton_shows_place_and_size(item: Object) -> None:
+def test_a_skeleton_shows_position_and_size(item: Object) -> None:
     side = 64
-    for place in ((0.5, 0.5), (0.35, 0.6)):
-        moved = Object(item.shape, item.color, item.size, *place, item.letter)
+    for center in ((0.5, 0.5), (0.35, 0.6)):
+        moved = Object(item.shape, item.color, item.size, *center, item.letter)
         rows, columns = np.nonzero(openpose(alone(moved), side).max(axis=2) >= 80)
         x0, y0, x1, y1 = (value * side for value in moved.box)
         assert x0 - 1 <= columns.min() and columns.max() <= x1 and y0 - 1 <= rows.min() and rows.max() <= y1
@@ -129,15 +129,15 @@ def test_a_skeleton_shows_place_and_size(item: Object) -> None:
         assert rows.max() - rows.min() > 0.6 * (y1 - y0)
 
 
-def test_skeletons_tell_shapes_by_form_and_by_hue() -> None:
-    drawn = {item.label: openpose(alone(item), 64) for item in THINGS if item.size == "large"}
-    for one in drawn:
-        for other in drawn:
+def test_skeletons_of_shapes_differ_in_form_and_hue() -> None:
+    skeletons = {item.label: openpose(alone(item), 64) for item in THINGS if item.size == "large"}
+    for one in skeletons:
+        for other in skeletons:
             if one != other:
-                assert agreement("openpose", drawn[one], drawn[other]) < 0.95, (one, other)
+                assert agreement("openpose", skeletons[one], skeletons[other]) < 0.95, (one, other)
     hues = {}
     for shape in SHAPES:
-        pixels = drawn[f"large red {shape}"]
+        pixels = skeletons[f"large red {shape}"]
         bright = pixels[pixels.max(axis=2) >= 150] / 255
         hues[shape] = {round(colorsys.rgb_to_hsv(*pixel)[0], 3) for pixel in bright}
     bounds = [(min(found), max(found)) for found in hues.values()]

@@ -1,4 +1,4 @@
-"""Judging edits: what a person would say of a drawn scene, given the scene before and after."""
+"""Scores of edits: the verdicts are those that a person would give, knowing the scene before and after the edit."""
 
 from dataclasses import replace
 
@@ -19,32 +19,32 @@ ELSEWHERE = replace(BEFORE, objects=(CIRCLE, SQUARE, replace(RING, x=0.75, y=0.2
 
 CASES = {
     "recolored": (GREEN, GREEN, True, True),
-    "left red": (GREEN, BEFORE, False, True),
-    "in a wrong color": (GREEN, replace(BEFORE, objects=(replace(CIRCLE, color="cyan"), SQUARE)), False, True),
-    "recolored, the other lost": (GREEN, replace(GREEN, objects=GREEN.objects[:1]), True, False),
-    "recolored on another ground": (GREEN, replace(GREEN, background="white"), True, False),
-    "recolored, one more": (GREEN, replace(GREEN, objects=(*GREEN.objects, RING)), True, False),
+    "not recolored": (GREEN, BEFORE, False, True),
+    "recolored wrongly": (GREEN, replace(BEFORE, objects=(replace(CIRCLE, color="cyan"), SQUARE)), False, True),
+    "recolored, another object lost": (GREEN, replace(GREEN, objects=GREEN.objects[:1]), True, False),
+    "recolored, background changed": (GREEN, replace(GREEN, background="white"), True, False),
+    "recolored, an object added": (GREEN, replace(GREEN, objects=(*GREEN.objects, RING)), True, False),
     "removed": (ALONE, ALONE, True, True),
     "not removed": (ALONE, BEFORE, False, True),
-    "removed, the other in another color": (ALONE, replace(ALONE, objects=(replace(SQUARE, color="red"),)), True, False),
+    "removed, another object recolored": (ALONE, replace(ALONE, objects=(replace(SQUARE, color="red"),)), True, False),
     "added": (ADDED, ADDED, True, True),
-    "added at another place": (ADDED, ELSEWHERE, True, True),
+    "added at another position": (ADDED, ELSEWHERE, True, True),
     "not added": (ADDED, BEFORE, False, True),
     "another shape added": (ADDED, replace(ADDED, objects=(CIRCLE, SQUARE, replace(RING, shape="cross"))), False, True),
-    "on another ground": (PINK, PINK, True, True),
-    "on the old ground": (PINK, BEFORE, False, True),
-    "on another ground, moved": (PINK, replace(PINK, objects=(replace(CIRCLE, x=0.6, y=0.2), SQUARE)), True, False),
+    "background changed": (PINK, PINK, True, True),
+    "background not changed": (PINK, BEFORE, False, True),
+    "background changed, an object moved": (PINK, replace(PINK, objects=(replace(CIRCLE, x=0.6, y=0.2), SQUARE)), True, False),
 }
 
 
-@pytest.mark.parametrize(("after", "drawn", "done", "kept"), CASES.values(), ids=CASES)
-def test_what_a_person_would_say(after, drawn, done, kept):
-    assert judge(BEFORE, after, drawn) == Judgment(done, kept)
-    seen = [read_scene(scene.render(64)) for scene in (BEFORE, after, drawn)]
+@pytest.mark.parametrize(("after", "generated", "done", "kept"), CASES.values(), ids=CASES)
+def test_verdicts_on_scenes_and_on_their_images(after, generated, done, kept):
+    assert judge(BEFORE, after, generated) == Judgment(done, kept)
+    seen = [read_scene(scene.render(64)) for scene in (BEFORE, after, generated)]
     assert judge(*seen) == Judgment(done, kept)
 
 
-def test_pixels_outside_of_an_edit():
+def test_psnr_is_of_the_pixels_outside_the_changed_region():
     before, after = (Image.fromarray(scene.render(64)) for scene in (BEFORE, GREEN))
     region = changed_region(before, after)
     assert 0 < region.mean() < 0.1 and region[16, 16] and not region[44, 44]

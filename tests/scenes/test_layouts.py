@@ -1,4 +1,4 @@
-"""Overlap of boxes, against counting of cells."""
+"""IoU of boxes against counting cells, and of layouts against trying all assignments."""
 
 import itertools
 
@@ -14,13 +14,14 @@ def cells(box):
     return grid
 
 
-def test_overlap_equals_counting_cells():
+def test_iou_equals_counting_cells():
     rng = np.random.default_rng(0)
     for _ in range(200):
         (x0, x1), (y0, y1), (u0, u1), (v0, v1) = (sorted(rng.choice(21, 2, replace=False).tolist()) for _ in range(4))
         one, other = (x0, y0, x1, y1), (u0, v0, u1, v1)
-        common, covered = (cells(one) & cells(other)).sum(), (cells(one) | cells(other)).sum()
-        assert iou(one, other) == iou(other, one) == pytest.approx(common / covered)
+        intersection = (cells(one) & cells(other)).sum()
+        union = (cells(one) | cells(other)).sum()
+        assert iou(one, other) == iou(other, one) == pytest.approx(intersection / union)
     assert iou((0, 0, 0, 0), (0, 0, 0, 0)) == 0
 
 
@@ -32,7 +33,7 @@ def test_boxes_are_assigned_so_that_the_mean_is_highest():
         assert mean_iou(asked, found) == pytest.approx(best)
 
 
-def test_missing_boxes_and_wrong_labels_count_as_nothing():
+def test_missing_boxes_and_wrong_labels_count_zero():
     box, other = (0.0, 0.0, 4.0, 4.0), (6.0, 6.0, 9.0, 9.0)
     assert mean_iou([("a", box), ("b", other)], [("a", box)]) == 0.5 and mean_iou([("a", box)], []) == 0
     assert mean_iou([("a", box)], [("b", box)]) == 1 and mean_iou([("a", box)], [("b", box)], labeled=True) == 0

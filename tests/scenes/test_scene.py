@@ -35,7 +35,7 @@ def single(shape: str, size: str = "large", letter: str | None = None) -> Object
 ALL_KINDS = [single(shape, size) for shape in SHAPES for size in SIZES] + [single("letter", letter=letter) for letter in LETTERS]
 
 
-def test_vocabulary_is_large_and_its_colors_are_far_apart() -> None:
+def test_vocabulary_is_large_and_its_colors_are_distinct() -> None:
     assert len(SHAPES) >= 6
     assert len(COLORS) >= 8
     assert len(BACKGROUNDS) >= 4
@@ -48,12 +48,12 @@ def test_vocabulary_is_large_and_its_colors_are_far_apart() -> None:
 def test_box_is_tight_around_the_pixels(item: Object, side: int) -> None:
     ys, xs = np.nonzero(item.coverage(side) >= 0.5)
     pixel_box = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
-    # A triangle's and a diamond's tip covers less than half of its last pixel or two.
+    # The tip of a triangle or diamond covers less than half of its last one or two pixels.
     assert np.abs(pixel_box - np.array(item.box) * side).max() <= (2.0 if item.shape in ("triangle", "diamond") else 1.0)
 
 
 @pytest.mark.parametrize("shape", ["circle", "square", "diamond", "triangle"])
-def test_coverage_agrees_with_a_supersampled_drawing(shape: str) -> None:
+def test_coverage_agrees_with_supersampling(shape: str) -> None:
     side, factor = 64, 16
     item = Object(shape, "red", "large", 0.47, 0.52)
     x0, y0, x1, y1 = (v * side * factor for v in item.box)
@@ -75,7 +75,7 @@ def test_coverage_agrees_with_a_supersampled_drawing(shape: str) -> None:
     assert difference.max() < 0.35
 
 
-def test_ring_has_a_hole_and_the_others_have_none() -> None:
+def test_only_the_ring_has_a_hole() -> None:
     for item in ALL_KINDS:
         if item.letter is None:
             assert (item.coverage(64)[31:33, 31:33].mean() == 0) == (item.shape == "ring")
@@ -90,7 +90,7 @@ def test_background_is_flat_and_objects_have_their_color() -> None:
             assert (image[item.coverage(64) == 1] == COLORS[item.color]).all()
 
 
-def test_objects_are_inside_and_apart_and_distinct() -> None:
+def test_objects_of_a_scene_are_inside_apart_and_distinct() -> None:
     for scene in SCENES:
         assert is_valid(scene)
         masks = [item.coverage(64) > 0 for item in scene.objects]
@@ -102,7 +102,7 @@ def test_objects_are_inside_and_apart_and_distinct() -> None:
         assert scene.identical or len(pairs) == len(scene.objects)
 
 
-def test_invalid_scenes_are_recognized() -> None:
+def test_scenes_with_objects_outside_too_close_or_alike_are_invalid() -> None:
     center = single("circle")
     assert is_valid(Scene("white", (center,)))
     assert not is_valid(Scene("white", (Object("circle", "red", "large", 0.175 + MARGIN - 0.01, 0.5),)))
@@ -111,13 +111,13 @@ def test_invalid_scenes_are_recognized() -> None:
     assert not is_valid(Scene("white", (Object("ring", "red", "small", 0.2, 0.2), Object("ring", "red", "large", 0.7, 0.7))))
 
 
-def test_relations_are_true_of_the_pixels_and_of_the_converse() -> None:
+def test_relations_are_true_of_the_pixels_and_have_a_converse() -> None:
     converse = {"left of": "right of", "right of": "left of", "above": "below", "below": "above", None: None}
     found = set()
     for scene in SCENES:
         for a, b in itertools.permutations(scene.objects, 2):
-            place = relation(a, b)
-            assert relation(b, a) == converse[place]
+            name = relation(a, b)
+            assert relation(b, a) == converse[name]
             rows_a, columns_a = np.nonzero(a.coverage(64) >= 0.5)
             rows_b, columns_b = np.nonzero(b.coverage(64) >= 0.5)
             truth = {
@@ -126,12 +126,12 @@ def test_relations_are_true_of_the_pixels_and_of_the_converse() -> None:
                 "above": rows_a.max() < rows_b.min(),
                 "below": rows_a.min() > rows_b.max(),
             }
-            assert place is None or truth[place]
-            found.add(place)
+            assert name is None or truth[name]
+            found.add(name)
     assert found == set(converse)
 
 
-def test_two_different_objects_always_stand_in_a_relation() -> None:
+def test_two_different_objects_always_have_a_relation() -> None:
     pairs = [scene for scene in SCENES if len(scene.objects) == 2 and not scene.identical]
     assert len(pairs) > 50
     assert all(relation(*scene.objects) for scene in pairs)
@@ -145,6 +145,6 @@ def test_centers_lie_on_the_grid(grid: int) -> None:
             assert (item.y * grid).is_integer()
 
 
-def test_impossible_grid_is_an_error_that_names_the_parameter() -> None:
+def test_a_grid_without_valid_scenes_is_an_error_that_names_the_parameter() -> None:
     with pytest.raises(ValueError, match=r"ingest\.shapes\.grid"):
         sample_scene(random.Random(0), 3, 1, 0.0, attempts=50)

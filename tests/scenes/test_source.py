@@ -40,14 +40,14 @@ def test_a_longer_run_starts_with_the_shorter_one() -> None:
 
 
 @pytest.mark.parametrize("grid", [0, 8, 16])
-def test_no_two_images_are_alike(grid: int) -> None:
+def test_no_two_images_are_the_same(grid: int) -> None:
     config = ShapesConfig(count=800, max_objects=1 if grid == 8 else 3, grid=grid, size=32, edits=0.1, conditions=0)
     digests = [hashlib.sha256(row.image or b"").digest() for row in rows(config, Path())]
     assert len(digests) > config.count
     assert len(set(digests)) == len(digests)
 
 
-def test_running_out_of_scenes_is_an_error_that_says_what_to_do() -> None:
+def test_too_few_different_scenes_are_an_error_that_says_what_to_change() -> None:
     with pytest.raises(ValueError, match="lower count, or raise max_objects or grid"):
         list(rows(ShapesConfig(count=20_000, max_objects=1, grid=3, size=32, letters=0, edits=0, conditions=0), Path()))
 
@@ -78,7 +78,7 @@ def test_captions_are_true_of_the_stored_image() -> None:
         assert row.text_in_image == scene.letter
 
 
-def test_edited_rows_show_what_the_instruction_asks_for() -> None:
+def test_edited_rows_follow_their_instruction_and_change_nothing_else() -> None:
     by_key = {row.key: row for row in ROWS}
     edited = [row for row in ROWS if row.edited_from]
     assert 0.2 * CONFIG.count < len(edited) < 0.4 * CONFIG.count
@@ -94,30 +94,30 @@ def test_edited_rows_show_what_the_instruction_asks_for() -> None:
 
 
 def _follows(instruction: str, before: Scene, after: Scene) -> str:
-    """Assert that the instruction was carried out and nothing else changed; returns its kind."""
+    """Assert that the instruction was followed and nothing else changed; returns the kind of edit."""
     old, new = sorted(o.label for o in before.objects), sorted(o.label for o in after.objects)
     words = instruction.split()
     if instruction.startswith("change the background"):
         assert (after.background, new) == (words[-1], old)
         return "background"
     assert before.background == after.background
-    gone, come = [label for label in old if label not in new], [label for label in new if label not in old]
+    removed, added = [label for label in old if label not in new], [label for label in new if label not in old]
     if words[0] == "add":
-        assert gone == []
-        assert come == [" ".join(words[2:])]
+        assert removed == []
+        assert added == [" ".join(words[2:])]
         return "add"
     if words[0] == "remove":
-        assert come == []
-        assert len(gone) == 1
-        assert gone[0].endswith(words[-1])
+        assert added == []
+        assert len(removed) == 1
+        assert removed[0].endswith(words[-1])
         return "remove"
     assert words[0] == "make"
-    assert len(gone) == len(come) > 0
-    assert all(words[-1] in label.split() for label in come)
+    assert len(removed) == len(added) > 0
+    assert all(words[-1] in label.split() for label in added)
     return "size" if words[-1] in ("small", "large") else "color"
 
 
-def test_shares_of_letters_and_conditions() -> None:
+def test_frequency_of_letters_and_conditions() -> None:
     assert 0.05 < np.mean([row.text_in_image is not None for row in ROWS]) < 0.16
     assert 0.13 < np.mean([bool(row.conditions) for row in ROWS]) < 0.28
     for row in ROWS:

@@ -1,4 +1,4 @@
-"""Captions and questions: everything said is true of the scene."""
+"""Captions, questions and reasoning: all that they state is true of the scene."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cm3leon.scenes.text import captions, long_caption, questions, reasoning, wi
 SCENES = [sample_scene(random.Random(i), 3, 16, 0.1) for i in range(600)]
 
 
-def test_captions_parse_back_to_the_scene_that_was_drawn() -> None:
+def test_captions_parse_back_to_their_scene() -> None:
     kinds: Counter[str] = Counter()
     for i, scene in enumerate(SCENES):
         texts = captions(scene, random.Random(i))
@@ -54,19 +54,19 @@ def test_long_caption_names_every_object_and_the_background() -> None:
         assert f"background is {scene.background}" in text
         for item in scene.objects:
             assert (f"letter {item.letter} is drawn in {item.color}" if item.letter else item.label) in text
-        for shape_a, place, shape_b in re.findall(r"the (\w+ \w+) is (left of|right of|above|below) the (\w+ \w+)", text, re.IGNORECASE):
-            assert _side(scene, shape_b, place) >= {shape_a}
+        for shape_a, relation, shape_b in re.findall(r"the (\w+ \w+) is (left of|right of|above|below) the (\w+ \w+)", text, re.IGNORECASE):
+            assert _side(scene, shape_b, relation) >= {shape_a}
 
 
-def _side(scene: Scene, target: str, place: str) -> set[str]:
+def _side(scene: Scene, target: str, relation: str) -> set[str]:
     """All objects that lie on that side of the target's center, as "COLOR SHAPE"."""
-    axis, sign = {"left of": ("x", -1), "right of": ("x", 1), "above": ("y", -1), "below": ("y", 1)}[place]
+    axis, sign = {"left of": ("x", -1), "right of": ("x", 1), "above": ("y", -1), "below": ("y", 1)}[relation]
     center = next(getattr(o, axis) for o in scene.objects if f"{o.color} {o.shape}" == target)
     return {f"{o.color} {o.shape}" for o in scene.objects if sign * (getattr(o, axis) - center) > 0}
 
 
 def _answers(scene: Scene, question: str) -> set[str]:
-    """All true answers, found independently of how the question was made."""
+    """All true answers, found independently of how questions are made."""
     objects = scene.objects
     words = question.rstrip("?").split()
     if question == "How many objects are there?":
@@ -86,7 +86,7 @@ def _answers(scene: Scene, question: str) -> set[str]:
     raise AssertionError(f"unknown question {question}")
 
 
-def test_every_question_has_exactly_one_true_answer_and_it_is_given() -> None:
+def test_every_question_has_exactly_one_true_answer_which_is_the_given_one() -> None:
     for i, scene in enumerate(SCENES):
         asked = questions(scene, random.Random(i))
         assert 3 <= len(asked) <= 6
@@ -102,7 +102,7 @@ def test_kinds_of_questions_are_mixed_and_yes_no_is_balanced() -> None:
     assert {"What color", "What shape", "How many", "What is", "What size", "Is there", "Which letter"} <= kinds.keys()
     yes_no = [a for q, a in asked if q.startswith("Is there")]
     assert 0.43 < yes_no.count("yes") / len(yes_no) < 0.57
-    # Hard negatives: the color or the shape asked for is there, in another combination.
+    # Hard negatives: the color or the shape occurs in the scene, in another combination.
     hard = 0
     everything = [(s, q, a) for i, s in enumerate(SCENES) for q, a in questions(s, random.Random(i))]
     negatives = [(s, q) for s, q, a in everything if q.startswith("Is there") and a == ["no"]]
@@ -114,7 +114,7 @@ def test_kinds_of_questions_are_mixed_and_yes_no_is_balanced() -> None:
 
 
 def _concludes(scene: Scene, question: str) -> str:
-    """The answer to a question that takes a step of thought, worked out from the objects."""
+    """The answer to a reasoning question, found from the objects."""
     shapes = [o.shape for o in scene.objects]
     if found := re.fullmatch(r"Are there more (\w+?)(?:(?<=ss)es|s) than (\w+?)(?:(?<=ss)es|s)\?", question):
         return "yes" if shapes.count(found[1]) > shapes.count(found[2]) else "no"
@@ -130,7 +130,7 @@ def _concludes(scene: Scene, question: str) -> str:
     return max(found.groups()[1:], key=lambda name: worth(by_name[name]))
 
 
-def test_reasoning_comes_to_the_right_conclusion_and_is_true() -> None:
+def test_answers_and_explanations_of_reasoning_are_true() -> None:
     kinds: Counter[str] = Counter()
     for i, scene in enumerate(SCENES):
         problems = reasoning(scene, random.Random(i))
