@@ -1,11 +1,13 @@
-"""Speed and memory of training beside ``OPTForCausalLM`` of the same shape, optimizer and precision.
+"""Speed and memory of training, compared with ``OPTForCausalLM`` of the same shape, optimizer and precision.
 
-    python benchmarks/training.py                # tokens a second at the small shape, alternated
-    python benchmarks/training.py --memory       # largest resident memory of a step, as the vocabulary grows
+    python benchmarks/training.py                # tokens a second at the small shape
+    python benchmarks/training.py --memory       # peak resident memory of a step, for growing vocabularies
+    python benchmarks/training.py --shape 350m   # tokens a second and MFU of ours alone, bfloat16 on a GPU
 
-Needs transformers. Each of the two takes whole steps (forward, backward, AdamW) on the same random tokens, in a process of its own so
-that neither runs in memory that the other has asked the system for; the processes take turns, and the ratio is of the medians.
-On a GPU it uses bfloat16, and ``--shape 350m`` and ``--shape 760m`` tell tokens a second and MFU of ours alone.
+Needs transformers. Steps are whole (forward, backward, AdamW), on the same random tokens. The two models are in processes of their own, so
+that neither profits from memory that the other has allocated; their steps alternate, and ratios are of medians.
+
+Shapes: B sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -31,16 +33,18 @@ from cm3leon.utils.torchvision_compat import make_importable
 SHAPES = {"small": (4, 128, 4), "350m": (24, 1024, 16), "760m": (24, 1536, 16)}
 DEVICE = default_device()
 LEARNING_RATE = 1e-4
+WARMUP = 3
+"""Steps that are not timed."""
 
 
 def spec_of(shape: str, context: int) -> DecoderSpec:
-    """The paper's decoder of a size."""
+    """A decoder of the paper's architecture; ``shape`` is a key of :data:`SHAPES`."""
     off = {"qk_norm": False, "image_positions": False, "rope": False, "previous_token": False}
     return DecoderSpec(*SHAPES[shape], context, init_std=0.006, position_std=0.0002, **off)
 
 
 def step_of_ours(shape: str, context: int, vocabulary: int, tokens_BT: torch.Tensor) -> Callable[[], float]:
-    """A function that takes one step of our decoder."""
+    """A function that takes one optimizer step of our decoder and returns the loss."""
     model = Decoder(spec_of(shape, context), Vocabulary(vocabulary - 8 - 4 - 64, 64, 8, 64)).to(DEVICE)
     weights = torch.ones_like(tokens_BT, dtype=torch.float32)
     image_positions = torch.zeros_like(tokens_BT)
@@ -53,7 +57,7 @@ def step_of_ours(shape: str, context: int, vocabulary: int, tokens_BT: torch.Ten
 
 
 def step_of_opt(shape: str, context: int, vocabulary: int, tokens_BT: torch.Tensor) -> Callable[[], float]:
-    """The same of transformers' OPT."""
+    """The same for OPT of transformers."""
     make_importable()
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -86,34 +90,34 @@ STEPS = {"ours": step_of_ours, "opt": step_of_opt}
 
 
 def seconds(step: Callable[[], float]) -> float:
-    """Of one step."""
+    """Seconds of one step."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
 
 
-def worker(which: str, shape: str, batch: int, context: int, vocabulary: int, orders: Connection) -> None:
-    """Take a step at each order, and answer with its seconds."""
+def worker(which: str, shape: str, batch: int, context: int, vocabulary: int, parent: Connection) -> None:
+    """Take a step for each True received, and send back its seconds; end on False."""
     torch.manual_seed(0)
     tokens = torch.randint(vocabulary, (batch, context), device=DEVICE)
     step = STEPS[which](shape, context, vocabulary, tokens)
-    while orders.recv():
-        orders.send(seconds(step))
+    while parent.recv():
+        parent.send(seconds(step))
 
 
 def compare(shape: str, batch: int, context: int, vocabulary: int, rounds: int) -> None:
     """Alternate steps of the two; print tokens a second and the ratio of medians."""
-    context_of_processes = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")
     ends: dict[str, Connection] = {}
     for which in STEPS:
-        ends[which], orders = context_of_processes.Pipe()
-        context_of_processes.Process(target=worker, args=(which, shape, batch, context, vocabulary, orders), daemon=True).start()
+        ends[which], parent = spawn.Pipe()
+        spawn.Process(target=worker, args=(which, shape, batch, context, vocabulary, parent), daemon=True).start()
     taken: dict[str, list[float]] = {which: [] for which in STEPS}
-    for number in range(rounds + 3):
+    for number in range(rounds + WARMUP):
         for which, end in ends.items():
             end.send(True)
             took = end.recv()
-            if number >= 3:
+            if number >= WARMUP:
                 taken[which].append(took)
     for end in ends.values():
         end.send(False)
@@ -126,7 +130,7 @@ def alone(shape: str, batch: int, context: int, vocabulary: int, rounds: int) ->
     """Tokens a second and MFU of ours."""
     tokens = torch.randint(vocabulary, (batch, context), device=DEVICE)
     step = step_of_ours(shape, context, vocabulary, tokens)
-    taken = [seconds(step) for _ in range(rounds + 3)][3:]
+    taken = [seconds(step) for _ in range(rounds + WARMUP)][WARMUP:]
     rate = tokens.numel() / statistics.median(taken)
     peak = peak_flops(torch.cuda.get_device_name()) if DEVICE.type == "cuda" else None
     mfu = rate * flops_per_token(spec_of(shape, context), vocabulary, context) / peak if peak else float("nan")
@@ -134,7 +138,7 @@ def alone(shape: str, batch: int, context: int, vocabulary: int, rounds: int) ->
 
 
 def peak_megabytes(which: str, batch: int, context: int, vocabulary: int) -> float:
-    """Largest resident memory above that before the step, of a process of its own."""
+    """Peak resident memory of two steps above that before them, MB (10^6 bytes), in a process of its own."""
     code = (
         "import resource, sys; sys.path.insert(0, 'benchmarks'); import torch, training; "
         f"tokens = torch.randint({vocabulary}, ({batch}, {context})); "

@@ -31,14 +31,14 @@ def test_every_script_loads_and_says_how_to_run_it(path: Path) -> None:
     assert f"python benchmarks/{path.name}" in (load(path).__doc__ or "")
 
 
-def test_uncertainty_of_a_code_given_its_patch() -> None:
+def test_entropy_of_codes_given_patches() -> None:
     [script] = [path for path in SCRIPTS if path.stem == "image_tokenizer"]
     images = np.zeros((2, 8, 8, 3), dtype=np.uint8)
-    images[:, 4:] = 9  # two different patches, each four times
+    images[:, 4:] = 9  # two different patches, four times each
     same = np.array([[1, 1, 2, 2], [1, 1, 2, 2]])
-    assert load(script).code_uncertainty(images, same, 4) == 0
-    half = np.array([[1, 3, 2, 2], [1, 3, 2, 2]])  # the first has one of two codes, four times in two images
-    assert load(script).code_uncertainty(images, half, 4) == pytest.approx(2 * math.log(2))
+    assert load(script).code_entropy(images, same, 4) == 0
+    half = np.array([[1, 3, 2, 2], [1, 3, 2, 2]])  # the first patch has one of two codes: log 2 for each of its 2 occurrences in an image
+    assert load(script).code_entropy(images, half, 4) == pytest.approx(2 * math.log(2))
 
 
 def test_colors_are_swapped_between_two_different_objects_only() -> None:
