@@ -1,4 +1,4 @@
-"""CLIP score: the cosine similarity of image and text embeddings (Hessel et al. 2021, without their scaling)."""
+"""CLIP score: how well images match texts, as the cosine similarity of their CLIP embeddings."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ if TYPE_CHECKING:
 
 
 class ImageEncoder(Protocol):
-    """A network that embeds images: features (n, d)."""
+    """A network that turns images into features (n, d)."""
 
     def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray: ...
 
 
 class TextImageEncoder(ImageEncoder, Protocol):
-    """The part of :class:`cm3leon.models.clip.Encoder` that is needed here."""
+    """A CLIP model, such as :class:`cm3leon.models.clip.Encoder`: its embeddings (n, d) have unit length."""
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray: ...
 
 
 def clip_score(encoder: TextImageEncoder, images: Sequence[Image.Image], texts: Sequence[str]) -> np.ndarray:
-    """Cosine similarity of each image and its text, float32 ``(n,)`` in [-1, 1]; higher is better.
+    """Cosine similarity of each image with its text, float32 ``(n,)`` in [-1, 1]; higher is better.
 
-    It is the plain cosine, neither clipped at 0 nor scaled (CLIPScore by Hessel et al. 2021 is ``2.5 * max(cosine, 0)``),
-    so that it also ranks candidates. Scores of different encoders cannot be compared.
+    It is the plain cosine, so that it also ranks candidates; CLIPScore (Hessel et al. 2021) is ``2.5 * max(cosine, 0)``. Scores are
+    comparable only if they are of the same encoder.
 
     Raises:
-        ValueError: if there are not as many texts as images.
+        ValueError: if the numbers of images and texts differ.
     """
     if len(images) != len(texts):
-        raise ValueError(f"clip_score pairs images with texts: {len(images)} images, {len(texts)} texts")
+        raise ValueError(f"clip_score needs a text for each image, found {len(images)} images and {len(texts)} texts")
     if not len(images):
         return np.zeros(0, dtype=np.float32)
     return np.einsum("nd,nd->n", encoder.encode_images(images), encoder.encode_texts(texts)).astype(np.float32)

@@ -1,7 +1,7 @@
-"""Caption metrics as the COCO caption server computes them: BLEU-1..4, ROUGE-L and CIDEr-D, in plain Python.
+"""Caption metrics as the COCO caption server computes them: BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D, in plain Python; higher is better.
 
-Chen et al. 2015 (arXiv 1504.00325) fix the protocol; the conventions of its public code that change the numbers are kept and named here.
-Every image counts once, whatever its number of references.
+The protocol is that of Chen et al. 2015 (arXiv 1504.00325). Conventions of its public code that affect scores are kept, and named below.
+Every image has the same weight, whatever its number of references.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ Words = list[str]
 Ngrams = Counter[tuple[str, ...]]
 
 LONGEST = 4
+"""Words of the longest n-grams."""
 BLEU = tuple(f"bleu_{n}" for n in range(1, LONGEST + 1))
 BETA = 1.2
+"""Weight of recall in ROUGE-L's F-measure."""
 SIGMA = 6.0
+"""Standard deviation of CIDEr-D's Gaussian length penalty, in words."""
 
 # --- tokens ---------------------------------------------------------------------------------------------------------------------------
 
@@ -31,7 +34,7 @@ _TOKEN = re.compile(
     | (?:mr|mrs|ms|dr|st|jr|sr|vs|etc|no|prof)\. # abbreviations keep their period
     | \d+(?:[.,:/]\d+)*(?:[^\W_]+)?              # 3  3.5  1,000  10:30  1/2  2nd
     | [^\W_]+(?:[-_&./@][^\W_]+)*                # word  black-and-white  t.v  a/b
-    | '(?:s|m|d|ll|re|ve)(?!\w)                  # what splitting off leaves
+    | '(?:s|m|d|ll|re|ve)(?!\w)                  # clitics, split off by _CONTRACTIONS
     | \.\.\.|--|``|''
     | \S
     """,
@@ -49,10 +52,10 @@ _CONTRACTIONS = (
 
 
 def tokenize(caption: str) -> Words:
-    """Words of a caption as the Penn Treebank tokenizer gives them, lower case, without punctuation.
+    """Split a caption into words like the Penn Treebank tokenizer, in lower case and without punctuation.
 
-    "The man's dog isn't here." -> the man 's dog is n't here. Hyphenated words stay whole. Brackets stay, as "-lrb-" and "-rrb-": the
-    server's list of punctuation names them in upper case after everything was made lower case. Rare forms that the original treats
+    "The man's dog isn't here." -> the man 's dog is n't here. Hyphenated words are one word. Brackets are kept, as "-lrb-" and "-rrb-",
+    because the server removes them in upper case only, after converting to lower case. Rare forms that the original tokenizer treats
     specially (e-mail addresses, some abbreviations) may differ.
     """
     text = caption.lower().replace("\n", " ")
@@ -65,7 +68,7 @@ def tokenize(caption: str) -> Words:
 
 
 def ngrams(words: Words) -> Ngrams:
-    """Counts of all n-grams of one to four words."""
+    """Counts of all n-grams, n from 1 to 4."""
     return Counter(tuple(words[i : i + n]) for n in range(1, LONGEST + 1) for i in range(len(words) - n + 1))
 
 
@@ -73,12 +76,15 @@ def ngrams(words: Words) -> Ngrams:
 
 
 def bleu_counts(hypotheses: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:
-    """The counts that BLEU needs of each caption, ``(n, 10)``: clipped and all n-grams for n = 1 to 4, its length, and the length of the
-    reference closest in length (the shorter of two equally close ones).
+    """The counts of each caption from which BLEU is computed, so that captions can be resampled without counting again.
+
+    Returns:
+        float64 ``(captions, 10)``: clipped matches of n-grams, n from 1 to 4; all n-grams; the caption's length; and the length of the
+        reference that is closest in length (the shorter of two equally close ones).
     """
     counts = np.zeros((len(hypotheses), 2 * LONGEST + 2))
     for row, hypothesis, group in zip(counts, hypotheses, references, strict=True):
-        most: Ngrams = Counter()
+        most: Ngrams = Counter()  # an n-gram matches at most as often as the reference that has it most often
         for reference in group:
             most |= ngrams(reference)
         for gram, count in ngrams(hypothesis).items():
@@ -89,9 +95,11 @@ def bleu_counts(hypotheses: Sequence[Words], references: Sequence[Sequence[Words
 
 
 def bleu_of(counts: np.ndarray) -> list[float]:
-    """BLEU-1 to BLEU-4 of a corpus from its :func:`bleu_counts`: clipped n-gram precision with brevity penalty.
+    """BLEU-1 to BLEU-4 (Papineni et al. 2002) of a corpus from its :func:`bleu_counts`, 0 to 1.
 
-    As in the caption server, 1e-15 is added to numerators and 1e-9 to denominators.
+    BLEU-n is the geometric mean of the clipped precisions of 1- to n-grams over the whole corpus, times the brevity penalty
+    ``exp(1 - r / c)`` if the captions (length c) are shorter than the references (length r). As in the public code, 1e-15 and 1e-9 keep
+    numerators and denominators from being zero.
     """
     sums = counts.sum(0)
     correct, guessed, length, reference_length = sums[:LONGEST], sums[LONGEST : 2 * LONGEST], sums[-2], sums[-1]
@@ -104,6 +112,7 @@ def bleu_of(counts: np.ndarray) -> list[float]:
 
 
 def _common_subsequence(a: Words, b: Words) -> int:
+    """Length of the longest common subsequence, by dynamic programming over one row."""
     row = [0] * (len(b) + 1)
     for word in a:
         previous = 0
@@ -113,9 +122,9 @@ def _common_subsequence(a: Words, b: Words) -> int:
 
 
 def rouge_l(hypothesis: Words, references: Sequence[Words]) -> float:
-    """ROUGE-L of one caption, F-measure with beta 1.2.
+    """ROUGE-L (Lin 2004) of one caption, 0 to 1: the F-measure of precision and recall of the longest common subsequence, beta 1.2.
 
-    The best precision and the best recall over the references are combined even where they come from different references.
+    As in the public code, the best precision and the best recall over the references are combined, even if they are of different ones.
     """
     common = [_common_subsequence(hypothesis, reference) for reference in references]
     precision = max(common) / max(len(hypothesis), 1)
@@ -129,7 +138,12 @@ def rouge_l(hypothesis: Words, references: Sequence[Words]) -> float:
 
 
 def _weigh(counts: Ngrams, frequency: Ngrams, images: int) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
-    """TF-IDF vectors by n-gram length, their norms, and the length as CIDEr-D counts it, in bigrams."""
+    """TF-IDF weights by n-gram length, with their norms; and the caption's length, which the public code counts in bigrams.
+
+    Args:
+        frequency: images that have the n-gram in at least one reference.
+        images: all images.
+    """
     vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(LONGEST)]
     length = 0
     for gram, count in counts.items():
@@ -139,15 +153,16 @@ def _weigh(counts: Ngrams, frequency: Ngrams, images: int) -> tuple[list[dict[tu
 
 
 def cider(hypotheses: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
-    """CIDEr-D of each caption (Vedantam et al. 2015): n to 4, sigma 6, counts clipped, document frequency from these references.
+    """CIDEr-D of each caption (Vedantam et al. 2015), 0 to 10.
 
-    Multiplied by 10 as in the public code, so the range is 0 to 10. A corpus of one image scores 0, because every inverse document
-    frequency is 0.
+    The cosine similarity of clipped TF-IDF vectors of n-grams times a Gaussian length penalty, averaged over references and n from 1 to 4,
+    times 10. Document frequencies are those of ``references``; a corpus of a single image scores 0, as every IDF is then 0.
     """
     images = len(references)
     counted = [[ngrams(reference) for reference in group] for group in references]
     frequency: Ngrams = Counter(gram for group in counted for gram in set().union(*group))
     scores = []
+    # CIDEr-D = 10 / |references| / 4 * sum over references and n of exp(-(l_h - l_r)^2 / 2 sigma^2) * min(h_n, r_n) . r_n / |h_n| |r_n|
     for hypothesis, group in zip(hypotheses, counted, strict=True):
         vector_h, norm_h, length_h = _weigh(ngrams(hypothesis), frequency, images)
         total = 0.0
@@ -162,19 +177,19 @@ def cider(hypotheses: Sequence[Words], references: Sequence[Sequence[Words]]) ->
     return scores
 
 
-# --- all ------------------------------------------------------------------------------------------------------------------------------
+# --- corpus ---------------------------------------------------------------------------------------------------------------------------
 
 
 def score(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenized: bool = False) -> dict[str, float]:
-    """Corpus scores ``bleu_1`` .. ``bleu_4``, ``rouge_l`` (0-1) and ``cider`` (0-10; papers print all of them times 100).
+    """Corpus scores ``bleu_1`` to ``bleu_4`` and ``rouge_l``, 0 to 1, and ``cider``, 0 to 10. Papers print all of them times 100.
 
     Args:
         hypotheses: image id -> caption.
         references: image id -> its human captions.
-        tokenized: the captions are tokens separated by spaces, to which :func:`tokenize` is not applied.
+        tokenized: captions and references are already words separated by spaces.
 
     Raises:
-        ValueError: if the two do not name the same images, there are none, or an image's references are no list or an empty one.
+        ValueError: if the two have different images, there are none, or an image's references are a text or an empty list.
     """
     if hypotheses.keys() != references.keys():
         missing, unknown = sorted(references.keys() - hypotheses.keys()), sorted(hypotheses.keys() - references.keys())
@@ -194,7 +209,7 @@ def score(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
 
 
 def per_image(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenized: bool = False) -> dict[str, list[float]]:
-    """``rouge_l`` and ``cider`` of each caption, in the order of ``references``; their means are the corpus scores."""
+    """``rouge_l`` and ``cider`` of each caption, in the order of ``references``. Their means are the corpus scores."""
     candidates, targets = split(hypotheses, references, tokenized)
     return {
         "rouge_l": [rouge_l(c, group) for c, group in zip(candidates, targets, strict=True)],
@@ -203,7 +218,7 @@ def per_image(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[s
 
 
 def split(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenized: bool) -> tuple[list[Words], list[list[Words]]]:
-    """The words of captions and of their references, in the order of ``references``."""
+    """Captions and their references as words, in the order of ``references``."""
     words = str.split if tokenized else tokenize
     candidates = [words(hypotheses[key]) for key in references]
     return candidates, [[words(reference) for reference in group] for group in references.values()]

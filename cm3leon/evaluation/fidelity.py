@@ -1,7 +1,7 @@
-"""Fréchet and kernel distance, precision and recall of two sets of image features. On Inception's features they are FID and KID.
+"""Fidelity of generated images: Fréchet and kernel distance (FID and KID if the features are Inception's), precision and recall.
 
-Such a score means nothing without the feature network, the reference set, the image path (size, resize filter, file format) and the
-sample count: record them with it.
+All compare two sets of image features. Scores are comparable only if the feature network, the reference images, the preprocessing (size,
+resize filter, file format) and the numbers of images are the same, so the evaluation record states them.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ from collections.abc import Iterator
 
 import numpy as np
 
-CELLS = 1 << 24
-"""Largest matrix of pairs in memory, 128 MiB as float64; larger ones are computed in blocks of rows."""
+MAX_PAIRS = 1 << 24
+"""Pairs of rows in memory at once, 128 MiB as float64; more are computed in blocks of rows."""
 
-SAME = 1e-12
-"""Squared distances below this fraction of the squared lengths are rounding errors and count as 0."""
+ROUNDING = 1e-12
+"""Squared distances below this fraction of the squared lengths are rounding errors, and taken as 0."""
 
 
 def _check(
     features_a: np.ndarray, features_b: np.ndarray, names: tuple[str, str] = ("features_a", "features_b")
 ) -> tuple[np.ndarray, np.ndarray]:
+    """The two sets as float64; raises what the public functions document."""
     a, b = np.asarray(features_a, dtype=np.float64), np.asarray(features_b, dtype=np.float64)
     for name, features in zip(names, (a, b), strict=True):
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"{name} must be (n >= 2, d), found shape {features.shape}")
         if not np.isfinite(features).all():
-            raise ValueError(f"{name} has values that are not finite")
+            raise ValueError(f"{name} has NaN or infinite values")
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"features have different widths: {a.shape[1]} and {b.shape[1]}")
     return a, b
@@ -36,7 +37,7 @@ def _covariance(features: np.ndarray) -> np.ndarray:
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """Symmetric square root of a positive semi-definite matrix; negative eigenvalues, which are rounding errors, count as 0."""
+    """Symmetric square root of a positive semidefinite matrix; eigenvalues that rounding made negative are taken as 0."""
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
@@ -44,9 +45,10 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 def gaussian_distance(mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray) -> float:
     """Squared Fréchet (2-Wasserstein) distance of two Gaussians: ``|ma - mb|^2 + tr(A) + tr(B) - 2 tr((AB)^1/2)``.
 
-    ``tr((AB)^1/2)`` is computed as the sum of the singular values of ``A^1/2 B^1/2``. That is equal, and accurate also for singular
-    covariances (fewer samples than dimensions), for which a matrix square root of ``AB`` fails.
+    Means are ``(d,)``, covariances A and B ``(d, d)``.
     """
+    # tr((AB)^1/2) is the sum of the singular values of A^1/2 B^1/2. Unlike a matrix square root of AB this is accurate for singular
+    # covariances too, that is, for fewer samples than dimensions.
     cross = np.linalg.svd(_root(covariance_a) @ _root(covariance_b), compute_uv=False).sum()
     difference = np.asarray(mean_a, dtype=np.float64) - np.asarray(mean_b, dtype=np.float64)
     distance = difference @ difference + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross
@@ -54,33 +56,34 @@ def gaussian_distance(mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.n
 
 
 def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
-    """Squared Fréchet distance of Gaussians fitted to two sets of features, ``(n, d)`` and ``(m, d)``; computed in float64.
+    """Squared Fréchet distance of Gaussians fitted to two sets of features, ``(n, d)`` and ``(m, d)`` (Heusel et al. 2017).
 
-    Biased upward if ``n`` or ``m`` is small: compare only values of equal sample counts (Heusel et al. 2017; Chong & Forsyth 2020).
+    It is 0 or more, lower is better. It is biased upwards for small ``n`` or ``m``, so compare only distances of equal numbers of images
+    (Chong & Forsyth 2020). Computed in float64.
 
     Raises:
-        ValueError: for fewer than two rows, different widths, or values that are not finite.
+        ValueError: for fewer than two rows, different widths, or NaN or infinite values.
     """
     a, b = _check(features_a, features_b)
     return gaussian_distance(a.mean(0), _covariance(a), b.mean(0), _covariance(b))
 
 
 def kernel_distance(features_a: np.ndarray, features_b: np.ndarray, subsets: int, subset_size: int, seed: int) -> float:
-    """Unbiased squared maximum mean discrepancy under the kernel ``(x.y / d + 1)^3``; on Inception's features, KID.
+    """Unbiased squared maximum mean discrepancy with the kernel ``(x.y / d + 1)^3``; KID if the features are Inception's; lower is better.
 
-    Unlike the Fréchet distance it is not biased by the sample count, and may be slightly negative if the sets agree. Computed in
-    float64 as the mean over random subsets (Binkowski et al. 2018, whose code takes 100 of 1,000); papers often quote it times 1,000.
+    Unlike the Fréchet distance it does not depend on the number of images in expectation, and it can be slightly negative for sets of the
+    same distribution. It is the mean over random subsets (Binkowski et al. 2018, whose code takes 100 subsets of 1,000), computed in
+    float64. Papers often print it times 1,000.
 
     Args:
         features_a: ``(n, d)``.
         features_b: ``(m, d)``.
         subsets: pairs of subsets to average over.
-        subset_size: rows sampled from each set without replacement; a smaller set is used whole. If both are,
-            they are compared once.
-        seed: of the sampling.
+        subset_size: rows sampled from each set, without replacement; a smaller set is used whole. If both are, they are compared once.
+        seed: of the sampled rows.
 
     Raises:
-        ValueError: for fewer than two rows, different widths, values that are not finite, no subset, or a subset of fewer than two rows.
+        ValueError: for fewer than two rows, different widths, NaN or infinite values, no subset, or a subset of fewer than two rows.
     """
     a, b = _check(features_a, features_b)
     if subsets < 1 or subset_size < 2:
@@ -88,37 +91,44 @@ def kernel_distance(features_a: np.ndarray, features_b: np.ndarray, subsets: int
     if subset_size >= max(len(a), len(b)):
         return _discrepancy(a, b)
     rng = np.random.default_rng(seed)
-    chosen = [[rng.choice(len(x), min(subset_size, len(x)), replace=False) for x in (a, b)] for _ in range(subsets)]
-    return float(np.mean([_discrepancy(a[rows_a], b[rows_b]) for rows_a, rows_b in chosen]))
+    sampled = [[rng.choice(len(x), min(subset_size, len(x)), replace=False) for x in (a, b)] for _ in range(subsets)]
+    return float(np.mean([_discrepancy(a[rows_a], b[rows_b]) for rows_a, rows_b in sampled]))
 
 
 def _discrepancy(a: np.ndarray, b: np.ndarray) -> float:
-    """Unbiased estimate of Gretton et al. 2012, eq. 3: no row is paired with itself."""
-    within = [(_kernel_sum(x, x) - _kernel(np.einsum("nd,nd->n", x, x), x.shape[1]).sum()) / (len(x) * (len(x) - 1)) for x in (a, b)]
+    """Unbiased estimate of the squared maximum mean discrepancy (Gretton et al. 2012, eq. 3)."""
+    # E k(a, a') + E k(b, b') - 2 E k(a, b), where the first two leave out the pairs of a row with itself.
+    within = []
+    for x in (a, b):
+        with_itself = _kernel(np.einsum("nd,nd->n", x, x), x.shape[1]).sum()
+        within.append((_kernel_sum(x, x) - with_itself) / (len(x) * (len(x) - 1)))
     return float(sum(within) - 2 * _kernel_sum(a, b) / (len(a) * len(b)))
 
 
 def _kernel_sum(a: np.ndarray, b: np.ndarray) -> float:
+    """The kernel summed over all pairs of rows."""
     return float(sum(_kernel(block @ b.T, a.shape[1]).sum() for block in _row_blocks(a, len(b))))
 
 
 def _kernel(products: np.ndarray, width: int) -> np.ndarray:
+    """``(x.y / d + 1)^3`` from the inner products x.y of rows of width d."""
     return (products / width + 1) ** 3
 
 
 def _row_blocks(rows: np.ndarray, columns: int) -> Iterator[np.ndarray]:
-    """``rows`` in order, in blocks whose pairs with ``columns`` others are at most :data:`CELLS`, or single rows."""
-    step = max(1, CELLS // columns)
+    """``rows`` in order, in blocks that have at most :data:`MAX_PAIRS` pairs with ``columns`` others, or one row."""
+    step = max(1, MAX_PAIRS // columns)
     for start in range(0, len(rows), step):
         yield rows[start : start + step]
 
 
 def precision_recall(real: np.ndarray, generated: np.ndarray, neighbors: int = 3) -> tuple[float, float]:
-    """Precision, the share of generated features in the manifold of the real ones, and recall, the reverse; 0 to 1.
+    """Precision and recall of generated images (Kynkäänniemi et al. 2019), each 0 to 1; higher is better.
 
-    A set's manifold is the union of balls around its members with the distance to their ``neighbors``-th nearest other member as radius
-    (Kynkäänniemi et al. 2019, who use 3, and sets of equal size). Low precision: images unlike any real one; low recall: kinds of images
-    that are never generated. Computed in float64 with bounded memory; time grows with the product of the counts.
+    Precision is the fraction of generated features in the manifold of the real ones; recall is the fraction of real features in the
+    manifold of the generated ones. A set's manifold is the union of balls around its members, with the distance to the ``neighbors``-th
+    nearest other member as radius (the paper takes 3, and equal numbers of both). Low precision means images unlike any real one, low
+    recall kinds of images that are never generated. Computed in float64 in bounded memory; the time grows with the product of the counts.
 
     Args:
         real: ``(n, d)``.
@@ -126,38 +136,39 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, neighbors: int = 3
         neighbors: at least 1, fewer than ``n`` and ``m``.
 
     Raises:
-        ValueError: for too few rows, different widths, or values that are not finite.
+        ValueError: for too few rows, different widths, or NaN or infinite values.
     """
-    inside, reached = within_manifolds(real, generated, neighbors)
-    return float(inside.mean()), float(reached.mean())
+    precise, recalled = within_manifolds(real, generated, neighbors)
+    return float(precise.mean()), float(recalled.mean())
 
 
 def within_manifolds(real: np.ndarray, generated: np.ndarray, neighbors: int) -> tuple[np.ndarray, np.ndarray]:
-    """Generated features in the manifold of the real ones, bool ``(m,)``, and real features in that of the generated ones, ``(n,)``.
+    """The outcomes whose means are precision and recall (:func:`precision_recall`).
 
-    Their means are :func:`precision_recall`.
+    Returns:
+        Which generated features lie in the manifold of the real ones, boolean ``(m,)``, and the reverse, ``(n,)``.
     """
     real, generated = _check(real, generated, ("real", "generated"))
     for name, features in (("real", real), ("generated", generated)):
         if not 1 <= neighbors < len(features):
             raise ValueError(f"neighbors {neighbors} must be at least 1 and less than the {len(features)} rows of {name}")
-    center = real.mean(0)  # rounding of distances is smallest near the origin
+    center = real.mean(0)  # squared distances by |a|^2 - 2 a.b + |b|^2 lose fewer digits near the origin
     real, generated = real - center, generated - center
     return _covered(generated, real, neighbors), _covered(real, generated, neighbors)
 
 
 def _covered(queries: np.ndarray, members: np.ndarray, neighbors: int) -> np.ndarray:
-    """Queries in the manifold of ``members``, bool (queries,)."""
-    # At position 0 of the sorted distances is the member itself.
+    """Which of ``queries`` lie in the manifold of ``members``."""
+    # The nearest member, position 0, is the member itself, so position k is its k-th nearest neighbor.
     radii = [np.partition(squared, neighbors, axis=1)[:, neighbors] for squared in _squared_distances(members, members)]
-    reach = np.concatenate(radii)
-    return np.concatenate([(squared <= reach).any(axis=1) for squared in _squared_distances(queries, members)])
+    squared_radii = np.concatenate(radii)
+    return np.concatenate([(squared <= squared_radii).any(axis=1) for squared in _squared_distances(queries, members)])
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[np.ndarray]:
-    """Squared Euclidean distances ``(rows, len(b))`` of successive blocks of ``a``; exactly 0 for equal rows."""
+    """Squared Euclidean distances, ``(rows, len(b))`` for each block of rows of ``a``; exactly 0 for equal rows."""
     lengths = np.einsum("nd,nd->n", b, b)
     for block in _row_blocks(a, len(b)):
         scale = np.einsum("nd,nd->n", block, block)[:, None] + lengths
         squared = scale - 2 * block @ b.T
-        yield np.where(squared > SAME * scale, squared, 0.0)
+        yield np.where(squared > ROUNDING * scale, squared, 0.0)

@@ -1,7 +1,7 @@
-"""The Inception network of published FIDs: its features of images, for the distances in ``fidelity.py``.
+"""The Inception network with which published FIDs are computed: features of images for the distances in ``fidelity.py``.
 
-It is Inception v3 as TensorFlow released it in December 2015, which Heusel et al. 2017 used, with the weights that the project pytorch-fid
-converted. torchvision's Inception v3 has the same layers but pools differently in nine blocks, and other weights.
+It is the Inception v3 that TensorFlow released in December 2015 and Heusel et al. 2017 used, with the weights as the project pytorch-fid
+converted them. torchvision's Inception v3 has the same layers, but other weights and another pooling in nine blocks.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ from cm3leon.data.images import to_rgb
 from cm3leon.utils import torchvision_compat
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-"""Name of the weights file that pytorch-fid publishes; it ends with the first digits of the file's SHA-256."""
+"""The weights file that pytorch-fid publishes; its name ends with the first digits of its SHA-256."""
 
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 CACHE = Path(".cache/inception")
 
 SIZE, DIMENSIONS, CLASSES = 299, 2048, 1008
+"""Side of the input, pixels; width of the features; classes of the classifier, which is not used."""
 BATCH = 32
 AVERAGED = ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7b")
 MAXED = "Mixed_7c"
+"""Blocks whose pooling is not torchvision's: a mean without padding, and a maximum."""
 
 
 def fetch_weights() -> Path:
-    """Path of the published weights, downloaded to :data:`CACHE` (92 MB) if missing, and checked against their hash.
+    """Path of the published weights in :data:`CACHE`; downloaded (92 MB) if they are not there, and checked against their hash.
 
     Raises:
-        OSError, RuntimeError: if they cannot be fetched, or are not what was published.
+        OSError, RuntimeError: if they cannot be downloaded, or have another hash.
     """
     path = CACHE / WEIGHTS
     if not path.is_file():
@@ -48,17 +50,21 @@ def fetch_weights() -> Path:
 
 
 def average_pool(x: torch.Tensor) -> torch.Tensor:
-    """3 x 3 average pooling of stride 1 that does not count padding, as in TensorFlow."""
+    """3 x 3 mean of stride 1 that does not count padding, as in TensorFlow: (B, C, H, W) to the same shape."""
     return avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def largest_pool(x: torch.Tensor) -> torch.Tensor:
-    """3 x 3 maximum pooling of stride 1, which the 2015 network has in its last block where the paper has average pooling."""
+    """3 x 3 maximum of stride 1, which the 2015 network has in its last block, where the paper has a mean: (B, C, H, W) likewise."""
     return max_pool2d(x, 3, stride=1, padding=1)
 
 
 def _replace_pooling(block: nn.Module, pool: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Replace the pooling of a torchvision block: the input of its pooled branch becomes ``pool`` of the block's input."""
+    """Give a torchvision block another pooling.
+
+    torchvision pools in the block's ``forward``, which cannot be replaced by itself. So one hook keeps the block's input, and another
+    replaces the input of the pooled branch with ``pool`` of it.
+    """
     held: list[torch.Tensor] = []
 
     def hold(block: nn.Module, inputs: tuple[torch.Tensor]) -> None:
@@ -72,7 +78,7 @@ def _replace_pooling(block: nn.Module, pool: Callable[[torch.Tensor], torch.Tens
 
 
 def build() -> nn.Module:
-    """The network with torch's initial weights, classifier included, in evaluation mode; parameters are named as in :data:`WEIGHTS`."""
+    """The network with random weights, with its classifier, in evaluation mode; parameters have the names of :data:`WEIGHTS`."""
     torchvision_compat.make_importable()
     from torchvision.models.inception import Inception3
 
@@ -84,32 +90,32 @@ def build() -> nn.Module:
 
 
 def to_input(image: Image.Image) -> torch.Tensor:
-    """float32 ``(1, 3, 299, 299)`` in [-1, 1] of an image of any size and mode (see :func:`~cm3leon.data.images.to_rgb`).
+    """Resize an image of any size and mode (:func:`~cm3leon.data.images.to_rgb`) to float32 ``(1, 3, 299, 299)`` in [-1, 1].
 
-    Bilinear and not antialiased, as pytorch-fid resizes: larger images alias. The aspect ratio is not kept.
+    As in pytorch-fid it is bilinear without antialiasing, so larger images alias, and the aspect ratio is not kept.
     """
     pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)[None].float() / 255
     return 2 * interpolate(pixels, size=(SIZE, SIZE), mode="bilinear", align_corners=False) - 1
 
 
 class Inception:
-    """Images to the 2048 features of FID and KID; made by :meth:`load`."""
+    """Computes the 2,048 features of images on which FID and KID are defined. Use :meth:`load`."""
 
     def __init__(self, network: nn.Module, fingerprint: str) -> None:
-        """Use a network of :func:`build` without its classifier."""
+        """Wrap a network of :func:`build` without its classifier."""
         network.fc = nn.Identity()
         self.network, self.fingerprint = network, fingerprint
         self.device = next(network.parameters()).device
 
     @classmethod
     def load(cls, path: str | Path) -> Inception:
-        """Read published weights, :data:`WEIGHTS` or the same tensors in a ``.safetensors`` file. No pickled code is run.
+        """Load the published weights, from :data:`WEIGHTS` or from a ``.safetensors`` file of the same tensors. No pickled code is run.
 
-        ``fingerprint`` becomes the first 16 hex digits of the file's SHA-256; the published file's begin with 6726825d.
+        ``fingerprint`` is the first 16 hex digits of the file's SHA-256; that of the published file begins with 6726825d.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file cannot be read, or holds other tensors than the network has.
+            ValueError: if the file cannot be read, or its tensors are not those of the network.
         """
         path = Path(path)
         if not path.is_file():
@@ -123,14 +129,14 @@ class Inception:
             return cls(network, hashlib.file_digest(file, "sha256").hexdigest()[:16])
 
     def to(self, device: str | torch.device) -> Inception:
-        """Move the weights; features are always returned as NumPy arrays."""
+        """Move the weights to a device; features are returned as NumPy arrays in any case."""
         self.network.to(device)
         self.device = torch.device(device)
         return self
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image], batch_size: int = BATCH) -> np.ndarray:
-        """float32 ``(n, 2048)``, the means over all positions of the last block's output, in the order of ``images``.
+        """Features of images, float32 ``(n, 2048)``: the last block's output averaged over all positions.
 
         Computed in full float32 precision: TensorFloat-32, torch's default for convolutions on a GPU, is off.
 
@@ -160,7 +166,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check(path: Path, weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights of another network; batch counters of the norms may be missing, as inference does not use them."""
+    """Raise ValueError for weights of another network; counters of training batches may be missing, as inference does not use them."""
     missing = sorted(name for name in expected.keys() - weights.keys() if not name.endswith("num_batches_tracked"))
     unexpected = sorted(weights.keys() - expected.keys())
     if missing or unexpected:

@@ -1,15 +1,15 @@
-"""PSNR and SSIM of restored images on luma, as the tables of the super-resolution papers give them.
+"""PSNR and SSIM of restored images on luma (Y), by the conventions of super-resolution papers; higher is better.
 
-The conventions, each of which moves the figures:
+Each of these conventions changes the scores:
 
-- RGB is converted to the Y channel of ITU-R BT.601 in studio range, as MATLAB's ``rgb2ycbcr`` does, so black is 16 and white 235; the peak
-  is 255 nevertheless.
-- Y is *not* rounded. RCAN's MATLAB script and BasicSR (with SwinIR and others after it) convert floating-point images; the older tables of
-  networks that work on Y alone (SRCNN) compare Y rounded to 8 bits. Rounding takes off 0.02 dB at 33 dB and 0.1 dB at 41 dB.
-- ``crop`` pixels of every border are left out: by custom, as many as the scale.
-- A gray image is its own Y, 0 to 255. The same image stored as RGB is compressed to studio range and scores 1.32 dB more; RCAN reads the
-  gray images of the test sets as gray, BasicSR reads them as RGB.
-- A table's figure is the mean over the images of a set.
+- RGB is converted to the Y channel of ITU-R BT.601 in studio range like in MATLAB's ``rgb2ycbcr``: black is 16, white 235. The peak is
+  255 nevertheless.
+- Y is *not* rounded. RCAN's MATLAB script and BasicSR (and SwinIR and others that use it) convert floating-point images; older papers
+  whose networks work on Y alone (SRCNN) compare Y rounded to 8 bits. Rounding lowers PSNR by 0.02 dB at 33 dB and by 0.1 dB at 41 dB.
+- ``crop`` pixels at every border are left out, usually as many as the scale.
+- A gray image is its own Y, 0 to 255. Stored as RGB, the same image is compressed to studio range and has 1.32 dB more. RCAN reads the
+  gray images of test sets as gray, BasicSR as RGB.
+- The score of a set is the mean over its images.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from scipy.ndimage import correlate1d
 
 PEAK = 255.0
 LUMA = np.array([65.481, 128.553, 24.966]) / 255
-"""Weights of R, G and B, 0 to 255, in Y; 16 is added. BT.601 with the digits of MATLAB's ``rgb2ycbcr``."""
+"""Weights of R, G and B (0 to 255) in Y, to which 16 is added: BT.601 with the digits of MATLAB's ``rgb2ycbcr``."""
 
 RADIUS, SIGMA = 5, 1.5
 WINDOW = 2 * RADIUS + 1
+"""SSIM's Gaussian window: 11 x 11 pixels of standard deviation 1.5."""
 K1, K2 = 0.01, 0.03
+"""SSIM's constants, fractions of the peak."""
 
 
 def _pixels(name: str, image: Image.Image | np.ndarray) -> np.ndarray:
+    """uint8 (h, w, 3) or (h, w) of an image that is called ``name`` in errors."""
     if isinstance(image, Image.Image) and image.mode not in ("RGB", "L"):
         raise ValueError(f"{name} is an image of mode {image.mode}; convert it to RGB or L")
     pixels = np.asarray(image)
@@ -39,11 +42,12 @@ def _pixels(name: str, image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def to_luma(pixels: np.ndarray) -> np.ndarray:
-    """float64 ``(h, w)``, not rounded: Y of uint8 RGB ``(h, w, 3)``, from 16 for black to 235 for white; gray ``(h, w)`` as it is."""
+    """Y of an image, float64 ``(h, w)``, not rounded: 16 to 235 for RGB ``(h, w, 3)``; a gray image ``(h, w)`` is its own Y. uint8."""
     return pixels @ LUMA + 16 if pixels.ndim == 3 else pixels.astype(np.float64)
 
 
 def _cropped_luma(hr: Image.Image | np.ndarray, sr: Image.Image | np.ndarray, crop: int, smallest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Y of both images without ``crop`` pixels at each border, of which ``smallest`` pixels a side must be left."""
     original, restored = _pixels("hr", hr), _pixels("sr", sr)
     if original.shape != restored.shape:
         raise ValueError(f"images differ in size or channels: hr {original.shape}, sr {restored.shape}")
@@ -55,7 +59,7 @@ def _cropped_luma(hr: Image.Image | np.ndarray, sr: Image.Image | np.ndarray, cr
 
 
 def psnr_y(hr: Image.Image | np.ndarray, sr: Image.Image | np.ndarray, crop: int) -> float:
-    """Peak signal-to-noise ratio of a restored image on Y, dB, peak 255; ``inf`` where the two agree.
+    """Peak signal-to-noise ratio of a restored image on Y, dB: ``10 log10(255^2 / MSE)``; ``inf`` for equal images.
 
     Args:
         hr: the original, uint8 RGB ``(h, w, 3)`` or gray ``(h, w)``, or such a PIL image.
@@ -63,7 +67,7 @@ def psnr_y(hr: Image.Image | np.ndarray, sr: Image.Image | np.ndarray, crop: int
         crop: pixels left out at each border.
 
     Raises:
-        ValueError: for images of different shapes, another type or mode, or a crop that is negative or leaves nothing.
+        ValueError: for images of different shapes or of another type or mode, or a crop that is negative or leaves no pixel.
     """
     original, restored = _cropped_luma(hr, sr, crop, smallest=1)
     error = float(np.square(original - restored).mean())
@@ -71,10 +75,10 @@ def psnr_y(hr: Image.Image | np.ndarray, sr: Image.Image | np.ndarray, crop: int
 
 
 def ssim_y(hr: Image.Image | np.ndarray, sr: Image.Image | np.ndarray, crop: int) -> float:
-    """Structural similarity of a restored image on Y, at most 1 (Wang et al. 2004, with the constants of their ``ssim_index.m``).
+    """Structural similarity of a restored image on Y, at most 1 (Wang et al. 2004, as in their ``ssim_index.m``).
 
-    Means, variances and the covariance are weighted by an 11 x 11 Gaussian of standard deviation 1.5, without Bessel's correction; the
-    windows lie wholly inside the cropped image. MATLAB's own ``ssim`` differs: it pads the image.
+    Means, variances and covariance are weighted by an 11 x 11 Gaussian of standard deviation 1.5, without Bessel's correction, over all
+    windows inside the cropped image. MATLAB's own ``ssim`` pads the image instead.
 
     Args:
         hr: the original, uint8 RGB ``(h, w, 3)`` or gray ``(h, w)``, or such a PIL image.
@@ -82,12 +86,14 @@ def ssim_y(hr: Image.Image | np.ndarray, sr: Image.Image | np.ndarray, crop: int
         crop: pixels left out at each border.
 
     Raises:
-        ValueError: for images of different shapes, another type or mode, or a crop that is negative or leaves less than 11 x 11 pixels.
+        ValueError: for images of different shapes or of another type or mode, or a crop that is negative or leaves less than 11 x 11.
     """
     x, y = _cropped_luma(hr, sr, crop, smallest=WINDOW)
     mean_x, mean_y = _local_mean(x), _local_mean(y)
-    variance_x, variance_y = _local_mean(x * x) - mean_x**2, _local_mean(y * y) - mean_y**2
+    variance_x = _local_mean(x * x) - mean_x**2
+    variance_y = _local_mean(y * y) - mean_y**2
     covariance = _local_mean(x * y) - mean_x * mean_y
+    # SSIM = (2 mx my + c1)(2 cov + c2) / ((mx^2 + my^2 + c1)(vx + vy + c2)), Wang et al. 2004, eq. 13.
     c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
@@ -95,7 +101,7 @@ def ssim_y(hr: Image.Image | np.ndarray, sr: Image.Image | np.ndarray, crop: int
 
 
 def _local_mean(values: np.ndarray) -> np.ndarray:
-    """Gaussian-weighted means of all windows inside ``(h, w)``: ``(h - 10, w - 10)``."""
+    """Gaussian-weighted means of all 11 x 11 windows: (h, w) -> (h - 10, w - 10)."""
     weights = np.exp(-np.square(np.arange(-RADIUS, RADIUS + 1) / SIGMA) / 2)
     weights /= weights.sum()
     return correlate1d(correlate1d(values, weights, axis=0), weights, axis=1)[RADIUS:-RADIUS, RADIUS:-RADIUS]

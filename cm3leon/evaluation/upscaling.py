@@ -1,4 +1,4 @@
-"""PSNR and SSIM of the upscaler next to those of bicubic interpolation, on reductions of the collection's own images."""
+"""PSNR and SSIM of the super-resolution network and of bicubic interpolation, its baseline, on downsampled images of the collection."""
 
 from __future__ import annotations
 
@@ -14,36 +14,39 @@ from cm3leon.models.super_resolution import SuperResolution, reduce
 from cm3leon.utils.images import to_uint8, to_unit
 
 MOST_DECIBELS = 100.0
-"""Reported for images that agree, whose PSNR is infinite."""
+"""Upper bound of PSNR, which is infinite for equal images."""
 
 
-def psnr_rgb(originals: torch.Tensor, copies: torch.Tensor) -> float:
-    """Mean over images of the peak signal-to-noise ratio, dB, over all three channels of uint8 ``(B, 3, H, W)``; 100 where they agree."""
-    error = (originals.float() - copies.float()).square().mean(dim=(1, 2, 3))
+def psnr_rgb(originals: torch.Tensor, restored: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio over all three channels, dB, at most 100, averaged over images: uint8 ``(B, 3, H, W)`` each."""
+    error = (originals.float() - restored.float()).square().mean(dim=(1, 2, 3))
     decibels = 10 * torch.log10(255**2 / error.clamp(min=1e-9))
     return float(decibels.clamp(max=MOST_DECIBELS).double().mean())
 
 
 @torch.inference_mode()
 def measure_upscaling(model: SuperResolution, images: ImageSet, batch_size: int = 64) -> dict[str, list[float]]:
-    """PSNR and SSIM of each image, upscaled from its bicubic reduction.
+    """Restore downsampled images, and compare them with the originals.
+
+    Scores on Y leave out a border as wide as the scale (:mod:`cm3leon.evaluation.restoration`). Images smaller than SSIM's window have no
+    SSIM.
 
     Returns:
-        ``psnr_rgb``, ``psnr_y`` and ``ssim_y`` of the network, and with the suffix ``_bicubic`` those of bicubic interpolation. Scores of Y
-        leave out a border as wide as the scale (:mod:`cm3leon.evaluation.restoration`).
+        ``psnr_rgb``, ``psnr_y`` (dB) and ``ssim_y`` of each image for the network, and, with the suffix ``_bicubic``, for interpolation.
     """
-    found: dict[str, list[float]] = defaultdict(list)
+    scores: dict[str, list[float]] = defaultdict(list)
     device = model.head.weight.device
     for start in range(0, len(images), batch_size):
         high = torch.from_numpy(images[np.arange(start, min(start + batch_size, len(images)))]).permute(0, 3, 1, 2).to(device)
         low = to_unit(reduce(high, model.scale))
         bicubic = to_uint8(interpolate(low, scale_factor=model.scale, mode="bicubic", align_corners=False))
-        for copies, suffix in ((to_uint8(model(low)), ""), (bicubic, "_bicubic")):
-            found[f"psnr_rgb{suffix}"] += [psnr_rgb(high[i : i + 1], copies[i : i + 1]) for i in range(len(high))]
+        for restored, suffix in ((to_uint8(model(low)), ""), (bicubic, "_bicubic")):
+            scores[f"psnr_rgb{suffix}"] += [psnr_rgb(high[i : i + 1], restored[i : i + 1]) for i in range(len(high))]
             pairs = [
-                (one.permute(1, 2, 0).cpu().numpy(), other.permute(1, 2, 0).cpu().numpy()) for one, other in zip(high, copies, strict=True)
+                (original.permute(1, 2, 0).cpu().numpy(), copy.permute(1, 2, 0).cpu().numpy())
+                for original, copy in zip(high, restored, strict=True)
             ]
-            found[f"psnr_y{suffix}"] += [min(psnr_y(*pair, model.scale), MOST_DECIBELS) for pair in pairs]
+            scores[f"psnr_y{suffix}"] += [min(psnr_y(*pair, model.scale), MOST_DECIBELS) for pair in pairs]
             if images.size - 2 * model.scale >= WINDOW:
-                found[f"ssim_y{suffix}"] += [ssim_y(*pair, model.scale) for pair in pairs]
-    return dict(found)
+                scores[f"ssim_y{suffix}"] += [ssim_y(*pair, model.scale) for pair in pairs]
+    return dict(scores)

@@ -1,7 +1,7 @@
-"""Accuracy of answers to visual questions, as the VQA evaluation server counts it (Antol et al. 2015, section 3; visualqa.org).
+"""VQA accuracy as the VQA evaluation server computes it (Antol et al. 2015, section 3; visualqa.org); higher is better.
 
-With ten human answers, an answer scores ``min(1, matches / 3)`` against each nine of them, averaged. The normalization before matching
-repeats the server's, quirks included; they are named where they occur.
+With ten human answers, the score of an answer is ``min(1, matches / 3)`` against nine of them, averaged over the ten ways to leave one out.
+Answers are normalized before matching exactly as by the server, with its quirks, which are named below.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 ENOUGH = 4
-"""Number of reference answers from which the server's rule, three matches among the others, can be met."""
+"""References from which on the server's rule is applied unchanged: with fewer there cannot be three matches among the others."""
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = frozenset({"a", "an", "the"})
@@ -30,7 +30,7 @@ would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll yo
 
 
 def _contractions() -> dict[str, str]:
-    """The server's table: each contraction without one of its apostrophes to the contraction, and one entry in the other direction."""
+    """The server's table: each contraction without one of its apostrophes -> the contraction; and one entry of the reverse direction."""
     table = {}
     for word in _EXPANDED.split():
         for position, letter in enumerate(word):
@@ -41,24 +41,25 @@ def _contractions() -> dict[str, str]:
 
 
 CONTRACTIONS = _contractions()
-# The server means "not after a digit" by (?!<=\d) but writes a condition that always holds: a period goes unless a digit follows it.
+# The server's pattern has (?!<=\d) where (?<!\d), "not after a digit", was meant. That condition always holds, so a period is removed
+# unless a digit follows.
 _PERIOD = re.compile(r"\.(?!\d)")
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _MOST_PERIODS = 32  # the server passes re.UNICODE, which is 32, as the number of replacements
 
 
 def _strip_punctuation(text: str) -> str:
-    """Remove punctuation next to a space, or all of it if a number has a comma; otherwise replace it by a space."""
+    """Replace punctuation by a space; remove it if it is next to a space, or if the text has a comma within a number."""
     result = text
     joined = _COMMA_IN_NUMBER.search(text) is not None
     for mark in PUNCTUATION:
-        beside_space = f"{mark} " in text or f" {mark}" in text
-        result = result.replace(mark, "" if beside_space or joined else " ")
+        next_to_space = f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if next_to_space or joined else " ")
     return _PERIOD.sub("", result, count=_MOST_PERIODS)
 
 
 def normalize_answer(text: str) -> str:
-    """The server's normal form: no punctuation, lower case, digits for zero to ten ("none" is 0), no articles, apostrophes restored."""
+    """The server's normal form: lower case, no punctuation, no articles, digits for zero to ten and "none" (0), apostrophes restored."""
     text = _strip_punctuation(_strip_space(text))
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
@@ -69,17 +70,17 @@ def _strip_space(text: str) -> str:
 
 
 def answer_score(answer: str, references: Sequence[str]) -> float:
-    """Score in [0, 1] of one answer against its human answers.
+    """Score of one answer against its human answers, 0 to 1.
 
-    With :data:`ENOUGH` or more references (VQA v1, VQA v2 and VizWiz have ten) this is the server's rule to the letter: the mean, over
-    the references, of ``min(1, matches among the others / 3)``; and unless the references differ among themselves, *nothing is
-    normalized*, so that "Yes." does not match ten times "yes".
+    With :data:`ENOUGH` or more references (VQA v1, VQA v2 and VizWiz have ten) this is exactly the server's rule: the mean over the
+    references of ``min(1, matches among the others / 3)``. If all references are equal, the server normalizes *nothing*, so that "Yes."
+    does not match ten times "yes".
 
-    With fewer references no answer could be wholly right by that rule. Here both sides are then always normalized and the bar of three
-    matches drops to as many as there are other references; a single reference is an exact match after normalization.
+    With fewer references no answer could reach 1 by that rule. Then all texts are normalized, and as many matches are needed as there are
+    other references; with a single reference the score is 1 for an exact match after normalization, else 0.
 
     Raises:
-        ValueError: if there is no reference, or one text in the place of a list of them.
+        ValueError: if there is no reference, or a text instead of a list.
     """
     if isinstance(references, str):
         raise ValueError(f"references must be a list of answers, found the text {references!r}")
@@ -91,19 +92,19 @@ def answer_score(answer: str, references: Sequence[str]) -> float:
     matches = np.array([reference == answer for reference in cleaned], dtype=np.int64)
     if len(matches) == 1:
         return float(matches[0])
-    others = matches.sum() - matches
-    return float(np.minimum(1.0, others / min(3, len(matches) - 1)).mean())
+    matches_among_others = matches.sum() - matches
+    return float(np.minimum(1.0, matches_among_others / min(3, len(matches) - 1)).mean())
 
 
 def accuracy(answers: Mapping[str, str], annotations: Mapping[str, Sequence[str]]) -> float:
-    """Mean score over all annotated questions, percent, unrounded (the server rounds to two decimals).
+    """Mean score of all annotated questions, percent, unrounded (the server rounds to two decimals).
 
     Args:
         answers: question id -> answer.
-        annotations: question id -> human answers; see :func:`answer_score` for how their number matters.
+        annotations: question id -> human answers, whose number matters (:func:`answer_score`).
 
     Raises:
-        ValueError: if the two do not name the same questions, there are none, or a question's references are no list or an empty one.
+        ValueError: if the two have different questions, there are none, or a question's references are a text or an empty list.
     """
     if answers.keys() != annotations.keys():
         missing, unknown = sorted(annotations.keys() - answers.keys()), sorted(answers.keys() - annotations.keys())

@@ -93,7 +93,7 @@ def test_agrees_with_the_definitions(seed: int) -> None:
     assert found["rouge_l"] == pytest.approx(np.mean(expected), rel=1e-9)
 
 
-def test_by_hand() -> None:
+def test_scores_computed_by_hand() -> None:
     # 3 of 4 words and 1 of 3 bigrams right, as long as the reference; common subsequence of 3 words
     found = score({"x": "a red round circle"}, {"x": ["a blue round circle"]})
     assert found["bleu_1"] == pytest.approx(3 / 4)
@@ -102,7 +102,7 @@ def test_by_hand() -> None:
     assert found["cider"] == 0  # one image: every inverse document frequency is 0
 
 
-def test_perfect_captions_score_the_most() -> None:
+def test_captions_equal_to_a_reference_have_the_highest_scores() -> None:
     texts = {"x": "a red circle on white ground", "y": "two small blue squares over there"}
     found = score(texts, {key: [text] for key, text in texts.items()})
     assert found["cider"] == pytest.approx(10)
@@ -110,13 +110,13 @@ def test_perfect_captions_score_the_most() -> None:
         assert found[name] == pytest.approx(1)
 
 
-def test_short_captions_pay_the_brevity_penalty() -> None:
+def test_short_captions_get_the_brevity_penalty() -> None:
     found = score({"x": "a red circle"}, {"x": ["a red circle on white"]})
     assert found["bleu_1"] == pytest.approx(math.exp(1 - 5 / 3))
 
 
-def test_closest_length_prefers_the_shorter_of_two() -> None:
-    """All four words are right; there is no brevity penalty against three words, there would be against five."""
+def test_of_two_equally_close_references_the_shorter_sets_the_length() -> None:
+    """All four words match; the brevity penalty is 1 against three words, and would be less against five."""
     assert captions.bleu_of(captions.bleu_counts([["a"] * 4], [[["a"] * 3, ["a"] * 5]]))[0] == pytest.approx(1)
 
 
@@ -152,7 +152,7 @@ def test_punctuation_and_case_do_not_matter() -> None:
     assert score({"x": "A red circle!"}, {"x": ["a red circle."]})["bleu_1"] == pytest.approx(1)
 
 
-def test_refuses_what_does_not_match() -> None:
+def test_missing_captions_and_references_are_an_error() -> None:
     with pytest.raises(ValueError, match="1 without caption"):
         score({}, {"x": ["a"]})
     with pytest.raises(ValueError, match="1 without reference"):
@@ -163,7 +163,7 @@ def test_refuses_what_does_not_match() -> None:
         score({"x": "a"}, {"x": []})
 
 
-def test_empty_caption_scores_nothing() -> None:
+def test_an_empty_caption_scores_zero() -> None:
     found = score({"x": "", "y": "a red dog"}, {"x": ["a red circle"], "y": ["a red dog"]})
     assert 0 < found["rouge_l"] <= 0.5
     assert np.isfinite(list(found.values())).all()

@@ -1,4 +1,4 @@
-"""Agreement of an image with the condition image that it was drawn from."""
+"""Agreement of an image with its condition image."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def agreements(kind: str, images: list[np.ndarray]) -> list[float]:
 
 
 @KINDS
-def test_a_true_image_agrees_and_another_does_not(kind: str) -> None:
+def test_a_real_image_agrees_and_one_of_another_scene_does_not(kind: str) -> None:
     images = [scene.render(SIDE) for scene in SCENES]
     true = agreements(kind, images)
     assert np.mean(true) > 0.99
@@ -48,7 +48,7 @@ def test_a_true_image_agrees_and_another_does_not(kind: str) -> None:
 
 
 @KINDS
-def test_the_further_off_the_less(kind: str) -> None:
+def test_agreement_falls_with_distance(kind: str) -> None:
     scene = Scene("gray", (Object("cross", "yellow", "large", 0.3, 0.5),))
     asked = conditions(scene, SIDE)[kind]
     values = []
@@ -62,7 +62,7 @@ def test_the_further_off_the_less(kind: str) -> None:
 
 
 @KINDS
-def test_both_empty_agree_and_one_empty_does_not(kind: str) -> None:
+def test_empty_condition_images_agree_with_each_other_only(kind: str) -> None:
     empty = extract(kind, np.full((SIDE, SIDE, 3), 150, np.uint8))
     assert agreement(kind, empty, empty) == 1
     assert agreement(kind, ASKED[0][kind], empty) == 0
@@ -70,7 +70,7 @@ def test_both_empty_agree_and_one_empty_does_not(kind: str) -> None:
 
 
 @KINDS
-def test_agreement_is_symmetric_and_a_share(kind: str) -> None:
+def test_agreement_is_symmetric_and_between_0_and_1(kind: str) -> None:
     for one, other in pairwise(ASKED):
         value = agreement(kind, one[kind], other[kind])
         assert 0 <= value <= 1
@@ -79,7 +79,7 @@ def test_agreement_is_symmetric_and_a_share(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*RENDERERS, "hed", "children's scribbles"])
-def test_images_of_another_size_are_brought_to_the_size_asked_for(kind: str) -> None:
+def test_images_of_another_size_are_resized_to_that_of_the_request(kind: str) -> None:
     found = [
         agreement(kind, asked[kind], extract(kind, scene.render(2 * SIDE))) for scene, asked in zip(SCENES[:10], ASKED[:10], strict=True)
     ]
@@ -96,7 +96,7 @@ def test_segments_are_compared_class_by_class() -> None:
     assert agreement("segmentation map", both, tinted) > 0.98
 
 
-def test_depth_tells_solids_of_one_outline() -> None:
+def test_depth_differs_for_solids_of_the_same_outline() -> None:
     ball = conditions(Scene("gray", (Object("circle", "red", "large", 0.5, 0.5),)), SIDE)
     flat = {kind: pixels.copy() for kind, pixels in ball.items()}
     flat["depth"][flat["depth"] > 96] = 96
@@ -116,8 +116,8 @@ def test_objects_of_unknown_shape_are_left_out() -> None:
         assert (extract(kind, image) == extract(kind, np.asarray(image))).all()
 
 
-def test_unknown_kinds_are_named() -> None:
-    with pytest.raises(ValueError, match="no condition of kind 'fog' can be extracted; known are canny edge"):
+def test_an_unknown_kind_is_an_error_that_names_it() -> None:
+    with pytest.raises(ValueError, match="no condition image of kind 'fog' can be extracted; the kinds are canny edge"):
         extract("fog", np.zeros((SIDE, SIDE, 3), np.uint8))
     with pytest.raises(ValueError, match="'fog'"):
         agreement("fog", ASKED[0]["hed"], ASKED[0]["hed"])

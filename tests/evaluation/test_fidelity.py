@@ -1,4 +1,4 @@
-"""Distances of feature sets against closed forms, SciPy's matrix square root, and loops over pairs."""
+"""Distances of feature sets, precision and recall against closed forms, SciPy's matrix square root, and loops over pairs."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def by_sqrtm(a: np.ndarray, b: np.ndarray) -> float:
     return float(difference @ difference + np.trace(cov_a + cov_b - 2 * np.real(linalg.sqrtm(cov_a @ cov_b))))
 
 
-def test_agrees_with_sqrtm() -> None:
+def test_frechet_distance_agrees_with_scipys_matrix_square_root() -> None:
     a, b = features(0, 400, 12), features(1, 300, 12, shift=0.3, scale=1.4)
     assert frechet_distance(a, b) == pytest.approx(by_sqrtm(a, b), rel=1e-8)
 
@@ -57,13 +57,13 @@ def test_float32_features_are_computed_in_float64() -> None:
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
-def test_refuses_bad_features() -> None:
+def test_features_of_wrong_shape_or_value_are_an_error() -> None:
     good = features(0, 10, 4)
     with pytest.raises(ValueError, match="n >= 2"):
         frechet_distance(good[:1], good)
     with pytest.raises(ValueError, match="different widths"):
         frechet_distance(good, good[:, :3])
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="NaN or infinite"):
         frechet_distance(good, np.full((5, 4), np.nan))
 
 
@@ -130,14 +130,14 @@ def test_precision_recall_of_equal_and_of_distant_sets() -> None:
     assert precision_recall(real, real + 100) == (0, 0)
 
 
-def test_equal_rows_are_exactly_zero_apart() -> None:
+def test_equal_rows_have_exactly_zero_distance() -> None:
     a = features(1, 40, 333)
     (squared,) = fidelity._squared_distances(a, np.concatenate([a, a[::-1] + 0.01]))
     assert (np.diag(squared) == 0).all() and (squared > 0).sum() == squared.size - 40
     np.testing.assert_allclose(np.diag(squared[:, :39:-1]), 333 * 0.01**2, rtol=1e-8)
 
 
-def test_mode_collapse_lowers_recall_and_junk_lowers_precision() -> None:
+def test_mode_collapse_lowers_recall_and_outliers_lower_precision() -> None:
     def modes(seed: int, *centers: float) -> np.ndarray:
         return np.concatenate([features(seed + int(center), 100, 6, shift=center) for center in centers])
 
@@ -150,16 +150,16 @@ def test_mode_collapse_lowers_recall_and_junk_lowers_precision() -> None:
     assert junk[0] == pytest.approx(good[0] * 2 / 3, abs=1e-12) and junk[1] == good[1]
 
 
-def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_do_not_depend_on_the_size_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = features(0, 50, 5), features(1, 40, 5, shift=0.4)
-    distance, shares = kernel_distance(a, b, 1, 50, 0), precision_recall(a, b)
-    for cells in (1, 7 * 40):  # a row at a time; parts that do not divide the rows
-        monkeypatch.setattr(fidelity, "CELLS", cells)
+    distance, fractions = kernel_distance(a, b, 1, 50, 0), precision_recall(a, b)
+    for pairs in (1, 7 * 40):  # one row in a block; blocks that do not divide the rows
+        monkeypatch.setattr(fidelity, "MAX_PAIRS", pairs)
         assert kernel_distance(a, b, 1, 50, 0) == pytest.approx(distance, rel=1e-10)
-        assert precision_recall(a, b) == shares
+        assert precision_recall(a, b) == fractions
 
 
-def test_kernel_distance_and_precision_recall_refuse_bad_arguments() -> None:
+def test_impossible_subsets_and_neighbors_are_an_error() -> None:
     good = features(0, 10, 4)
     for subsets, size in ((0, 5), (3, 1)):
         with pytest.raises(ValueError, match="subsets must be at least 1 and subset_size at least 2"):
@@ -169,5 +169,5 @@ def test_kernel_distance_and_precision_recall_refuse_bad_arguments() -> None:
     for neighbors in (0, 5):
         with pytest.raises(ValueError, match=f"neighbors {neighbors} must .* the 5 rows of generated|neighbors 0"):
             precision_recall(good, good[:5], neighbors)
-    with pytest.raises(ValueError, match="generated has values that are not finite"):
+    with pytest.raises(ValueError, match="generated has NaN or infinite values"):
         precision_recall(good, np.full((5, 4), np.nan))

@@ -1,4 +1,4 @@
-"""FID's Inception: published names and shapes, its pooling and resizing against loops, and what it refuses to load.
+"""FID's Inception: published names and shapes, pooling and resizing against loops, and files that are refused.
 
 The weights are random: the published ones are not needed to test what surrounds them.
 """
@@ -26,7 +26,7 @@ def picture(width: int = 75, height: int = 75, seed: int = 0) -> Image.Image:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """The many small operations would spend their time waiting for each other's threads wherever the cores are busy."""
+    """One thread: with busy cores the many small operations would mostly wait for threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,7 +35,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
-    """Random tensors under which activations keep their size through all layers."""
+    """Random weights scaled such that activations keep their magnitude through all layers."""
     generator = torch.Generator().manual_seed(0)
     tensors = build().state_dict()
     for name, tensor in tensors.items():
@@ -74,7 +74,7 @@ def test_names_and_shapes_are_the_published_ones(weights: dict[str, torch.Tensor
 
 
 def pooled_by_loop(x: np.ndarray, pool: Callable[..., np.ndarray]) -> np.ndarray:
-    """3 x 3 windows cut off at the border, one at a time."""
+    """3 x 3 windows clipped at the border, one at a time."""
     height, width = x.shape[-2:]
     result = np.empty_like(x)
     for i in range(height):
@@ -158,12 +158,12 @@ def test_safetensors_without_counters_load_too(inception: Inception, weights: di
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.network.state_dict().items())
 
 
-def test_a_missing_file_says_what_is_wanted(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_that_names_the_published_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"pt_inception-2015-12-05-6726825d\.pth .* pytorch-fid"):
         Inception.load(tmp_path / "weights.pth")
 
 
-def test_refuses_other_weights(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_weights_of_another_network_are_refused(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     other = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")} | {"head": torch.zeros(1)}
     torch.save(other, path)
@@ -175,7 +175,7 @@ def test_refuses_other_weights(weights: dict[str, torch.Tensor], tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
-def test_refuses_what_is_no_weights_file(tmp_path: Path, name: str) -> None:
+def test_a_file_without_weights_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     for data in (b"", b"<html>not found</html>", b"PK\x03\x04 cut off"):
         path.write_bytes(data)
@@ -183,7 +183,7 @@ def test_refuses_what_is_no_weights_file(tmp_path: Path, name: str) -> None:
             Inception.load(path)
 
 
-def test_runs_no_pickled_code(tmp_path: Path) -> None:
+def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"fc.weight": torch.nn.Linear(2, 2)}, path)
     with pytest.raises(ValueError, match="no readable weights file"):

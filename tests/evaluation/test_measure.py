@@ -1,4 +1,4 @@
-"""The evaluation record and its calibrations."""
+"""Scores of generated images, captions and answers, their intervals and calibrations, and the evaluation record."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_interval_covers_the_mean_and_shrinks_with_more_prompts():
     assert np.diff(bootstrap(many, 2000, 0)) / 2 == pytest.approx(normal, rel=0.1)
 
 
-def test_record_comes_back_as_written(tmp_path):
+def test_a_record_is_read_as_it_was_written(tmp_path):
     record = Record(contract={"prompts": digest(["a", "b"])})
     record.add("score", [0.0, 1.0, 1.0], 100, 0)
     record.write(tmp_path)
@@ -63,7 +63,7 @@ def test_image_scores_and_their_calibrations():
     assert wrong.scores["clip_score"] < 0.6 and wrong.scores["fd_encoder"] > 0.1
 
 
-def test_answers_are_compared_with_blind_guesses():
+def test_baselines_of_answers_are_other_images_and_the_majority_answer():
     questions = ["What color is it?", "What color is that?", "How many are there?"]
     truths = [["red"], ["blue"], ["2"]]
     known = measure.Counter({("what_color", "red"): 5, ("what_color", "blue"): 1, ("how_many", "3"): 9})
@@ -75,14 +75,14 @@ def test_answers_are_compared_with_blind_guesses():
     assert record.calibration["vqa_accuracy_majority"] == pytest.approx(1 / 3)
 
 
-def test_kinds_of_questions_are_names_that_trackers_take():
+def test_kinds_of_questions_are_valid_metric_names():
     assert measure.question_kind("What color is it?") == "what_color"
     assert measure.question_kind("Where's Wally/Waldo?") == "where_s_wally_waldo"
     assert measure.question_kind("¿?") == measure.question_kind("") == "other"
     assert len(measure.question_kind("x" * 900)) == measure.KIND_CHARACTERS
 
 
-def test_only_the_most_frequent_kinds_have_a_score():
+def test_only_the_most_frequent_kinds_of_questions_have_a_score():
     questions = [f"kind {number}?" for number in range(30) for _ in range(number + 1)]
     record = Record()
     measure.measure_answers(record, questions, ["a"] * len(questions), None, [["a"]] * len(questions), questions, measure.Counter(), 10, 0)
@@ -92,17 +92,17 @@ def test_only_the_most_frequent_kinds_have_a_score():
 
 
 @pytest.mark.parametrize("images", ["aaabbc", "abcabc", "aab", "ab", "abbbbb"])
-def test_pictures_of_others_are_never_the_questions_own(images):
+def test_images_of_other_questions_are_never_the_own(images):
     found = measure.images_of_others([(image, "?", ["x"]) for image in images])
     assert len(found) == len(images) and all(other != own for own, other in zip(images, found, strict=True))
     assert set(found) <= set(images)
 
 
-def test_without_a_second_picture_there_are_no_others():
+def test_a_single_image_has_no_other_images():
     assert measure.images_of_others([("a", "?", []), ("a", "!", [])]) is None
 
 
-def test_one_document_is_measured_without_distance_and_baselines():
+def test_a_single_record_has_neither_distances_nor_baselines():
     record, image, caption = Record(), [flat(250, 0, 0)], "a red circle on a white background"
     measure.measure_images(record, ColorEncoder(), ["red"], image, image, image, 10, 0)
     measure.measure_composition(record, [caption], image, image, image, 10, 0)
@@ -111,7 +111,7 @@ def test_one_document_is_measured_without_distance_and_baselines():
     assert {"clip_score", "composition", "cider"} <= set(record.scores) and "fd_encoder" not in record.scores
 
 
-def test_captions_of_other_images_score_less():
+def test_captions_score_less_for_other_images():
     names = ["a", "b", "c"]
     texts = ["a red circle on white", "two blue squares on black", "the letter A in green on gray"]
     record = Record()
@@ -120,7 +120,7 @@ def test_captions_of_other_images_score_less():
     assert record.calibration["cider_other_images"] < 1
 
 
-def test_a_persons_caption_is_scored_against_the_others():
+def test_a_reference_is_scored_against_the_other_references():
     references = [["a red circle on white", "a red circle", "one red circle"], ["two blue squares", "two squares on black"], ["a ring"]]
     record = Record()
     measure.measure_captions(record, ["a", "b", "c"], ["a red circle", "two blue squares", "a ring"], references, 10, 0)
@@ -132,7 +132,7 @@ def test_a_persons_caption_is_scored_against_the_others():
     assert low <= record.scores["cider"] <= high
 
 
-def test_fidelity_names_its_extractor_and_says_what_is_normal():
+def test_fidelity_scores_are_named_after_the_extractor_and_calibrated():
     rng = np.random.default_rng(0)
     real = [Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)) for _ in range(20)]
     dark = [Image.fromarray(np.asarray(image) // 4) for image in real]
@@ -149,7 +149,7 @@ def test_fidelity_names_its_extractor_and_says_what_is_normal():
     assert record.calibration["precision_pixels_reconstructions"] == record.calibration["recall_pixels_reconstructions"] == 1
 
 
-def test_every_score_of_images_answers_and_upscaling_lies_in_its_interval():
+def test_every_score_lies_in_its_interval():
     rng = np.random.default_rng(1)
     real = [Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)) for _ in range(40)]
     near = [Image.fromarray(np.clip(np.asarray(image).astype(int) + 3, 0, 255).astype(np.uint8)) for image in real]
@@ -164,7 +164,7 @@ def test_every_score_of_images_answers_and_upscaling_lies_in_its_interval():
         assert low <= record.scores[name] <= high, name
 
 
-def test_values_that_belong_together_are_resampled_together():
+def test_values_of_a_group_are_resampled_together():
     values = [0.0] * 10 + [1.0] * 10
     low, high = bootstrap(values, 2000, 0)
     wide_low, wide_high = bootstrap(values, 2000, 0, ["a"] * 5 + ["b"] * 5 + ["c"] * 5 + ["d"] * 5)
@@ -172,7 +172,7 @@ def test_values_that_belong_together_are_resampled_together():
     assert bootstrap(values, 50, 0, [str(n) for n in range(20)]) != (0.0, 1.0)
 
 
-def test_composition_is_absent_where_captions_state_no_scene():
+def test_captions_that_describe_no_scene_have_no_composition_score():
     record = Record()
     measure.measure_composition(record, ["a photo of a dog"] * 2, [flat(9, 9, 9)] * 2, [flat(9, 9, 9)] * 2, [flat(9, 9, 9)] * 2, 10, 0)
     assert "composition" not in record.scores

@@ -1,4 +1,4 @@
-"""PSNR and SSIM on luma against scikit-image, a direct double loop, and values that are known."""
+"""PSNR and SSIM on luma against scikit-image, a direct double loop, and closed forms."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_luma_of_known_colors() -> None:
     np.testing.assert_allclose(to_luma(colors), [[235, 16, 81.481, 144.553, 40.966]], rtol=0, atol=1e-12)
 
 
-def test_luma_is_that_of_scikit_image_and_not_rounded() -> None:
+def test_luma_agrees_with_scikit_image_and_is_not_rounded() -> None:
     image = picture()
     np.testing.assert_allclose(to_luma(image), rgb2ycbcr(image)[..., 0], rtol=0, atol=1e-10)
     assert (to_luma(image) % 1 != 0).mean() > 0.9
@@ -93,7 +93,7 @@ def test_ssim_is_symmetric_one_for_equals_and_falls_with_noise() -> None:
     assert 1 > scores[0] > scores[1] > scores[2] > 0
 
 
-def test_only_what_the_crop_leaves_counts() -> None:
+def test_cropped_pixels_do_not_count() -> None:
     hr = picture()
     sr = hr.copy()
     sr[:4], sr[-4:], sr[:, :4], sr[:, -4:] = 0, 0, 0, 0
@@ -101,7 +101,7 @@ def test_only_what_the_crop_leaves_counts() -> None:
     assert psnr_y(hr, sr, 3) < 40 and ssim_y(hr, sr, 3) < 1
 
 
-def test_pil_images_are_read_as_their_arrays() -> None:
+def test_pil_images_score_as_their_arrays() -> None:
     hr = picture()
     sr = worse(hr)
     assert psnr_y(Image.fromarray(hr), Image.fromarray(sr), 2) == psnr_y(hr, sr, 2)
@@ -115,7 +115,7 @@ def test_gray_stored_as_rgb_scores_higher() -> None:
     assert as_rgb - psnr_y(gray, other, 2) == pytest.approx(1.3219, abs=1e-4)
 
 
-def test_refuses_what_it_cannot_compare() -> None:
+def test_images_that_cannot_be_compared_are_an_error() -> None:
     image = picture()
     for metric in (psnr_y, ssim_y):
         with pytest.raises(ValueError, match="differ in size"):

@@ -1,4 +1,4 @@
-"""VQA accuracy: the rules of the evaluation server, by hand."""
+"""VQA accuracy: the rules of the evaluation server, by hand-computed cases."""
 
 import pytest
 from hypothesis import given, settings
@@ -18,9 +18,9 @@ from cm3leon.evaluation.vqa import CONTRACTIONS, accuracy, answer_score, normali
         ("dont", "don't"),
         ("couldntve", "couldntve"),  # one apostrophe may be missing, not two
         ("couldnt've", "couldn't've"),
-        ("somebody'd", "somebodyd"),  # the server's own slip
-        ("hello, world", "hello world"),  # beside a space: removed
-        ("black/white", "black white"),  # between letters: a space instead
+        ("somebody'd", "somebodyd"),  # the server's own mistake
+        ("hello, world", "hello world"),  # next to a space: removed
+        ("black/white", "black white"),  # between letters: replaced by a space
         ("1,000", "1000"),
         ("1,000/yes", "1000yes"),  # a comma in a number removes all punctuation
         ("3.5", "3.5"),
@@ -48,7 +48,7 @@ def test_contractions_have_exactly_one_apostrophe_missing() -> None:
 
 @pytest.mark.parametrize(("matching", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)])
 def test_ten_annotators(matching: int, expected: float) -> None:
-    """m matches: m of the ten leave one out and see m - 1, the others see m."""
+    """With m matches, leaving out one of the m leaves m - 1, leaving out another leaves m."""
     references = ["red"] * matching + [f"other {i}" for i in range(10 - matching)]
     assert answer_score("red", references) == pytest.approx(expected)
     assert answer_score("Red.", references) == pytest.approx(expected)
@@ -82,7 +82,7 @@ def test_accuracy_is_the_mean_in_percent() -> None:
     assert accuracy({"a": "a red", "b": "two", "c": "no", "d": "No!"}, annotations) == pytest.approx(75)
 
 
-def test_refuses_what_does_not_match() -> None:
+def test_unanswered_and_unannotated_questions_are_an_error() -> None:
     with pytest.raises(ValueError, match="1 unanswered"):
         accuracy({}, {"q": ["yes"]})
     with pytest.raises(ValueError, match="1 not annotated"):
@@ -100,7 +100,7 @@ def test_refuses_what_does_not_match() -> None:
     st.lists(st.sampled_from(["red", "blue", "a red", "2", "two"]), min_size=1, max_size=12),
     st.sampled_from(["red", "blue", "two", "x"]),
 )
-def test_scores_are_shares_and_order_does_not_matter(references: list[str], answer: str) -> None:
+def test_scores_are_between_0_and_1_and_order_does_not_matter(references: list[str], answer: str) -> None:
     value = answer_score(answer, references)
     assert 0 <= value <= 1
     assert answer_score(answer, references[::-1]) == pytest.approx(value)
@@ -109,6 +109,6 @@ def test_scores_are_shares_and_order_does_not_matter(references: list[str], answ
 
 @settings(max_examples=40, deadline=None)
 @given(st.text(max_size=30))
-def test_normal_form_is_lower_case_without_outer_space(text: str) -> None:
+def test_normal_form_has_single_spaces_only(text: str) -> None:
     normal = normalize_answer(text)
     assert normal == " ".join(normal.split())
