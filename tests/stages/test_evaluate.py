@@ -1,4 +1,4 @@
-"""Stage evaluate on untrained models: captions and questions of any length, shared images, a contract that covers what was asked."""
+"""Stage evaluate on untrained models: every task, texts of any length, the contract, and reproduction from the record."""
 
 import io
 import json
@@ -38,11 +38,11 @@ CONFIG = Config.model_validate(
         "evaluate": {"prompts": 3, "captions": 2, "questions": 6, "tasks": 6, "sheet": 2, "bootstrap": 10},
     }
 )
-TOO_LONG = "a red circle beside a ring " * 60
+TOO_LONG = "a red circle next to a ring " * 60
 
 
 def write_validated(records):
-    """What ``validate`` leaves: the manifest of the records, and their thumbnails."""
+    """The outputs of ``validate``: the manifest of the records, and their thumbnails."""
     paths.VALIDATED.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(records, schema=VALIDATED_SCHEMA), paths.VALIDATED / "manifest.parquet")
     store = ImageStore(paths.RAW)
@@ -52,7 +52,7 @@ def write_validated(records):
 
 @pytest.fixture
 def collection(tmp_path, monkeypatch, tiny_models):
-    """Untrained models; ``write(count)`` makes that many test documents, the first with a blank, then a very long caption."""
+    """Untrained models; ``write(count)`` writes that many test records, the first with a blank and a very long caption."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "stage_run", lambda stage, config: nullcontext(runs.Run()))
     for name in ("models", "data"):
@@ -80,17 +80,17 @@ def collection(tmp_path, monkeypatch, tiny_models):
     return write
 
 
-def test_long_captions_and_questions_are_cut_not_fatal(collection):
+def test_captions_and_questions_longer_than_the_context_are_shortened(collection):
     collection(3)
-    figures = evaluate.run(CONFIG)
+    metrics = evaluate.run(CONFIG)
     record = Record.read(paths.EVALUATION)
     assert {"clip_score", "fd_encoder", "cider", "vqa_accuracy", "super_resolution_psnr_rgb"} <= set(record.scores)
     assert {"vqa_accuracy_other_images", "super_resolution_psnr_rgb_bicubic"} <= set(record.calibration)
     assert record.scores["super_resolution_psnr_rgb"] == pytest.approx(record.calibration["super_resolution_psnr_rgb_bicubic"], abs=1)
     assert record.contract["counts"] == {"prompts": 3, "captioned": 2, "questions": 6}
     assert record.contract["retrieval"]["max_score"] == CONFIG.retrieve.max_score
-    assert all(np.isfinite(value) for value in figures.values())
-    with pytest.raises(PromptTooLongError):
+    assert all(np.isfinite(value) for value in metrics.values())
+    with pytest.raises(PromptTooLongError):  # unlike the generator, which refuses them
         Generator.from_parts(
             model=paths.FINETUNED, image_tokenizer=paths.IMAGE_TOKENIZER, text_tokenizer=paths.TEXT_TOKENIZER, decoding=CONFIG.decoding
         ).text_to_image([TOO_LONG], candidates=1, retrieved_documents=0)
@@ -98,7 +98,7 @@ def test_long_captions_and_questions_are_cut_not_fatal(collection):
 
 @pytest.fixture
 def scenes(collection):
-    """Test documents of the shapes source with all that tasks need, and one training document."""
+    """Test records of the source ``shapes`` with all columns that tasks need, and one training record."""
     config = ShapesConfig(count=9, letters=0.3, edits=1.0, conditions=1.0, seed=1)
     pack(shapes.rows(config, paths.RAW), paths.RAW, 32)
     frame = read_manifest(paths.RAW).assign(width=64, height=64, split="test")
@@ -106,7 +106,7 @@ def scenes(collection):
     write_validated(frame[VALIDATED_SCHEMA.names].to_dict("records"))
 
 
-def test_every_task_is_measured_with_its_calibrations_and_again(scenes):
+def test_every_task_is_measured_with_its_calibrations(scenes):
     evaluate.run(CONFIG)
     record = Record.read(paths.EVALUATION)
     for task in TASKS.values():
@@ -124,13 +124,21 @@ def test_every_task_is_measured_with_its_calibrations_and_again(scenes):
     assert record.scores.keys() - record.intervals.keys() == {"composition/prompts"}
     assert (paths.EVALUATION / "confusions.csv").read_text().startswith("attribute,stated,drawn,count\n")
 
+
+def test_an_evaluation_is_reproduced_from_its_record(scenes):
+    evaluate.run(CONFIG)
+    record = Record.read(paths.EVALUATION)
     count, differing = evaluation.reproduce(Config(), paths.EVALUATION / "record.json")
     assert count == len(record.scores) + len(record.calibration) and differing == []
+
+    # A score that differs is found.
     saved = json.loads((paths.EVALUATION / "record.json").read_text())
     saved["scores"]["edit/kept"] += 0.1
     Path("changed.json").write_text(json.dumps(saved))
-    [(name, recorded, again)] = evaluation.reproduce(Config(), Path("changed.json"))[1]
-    assert name == "edit/kept" and recorded == pytest.approx(again + 0.1)
+    [(name, recorded, measured)] = evaluation.reproduce(Config(), Path("changed.json"))[1]
+    assert name == "edit/kept" and recorded == pytest.approx(measured + 0.1)
+
+    # Records of other code or of other models are refused.
     saved["settings"]["evaluate"]["lasers"] = 3
     Path("alien.json").write_text(json.dumps(saved))
     with pytest.raises(UserError, match=r"alien\.json was made by other code.*lasers"):
