@@ -1,17 +1,14 @@
-"""Short pretraining runs with different parameters, on the tokens of the last pipeline run:
+"""Compare settings of pretraining by short runs on the tokens of the last pipeline run:
 
     python benchmarks/decoder.py --steps 600 "pretrain.optimizer=adamw pretrain.learning_rate=0.003" "pretrain.learning_rate=0.01"
 
-Each argument is one variant: changes to ``params.yaml``, separated by spaces. The table has for each variant
+Each argument is one variant: changes to ``params.yaml``, separated by spaces. The table has a row for each, measured on the val split:
 
-- steps a second;
-- losses on the val split: nats an image given its caption, and nats a caption token given the image;
-- composition accuracy of one plainly sampled image of each val prompt: of all prompts, and of those with 1, 2 and 3 different objects;
-- "relation": how often a stated relation holds if count and colors are right (chance: about 0.25);
-- "binding": how often an image of two objects is more likely given its caption than given the caption with the two colors swapped
-  (chance: 0.5).
-
-Shapes: N prompts, S codes of an image.
+- steps per second of training;
+- losses without masks: nats per image given its caption, and nats per caption token given the image;
+- composition accuracy of one unranked image for each prompt, also by the number of different objects that the prompt names, and
+  "relation": how often a stated relation holds if number and colors are right (chance: about 0.25);
+- "binding": how often an image of two objects is more likely given its caption than given it with swapped colors (chance: 0.5).
 """
 
 from __future__ import annotations
@@ -44,45 +41,50 @@ from cm3leon.training.pretraining import build_decoder, training_samples
 from cm3leon.training.trainer import fit, setup, validate
 from cm3leon.utils.images import to_pil
 
-BATCH = 128
-"""Prompts whose images are generated in one call."""
-VALIDATION_BATCH = 64
+IMAGES_AT_ONCE = 128
 
 
 def held_out_batches(model: Decoder, config: Config, objective: ObjectiveConfig) -> list[Batch]:
-    """The val split once, without retrieved documents, masked by ``objective``."""
+    """The val split once, without retrieved documents, with the masks of ``objective``."""
     section = config.pretrain.model_copy(update={"objective": objective, "retrieved_documents": [1.0]})
     store = TokenStore(paths.TOKENS, ["val"])
-    samples = training_samples(store, model.vocabulary, section, config.seed)
-    stream = SortedStream(samples, len(store), VALIDATION_BATCH, config.seed)
-    return [stream(step) for step in range(max(1, len(store) // VALIDATION_BATCH))]
+    stream = SortedStream(training_samples(store, model.vocabulary, section, config.seed), len(store), 64, config.seed)
+    return [stream(step) for step in range(max(1, len(store) // 64))]
 
 
 def composition_by_objects(model: Decoder) -> dict[str, float]:
-    """Composition accuracy of one plainly sampled image of each val prompt: "all", by the number of different objects, and "relation"."""
-    image_tokenizer, text_tokenizer = ImageTokenizer.load(paths.IMAGE_TOKENIZER), TextTokenizer.load(paths.TEXT_TOKENIZER)
+    """Composition accuracy of one image, sampled without guidance, for each val prompt.
+
+    Returns:
+        By key: ``all``; ``1``, ``2``, ``3``, the prompts that name so many different objects; ``relation``, the relation alone where number
+        and colors are right.
+    """
+    images, texts = ImageTokenizer.load(paths.IMAGE_TOKENIZER), TextTokenizer.load(paths.TEXT_TOKENIZER)
+    # 1. One image for each prompt.
     captions = [str(found[0]) for found in read_manifest(paths.VALIDATED, "val")["captions"]]
     vocabulary = model.vocabulary
-    prompts = [[image_prompt([("text", vocabulary.text(text_tokenizer.encode(caption)))], [], vocabulary)] for caption in captions]
+    prompts = [[image_prompt([("text", vocabulary.text(texts.encode(caption)))], [], vocabulary)] for caption in captions]
     plain = Sampler(DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0))
     verdicts = []
-    for start in range(0, len(prompts), BATCH):
-        batch = slice(start, start + BATCH)
+    for start in range(0, len(prompts), IMAGES_AT_ONCE):
+        batch = slice(start, start + IMAGES_AT_ONCE)
         seeds = [[row] for row in range(start, start + len(prompts[batch]))]
-        codes_NS = generate_images(model, prompts[batch], seeds, plain)[:, 0]
-        verdicts += composition.verdicts(captions[batch], to_pil(image_tokenizer.decode(torch.from_numpy(codes_NS))))
-    correct = defaultdict(list)
+        codes = generate_images(model, prompts[batch], seeds, plain)[:, 0]
+        verdicts += composition.verdicts(captions[batch], to_pil(images.decode(torch.from_numpy(codes))))
+
+    # 2. Outcomes by key.
+    right = defaultdict(list)
     for caption, verdict in zip(captions, verdicts, strict=True):
         if verdict is not None and (statement := composition.parse_caption(caption)) is not None:
             for key in ("all", str(len(set(statement.objects)))):
-                correct[key].append(all(verdict.values()))
+                right[key].append(all(verdict.values()))
             if "relation" in verdict and verdict["count"] and verdict["color"]:
-                correct["relation"].append(verdict["relation"])
-    return {key: float(np.mean(values)) for key, values in sorted(correct.items())}
+                right["relation"].append(verdict["relation"])
+    return {key: float(np.mean(values)) for key, values in sorted(right.items())}
 
 
 def swapped_colors(caption: str) -> str | None:
-    """A caption of two objects of different colors and shapes, with the colors swapped; None for all other captions."""
+    """The caption with the colors of its two objects swapped; None unless it has two objects of different colors and shapes."""
     object_ = rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b"
     found = re.findall(object_, caption)
     if len(found) != 2 or len({color for color, _ in found}) < 2 or len({shape for _, shape in found}) < 2:
@@ -92,27 +94,23 @@ def swapped_colors(caption: str) -> str | None:
 
 
 def binding(model: Decoder) -> float:
-    """Share of val images of two objects that are more likely given their caption than given the caption with the colors swapped."""
-    tokenizer, store, vocabulary = TextTokenizer.load(paths.TEXT_TOKENIZER), TokenStore(paths.TOKENS, ["val"]), model.vocabulary
-    images, captions, swapped = [], [], []
-    for row in read_manifest(paths.VALIDATED, "val").itertuples():
-        caption = str(row.captions[0])
-        if (other := swapped_colors(caption)) is not None:
-            images.append(Prompt(vocabulary.image(store.by_id(row.id).codes), np.arange(1, vocabulary.tokens_per_image + 1)))
-            captions.append(caption)
-            swapped.append(other)
-
-    def likelihoods(texts: Sequence[str]) -> np.ndarray:
-        """Log-likelihood (N,) of each image given its text."""
-        prompts = [image_prompt([("text", vocabulary.text(tokenizer.encode(text)))], [], vocabulary) for text in texts]
-        return np.array([float(logs_S.sum()) for logs_S in log_likelihoods(model, prompts, images)])
-
-    return float(np.mean(likelihoods(captions) > likelihoods(swapped)))
+    """Fraction of val images of two objects that are more likely given their caption than given it with the colors swapped."""
+    texts = TextTokenizer.load(paths.TEXT_TOKENIZER)
+    store = TokenStore(paths.TOKENS, ["val"])
+    vocabulary = model.vocabulary
+    rows = read_manifest(paths.VALIDATED, "val")
+    asked = [(store.by_id(name).codes, str(captions[0])) for name, captions in zip(rows["id"], rows["captions"], strict=True)]
+    pairs = [(codes, caption, other) for codes, caption in asked if (other := swapped_colors(caption)) is not None]
+    images = [Prompt(vocabulary.image(codes), np.arange(1, vocabulary.tokens_per_image + 1)) for codes, _, _ in pairs]
+    found = []
+    for which in (1, 2):
+        prompts = [image_prompt([("text", vocabulary.text(texts.encode(str(pair[which]))))], [], vocabulary) for pair in pairs]
+        found.append([float(scores.sum()) for scores in log_likelihoods(model, prompts, images)])
+    return float(np.mean(np.array(found[0]) > np.array(found[1])))
 
 
 def trial(changes: Sequence[str], steps: int) -> str:
-    """Train one variant; returns its row of the table."""
-    # 1. Train.
+    """Train one variant and return its row of the table."""
     config = changed_config([*changes, f"pretrain.steps={steps}", f"pretrain.validate_every={steps}"], PARAMS)
     section = config.pretrain
     model = build_decoder(section.model, config.seed)
@@ -122,16 +120,14 @@ def trial(changes: Sequence[str], steps: int) -> str:
     state = setup(model, section)
     fit(state, stream, section, {}, "pretrain")
     rate = steps / (time.perf_counter() - start)
-    # 2. Losses: images after their captions (nothing is masked), and captions after their images (every caption is masked).
-    no_masks = ObjectiveConfig(mean_masks=0, segment_rate=0)
-    caption_masked = ObjectiveConfig(mean_masks=0, segment_rate=1, caption_share=1)
-    image_loss = validate(state, held_out_batches(model, config, no_masks), section)["loss_image"]
-    caption_loss = validate(state, held_out_batches(model, config, caption_masked), section)["loss_text"]
-    # 3. Generated images.
+    image_metrics = validate(state, held_out_batches(model, config, ObjectiveConfig(mean_masks=0, segment_rate=0)), section)
+    caption = ObjectiveConfig(mean_masks=0, segment_rate=1, caption_share=1)
+    caption_metrics = validate(state, held_out_batches(model, config, caption), section)
     model.eval()
-    accuracy = ", ".join(f"{key}: {share:.3f}" for key, share in composition_by_objects(model).items())
-    losses = f"{image_loss * model.vocabulary.tokens_per_image:.2f} | {caption_loss:.3f}"
-    return f"| {' '.join(changes) or 'params.yaml'} | {rate:.2f} | {losses} | {accuracy} | {binding(model):.2f} |"
+    shown = ", ".join(f"{key}: {value:.3f}" for key, value in composition_by_objects(model).items())
+    per_image = image_metrics["loss_image"] * model.vocabulary.tokens_per_image
+    columns = f"{rate:.2f} | {per_image:.2f} | {caption_metrics['loss_text']:.3f} | {shown} | {binding(model):.2f}"
+    return f"| {' '.join(changes) or 'params.yaml'} | {columns} |"
 
 
 if __name__ == "__main__":
@@ -139,6 +135,6 @@ if __name__ == "__main__":
     parser.add_argument("variants", nargs="*", default=[""])
     parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
-    print("| changes | steps/s | nats an image | nats a caption token | composition of one image | binding |\n|---|---|---|---|---|---|")
+    print("| changes | steps/s | nats per image | nats per caption token | composition of one image | binding |\n|---|---|---|---|---|---|")
     for variant in options.variants:
         print(trial(variant.split(), options.steps), flush=True)

@@ -1,16 +1,10 @@
-"""Image tokenizers trained with different parameters, on the images of the last pipeline run:
+"""Compare settings of the image tokenizer by training it on the images of the last pipeline run:
 
     python benchmarks/image_tokenizer.py "image_tokenizer.optimizer=adamw" "image_tokenizer.encoder_kernel=3"
 
-Each argument is one variant: changes to ``params.yaml``, separated by spaces. The table has for each variant the seconds of training and,
-on the val split,
-
-- PSNR of reconstructions, dB;
-- composition accuracy of reconstructions: the ceiling of a decoder's;
-- the share of codes in use;
-- the entropy of a patch's code given the patch, nats an image: 0 if equal patches have equal codes.
-
-Shapes: N images, H and W pixels, S codes of an image.
+Each argument is one variant: changes to ``params.yaml``, separated by spaces. The table has a row for each: seconds of training and, on
+the val split, PSNR; composition accuracy of the reconstructions, which is the ceiling of a decoder; the fraction of the codebook in use;
+and the entropy of a patch's code given the patch, nats per image, which is 0 if equal patches have equal codes.
 """
 
 from __future__ import annotations
@@ -34,24 +28,25 @@ from cm3leon.scenes import composition
 from cm3leon.training.vqgan import code_statistics, psnr, train_image_tokenizer
 
 
-def code_entropy(images_NHW3: np.ndarray, codes_NS: np.ndarray, patch: int) -> float:
-    """Entropy of a patch's code given its pixels, nats an image.
+def code_uncertainty(images: np.ndarray, codes: np.ndarray, patch: int) -> float:
+    """Conditional entropy of the codes given the pixels of their patches, nats per image.
 
     Args:
-        images_NHW3: uint8, square.
-        patch: side of a patch, pixels.
+        images: uint8 (N, H, W, 3).
+        codes: int64 (N, h * w), in raster order.
+        patch: side of a patch, pixels: H / h.
     """
-    count, side = len(images_NHW3), images_NHW3.shape[1] // patch
-    patches = images_NHW3.reshape(count, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5).reshape(count * side * side, -1)
-    counts: defaultdict[bytes, Counter[int]] = defaultdict(Counter)
-    for pixels, code in zip(patches, codes_NS.reshape(-1).tolist(), strict=True):
-        counts[pixels.tobytes()][code] += 1
-    # H(code | patch) * codes an image = - sum over patches p and codes c of n(p, c) log(n(p, c) / n(p)), divided by the number of images
-    return -sum(n * math.log(n / sum(codes.values())) for codes in counts.values() for n in codes.values()) / count
+    # H(code | patch) = -sum of n(patch, code) log(n(patch, code) / n(patch)) / N, a sum over the patches of each of N images.
+    count, side = len(images), images.shape[1] // patch
+    patches = images.reshape(count, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5).reshape(count * side * side, -1)
+    seen: defaultdict[bytes, Counter[int]] = defaultdict(Counter)
+    for pixels, code in zip(patches, codes.reshape(-1).tolist(), strict=True):
+        seen[pixels.tobytes()][code] += 1
+    return -sum(n * math.log(n / sum(found.values())) for found in seen.values() for n in found.values()) / count
 
 
 def trial(changes: Sequence[str]) -> str:
-    """Train one variant; returns its row of the table."""
+    """Train one variant and return its row of the table."""
     config = changed_config(changes, PARAMS)
     section, store = config.image_tokenizer, ImageStore(paths.RAW)
     images = ImageSet(store, read_manifest(paths.VALIDATED, "train")["image"].tolist(), section.image_size)
@@ -64,15 +59,14 @@ def trial(changes: Sequence[str]) -> str:
     captions = [str(texts[0]) for texts in held_out["captions"]]
     ceiling = composition.score(captions, [Image.fromarray(array) for array in reconstructions.numpy()]).get("composition", float("nan"))
     used = code_statistics(codes, section.codebook_size)["codebook_usage"]
-    entropy = code_entropy(originals, codes.numpy(), section.downsampling)
+    uncertainty = code_uncertainty(originals, codes.numpy(), section.downsampling)
     quality = psnr(torch.from_numpy(originals), reconstructions)
-    return f"| {' '.join(changes) or 'params.yaml'} | {seconds:.0f} | {quality:.1f} | {ceiling:.3f} | {used:.2f} | {entropy:.2f} |"
+    return f"| {' '.join(changes) or 'params.yaml'} | {seconds:.0f} | {quality:.1f} | {ceiling:.3f} | {used:.2f} | {uncertainty:.2f} |"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("variants", nargs="*", default=[""])
-    print("| changes | seconds | PSNR, dB | composition | codes used | entropy of codes given patches, nats an image |")
-    print("|---|---|---|---|---|---|")
+    print("| changes | seconds | PSNR, dB | composition ceiling | codebook usage | nats of codes |\n|---|---|---|---|---|---|")
     for variant in parser.parse_args().variants:
         print(trial(variant.split()), flush=True)

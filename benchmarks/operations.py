@@ -41,7 +41,7 @@ def by_reals(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 def all_at_once(hidden: Tensor, output: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """The loss with the logits of all tokens at once."""
+    """Cross-entropy with the logits of all tokens in memory at once."""
     losses = F.cross_entropy((hidden @ output.T).float(), targets, reduction="none")
     return (losses * weights).sum(), losses.detach()
 
@@ -79,5 +79,5 @@ if __name__ == "__main__":
     print("| replaced | as it is, ms | replaced, ms | ratio |\n|---|---|---|---|")
     for name, replaced in REPLACED.items():
         times = [(seconds(nullcontext()), seconds(replaced())) for _ in range(options.rounds)]
-        here, there = (1000 * statistics.median(column) for column in zip(*times, strict=True))
-        print(f"| {name} | {here:.1f} | {there:.1f} | {statistics.median(b / a for a, b in times):.2f} |", flush=True)
+        ours, plain = (1000 * statistics.median(column) for column in zip(*times, strict=True))
+        print(f"| {name} | {ours:.1f} | {plain:.1f} | {statistics.median(b / a for a, b in times):.2f} |", flush=True)

@@ -1,13 +1,11 @@
 """Speed and memory of training, compared with ``OPTForCausalLM`` of the same shape, optimizer and precision.
 
-    python benchmarks/training.py                # tokens a second at the small shape
-    python benchmarks/training.py --memory       # peak resident memory of a step, for growing vocabularies
-    python benchmarks/training.py --shape 350m   # tokens a second and MFU of ours alone, bfloat16 on a GPU
+    python benchmarks/training.py                # tokens per second at the small shape, alternating steps
+    python benchmarks/training.py --memory       # peak resident memory of a step for several sizes of vocabulary
 
-Needs transformers. Steps are whole (forward, backward, AdamW), on the same random tokens. The two models are in processes of their own, so
-that neither profits from memory that the other has allocated; their steps alternate, and ratios are of medians.
-
-Shapes: B sequences, T tokens.
+Needs transformers. Both take whole steps (forward, backward, AdamW) on the same random tokens. Each has a process of its own, so that
+neither reuses memory that the other has allocated; the processes take turns, and the ratio is that of the medians. On a GPU training is
+in bfloat16, and ``--shape 350m`` and ``--shape 760m`` print tokens per second and MFU of ours alone.
 """
 
 from __future__ import annotations
@@ -31,20 +29,21 @@ from cm3leon.utils.device import default_device
 from cm3leon.utils.torchvision_compat import make_importable
 
 SHAPES = {"small": (4, 128, 4), "350m": (24, 1024, 16), "760m": (24, 1536, 16)}
+"""Layers, width, heads."""
 DEVICE = default_device()
 LEARNING_RATE = 1e-4
-WARMUP = 3
-"""Steps that are not timed."""
+WARM_UP = 3
+"""First steps, which are not timed."""
 
 
 def spec_of(shape: str, context: int) -> DecoderSpec:
-    """A decoder of the paper's architecture; ``shape`` is a key of :data:`SHAPES`."""
+    """The paper's decoder, without our additions, which OPT does not have."""
     off = {"qk_norm": False, "image_positions": False, "rope": False, "previous_token": False}
     return DecoderSpec(*SHAPES[shape], context, init_std=0.006, position_std=0.0002, **off)
 
 
 def step_of_ours(shape: str, context: int, vocabulary: int, tokens_BT: torch.Tensor) -> Callable[[], float]:
-    """A function that takes one optimizer step of our decoder and returns the loss."""
+    """A function that takes one training step of our decoder and returns the loss. tokens_BT: int64 (batch, context)."""
     model = Decoder(spec_of(shape, context), Vocabulary(vocabulary - 8 - 4 - 64, 64, 8, 64)).to(DEVICE)
     weights = torch.ones_like(tokens_BT, dtype=torch.float32)
     image_positions = torch.zeros_like(tokens_BT)
@@ -57,7 +56,7 @@ def step_of_ours(shape: str, context: int, vocabulary: int, tokens_BT: torch.Ten
 
 
 def step_of_opt(shape: str, context: int, vocabulary: int, tokens_BT: torch.Tensor) -> Callable[[], float]:
-    """The same for OPT of transformers."""
+    """As :func:`step_of_ours`, for transformers' OPT."""
     make_importable()
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -90,55 +89,55 @@ STEPS = {"ours": step_of_ours, "opt": step_of_opt}
 
 
 def seconds(step: Callable[[], float]) -> float:
-    """Seconds of one step."""
+    """Duration of one step, seconds."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
 
 
-def worker(which: str, shape: str, batch: int, context: int, vocabulary: int, parent: Connection) -> None:
-    """Take a step for each True received, and send back its seconds; end on False."""
+def worker(which: str, shape: str, batch: int, context: int, vocabulary: int, pipe: Connection) -> None:
+    """Take a step for each True that is received, and send its duration; end at False."""
     torch.manual_seed(0)
     tokens = torch.randint(vocabulary, (batch, context), device=DEVICE)
     step = STEPS[which](shape, context, vocabulary, tokens)
-    while parent.recv():
-        parent.send(seconds(step))
+    while pipe.recv():
+        pipe.send(seconds(step))
 
 
 def compare(shape: str, batch: int, context: int, vocabulary: int, rounds: int) -> None:
-    """Alternate steps of the two; print tokens a second and the ratio of medians."""
-    spawn = multiprocessing.get_context("spawn")
+    """Alternate steps of the two; print tokens per second and the ratio of the medians."""
+    processes = multiprocessing.get_context("spawn")  # a fork would inherit the memory of this process
     ends: dict[str, Connection] = {}
     for which in STEPS:
-        ends[which], parent = spawn.Pipe()
-        spawn.Process(target=worker, args=(which, shape, batch, context, vocabulary, parent), daemon=True).start()
-    taken: dict[str, list[float]] = {which: [] for which in STEPS}
-    for number in range(rounds + WARMUP):
+        ends[which], worker_end = processes.Pipe()
+        processes.Process(target=worker, args=(which, shape, batch, context, vocabulary, worker_end), daemon=True).start()
+    durations: dict[str, list[float]] = {which: [] for which in STEPS}
+    for number in range(rounds + WARM_UP):
         for which, end in ends.items():
             end.send(True)
-            took = end.recv()
-            if number >= WARMUP:
-                taken[which].append(took)
+            duration = end.recv()
+            if number >= WARM_UP:
+                durations[which].append(duration)
     for end in ends.values():
         end.send(False)
-    medians = {which: statistics.median(found) for which, found in taken.items()}
+    medians = {which: statistics.median(found) for which, found in durations.items()}
     row = " | ".join(f"{batch * context / medians[which]:,.0f}" for which in STEPS)
     print(f"| {shape} | {batch} x {context} | {vocabulary} | {row} | {medians['opt'] / medians['ours']:.2f} |", flush=True)
 
 
 def alone(shape: str, batch: int, context: int, vocabulary: int, rounds: int) -> None:
-    """Tokens a second and MFU of ours."""
+    """Print tokens per second and MFU of ours."""
     tokens = torch.randint(vocabulary, (batch, context), device=DEVICE)
     step = step_of_ours(shape, context, vocabulary, tokens)
-    taken = [seconds(step) for _ in range(rounds + WARMUP)][WARMUP:]
-    rate = tokens.numel() / statistics.median(taken)
+    durations = [seconds(step) for _ in range(rounds + WARM_UP)][WARM_UP:]
+    rate = tokens.numel() / statistics.median(durations)
     peak = peak_flops(torch.cuda.get_device_name()) if DEVICE.type == "cuda" else None
     mfu = rate * flops_per_token(spec_of(shape, context), vocabulary, context) / peak if peak else float("nan")
     print(f"| {shape} | {batch} x {context} | {vocabulary} | {rate:,.0f} tokens/s | MFU {mfu:.1%} |", flush=True)
 
 
 def peak_megabytes(which: str, batch: int, context: int, vocabulary: int) -> float:
-    """Peak resident memory of two steps above that before them, MB (10^6 bytes), in a process of its own."""
+    """Peak resident memory of two steps above that before them, MB, in a process of its own."""
     code = (
         "import resource, sys; sys.path.insert(0, 'benchmarks'); import torch, training; "
         f"tokens = torch.randint({vocabulary}, ({batch}, {context})); "

@@ -1,8 +1,8 @@
-"""The paper's claims, measured again on the project's own data: python -m benchmarks.study
+"""The paper's claims measured again on the project's own data: python -m benchmarks.study
 
-Uses the tokenizers, encoder, memory bank and tuned decoder of the last pipeline run, pretrains small decoders under ``models/study/``, and
-writes ``docs/study.md`` with its plots. Results are cached, so an interrupted study resumes where it was. Everything is measured on
-prompts of the val split.
+Uses the tokenizers, encoder, memory bank and tuned model of the last pipeline run, trains small decoders in ``models/study/``, and writes
+``docs/study.md`` with its plots. All scores are of the val split. Trained decoders and results are kept, so an interrupted study resumes
+when it is started again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CLAIMS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=float, default=2e6, help="tokens to train each decoder on")
+    parser.add_argument("--tokens", type=float, default=2e6, help="training tokens of each decoder")
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=CLAIMS, nargs="*", default=list(CLAIMS))
-    parser.add_argument("--out", type=Path, help="directory of the page (default: docs, or models/study if --only leaves claims out)")
+    parser.add_argument("--out", type=Path, help="directory of the page; by default docs, and models/study if --only leaves sections out")
     options = parser.parse_args()
     study = Study(load_config(), int(options.tokens), options.prompts, options.seeds)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Shared by the measurements of all tasks: the model, the test records, the evaluation record, and how records are sampled."""
+"""What the measurements of all tasks share: the model, the test records and how they are sampled, and the evaluation record."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from cm3leon.scenes import composition
 from cm3leon.sequence.tasks import Fields, is_filled
 
 Sheet = list[tuple[Image.Image, str]]
-"""Images with captions, for a sheet."""
+"""Images with their captions, for a contact sheet."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model, held-out records, and the evaluation record to which measurements are added.
+    """A model, the test records, and the evaluation record to which scores are added.
 
     Attributes:
         test: rows of the manifest, of the test split.
@@ -45,18 +45,21 @@ class Evaluation:
         usable: Callable[[Any], bool] = lambda row: True,
         values: Callable[[Any], Fields] | None = None,
     ) -> list[Any]:
-        """Up to ``evaluate.tasks`` records for a task, sampled by the seed; the contract notes how many were too long.
+        """Up to ``evaluate.tasks`` records for a task, sampled by the seed; the contract states how many were too long.
 
         Args:
             columns: manifest columns that must be filled.
-            usable: a further condition.
+            usable: a further condition on a record.
             values: fields of the task's template for a record; records that do not fit in the context are left out.
         """
+        # 1. Records that have what the task needs, and fit in the context.
         found = [row for row in self.test.itertuples() if all(is_filled(getattr(row, column)) for column in columns) and usable(row)]
         fitting = [row for row in found if values is None or self.generator.fits(task, values(row))]
         self.record.contract.setdefault("tasks", {})[task] = {"count": 0, "too_long": len(found) - len(fitting)}
         if not fitting:
             print(f"{task}: not measured, no test record has the columns it needs and fits in the context", flush=True)
+
+        # 2. A sample of them, in the manifest's order.
         order = np.random.default_rng(self.config.evaluate.seed).permutation(len(fitting))[: self.config.evaluate.tasks]
         return [fitting[int(number)] for number in sorted(order)]
 
@@ -65,7 +68,7 @@ class Evaluation:
         return fitted_images(self.generator, self.store, refs)
 
     def reconstructions(self, images: Sequence[Image.Image]) -> list[Image.Image]:
-        """Images after encoding and decoding by the image tokenizer: the ceiling of every score of generated images."""
+        """Images encoded and decoded by the image tokenizer: the ceiling of scores of generated images."""
         _, pixels = reconstruct(self.generator.image_tokenizer, torch.from_numpy(np.stack([np.asarray(image) for image in images])))
         return [Image.fromarray(array) for array in pixels.numpy()]
 
@@ -74,7 +77,7 @@ class Evaluation:
         self.record.add(name, values, self.config.evaluate.bootstrap, self.config.evaluate.seed)
 
     def calibrate(self, name: str, values: Sequence[float] | np.ndarray) -> None:
-        """Add the mean that the same metric has for a known baseline or ceiling; nothing if there are no values."""
+        """Add a calibration, the mean of the same metric for a baseline or a ceiling; nothing if there are no values."""
         if len(values):
             self.record.calibration[name] = float(np.mean(values))
 

@@ -1,12 +1,13 @@
 """Measurements of the tasks that generate images.
 
-Each function takes held-out records that have the task's columns, asks the generator, adds scores and calibrations to the evaluation
-record and what was asked to its contract, and returns images for a sheet. Scores that read an image back into a scene are left out where
-captions do not describe scenes.
+Each function takes held-out records that have the task's columns, runs the generator, adds scores and calibrations to the evaluation
+record and what was asked to its contract, and returns images for a sheet. Scores are 0 to 1 and higher is better, unless stated otherwise.
+Scores that read an image back into a scene are left out where captions do not describe scenes.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import defaultdict
@@ -28,7 +29,7 @@ from cm3leon.scenes.reading import UNKNOWN, read_scene
 from cm3leon.sequence.tasks import CONDITIONS, Box, box_in_square, layout_text, visible_objects
 
 MARGIN = 1.15
-"""Side of the box to inpaint, as a multiple of the object's own."""
+"""Side of the region to inpaint, as a multiple of the side of the object's box."""
 OUTLINED_SIDE = 320
 """Side of the images with outlined boxes on a sheet, pixels."""
 
@@ -36,10 +37,11 @@ OUTLINED_SIDE = 320
 def text_to_image(e: Evaluation, refs: Sequence[str], prompts: list[str], inception: Inception | None) -> Sheet:
     """Text to image: composition, CLIP score and fidelity.
 
-    Calibration: see the measurements; and composition and CLIP score with a single candidate, so that nothing is ranked.
+    Calibration: those of the measurements (``measure.py``); and composition and CLIP score with a single candidate, which is not ranked.
 
     Args:
         refs: the stored images that the prompts describe.
+        inception: the FID network; None: no FID.
     """
     generator, section = e.generator, e.config.evaluate
     resampling = (section.bootstrap, section.seed)
@@ -59,30 +61,38 @@ def text_to_image(e: Evaluation, refs: Sequence[str], prompts: list[str], incept
 
 
 def edit(e: Evaluation) -> Sheet:
-    """Edits. In scenes: the change is made, and the rest is kept. In all images: PSNR outside the region that the true edit changes, and
-    cosine similarity of CLIP image embeddings to the true edit.
+    """Editing by instruction.
 
-    Calibration: the true edits, their reconstructions, and the unchanged source image.
+    In scenes: the fractions of images in which the change is made (``done``), the rest is kept (``kept``), and both. In all images: PSNR
+    outside the region that the true edit changes, dB, and cosine similarity of CLIP image embeddings to the true edit.
+
+    Calibration: the true edits and their reconstructions (ceilings), and the unchanged source images (baseline).
     """
+    # 1. Records whose source image is in the test split too, and their edits.
     refs = dict(zip(e.test["id"], e.test["image"], strict=True))
     rows = e.rows("edit", ("instruction", "edited_from"), lambda row: row.edited_from in refs, lambda row: {"instruction": row.instruction})
     if not rows:
         return []
-    before, after = e.images([refs[row.edited_from] for row in rows]), e.images([row.image for row in rows])
+    before = e.images([refs[row.edited_from] for row in rows])
+    after = e.images([row.image for row in rows])
     instructions = [row.instruction for row in rows]
     e.asked("edit", [[row.edited_from, row.id, row.instruction] for row in rows])
     generated = best_images(e.generator.edit(before, instructions, seed=e.config.evaluate.seed))
-    copies, unchanged = e.reconstructions(after), e.reconstructions(before)
-    regions = [edits.changed_region(one, other) for one, other in zip(before, after, strict=True)]
+    reconstructed, unchanged = e.reconstructions(after), e.reconstructions(before)
+
+    # 2. Pixels outside the changed region.
+    regions = [edits.changed_region(source, target) for source, target in zip(before, after, strict=True)]
 
     def outside(images: Sequence[Image.Image]) -> list[float]:
-        found = [edits.psnr_outside(image, result, region) for image, result, region in zip(after, images, regions, strict=True)]
-        return [value for value in found if value == value]
+        found = [edits.psnr_outside(target, image, region) for target, image, region in zip(after, images, regions, strict=True)]
+        return [value for value in found if not math.isnan(value)]  # NaN: the edit changes the whole image
 
     if values := outside(generated):
         e.add("edit/psnr_outside", values)
-        e.calibrate("edit/psnr_outside_reconstructions", outside(copies))
+        e.calibrate("edit/psnr_outside_reconstructions", outside(reconstructed))
         e.calibrate("edit/psnr_outside_unchanged", outside(unchanged))
+
+    # 3. Similarity of embeddings.
     if e.generator.encoder is not None:
         vectors = {
             name: e.generator.encoder.encode_images(images)
@@ -90,48 +100,56 @@ def edit(e: Evaluation) -> Sheet:
         }
         e.add("edit/image_similarity", (vectors["generated"] * vectors["after"]).sum(1))
         e.calibrate("edit/image_similarity_unchanged", (vectors["before"] * vectors["after"]).sum(1))
+
+    # 4. Verdicts on scenes.
     scenes = [number for number, row in enumerate(rows) if is_scene(row)]
     if scenes:
-        starts, ends = ([read_scene(images[number]) for number in scenes] for images in (before, after))
+        sources = [read_scene(before[number]) for number in scenes]
+        targets = [read_scene(after[number]) for number in scenes]
 
         def judged(images: Sequence[Image.Image]) -> list[edits.Judgment]:
-            return [edits.judge(start, end, read_scene(images[n])) for n, start, end in zip(scenes, starts, ends, strict=True)]
+            return [edits.judge(source, target, read_scene(images[n])) for n, source, target in zip(scenes, sources, targets, strict=True)]
 
         found = judged(generated)
         e.add("edit/done", [float(judgment.done) for judgment in found])
         e.add("edit/kept", [float(judgment.kept) for judgment in found])
         e.add("edit/done_and_kept", [float(judgment.done and judgment.kept) for judgment in found])
-        for name, images in (("real", after), ("reconstructions", copies), ("unchanged", unchanged)):
+        for name, images in (("real", after), ("reconstructions", reconstructed), ("unchanged", unchanged)):
             e.calibrate(f"edit/done_and_kept_{name}", [float(judgment.done and judgment.kept) for judgment in judged(images)])
     sheet: Sheet = []
-    for start, result, text in zip(before, generated, instructions, strict=True):
-        sheet += [(start, "before"), (result, text)]
+    for source, result, instruction in zip(before, generated, instructions, strict=True):
+        sheet += [(source, "before"), (result, instruction)]
     return sheet
 
 
 def layout(e: Evaluation) -> Sheet:
-    """Layouts of scenes: IoU of requested and found boxes, of any object and of objects with the right label; composition of the caption.
+    """Layout to image, in scenes: mean IoU of requested and found boxes, of any and of equal labels; composition accuracy of the caption.
 
-    Calibration: the real images, their reconstructions, and the generated images against the layouts of other records.
+    Calibration: the real images and their reconstructions (ceilings), and the generated images against the layouts of other records
+    (baseline).
     """
 
-    def placed(row: Any) -> list[tuple[str, Box]]:
+    # 1. Records with visible objects. Boxes are fractions of the tokenizer's square, and pixels for the generator.
+    def objects_of(row: Any) -> list[tuple[str, Box]]:
         return visible_objects(row._asdict())
 
     rows = e.rows(
         "layout_to_image",
         ("objects", "captions"),
-        lambda row: bool(placed(row)),
-        lambda row: {"caption": first_caption(row.captions), "layout": layout_text(placed(row))},
+        lambda row: bool(objects_of(row)),
+        lambda row: {"caption": first_caption(row.captions), "layout": layout_text(objects_of(row))},
     )
     if not rows:
         return []
-    captions, asked = [first_caption(row.captions) for row in rows], [placed(row) for row in rows]
+    captions = [first_caption(row.captions) for row in rows]
+    asked = [objects_of(row) for row in rows]
     size = e.generator.image_size
     in_pixels = [[(label, (box[0] * size, box[1] * size, box[2] * size, box[3] * size)) for label, box in boxes] for boxes in asked]
     e.asked("layout_to_image", [[row.id, caption, boxes] for row, caption, boxes in zip(rows, captions, asked, strict=True)])
     generated = best_images(e.generator.layout_to_image(captions, in_pixels, seed=e.config.evaluate.seed))
     real = e.images([row.image for row in rows])
+
+    # 2. Boxes of the objects that are read from the images.
     scenes = [number for number, row in enumerate(rows) if is_scene(row)]
     if scenes:
         wanted = [asked[number] for number in scenes]
@@ -155,7 +173,7 @@ def layout(e: Evaluation) -> Sheet:
 
 
 def _outlined(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """An enlarged image with boxes outlined, whose coordinates are fractions of its side."""
+    """An enlarged image with outlined boxes, which are given in fractions of its side."""
     shown = image.resize((OUTLINED_SIDE, OUTLINED_SIDE), Image.Resampling.NEAREST)
     for box in boxes:
         x0, y0, x1, y1 = (round(value * (OUTLINED_SIDE - 1)) for value in box)
@@ -164,10 +182,11 @@ def _outlined(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
 
 
 def condition(e: Evaluation) -> Sheet:
-    """Images from condition images: agreement of the requested condition with the one extracted from the result, also by kind.
+    """Condition to image: agreement of the condition image with the one extracted from the result, also by kind; composition accuracy.
 
-    Calibration: the real images, their reconstructions, and the images generated for other records.
+    Calibration: the real images and their reconstructions (ceilings), and the images generated for other records (baseline).
     """
+    # 1. Records with condition images, and one kind for each. The kind is sampled later, so the longest name must fit in the context.
     longest = max(CONDITIONS, key=len)
     rows = e.rows(
         "condition_to_image",
@@ -180,16 +199,20 @@ def condition(e: Evaluation) -> Sheet:
     rng = random.Random(e.config.evaluate.seed)
     chosen = [rng.choice(_known_conditions(row)) for row in rows]
     asked = e.images([image for _, image in chosen])
-    captions, kinds = [first_caption(row.captions) for row in rows], [kind for kind, _ in chosen]
+    captions = [first_caption(row.captions) for row in rows]
+    kinds = [kind for kind, _ in chosen]
     e.asked("condition_to_image", [[row.id, kind, caption] for row, kind, caption in zip(rows, kinds, captions, strict=True)])
     generated = best_images(e.generator.condition_to_image(captions, asked, kinds, seed=e.config.evaluate.seed))
     real = e.images([row.image for row in rows])
+
+    # 2. Agreement, where the kind can be extracted: from any image, or from images of scenes only.
     scored = [n for n, (row, kind) in enumerate(zip(rows, kinds, strict=True)) if kind in EXTRACTORS or is_scene(row)]
 
-    def agreements(images: Sequence[Image.Image], wanted: Sequence[int]) -> list[float]:
+    def agreements(images: Sequence[Image.Image], positions: Sequence[int]) -> list[float]:
+        """Agreement of the condition images of ``scored`` with the images at ``positions``."""
         found = []
-        for number, of in zip(scored, wanted, strict=True):
-            extracted = conditions.extract(kinds[number], np.asarray(images[of]))
+        for number, position in zip(scored, positions, strict=True):
+            extracted = conditions.extract(kinds[number], np.asarray(images[position]))
             found.append(conditions.agreement(kinds[number], np.asarray(asked[number]), extracted))
         return found
 
@@ -206,33 +229,40 @@ def condition(e: Evaluation) -> Sheet:
         e.calibrate("condition/agreement_reconstructions", agreements(e.reconstructions(real), scored))
         if len(scored) > 1:
             e.calibrate("condition/agreement_other_images", agreements(generated, [scored[n] for n in shifted_positions(len(scored))]))
+
+    # 3. Composition, where the caption describes a scene.
     verdicts = [verdict for verdict in composition.verdicts(captions, generated) if verdict is not None]
     if verdicts:
         e.add("condition/composition", [float(all(verdict.values())) for verdict in verdicts])
     sheet: Sheet = []
-    for shown, result, kind, caption in zip(asked, generated, kinds, captions, strict=True):
-        sheet += [(shown, kind), (result, caption)]
+    for condition_image, result, kind, caption in zip(asked, generated, kinds, captions, strict=True):
+        sheet += [(condition_image, kind), (result, caption)]
     return sheet
 
 
 def _known_conditions(row: Any) -> list[tuple[str, str]]:
-    """Kind and reference of a record's condition images of the kinds that models learn."""
+    """Kind and reference of a record's condition images, of the kinds that models are trained on."""
     return [(item["kind"], item["image"]) for item in row.conditions if item["kind"] in CONDITIONS]
 
 
 def infill(e: Evaluation) -> Sheet:
-    """Inpainting of one object of each scene, from the caption: composition of the whole image.
+    """Inpainting of one object of each scene, given the caption: composition accuracy of the whole image.
 
-    Calibration: reconstructions of the real images (ceiling), and the images with the box left gray (baseline).
+    Calibration: reconstructions of the real images (ceiling), and the images with the region filled with gray (baseline).
     """
+    # 1. A region around a random object of each record. An object outside the square that is cropped for the tokenizer has no box
+    #    there; the region is then the middle of the image.
     rows = e.rows("infill", ("objects", "captions"), is_scene)
     if not rows:
         return []
     rng, size = random.Random(e.config.evaluate.seed), e.generator.image_size
-    captions, boxes = [e.generator.shorten(first_caption(row.captions)) for row in rows], []
+    captions = [e.generator.shorten(first_caption(row.captions)) for row in rows]
+    boxes = []
     for row in rows:
-        shares = box_in_square(rng.choice(list(row.objects))["box"], row.width, row.height) or (0.25, 0.25, 0.75, 0.75)
-        boxes.append(_widened(shares, size))
+        box = box_in_square(rng.choice(list(row.objects))["box"], row.width, row.height) or (0.25, 0.25, 0.75, 0.75)
+        boxes.append(_widened(box, size))
+
+    # 2. Inpainted images, and the baseline.
     real = e.images([row.image for row in rows])
     e.asked("infill", [[row.id, box, caption] for row, box, caption in zip(rows, boxes, captions, strict=True)])
     generated = best_images(e.generator.infill(real, boxes, captions, seed=e.config.evaluate.seed))
@@ -248,22 +278,26 @@ def infill(e: Evaluation) -> Sheet:
     e.calibrate("infill/composition_reconstructions", right(e.reconstructions(real)))
     e.calibrate("infill/composition_left_out", right(gray))
     sheet: Sheet = []
-    for start, result, caption in zip(gray, generated, captions, strict=True):
-        sheet += [(start, "to fill"), (result, caption)]
+    for masked, result, caption in zip(gray, generated, captions, strict=True):
+        sheet += [(masked, "region to inpaint"), (result, caption)]
     return sheet
 
 
-def _widened(shares: Box, size: int) -> Box:
-    """A box in fractions of the side as pixels, enlarged by :data:`MARGIN` and clipped to the image."""
-    x, y = (shares[0] + shares[2]) / 2, (shares[1] + shares[3]) / 2
-    half_width, half_height = ((shares[2] - shares[0]) * MARGIN / 2, (shares[3] - shares[1]) * MARGIN / 2)
+def _widened(box: Box, size: int) -> Box:
+    """A box in fractions of the side, enlarged by :data:`MARGIN` and clipped to the image, in pixels."""
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    half_width = (box[2] - box[0]) * MARGIN / 2
+    half_height = (box[3] - box[1]) * MARGIN / 2
     edges = (x - half_width, y - half_height, x + half_width, y + half_height)
     x0, y0, x1, y1 = (min(max(value, 0.0), 1.0) * size for value in edges)
     return x0, y0, x1, y1
 
 
 def write(e: Evaluation) -> Sheet:
-    """Writing: single letters, read back by their outlines. Calibration: the real images, their reconstructions, and a random guess."""
+    """Writing text into images: the fraction of images that show the requested letter, read back by its outline.
+
+    Calibration: the real images and their reconstructions (ceilings), and a random guess (baseline).
+    """
     rows = e.rows("write", ("text_in_image",), lambda row: is_scene(row) and len(row.text_in_image) == 1)
     if not rows:
         return []

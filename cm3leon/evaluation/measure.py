@@ -1,4 +1,4 @@
-"""From what was asked and what the model returned to scores, for generated images, captions and answers.
+"""Scores of generated images, captions and answers from the metrics, with their calibration.
 
 Each function adds its scores to the evaluation record, and as calibration what the same metric gives for a known input: real images and
 their reconstructions (ceilings), and the captions, images or answers of *other* records (baselines).
@@ -23,16 +23,17 @@ from cm3leon.scenes import composition
 Images = Sequence[Image.Image]
 
 NEIGHBORS = 3
-"""Nearest neighbors that define the manifolds of precision and recall."""
+"""The neighbor whose distance is the radius of a manifold's balls, for precision and recall."""
 SUBSET, SUBSETS = 1000, 20
 """Images in a subset for the kernel distance, and the number of subsets that are averaged."""
 
-FEW, WIDEST = 50, 512
+DISTANCE_RESAMPLES, WIDEST = 50, 512
 """Resamples for intervals of distances, and the widest features for which they are computed: the cost grows with the cube of the width."""
 
 KINDS = 12
 """Kinds of questions, the most frequent first, that get a score of their own."""
 KIND_CHARACTERS = 40
+"""Most characters of a kind's name in the name of its score."""
 
 
 def shifted_positions(count: int) -> np.ndarray:
@@ -61,8 +62,8 @@ def measure_composition(
     record.calibration["composition_real"] = composition.score(prompts, originals)["composition"]
     record.calibration["composition_reconstructions"] = composition.score(prompts, reconstructions)["composition"]
     if len(prompts) > 1:
-        shuffled = [prompts[i] for i in shifted_positions(len(prompts))]
-        record.calibration["composition_other_captions"] = composition.score(shuffled, generated)["composition"]
+        other_captions = [prompts[i] for i in shifted_positions(len(prompts))]
+        record.calibration["composition_other_captions"] = composition.score(other_captions, generated)["composition"]
     return verdicts
 
 
@@ -81,13 +82,15 @@ def measure_images(
     Calibration: the CLIP score of the original images (ceiling) and of other records' captions (baseline). Distances and baselines need
     two images.
     """
-    texts = encoder.encode_texts(list(prompts))
-    found, real = encoder.encode_images(list(generated)), encoder.encode_images(list(originals))
-    record.add("clip_score", (found * texts).sum(1), resamples, seed)
-    record.calibration["clip_score_real"] = float((real * texts).sum(1).mean())
-    if len(texts) < 2:
+    # Embeddings (n, d) have unit length, so inner products are cosines.
+    texts_ND = encoder.encode_texts(list(prompts))
+    generated_ND = encoder.encode_images(list(generated))
+    real_ND = encoder.encode_images(list(originals))
+    record.add("clip_score", (generated_ND * texts_ND).sum(1), resamples, seed)
+    record.calibration["clip_score_real"] = float((real_ND * texts_ND).sum(1).mean())
+    if len(texts_ND) < 2:
         return
-    record.calibration["clip_score_other_captions"] = float((found * texts[shifted_positions(len(texts))]).sum(1).mean())
+    record.calibration["clip_score_other_captions"] = float((generated_ND * texts_ND[shifted_positions(len(texts_ND))]).sum(1).mean())
     measure_fidelity(record, "encoder", encoder, generated, reconstructions, originals, resamples, seed)
 
 
@@ -110,6 +113,8 @@ def measure_fidelity(
     if len(originals) < 2:
         return
     found, copies, real = (network.encode_images(list(images)) for images in (generated, reconstructions, originals))
+
+    # 1. Distances, with intervals. A Fréchet distance is never negative, the shifted interval's lower end could be.
     subset = min(SUBSET, len(real))
     record.scores[f"fd_{extractor}"] = frechet_distance(found, real)
     record.scores[f"kd_{extractor}"] = kernel_distance(found, real, SUBSETS, subset, seed)
@@ -120,19 +125,22 @@ def measure_fidelity(
             (f"fd_{extractor}", f"kd_{extractor}"),
             lambda rows: (frechet_distance(found[rows], real), kernel_distance(found[rows], real, SUBSETS, subset, seed)),
             len(found),
-            FEW,
+            DISTANCE_RESAMPLES,
             seed,
         )
         low, high = record.intervals[f"fd_{extractor}"]
         record.intervals[f"fd_{extractor}"] = (max(low, 0.0), high)
+
+    # 2. Precision, recall and the distance between halves, which need enough originals.
     if len(real) > 2 * NEIGHBORS:
         for name, inside in zip(("precision", "recall"), within_manifolds(real, found, NEIGHBORS), strict=True):
             record.add(f"{name}_{extractor}", inside, resamples, seed)
         half = len(real) // 2
         record.calibration[f"fd_{extractor}_real_halves"] = frechet_distance(real[:half], real[half:])
         record.calibration[f"kd_{extractor}_real_halves"] = kernel_distance(real[:half], real[half:], SUBSETS, half, seed)
-        known = precision_recall(real, copies, NEIGHBORS)
-        record.calibration[f"precision_{extractor}_reconstructions"], record.calibration[f"recall_{extractor}_reconstructions"] = known
+        precision, recall = precision_recall(real, copies, NEIGHBORS)
+        record.calibration[f"precision_{extractor}_reconstructions"] = precision
+        record.calibration[f"recall_{extractor}_reconstructions"] = recall
 
 
 def measure_captions(
@@ -143,23 +151,29 @@ def measure_captions(
     Calibration: the same captions against the references of other records (baseline); and for records with several references, the first
     reference against the others, which is what another description of the same image scores, and the model's captions against those others.
     """
-    wanted = {name: list(texts) for name, texts in zip(ids, references, strict=True)}
+    # 1. Scores. BLEU is not a mean over images, so its intervals resample the counts of which it is made.
+    wanted = {id_: list(texts) for id_, texts in zip(ids, references, strict=True)}
     given = dict(zip(ids, hypotheses, strict=True))
     counts = caption_metrics.bleu_counts(*caption_metrics.split(given, wanted, False))
     record.scores |= dict(zip(caption_metrics.BLEU, caption_metrics.bleu_of(counts), strict=True))
     record.add_intervals(caption_metrics.BLEU, lambda rows: caption_metrics.bleu_of(counts[rows]), len(counts), resamples, seed)
     for name, values in caption_metrics.per_image(given, wanted).items():
         record.add(name, values, resamples, seed)
-    several = {name: texts for name, texts in wanted.items() if len(texts) > 1}
+
+    # 2. A person's caption and the model's against the same remaining references.
+    several = {id_: texts for id_, texts in wanted.items() if len(texts) > 1}
     if len(several) > 1:
-        first, rest = {name: texts[0] for name, texts in several.items()}, {name: texts[1:] for name, texts in several.items()}
+        first = {id_: texts[0] for id_, texts in several.items()}
+        rest = {id_: texts[1:] for id_, texts in several.items()}
+        own = {id_: given[id_] for id_ in several}
         record.calibration["cider_one_reference"] = caption_metrics.score(first, rest)["cider"]
-        said = {name: given[name] for name in several}
-        record.calibration["cider_beside_one_reference"] = caption_metrics.score(said, rest)["cider"]
+        record.calibration["cider_beside_one_reference"] = caption_metrics.score(own, rest)["cider"]
+
+    # 3. The model's captions against the references of other records.
     if len(ids) < 2:
         return
-    shuffled = {name: hypotheses[i] for name, i in zip(ids, shifted_positions(len(ids)), strict=True)}
-    record.calibration["cider_other_images"] = caption_metrics.score(shuffled, wanted)["cider"]
+    shifted = {id_: hypotheses[i] for id_, i in zip(ids, shifted_positions(len(ids)), strict=True)}
+    record.calibration["cider_other_images"] = caption_metrics.score(shifted, wanted)["cider"]
 
 
 def question_kind(question: str) -> str:
@@ -171,8 +185,13 @@ def question_kind(question: str) -> str:
 def images_of_others(asked: Sequence[tuple[str, str, list[str]]]) -> list[str] | None:
     """For each (image, question, answers) the image of the next question about another image; None if all are about the same image."""
     images = [image for image, _, _ in asked]
-    found = [next((other for other in [*images[i + 1 :], *images[:i]] if other != image), None) for i, image in enumerate(images)]
-    return [image for image in found if image is not None] if None not in found else None
+    others: list[str] = []
+    for i, image in enumerate(images):
+        other = next((other for other in [*images[i + 1 :], *images[:i]] if other != image), None)
+        if other is None:
+            return None
+        others.append(other)
+    return others
 
 
 def measure_answers(
@@ -195,24 +214,30 @@ def measure_answers(
 
     Args:
         answers_of_others: the answers about other images; None if there are no other images.
+        truths: the reference answers of each question.
         images: the image of each question.
+        training_answers: counts of (kind of question, answer) in training.
     """
 
-    def shares(given: Sequence[str]) -> list[float]:
+    def scores_of(given: Sequence[str]) -> list[float]:
         return [vqa.accuracy({"q": answer}, {"q": list(truth)}) / 100 for answer, truth in zip(given, truths, strict=True)]
 
-    scores = shares(answers)
+    # 1. Overall, and by kind of question.
+    scores = scores_of(answers)
     record.add("vqa_accuracy", scores, resamples, seed, images)
     by_kind = defaultdict(list)
-    for question, value, image in zip(questions, scores, images, strict=True):
-        by_kind[question_kind(question)].append((value, image))
+    for question, score, image in zip(questions, scores, images, strict=True):
+        by_kind[question_kind(question)].append((score, image))
     frequent = sorted(by_kind.items(), key=lambda item: (-len(item[1]), item[0]))[:KINDS]
     for kind, found in frequent:
-        values, about = zip(*found, strict=True)
-        record.add(f"vqa_accuracy/{kind}", values, resamples, seed, about)
+        own_scores, own_images = zip(*found, strict=True)
+        record.add(f"vqa_accuracy/{kind}", own_scores, resamples, seed, own_images)
+
+    # 2. Baselines that do not see the image.
     if answers_of_others is not None:
-        record.calibration["vqa_accuracy_other_images"] = float(np.mean(shares(answers_of_others)))
+        record.calibration["vqa_accuracy_other_images"] = float(np.mean(scores_of(answers_of_others)))
     majority: dict[str, str] = {}
     for (kind, answer), _ in training_answers.most_common():
         majority.setdefault(kind, answer)
-    record.calibration["vqa_accuracy_majority"] = float(np.mean(shares([majority.get(question_kind(q), "") for q in questions])))
+    majority_answers = [majority.get(question_kind(question), "") for question in questions]
+    record.calibration["vqa_accuracy_majority"] = float(np.mean(scores_of(majority_answers)))

@@ -1,4 +1,4 @@
-"""A whole evaluation: measures the models in ``models/`` under a written contract, and measures again as a record says."""
+"""A whole evaluation: measures the models in ``models/`` under a written contract, and reproduces the scores of a record."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ from cm3leon.utils.errors import UserError
 from cm3leon.utils.images import save_captioned
 
 CONFUSIONS = "confusions.csv"
+"""Table of the attributes that prompts state and images show (:func:`cm3leon.scenes.composition.confusions`)."""
 SECTIONS = ("evaluate", "decoding", "retrieve")
-"""Sections of the parameters that an evaluation depends on; its record repeats them."""
+"""Sections of the parameters on which scores depend; the record repeats them."""
 MODELS = (
     paths.FINETUNED, paths.IMAGE_TOKENIZER, paths.TEXT_TOKENIZER, paths.ENCODER, paths.INDEX, paths.TOKENS, paths.SUPER_RESOLUTION
 )  # fmt: skip
@@ -70,6 +71,9 @@ def contract(
     """What was asked and how. Scores are comparable if their contracts are equal.
 
     Args:
+        rows: records whose first captions are the prompts.
+        captioned: records whose images are captioned.
+        asked: questions, as :func:`~cm3leon.evaluation.text_tasks.sample_questions` returns them.
         side: side of the images on which the upscaler is measured, pixels.
         inception: fingerprint of the FID network's weights.
     """
@@ -123,15 +127,22 @@ def evaluate(config: Config, output: Path) -> Record:
         LeakageError: if test records are also in training or in the memory bank.
         UserError: if the FID network's weights cannot be loaded.
     """
+    # 1. The model and the FID network. What cannot be loaded is an error before anything is generated.
     section = config.evaluate
     resampling = (section.bootstrap, section.seed)
     generator = load_generator(config)
     assert generator.encoder is not None and generator.super_resolution is not None and generator.memory is not None
     inception = inception_of(section.inception)
-    store, test, train = ImageStore(paths.RAW), read_manifest(paths.VALIDATED, "test"), read_manifest(paths.VALIDATED, "train")
+
+    # 2. Test records, which the model must not have seen.
+    store = ImageStore(paths.RAW)
+    test, train = read_manifest(paths.VALIDATED, "test"), read_manifest(paths.VALIDATED, "train")
     known = generator.memory.bank.documents["id"].tolist()
     leakage.check(test["id"].tolist(), train["id"].tolist(), known, paths.VALIDATED, config.validate_.near_duplicate_distance)
-    rows, captioned = sample_rows(test, section.prompts, section.seed), sample_rows(test, section.captions, section.seed)
+
+    # 3. What is asked: it is fixed by the seed, and its digests are the contract.
+    rows = sample_rows(test, section.prompts, section.seed)
+    captioned = sample_rows(test, section.captions, section.seed)
     prompts = [generator.shorten(first_caption(captions)) for captions in rows["captions"]]
     asked = sample_questions(test, section.questions, section.seed)
     side = target_side(rows, generator.image_tokenizer.spec.image_size, generator.super_resolution.scale)
@@ -140,6 +151,8 @@ def evaluate(config: Config, output: Path) -> Record:
         settings={name: getattr(config, name).model_dump(mode="json") for name in SECTIONS},
         models={str(path): content_hash(path) for path in MODELS},
     )
+
+    # 4. Measurements of the upscaler and of every task that the model was tuned for; inpainting is learned in pretraining.
     measure_upscaler(record, generator, store, rows["image"].tolist(), side, *resampling)
     evaluation = Evaluation(config, generator, store, test, record)
     sheets: dict[str, Sheet] = {}
@@ -151,6 +164,8 @@ def evaluate(config: Config, output: Path) -> Record:
         sheets["vqa"] = answer_vqa(evaluation, asked, training_answers(train))
     sheets |= {name: measure_task(evaluation) for name, measure_task in MEASURES.items() if name in generator.trained_tasks}
     sheets["infill"] = infill(evaluation)
+
+    # 5. The record, sheets of images, and the table of confusions.
     for old in [*output.glob("*.png"), output / CONFUSIONS]:  # an earlier evaluation, of another model
         old.unlink(missing_ok=True)
     record.write(output)
@@ -171,22 +186,24 @@ def headline(record: Record) -> dict[str, float]:
 
 
 Difference = tuple[str, float | None, float | None]
-"""A score's name, its recorded and its new value; None where one record lacks it."""
+"""A score's name, the recorded and the new score; None if a record has no such score."""
 
 
 def reproduce(config: Config, path: Path) -> tuple[int, list[Difference]]:
     """Evaluate again with the settings of a record, and compare every score and calibration.
 
     Returns:
-        How many were compared, and those that differ.
+        The number of scores and calibrations, and those that differ.
 
     Raises:
-        UserError: if ``path`` is no evaluation record with settings, or is of other models than those in ``models/``.
+        UserError: if ``path`` is not an evaluation record with settings, or one of other models than those in ``models/``, other data or
+            other code.
     """
+    # 1. The record, and whether it is one of the models, settings and code that are here.
     try:
         old = Record.read_file(path)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is no evaluation record ({error}); evaluate writes models/evaluation/record.json") from None
+        raise UserError(f"{path} is not an evaluation record ({error}); evaluate writes models/evaluation/record.json") from None
     if set(old.settings) != set(SECTIONS):
         raise UserError(f"{path} does not say with which settings it was made; run cm3leon evaluate to write one that does")
     if changed := [str(model) for model in MODELS if old.models.get(str(model)) != content_hash(model)]:
@@ -200,14 +217,22 @@ def reproduce(config: Config, path: Path) -> tuple[int, list[Difference]]:
         raise UserError(
             f"{path} was made by other code, with settings that this code does not have: {wrong}; run cm3leon evaluate to write a new one"
         ) from None
+
+    # 2. A new evaluation. Its record is read from the file, where scores are rounded like those of the old one.
     with tempfile.TemporaryDirectory() as folder:
-        new = evaluate(config.model_copy(update=sections), Path(folder))
+        evaluate(config.model_copy(update=sections), Path(folder))
         new = Record.read(Path(folder))
     if changed := sorted(name for name in old.contract | new.contract if old.contract.get(name) != new.contract.get(name)):
         raise UserError(f"{path} was made on other data or code: its contract differs in {', '.join(changed)}")
+
+    # 3. The differences.
     pairs = [*_paired("", old.scores, new.scores), *_paired("calibration ", old.calibration, new.calibration)]
-    agree = [one is not None and other is not None and math.isclose(one, other, abs_tol=TOLERANCE) for _, one, other in pairs]
-    return len(pairs), [pair for pair, same in zip(pairs, agree, strict=True) if not same]
+    return len(pairs), [pair for pair in pairs if not _agree(pair)]
+
+
+def _agree(pair: Difference) -> bool:
+    _, recorded, new = pair
+    return recorded is not None and new is not None and math.isclose(recorded, new, abs_tol=TOLERANCE)
 
 
 def _paired(prefix: str, old: dict[str, float], new: dict[str, float]) -> list[Difference]:

@@ -1,4 +1,4 @@
-"""Measurements of the tasks that answer with text; the same contract as in ``image_tasks``."""
+"""Measurements of the tasks that generate text; each function works like those of ``image_tasks.py``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cm3leon.sequence.tasks import Fields, conclusion, reasoning_fields
 
 
 def sample_questions(manifest: pd.DataFrame, count: int, seed: int) -> list[tuple[str, str, list[str]]]:
-    """Up to ``count`` (image, question, answers), sampled by the seed from the questions of all records."""
+    """Up to ``count`` questions, sampled by the seed from those of all records: (image, question, answers) each."""
     found = [
         (row.image, item["question"], list(item["answers"]))
         for row in manifest.itertuples()
@@ -30,7 +30,7 @@ def sample_questions(manifest: pd.DataFrame, count: int, seed: int) -> list[tupl
 
 
 def training_answers(manifest: pd.DataFrame) -> Counter[tuple[str, str]]:
-    """Counts of each (kind of question, first answer) in a manifest."""
+    """How often each (kind of question, first answer) occurs in a manifest, for the majority baseline."""
     return Counter(
         (measure.question_kind(item["question"]), item["answers"][0])
         for questions in manifest["questions"]
@@ -39,13 +39,19 @@ def training_answers(manifest: pd.DataFrame) -> Counter[tuple[str, str]]:
 
 
 def answer_questions(generator: Generator, store: ImageStore, refs: Sequence[str], questions: Sequence[str]) -> list[str]:
-    """The model's answer to each question about its image; questions too long for the context lose their end."""
+    """Answer each question about its image; questions too long for the context are cut at their end."""
     images = fitted_images(generator, store, refs)
     return [answer.text for answer in generator.vqa(images, [generator.shorten_question(question) for question in questions])]
 
 
 def caption(e: Evaluation, captioned: pd.DataFrame) -> Sheet:
-    """Captions of the images of these records."""
+    """Short captions: CIDEr, BLEU, ROUGE-L.
+
+    Calibration: that of :func:`~cm3leon.evaluation.measure.measure_captions`.
+
+    Args:
+        captioned: the records whose images are captioned.
+    """
     images = e.images(captioned["image"].tolist())
     captions = [found.text for found in e.generator.caption(images)]
     references = [list(texts) for texts in captioned["captions"]]
@@ -55,7 +61,14 @@ def caption(e: Evaluation, captioned: pd.DataFrame) -> Sheet:
 
 
 def answer_vqa(e: Evaluation, asked: Sequence[tuple[str, str, list[str]]], frequent: Counter[tuple[str, str]]) -> Sheet:
-    """Visual question answering; on the sheet, a wrong answer is followed by the first reference."""
+    """Visual question answering: VQA accuracy. On the sheet, a wrong answer is followed by the first reference.
+
+    Calibration: that of :func:`~cm3leon.evaluation.measure.measure_answers`.
+
+    Args:
+        asked: (image, question, reference answers) each.
+        frequent: counts of training answers (:func:`training_answers`).
+    """
     refs, questions, truths = zip(*asked, strict=True)
     answers = answer_questions(e.generator, e.store, refs, questions)
     others = measure.images_of_others(asked)
@@ -71,24 +84,28 @@ def answer_vqa(e: Evaluation, asked: Sequence[tuple[str, str, list[str]]], frequ
 
 
 def long_caption(e: Evaluation) -> Sheet:
-    """Long captions: CIDEr, ROUGE-L. Calibration: the same captions against the references of other records."""
+    """Long captions: CIDEr and ROUGE-L. Calibration: the same captions against the references of other records (baseline)."""
     rows = e.rows("long_caption", ("long_caption",))
     if not rows:
         return []
     images = e.images([row.image for row in rows])
     e.asked("long_caption", [[row.id, row.long_caption] for row in rows])
-    said = [text.text for text in e.generator.long_caption(images)]
-    names, wanted = [row.id for row in rows], {row.id: [row.long_caption] for row in rows}
-    for name, values in caption_metrics.per_image(dict(zip(names, said, strict=True)), wanted).items():
+    captions = [found.text for found in e.generator.long_caption(images)]
+    ids = [row.id for row in rows]
+    references = {row.id: [row.long_caption] for row in rows}
+    for name, values in caption_metrics.per_image(dict(zip(ids, captions, strict=True)), references).items():
         e.add(f"long_caption/{name}", values)
     if len(rows) > 1:
-        shuffled = {name: said[number] for name, number in zip(names, shifted_positions(len(names)), strict=True)}
-        e.calibrate("long_caption/cider_other_images", caption_metrics.per_image(shuffled, wanted)["cider"])
-    return list(zip(images, said, strict=True))
+        shifted = {id_: captions[number] for id_, number in zip(ids, shifted_positions(len(ids)), strict=True)}
+        e.calibrate("long_caption/cider_other_images", caption_metrics.per_image(shifted, references)["cider"])
+    return list(zip(images, captions, strict=True))
 
 
 def reasoning(e: Evaluation) -> Sheet:
-    """Multiple-choice reasoning, with and without explanation. Calibration: answers about other images, and a random choice."""
+    """Multiple-choice reasoning: accuracy with an explanation before the answer, and without.
+
+    Calibration (baselines): the answers to the same questions about the images of other records, and a random choice.
+    """
 
     def values(row: Any) -> Fields:
         problem = row.reasoning[0]
@@ -97,7 +114,8 @@ def reasoning(e: Evaluation) -> Sheet:
     rows = e.rows("reasoning", ("reasoning",), values=values)
     if not rows:
         return []
-    images, problems = e.images([row.image for row in rows]), [row.reasoning[0] for row in rows]
+    images = e.images([row.image for row in rows])
+    problems = [row.reasoning[0] for row in rows]
     truths = [problem["answer"] for problem in problems]
     e.asked("reasoning", [[row.id, problem] for row, problem in zip(rows, problems, strict=True)])
     asked = tuple([problem[name] for problem in problems] for name in ("question", "options", "context"))
@@ -110,6 +128,6 @@ def reasoning(e: Evaluation) -> Sheet:
     e.add("reasoning/accuracy_unexplained", right([text.text for text in e.generator.reasoning(images, *asked, explain=False)]))
     e.calibrate("reasoning/accuracy_guess", [1 / len(problem["options"]) for problem in problems])
     if len(rows) > 1:
-        elsewhere = [images[number] for number in shifted_positions(len(images))]
-        e.calibrate("reasoning/accuracy_other_images", right([text.text for text in e.generator.reasoning(elsewhere, *asked)]))
+        other_images = [images[number] for number in shifted_positions(len(images))]
+        e.calibrate("reasoning/accuracy_other_images", right([text.text for text in e.generator.reasoning(other_images, *asked)]))
     return [(image, f"{question} {text}") for image, question, text in zip(images, asked[0], explained, strict=True)]

@@ -354,6 +354,6 @@ def test_a_record_that_cannot_be_reproduced_is_said_in_a_line(monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(ROOT / "params.yaml", "params.yaml")
     status, _, err = call("evaluate", "--reproduce", "nothing.json")
-    assert status == 2 and "nothing.json is no evaluation record" in err
+    assert status == 2 and "nothing.json is not an evaluation record" in err
     Path("old.json").write_text('{"scores": {}, "intervals": {}}')
     assert "old.json does not say with which settings it was made" in call("evaluate", "--reproduce", "old.json")[2]

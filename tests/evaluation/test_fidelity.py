@@ -63,7 +63,7 @@ def test_features_of_wrong_shape_or_value_are_an_error() -> None:
         frechet_distance(good[:1], good)
     with pytest.raises(ValueError, match="different widths"):
         frechet_distance(good, good[:, :3])
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="has NaN or infinite values"):
         frechet_distance(good, np.full((5, 4), np.nan))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cm3leon.config import schema
+from cm3leon.config import loading
 from cm3leon.config.schema import Config, GateConfig
 from cm3leon.registry import registry
 
@@ -21,7 +21,7 @@ def test_a_model_becomes_champion_if_the_gate_passes_it(
     for name in ("models", "data"):
         shutil.copytree(tiny_models / name, project / name)
     config = Config(profile="tiny", gate=GateConfig(floors={"composition": floor}))
-    monkeypatch.setattr(schema, "load_config", lambda: config)
+    monkeypatch.setattr(loading, "load_config", lambda: config)
     state = promotion(return_state=True)
     assert state.is_completed()
     assert state.message.startswith("version 1 is the champion, passed" if promoted else "version 1 is not promoted, held back")
