@@ -65,21 +65,21 @@ def composition_by_objects(model: Decoder) -> dict[str, float]:
     vocabulary = model.vocabulary
     prompts = [[image_prompt([("text", vocabulary.text(texts.encode(caption)))], [], vocabulary)] for caption in captions]
     plain = Sampler(DecodingConfig(temperature=1.0, top_p=1.0, guidance=1.0))
-    verdicts = []
+    outcomes = []
     for start in range(0, len(prompts), IMAGES_AT_ONCE):
         batch = slice(start, start + IMAGES_AT_ONCE)
         seeds = [[row] for row in range(start, start + len(prompts[batch]))]
         codes = generate_images(model, prompts[batch], seeds, plain)[:, 0]
-        verdicts += composition.verdicts(captions[batch], to_pil(images.decode(torch.from_numpy(codes))))
+        outcomes += composition.check_images(captions[batch], to_pil(images.decode(torch.from_numpy(codes))))
 
     # 2. Outcomes by key.
     right = defaultdict(list)
-    for caption, verdict in zip(captions, verdicts, strict=True):
-        if verdict is not None and (statement := composition.parse_caption(caption)) is not None:
+    for caption, outcome in zip(captions, outcomes, strict=True):
+        if outcome is not None and (statement := composition.parse_caption(caption)) is not None:
             for key in ("all", str(len(set(statement.objects)))):
-                right[key].append(all(verdict.values()))
-            if "relation" in verdict and verdict["count"] and verdict["color"]:
-                right["relation"].append(verdict["relation"])
+                right[key].append(all(outcome.values()))
+            if "relation" in outcome and outcome["count"] and outcome["color"]:
+                right["relation"].append(outcome["relation"])
     return {key: float(np.mean(values)) for key, values in sorted(right.items())}
 
 

@@ -30,8 +30,8 @@ def main(prompts: int, candidates: int, model: Path) -> None:
     generated = generator.text_to_image(captions, candidates, candidates=1, likelihood=0.0)
     correct = []
     for caption, images in zip(captions, generated, strict=True):
-        verdicts = composition.verdicts([caption] * candidates, [image.image for image in images])
-        correct.append([all(verdict.values()) for verdict in verdicts if verdict])
+        outcomes = composition.check_images([caption] * candidates, [image.image for image in images])
+        correct.append([all(outcome.values()) for outcome in outcomes if outcome])
     right = np.array(correct)
     clip = np.array([[image.score for image in images] for images in generated])
     queries = [Query([("text", generator.parts.text_tokens(caption))], (0,)) for caption in captions for _ in range(candidates)]

@@ -133,7 +133,7 @@ def known_study(monkeypatch: pytest.MonkeyPatch) -> KnownStudy:
     [
         (
             "retrieval",
-            "two retrieved documents: holds here; it reaches the final loss without retrieval after 0.67 of the tokens.",
+            "than without retrieval: holds here; it reaches the final loss without retrieval after 0.67 of the tokens.",
         ),
         ("guidance", "One guidance scale is best for all sizes: holds here. The best here: small 1.5, medium 1.5, large 1.5."),
         ("candidates", "It still improves from 8 to 32 candidates: undecided here (+0.250 [+0.00, +0.75]);"),

@@ -87,8 +87,8 @@ def retrieval(study: Study) -> Section:
     return Section(
         "(a) Retrieval at equal compute",
         "FID 10.82, 5.78, 4.88 with 0, 1, 2 retrieved documents (7B); retrieval-augmented training needs several times less compute.",
-        f"The loss is lower with two retrieved documents: {lower}; {compute}. Composition is higher with two retrieved documents than "
-        f"without retrieval: {every_seed_higher(documents, none)}.",
+        f"The loss is lower with two retrieved documents than without retrieval: {lower}; {compute}. Composition is higher with two "
+        f"retrieved documents than without retrieval: {every_seed_higher(documents, none)}.",
         table,
         ("million tokens", "validation loss of the query"),
         curves,

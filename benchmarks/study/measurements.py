@@ -30,8 +30,7 @@ def correct_by_candidates(study: Study, model: Path, counts: Sequence[int], sett
     found = []
     for count in counts:
         images = best_images(generator.text_to_image(study.captions, candidates=count, **settings))
-        verdicts = composition.verdicts(study.captions, images)
-        found.append([float(all(verdict.values())) for verdict in verdicts if verdict is not None])
+        found.append(composition.all_right(composition.check_images(study.captions, images)))
     return found
 
 
@@ -59,8 +58,8 @@ def task_scores(study: Study, model: Path) -> dict[str, dict[str, Any]]:
         measure_task(evaluation)
 
     # 2. Text to image.
-    verdicts = composition.verdicts(study.captions, best_images(generator.text_to_image(study.captions)))
-    for name, correct in composition.by_attribute(verdicts).items():
+    outcomes = composition.check_images(study.captions, best_images(generator.text_to_image(study.captions)))
+    for name, correct in composition.by_attribute(outcomes).items():
         record.add(name, correct, *bootstrap)
 
     # 3. Questions and captions.

@@ -26,6 +26,7 @@ SIGMA = 6.0
 
 # --- tokens ---------------------------------------------------------------------------------------------------------------------------
 
+# The server's list of punctuation, which is removed after tokenization.
 _PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-"}
 _TOKEN = re.compile(
@@ -40,6 +41,7 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
+# Typographic characters become ASCII; clitics and fused words become words of their own, as in the Penn Treebank.
 _CONTRACTIONS = (
     (re.compile(r"[’‘]"), "'"),
     (re.compile(r"…"), " ... "),
@@ -103,6 +105,7 @@ def bleu_of(counts: np.ndarray) -> list[float]:
     """
     sums = counts.sum(0)
     correct, guessed, length, reference_length = sums[:LONGEST], sums[LONGEST : 2 * LONGEST], sums[-2], sums[-1]
+    # The n-th root of the product of the first n precisions, for n from 1 to 4.
     precision = np.cumprod((correct + 1e-15) / (guessed + 1e-9)) ** (1 / np.arange(1, LONGEST + 1))
     ratio = (length + 1e-15) / (reference_length + 1e-9)
     return [float(value) for value in precision * (math.exp(1 - 1 / ratio) if ratio < 1 else 1.0)]

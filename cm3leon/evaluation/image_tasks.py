@@ -101,7 +101,7 @@ def edit(e: Evaluation) -> Sheet:
         e.add("edit/image_similarity", (vectors["generated"] * vectors["after"]).sum(1))
         e.calibrate("edit/image_similarity_unchanged", (vectors["before"] * vectors["after"]).sum(1))
 
-    # 4. Verdicts on scenes.
+    # 4. Outcomes on scenes.
     scenes = [number for number, row in enumerate(rows) if is_scene(row)]
     if scenes:
         sources = [read_scene(before[number]) for number in scenes]
@@ -160,8 +160,8 @@ def layout(e: Evaluation) -> Sheet:
 
         e.add("layout/iou", overlaps(generated, wanted, False))
         e.add("layout/iou_labeled", overlaps(generated, wanted, True))
-        verdicts = composition.verdicts([captions[n] for n in scenes], [generated[n] for n in scenes])
-        e.add("layout/composition", [float(all(verdict.values())) for verdict in verdicts if verdict is not None])
+        outcomes = composition.check_images([captions[n] for n in scenes], [generated[n] for n in scenes])
+        e.add("layout/composition", composition.all_right(outcomes))
         e.calibrate("layout/iou_real", overlaps(real, wanted, False))
         e.calibrate("layout/iou_reconstructions", overlaps(e.reconstructions(real), wanted, False))
         if len(scenes) > 1:
@@ -231,9 +231,8 @@ def condition(e: Evaluation) -> Sheet:
             e.calibrate("condition/agreement_other_images", agreements(generated, [scored[n] for n in shifted_positions(len(scored))]))
 
     # 3. Composition, where the caption describes a scene.
-    verdicts = [verdict for verdict in composition.verdicts(captions, generated) if verdict is not None]
-    if verdicts:
-        e.add("condition/composition", [float(all(verdict.values())) for verdict in verdicts])
+    if right := composition.all_right(composition.check_images(captions, generated)):
+        e.add("condition/composition", right)
     sheet: Sheet = []
     for condition_image, result, kind, caption in zip(asked, generated, kinds, captions, strict=True):
         sheet += [(condition_image, kind), (result, caption)]
@@ -272,7 +271,7 @@ def infill(e: Evaluation) -> Sheet:
         image.paste((128, 128, 128), (x0, y0, x1, y1))
 
     def right(images: Sequence[Image.Image]) -> list[float]:
-        return [float(all(verdict.values())) for verdict in composition.verdicts(captions, images) if verdict is not None]
+        return composition.all_right(composition.check_images(captions, images))
 
     e.add("infill/composition", right(generated))
     e.calibrate("infill/composition_reconstructions", right(e.reconstructions(real)))

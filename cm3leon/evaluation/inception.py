@@ -157,6 +157,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        # A .pth file is a pickle; weights_only refuses anything but tensors and plain containers.
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path}: no readable weights file: {error}") from error

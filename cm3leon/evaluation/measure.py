@@ -43,28 +43,24 @@ def shifted_positions(count: int) -> np.ndarray:
 
 def measure_composition(
     record: Record, prompts: Sequence[str], generated: Images, reconstructions: Images, originals: Images, resamples: int, seed: int
-) -> list[dict[str, bool] | None]:
-    """Composition accuracy of prompts that describe scenes: the share of images in which every stated attribute is right, 0 to 1.
+) -> None:
+    """Composition accuracy of prompts that describe scenes: the fraction of images with every stated attribute right, 0 to 1.
 
     Calibration: the original images (ceiling of the reader), their reconstructions (ceiling of the image tokenizer), and the generated
-    images checked against the captions of other records (baseline).
-
-    Returns:
-        For each prompt the verdict by attribute; None if it does not describe a scene.
+    images checked against the captions of other records (baseline). Without prompts that describe scenes no score is added.
     """
-    verdicts = composition.verdicts(prompts, generated)
-    counted = [verdict for verdict in verdicts if verdict is not None]
+    outcomes = composition.check_images(prompts, generated)
+    counted = [outcome for outcome in outcomes if outcome is not None]
     if not counted:
-        return verdicts
+        return
     record.scores["composition/prompts"] = float(len(counted))
-    for name, values in composition.by_attribute(verdicts).items():
+    for name, values in composition.by_attribute(outcomes).items():
         record.add(name, values, resamples, seed)
     record.calibration["composition_real"] = composition.score(prompts, originals)["composition"]
     record.calibration["composition_reconstructions"] = composition.score(prompts, reconstructions)["composition"]
     if len(prompts) > 1:
         other_captions = [prompts[i] for i in shifted_positions(len(prompts))]
         record.calibration["composition_other_captions"] = composition.score(other_captions, generated)["composition"]
-    return verdicts
 
 
 def measure_images(

@@ -104,4 +104,5 @@ def _local_mean(values: np.ndarray) -> np.ndarray:
     """Gaussian-weighted means of all 11 x 11 windows: (h, w) -> (h - 10, w - 10)."""
     weights = np.exp(-np.square(np.arange(-RADIUS, RADIUS + 1) / SIGMA) / 2)
     weights /= weights.sum()
+    # The Gaussian is separable: one pass along each axis. Windows that reach beyond the image are cut off.
     return correlate1d(correlate1d(values, weights, axis=0), weights, axis=1)[RADIUS:-RADIUS, RADIUS:-RADIUS]

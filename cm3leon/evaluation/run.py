@@ -23,7 +23,7 @@ from cm3leon.evaluation.inception import Inception, fetch_weights
 from cm3leon.evaluation.record import Record, digest
 from cm3leon.evaluation.tasks import MEASURES
 from cm3leon.evaluation.text_tasks import answer_vqa, caption, sample_questions, training_answers
-from cm3leon.evaluation.upscaling import measure_upscaling
+from cm3leon.evaluation.upscaling import restoration_scores
 from cm3leon.generation.generator import Generator
 from cm3leon.models.super_resolution import target_side
 from cm3leon.scenes import composition
@@ -101,7 +101,7 @@ def measure_upscaler(
 ) -> None:
     """PSNR (RGB and Y) and SSIM (Y) of the upscaler on bicubic reductions of the images. Calibration: bicubic interpolation."""
     assert generator.super_resolution is not None
-    values = measure_upscaling(generator.super_resolution, ImageSet(store, refs, side))
+    values = restoration_scores(generator.super_resolution, ImageSet(store, refs, side))
     for name in ("psnr_rgb", "psnr_y", "ssim_y"):
         if name in values:
             record.add(f"super_resolution_{name}", values[name], resamples, seed)

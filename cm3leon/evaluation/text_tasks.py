@@ -71,12 +71,14 @@ def answer_vqa(e: Evaluation, asked: Sequence[tuple[str, str, list[str]]], frequ
     """
     refs, questions, truths = zip(*asked, strict=True)
     answers = answer_questions(e.generator, e.store, refs, questions)
+    # Baseline: the same questions about other images.
     others = measure.images_of_others(asked)
     answers_of_others = answer_questions(e.generator, e.store, others, questions) if others else None
     section = e.config.evaluate
     measure.measure_answers(
         e.record, questions, answers, answers_of_others, truths, refs, frequent, section.bootstrap, section.seed
     )  # fmt: skip
+    # The sheet; only its images are opened again.
     shown = list(zip(asked, answers, strict=True))[: section.sheet]
     images = e.images([ref for (ref, _, _), _ in shown])
     wrong = ["" if vqa.answer_score(said, truth) else f" (not {truth[0]})" for (_, _, truth), said in shown]

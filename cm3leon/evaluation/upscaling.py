@@ -25,7 +25,7 @@ def psnr_rgb(originals: torch.Tensor, restored: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def measure_upscaling(model: SuperResolution, images: ImageSet, batch_size: int = 64) -> dict[str, list[float]]:
+def restoration_scores(model: SuperResolution, images: ImageSet, batch_size: int = 64) -> dict[str, list[float]]:
     """Restore downsampled images, and compare them with the originals.
 
     Scores on Y leave out a border as wide as the scale (:mod:`cm3leon.evaluation.restoration`). Images smaller than SSIM's window have no

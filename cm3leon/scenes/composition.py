@@ -48,6 +48,7 @@ def _any(words: Sequence[str]) -> str:
     return "|".join(words)
 
 
+# The grammar, in lower case. Backgrounds come after the objects ("... on gray") or before them ("a gray background with ...").
 _GROUND = _any(list(BACKGROUNDS))
 _ON_BACKGROUND = re.compile(rf"(?P<subject>.+?),? (?:on|against|with) (?:(?:an?|the) )?(?P<ground>{_GROUND})(?: background)?")
 _BACKGROUND_WITH = re.compile(rf"(?:on )?(?:(?:an?|the) )?(?P<ground>{_GROUND}) background(?: with|,) (?P<subject>.+)")
@@ -56,6 +57,7 @@ _RELATIONS = {
     "above": r"above|over|on top of", "below": r"below|under|beneath",
 }  # fmt: skip
 _RELATED = {name: re.compile(rf"(?P<first>.+?) (?:is )?(?:{words}) (?P<second>.+)") for name, words in _RELATIONS.items()}
+# A noun phrase of shapes: "two small red circles".
 _THING = re.compile(
     rf"(?:(?P<number>an?|the|one|two|three|1|2|3) )?(?:(?P<size>{_any(list(SIZES))}) )?(?:(?P<color>{_any(list(COLORS))}) )?"
     rf"(?P<shape>{_any(list(SHAPES))})(?P<plural>e?s)?"
@@ -73,7 +75,7 @@ def _mentions(words: str) -> tuple[Mention, ...] | None:
     if thing is None:
         return None
     count = _COUNTS[thing["number"]]
-    if (count > 1) != bool(thing["plural"]):
+    if (count > 1) != bool(thing["plural"]):  # "two circle" and "a circles" are errors of the writer
         return None
     return (Mention(thing["shape"], thing["color"], thing["size"]),) * count
 
@@ -137,25 +139,26 @@ def match(statement: Statement, scene: Scene) -> list[Object | None]:
         )
         return sum(_compare(statement, order).values()), single
 
+    # At most 6! = 720 assignments, so all of them are tried.
     return max((list(order) for order in itertools.permutations(seen, wanted)), key=quality)
 
 
 def _compare(statement: Statement, seen: Sequence[Object | None]) -> dict[str, bool]:
     """The attributes of the objects, right or wrong, if mention ``i`` is matched with ``seen[i]`` (None: missing)."""
     pairs = list(zip(statement.objects, seen, strict=True))
-    verdict = {}
+    outcome = {}
     if any(m.color for m, _ in pairs):
-        verdict["color"] = all(o is not None and o.color == m.color for m, o in pairs if m.color)
+        outcome["color"] = all(o is not None and o.color == m.color for m, o in pairs if m.color)
     if any(m.letter is None for m, _ in pairs):
-        verdict["shape"] = all(o is not None and o.shape == m.shape for m, o in pairs if m.letter is None)
+        outcome["shape"] = all(o is not None and o.shape == m.shape for m, o in pairs if m.letter is None)
     if any(m.size for m, _ in pairs):
-        verdict["size"] = all(o is not None and o.size == m.size for m, o in pairs if m.size)
+        outcome["size"] = all(o is not None and o.size == m.size for m, o in pairs if m.size)
     if any(m.letter for m, _ in pairs):
-        verdict["text"] = all(o is not None and o.letter == m.letter for m, o in pairs if m.letter)
+        outcome["text"] = all(o is not None and o.letter == m.letter for m, o in pairs if m.letter)
     if statement.relation:
         first, second = seen[:2]
-        verdict["relation"] = first is not None and second is not None and _holds(statement.relation, first, second)
-    return verdict
+        outcome["relation"] = first is not None and second is not None and _holds(statement.relation, first, second)
+    return outcome
 
 
 def check(statement: Statement, scene: Scene) -> dict[str, bool]:
@@ -164,43 +167,55 @@ def check(statement: Statement, scene: Scene) -> dict[str, bool]:
     Mentions are matched with objects by :func:`match`. An attribute is right if it is for every mention that states it; for a missing
     object it is wrong.
     """
-    verdict = {"count": len(scene.objects) == len(statement.objects)}
+    outcome = {"count": len(scene.objects) == len(statement.objects)}
     if statement.background:
-        verdict["background"] = scene.background == statement.background
-    verdict |= _compare(statement, match(statement, scene))
-    return {name: verdict[name] for name in ATTRIBUTES if name in verdict}
+        outcome["background"] = scene.background == statement.background
+    outcome |= _compare(statement, match(statement, scene))
+    return {name: outcome[name] for name in ATTRIBUTES if name in outcome}
 
 
-def verdicts(captions: Sequence[str], images: Sequence[Image.Image | np.ndarray]) -> list[dict[str, bool] | None]:
-    """:func:`check` of each pair; None where the caption does not follow the grammar."""
+def check_images(captions: Sequence[str], images: Sequence[Image.Image | np.ndarray]) -> list[dict[str, bool] | None]:
+    """Read each image and check it against its caption.
+
+    Returns:
+        The outcome of :func:`check` for each caption; None if it does not follow the grammar.
+
+    Raises:
+        ValueError: if the numbers of captions and images differ.
+    """
     if len(captions) != len(images):
         raise ValueError(f"{len(captions)} captions but {len(images)} images")
     statements = [parse_caption(text) for text in captions]
     return [check(s, read_scene(image)) if s else None for s, image in zip(statements, images, strict=True)]
 
 
-def summarize(verdicts: Sequence[dict[str, bool] | None]) -> dict[str, float]:
-    """The scores of verdicts, each 0 to 1, higher is better.
+def all_right(outcomes: Sequence[dict[str, bool] | None]) -> list[float]:
+    """Composition accuracy of each prompt that follows the grammar: 1 if every stated attribute is right, else 0."""
+    return [float(all(outcome.values())) for outcome in outcomes if outcome is not None]
+
+
+def summarize(outcomes: Sequence[dict[str, bool] | None]) -> dict[str, float]:
+    """The scores of outcomes, each 0 to 1, higher is better.
 
     Returns:
         ``composition``, the fraction of prompts with every stated attribute right; ``composition/NAME``, that of attribute NAME among the
         prompts that state it; and ``composition/prompts``, the number of prompts that follow the grammar. Only the last if there are none.
     """
-    counted = sum(verdict is not None for verdict in verdicts)
-    return {"composition/prompts": float(counted)} | {name: float(np.mean(values)) for name, values in by_attribute(verdicts).items()}
+    counted = sum(outcome is not None for outcome in outcomes)
+    return {"composition/prompts": float(counted)} | {name: float(np.mean(values)) for name, values in by_attribute(outcomes).items()}
 
 
-def by_attribute(verdicts: Sequence[dict[str, bool] | None]) -> dict[str, list[bool]]:
+def by_attribute(outcomes: Sequence[dict[str, bool] | None]) -> dict[str, list[bool]]:
     """The outcomes by prompt whose means :func:`summarize` returns; without names that no prompt states."""
-    counted = [verdict for verdict in verdicts if verdict is not None]
-    found = {"composition": [all(verdict.values()) for verdict in counted]}
-    found |= {f"composition/{name}": [verdict[name] for verdict in counted if name in verdict] for name in ATTRIBUTES}
+    counted = [outcome for outcome in outcomes if outcome is not None]
+    found = {"composition": [all(outcome.values()) for outcome in counted]}
+    found |= {f"composition/{name}": [outcome[name] for outcome in counted if name in outcome] for name in ATTRIBUTES}
     return {name: values for name, values in found.items() if values}
 
 
 def score(captions: Sequence[str], images: Sequence[Image.Image | np.ndarray]) -> dict[str, float]:
-    """:func:`summarize` of :func:`verdicts`."""
-    return summarize(verdicts(captions, images))
+    """:func:`summarize` of :func:`check_images`."""
+    return summarize(check_images(captions, images))
 
 
 def confusions(captions: Sequence[str], images: Sequence[Image.Image | np.ndarray]) -> str:
@@ -229,12 +244,13 @@ __all__ = [
     "ATTRIBUTES",
     "Mention",
     "Statement",
+    "all_right",
     "check",
+    "check_images",
     "confusions",
     "match",
     "parse_caption",
     "read_scene",
     "score",
     "summarize",
-    "verdicts",
 ]

@@ -208,6 +208,7 @@ class Scene:
 
 def relation(first: Object, second: Object) -> str | None:
     """The spatial relation of ``first`` to ``second``: left of, right of, above, below; None if none holds clearly (:data:`DOMINANCE`)."""
+    # An axis dominates, and the boxes do not overlap along it: then the relation is true of all pixels of both objects.
     dx, dy = first.x - second.x, first.y - second.y
     a, b = first.box, second.box
     if abs(dx) >= DOMINANCE * abs(dy) and (a[2] <= b[0] or b[2] <= a[0]):
@@ -220,7 +221,7 @@ def relation(first: Object, second: Object) -> str | None:
 def apart(first: Object, second: Object) -> bool:
     """True if the boxes of two objects are at least :data:`GAP` apart along at least one axis."""
     a, b = first.box, second.box
-    return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3]) >= GAP - 1e-9
+    return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3]) >= GAP - 1e-9  # less rounding
 
 
 def is_valid(scene: Scene) -> bool:
@@ -245,6 +246,7 @@ def place(shape: str, color: str, size: str, grid: int, rng: random.Random, lett
     def sample_coordinate(low: float, high: float) -> float | None:
         if not grid:
             return round(rng.uniform(low, high), 4)
+        # The first and last grid point between low and high, up to rounding.
         first, last = math.ceil(low * grid - 1e-9), math.floor(high * grid + 1e-9)
         return rng.randint(first, last) / grid if first <= last else None
 
@@ -283,7 +285,7 @@ def sample_scene(rng: random.Random, max_objects: int, grid: int, letters: float
             else:
                 item = place(*names, grid, rng)
             if item is None or any(not apart(item, other) for other in objects):
-                break
+                break  # too few objects: the attempt fails below
             objects.append(item)
         scene = Scene(rng.choice(list(BACKGROUNDS)), tuple(objects))
         clear = alike or count != 2 or (len(objects) == 2 and relation(*objects) is not None)

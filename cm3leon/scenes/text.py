@@ -102,6 +102,7 @@ def _existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
         color, shape = rng.choice(sorted(present))
         return f"Is there {with_article(f'{color} {shape}')}?", "yes"
     colors, shapes = sorted({c for c, _ in present}), sorted({s for _, s in present})
+    # The kind of negative is fixed first; then combinations are sampled until one is absent.
     kind = rng.random()
     while True:
         color = rng.choice(colors) if kind < 0.4 else rng.choice(list(COLORS))
@@ -133,6 +134,7 @@ def questions(scene: Scene, rng: random.Random, most: int = 6) -> list[tuple[str
     if scene.letter:
         chosen = [("Which letter is shown?", scene.letter.lower()), ("What color is the letter?", scene.objects[0].color), background]
         return [(question, [answer]) for question, answer in chosen]
+    # A list of questions for each kind; only attributes that identify an object uniquely are used to refer to it.
     kinds: list[list[tuple[str, str]]] = [
         [("How many objects are there?", str(len(scene.objects)))], [background], [_existence(scene, rng)], _relation_questions(scene),
     ]  # fmt: skip
@@ -154,6 +156,7 @@ def questions(scene: Scene, rng: random.Random, most: int = 6) -> list[tuple[str
 
 def reasoning(scene: Scene, rng: random.Random) -> list[Problem]:
     """A multiple-choice question that takes a step of reasoning, with options and explanation; empty for a letter scene."""
+    # Larger and further compare two different objects. The other two always give a problem, so one is always found.
     if scene.letter:
         return []
     makers = [_more_or_less, _remaining] if scene.identical or len(scene.objects) == 1 else [_larger, _further, _more_or_less, _remaining]

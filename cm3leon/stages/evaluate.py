@@ -10,11 +10,15 @@ from cm3leon.tracking import runs
 
 
 def run(config: Config) -> dict[str, float]:
-    """Write ``models/evaluation/record.json`` and sheets of images; returns the main scores and their calibrations."""
+    """Write ``models/evaluation/record.json``, sheets of images and the table of confusions, and log the scores.
+
+    Returns:
+        The main scores and their calibrations, as metrics.
+    """
     with runs.stage_run("evaluate", config) as run:
         record = evaluate(config, paths.EVALUATION)
-        run.log_metrics({f"eval/{name}": value for name, value in record.scores.items()})
-        run.log_metrics({f"calibration/{name}": value for name, value in record.calibration.items()})
+        run.log_metrics({f"eval/{name}": score for name, score in record.scores.items()})
+        run.log_metrics({f"calibration/{name}": score for name, score in record.calibration.items()})
         for sheet in sorted(paths.EVALUATION.glob("*.png")):
             run.log_artifact(sheet, "samples")
         for table in (CONFUSIONS, RECORD):

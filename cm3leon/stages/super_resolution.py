@@ -8,7 +8,7 @@ from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
-from cm3leon.evaluation.upscaling import measure_upscaling
+from cm3leon.evaluation.upscaling import restoration_scores
 from cm3leon.models.super_resolution import target_side
 from cm3leon.tracking import runs
 from cm3leon.training.super_resolution import train
@@ -39,6 +39,6 @@ def run(config: Config) -> dict[str, float]:
             model = train(section, images, config.seed, default_device(), on_step)
         model.save(paths.SUPER_RESOLUTION)
         held_out = ImageSet(store, records[records["split"] == "val"]["image"].tolist()[:VALIDATION_IMAGES], side)
-        metrics = {name: float(np.mean(scores)) for name, scores in measure_upscaling(model, held_out).items()}
+        metrics = {name: float(np.mean(scores)) for name, scores in restoration_scores(model, held_out).items()}
         run.log_metrics({f"super_resolution/{name}": value for name, value in metrics.items()})
     return metrics

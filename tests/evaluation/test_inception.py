@@ -20,7 +20,7 @@ from cm3leon.utils import torchvision_compat
 PUBLISHED_BYTES = 95_628_359  # size of the published file
 
 
-def picture(width: int = 75, height: int = 75, seed: int = 0) -> Image.Image:
+def make_image(width: int = 75, height: int = 75, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, size=(height, width, 3), dtype=np.uint8))
 
 
@@ -112,14 +112,14 @@ def resized_by_axis(values: np.ndarray, size: int) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(75, 75), (64, 120), (700, 450)])
 def test_resizing_is_bilinear_without_antialiasing(size: tuple[int, int]) -> None:
-    image = picture(*size)
+    image = make_image(*size)
     rows = resized_by_axis(np.asarray(image) / 255, 299)
     expected = 2 * resized_by_axis(rows.transpose(1, 0, 2), 299).transpose(2, 1, 0) - 1
     np.testing.assert_allclose(to_input(image)[0].numpy(), expected, rtol=0, atol=1e-4)
 
 
 def test_images_of_the_right_size_are_only_scaled() -> None:
-    image = picture(299, 299)
+    image = make_image(299, 299)
     np.testing.assert_allclose(to_input(image)[0].numpy(), np.asarray(image).transpose(2, 0, 1) / 127.5 - 1, rtol=0, atol=1e-6)
     gray = image.convert("L")
     assert torch.equal(to_input(gray), to_input(gray.convert("RGB")))
@@ -128,7 +128,7 @@ def test_images_of_the_right_size_are_only_scaled() -> None:
 def test_features_are_means_of_the_last_block(inception: Inception) -> None:
     seen: list[torch.Tensor] = []
     handle = inception.network.get_submodule("Mixed_7c").register_forward_hook(lambda block, inputs, output: seen.append(output))
-    features = inception.encode_images([picture()])
+    features = inception.encode_images([make_image()])
     handle.remove()
     assert features.shape == (1, 2048) and features.dtype == np.float32 and seen[0].shape == (1, 2048, 8, 8)
     np.testing.assert_allclose(features, seen[0].double().mean(dim=(2, 3)).numpy(), rtol=1e-5, atol=1e-6)
@@ -136,7 +136,7 @@ def test_features_are_means_of_the_last_block(inception: Inception) -> None:
 
 
 def test_features_do_not_depend_on_the_batch(inception: Inception) -> None:
-    images = [picture(seed=1), picture(90, 60, seed=2)]
+    images = [make_image(seed=1), make_image(90, 60, seed=2)]
     together = inception.encode_images(images)
     assert np.abs(together[0] - together[1]).max() > 0.01
     np.testing.assert_allclose(inception.encode_images(images[::-1], batch_size=1)[::-1], together, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from cm3leon.evaluation.restoration import psnr_y, ssim_y, to_luma
 
 
-def picture(height: int = 40, width: int = 53, seed: int = 0) -> np.ndarray:
+def make_image(height: int = 40, width: int = 53, seed: int = 0) -> np.ndarray:
     """Smooth structure plus noise, uint8 RGB."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
@@ -47,7 +47,7 @@ def test_luma_of_known_colors() -> None:
 
 
 def test_luma_agrees_with_scikit_image_and_is_not_rounded() -> None:
-    image = picture()
+    image = make_image()
     np.testing.assert_allclose(to_luma(image), rgb2ycbcr(image)[..., 0], rtol=0, atol=1e-10)
     assert (to_luma(image) % 1 != 0).mean() > 0.9
 
@@ -63,7 +63,7 @@ def test_psnr_of_known_errors() -> None:
 
 @pytest.mark.parametrize("crop", [0, 2, 4])
 def test_agrees_with_scikit_image(crop: int) -> None:
-    hr = picture()
+    hr = make_image()
     sr = worse(hr)
     x, y = (rgb2ycbcr(image)[crop : 40 - crop, crop : 53 - crop, 0] for image in (hr, sr))
     assert psnr_y(hr, sr, crop) == pytest.approx(peak_signal_noise_ratio(x, y, data_range=255), abs=1e-9)
@@ -73,7 +73,7 @@ def test_agrees_with_scikit_image(crop: int) -> None:
 
 
 def test_ssim_agrees_with_a_direct_loop() -> None:
-    hr = picture(19, 23)
+    hr = make_image(19, 23)
     sr = worse(hr, 30)
     assert ssim_y(hr, sr, 2) == pytest.approx(ssim_by_loop(to_luma(hr)[2:-2, 2:-2], to_luma(sr)[2:-2, 2:-2]), abs=1e-12)
     gray, other = hr[..., 0], sr[..., 0]
@@ -86,7 +86,7 @@ def test_ssim_of_constant_images_is_the_luminance_term() -> None:
 
 
 def test_ssim_is_symmetric_one_for_equals_and_falls_with_noise() -> None:
-    hr = picture()
+    hr = make_image()
     assert ssim_y(hr, hr, 3) == pytest.approx(1, abs=1e-12)
     assert ssim_y(hr, worse(hr), 3) == pytest.approx(ssim_y(worse(hr), hr, 3), abs=1e-12)
     scores = [ssim_y(hr, worse(hr, scale), 3) for scale in (2, 8, 32)]
@@ -94,7 +94,7 @@ def test_ssim_is_symmetric_one_for_equals_and_falls_with_noise() -> None:
 
 
 def test_cropped_pixels_do_not_count() -> None:
-    hr = picture()
+    hr = make_image()
     sr = hr.copy()
     sr[:4], sr[-4:], sr[:, :4], sr[:, -4:] = 0, 0, 0, 0
     assert psnr_y(hr, sr, 4) == math.inf and ssim_y(hr, sr, 4) == pytest.approx(1, abs=1e-12)
@@ -102,21 +102,21 @@ def test_cropped_pixels_do_not_count() -> None:
 
 
 def test_pil_images_score_as_their_arrays() -> None:
-    hr = picture()
+    hr = make_image()
     sr = worse(hr)
     assert psnr_y(Image.fromarray(hr), Image.fromarray(sr), 2) == psnr_y(hr, sr, 2)
     assert ssim_y(Image.fromarray(hr[..., 0]), Image.fromarray(sr[..., 0]), 2) == ssim_y(hr[..., 0], sr[..., 0], 2)
 
 
 def test_gray_stored_as_rgb_scores_higher() -> None:
-    gray = picture()[..., 0]
+    gray = make_image()[..., 0]
     other = worse(gray)
     as_rgb = psnr_y(np.stack([gray] * 3, axis=-1), np.stack([other] * 3, axis=-1), 2)
     assert as_rgb - psnr_y(gray, other, 2) == pytest.approx(1.3219, abs=1e-4)
 
 
 def test_images_that_cannot_be_compared_are_an_error() -> None:
-    image = picture()
+    image = make_image()
     for metric in (psnr_y, ssim_y):
         with pytest.raises(ValueError, match="differ in size"):
             metric(image, image[:-1], 0)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cm3leon.config.schema import SuperResolutionConfig
-from cm3leon.evaluation.upscaling import measure_upscaling, psnr_rgb
+from cm3leon.evaluation.upscaling import psnr_rgb, restoration_scores
 from cm3leon.models.super_resolution import SuperResolution, reduce
 from cm3leon.training.super_resolution import train
 
@@ -42,7 +42,7 @@ def model() -> SuperResolution:
 
 
 def test_an_untrained_network_is_bicubic() -> None:
-    scores = measure_upscaling(SuperResolution(3, 8, 1), Sized(Discs(4, 1), 30))
+    scores = restoration_scores(SuperResolution(3, 8, 1), Sized(Discs(4, 1), 30))
     assert len(scores["psnr_rgb"]) == 4 and scores["psnr_rgb"] == pytest.approx(scores["psnr_rgb_bicubic"], abs=1e-6)
 
 
@@ -60,7 +60,7 @@ class Sized:
 
 
 def test_beats_bicubic_on_held_out_images(model: SuperResolution) -> None:
-    scores = measure_upscaling(model, Discs(24, 1))
+    scores = restoration_scores(model, Discs(24, 1))
     assert np.mean(scores["psnr_rgb"]) > np.mean(scores["psnr_rgb_bicubic"]) + 1
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from cm3leon.scenes.composition import Mention, Statement, check, parse_caption, read_scene, score, summarize, verdicts
+from cm3leon.scenes.composition import Mention, Statement, check, check_images, parse_caption, read_scene, score, summarize
 from cm3leon.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Object, Scene, sample_scene
 from cm3leon.scenes.text import captions
 
@@ -89,20 +89,20 @@ def test_each_kind_of_mistake_is_found(scene: Scene, wrong: set[str]) -> None:
     statement = parse_caption(TEXT)
     assert statement is not None
     for seen in (scene, read_scene(scene.render(64))):
-        verdict = check(statement, seen)
-        assert verdict.keys() == {"background", "count", "color", "shape", "size", "relation"}
-        assert {name for name, right in verdict.items() if not right} == wrong
+        outcome = check(statement, seen)
+        assert outcome.keys() == {"background", "count", "color", "shape", "size", "relation"}
+        assert {name for name, right in outcome.items() if not right} == wrong
 
 
 def test_only_stated_attributes_are_checked() -> None:
     scene = Scene("white", (RED,))
-    assert verdicts(["a red circle"], [scene.render(64)]) == [{"count": True, "color": True, "shape": True}]
-    assert verdicts(["two circles on white"], [scene.render(64)]) == [{"background": True, "count": False, "shape": False}]
+    assert check_images(["a red circle"], [scene.render(64)]) == [{"count": True, "color": True, "shape": True}]
+    assert check_images(["two circles on white"], [scene.render(64)]) == [{"background": True, "count": False, "shape": False}]
 
 
 def test_a_wrong_letter_is_found() -> None:
     image = Scene("white", (Object("letter", "red", "large", 0.5, 0.5, "A"),)).render(64)
-    good, bad, shape = verdicts(["the letter A in red on a white background", "the letter H in red", "a red triangle"], [image] * 3)
+    good, bad, shape = check_images(["the letter A in red on a white background", "the letter H in red", "a red triangle"], [image] * 3)
     assert good == {"background": True, "count": True, "color": True, "text": True}
     assert bad == {"count": True, "color": True, "text": False}
     assert shape == {"count": True, "color": True, "shape": False}
@@ -167,7 +167,7 @@ def test_other_texts_are_not_parsed(text: str) -> None:
 
 def test_captions_that_cannot_be_parsed_are_not_counted_as_prompts() -> None:
     image = Scene("white", (RED,)).render(64)
-    assert verdicts(["a dog", "a red circle"], [image, image])[0] is None
+    assert check_images(["a dog", "a red circle"], [image, image])[0] is None
     assert score(["a dog", "a red circle"], [image, image])["composition/prompts"] == 1
     assert summarize([None]) == {"composition/prompts": 0.0}
 

@@ -22,7 +22,7 @@ CONFIG = ShapesConfig(count=200, letters=0.1, edits=0.3, conditions=0.2)
 ROWS = list(rows(CONFIG, Path()))
 
 
-def picture(data: bytes | None) -> np.ndarray:
+def decode(data: bytes | None) -> np.ndarray:
     assert data is not None
     return np.asarray(Image.open(io.BytesIO(data)))
 
@@ -57,7 +57,7 @@ def test_rows_are_complete() -> None:
     assert len(set(keys)) == len(keys)
     for row in ROWS:
         assert (row.licence, row.attribution, row.source, row.problem) == ("CC0-1.0", "cm3leon shapes", "shapes", None)
-        pixels = picture(row.image)
+        pixels = decode(row.image)
         assert pixels.shape == (CONFIG.size, CONFIG.size, 3)
         assert row.long_caption
         assert row.questions
@@ -70,7 +70,7 @@ def test_rows_are_complete() -> None:
 
 def test_captions_are_true_of_the_stored_image() -> None:
     for row in ROWS:
-        scene = read_scene(picture(row.image))
+        scene = read_scene(decode(row.image))
         for text in row.captions:
             statement = parse_caption(text)
             assert statement is not None
@@ -87,7 +87,7 @@ def test_edited_rows_follow_their_instruction_and_change_nothing_else() -> None:
         assert row.instruction is not None
         original = by_key[row.edited_from or ""]
         assert row.group == original.group == original.key
-        before, after = read_scene(picture(original.image)), read_scene(picture(row.image))
+        before, after = read_scene(decode(original.image)), read_scene(decode(row.image))
         kinds.add(_follows(row.instruction, before, after))
     assert kinds == {"background", "add", "remove", "color", "size"}
     assert all(row.group is None for row in ROWS if not row.edited_from and row.key not in {e.edited_from for e in edited})
@@ -123,4 +123,4 @@ def test_frequency_of_letters_and_conditions() -> None:
     for row in ROWS:
         if row.conditions:
             assert row.conditions.keys() == set(CONDITIONS)
-            assert all(picture(data).shape == (CONFIG.size, CONFIG.size, 3) for data in row.conditions.values())
+            assert all(decode(data).shape == (CONFIG.size, CONFIG.size, 3) for data in row.conditions.values())

@@ -1,4 +1,4 @@
-"""Stage evaluate on untrained models: every task, texts of any length, the contract, and reproduction from the record."""
+"""Stage evaluate on untrained models: scores, calibrations and contract of all tasks, reproduction of a record, refused input."""
 
 import io
 import json
@@ -42,7 +42,7 @@ TOO_LONG = "a red circle next to a ring " * 60
 
 
 def write_validated(records):
-    """The outputs of ``validate``: the manifest of the records, and their thumbnails."""
+    """Write the outputs of ``validate``: the manifest of the records, and their thumbnails."""
     paths.VALIDATED.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(records, schema=VALIDATED_SCHEMA), paths.VALIDATED / "manifest.parquet")
     store = ImageStore(paths.RAW)
@@ -52,7 +52,7 @@ def write_validated(records):
 
 @pytest.fixture
 def collection(tmp_path, monkeypatch, tiny_models):
-    """Untrained models; ``write(count)`` writes that many test records, the first with a blank and a very long caption."""
+    """Untrained models. ``write(count)`` makes so many test records, the first with a blank and a long caption, and a training record."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "stage_run", lambda stage, config: nullcontext(runs.Run()))
     for name in ("models", "data"):
@@ -80,7 +80,7 @@ def collection(tmp_path, monkeypatch, tiny_models):
     return write
 
 
-def test_captions_and_questions_longer_than_the_context_are_shortened(collection):
+def test_captions_and_questions_that_are_too_long_are_cut(collection):
     collection(3)
     metrics = evaluate.run(CONFIG)
     record = Record.read(paths.EVALUATION)
@@ -90,7 +90,7 @@ def test_captions_and_questions_longer_than_the_context_are_shortened(collection
     assert record.contract["counts"] == {"prompts": 3, "captioned": 2, "questions": 6}
     assert record.contract["retrieval"]["max_score"] == CONFIG.retrieve.max_score
     assert all(np.isfinite(value) for value in metrics.values())
-    with pytest.raises(PromptTooLongError):  # unlike the generator, which refuses them
+    with pytest.raises(PromptTooLongError):
         Generator.from_parts(
             model=paths.FINETUNED, image_tokenizer=paths.IMAGE_TOKENIZER, text_tokenizer=paths.TEXT_TOKENIZER, decoding=CONFIG.decoding
         ).text_to_image([TOO_LONG], candidates=1, retrieved_documents=0)
@@ -98,7 +98,7 @@ def test_captions_and_questions_longer_than_the_context_are_shortened(collection
 
 @pytest.fixture
 def scenes(collection):
-    """Test records of the source ``shapes`` with all columns that tasks need, and one training record."""
+    """Test records of the shapes source with all columns that tasks need, and a training record."""
     config = ShapesConfig(count=9, letters=0.3, edits=1.0, conditions=1.0, seed=1)
     pack(shapes.rows(config, paths.RAW), paths.RAW, 32)
     frame = read_manifest(paths.RAW).assign(width=64, height=64, split="test")
@@ -106,7 +106,7 @@ def scenes(collection):
     write_validated(frame[VALIDATED_SCHEMA.names].to_dict("records"))
 
 
-def test_every_task_is_measured_with_its_calibrations(scenes):
+def test_every_task_is_measured_with_calibrations_and_is_reproduced(scenes):
     evaluate.run(CONFIG)
     record = Record.read(paths.EVALUATION)
     for task in TASKS.values():
@@ -124,21 +124,14 @@ def test_every_task_is_measured_with_its_calibrations(scenes):
     assert record.scores.keys() - record.intervals.keys() == {"composition/prompts"}
     assert (paths.EVALUATION / "confusions.csv").read_text().startswith("attribute,stated,drawn,count\n")
 
-
-def test_an_evaluation_is_reproduced_from_its_record(scenes):
-    evaluate.run(CONFIG)
-    record = Record.read(paths.EVALUATION)
+    # The record is reproduced; a changed score is found; records of other code or models are refused.
     count, differing = evaluation.reproduce(Config(), paths.EVALUATION / "record.json")
     assert count == len(record.scores) + len(record.calibration) and differing == []
-
-    # A score that differs is found.
     saved = json.loads((paths.EVALUATION / "record.json").read_text())
     saved["scores"]["edit/kept"] += 0.1
     Path("changed.json").write_text(json.dumps(saved))
-    [(name, recorded, measured)] = evaluation.reproduce(Config(), Path("changed.json"))[1]
-    assert name == "edit/kept" and recorded == pytest.approx(measured + 0.1)
-
-    # Records of other code or of other models are refused.
+    [(name, recorded, again)] = evaluation.reproduce(Config(), Path("changed.json"))[1]
+    assert name == "edit/kept" and recorded == pytest.approx(again + 0.1)
     saved["settings"]["evaluate"]["lasers"] = 3
     Path("alien.json").write_text(json.dumps(saved))
     with pytest.raises(UserError, match=r"alien\.json was made by other code.*lasers"):
