@@ -2,14 +2,17 @@
 
 import importlib.util
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.study import claims, report, runs
 from benchmarks.study.__main__ import CLAIMS
+from benchmarks.study.section import Section, every_seed_higher, paired_difference, tokens_to_loss
 from cm3leon.config.schema import Config
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
@@ -49,17 +52,17 @@ def test_colors_are_swapped_between_two_different_objects_only() -> None:
 
 
 def test_a_claim_holds_only_if_all_seeds_agree() -> None:
-    assert claims._better([3.0, 4.0], [1.0, 2.0]) == "holds here"
-    assert claims._better([1.0, 2.0], [3.0, 4.0]) == "does not hold here"
-    assert "undecided" in claims._better([1.0, 3.0], [2.0, 4.0])
+    assert every_seed_higher([3.0, 4.0], [1.0, 2.0]) == "holds here"
+    assert every_seed_higher([1.0, 2.0], [3.0, 4.0]) == "does not hold here"
+    assert "undecided" in every_seed_higher([1.0, 3.0], [2.0, 4.0])
 
 
 def test_paired_differences_over_prompts_decide() -> None:
     hard = [float(n % 2) for n in range(200)]  # half of the prompts are always wrong, so means are uncertain and differences are not
     better = [1.0 if n % 2 or n % 20 == 0 else 0.0 for n in range(200)]
-    assert claims._paired(better, hard).startswith("holds here (+0.050 [")
-    assert claims._paired(hard, better).startswith("does not hold here (-0.050 [")
-    assert claims._paired(hard, hard[::-1]).startswith("undecided here (+0.000 [")
+    assert paired_difference(better, hard).startswith("holds here (+0.050 [")
+    assert paired_difference(hard, better).startswith("does not hold here (-0.050 [")
+    assert paired_difference(hard, hard[::-1]).startswith("undecided here (+0.000 [")
 
 
 def test_results_are_kept_for_the_same_key_and_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,12 +83,12 @@ def test_results_are_kept_for_the_same_key_and_inputs(tmp_path: Path, monkeypatc
 
 def test_tokens_to_a_loss_are_interpolated_between_validations() -> None:
     curve = [{"tokens": 100.0, "loss": 3.0}, {"tokens": 200.0, "loss": 2.0}, {"tokens": 300.0, "loss": 1.0}]
-    assert claims._tokens_to(curve, "loss", 1.5) == 250 and claims._tokens_to(curve, "loss", 0.5) is None
+    assert tokens_to_loss(curve, "loss", 1.5) == 250 and tokens_to_loss(curve, "loss", 0.5) is None
 
 
 def test_the_page_has_a_section_and_a_plot_for_each_claim(tmp_path: Path) -> None:
     points = [(1.0, 0.2, 0.1, 0.3), (2.0, 0.4, 0.3, 0.5)]
-    sections = {name: claims.Section(f"({name})", "so", "holds", [["a", "b"], ["1", "2"]], ("x", "y"), {"one": points}) for name in CLAIMS}
+    sections = {name: Section(f"({name})", "so", "holds", [["a", "b"], ["1", "2"]], ("x", "y"), {"one": points}) for name in CLAIMS}
 
     class Study:
         tokens, seeds, captions = 10, 2, ("x",)
@@ -94,3 +97,55 @@ def test_the_page_has_a_section_and_a_plot_for_each_claim(tmp_path: Path) -> Non
     page = (tmp_path / "study.md").read_text()
     for name in CLAIMS:
         assert f"## ({name})" in page and (tmp_path / f"study-{name}.png").is_file()
+
+
+class KnownStudy:
+    """A study whose decoders have known scores: the larger, and those trained with retrieval, are better."""
+
+    tokens, seeds, prompts, captions = 300, 2, 4, ("a red circle",)
+    config = Config()
+
+    def trained(self, name: str, changes: Sequence[str], seed: int) -> tuple[Path, dict[str, Any]]:
+        first = {"retrieval": 2.9, "no-retrieval": 3.0, "size-small": 4.0, "size-large": 1.5}.get(name, 3.0) + seed / 100
+        names = ("val_alone_loss", "val_retrieved_loss")
+        curve = [{"tokens": 100.0 * step, **dict.fromkeys(names, first - step / 10)} for step in (1, 2, 3)]
+        return Path(f"{name}-{seed}"), {"parameters": 1000, "steps": 3, "curve": curve}
+
+    def composition(self, model: Path, count: int = 1, **settings: Any) -> dict[str, Any]:
+        mean = 0.5 if settings.get("guidance", 1.5) == 1.5 else 0.2
+        return {"mean": mean, "interval": [mean - 0.1, mean + 0.1]}
+
+    def kept(self, name: str, key: Any, compute: Callable[[], Any]) -> Any:
+        if name == "tasks":
+            scores = {"tuned": (0.9, 0.8, 1.0), "pretrained": (0.2, 0.1, 0.3)}[key[0]]
+            return {"vqa_accuracy": {"mean": scores[0], "interval": scores[1:]}}
+        return 1.5 if name == "cider" else [[0.0, 1.0, 1.0, float(count > 3)] for count in range(len(claims.COUNTS))]
+
+
+@pytest.fixture
+def known_study(monkeypatch: pytest.MonkeyPatch) -> KnownStudy:
+    monkeypatch.setattr(claims, "content_hash", str)
+    return KnownStudy()
+
+
+@pytest.mark.parametrize(
+    ("claim", "sentence"),
+    [
+        (
+            "retrieval",
+            "than without retrieval: holds here; it reaches the final loss without retrieval after 0.67 of the tokens.",
+        ),
+        ("guidance", "One guidance scale is best for all sizes: holds here. The best here: small 1.5, medium 1.5, large 1.5."),
+        ("candidates", "It still improves from 8 to 32 candidates: undecided here (+0.250 [+0.00, +0.75]);"),
+        ("masking", "if they never are: undecided here (the seeds overlap); this costs composition"),
+        ("tuning", "After tuning 1 of 1 scores are higher, as intervals do not overlap. Lower: none."),
+        ("sizes", "A larger model has a lower loss after the same number of tokens: holds here."),
+    ],
+)
+def test_verdicts_follow_from_the_scores(known_study: KnownStudy, claim: str, sentence: str) -> None:
+    section = CLAIMS[claim](known_study)
+    assert sentence in section.verdict
+    assert len({len(row) for row in section.table}) == 1 and len(section.table) > 1
+    published = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
+    assert f"## {section.title}" in published and section.paper in published
+    assert f"| {' | '.join(section.table[0])} |" in published

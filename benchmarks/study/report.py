@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.study.claims import Section
 from benchmarks.study.runs import Study
+from benchmarks.study.section import Section
 
 HEAD = """# The paper's claims, measured again
 

@@ -32,6 +32,9 @@ VALIDATIONS = 16
 COUNTED = 64
 """Batches by which the mean number of tokens in a step is estimated."""
 
+RESAMPLES = 1000
+"""Bootstrap resamples of an interval."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -129,7 +132,7 @@ class Study:
             "composition", [str(model), content_hash(model), number, settings], lambda: self._scores(model, number, settings)
         )
         values = np.array(scores)
-        return {"mean": float(values.mean()), "interval": bootstrap(values.mean(1), 1000, 0)}
+        return {"mean": float(values.mean()), "interval": bootstrap(values.mean(1), RESAMPLES, 0)}
 
     def _scores(self, model: Path, number: int, settings: dict[str, Any]) -> list[list[float]]:
         """For each prompt and image whether every stated attribute is right, 0 or 1: (prompts, number)."""

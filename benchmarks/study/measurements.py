@@ -1,0 +1,73 @@
+"""Measurements of a decoder that only single claims need; each result can be written as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.runs import Study
+from cm3leon.config import paths
+from cm3leon.data.manifest import ImageStore, read_manifest
+from cm3leon.evaluation import captions as caption_metrics
+from cm3leon.evaluation import measure
+from cm3leon.evaluation.context import Evaluation, best_images, fitted_images, sample_rows
+from cm3leon.evaluation.image_tasks import infill
+from cm3leon.evaluation.record import Record
+from cm3leon.evaluation.run import headline, load_generator
+from cm3leon.evaluation.tasks import MEASURES
+from cm3leon.evaluation.text_tasks import answer_questions, sample_questions
+from cm3leon.scenes import composition
+
+
+def correct_by_candidates(study: Study, model: Path, counts: Sequence[int], settings: dict[str, Any]) -> list[list[float]]:
+    """For each number of candidates, and each prompt, 1 if every attribute of the candidate with the highest CLIP score is right, else 0.
+
+    Each number has a call of its own, so that settings for half of the candidates apply to half of that number.
+    """
+    generator = study.generator(model)
+    found = []
+    for count in counts:
+        images = best_images(generator.text_to_image(study.captions, candidates=count, **settings))
+        found.append(composition.all_right(composition.check_images(study.captions, images)))
+    return found
+
+
+def infilling_cider(study: Study, model: Path) -> float:
+    """CIDEr of captions of val images by a decoder that was not tuned: the caption is infilled after the image."""
+    generator = study.generator(model)
+    rows = sample_rows(read_manifest(paths.VALIDATED, "val"), study.prompts, 0)
+    images = fitted_images(generator, ImageStore(paths.RAW), rows["image"].tolist())
+    captions = dict(zip(rows["id"], (caption.text for caption in generator.caption(images)), strict=True))
+    references = dict(zip(rows["id"], map(list, rows["captions"]), strict=True))
+    return caption_metrics.score(captions, references)["cider"]
+
+
+def task_scores(study: Study, model: Path) -> dict[str, dict[str, Any]]:
+    """Main scores of every task on the val split: ``mean`` and ``interval``."""
+    config = study.config.model_copy(update={"evaluate": study.config.evaluate.model_copy(update={"tasks": study.prompts})})
+    bootstrap = (config.evaluate.bootstrap, 0)
+    generator, record = load_generator(config, model), Record()
+    generator.parts.training = None  # without its list of trained tasks the pretrained decoder accepts every task
+    store, val = ImageStore(paths.RAW), read_manifest(paths.VALIDATED, "val")
+
+    # 1. The tasks that measure themselves.
+    evaluation = Evaluation(config, generator, store, val, record)
+    for measure_task in (*MEASURES.values(), infill):
+        measure_task(evaluation)
+
+    # 2. Text to image.
+    outcomes = composition.check_images(study.captions, best_images(generator.text_to_image(study.captions)))
+    for name, correct in composition.by_attribute(outcomes).items():
+        record.add(name, correct, *bootstrap)
+
+    # 3. Questions and captions.
+    refs, questions, truths = zip(*sample_questions(val, 2 * study.prompts, 0), strict=True)
+    answers = answer_questions(generator, store, refs, questions)
+    measure.measure_answers(record, questions, answers, None, truths, refs, Counter(), *bootstrap)
+    rows = sample_rows(val, study.prompts, 0)
+    captions = [caption.text for caption in generator.caption(fitted_images(generator, store, rows["image"].tolist()))]
+    measure.measure_captions(record, rows["id"].tolist(), captions, [list(texts) for texts in rows["captions"]], *bootstrap)
+
+    return {name: {"mean": score, "interval": record.intervals[name]} for name, score in headline(record).items() if name in record.scores}
