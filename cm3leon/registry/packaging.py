@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,9 +42,7 @@ def log_version(client: MlflowClient, bundle: Path, name: str, tags: Mapping[str
     with runs.recorded_run("register", config) as run:
         if run.run_id is None:
             raise ConnectionError(f"the MLflow store {client.tracking_uri} takes no runs, so nothing can be registered")
-        mlflow.set_tracking_uri(client.tracking_uri)
-        mlflow.set_registry_uri(client.tracking_uri)
-        with mlflow.start_run(run_id=run.run_id, nested=True):
+        with _global_store(client.tracking_uri), mlflow.start_run(run_id=run.run_id, nested=True):
             model = log_model(bundle, name)
         client.log_artifacts(run.run_id, str(bundle / "evaluation"), "evaluation")
         client.log_artifact(run.run_id, str(bundle / "lineage.json"))
@@ -53,6 +53,28 @@ def log_version(client: MlflowClient, bundle: Path, name: str, tags: Mapping[str
                 raise
         version = client.create_model_version(name, model.model_uri, run.run_id, tags=dict(tags), model_id=model.model_id)
         return str(version.version)
+
+
+@contextmanager
+def _global_store(uri: str) -> Iterator[None]:
+    """Make ``uri`` the store of MLflow's fluent API, which knows one per process and its children, while the block runs.
+
+    Both setters write the environment too, and a value set by hand equals its variable: restoring the variables restores both.
+    """
+    import mlflow
+
+    before = {name: os.environ.pop(name, None) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # None unsets, which the annotation leaves out
+        mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def log_model(bundle: Path, name: str) -> Any:

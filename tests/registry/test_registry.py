@@ -1,6 +1,7 @@
 """Bundles, versions and aliases: every step is idempotent, and can be undone."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -169,6 +170,16 @@ def test_three_versions_from_registration_to_rollback(stages):
     assert {"gate.md", "gate.json", "evaluation", "lineage.json"} <= {file.path for file in client.list_artifacts(run_id)}
     assert registry.status()[0].scores["composition"] == 0.6
     assert client.get_run(run_id).data.metrics == {}  # evaluate has logged the scores
+
+
+def test_registering_leaves_the_process_with_the_store_it_had(stages, monkeypatch):
+    import mlflow
+
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    registry.register(evaluated(0.5), CONFIG)
+    assert (mlflow.get_tracking_uri(), mlflow.get_registry_uri()) == before
+    assert not {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"} & set(os.environ)
 
 
 def test_a_version_registered_without_a_run_is_refused(project):
