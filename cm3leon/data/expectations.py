@@ -93,6 +93,7 @@ def check(frames: dict[str, pd.DataFrame], config: ValidateConfig, docs: Path) -
         context = gx.get_context(mode="file", project_root_dir=scratch)
         context.enable_analytics(False)
         context.variables.progress_bars = {"globally": False}
+        # The site that a new context brings would be written into the scratch directory: Data Docs get one of their own.
         context.delete_data_docs_site("local_site")
         store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs.absolute())}
         context.add_data_docs_site(

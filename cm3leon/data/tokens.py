@@ -44,6 +44,7 @@ class Document:
 def write_tokens(directory: Path, split: str, documents: Iterable[Document], tokens_per_image: int, shard_documents: int) -> int:
     """Write one split's shards, replacing those of an earlier run; returns the number of documents."""
     directory.mkdir(parents=True, exist_ok=True)
+    # Shards of a longer run before would be read as part of this one.
     for old in directory.glob(f"{split}-*.arrow"):
         old.unlink()
     layout = schema(tokens_per_image)

@@ -270,6 +270,7 @@ class Decoder(nn.Module):
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTD = self.tokens(tokens_BT)
         if self.previous is not None:
+            # While decoding, the left neighbor is in the cache and not in the row, so the caller passes it.
             before_BTD = F.pad(x_BTD[:, :-1], (0, 0, 1, 0)) if previous_BT is None else self.tokens(previous_BT)
             x_BTD = x_BTD + self.previous(before_BTD * (positions_BT > 0).unsqueeze(-1))
         x_BTD = x_BTD + self.positions(positions_BT)
@@ -277,6 +278,7 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + self.image_positions(image_positions_BT)
         cos_sin = None if self.rope is None else self.rope(image_positions_BT, positions_BT)
         for block in self.blocks:
+            # Without a graph there is nothing to recompute for, and checkpoint() warns.
             if self.recompute and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, cache, mask, cos_sin, use_reentrant=False)
             else:
@@ -316,6 +318,7 @@ class Decoder(nn.Module):
         dtype = torch.get_autocast_dtype(device) if device != "cpu" and torch.is_autocast_enabled(device) else self.tokens.weight.dtype
         mask = None if samples_BT is None else block_causal(samples_BT, dtype)
         hidden_BTD = self(tokens_BT, image_positions_BT, positions_BT=positions_BT, mask=mask)
+        # Only targets of weight above 0 go through the vocabulary's product, the largest of a step.
         weights_BT = weights_BT.clone()
         weights_BT[:, 0] = 0
         targets_N = weights_BT.flatten().nonzero()[:, 0]

@@ -189,16 +189,19 @@ def check_grammar(tokens: Tokens, vocabulary: Vocabulary) -> None:
     """
     if len(tokens) < 2 or tokens[0] != EOS or tokens[-1] != EOS:
         raise GrammarError("a sequence begins and ends with <eos>")
+    # 1. Tokens that stand nowhere inside a sequence.
     inner = tokens[1:-1]
     if np.any(tokens >= vocabulary.size):
         position = int(np.flatnonzero(tokens >= vocabulary.size)[0])
         raise GrammarError(f"token {int(tokens[position])} at {position} is not in the vocabulary of {vocabulary.size}")
     if np.any(inner == EOS) or np.any(inner == PAD):
         raise GrammarError(f"<eos> or <pad> inside the sequence, at {1 + int(np.flatnonzero((inner == EOS) | (inner == PAD))[0])}")
+    # 2. Each mask of the body has its span in the tail, in the same order.
     body, tail = split_tail(inner, vocabulary)
     masks = [int(t) for t in body if vocabulary.is_sentinel(np.array(t))]
     if masks != [mask for mask, _ in tail]:
         raise GrammarError(f"masks in the body {masks} are not those of the tail {[m for m, _ in tail]}")
+    # 3. With the spans back in place, segments between breaks are of one modality, images whole.
     restored = restore(body, tail)
     position = 1
     for part in np.split(restored, np.flatnonzero(restored == BREAK)):

@@ -57,8 +57,9 @@ class Guard:
         except ApiError as error:
             await error.response()(scope, receive, send_on)
             return
-        if body is None:
+        if body is None:  # the client has gone: nobody to answer
             return
+        # The application reads the body that was read here as one message; what follows comes from the connection.
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_on() -> Message:

@@ -27,7 +27,7 @@ def train(
     device: torch.device | str = "cpu",
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> SuperResolution:
-    """Train on random crops, rotated and flipped, with an L1 loss (as EDSR, arXiv 1707.02921, section 3).
+    """Train on random crops, rotated and flipped, with an L1 loss (as EDSR, arXiv 1707.02921, section 4.2).
 
     The same arguments give the same weights on one machine.
 

@@ -58,6 +58,7 @@ def rows(config: FolderConfig, path: Path) -> Iterator[SourceRow]:
 def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str, str]:
     """Our column -> the file's, for the columns that the file has."""
     listing = ", ".join(found) or "none"
+    # 1. What the parameters say has to exist on both sides: a typo must not lose a column in silence.
     for ours, theirs in config.columns.items():
         if ours not in MANIFEST_COLUMNS:
             raise SourceError(
@@ -65,11 +66,13 @@ def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str
             )
         if theirs not in found:
             raise SourceError(f"ingest.folder.columns.{ours}: {manifest} has no column {theirs!r}; its columns are: {listing}")
+    # 2. The other columns by their known names, the first that the file has.
     mapping = dict(config.columns)
     for ours in MANIFEST_COLUMNS:
         known = next((name for name in ALIASES.get(ours, (ours,)) if name in found), None)
         if ours not in mapping and known is not None:
             mapping[ours] = known
+    # 3. A license may come from the parameters instead, the same for all rows.
     for ours in REQUIRED:
         if ours not in mapping and not (ours == "licence" and config.license):
             alternative = ", or state one license for all rows with ingest.folder.license" if ours == "licence" else ""
