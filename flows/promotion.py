@@ -19,7 +19,7 @@ from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.states import Completed  # noqa: E402
 
-from cm3leon.config.schema import Config, GateConfig  # noqa: E402
+from cm3leon.config.schema import Config  # noqa: E402
 from cm3leon.registry.gate import Verdict  # noqa: E402
 from cm3leon.registry.registry import Version  # noqa: E402
 
@@ -35,13 +35,13 @@ def register_task(config: Config) -> Version:
 
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
-def gate_task(config: GateConfig, registered: Version) -> State:
+def gate_task(config: Config, registered: Version) -> State:
     """Compare challenger and champion, and publish the table as an artifact; ends Completed if the gate passes, else HeldBack."""
     from prefect.artifacts import create_markdown_artifact
 
-    from cm3leon.registry import registry
+    from cm3leon.registry import promotion
 
-    verdict = registry.gate(config, registered)
+    verdict = promotion.gate(config, registered)
     create_markdown_artifact(verdict.to_markdown(), key="cm3leon-gate", description="Scores of challenger and champion, limits, verdict")
     get_run_logger().info(str(verdict))
     return Completed(name="Completed" if verdict.passed else "HeldBack", message=str(verdict), data=verdict)
@@ -50,15 +50,15 @@ def gate_task(config: GateConfig, registered: Version) -> State:
 @task(name="promote", task_run_name="promote", cache_policy=NO_CACHE, persist_result=False)
 def promote_task() -> str:
     """Make the challenger the champion; returns its version."""
-    from cm3leon.registry import registry
+    from cm3leon.registry import promotion
 
-    return str(registry.promote())
+    return str(promotion.promote())
 
 
 def register_gate_promote(config: Config) -> str:
     """Run the three tasks; returns the verdict in a sentence. A model that the gate holds back is no failure."""
     version = register_task(config)
-    verdict = cast(Verdict, gate_task(config.gate, version, return_state=True).result())
+    verdict = cast(Verdict, gate_task(config, version, return_state=True).result())
     if not verdict.passed:
         return f"version {version} is not promoted, {verdict}"
     promote_task()
@@ -66,7 +66,7 @@ def register_gate_promote(config: Config) -> str:
 
 
 @flow(name="cm3leon-promotion", persist_result=False)
-def promotion() -> State:
+def promotion_flow() -> State:
     """Register the stages' outputs, gate them, and promote them if they pass."""
     from cm3leon.config.loading import load_config
 
@@ -76,16 +76,16 @@ def promotion() -> State:
 @flow(name="cm3leon-rollback", persist_result=False)
 def rollback() -> State:
     """Make the previous champion the champion again."""
-    from cm3leon.registry import registry
+    from cm3leon.registry import promotion
 
-    return Completed(message=f"version {registry.rollback()} is the champion again")
+    return Completed(message=f"version {promotion.rollback()} is the champion again")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the promotion or the rollback flow in this process; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m flows.promotion", description="Register, gate and promote; or roll back.")
     parser.add_argument("--rollback", action="store_true", help="make the previous champion the champion again")
-    state = (rollback if parser.parse_args(arguments).rollback else promotion)(return_state=True)
+    state = (rollback if parser.parse_args(arguments).rollback else promotion_flow)(return_state=True)
     print(state.message)
     return 0 if state.is_completed() else 1
 

@@ -62,6 +62,7 @@ def make_models(root):
 
     from cm3leon.data.tokens import Document, write_tokens
     from cm3leon.evaluation.record import Record
+    from cm3leon.evaluation.run import SECTIONS
     from cm3leon.models.clip import ClipTokenizer, Encoder, build_clip, trained_settings
     from cm3leon.models.decoder import Decoder
     from cm3leon.models.super_resolution import SuperResolution
@@ -96,7 +97,9 @@ def make_models(root):
     tokens = [Document(name, codes, [np.array(text.encode(c))]) for name, c in zip("abcd", CAPTIONS, strict=True)]
     write_tokens(root / paths.TOKENS, "train", tokens, vocabulary.tokens_per_image, 100)
     SuperResolution(scale=2, channels=4, blocks=1).save(root / paths.SUPER_RESOLUTION)
-    contract = {"prompts": "1", "seed": 0, "decoding": Config().decoding.model_dump()}
+    settings = {name: getattr(Config(), name).model_dump(mode="json") for name in SECTIONS}
     models = {str(path): content_hash(root / path) for path in (paths.FINETUNED, paths.IMAGE_TOKENIZER)}
-    Record({"composition": 0.5, "fd_encoder": 3.0}, {}, {}, contract, {}, models).write(root / paths.EVALUATION)
+    record = Record({"fd_encoder": 3.0}, contract={"prompts": "1", "seed": 0}, settings=settings, models=models)
+    record.add("composition", {str(number): float(number < 10) for number in range(20)}, 100, 0)
+    record.write(root / paths.EVALUATION)
     pictures[0].save(root / paths.EVALUATION / "samples.png")

@@ -30,7 +30,7 @@ def correct_by_candidates(study: Study, model: Path, counts: Sequence[int], sett
     found = []
     for count in counts:
         images = best_images(generator.text_to_image(study.captions, candidates=count, **settings))
-        found.append(composition.all_right(composition.check_images(study.captions, images)))
+        found.append(list(composition.all_right(composition.check_images(study.captions, images)).values()))
     return found
 
 
@@ -53,19 +53,20 @@ def task_scores(study: Study, model: Path) -> dict[str, dict[str, Any]]:
     store, val = ImageStore(paths.RAW), read_manifest(paths.VALIDATED, "val")
 
     # 1. The tasks that measure themselves.
-    evaluation = Evaluation(config, generator, store, val, record)
+    assert generator.encoder is not None
+    evaluation = Evaluation(config, generator, generator.encoder, store, val, record)
     for measure_task in (*MEASURES.values(), infill):
         measure_task(evaluation)
 
     # 2. Text to image.
     outcomes = composition.check_images(study.captions, best_images(generator.text_to_image(study.captions)))
     for name, correct in composition.by_attribute(outcomes).items():
-        record.add(name, correct, *bootstrap)
+        record.add(name, {str(position): value for position, value in correct.items()}, *bootstrap)
 
     # 3. Questions and captions.
-    refs, questions, truths = zip(*sample_questions(val, 2 * study.prompts, 0), strict=True)
+    keys, refs, questions, truths = zip(*sample_questions(val, 2 * study.prompts, 0), strict=True)
     answers = answer_questions(generator, store, refs, questions)
-    measure.measure_answers(record, questions, answers, None, truths, refs, Counter(), *bootstrap)
+    measure.measure_answers(record, questions, answers, None, truths, keys, Counter(), *bootstrap)
     rows = sample_rows(val, study.prompts, 0)
     captions = [caption.text for caption in generator.caption(fitted_images(generator, store, rows["image"].tolist()))]
     measure.measure_captions(record, rows["id"].tolist(), captions, [list(texts) for texts in rows["captions"]], *bootstrap)

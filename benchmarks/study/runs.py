@@ -138,6 +138,6 @@ class Study:
         """For each prompt and image whether every stated attribute is right, 0 or 1: (prompts, number)."""
         generated = self.generator(model).text_to_image(self.captions, number, **settings)
         return [
-            composition.all_right(composition.check_images([caption] * number, [image.image for image in images]))
+            list(composition.all_right(composition.check_images([caption] * number, [image.image for image in images])).values())
             for caption, images in zip(self.captions, generated, strict=True)
         ]

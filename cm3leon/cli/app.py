@@ -45,8 +45,15 @@ for _stage, _help in STAGES.items():
 @app.command(help=STAGES["evaluate"], rich_help_panel="Stages")
 def evaluate(
     reproduce: Annotated[Path | None, typer.Option(help="evaluation record: evaluate again with its settings, compare every score")] = None,
+    model: Annotated[str | None, typer.Option(help="bundle, or models:/cm3leon@champion: measure it, not the stages' outputs")] = None,
+    out: Annotated[Path | None, typer.Option(help="directory for the record of --model; by default none is kept")] = None,
 ) -> None:
-    """Run the stage, or with ``--reproduce`` compare a new evaluation with a record; exit with 1 if a score differs."""
+    """Run the stage; or measure another model; or compare a new evaluation with a record and exit with 1 if a score differs."""
+    if model is not None and reproduce is None:
+        _evaluate_model(model, out)
+        return
+    if out is not None or model is not None:
+        raise UsageError("--out belongs to --model, and --model cannot be combined with --reproduce")
     if reproduce is None:
         run_stage("evaluate")
         return
@@ -59,6 +66,28 @@ def evaluate(
     print(f"{count - len(differing)} of {count} scores of {reproduce} agree")
     if differing:
         raise typer.Exit(1)
+
+
+def _evaluate_model(model: str, out: Path | None) -> None:
+    """Measure a model under the present contract, and print its scores."""
+    import tempfile
+
+    from cm3leon.config.loading import load_config
+    from cm3leon.evaluation.run import evaluate as measure
+    from cm3leon.generation.generator import Generator
+    from cm3leon.registry.registry import find_bundle
+
+    if out is not None and out.exists():
+        raise UsageError(f"{out} exists; name a new directory")
+    with tempfile.TemporaryDirectory() as scratch:
+        record = measure(load_config(), out or Path(scratch), Generator.from_bundle(find_bundle(model)))
+    for name, score in sorted(record.scores.items()):
+        low, high = record.intervals.get(name, (score, score))
+        print(f"{name:<40} {score:10.4f}  [{low:.4f}, {high:.4f}]")
+    if record.seen:
+        print(f"{len(record.seen)} of the test records may have been in this model's training data")
+    if out is not None:
+        print(f"record and sheets: {out}")
 
 
 # --- the project -----------------------------------------------------------------------------------------------------
@@ -172,32 +201,61 @@ def register() -> None:
     print(f"challenger: version {registry.register_outputs(load_config())}")
 
 
-@app.command(rich_help_panel="Registry")
-def gate() -> None:
-    """Compare the challenger with the champion; exit status 1 if it is held back."""
-    from cm3leon.config.loading import load_config
-    from cm3leon.registry import registry
+Number = Annotated[int | None, typer.Option("--version", min=1, help="number of a version; by default the challenger")]
 
-    verdict = registry.gate(load_config().gate)
+
+@app.command(rich_help_panel="Registry")
+def gate(version: Number = None) -> None:
+    """Compare a version with the champion; exit status 1 if it is held back."""
+    from cm3leon.config.loading import load_config
+    from cm3leon.registry import promotion
+
+    verdict = promotion.gate(load_config(), number=_text(version))
     print(verdict)
     if not verdict.passed:
         raise typer.Exit(1)
 
 
 @app.command(rich_help_panel="Registry")
-def promote(force: Annotated[bool, typer.Option(help="promote it even if the gate has not passed it")] = False) -> None:
-    """Make the challenger the champion."""
-    from cm3leon.registry import registry
+def promote(
+    version: Number = None,
+    force: Annotated[bool, typer.Option(help="promote it even if the gate has not passed it; needs --reason")] = False,
+    reason: Annotated[str, typer.Option(help="why; kept in the ledger")] = "",
+) -> None:
+    """Make a version the champion."""
+    from cm3leon.registry import promotion
 
-    print(f"champion: version {registry.promote(force)}")
+    print(f"champion: version {promotion.promote(_text(version), force, reason)}")
 
 
 @app.command(rich_help_panel="Registry")
-def rollback() -> None:
-    """Make the previous champion the champion again."""
-    from cm3leon.registry import registry
+def rollback(
+    to: Annotated[int | None, typer.Option(min=1, help="number of an earlier champion; by default the previous one")] = None,
+    reason: Annotated[str, typer.Option(help="why; kept in the ledger")] = "",
+) -> None:
+    """Make an earlier champion the champion again."""
+    from cm3leon.registry import promotion
 
-    print(f"champion: version {registry.rollback()}")
+    print(f"champion: version {promotion.rollback(_text(to), reason)}")
+
+
+@app.command(rich_help_panel="Registry")
+def history() -> None:
+    """Who compared, promoted and rolled back which version, when and why, newest first."""
+    from cm3leon.registry import promotion
+
+    entries = promotion.history()
+    if not entries:
+        raise UsageError("no version has been compared or promoted yet; run: make run")
+    for entry in entries:
+        print(f"{entry.time:%Y-%m-%d %H:%M} UTC  {entry.who}  {entry.sentence}")
+        for detail in (entry.verdict, f"reason: {entry.reason}" if entry.reason else ""):
+            if detail:
+                print(f"    {detail}")
+
+
+def _text(number: int | None) -> str | None:
+    return None if number is None else str(number)
 
 
 # --- using a model ---------------------------------------------------------------------------------------------------

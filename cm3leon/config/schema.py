@@ -412,11 +412,15 @@ class GateConfig(Section):
             "edit/done_and_kept": 0.1,
             "condition/agreement": 0.05,
             "reasoning/accuracy": 0.1,
+            "long_caption/cider": 0.3,
+            "infill/composition": 0.1,
+            "super_resolution_psnr_y": 0.5,
+            "fd_inception": 1.0,
         },
-        description="score -> how much worse than the champion is tolerated; skipped where neither record has the score",
+        description="score -> how much worse than the champion is tolerated; skipped where the champion has no such score",
     )
-    on_contract_change: Literal["floors", "refuse"] = Field(
-        "floors", description="if challenger and champion were evaluated differently: decide by floors and ceilings alone, or refuse"
+    max_risk: float = Field(
+        0.5, ge=0, lt=1, description="hold back where the probability of being worse than tolerated is larger (paired bootstrap)"
     )
 
 

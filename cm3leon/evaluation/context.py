@@ -14,8 +14,9 @@ from PIL import Image
 from cm3leon.config.schema import Config
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore, first_caption
-from cm3leon.evaluation.record import Record, digest
+from cm3leon.evaluation.record import Record, digest, keyed
 from cm3leon.generation.generator import Generator
+from cm3leon.models.clip import Encoder
 from cm3leon.models.vqgan import reconstruct
 from cm3leon.scenes import composition
 from cm3leon.sequence.tasks import Fields, is_filled
@@ -29,11 +30,13 @@ class Evaluation:
     """A model, the test records, and the evaluation record to which scores are added.
 
     Attributes:
+        encoder: the CLIP model that measures; the generator has one of its own, which ranks candidates.
         test: rows of the manifest, of the test split.
     """
 
     config: Config
     generator: Generator
+    encoder: Encoder
     store: ImageStore
     test: pd.DataFrame
     record: Record
@@ -72,9 +75,14 @@ class Evaluation:
         _, pixels = reconstruct(self.generator.image_tokenizer, torch.from_numpy(np.stack([np.asarray(image) for image in images])))
         return [Image.fromarray(array) for array in pixels.numpy()]
 
-    def add(self, name: str, values: Sequence[float]) -> None:
-        """Add a score that is a mean over records or images, with its interval."""
-        self.record.add(name, values, self.config.evaluate.bootstrap, self.config.evaluate.seed)
+    def add(self, name: str, ids: Sequence[str], values: Sequence[float] | np.ndarray) -> None:
+        """Add a score that is a mean over records, with its interval and outcomes."""
+        self.record.add(name, keyed(ids, values), self.config.evaluate.bootstrap, self.config.evaluate.seed)
+
+    def add_composition(self, name: str, ids: Sequence[str], captions: Sequence[str], images: Sequence[Image.Image]) -> None:
+        """Add the composition accuracy of images whose captions describe scenes; nothing if no caption does."""
+        if right := composition.all_right(composition.check_images(captions, images)):
+            self.add(name, [ids[position] for position in right], list(right.values()))
 
     def calibrate(self, name: str, values: Sequence[float] | np.ndarray) -> None:
         """Add a calibration, the mean of the same metric for a baseline or a ceiling; nothing if there are no values."""

@@ -34,29 +34,29 @@ OUTLINED_SIDE = 320
 """Side of the images with outlined boxes on a sheet, pixels."""
 
 
-def text_to_image(e: Evaluation, refs: Sequence[str], prompts: list[str], inception: Inception | None) -> Sheet:
+def text_to_image(e: Evaluation, ids: list[str], refs: list[str], prompts: list[str], inception: Inception | None) -> Sheet:
     """Text to image: composition, CLIP score and fidelity.
 
     Calibration: those of the measurements (``measure.py``); and composition and CLIP score with a single candidate, which is not ranked.
 
     Args:
-        refs: the stored images that the prompts describe.
+        ids: of the records.
+        refs: their stored images, which the prompts describe.
         inception: the FID network; None: no FID.
     """
     generator, section = e.generator, e.config.evaluate
     resampling = (section.bootstrap, section.seed)
-    assert generator.encoder is not None
     originals = e.images(refs)
     reconstructions = e.reconstructions(originals)
     generated = best_images(generator.text_to_image(prompts, seed=section.seed))
-    measure.measure_composition(e.record, prompts, generated, reconstructions, originals, *resampling)
-    measure.measure_images(e.record, generator.encoder, prompts, generated, reconstructions, originals, *resampling)
+    measure.measure_composition(e.record, ids, prompts, generated, reconstructions, originals, *resampling)
+    measure.measure_images(e.record, e.encoder, ids, prompts, generated, reconstructions, originals, *resampling)
     unranked = best_images(generator.text_to_image(prompts, seed=section.seed, candidates=1))
-    e.calibrate("clip_score_one_candidate", clip_score(generator.encoder, unranked, prompts))
+    e.calibrate("clip_score_one_candidate", clip_score(e.encoder, unranked, prompts))
     if "composition" in e.record.scores:
         e.record.calibration["composition_one_candidate"] = composition.score(prompts, unranked)["composition"]
     if inception:
-        measure.measure_fidelity(e.record, "inception", inception, generated, reconstructions, originals, *resampling)
+        measure.measure_fidelity(e.record, "inception", inception, ids, generated, reconstructions, originals, *resampling)
     return list(zip(generated, prompts, strict=True))
 
 
@@ -75,7 +75,7 @@ def edit(e: Evaluation) -> Sheet:
         return []
     before = e.images([refs[row.edited_from] for row in rows])
     after = e.images([row.image for row in rows])
-    instructions = [row.instruction for row in rows]
+    ids, instructions = [row.id for row in rows], [row.instruction for row in rows]
     e.asked("edit", [[row.edited_from, row.id, row.instruction] for row in rows])
     generated = best_images(e.generator.edit(before, instructions, seed=e.config.evaluate.seed))
     reconstructed, unchanged = e.reconstructions(after), e.reconstructions(before)
@@ -83,23 +83,19 @@ def edit(e: Evaluation) -> Sheet:
     # 2. Pixels outside the changed region.
     regions = [edits.changed_region(source, target) for source, target in zip(before, after, strict=True)]
 
-    def outside(images: Sequence[Image.Image]) -> list[float]:
+    def outside(images: Sequence[Image.Image]) -> dict[str, float]:
         found = [edits.psnr_outside(target, image, region) for target, image, region in zip(after, images, regions, strict=True)]
-        return [value for value in found if not math.isnan(value)]  # NaN: the edit changes the whole image
+        return {id_: value for id_, value in zip(ids, found, strict=True) if not math.isnan(value)}  # NaN: the whole image is to change
 
     if values := outside(generated):
-        e.add("edit/psnr_outside", values)
-        e.calibrate("edit/psnr_outside_reconstructions", outside(reconstructed))
-        e.calibrate("edit/psnr_outside_unchanged", outside(unchanged))
+        e.add("edit/psnr_outside", list(values), list(values.values()))
+        e.calibrate("edit/psnr_outside_reconstructions", list(outside(reconstructed).values()))
+        e.calibrate("edit/psnr_outside_unchanged", list(outside(unchanged).values()))
 
     # 3. Similarity of embeddings.
-    if e.generator.encoder is not None:
-        vectors = {
-            name: e.generator.encoder.encode_images(images)
-            for name, images in (("generated", generated), ("after", after), ("before", before))
-        }
-        e.add("edit/image_similarity", (vectors["generated"] * vectors["after"]).sum(1))
-        e.calibrate("edit/image_similarity_unchanged", (vectors["before"] * vectors["after"]).sum(1))
+    generated_ND, after_ND, before_ND = (e.encoder.encode_images(images) for images in (generated, after, before))
+    e.add("edit/image_similarity", ids, (generated_ND * after_ND).sum(1))
+    e.calibrate("edit/image_similarity_unchanged", (before_ND * after_ND).sum(1))
 
     # 4. Outcomes on scenes.
     scenes = [number for number, row in enumerate(rows) if is_scene(row)]
@@ -111,9 +107,10 @@ def edit(e: Evaluation) -> Sheet:
             return [edits.judge(source, target, read_scene(images[n])) for n, source, target in zip(scenes, sources, targets, strict=True)]
 
         found = judged(generated)
-        e.add("edit/done", [float(judgment.done) for judgment in found])
-        e.add("edit/kept", [float(judgment.kept) for judgment in found])
-        e.add("edit/done_and_kept", [float(judgment.done and judgment.kept) for judgment in found])
+        scene_ids = [ids[number] for number in scenes]
+        e.add("edit/done", scene_ids, [judgment.done for judgment in found])
+        e.add("edit/kept", scene_ids, [judgment.kept for judgment in found])
+        e.add("edit/done_and_kept", scene_ids, [judgment.done and judgment.kept for judgment in found])
         for name, images in (("real", after), ("reconstructions", reconstructed), ("unchanged", unchanged)):
             e.calibrate(f"edit/done_and_kept_{name}", [float(judgment.done and judgment.kept) for judgment in judged(images)])
     sheet: Sheet = []
@@ -158,10 +155,10 @@ def layout(e: Evaluation) -> Sheet:
             found = [[(item.label, item.box) for item in read_scene(images[number]).objects if item.shape != UNKNOWN] for number in scenes]
             return [layouts.mean_iou(boxes, own, labeled) for boxes, own in zip(wanted, found, strict=True)]
 
-        e.add("layout/iou", overlaps(generated, wanted, False))
-        e.add("layout/iou_labeled", overlaps(generated, wanted, True))
-        outcomes = composition.check_images([captions[n] for n in scenes], [generated[n] for n in scenes])
-        e.add("layout/composition", composition.all_right(outcomes))
+        ids = [rows[number].id for number in scenes]
+        e.add("layout/iou", ids, overlaps(generated, wanted, False))
+        e.add("layout/iou_labeled", ids, overlaps(generated, wanted, True))
+        e.add_composition("layout/composition", ids, [captions[n] for n in scenes], [generated[n] for n in scenes])
         e.calibrate("layout/iou_real", overlaps(real, wanted, False))
         e.calibrate("layout/iou_reconstructions", overlaps(e.reconstructions(real), wanted, False))
         if len(scenes) > 1:
@@ -218,21 +215,20 @@ def condition(e: Evaluation) -> Sheet:
 
     if scored:
         values = agreements(generated, scored)
-        e.add("condition/agreement", values)
-        by_kind = defaultdict(list)
+        e.add("condition/agreement", [rows[number].id for number in scored], values)
+        by_kind: dict[str, dict[str, float]] = defaultdict(dict)
         for number, value in zip(scored, values, strict=True):
-            by_kind[kinds[number]].append(value)
+            by_kind[kinds[number]][rows[number].id] = value
         for kind, own in by_kind.items():
             name = re.sub(r"\W+", "_", kind)
-            e.add(f"condition/agreement/{name}", own)
+            e.add(f"condition/agreement/{name}", list(own), list(own.values()))
         e.calibrate("condition/agreement_real", agreements(real, scored))
         e.calibrate("condition/agreement_reconstructions", agreements(e.reconstructions(real), scored))
         if len(scored) > 1:
             e.calibrate("condition/agreement_other_images", agreements(generated, [scored[n] for n in shifted_positions(len(scored))]))
 
     # 3. Composition, where the caption describes a scene.
-    if right := composition.all_right(composition.check_images(captions, generated)):
-        e.add("condition/composition", right)
+    e.add_composition("condition/composition", [row.id for row in rows], captions, generated)
     sheet: Sheet = []
     for condition_image, result, kind, caption in zip(asked, generated, kinds, captions, strict=True):
         sheet += [(condition_image, kind), (result, caption)]
@@ -271,9 +267,9 @@ def infill(e: Evaluation) -> Sheet:
         image.paste((128, 128, 128), (x0, y0, x1, y1))
 
     def right(images: Sequence[Image.Image]) -> list[float]:
-        return composition.all_right(composition.check_images(captions, images))
+        return list(composition.all_right(composition.check_images(captions, images)).values())
 
-    e.add("infill/composition", right(generated))
+    e.add_composition("infill/composition", [row.id for row in rows], captions, generated)
     e.calibrate("infill/composition_reconstructions", right(e.reconstructions(real)))
     e.calibrate("infill/composition_left_out", right(gray))
     sheet: Sheet = []
@@ -307,7 +303,7 @@ def write(e: Evaluation) -> Sheet:
     def right(images: Sequence[Image.Image]) -> list[float]:
         return [float(read_scene(image).letter == text) for image, text in zip(images, texts, strict=True)]
 
-    e.add("write/text", right(generated))
+    e.add("write/text", [row.id for row in rows], right(generated))
     real = e.images([row.image for row in rows])
     e.calibrate("write/text_real", right(real))
     e.calibrate("write/text_reconstructions", right(e.reconstructions(real)))

@@ -46,6 +46,21 @@ def check(test: Sequence[str], train: Sequence[str], memory: Sequence[str], vali
         raise LeakageError(_message(len(pairs), "are near-duplicates of training images", pairs))
 
 
+def seen(test: Sequence[str], collection: Sequence[str], known: Sequence[str], validated: Path, distance: float) -> list[str]:
+    """Ids of the test records that a model of other data has seen in training, by id or as near-duplicates.
+
+    Args:
+        collection: ids of all records of the present manifest.
+        known: ids of the model's training records. Those that are no longer in the collection have no thumbnails, so that near-duplicates
+            of them are not found.
+        validated, distance: see :func:`check`.
+    """
+    trained = sorted(set(known) & set(collection))
+    groups = near_duplicate_groups(read_thumbnails(validated, [*test, *trained]), distance).tolist()
+    test_groups, known_groups = groups[: len(test)], set(groups[len(test) :])
+    return [test_id for test_id, group in zip(test, test_groups, strict=True) if group in known_groups]
+
+
 def _message(count: int, problem: str, examples: Sequence[str]) -> str:
     return (
         f"{count} test records {problem}, for example {', '.join(examples[:EXAMPLES])}; scores would not be of unseen data. "

@@ -17,7 +17,7 @@ from cm3leon.evaluation import captions as caption_metrics
 from cm3leon.evaluation import vqa
 from cm3leon.evaluation.alignment import ImageEncoder, TextImageEncoder
 from cm3leon.evaluation.fidelity import frechet_distance, kernel_distance, precision_recall, within_manifolds
-from cm3leon.evaluation.record import Record
+from cm3leon.evaluation.record import Outcomes, Record, keyed
 from cm3leon.scenes import composition
 
 Images = Sequence[Image.Image]
@@ -42,12 +42,22 @@ def shifted_positions(count: int) -> np.ndarray:
 
 
 def measure_composition(
-    record: Record, prompts: Sequence[str], generated: Images, reconstructions: Images, originals: Images, resamples: int, seed: int
+    record: Record,
+    ids: Sequence[str],
+    prompts: Sequence[str],
+    generated: Images,
+    reconstructions: Images,
+    originals: Images,
+    resamples: int,
+    seed: int,
 ) -> None:
     """Composition accuracy of prompts that describe scenes: the fraction of images with every stated attribute right, 0 to 1.
 
     Calibration: the original images (ceiling of the reader), their reconstructions (ceiling of the image tokenizer), and the generated
     images checked against the captions of other records (baseline). Without prompts that describe scenes no score is added.
+
+    Args:
+        ids: of the records whose captions are the prompts, here and below; no id may occur twice.
     """
     outcomes = composition.check_images(prompts, generated)
     counted = [outcome for outcome in outcomes if outcome is not None]
@@ -55,7 +65,7 @@ def measure_composition(
         return
     record.scores["composition/prompts"] = float(len(counted))
     for name, values in composition.by_attribute(outcomes).items():
-        record.add(name, values, resamples, seed)
+        record.add(name, {ids[position]: value for position, value in values.items()}, resamples, seed)
     record.calibration["composition_real"] = composition.score(prompts, originals)["composition"]
     record.calibration["composition_reconstructions"] = composition.score(prompts, reconstructions)["composition"]
     if len(prompts) > 1:
@@ -66,6 +76,7 @@ def measure_composition(
 def measure_images(
     record: Record,
     encoder: TextImageEncoder,
+    ids: Sequence[str],
     prompts: Sequence[str],
     generated: Images,
     reconstructions: Images,
@@ -82,18 +93,19 @@ def measure_images(
     texts_ND = encoder.encode_texts(list(prompts))
     generated_ND = encoder.encode_images(list(generated))
     real_ND = encoder.encode_images(list(originals))
-    record.add("clip_score", (generated_ND * texts_ND).sum(1), resamples, seed)
+    record.add("clip_score", keyed(ids, (generated_ND * texts_ND).sum(1)), resamples, seed)
     record.calibration["clip_score_real"] = float((real_ND * texts_ND).sum(1).mean())
     if len(texts_ND) < 2:
         return
     record.calibration["clip_score_other_captions"] = float((generated_ND * texts_ND[shifted_positions(len(texts_ND))]).sum(1).mean())
-    measure_fidelity(record, "encoder", encoder, generated, reconstructions, originals, resamples, seed)
+    measure_fidelity(record, "encoder", encoder, ids, generated, reconstructions, originals, resamples, seed)
 
 
 def measure_fidelity(
     record: Record,
     extractor: str,
     network: ImageEncoder,
+    ids: Sequence[str],
     generated: Images,
     reconstructions: Images,
     originals: Images,
@@ -130,7 +142,7 @@ def measure_fidelity(
     # 2. Precision, recall and the distance between halves, which need enough originals.
     if len(real) > 2 * NEIGHBORS:
         for name, inside in zip(("precision", "recall"), within_manifolds(real, found, NEIGHBORS), strict=True):
-            record.add(f"{name}_{extractor}", inside, resamples, seed)
+            record.add(f"{name}_{extractor}", keyed(ids, inside), resamples, seed)
         half = len(real) // 2
         record.calibration[f"fd_{extractor}_real_halves"] = frechet_distance(real[:half], real[half:])
         record.calibration[f"kd_{extractor}_real_halves"] = kernel_distance(real[:half], real[half:], SUBSETS, half, seed)
@@ -154,7 +166,7 @@ def measure_captions(
     record.scores |= dict(zip(caption_metrics.BLEU, caption_metrics.bleu_of(counts), strict=True))
     record.add_intervals(caption_metrics.BLEU, lambda rows: caption_metrics.bleu_of(counts[rows]), len(counts), resamples, seed)
     for name, values in caption_metrics.per_image(given, wanted).items():
-        record.add(name, values, resamples, seed)
+        record.add(name, keyed(ids, values), resamples, seed)
 
     # 2. A person's caption and the model's against the same remaining references.
     several = {id_: texts for id_, texts in wanted.items() if len(texts) > 1}
@@ -178,9 +190,8 @@ def question_kind(question: str) -> str:
     return re.sub(r"[^\w]+", "_", words).strip("_")[:KIND_CHARACTERS] or "other"
 
 
-def images_of_others(asked: Sequence[tuple[str, str, list[str]]]) -> list[str] | None:
-    """For each (image, question, answers) the image of the next question about another image; None if all are about the same image."""
-    images = [image for image, _, _ in asked]
+def images_of_others(images: Sequence[str]) -> list[str] | None:
+    """For the image of each question that of the next question about another image; None if all are about the same image."""
     others: list[str] = []
     for i, image in enumerate(images):
         other = next((other for other in [*images[i + 1 :], *images[:i]] if other != image), None)
@@ -196,7 +207,7 @@ def measure_answers(
     answers: Sequence[str],
     answers_of_others: Sequence[str] | None,
     truths: Sequence[Sequence[str]],
-    images: Sequence[str],
+    keys: Sequence[str],
     training_answers: Counter[tuple[str, str]],
     resamples: int,
     seed: int,
@@ -211,7 +222,7 @@ def measure_answers(
     Args:
         answers_of_others: the answers about other images; None if there are no other images.
         truths: the reference answers of each question.
-        images: the image of each question.
+        keys: of each question: the id of its record, ``#`` and its number.
         training_answers: counts of (kind of question, answer) in training.
     """
 
@@ -220,14 +231,14 @@ def measure_answers(
 
     # 1. Overall, and by kind of question.
     scores = scores_of(answers)
-    record.add("vqa_accuracy", scores, resamples, seed, images)
-    by_kind = defaultdict(list)
-    for question, score, image in zip(questions, scores, images, strict=True):
-        by_kind[question_kind(question)].append((score, image))
+    outcomes = keyed(keys, scores)
+    record.add("vqa_accuracy", outcomes, resamples, seed)
+    by_kind: dict[str, Outcomes] = defaultdict(dict)
+    for question, (key, score) in zip(questions, outcomes.items(), strict=True):
+        by_kind[question_kind(question)][key] = score
     frequent = sorted(by_kind.items(), key=lambda item: (-len(item[1]), item[0]))[:KINDS]
     for kind, found in frequent:
-        own_scores, own_images = zip(*found, strict=True)
-        record.add(f"vqa_accuracy/{kind}", own_scores, resamples, seed, own_images)
+        record.add(f"vqa_accuracy/{kind}", found, resamples, seed)
 
     # 2. Baselines that do not see the image.
     if answers_of_others is not None:

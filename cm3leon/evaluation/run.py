@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
@@ -22,9 +21,10 @@ from cm3leon.evaluation.image_tasks import infill, text_to_image
 from cm3leon.evaluation.inception import Inception, fetch_weights
 from cm3leon.evaluation.record import Record, digest
 from cm3leon.evaluation.tasks import MEASURES
-from cm3leon.evaluation.text_tasks import answer_vqa, caption, sample_questions, training_answers
+from cm3leon.evaluation.text_tasks import Asked, answer_vqa, caption, sample_questions, training_answers
 from cm3leon.evaluation.upscaling import restoration_scores
 from cm3leon.generation.generator import Generator
+from cm3leon.models.clip import Encoder
 from cm3leon.models.super_resolution import target_side
 from cm3leon.scenes import composition
 from cm3leon.tracking.lineage import content_hash
@@ -35,7 +35,7 @@ from cm3leon.utils.images import save_captioned
 CONFUSIONS = "confusions.csv"
 """Table of the attributes that prompts state and images show (:func:`cm3leon.scenes.composition.confusions`)."""
 SECTIONS = ("evaluate", "decoding", "retrieve")
-"""Sections of the parameters on which scores depend; the record repeats them."""
+"""Sections of the parameters on which scores of the stages' outputs depend; the record repeats them."""
 MODELS = (
     paths.FINETUNED, paths.IMAGE_TOKENIZER, paths.TEXT_TOKENIZER, paths.ENCODER, paths.INDEX, paths.TOKENS, paths.SUPER_RESOLUTION
 )  # fmt: skip
@@ -61,51 +61,50 @@ def load_generator(config: Config, model: Path = paths.FINETUNED) -> Generator:
 def contract(
     config: Config,
     rows: pd.DataFrame,
-    prompts: list[str],
     captioned: pd.DataFrame,
-    asked: list[Any],
-    generator: Generator,
+    asked: Sequence[Asked],
+    image_size: int,
     side: int,
+    encoder: str,
     inception: str | None,
 ) -> dict[str, Any]:
-    """What was asked and how. Scores are comparable if their contracts are equal.
+    """What was asked, and how it was measured. Scores are comparable if their contracts are equal.
+
+    What belongs to the model is not in it, such as decoding settings and the rules of retrieval: they are what is compared.
 
     Args:
         rows: records whose first captions are the prompts.
         captioned: records whose images are captioned.
-        asked: questions, as :func:`~cm3leon.evaluation.text_tasks.sample_questions` returns them.
+        image_size: side of the generated images, pixels.
         side: side of the images on which the upscaler is measured, pixels.
-        inception: fingerprint of the FID network's weights.
+        encoder, inception: fingerprints of the networks that measure.
     """
+    prompts = [first_caption(captions) for captions in rows["captions"]]
     references = [list(texts) for texts in captioned["captions"]]
     return {
         "images": digest(rows["id"].tolist()),
         "prompts": digest(prompts),
         "captioned": digest(captioned["id"].tolist()),
         "references": digest(references),
-        "questions": digest(asked),
+        "questions": digest([[item.key, item.question, item.answers] for item in asked]),
         "counts": {"prompts": len(prompts), "captioned": len(captioned), "questions": len(asked)},
         "seed": config.evaluate.seed,
-        "decoding": config.decoding.model_dump(),
-        "retrieval": config.retrieve.model_dump() if config.decoding.retrieved_documents else None,
-        "image_path": f"fit_square to {generator.image_tokenizer.spec.image_size} px, Lanczos, no file format between",
+        "image_path": f"fit_square to {image_size} px, Lanczos, no file format between",
         "super_resolution": f"bicubic reductions of images of {side} px; Y without a border as wide as the scale",
-        "features": f"open_clip image tower {generator.encoder.fingerprint}" if generator.encoder else None,
+        "features": f"open_clip image tower {encoder}",
         "inception": inception,
         "bootstrap": config.evaluate.bootstrap,
     }
 
 
-def measure_upscaler(
-    record: Record, generator: Generator, store: ImageStore, refs: Sequence[str], side: int, resamples: int, seed: int
-) -> None:
+def measure_upscaler(e: Evaluation, ids: Sequence[str], refs: Sequence[str], side: int) -> None:
     """PSNR (RGB and Y) and SSIM (Y) of the upscaler on bicubic reductions of the images. Calibration: bicubic interpolation."""
-    assert generator.super_resolution is not None
-    values = restoration_scores(generator.super_resolution, ImageSet(store, refs, side))
+    assert e.generator.super_resolution is not None
+    values = restoration_scores(e.generator.super_resolution, ImageSet(e.store, refs, side))
     for name in ("psnr_rgb", "psnr_y", "ssim_y"):
         if name in values:
-            record.add(f"super_resolution_{name}", values[name], resamples, seed)
-            record.calibration[f"super_resolution_{name}_bicubic"] = float(np.mean(values[f"{name}_bicubic"]))
+            e.add(f"super_resolution_{name}", ids, values[name])
+            e.calibrate(f"super_resolution_{name}_bicubic", values[f"{name}_bicubic"])
 
 
 def inception_of(weights: str | None) -> Inception | None:
@@ -118,10 +117,15 @@ def inception_of(weights: str | None) -> Inception | None:
         raise UserError(f"evaluate.inception {weights}: {error}") from None
 
 
-def evaluate(config: Config, output: Path) -> Record:
-    """Measure the models in ``models/`` on the test split; writes the record, sheets and the table of confusions to ``output``.
+def evaluate(config: Config, output: Path, model: Generator | None = None) -> Record:
+    """Measure a model on the test split; writes the record, sheets and the table of confusions to ``output``.
 
     Tasks that the model was not tuned for are not measured.
+
+    Args:
+        model: with its own settings of decoding and retrieval; None takes the stages' outputs and ``config``'s settings. All models are
+            measured by the encoder in ``models/``, so that their scores are comparable. Test records that another model has seen in
+            training are named in its record.
 
     Raises:
         LeakageError: if test records are also in training or in the memory bank.
@@ -129,35 +133,43 @@ def evaluate(config: Config, output: Path) -> Record:
     """
     # 1. The model and the FID network. What cannot be loaded is an error before anything is generated.
     section = config.evaluate
-    resampling = (section.bootstrap, section.seed)
-    generator = load_generator(config)
-    assert generator.encoder is not None and generator.super_resolution is not None and generator.memory is not None
+    generator = model or load_generator(config)
+    encoder = Encoder.load(paths.ENCODER).to(default_device()) if model else generator.encoder
+    assert encoder is not None and generator.super_resolution is not None and generator.memory is not None
     inception = inception_of(section.inception)
 
-    # 2. Test records, which the model must not have seen.
+    # 2. Test records, which the model must not have seen. The memory bank holds all records that a model was trained on.
     store = ImageStore(paths.RAW)
     test, train = read_manifest(paths.VALIDATED, "test"), read_manifest(paths.VALIDATED, "train")
-    known = generator.memory.bank.documents["id"].tolist()
-    leakage.check(test["id"].tolist(), train["id"].tolist(), known, paths.VALIDATED, config.validate_.near_duplicate_distance)
+    test_ids, known = test["id"].tolist(), generator.memory.bank.documents["id"].tolist()
+    distance, seen = config.validate_.near_duplicate_distance, []
+    if model:
+        collection = read_manifest(paths.VALIDATED, columns=["id"])["id"].tolist()
+        seen = leakage.seen(test_ids, collection, known, paths.VALIDATED, distance)
+    else:
+        leakage.check(test_ids, train["id"].tolist(), known, paths.VALIDATED, distance)
 
     # 3. What is asked: it is fixed by the seed, and its digests are the contract.
     rows = sample_rows(test, section.prompts, section.seed)
     captioned = sample_rows(test, section.captions, section.seed)
     prompts = [generator.shorten(first_caption(captions)) for captions in rows["captions"]]
     asked = sample_questions(test, section.questions, section.seed)
-    side = target_side(rows, generator.image_tokenizer.spec.image_size, generator.super_resolution.scale)
+    side = target_side(rows, generator.image_size, generator.super_resolution.scale)
+    networks = (encoder.fingerprint, inception.fingerprint if inception else None)
     record = Record(
-        contract=contract(config, rows, prompts, captioned, asked, generator, side, inception.fingerprint if inception else None),
-        settings={name: getattr(config, name).model_dump(mode="json") for name in SECTIONS},
-        models={str(path): content_hash(path) for path in MODELS},
+        contract=contract(config, rows, captioned, asked, generator.image_size, side, *networks),
+        settings={} if model else {name: getattr(config, name).model_dump(mode="json") for name in SECTIONS},
+        models={} if model else {str(path): content_hash(path) for path in MODELS},
+        seen=seen,
     )
 
     # 4. Measurements of the upscaler and of every task that the model was tuned for; inpainting is learned in pretraining.
-    measure_upscaler(record, generator, store, rows["image"].tolist(), side, *resampling)
-    evaluation = Evaluation(config, generator, store, test, record)
+    evaluation = Evaluation(config, generator, encoder, store, test, record)
+    ids, refs = rows["id"].tolist(), rows["image"].tolist()
+    measure_upscaler(evaluation, ids, refs, side)
     sheets: dict[str, Sheet] = {}
     if "text_to_image" in generator.trained_tasks:
-        sheets["samples"] = text_to_image(evaluation, rows["image"].tolist(), prompts, inception)
+        sheets["samples"] = text_to_image(evaluation, ids, refs, prompts, inception)
     if "caption" in generator.trained_tasks:
         sheets["captions"] = caption(evaluation, captioned)
     if asked and "vqa" in generator.trained_tasks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,12 +18,27 @@ from cm3leon.generation.generator import Generator
 from cm3leon.sequence.tasks import Fields, conclusion, reasoning_fields
 
 
-def sample_questions(manifest: pd.DataFrame, count: int, seed: int) -> list[tuple[str, str, list[str]]]:
-    """Up to ``count`` questions, sampled by the seed from those of all records: (image, question, answers) each."""
+class Asked(NamedTuple):
+    """A question about an image.
+
+    Attributes:
+        key: id of the record, ``#`` and the question's number in it.
+        image: reference of the stored image.
+        answers: the reference answers.
+    """
+
+    key: str
+    image: str
+    question: str
+    answers: list[str]
+
+
+def sample_questions(manifest: pd.DataFrame, count: int, seed: int) -> list[Asked]:
+    """Up to ``count`` questions, sampled by the seed from those of all records."""
     found = [
-        (record["image"], item["question"], list(item["answers"]))
-        for record in records_of(manifest[["image", "questions"]])
-        for item in (record["questions"] if record["questions"] is not None else ())
+        Asked(f"{record['id']}#{number}", record["image"], item["question"], list(item["answers"]))
+        for record in records_of(manifest[["id", "image", "questions"]])
+        for number, item in enumerate(record["questions"] if record["questions"] is not None else ())
     ]
     order = np.random.default_rng(seed).permutation(len(found))[:count]
     return [found[int(i)] for i in sorted(order)]
@@ -60,29 +75,28 @@ def caption(e: Evaluation, captioned: pd.DataFrame) -> Sheet:
     return list(zip(images, captions, strict=True))
 
 
-def answer_vqa(e: Evaluation, asked: Sequence[tuple[str, str, list[str]]], frequent: Counter[tuple[str, str]]) -> Sheet:
+def answer_vqa(e: Evaluation, asked: Sequence[Asked], frequent: Counter[tuple[str, str]]) -> Sheet:
     """Visual question answering: VQA accuracy. On the sheet, a wrong answer is followed by the first reference.
 
     Calibration: that of :func:`~cm3leon.evaluation.measure.measure_answers`.
 
     Args:
-        asked: (image, question, reference answers) each.
         frequent: counts of training answers (:func:`training_answers`).
     """
-    refs, questions, truths = zip(*asked, strict=True)
+    keys, refs, questions, truths = zip(*asked, strict=True)
     answers = answer_questions(e.generator, e.store, refs, questions)
     # Baseline: the same questions about other images.
-    others = measure.images_of_others(asked)
+    others = measure.images_of_others(refs)
     answers_of_others = answer_questions(e.generator, e.store, others, questions) if others else None
     section = e.config.evaluate
     measure.measure_answers(
-        e.record, questions, answers, answers_of_others, truths, refs, frequent, section.bootstrap, section.seed
+        e.record, questions, answers, answers_of_others, truths, keys, frequent, section.bootstrap, section.seed
     )  # fmt: skip
     # The sheet; only its images are opened again.
     shown = list(zip(asked, answers, strict=True))[: section.sheet]
-    images = e.images([ref for (ref, _, _), _ in shown])
-    wrong = ["" if vqa.answer_score(said, truth) else f" (not {truth[0]})" for (_, _, truth), said in shown]
-    return [(image, f"{question} {said}{note}") for image, ((_, question, _), said), note in zip(images, shown, wrong, strict=True)]
+    images = e.images([item.image for item, _ in shown])
+    wrong = ["" if vqa.answer_score(said, item.answers) else f" (not {item.answers[0]})" for item, said in shown]
+    return [(image, f"{item.question} {said}{note}") for image, (item, said), note in zip(images, shown, wrong, strict=True)]
 
 
 def long_caption(e: Evaluation) -> Sheet:
@@ -96,7 +110,7 @@ def long_caption(e: Evaluation) -> Sheet:
     ids = [row.id for row in rows]
     references = {row.id: [row.long_caption] for row in rows}
     for name, values in caption_metrics.per_image(dict(zip(ids, captions, strict=True)), references).items():
-        e.add(f"long_caption/{name}", values)
+        e.add(f"long_caption/{name}", ids, values)
     if len(rows) > 1:
         shifted = {id_: captions[number] for id_, number in zip(ids, shifted_positions(len(ids)), strict=True)}
         e.calibrate("long_caption/cider_other_images", caption_metrics.per_image(shifted, references)["cider"])
@@ -125,9 +139,10 @@ def reasoning(e: Evaluation) -> Sheet:
     def right(answers: Sequence[str]) -> list[float]:
         return [float(conclusion(answer) == conclusion(truth)) for answer, truth in zip(answers, truths, strict=True)]
 
+    ids = [row.id for row in rows]
     explained = [text.text for text in e.generator.reasoning(images, *asked)]
-    e.add("reasoning/accuracy", right(explained))
-    e.add("reasoning/accuracy_unexplained", right([text.text for text in e.generator.reasoning(images, *asked, explain=False)]))
+    e.add("reasoning/accuracy", ids, right(explained))
+    e.add("reasoning/accuracy_unexplained", ids, right([text.text for text in e.generator.reasoning(images, *asked, explain=False)]))
     e.calibrate("reasoning/accuracy_guess", [1 / len(problem["options"]) for problem in problems])
     if len(rows) > 1:
         other_images = [images[number] for number in shifted_positions(len(images))]

@@ -4,7 +4,7 @@
     training.json                      the tasks it was tuned for, and whether with conditioning dropout, which guidance needs
     image_tokenizer/ text_tokenizer/ encoder/ memory_bank/ super_resolution/
     decoding.json, retrieval.json      decoding defaults; the rules of retrieval
-    evaluation/                        record.json and sheets
+    evaluation/                        record.json, outcomes.parquet and sheets
     lineage.json                       git commit, md5 of dvc.lock, MLflow run of each stage
 
 Its identity is :func:`bundle_hash`. Nothing in it is pickled.
@@ -25,7 +25,7 @@ from cm3leon.config import paths
 from cm3leon.config.loading import load_config
 from cm3leon.config.schema import Config
 from cm3leon.evaluation.record import FILE as RECORD
-from cm3leon.evaluation.record import Record
+from cm3leon.evaluation.record import OUTCOMES, Record
 from cm3leon.tracking import lineage
 from cm3leon.tracking.lineage import content_hash
 from cm3leon.utils.errors import UserError
@@ -77,7 +77,7 @@ PARTS = (
     Part("index", paths.INDEX, "memory_bank", ("index.faiss", "documents.parquet"), others="*"),
     Part("tokenize", paths.TOKENS, "memory_bank/tokens", ("train-00000.arrow",), others="train-*.arrow"),
     Part("super_resolution", paths.SUPER_RESOLUTION, "super_resolution"),
-    Part("evaluate", paths.EVALUATION, "evaluation", (RECORD,), others=SHEETS),
+    Part("evaluate", paths.EVALUATION, "evaluation", (RECORD, OUTCOMES), others=SHEETS),
 )
 
 
@@ -104,14 +104,14 @@ def build_bundle(out: Path, config: Config | None = None) -> Bundle:
             target.parent.mkdir(parents=True, exist_ok=True)
             _link(file, target)
 
-    # 2. The evaluation must be of these files and of these decoding defaults, which are part of the model.
+    # 2. The evaluation must be of these files and settings, which are part of the model.
     record = read_record(paths.EVALUATION)
-    decoding = config.decoding.model_dump(mode="json")
-    _check_evaluated(record, decoding)
+    decoding, retrieval = config.decoding.model_dump(mode="json"), config.retrieve.model_dump(mode="json")
+    _check_evaluated(record, {"decoding": decoding, "retrieve": retrieval})
 
     # 3. What the configuration and the lineage add.
     _write(partial / "decoding.json", decoding)
-    _write(partial / "retrieval.json", config.retrieve.model_dump(mode="json"))
+    _write(partial / "retrieval.json", retrieval)
     runs = {file.parent.name: json.loads(file.read_text())["run_id"] for file in sorted(paths.RUNS.glob("*/mlflow_run.json"))}
     _write(partial / LINEAGE, {"git_commit": lineage.git_commit(), "dvc_lock_md5": lineage.dvc_lock_md5(), "mlflow_runs": runs})
 
@@ -122,16 +122,16 @@ def build_bundle(out: Path, config: Config | None = None) -> Bundle:
     return Bundle(out, record)
 
 
-def _check_evaluated(record: Record, decoding: dict[str, Any]) -> None:
-    """Raises :class:`BundleError` unless the record is of the models in ``models/`` and of these decoding defaults."""
+def _check_evaluated(record: Record, settings: dict[str, dict[str, Any]]) -> None:
+    """Raises :class:`BundleError` unless the record is of the models in ``models/`` and of these sections of the parameters."""
     changed = [path for path, known in record.models.items() if content_hash(Path(path)) != known]
     if changed or not record.models:
         which = ", ".join(changed) or "the models"
         raise BundleError(f"{which} changed since the evaluation, so its scores are not those of this model; run: cm3leon evaluate")
-    evaluated = record.contract.get("decoding", decoding)
-    if evaluated != decoding:
-        changed = sorted(name for name in decoding | evaluated if decoding.get(name) != evaluated.get(name))
-        raise BundleError(f"decoding defaults changed since the evaluation ({', '.join(changed)}); run: cm3leon evaluate")
+    for section, now in settings.items():
+        then = record.settings.get(section, {})
+        if changed := sorted(f"{section}.{name}" for name in now | then if now.get(name) != then.get(name)):
+            raise BundleError(f"parameters changed since the evaluation ({', '.join(changed)}); run: cm3leon evaluate")
 
 
 def _files(part: Part) -> list[Path]:

@@ -1,11 +1,4 @@
-"""The model registry: register a bundle as challenger, gate it, promote it, roll back, fetch. All by aliases, in MLflow.
-
-    version = register_outputs(config)
-    if gate(config.gate, version).passed:
-        promote()
-
-The evaluation record is read once on its way to the gate: when the bundle is built. Each step is idempotent.
-"""
+"""The model registry in MLflow: register a bundle as challenger, list the versions, fetch a bundle. Versions are named by aliases."""
 
 from __future__ import annotations
 
@@ -17,10 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cm3leon.config.schema import Config, GateConfig
+from cm3leon.config.schema import Config
 from cm3leon.evaluation.record import Record
-from cm3leon.registry.bundle import Bundle, build_bundle, bundle_hash, read_record
-from cm3leon.registry.gate import Verdict, compare
+from cm3leon.registry.bundle import Bundle, build_bundle, bundle_hash
 from cm3leon.registry.packaging import log_version
 from cm3leon.tracking import store
 from cm3leon.utils.errors import UserError
@@ -33,17 +25,13 @@ CHAMPION = "champion"
 CHALLENGER = "challenger"
 PREVIOUS_CHAMPION = "previous_champion"
 
-HASH_TAG, GATE_TAG, REPLACED_TAG, ROLLED_BACK_TAG = "bundle_hash", "gate", "replaced", "rolled_back"
+HASH_TAG = "bundle_hash"
 SCRATCH = Path(".cache")
 """For a bundle until it is registered: on the project's own disk, because a bundle can be as large as the models."""
 
 
 class NotRegisteredError(UserError):
     """The registry does not exist or has no such model."""
-
-
-class PromotionError(UserError):
-    """A promotion or rollback is not possible; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,8 @@ class Version:
         return self.number
 
 
-def _client(uri: str | None = None) -> MlflowClient:
+def connect(uri: str | None = None) -> MlflowClient:
+    """A client of the store at ``uri``; None prepares and takes the project's."""
     uri = uri or store.prepare_store()
     store.use_settings()
     from mlflow import MlflowClient
@@ -87,7 +76,7 @@ def _version(entity: Any, aliases: list[str]) -> Version:
     return Version(str(entity.version), entity.run_id, created, aliases, scores, tags)
 
 
-def _versions(client: MlflowClient) -> list[Version]:
+def all_versions(client: MlflowClient) -> list[Version]:
     """All versions, newest first."""
     from mlflow.exceptions import MlflowException
 
@@ -109,13 +98,14 @@ def _versions(client: MlflowClient) -> list[Version]:
             return sorted(found, key=lambda v: -int(v.number))
 
 
-def _holder(versions: list[Version], alias: str) -> Version | None:
+def holder(versions: list[Version], alias: str) -> Version | None:
+    """The version that has an alias; None if no version has it."""
     return next((version for version in versions if alias in version.aliases), None)
 
 
 def status(uri: str | None = None) -> list[Version]:
     """All versions with aliases, scores, tags and time of creation, newest first."""
-    return _versions(_client(uri))
+    return all_versions(connect(uri))
 
 
 # --- register --------------------------------------------------------------------------------------------------------
@@ -142,8 +132,8 @@ def register(bundle: Bundle, config: Config) -> Version:
         ConnectionError: if the registry is not reachable.
     """
     content = bundle_hash(bundle.path)
-    client = _client()
-    version = next((v for v in _versions(client) if v.tags.get(HASH_TAG) == content), None)
+    client = connect()
+    version = next((v for v in all_versions(client) if v.tags.get(HASH_TAG) == content), None)
     if version:
         number = version.number
     else:
@@ -152,110 +142,7 @@ def register(bundle: Bundle, config: Config) -> Version:
         tags = {HASH_TAG: content, "profile": config.profile, **headline}
         number = log_version(client, bundle.path, MODEL_NAME, tags, config)
     client.set_registered_model_alias(MODEL_NAME, CHALLENGER, number)
-    return replace(next(v for v in _versions(client) if v.number == number), record=bundle.record)
-
-
-# --- gate and promotion ----------------------------------------------------------------------------------------------
-
-
-def _challenger(versions: list[Version]) -> Version:
-    challenger = _holder(versions, CHALLENGER)
-    if challenger is None:
-        raise PromotionError("no version of the model has the alias challenger; run: cm3leon register")
-    return challenger
-
-
-def _run_id(version: Version) -> str:
-    if version.run_id is None:
-        raise PromotionError(f"version {version} has no run, so no evaluation record; register the model by: cm3leon register")
-    return version.run_id
-
-
-def _record(client: MlflowClient, version: Version) -> Record:
-    """The evaluation record that was registered with a version."""
-    with tempfile.TemporaryDirectory() as folder:
-        return read_record(Path(client.download_artifacts(_run_id(version), "evaluation", folder)))
-
-
-def gate(config: GateConfig, registered: Version | None = None) -> Verdict:
-    """Compare the challenger with the champion (``cm3leon/registry/gate.py``); the verdict is logged to the challenger's run.
-
-    Args:
-        registered: the challenger as :func:`register` returned it, with its record; None reads the record from the registry.
-
-    Raises:
-        PromotionError: if there is no challenger, or a version has no run.
-        IncompleteRecordError: if a record in the registry is damaged.
-    """
-    client = _client()
-    versions = _versions(client)
-    challenger, champion = _challenger(versions), _holder(versions, CHAMPION)
-    refusals = []
-    if ROLLED_BACK_TAG in challenger.tags and challenger != champion:
-        refusals.append(f"version {challenger} was the champion and was rolled back")
-    known = registered.record if registered and registered.number == challenger.number else None
-    record = known or _record(client, challenger)
-    # Registering an unchanged model again makes the champion the challenger.
-    against = (champion.number, record if champion == challenger else _record(client, champion)) if champion else None
-    verdict = compare(config, (challenger.number, record), against, refusals)
-    client.log_text(_run_id(challenger), verdict.to_markdown(), "gate.md")
-    client.log_text(_run_id(challenger), verdict.to_json(), "gate.json")
-    client.set_model_version_tag(MODEL_NAME, challenger.number, GATE_TAG, _gate_tag(verdict.passed, champion))
-    return verdict
-
-
-def _gate_tag(passed: bool, champion: Version | None) -> str:
-    return f"{'passed' if passed else 'held back'} against {f'version {champion}' if champion else 'no champion'}"
-
-
-def promote(force: bool = False) -> Version:
-    """Make the challenger the champion and the champion the previous champion; no change if the challenger is the champion.
-
-    Args:
-        force: promote also a challenger that the gate has not passed against the present champion.
-
-    Raises:
-        PromotionError: if there is no challenger, or the gate has not passed it.
-    """
-    client = _client()
-    versions = _versions(client)
-    challenger, champion = _challenger(versions), _holder(versions, CHAMPION)
-    if champion is not None and champion.number == challenger.number:
-        return champion
-    if not force and challenger.tags.get(GATE_TAG) != _gate_tag(True, champion):
-        state = challenger.tags.get(GATE_TAG, "not compared by the gate yet")
-        against = f"version {champion}" if champion else "none"
-        raise PromotionError(f"version {challenger} is not promoted: {state}; the champion is {against}; run: cm3leon gate")
-    if champion is not None:
-        client.set_model_version_tag(MODEL_NAME, challenger.number, REPLACED_TAG, champion.number)
-        client.set_registered_model_alias(MODEL_NAME, PREVIOUS_CHAMPION, champion.number)
-    if ROLLED_BACK_TAG in challenger.tags:
-        client.delete_model_version_tag(MODEL_NAME, challenger.number, ROLLED_BACK_TAG)
-    client.set_registered_model_alias(MODEL_NAME, CHAMPION, challenger.number)
-    return next(v for v in _versions(client) if v.number == challenger.number)
-
-
-def rollback() -> Version:
-    """Undo the last promotion: the previous champion is the champion again, and the one before it the previous champion.
-
-    The version that was rolled back is tagged, so that the gate does not pass it again.
-
-    Raises:
-        PromotionError: if there is no previous champion.
-    """
-    client = _client()
-    versions = _versions(client)
-    champion, previous = _holder(versions, CHAMPION), _holder(versions, PREVIOUS_CHAMPION)
-    if champion is None or previous is None:
-        raise PromotionError("there is no previous champion to roll back to; cm3leon status lists the versions and their aliases")
-    client.set_model_version_tag(MODEL_NAME, champion.number, ROLLED_BACK_TAG, f"to version {previous}")
-    client.set_registered_model_alias(MODEL_NAME, CHAMPION, previous.number)
-    before = previous.tags.get(REPLACED_TAG)
-    if before in {v.number for v in versions} and before != previous.number:
-        client.set_registered_model_alias(MODEL_NAME, PREVIOUS_CHAMPION, before)
-    else:
-        client.delete_registered_model_alias(MODEL_NAME, PREVIOUS_CHAMPION)
-    return next(v for v in _versions(client) if v.number == previous.number)
+    return replace(next(v for v in all_versions(client) if v.number == number), record=bundle.record)
 
 
 # --- fetch -----------------------------------------------------------------------------------------------------------
@@ -275,7 +162,7 @@ def fetch_bundle(uri: str = f"models:/{MODEL_NAME}@{CHAMPION}", tracking_uri: st
     local = store.tracking_uri()
     if tracking_uri is None and local.startswith("sqlite:///") and not Path(local.removeprefix("sqlite:///")).exists():
         raise NotRegisteredError(f"there is no model registry at {local}; run the pipeline first, or set MLFLOW_TRACKING_URI")
-    client = _client(tracking_uri)
+    client = connect(tracking_uri)
     from mlflow.exceptions import MlflowException
 
     name, _, alias = uri.removeprefix("models:/").partition("@")

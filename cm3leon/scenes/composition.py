@@ -189,9 +189,9 @@ def check_images(captions: Sequence[str], images: Sequence[Image.Image | np.ndar
     return [check(s, read_scene(image)) if s else None for s, image in zip(statements, images, strict=True)]
 
 
-def all_right(outcomes: Sequence[dict[str, bool] | None]) -> list[float]:
-    """Composition accuracy of each prompt that follows the grammar: 1 if every stated attribute is right, else 0."""
-    return [float(all(outcome.values())) for outcome in outcomes if outcome is not None]
+def all_right(outcomes: Sequence[dict[str, bool] | None]) -> dict[int, float]:
+    """Composition accuracy of each prompt that follows the grammar, by its position: 1 if every stated attribute is right, else 0."""
+    return {i: float(all(outcome.values())) for i, outcome in enumerate(outcomes) if outcome is not None}
 
 
 def summarize(outcomes: Sequence[dict[str, bool] | None]) -> dict[str, float]:
@@ -202,14 +202,15 @@ def summarize(outcomes: Sequence[dict[str, bool] | None]) -> dict[str, float]:
         prompts that state it; and ``composition/prompts``, the number of prompts that follow the grammar. Only the last if there are none.
     """
     counted = sum(outcome is not None for outcome in outcomes)
-    return {"composition/prompts": float(counted)} | {name: float(np.mean(values)) for name, values in by_attribute(outcomes).items()}
+    means = {name: float(np.mean(list(values.values()))) for name, values in by_attribute(outcomes).items()}
+    return {"composition/prompts": float(counted)} | means
 
 
-def by_attribute(outcomes: Sequence[dict[str, bool] | None]) -> dict[str, list[bool]]:
-    """The outcomes by prompt whose means :func:`summarize` returns; without names that no prompt states."""
-    counted = [outcome for outcome in outcomes if outcome is not None]
-    found = {"composition": [all(outcome.values()) for outcome in counted]}
-    found |= {f"composition/{name}": [outcome[name] for outcome in counted if name in outcome] for name in ATTRIBUTES}
+def by_attribute(outcomes: Sequence[dict[str, bool] | None]) -> dict[str, dict[int, float]]:
+    """The outcomes whose means :func:`summarize` returns, by the prompt's position; without names that no prompt states."""
+    found = {"composition": all_right(outcomes)}
+    for name in ATTRIBUTES:
+        found[f"composition/{name}"] = {i: float(outcome[name]) for i, outcome in enumerate(outcomes) if outcome and name in outcome}
     return {name: values for name, values in found.items() if values}
 
 

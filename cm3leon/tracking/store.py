@@ -140,17 +140,17 @@ def _check_server(uri: str) -> None:
         raise ConnectionError(f"the MLflow server {uri} does not answer ({error}); start it, or change MLFLOW_TRACKING_URI") from None
 
 
-def experiment_id_of(client: MlflowClient, root: Path, uri: str) -> str:
-    """The id of the experiment, created if it does not exist; a local store has its artifacts under ``ROOT/mlruns``."""
+def experiment_id_of(client: MlflowClient, root: Path, uri: str, name: str = EXPERIMENT) -> str:
+    """The id of an experiment, created if it does not exist; a local store has its artifacts under ``ROOT/mlruns``."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(EXPERIMENT)
+    found = client.get_experiment_by_name(name)
     if found is None:
         local = (root / "mlruns").absolute().as_uri() if uri.startswith(SQLITE) else None
         try:
-            return client.create_experiment(EXPERIMENT, artifact_location=local)
+            return client.create_experiment(name, artifact_location=local)
         except MlflowException:  # another process has created it meanwhile
-            found = client.get_experiment_by_name(EXPERIMENT)
+            found = client.get_experiment_by_name(name)
             if found is None:
                 raise
     if found.lifecycle_stage == "deleted":

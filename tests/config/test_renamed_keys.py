@@ -116,7 +116,7 @@ def test_a_bundle_of_an_earlier_version_loads(bundle: Path) -> None:
 
 def test_an_evaluation_record_of_an_earlier_version_is_comparable(tmp_path: Path) -> None:
     decoding = Config().decoding.model_dump(mode="json")
-    record = Record({}, {}, {}, {"decoding": decoding}, {"decoding": decoding, "retrieve": {}}, {})
+    record = Record(settings={"decoding": decoding, "retrieve": {}})
     record.write(tmp_path)
     rename(tmp_path / FILE, retrieved_documents="documents")
     assert Record.read(tmp_path) == record

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cm3leon.evaluation import measure
 from cm3leon.evaluation.captions import score
-from cm3leon.evaluation.record import Record, bootstrap, digest
+from cm3leon.evaluation.record import Record, bootstrap, digest, keyed, paired_differences, wilson
 
 
 def test_interval_covers_the_mean_and_shrinks_with_more_prompts():
@@ -24,11 +24,20 @@ def test_interval_covers_the_mean_and_shrinks_with_more_prompts():
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
     record = Record(contract={"prompts": digest(["a", "b"])})
-    record.add("score", [0.0, 1.0, 1.0], 100, 0)
+    record.add("score", {"a": 0.0, "b#0": 1.0, "b#1": 1.0}, 100, 0)
+    record.seen = ["a"]
     record.write(tmp_path)
     again = Record.read(tmp_path)
     assert again.scores == {"score": 0.666667} and again.contract == record.contract
     assert again.intervals["score"][0] <= 2 / 3 <= again.intervals["score"][1]
+    assert again.outcomes == record.outcomes and again.seen == ["a"]
+
+
+def test_decoding_in_the_contract_of_an_earlier_version_is_part_of_the_model(tmp_path):
+    Record(contract={"prompts": "1", "decoding": {"candidates": 8}, "retrieval": None}).write(tmp_path)
+    (tmp_path / "outcomes.parquet").unlink()
+    again = Record.read(tmp_path)
+    assert again.contract == {"prompts": "1"} and again.outcomes == {}
 
 
 def test_digest_depends_on_content_and_order_of_lists_not_of_keys():
@@ -57,11 +66,11 @@ def test_image_scores_and_their_calibrations():
     prompts = ["red", "green", "blue"] * 2
     real = [flat(250, 0, 0), flat(0, 250, 0), flat(0, 0, 250)] * 2
     record = Record()
-    measure.measure_images(record, ColorEncoder(), prompts, real, real, real, 100, 0)
+    measure.measure_images(record, ColorEncoder(), list("abcdef"), prompts, real, real, real, 100, 0)
     assert record.scores["clip_score"] == pytest.approx(1) and record.calibration["clip_score_other_captions"] == pytest.approx(0)
     assert record.scores["fd_encoder"] == pytest.approx(0, abs=1e-6)
     wrong = Record()
-    measure.measure_images(wrong, ColorEncoder(), prompts, [flat(250, 250, 250)] * 6, real, real, 100, 0)
+    measure.measure_images(wrong, ColorEncoder(), list("abcdef"), prompts, [flat(250, 250, 250)] * 6, real, real, 100, 0)
     assert wrong.scores["clip_score"] < 0.6 and wrong.scores["fd_encoder"] > 0.1
 
 
@@ -70,7 +79,7 @@ def test_baselines_of_answers_are_other_images_and_the_majority_answer():
     truths = [["red"], ["blue"], ["2"]]
     known = Counter({("what_color", "red"): 5, ("what_color", "blue"): 1, ("how_many", "3"): 9})
     record = Record()
-    measure.measure_answers(record, questions, ["red", "blue", "3"], ["blue", "2", "2"], truths, ["x", "x", "y"], known, 100, 0)
+    measure.measure_answers(record, questions, ["red", "blue", "3"], ["blue", "2", "2"], truths, ["x#0", "x#1", "y#0"], known, 100, 0)
     assert record.scores["vqa_accuracy"] == pytest.approx(2 / 3)
     assert record.scores["vqa_accuracy/what_color"] == 1 and record.scores["vqa_accuracy/how_many"] == 0
     assert record.calibration["vqa_accuracy_other_images"] == pytest.approx(1 / 3)
@@ -86,8 +95,8 @@ def test_kinds_of_questions_are_valid_metric_names():
 
 def test_only_the_most_frequent_kinds_of_questions_have_a_score():
     questions = [f"kind {number}?" for number in range(30) for _ in range(number + 1)]
-    record = Record()
-    measure.measure_answers(record, questions, ["a"] * len(questions), None, [["a"]] * len(questions), questions, Counter(), 10, 0)
+    record, keys = Record(), [f"x#{number}" for number in range(len(questions))]
+    measure.measure_answers(record, questions, ["a"] * len(questions), None, [["a"]] * len(questions), keys, Counter(), 10, 0)
     kinds = {name for name in record.scores if "/" in name}
     assert kinds == {f"vqa_accuracy/kind_{number}" for number in range(30 - measure.KINDS, 30)}
     assert "vqa_accuracy_other_images" not in record.calibration
@@ -95,19 +104,19 @@ def test_only_the_most_frequent_kinds_of_questions_have_a_score():
 
 @pytest.mark.parametrize("images", ["aaabbc", "abcabc", "aab", "ab", "abbbbb"])
 def test_images_of_other_questions_are_never_the_own(images):
-    found = measure.images_of_others([(image, "?", ["x"]) for image in images])
+    found = measure.images_of_others(images)
     assert len(found) == len(images) and all(other != own for own, other in zip(images, found, strict=True))
     assert set(found) <= set(images)
 
 
 def test_a_single_image_has_no_other_images():
-    assert measure.images_of_others([("a", "?", []), ("a", "!", [])]) is None
+    assert measure.images_of_others(["a", "a"]) is None
 
 
 def test_a_single_record_has_neither_distances_nor_baselines():
     record, image, caption = Record(), [flat(250, 0, 0)], "a red circle on a white background"
-    measure.measure_images(record, ColorEncoder(), ["red"], image, image, image, 10, 0)
-    measure.measure_composition(record, [caption], image, image, image, 10, 0)
+    measure.measure_images(record, ColorEncoder(), ["a"], ["red"], image, image, image, 10, 0)
+    measure.measure_composition(record, ["a"], [caption], image, image, image, 10, 0)
     measure.measure_captions(record, ["a"], [caption], [[caption]], 10, 0)
     assert set(record.calibration) == {"clip_score_real", "composition_real", "composition_reconstructions"}
     assert {"clip_score", "composition", "cider"} <= set(record.scores) and "fd_encoder" not in record.scores
@@ -144,7 +153,7 @@ def test_fidelity_scores_are_named_after_the_extractor_and_calibrated():
             return np.stack([np.asarray(image, dtype=float).reshape(-1, 3).mean(0) for image in images])
 
     record = Record()
-    measure.measure_fidelity(record, "pixels", Pixels(), dark, real, real, 50, 0)
+    measure.measure_fidelity(record, "pixels", Pixels(), [str(number) for number in range(20)], dark, real, real, 50, 0)
     assert record.scores["fd_pixels"] > 1000 > record.calibration["fd_pixels_real_halves"] > record.calibration["fd_pixels_reconstructions"]
     assert record.scores["kd_pixels"] > record.calibration["kd_pixels_real_halves"]
     assert record.scores["precision_pixels"] == record.scores["recall_pixels"] == 0
@@ -155,12 +164,14 @@ def test_every_score_lies_in_its_interval():
     rng = np.random.default_rng(1)
     real = [Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)) for _ in range(40)]
     near = [Image.fromarray(np.clip(np.asarray(image).astype(int) + 3, 0, 255).astype(np.uint8)) for image in real]
-    record = Record()
-    measure.measure_images(record, ColorEncoder(), ["red", "blue"] * 20, near, real, real, 100, 0)
+    record, ids = Record(), [str(number) for number in range(40)]
+    measure.measure_images(record, ColorEncoder(), ids, ["red", "blue"] * 20, near, real, real, 100, 0)
     caption = "a small red circle on a white background"
-    measure.measure_composition(record, [caption] * 40, near, real, real, 100, 0)
+    measure.measure_composition(record, ids, [caption] * 40, near, real, real, 100, 0)
     questions, truths = ["What color is it?"] * 4 + ["How many?"] * 4, [["red"], ["2"]] * 4
-    measure.measure_answers(record, questions, ["red"] * 8, None, truths, list("aabbccdd"), Counter(), 100, 0)
+    measure.measure_answers(
+        record, questions, ["red"] * 8, None, truths, ["a#0", "a#1", "b#0", "b#1", "c#0", "c#1", "d#0", "d#1"], Counter(), 100, 0
+    )
     assert record.scores.keys() - record.intervals.keys() == {"composition/prompts"}
     for name, (low, high) in record.intervals.items():
         assert low <= record.scores[name] <= high, name
@@ -175,6 +186,40 @@ def test_values_of_a_group_are_resampled_together():
 
 
 def test_captions_that_describe_no_scene_have_no_composition_score():
-    record = Record()
-    measure.measure_composition(record, ["a photo of a dog"] * 2, [flat(9, 9, 9)] * 2, [flat(9, 9, 9)] * 2, [flat(9, 9, 9)] * 2, 10, 0)
+    record, images = Record(), [flat(9, 9, 9)] * 2
+    measure.measure_composition(record, ["a", "b"], ["a photo of a dog"] * 2, images, images, images, 10, 0)
     assert "composition" not in record.scores
+
+
+@pytest.mark.parametrize(("successes", "count"), [(0, 8), (8, 8), (1, 20), (37, 50)])
+def test_the_interval_of_a_share_is_wilsons_and_never_empty(successes, count):
+    from scipy.stats import binomtest
+
+    record = Record()
+    record.add("share", {str(number): float(number < successes) for number in range(count)}, 100, 0)
+    expected = binomtest(successes, count).proportion_ci(method="wilson")
+    assert record.intervals["share"] == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert np.diff(wilson(successes, count)) > 0.04
+
+
+def test_a_paired_difference_leaves_out_what_both_models_share():
+    rng = np.random.default_rng(0)
+    difficulty, effect = rng.normal(size=400), rng.normal(0.1, 0.05, size=400)
+    old = keyed([f"r{number}" for number in range(400)], difficulty)
+    new = keyed([f"r{number}" for number in range(400)], difficulty + effect)
+    differences = paired_differences(new, old, 2000, 0)
+    assert differences.mean() == pytest.approx(effect.mean(), abs=1e-3)
+    assert differences.std() == pytest.approx(effect.std() / 20, rel=0.1)
+    assert differences.std() < difficulty.std() / 20 / 10
+
+
+def test_questions_about_one_record_are_resampled_together_in_pairs_too():
+    together = {f"r{number // 10}#{number % 10}": float(number // 10 % 2) for number in range(100)}
+    apart = {f"r{number}": float(number // 10 % 2) for number in range(100)}
+    spread = [np.std(paired_differences(found, dict.fromkeys(found, 0.0), 2000, 0)) for found in (together, apart)]
+    assert spread[0] > 2.5 * spread[1]
+
+
+def test_a_key_that_occurs_twice_is_refused():
+    with pytest.raises(ValueError, match="occurs twice"):
+        keyed(["a", "a"], [0.0, 1.0])

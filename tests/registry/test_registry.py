@@ -1,50 +1,18 @@
-"""Bundles, versions and aliases: every step is idempotent, and can be undone."""
+"""Bundles and versions: complete, identified by their content, registered once."""
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
+from registry_support import CONFIG, aliases, evaluated
 
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, DecodingConfig, GateConfig
-from cm3leon.evaluation.record import Record
+from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.generator import Generator
 from cm3leon.registry import registry
 from cm3leon.registry.bundle import BundleError, IncompleteRecordError, build_bundle, bundle_hash
-from cm3leon.registry.registry import CHALLENGER, CHAMPION, PREVIOUS_CHAMPION, PromotionError
-
-CONFIG = Config(profile="tiny", gate=GateConfig(floors={"composition": 0.4}, margins={"composition": 0.02}))
-
-
-@pytest.fixture
-def stages(project, tiny_models):
-    """The project with the outputs of all stages."""
-    for name in ("models", "data"):
-        shutil.copytree(tiny_models / name, project / name)
-    return project
-
-
-def evaluated(composition):
-    """Write a record with this score and return the bundle."""
-    record = Record.read(paths.EVALUATION)
-    record.scores |= {"composition": composition, "composition/color": 0.9}
-    (paths.EVALUATION / "record.json").unlink()
-    record.write(paths.EVALUATION)
-    return build_bundle(Path("bundle"), CONFIG)
-
-
-def released(composition):
-    version = registry.register(evaluated(composition), CONFIG)
-    verdict = registry.gate(CONFIG.gate)
-    if verdict.passed:
-        registry.promote()
-    return version
-
-
-def aliases():
-    return {alias: int(version.number) for version in registry.status() for alias in version.aliases}
+from cm3leon.registry.registry import CHALLENGER
 
 
 def test_a_bundle_has_every_part_and_its_hash_depends_on_its_content_only(stages):
@@ -136,42 +104,6 @@ def test_a_model_that_is_not_registered_is_named(project):
     assert not (project / "mlflow.db").exists()
 
 
-def test_three_versions_from_registration_to_rollback(stages):
-    """Promoted, held back, promoted, rolled back, not promoted again, forced."""
-    with pytest.raises(PromotionError, match="challenger"):
-        registry.promote()
-    released(0.5)
-    assert aliases() == {CHALLENGER: 1, CHAMPION: 1}
-    released(0.45)
-    assert aliases() == {CHALLENGER: 2, CHAMPION: 1}
-    with pytest.raises(PromotionError, match="held back"):
-        registry.promote()
-    released(0.6)
-    assert aliases() == {CHALLENGER: 3, CHAMPION: 3, PREVIOUS_CHAMPION: 1}
-    registry.promote()
-    released(0.6)
-    assert aliases() == {CHALLENGER: 3, CHAMPION: 3, PREVIOUS_CHAMPION: 1}
-
-    assert registry.rollback().number == "1"
-    assert aliases() == {CHALLENGER: 3, CHAMPION: 1}
-    with pytest.raises(PromotionError, match="no previous champion"):
-        registry.rollback()
-    released(0.6)
-    assert aliases() == {CHALLENGER: 3, CHAMPION: 1}
-    registry.promote(force=True)
-    assert aliases() == {CHALLENGER: 3, CHAMPION: 3, PREVIOUS_CHAMPION: 1}
-
-    run_id = registry.status()[0].run_id
-    from mlflow import MlflowClient
-
-    from cm3leon.tracking import store
-
-    client = MlflowClient(tracking_uri=store.tracking_uri())
-    assert {"gate.md", "gate.json", "evaluation", "lineage.json"} <= {file.path for file in client.list_artifacts(run_id)}
-    assert registry.status()[0].scores["composition"] == 0.6
-    assert client.get_run(run_id).data.metrics == {}  # evaluate has logged the scores
-
-
 def test_registering_leaves_the_process_with_the_store_it_had(stages, monkeypatch):
     import mlflow
 
@@ -180,35 +112,3 @@ def test_registering_leaves_the_process_with_the_store_it_had(stages, monkeypatc
     registry.register(evaluated(0.5), CONFIG)
     assert (mlflow.get_tracking_uri(), mlflow.get_registry_uri()) == before
     assert not {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"} & set(os.environ)
-
-
-def test_a_version_registered_without_a_run_is_refused(project):
-    from mlflow import MlflowClient
-
-    from cm3leon.tracking import store
-
-    client = MlflowClient(tracking_uri=store.prepare_store())
-    client.create_registered_model(registry.MODEL_NAME)
-    client.create_model_version(registry.MODEL_NAME, (project / "elsewhere").as_uri())
-    client.set_registered_model_alias(registry.MODEL_NAME, CHALLENGER, "1")
-    with pytest.raises(PromotionError, match="version 1 has no run, so no evaluation record"):
-        registry.gate(CONFIG.gate)
-
-
-def test_the_record_is_read_once_on_its_way_to_the_gate(stages, monkeypatch):
-    released(0.5)
-    evaluated(0.6)
-    read, real = [], Record.read.__func__  # type: ignore[attr-defined]
-    monkeypatch.setattr(Record, "read", classmethod(lambda cls, folder: read.append(str(folder)) or real(cls, folder)))  # type: ignore[func-returns-value]
-    version = registry.register_outputs(CONFIG)
-    assert read == [str(paths.EVALUATION)]
-    assert registry.gate(CONFIG.gate, version).passed
-    assert len(read) == 2  # the other is the champion's
-    by_itself = registry.gate(CONFIG.gate)
-    assert by_itself.passed and len(read) == 4
-
-
-def test_promotion_needs_a_gate_passed_against_the_present_champion(stages):
-    registry.register(evaluated(0.5), CONFIG)
-    with pytest.raises(PromotionError, match="not compared by the gate yet"):
-        registry.promote()

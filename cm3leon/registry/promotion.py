@@ -1,0 +1,223 @@
+"""Gate, promotion and rollback: they decide which version has the alias ``champion``, and write the ledger.
+
+    version = register_outputs(config)
+    if gate(config, version).passed:
+        promote()
+
+The evaluation record is read once on its way to the gate: when the bundle is built. Each step is idempotent.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cm3leon.config.schema import Config
+from cm3leon.evaluation.record import Record, digest
+from cm3leon.registry import ledger
+from cm3leon.registry.bundle import read_record
+from cm3leon.registry.gate import Verdict, compare, contract_changes
+from cm3leon.registry.registry import (
+    CHALLENGER,
+    CHAMPION,
+    MODEL_NAME,
+    PREVIOUS_CHAMPION,
+    Version,
+    all_versions,
+    connect,
+    fetch_bundle,
+    holder,
+)
+from cm3leon.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+GATE_TAG, REPLACED_TAG, ROLLED_BACK_TAG = "gate", "replaced", "rolled_back"
+
+
+class PromotionError(UserError):
+    """A promotion or rollback is not possible; the message says why."""
+
+
+# --- gate ------------------------------------------------------------------------------------------------------------
+
+
+def gate(config: Config, registered: Version | None = None, number: str | None = None) -> Verdict:
+    """Compare a version with the champion (``cm3leon/registry/gate.py``).
+
+    The verdict is logged to the version's run and added to the ledger. Where the champion was evaluated otherwise than the version, it is
+    evaluated again, on the data in this directory; that takes as long as the stage ``evaluate``.
+
+    Args:
+        registered: the version as :func:`~cm3leon.registry.registry.register` returned it, with its record; None reads the record from the
+            registry.
+        number: of the version; None takes the challenger.
+
+    Raises:
+        PromotionError: if there is no such version, or one has no run.
+        IncompleteRecordError: if a record in the registry is damaged.
+    """
+    client = connect()
+    versions = all_versions(client)
+    challenger, champion = _chosen(versions, number), holder(versions, CHAMPION)
+    refusals: list[str] = []
+    notes: list[str] = []
+    if ROLLED_BACK_TAG in challenger.tags and challenger != champion:
+        refusals.append(f"version {challenger} was the champion and was rolled back")
+    known = registered.record if registered and registered.number == challenger.number else None
+    record = known or _record(client, challenger)
+    # Registering an unchanged model again makes the champion the challenger.
+    against = None
+    if champion:
+        against = (champion.number, record if champion == challenger else _champion_record(client, champion, record, config, notes))
+    verdict = compare(config.gate, (challenger.number, record), against, refusals, notes)
+    client.log_text(_run_id(challenger), verdict.to_markdown(), "gate.md")
+    client.log_text(_run_id(challenger), verdict.to_json(), "gate.json")
+    client.set_model_version_tag(MODEL_NAME, challenger.number, GATE_TAG, _gate_tag(verdict.passed, champion))
+    if champion != challenger:
+        entry = ledger.Entry("gate", challenger.number, champion.number if champion else None, str(verdict))
+        # A run that changes nothing compares the same versions again.
+        before = next((old for old in ledger.read(client) if old.version == entry.version), None)
+        if before is None or (before.action, before.champion, before.verdict) != (entry.action, entry.champion, entry.verdict):
+            ledger.append(client, entry, verdict)
+    return verdict
+
+
+def _champion_record(client: MlflowClient, champion: Version, record: Record, config: Config, notes: list[str]) -> Record:
+    """The champion's record under the contract of ``record``: the registered one, or that of a new evaluation, which is kept in its run."""
+    stored = _record(client, champion)
+    changed = contract_changes(record.contract, stored.contract)
+    if stored.outcomes and not changed:
+        return stored
+    notes.append(f"the champion was evaluated again ({', '.join(changed) or 'its record has no outcomes'})")
+    place = f"evaluations/{digest(record.contract)}"
+    with tempfile.TemporaryDirectory() as folder:
+        if client.list_artifacts(_run_id(champion), place):
+            return Record.read(Path(client.download_artifacts(_run_id(champion), place, folder)))
+        try:
+            again = evaluate_version(champion, config, Path(folder))
+        except (UserError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            notes[-1] = f"the champion could not be evaluated again ({type(error).__name__}: {error})"
+            return stored
+        client.log_artifacts(_run_id(champion), folder, place)
+        return again
+
+
+def evaluate_version(version: Version, config: Config, output: Path) -> Record:
+    """Evaluate a registered version on the present data and by the present contract; see :func:`cm3leon.evaluation.run.evaluate`."""
+    from cm3leon.evaluation.run import evaluate
+    from cm3leon.generation.generator import Generator
+
+    return evaluate(config, output, Generator.from_bundle(fetch_bundle(f"models:/{MODEL_NAME}/{version}")))
+
+
+def _chosen(versions: list[Version], number: str | None) -> Version:
+    """The version ``number``; None: the challenger."""
+    if number is None:
+        challenger = holder(versions, CHALLENGER)
+        if challenger is None:
+            raise PromotionError("no version of the model has the alias challenger; run: cm3leon register")
+        return challenger
+    found = next((version for version in versions if version.number == number), None)
+    if found is None:
+        known = ", ".join(version.number for version in versions) or "none"
+        raise PromotionError(f"the registry has no version {number}; versions: {known}")
+    return found
+
+
+def _run_id(version: Version) -> str:
+    if version.run_id is None:
+        raise PromotionError(f"version {version} has no run, so no evaluation record; register the model by: cm3leon register")
+    return version.run_id
+
+
+def _record(client: MlflowClient, version: Version) -> Record:
+    """The evaluation record that was registered with a version."""
+    with tempfile.TemporaryDirectory() as folder:
+        return read_record(Path(client.download_artifacts(_run_id(version), "evaluation", folder)))
+
+
+def _gate_tag(passed: bool, champion: Version | None) -> str:
+    return f"{'passed' if passed else 'held back'} against {f'version {champion}' if champion else 'no champion'}"
+
+
+# --- promotion -------------------------------------------------------------------------------------------------------
+
+
+def promote(number: str | None = None, force: bool = False, reason: str = "") -> Version:
+    """Make a version the champion and the champion the previous champion; no change if it is the champion.
+
+    Args:
+        number: of the version; None takes the challenger.
+        force: promote also a version that the gate has not passed against the present champion; needs a reason.
+        reason: is kept in the ledger.
+
+    Raises:
+        PromotionError: if there is no such version, the gate has not passed it, or a forced promotion has no reason.
+    """
+    client = connect()
+    versions = all_versions(client)
+    chosen, champion = _chosen(versions, number), holder(versions, CHAMPION)
+    if champion is not None and champion.number == chosen.number:
+        return champion
+    against = f"version {champion}" if champion else "none"
+    state = chosen.tags.get(GATE_TAG, "not compared by the gate yet")
+    passed = state == _gate_tag(True, champion)
+    if not passed and not force:
+        which = "" if number is None else f" --version {number}"
+        raise PromotionError(f"version {chosen} is not promoted: {state}; the champion is {against}; run: cm3leon gate{which}")
+    if not passed and not reason.strip():
+        raise PromotionError(f"version {chosen} is promoted against the gate ({state}) only with a reason: --force --reason TEXT")
+
+    # The ledger first: no promotion without a trace.
+    entry = ledger.Entry("promote", chosen.number, champion.number if champion else None, state, not passed, reason.strip())
+    ledger.append(client, entry)
+    if champion is not None:
+        client.set_model_version_tag(MODEL_NAME, chosen.number, REPLACED_TAG, champion.number)
+        client.set_registered_model_alias(MODEL_NAME, PREVIOUS_CHAMPION, champion.number)
+    if ROLLED_BACK_TAG in chosen.tags:
+        client.delete_model_version_tag(MODEL_NAME, chosen.number, ROLLED_BACK_TAG)
+    client.set_registered_model_alias(MODEL_NAME, CHAMPION, chosen.number)
+    return _chosen(all_versions(client), chosen.number)
+
+
+def rollback(to: str | None = None, reason: str = "") -> Version:
+    """Make an earlier champion the champion again, and the one before it the previous champion.
+
+    The version that was rolled back is tagged, so that the gate does not pass it again.
+
+    Args:
+        to: the version; None takes the previous champion.
+        reason: is kept in the ledger.
+
+    Raises:
+        PromotionError: if there is no previous champion, or ``to`` was never the champion.
+    """
+    client = connect()
+    versions = all_versions(client)
+    champion, previous = holder(versions, CHAMPION), holder(versions, PREVIOUS_CHAMPION)
+    target = previous if to is None else _chosen(versions, to)
+    if champion is None or target is None:
+        raise PromotionError("there is no previous champion to roll back to; cm3leon status lists the versions and their aliases")
+    if target.number == champion.number:
+        raise PromotionError(f"version {target} is the champion already")
+    champions = {entry.version for entry in ledger.read(client) if entry.action == "promote"}
+    if target != previous and target.number not in champions:
+        raise PromotionError(f"version {target} was never the champion; run: cm3leon promote --version {target}")
+
+    ledger.append(client, ledger.Entry("rollback", target.number, champion.number, reason=reason.strip()))
+    client.set_model_version_tag(MODEL_NAME, champion.number, ROLLED_BACK_TAG, f"to version {target}")
+    client.set_registered_model_alias(MODEL_NAME, CHAMPION, target.number)
+    before = target.tags.get(REPLACED_TAG)
+    if before in {version.number for version in versions} and before != target.number:
+        client.set_registered_model_alias(MODEL_NAME, PREVIOUS_CHAMPION, before)
+    elif previous is not None:
+        client.delete_registered_model_alias(MODEL_NAME, PREVIOUS_CHAMPION)
+    return _chosen(all_versions(client), target.number)
+
+
+def history() -> list[ledger.Entry]:
+    """The ledger, newest first."""
+    return ledger.read(connect())
