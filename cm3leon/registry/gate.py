@@ -122,18 +122,19 @@ class Verdict:
         return any(row.check.startswith("margin") and row.passed is not None for row in self.rows)
 
     def to_markdown(self) -> str:
-        """The verdict as a markdown table."""
+        """The verdict as a markdown table: failed checks first, scores without a check last."""
         lines = [
             f"## Gate: version {self.challenger} {'passes' if self.passed else 'is held back'}",
             "",
             f"Champion: {f'version {self.champion}' if self.champion else 'none'}.",
-            *(f"**{text}**" for text in self.refusals),
-            *self.notes,
+            "",
+            *(f"- **{text}**" for text in self.refusals),
+            *(f"- {text}" for text in self.notes),
             "",
             "| score | challenger | champion | difference (95 %) | check | verdict | reason |",
             "|---|---:|---:|---:|---|---|---|",
         ]
-        for row in self.rows:
+        for row in sorted(self.rows, key=lambda row: (row.passed is None, row.passed is True)):
             verdict = {True: "pass", False: "**fail**", None: "-"}[row.passed]
             champion = _show(row.champion) if row.comparable or row.champion is None else f"({_show(row.champion)})"
             cells = [row.metric, _show(row.challenger), champion, _show_difference(row), row.check, verdict, row.reason]
@@ -154,8 +155,9 @@ def _show(score: float | None) -> str:
 def _show_difference(row: Row) -> str:
     if row.difference is None:
         return ""
-    interval = "" if row.interval is None else f" [{row.interval[0]:+.3g}, {row.interval[1]:+.3g}]"
-    return f"{row.difference:+.3g}{interval}"
+    if row.interval is None:
+        return f"{row.difference:+.3g}"
+    return f"{row.difference:+.3g} [{row.interval[0]:+.3g}, {row.interval[1]:+.3g}], {row.pairs} pairs"
 
 
 def lower_is_better(metric: str) -> bool:
@@ -205,7 +207,8 @@ def compare(
     # 3. What cannot be compared is held back.
     verdict = Verdict(version, champion[0] if champion else None, rows, notes, refusals)
     if incomparable:
-        why = f"evaluated differently ({', '.join(changed)})" if changed else "the champion has seen the test records"
+        seen = "there are no outcomes for test records that the champion has not seen in training"
+        why = f"evaluated differently ({', '.join(changed)})" if changed else seen
         refusals.append(f"{', '.join(incomparable)} cannot be compared with the champion's: {why}")
     elif champion and champion[0] != version and not verdict.compared:
         refusals.append("nothing could be compared with the champion: no score of both has a margin (gate.margins)")

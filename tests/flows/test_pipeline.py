@@ -194,11 +194,19 @@ def test_whole_project_with_profile_tiny(tmp_path: Path, prefect_server: str) ->
     assert "version 1 is the champion" in second  # an unchanged model is not registered again
     assert hashes(tmp_path) == outputs
 
+    # The same model, asked something else: the champion is evaluated again, and is found equal by pairs.
+    subprocess.run(
+        [sys.executable, "-m", "cm3leon", "configure", "tiny", "--set", "evaluate.seed=1"], cwd=tmp_path, env=environment, check=True
+    )
+    third = flow()
+    assert "the champion was evaluated again (captioned, images, prompts" in third
+    assert "version 2 is the champion, passed" in third
+
     from prefect.artifacts import Artifact
 
     reports = {key: Artifact.get(key) for key in ("cm3leon-pipeline", "cm3leon-gate")}  # the newest of each: other flows have run here
-    assert "version 1 is the champion" in str(reports["cm3leon-pipeline"].data)
-    assert "| composition |" in str(reports["cm3leon-gate"].data)
+    assert "version 2 is the champion" in str(reports["cm3leon-pipeline"].data)
+    assert "| clip_score |" in str(reports["cm3leon-gate"].data) and "+0 [+0, +0], 12 pairs" in str(reports["cm3leon-gate"].data)
 
 
 def states_in(table: str, stages: list[str]) -> dict[str, str]:
