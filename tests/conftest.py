@@ -57,9 +57,12 @@ def tiny_parts(tiny_models):
 
 
 def make_models(root):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     from PIL import Image
     from tests_support import decoder_spec
 
+    from cm3leon.data.manifest import VALIDATED_SCHEMA
     from cm3leon.data.tokens import Document, write_tokens
     from cm3leon.evaluation.record import Record
     from cm3leon.evaluation.run import SECTIONS
@@ -97,6 +100,12 @@ def make_models(root):
     tokens = [Document(name, codes, [np.array(text.encode(c))]) for name, c in zip("abcd", CAPTIONS, strict=True)]
     write_tokens(root / paths.TOKENS, "train", tokens, vocabulary.tokens_per_image, 100)
     SuperResolution(scale=2, channels=4, blocks=1).save(root / paths.SUPER_RESOLUTION)
+    rows = [
+        {"id": name, "origin": f"row {name}", "licence": "CC0-1.0", "attribution": "us", "source": "test", "split": "train"}
+        for name in "abcd"
+    ]
+    (root / paths.VALIDATED).mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=VALIDATED_SCHEMA), root / paths.VALIDATED / "manifest.parquet")
     settings = {name: getattr(Config(), name).model_dump(mode="json") for name in SECTIONS}
     models = {str(path): content_hash(root / path) for path in (paths.FINETUNED, paths.IMAGE_TOKENIZER)}
     record = Record({"fd_encoder": 3.0}, contract={"prompts": "1", "seed": 0}, settings=settings, models=models)

@@ -5,7 +5,8 @@
     image_tokenizer/ text_tokenizer/ encoder/ memory_bank/ super_resolution/
     decoding.json, retrieval.json      decoding defaults; the rules of retrieval
     evaluation/                        record.json, outcomes.parquet and sheets
-    lineage.json                       git commit, md5 of dvc.lock, MLflow run of each stage
+    training_data.parquet              id, origin, license, attribution and source of every training document
+    lineage.json                       git commit, md5 of dvc.lock and of the data, MLflow run of each stage, Prefect flow run
 
 Its identity is :func:`bundle_hash`. Nothing in it is pickled.
 """
@@ -24,13 +25,16 @@ from typing import Any, NamedTuple
 from cm3leon.config import paths
 from cm3leon.config.loading import load_config
 from cm3leon.config.schema import Config
+from cm3leon.data.manifest import read_manifest
 from cm3leon.evaluation.record import FILE as RECORD
 from cm3leon.evaluation.record import OUTCOMES, Record
 from cm3leon.tracking import lineage
 from cm3leon.tracking.lineage import content_hash
+from cm3leon.tracking.runs import FLOW_RUN_ENV
 from cm3leon.utils.errors import UserError
 
-LINEAGE = "lineage.json"
+LINEAGE, TRAINING_DATA = "lineage.json", "training_data.parquet"
+DATA_COLUMNS = ["id", "origin", "licence", "attribution", "source"]
 SHEETS = "*.png"
 PICKLED = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib"}
 
@@ -113,7 +117,14 @@ def build_bundle(out: Path, config: Config | None = None) -> Bundle:
     _write(partial / "decoding.json", decoding)
     _write(partial / "retrieval.json", retrieval)
     runs = {file.parent.name: json.loads(file.read_text())["run_id"] for file in sorted(paths.RUNS.glob("*/mlflow_run.json"))}
-    _write(partial / LINEAGE, {"git_commit": lineage.git_commit(), "dvc_lock_md5": lineage.dvc_lock_md5(), "mlflow_runs": runs})
+    origin = {"git_commit": lineage.git_commit(), "dvc_lock_md5": lineage.dvc_lock_md5(), "flow_run": os.environ.get(FLOW_RUN_ENV)}
+    data = {str(path): lineage.dvc_md5(path) for path in (paths.RAW, paths.VALIDATED, paths.TOKENS)}
+    _write(partial / LINEAGE, {**origin, "data_md5": data, "mlflow_runs": runs})
+    if not (paths.VALIDATED / "manifest.parquet").is_file():
+        raise BundleError(
+            f"{paths.VALIDATED / 'manifest.parquet'} is missing, and the bundle lists its training data; run: cm3leon validate"
+        )
+    read_manifest(paths.VALIDATED, "train", DATA_COLUMNS).to_parquet(partial / TRAINING_DATA, index=False)
 
     # 4. The bundle appears whole or not at all.
     if out.exists():

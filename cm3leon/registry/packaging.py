@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import cm3leon
 from cm3leon.config.schema import Config, DecodingConfig
+from cm3leon.registry import release
+from cm3leon.registry.bundle import LINEAGE
 from cm3leon.registry.signature import signature
 from cm3leon.tracking import runs
 
@@ -45,7 +47,8 @@ def log_version(client: MlflowClient, bundle: Path, name: str, tags: Mapping[str
         with _global_store(client.tracking_uri), mlflow.start_run(run_id=run.run_id, nested=True):
             model = log_model(bundle, name)
         client.log_artifacts(run.run_id, str(bundle / "evaluation"), "evaluation")
-        client.log_artifact(run.run_id, str(bundle / "lineage.json"))
+        client.log_artifact(run.run_id, str(bundle / LINEAGE))
+        release.log_facts(client, run.run_id, bundle)
         try:
             client.create_registered_model(name, description="CM3leon: generates images, captions and answers. Load it by alias.")
         except MlflowException as error:

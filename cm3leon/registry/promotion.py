@@ -10,6 +10,7 @@ The evaluation record is read once on its way to the gate: when the bundle is bu
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from cm3leon.registry.registry import (
     connect,
     fetch_bundle,
     holder,
+    publish,
 )
 from cm3leon.utils.errors import UserError
 
@@ -82,6 +84,7 @@ def gate(config: Config, registered: Version | None = None, number: str | None =
         before = next((old for old in ledger.read(client) if old.version == entry.version), None)
         if before is None or (before.action, before.champion, before.verdict) != (entry.action, entry.champion, entry.verdict):
             ledger.append(client, entry, verdict)
+            publish(client, replace(challenger, record=record))
     return verdict
 
 
@@ -180,7 +183,7 @@ def promote(number: str | None = None, force: bool = False, reason: str = "") ->
     if ROLLED_BACK_TAG in chosen.tags:
         client.delete_model_version_tag(MODEL_NAME, chosen.number, ROLLED_BACK_TAG)
     client.set_registered_model_alias(MODEL_NAME, CHAMPION, chosen.number)
-    return _chosen(all_versions(client), chosen.number)
+    return _published(client, chosen, champion)
 
 
 def rollback(to: str | None = None, reason: str = "") -> Version:
@@ -215,7 +218,15 @@ def rollback(to: str | None = None, reason: str = "") -> Version:
         client.set_registered_model_alias(MODEL_NAME, PREVIOUS_CHAMPION, before)
     elif previous is not None:
         client.delete_registered_model_alias(MODEL_NAME, PREVIOUS_CHAMPION)
-    return _chosen(all_versions(client), target.number)
+    return _published(client, target, champion)
+
+
+def _published(client: MlflowClient, champion: Version, before: Version | None) -> Version:
+    """Write the releases of the new and the former champion anew; returns the new one as it is now."""
+    versions = all_versions(client)
+    for version in [champion, before] if before else [champion]:
+        publish(client, _chosen(versions, version.number))
+    return _chosen(versions, champion.number)
 
 
 def history() -> list[ledger.Entry]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cm3leon.config.schema import Config
 from cm3leon.evaluation.record import Record
+from cm3leon.registry import release
 from cm3leon.registry.bundle import Bundle, build_bundle, bundle_hash
 from cm3leon.registry.packaging import log_version
 from cm3leon.tracking import store
@@ -142,7 +143,16 @@ def register(bundle: Bundle, config: Config) -> Version:
         tags = {HASH_TAG: content, "profile": config.profile, **headline}
         number = log_version(client, bundle.path, MODEL_NAME, tags, config)
     client.set_registered_model_alias(MODEL_NAME, CHALLENGER, number)
-    return replace(next(v for v in all_versions(client) if v.number == number), record=bundle.record)
+    registered = replace(next(v for v in all_versions(client) if v.number == number), record=bundle.record)
+    if version is None:
+        publish(client, registered)
+    return registered
+
+
+def publish(client: MlflowClient, version: Version) -> None:
+    """Write the version's release anew (:func:`cm3leon.registry.release.publish`)."""
+    if version.run_id:
+        release.publish(client, MODEL_NAME, version.number, version.run_id, version.aliases, version.record)
 
 
 # --- fetch -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,128 @@
+"""The model card of a version: intended use, limits, training data by license, evaluation with baselines and ceilings, lineage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from cm3leon.evaluation.record import Record
+from cm3leon.registry.bundle import TRAINING_DATA
+from cm3leon.registry.gate import LOWER_IS_BETTER
+
+MAX_DESCRIPTION = 4900
+"""MLflow's store keeps 5,000 characters of a version's description."""
+
+BASELINES = (
+    "other_captions", "other_images", "other_layouts", "majority", "unchanged", "left_out", "guess", "bicubic", "one_candidate"
+)  # fmt: skip
+CEILINGS = ("real", "reconstructions", "real_halves", "one_reference")
+"""Ends of the names of calibrations; what comes before is the score that they calibrate."""
+
+OBLIGATIONS = (
+    ("CC0", "none"),
+    ("CC-BY-NC", "name the author, link the license, state changes; no commercial use"),
+    ("CC-BY-SA", "name the author, link the license, state changes; share derivatives under the same license"),
+    ("CC-BY", "name the author, link the license, state changes"),
+    ("Apache", "keep license and notices, state changes"),
+    ("MIT", "keep license and copyright notice"),
+)
+"""Beginning of an SPDX identifier, and what the license asks of whoever passes the material on; the first that fits holds."""
+
+
+def obligation(license_id: str) -> str:
+    """What a license, an SPDX identifier, asks for in short."""
+    return next((text for start, text in OBLIGATIONS if license_id.startswith(start)), "read the license")
+
+
+def calibrations_of(record: Record, score: str, ends: Sequence[str]) -> dict[str, float]:
+    """The calibrations of a score whose names end as given, by that end."""
+    return {end: record.calibration[f"{score}_{end}"] for end in ends if f"{score}_{end}" in record.calibration}
+
+
+def scores_table(record: Record) -> Iterator[str]:
+    """Lines of a markdown table: each headline score with interval, baselines and ceilings."""
+    yield "| score | value | 95 % interval | baselines | ceilings |"
+    yield "|---|---:|---|---|---|"
+    for name in headline_scores(record):
+        low, high = record.intervals.get(name, (float("nan"), float("nan")))
+        interval = f"{low:.3g} to {high:.3g}" if name in record.intervals else ""
+        cells = [", ".join(f"{end.replace('_', ' ')} {value:.3g}" for end, value in calibrations_of(record, name, ends).items())
+                 for ends in (BASELINES, CEILINGS)]  # fmt: skip
+        yield f"| {name} | {record.scores[name]:.4g} | {interval} | {cells[0]} | {cells[1]} |"
+
+
+def headline_scores(record: Record) -> list[str]:
+    """Names of the scores that are calibrated; the others are breakdowns of them, or counts."""
+    return [name for name in sorted(record.scores) if calibrations_of(record, name, (*BASELINES, *CEILINGS))]
+
+
+def limits(record: Record) -> Iterator[str]:
+    """What the evaluation says the model cannot do: scores whose interval reaches down to a baseline, where higher is better."""
+    for name in headline_scores(record):
+        if name not in record.intervals or name.startswith(LOWER_IS_BETTER):
+            continue
+        low, _ = record.intervals[name]
+        below = [end.replace("_", " ") for end, value in calibrations_of(record, name, BASELINES).items() if low <= value]
+        if below:
+            yield f"{name}: not shown to be better than the baseline ({', '.join(below)})"
+
+
+def model_card(number: str, found: Mapping[str, Any], record: Record, lineage: Mapping[str, Any]) -> str:
+    """The model card of a version, as markdown."""
+    prompts = record.contract.get("counts", {}).get("prompts", "an unknown number of")
+    licenses = [
+        (row["license"], f"{row['documents']:,}", f"{row['attributions']:,}", ", ".join(row["sources"]), obligation(row["license"]))
+        for row in found["licenses"]
+    ]
+    lines = [
+        f"# cm3leon, version {number}",
+        "",
+        f"A retrieval-augmented decoder of {found['parameters']:,} parameters over text and image tokens.",
+        f"It generates and reads images of {found['image_size']} pixels.",
+        "",
+        "## Intended use",
+        "",
+        f"Tasks it was tuned for: {', '.join(found['tasks']) or 'none, it was pretrained only'}; inpainting is learned in pretraining.",
+        "It is meant for prompts and images like those of its training data, for which it was evaluated.",
+        "Other uses need an evaluation of their own. Generated images show no real events, and answers may be wrong.",
+        "",
+        "## Limits",
+        "",
+        *(f"- {text}" for text in limits(record)),
+        f"- Evaluated on {prompts} prompts of the held-out split of the same collection: nothing is known of other collections.",
+        "- Retrieval may bring words and images of single training documents into a result. Its metadata name them with their licenses.",
+        "",
+        "## Training data",
+        "",
+        f"{found['documents']:,} documents. Each is listed with license, attribution and source in `{TRAINING_DATA}` of the bundle.",
+        "",
+        "| license | documents | attributions | sources | obligation |",
+        "|---|---:|---:|---|---|",
+        *(f"| {' | '.join(cells)} |" for cells in licenses),
+        "",
+        "## Evaluation",
+        "",
+        *scores_table(record),
+        "",
+        "## Lineage",
+        "",
+        *(f"- {name.replace('_', ' ')}: `{value}`" for name, value in _flat(lineage)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _flat(lineage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in lineage.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}, {key}", str(item)) for key, item in value.items())
+        else:
+            yield name, str(value)
+
+
+def description(number: str, found: Mapping[str, Any], record: Record, state: str) -> str:
+    """The description of a version on MLflow's page."""
+    licenses = ", ".join(f"{row['license']} ({row['documents']:,})" for row in found["licenses"])
+    lines = [f"**{state}**", "", *scores_table(record), "", f"Training data: {found['documents']:,} documents; {licenses}.",
+             "", "The whole release is one page: artifact `release/release.html` of the source run."]  # fmt: skip
+    text = "\n".join(lines)
+    return text if len(text) <= MAX_DESCRIPTION else text[: MAX_DESCRIPTION - 2] + " …"
