@@ -61,7 +61,7 @@ def task_scores(study: Study, model: Path) -> dict[str, dict[str, Any]]:
     # 2. Text to image.
     outcomes = composition.check_images(study.captions, best_images(generator.text_to_image(study.captions)))
     for name, correct in composition.by_attribute(outcomes).items():
-        record.add(name, {str(position): value for position, value in correct.items()}, *bootstrap)
+        record.add(name, {str(position): value for position, value in correct.items()}, *bootstrap, share=True)
 
     # 3. Questions and captions.
     keys, refs, questions, truths = zip(*sample_questions(val, 2 * study.prompts, 0), strict=True)

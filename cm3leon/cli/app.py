@@ -254,6 +254,54 @@ def history() -> None:
                 print(f"    {detail}")
 
 
+@app.command(rich_help_panel="Registry")
+def lineage(
+    version: Annotated[int | None, typer.Argument(min=1, help="number of a version: what it was made of")] = None,
+    document: Annotated[str | None, typer.Option(help="id or origin of a document: the versions trained on it")] = None,
+    license_id: Annotated[str | None, typer.Option("--license", "--licence", help="SPDX identifier: the versions trained on it")] = None,
+) -> None:
+    """What a version was made of; or which versions were trained on a document, or on documents of a license."""
+    import json
+
+    from cm3leon.registry import provenance
+
+    if version is not None:
+        if document is not None or license_id is not None:
+            raise UsageError("name a version, or a document, or a license")
+        print(json.dumps(provenance.lineage_of(str(version)), indent=2))
+        return
+    uses = provenance.versions_trained_on(document, license_id)
+    if not uses:
+        print(f"no registered version was trained on {document or license_id}")
+    for use in uses:
+        named = f" ({', '.join(use.version.aliases)})" if use.version.aliases else ""
+        if use.documents is None:
+            print(f"version {use.version}{named}: not known, it was registered without a list of its training data")
+            continue
+        examples = ", ".join(f"{row.id} {row.origin}" for row in use.documents.head(3).itertuples())
+        print(f"version {use.version}{named}: {len(use.documents):,} documents: {examples}{' ...' if len(use.documents) > 3 else ''}")
+
+
+@app.command(rich_help_panel="Registry")
+def compare(
+    models: Annotated[list[str], typer.Argument(help="two models: models:/cm3leon/3 models:/cm3leon@champion, or bundles")],
+    prompts: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="text file, a prompt a line")],
+    out: Annotated[Path, typer.Option(help="HTML page to write")] = Path("comparison.html"),
+    seed: Annotated[int, typer.Option(min=0, help="of every prompt's noise, the same for both")] = 0,
+) -> None:
+    """Two models on the same prompts and seeds, next to each other on one page."""
+    from cm3leon.registry.comparison import compare_models, read_prompts, summary
+    from cm3leon.registry.registry import find_bundle
+
+    if len(models) != 2:
+        raise UsageError(f"compare takes two models, {len(models)} named: {' '.join(models)}")
+    page, found = compare_models([(model, find_bundle(model)) for model in models], read_prompts(prompts), seed)
+    out.write_text(page, encoding="utf-8")
+    for name, compared in zip(models, found, strict=True):
+        print(summary(name, compared))
+    print(out)
+
+
 def _text(number: int | None) -> str | None:
     return None if number is None else str(number)
 

@@ -75,14 +75,14 @@ class Evaluation:
         _, pixels = reconstruct(self.generator.image_tokenizer, torch.from_numpy(np.stack([np.asarray(image) for image in images])))
         return [Image.fromarray(array) for array in pixels.numpy()]
 
-    def add(self, name: str, ids: Sequence[str], values: Sequence[float] | np.ndarray) -> None:
-        """Add a score that is a mean over records, with its interval and outcomes."""
-        self.record.add(name, keyed(ids, values), self.config.evaluate.bootstrap, self.config.evaluate.seed)
+    def add(self, name: str, ids: Sequence[str], values: Sequence[float] | np.ndarray, share: bool = False) -> None:
+        """Add a score that is a mean over records, with its interval and outcomes; ``share`` as in :meth:`Record.add`."""
+        self.record.add(name, keyed(ids, values), self.config.evaluate.bootstrap, self.config.evaluate.seed, share)
 
     def add_composition(self, name: str, ids: Sequence[str], captions: Sequence[str], images: Sequence[Image.Image]) -> None:
         """Add the composition accuracy of images whose captions describe scenes; nothing if no caption does."""
         if right := composition.all_right(composition.check_images(captions, images)):
-            self.add(name, [ids[position] for position in right], list(right.values()))
+            self.add(name, [ids[position] for position in right], list(right.values()), share=True)
 
     def calibrate(self, name: str, values: Sequence[float] | np.ndarray) -> None:
         """Add a calibration, the mean of the same metric for a baseline or a ceiling; nothing if there are no values."""

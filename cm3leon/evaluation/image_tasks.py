@@ -108,9 +108,9 @@ def edit(e: Evaluation) -> Sheet:
 
         found = judged(generated)
         scene_ids = [ids[number] for number in scenes]
-        e.add("edit/done", scene_ids, [judgment.done for judgment in found])
-        e.add("edit/kept", scene_ids, [judgment.kept for judgment in found])
-        e.add("edit/done_and_kept", scene_ids, [judgment.done and judgment.kept for judgment in found])
+        e.add("edit/done", scene_ids, [judgment.done for judgment in found], share=True)
+        e.add("edit/kept", scene_ids, [judgment.kept for judgment in found], share=True)
+        e.add("edit/done_and_kept", scene_ids, [judgment.done and judgment.kept for judgment in found], share=True)
         for name, images in (("real", after), ("reconstructions", reconstructed), ("unchanged", unchanged)):
             e.calibrate(f"edit/done_and_kept_{name}", [float(judgment.done and judgment.kept) for judgment in judged(images)])
     sheet: Sheet = []
@@ -303,7 +303,7 @@ def write(e: Evaluation) -> Sheet:
     def right(images: Sequence[Image.Image]) -> list[float]:
         return [float(read_scene(image).letter == text) for image, text in zip(images, texts, strict=True)]
 
-    e.add("write/text", [row.id for row in rows], right(generated))
+    e.add("write/text", [row.id for row in rows], right(generated), share=True)
     real = e.images([row.image for row in rows])
     e.calibrate("write/text_real", right(real))
     e.calibrate("write/text_reconstructions", right(e.reconstructions(real)))

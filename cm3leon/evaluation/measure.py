@@ -65,7 +65,7 @@ def measure_composition(
         return
     record.scores["composition/prompts"] = float(len(counted))
     for name, values in composition.by_attribute(outcomes).items():
-        record.add(name, {ids[position]: value for position, value in values.items()}, resamples, seed)
+        record.add(name, {ids[position]: value for position, value in values.items()}, resamples, seed, share=True)
     record.calibration["composition_real"] = composition.score(prompts, originals)["composition"]
     record.calibration["composition_reconstructions"] = composition.score(prompts, reconstructions)["composition"]
     if len(prompts) > 1:
@@ -142,7 +142,7 @@ def measure_fidelity(
     # 2. Precision, recall and the distance between halves, which need enough originals.
     if len(real) > 2 * NEIGHBORS:
         for name, inside in zip(("precision", "recall"), within_manifolds(real, found, NEIGHBORS), strict=True):
-            record.add(f"{name}_{extractor}", keyed(ids, inside), resamples, seed)
+            record.add(f"{name}_{extractor}", keyed(ids, inside), resamples, seed, share=True)
         half = len(real) // 2
         record.calibration[f"fd_{extractor}_real_halves"] = frechet_distance(real[:half], real[half:])
         record.calibration[f"kd_{extractor}_real_halves"] = kernel_distance(real[:half], real[half:], SUBSETS, half, seed)
@@ -232,13 +232,13 @@ def measure_answers(
     # 1. Overall, and by kind of question.
     scores = scores_of(answers)
     outcomes = keyed(keys, scores)
-    record.add("vqa_accuracy", outcomes, resamples, seed)
+    record.add("vqa_accuracy", outcomes, resamples, seed, share=True)
     by_kind: dict[str, Outcomes] = defaultdict(dict)
     for question, (key, score) in zip(questions, outcomes.items(), strict=True):
         by_kind[question_kind(question)][key] = score
     frequent = sorted(by_kind.items(), key=lambda item: (-len(item[1]), item[0]))[:KINDS]
     for kind, found in frequent:
-        record.add(f"vqa_accuracy/{kind}", found, resamples, seed)
+        record.add(f"vqa_accuracy/{kind}", found, resamples, seed, share=True)
 
     # 2. Baselines that do not see the image.
     if answers_of_others is not None:

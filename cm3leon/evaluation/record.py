@@ -54,17 +54,19 @@ class Record:
     seen: list[str] = field(default_factory=list)
     outcomes: dict[str, Outcomes] = field(default_factory=dict)
 
-    def add(self, name: str, outcomes: Outcomes, resamples: int, seed: int) -> None:
+    def add(self, name: str, outcomes: Outcomes, resamples: int, seed: int, share: bool = False) -> None:
         """Add a score that is a mean of outcomes, and its interval.
 
         The outcomes of one record are not independent, so records are resampled whole.
+
+        Args:
+            share: the outcomes are right or wrong, or parts of right from 0 to 1: the interval is Wilson's, over the number of records.
         """
         values = np.array(list(outcomes.values()))
         groups = [record_of(key) for key in outcomes]
         self.outcomes[name] = outcomes
         self.scores[name] = float(values.mean())
-        share = bool(np.isin(values, (0, 1)).all()) and len(set(groups)) == len(groups)
-        self.intervals[name] = wilson(int(values.sum()), len(values)) if share else bootstrap(values, resamples, seed, groups)
+        self.intervals[name] = wilson(values.mean(), len(set(groups))) if share else bootstrap(values, resamples, seed, groups)
 
     def add_intervals(
         self, names: Sequence[str], statistic: Callable[[np.ndarray], Sequence[float]], count: int, resamples: int, seed: int
@@ -142,12 +144,12 @@ def record_of(key: str) -> str:
     return key.partition("#")[0]
 
 
-def wilson(successes: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927). Unlike the bootstrap's, it is not empty if all outcomes are equal."""
-    center = successes + Z_95**2 / 2
-    spread = Z_95 * math.sqrt(successes * (count - successes) / count + Z_95**2 / 4)
-    low, high = (center - spread) / (count + Z_95**2), (center + spread) / (count + Z_95**2)
-    return max(low, 0.0), min(high, 1.0)
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share among ``count`` (Wilson 1927). Unlike the bootstrap's, it is not empty at 0 and 1."""
+    center = share + Z_95**2 / (2 * count)
+    spread = Z_95 * math.sqrt(share * (1 - share) / count + Z_95**2 / (4 * count**2))
+    low, high = ((center + sign * spread) / (1 + Z_95**2 / count) for sign in (-1, 1))
+    return max(float(low), 0.0), min(float(high), 1.0)
 
 
 def paired_differences(new: Mapping[str, float], old: Mapping[str, float], resamples: int, seed: int) -> np.ndarray:

@@ -141,8 +141,9 @@ def reasoning(e: Evaluation) -> Sheet:
 
     ids = [row.id for row in rows]
     explained = [text.text for text in e.generator.reasoning(images, *asked)]
-    e.add("reasoning/accuracy", ids, right(explained))
-    e.add("reasoning/accuracy_unexplained", ids, right([text.text for text in e.generator.reasoning(images, *asked, explain=False)]))
+    e.add("reasoning/accuracy", ids, right(explained), share=True)
+    unexplained = [text.text for text in e.generator.reasoning(images, *asked, explain=False)]
+    e.add("reasoning/accuracy_unexplained", ids, right(unexplained), share=True)
     e.calibrate("reasoning/accuracy_guess", [1 / len(problem["options"]) for problem in problems])
     if len(rows) > 1:
         other_images = [images[number] for number in shifted_positions(len(images))]

@@ -12,9 +12,7 @@ from cm3leon.registry.gate import LOWER_IS_BETTER
 MAX_DESCRIPTION = 4900
 """MLflow's store keeps 5,000 characters of a version's description."""
 
-BASELINES = (
-    "other_captions", "other_images", "other_layouts", "majority", "unchanged", "left_out", "guess", "bicubic", "one_candidate"
-)  # fmt: skip
+BASELINES = ("other_captions", "other_images", "other_layouts", "majority", "unchanged", "left_out", "guess", "bicubic")
 CEILINGS = ("real", "reconstructions", "real_halves", "one_reference")
 """Ends of the names of calibrations; what comes before is the score that they calibrate."""
 

@@ -31,11 +31,13 @@ from cm3leon.registry.registry import (
     holder,
     publish,
 )
+from cm3leon.registry.release import sheets_page
 from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+SAMPLES = "samples.png"
 GATE_TAG, REPLACED_TAG, ROLLED_BACK_TAG = "gate", "replaced", "rolled_back"
 
 
@@ -83,6 +85,8 @@ def gate(config: Config, registered: Version | None = None, number: str | None =
         # A run that changes nothing compares the same versions again.
         before = next((old for old in ledger.read(client) if old.version == entry.version), None)
         if before is None or (before.action, before.champion, before.verdict) != (entry.action, entry.champion, entry.verdict):
+            sheets = _sheets(client, challenger, champion, record)
+            client.log_text(_run_id(challenger), sheets_page(verdict.to_markdown(), sheets), "gate.html")
             ledger.append(client, entry, verdict)
             publish(client, replace(challenger, record=record))
     return verdict
@@ -95,7 +99,7 @@ def _champion_record(client: MlflowClient, champion: Version, record: Record, co
     if stored.outcomes and not changed:
         return stored
     notes.append(f"the champion was evaluated again ({', '.join(changed) or 'its record has no outcomes'})")
-    place = f"evaluations/{digest(record.contract)}"
+    place = _place(record)
     with tempfile.TemporaryDirectory() as folder:
         if client.list_artifacts(_run_id(champion), place):
             return Record.read(Path(client.download_artifacts(_run_id(champion), place, folder)))
@@ -106,6 +110,25 @@ def _champion_record(client: MlflowClient, champion: Version, record: Record, co
             return stored
         client.log_artifacts(_run_id(champion), folder, place)
         return again
+
+
+def _place(record: Record) -> str:
+    """Where a champion's run keeps its evaluation under the contract of ``record``."""
+    return f"evaluations/{digest(record.contract)}"
+
+
+def _sheets(client: MlflowClient, challenger: Version, champion: Version | None, record: Record) -> dict[str, bytes]:
+    """The sheets of samples of both versions, of the same prompts, by the version's name."""
+    wanted = [(challenger, "evaluation")]
+    if champion:
+        again = client.list_artifacts(_run_id(champion), _place(record))
+        wanted.append((champion, _place(record) if again else "evaluation"))
+    found = {}
+    for version, place in wanted:
+        if any(file.path == f"{place}/{SAMPLES}" for file in client.list_artifacts(_run_id(version), place)):
+            with tempfile.TemporaryDirectory() as folder:
+                found[f"version {version}"] = Path(client.download_artifacts(_run_id(version), f"{place}/{SAMPLES}", folder)).read_bytes()
+    return found
 
 
 def evaluate_version(version: Version, config: Config, output: Path) -> Record:

@@ -203,19 +203,50 @@ def find_bundle(model: str) -> Path:
         raise NotRegisteredError(f"{error}{hint}") from None
 
 
-def _download(client: MlflowClient, entity: Any, cached: Path) -> Path:
-    """The bundle of a registered version: in the store if that is on this disk, else downloaded to ``cached``."""
-    import yaml
+def bundle_file(client: MlflowClient, number: str, name: str) -> Path:
+    """One file of a version's bundle, without the rest.
+
+    Args:
+        name: its path in the bundle.
+
+    Raises:
+        FileNotFoundError: if the bundle has no such file.
+    """
+    from mlflow.exceptions import MlflowException
+
+    model = f"models:/{MODEL_NAME}/{number}"
+    try:
+        found = Path(_artifact(client, f"{model}/{_bundle_path(_artifact(client, f'{model}/MLmodel'))}/{name}"))
+    except MlflowException as error:
+        raise FileNotFoundError(f"the bundle of version {number} has no file {name}: {error}") from None
+    if not found.is_file():
+        raise FileNotFoundError(f"the bundle of version {number} has no file {name}")
+    return found
+
+
+def _artifact(client: MlflowClient, uri: str, target: str | None = None) -> Path:
     from mlflow.artifacts import download_artifacts
 
+    return Path(download_artifacts(uri, dst_path=target, tracking_uri=client.tracking_uri, registry_uri=client.tracking_uri))
+
+
+def _bundle_path(description: Path) -> str:
+    """Where the bundle is in a model, as the model's ``MLmodel`` says."""
+    import yaml
+
+    path: str = yaml.safe_load(description.read_text())["flavors"]["python_function"]["artifacts"]["bundle"]["path"]
+    return path
+
+
+def _download(client: MlflowClient, entity: Any, cached: Path) -> Path:
+    """The bundle of a registered version: in the store if that is on this disk, else downloaded to ``cached``."""
     here = client.get_model_version_download_uri(entity.name, entity.version).startswith(("file:", "/"))
     # A download becomes visible only when it is complete.
     partial = cached.with_name(f"{cached.name}.{os.getpid()}.partial")
     uri = f"models:/{entity.name}/{entity.version}"
     target = None if here else str(partial)
-    model = Path(download_artifacts(uri, dst_path=target, tracking_uri=client.tracking_uri, registry_uri=client.tracking_uri))
-    description = yaml.safe_load((model / "MLmodel").read_text())
-    bundle: Path = model / description["flavors"]["python_function"]["artifacts"]["bundle"]["path"]
+    model = _artifact(client, uri, target)
+    bundle = model / _bundle_path(model / "MLmodel")
     if here:
         return bundle
     # Another process may have downloaded the same bundle meanwhile.

@@ -131,6 +131,12 @@ def release_page(
     return page(f"cm3leon, version {number}", "\n".join(parts))
 
 
+def sheets_page(gate_report: str, sheets: Mapping[str, bytes]) -> str:
+    """The gate's report, and sheets of samples of the same prompts below each other, by the version's name."""
+    shown = "".join(f"<h3>{html.escape(name)}</h3>{image_tag(png, f'samples of {name}')}" for name, png in sheets.items())
+    return page("gate", f"{from_markdown(gate_report)}<h2>Samples of the same prompts</h2>{shown}")
+
+
 # --- writing it -------------------------------------------------------------------------------------------------------
 
 

@@ -196,10 +196,24 @@ def test_the_interval_of_a_share_is_wilsons_and_never_empty(successes, count):
     from scipy.stats import binomtest
 
     record = Record()
-    record.add("share", {str(number): float(number < successes) for number in range(count)}, 100, 0)
+    record.add("share", {str(number): float(number < successes) for number in range(count)}, 100, 0, share=True)
     expected = binomtest(successes, count).proportion_ci(method="wilson")
     assert record.intervals["share"] == pytest.approx((expected.low, expected.high), abs=1e-6)
-    assert np.diff(wilson(successes, count)) > 0.04
+    assert np.diff(wilson(successes / count, count)) > 0.04
+
+
+def test_questions_about_one_image_count_as_one_for_the_interval_of_a_share():
+    record = Record()
+    for name, keys in (("one", [f"a{number}" for number in range(20)]), ("two", [f"a{number // 2}#{number % 2}" for number in range(20)])):
+        record.add(name, dict.fromkeys(keys, 1.0), 100, 0, share=True)
+    assert record.intervals["two"] == wilson(1.0, 10) and record.intervals["one"] == wilson(1.0, 20)
+
+
+def test_a_score_that_is_no_share_has_no_wilson_interval():
+    """CIDEr is 0 for captions that share no word with the references, and can be 10."""
+    record = Record()
+    record.add("cider", {"a": 0.0, "b": 0.0}, 100, 0)
+    assert record.intervals["cider"] == (0.0, 0.0)
 
 
 def test_a_paired_difference_leaves_out_what_both_models_share():
