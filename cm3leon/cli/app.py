@@ -283,6 +283,18 @@ def lineage(
 
 
 @app.command(rich_help_panel="Registry")
+def drift(
+    out: Annotated[Path, typer.Option(help="HTML page to write")] = Path(".cache/drift.html"),
+) -> None:
+    """Compare the new training data with the champion's; an error if it is further off than the section drift allows."""
+    from cm3leon.config.loading import load_config
+    from cm3leon.registry.drift import check_drift
+
+    config = load_config()
+    print(check_drift(config.drift, config.seed, out))
+
+
+@app.command(rich_help_panel="Registry")
 def compare(
     models: Annotated[list[str], typer.Argument(help="two models: models:/cm3leon/3 models:/cm3leon@champion, or bundles")],
     prompts: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="text file, a prompt a line")],

@@ -5,7 +5,7 @@
     image_tokenizer/ text_tokenizer/ encoder/ memory_bank/ super_resolution/
     decoding.json, retrieval.json      decoding defaults; the rules of retrieval
     evaluation/                        record.json, outcomes.parquet and sheets
-    training_data.parquet              id, origin, license, attribution and source of every training document
+    training_data.parquet              id, origin, license, attribution, source and size of every training document
     lineage.json                       git commit, md5 of dvc.lock and of the data, MLflow run of each stage, Prefect flow run
 
 Its identity is :func:`bundle_hash`. Nothing in it is pickled.
@@ -34,7 +34,7 @@ from cm3leon.tracking.runs import FLOW_RUN_ENV
 from cm3leon.utils.errors import UserError
 
 LINEAGE, TRAINING_DATA = "lineage.json", "training_data.parquet"
-DATA_COLUMNS = ["id", "origin", "licence", "attribution", "source"]
+DATA_COLUMNS = ["id", "origin", "licence", "attribution", "source", "width", "height"]
 SHEETS = "*.png"
 PICKLED = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib"}
 
