@@ -232,7 +232,7 @@ def _figure(plot: Any, label: str) -> bytes:
     figure, axes = plt.subplots(figsize=(7, 3), dpi=100)
     plot(axes)
     axes.set_xlabel(label)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     file = io.BytesIO()
     figure.savefig(file, format="png", bbox_inches="tight")
     plt.close(figure)
