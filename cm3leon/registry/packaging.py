@@ -89,7 +89,7 @@ def log_model(bundle: Path, name: str) -> Any:
         return mlflow.pyfunc.log_model(
             name=name,
             python_model=str(PACKAGE / "serving" / "mlflow_model.py"),
-            artifacts={"bundle": str(bundle.absolute())},
+            artifacts={"bundle": bundle.absolute().as_uri()},
             code_paths=[str(code)],
             pip_requirements=[f"{package}=={metadata.version(package).partition('+')[0]}" for package in REQUIREMENTS],
             signature=signature(decoding),

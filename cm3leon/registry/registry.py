@@ -23,6 +23,7 @@ from cm3leon.registry.bundle import Bundle, build_bundle, bundle_hash, read_reco
 from cm3leon.registry.gate import Verdict, compare
 from cm3leon.registry.packaging import log_version
 from cm3leon.tracking import store
+from cm3leon.tracking.sqlite import sqlite_file
 from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -272,9 +273,9 @@ def fetch_bundle(uri: str = f"models:/{MODEL_NAME}@{CHAMPION}", tracking_uri: st
         NotRegisteredError: if the registry has no such model.
         ConnectionError: if the registry is not reachable.
     """
-    local = store.tracking_uri()
-    if tracking_uri is None and local.startswith("sqlite:///") and not Path(local.removeprefix("sqlite:///")).exists():
-        raise NotRegisteredError(f"there is no model registry at {local}; run the pipeline first, or set MLFLOW_TRACKING_URI")
+    file = sqlite_file(store.tracking_uri()) if tracking_uri is None else None
+    if file and not file.exists():
+        raise NotRegisteredError(f"there is no model registry {file.absolute()}; run the pipeline first, or set MLFLOW_TRACKING_URI")
     client = _client(tracking_uri)
     from mlflow.exceptions import MlflowException
 
