@@ -312,12 +312,12 @@ def _download(client: MlflowClient, entity: Any, cached: Path) -> Path:
     import yaml
     from mlflow.artifacts import download_artifacts
 
-    here = client.get_model_version_download_uri(entity.name, entity.version).startswith(("file:", "/"))
+    # Not by its models: URI, for which MLflow opens the store of the working directory, or makes one.
+    uri = client.get_model_version_download_uri(entity.name, entity.version)
+    here = uri.startswith(("file:", "/"))
     # A download becomes visible only when it is complete.
     partial = cached.with_name(f"{cached.name}.{os.getpid()}.partial")
-    uri = f"models:/{entity.name}/{entity.version}"
-    target = None if here else str(partial)
-    model = Path(download_artifacts(uri, dst_path=target, tracking_uri=client.tracking_uri, registry_uri=client.tracking_uri))
+    model = Path(download_artifacts(uri, dst_path=None if here else str(partial), tracking_uri=client.tracking_uri))
     description = yaml.safe_load((model / "MLmodel").read_text())
     bundle: Path = model / description["flavors"]["python_function"]["artifacts"]["bundle"]["path"]
     if here:
