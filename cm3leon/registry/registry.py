@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -273,6 +275,14 @@ def fetch_bundle(uri: str = f"models:/{MODEL_NAME}@{CHAMPION}", tracking_uri: st
         NotRegisteredError: if the registry has no such model.
         ConnectionError: if the registry is not reachable.
     """
+    client, entity = _registered(uri, tracking_uri)
+    content = entity.tags.get(HASH_TAG, f"{entity.name}-{entity.version}")
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm3leon" / "bundles" / content
+    return cached if cached.is_dir() else _download(client, entity, cached)
+
+
+def _registered(uri: str, tracking_uri: str | None = None) -> tuple[MlflowClient, Any]:
+    """The registry's client, and MLflow's entity of the version that a ``models:/`` URI names."""
     file = sqlite_file(store.tracking_uri()) if tracking_uri is None else None
     if file and not file.exists():
         raise NotRegisteredError(f"there is no model registry {file.absolute()}; run the pipeline first, or set MLFLOW_TRACKING_URI")
@@ -281,15 +291,24 @@ def fetch_bundle(uri: str = f"models:/{MODEL_NAME}@{CHAMPION}", tracking_uri: st
 
     name, _, alias = uri.removeprefix("models:/").partition("@")
     try:
-        if alias:
-            entity = client.get_model_version_by_alias(name, alias)
-        else:
-            entity = client.get_model_version(*name.split("/", 1))
+        entity = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(*name.split("/", 1))
     except (MlflowException, TypeError) as error:
-        raise NotRegisteredError(f"the registry {client.tracking_uri} has no model {uri}: {error}") from None
-    content = entity.tags.get(HASH_TAG, f"{entity.name}-{entity.version}")
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm3leon" / "bundles" / content
-    return cached if cached.is_dir() else _download(client, entity, cached)
+        raise NotRegisteredError(f"the registry {store.without_password(client.tracking_uri)} has no model {uri}: {error}") from None
+    return client, entity
+
+
+def pinned(model: str) -> str:
+    """A registered model by its number, ``models:/NAME/VERSION``, where ``model`` may name it by an alias; a directory is unchanged.
+
+    Raises:
+        NotRegisteredError: if the registry has no such model.
+        ConnectionError: if the registry is not reachable.
+    """
+    if not model.startswith("models:/"):
+        return model
+    with _hint(model):
+        _, entity = _registered(model)
+    return f"models:/{entity.name}/{entity.version}"
 
 
 def find_bundle(model: str) -> Path:
@@ -300,8 +319,15 @@ def find_bundle(model: str) -> Path:
     """
     if not model.startswith("models:/"):
         return Path(model)
-    try:
+    with _hint(model):
         return fetch_bundle(model)
+
+
+@contextmanager
+def _hint(model: str) -> Iterator[None]:
+    """Say what to do in a project that has no champion yet."""
+    try:
+        yield
     except NotRegisteredError as error:
         hint = "; there is no champion yet: run make run first" if model.endswith(f"@{CHAMPION}") else ""
         raise NotRegisteredError(f"{error}{hint}") from None

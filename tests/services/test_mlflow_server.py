@@ -36,7 +36,7 @@ def registered(project, tiny_models):
 def server(registered):
     """The address of the project's server."""
     service = services(store.tracking_uri(), "1", free_port(15000), free_port(14200), free_port(18000))["MLflow"]
-    log = Path("server.log")
+    log = Path("server.log").absolute()
     with log.open("wb") as stream:
         process = subprocess.Popen([sys.executable, "-m", *service.command], stdout=stream, stderr=subprocess.STDOUT)
     try:
