@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from typing import cast
 
-from cm3leon.services.environment import prepare_project, use_environment
+from cm3leon.services.environment import check_server, prepare_project, use_environment
 
 use_environment()
 
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     from dvc.exceptions import DvcException
 
     from cm3leon.config.profiles import configure, profile_names
-    from cm3leon.utils.errors import UserError
+    from cm3leon.utils.errors import message_to_user
 
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Run the whole pipeline.")
     parser.add_argument("--profile", help=f"write params.yaml from configs/PROFILE.yaml first ({', '.join(profile_names())})")
@@ -122,10 +122,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.profile:
             configure(options.profile)
-        prepare_project()  # before DVC is asked for the graph: outside of a git repository DVC needs a setting first
+        # Before DVC is asked for the graph, because outside of a git repository it needs a setting. Promotion needs the store.
+        prepare_project(needs_store=not options.no_promote)
         stage_order()
-    except (UserError, DvcException) as error:
-        print(f"error: {error}", file=sys.stderr)
+        check_server()
+    except Exception as error:
+        message = str(error) if isinstance(error, DvcException) else message_to_user(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 2
     state = pipeline(promote=not options.no_promote, return_state=True)
     return 0 if state.is_completed() else 1

@@ -17,7 +17,7 @@ import typer
 from cm3leon.cli import convert, model
 from cm3leon.cli.options import UsageError
 from cm3leon.stages.common import STAGES, run_stage
-from cm3leon.utils.errors import UserError
+from cm3leon.utils.errors import message_to_user
 
 HELP = "Train, evaluate, version and serve a CM3leon model on your own licensed image-text collection."
 
@@ -327,20 +327,15 @@ app.add_typer(convert.app)
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def is_users(error: Exception) -> bool:
-    """True if the user can act on the message of ``error`` without a traceback."""
-    return isinstance(error, (UserError, FileNotFoundError, IsADirectoryError, PermissionError, ConnectionError))
-
-
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Print users' errors as ``error: MESSAGE`` on standard error and exit with status 2, instead of a traceback."""
     try:
         yield
     except Exception as error:
-        if not is_users(error):
+        if (message := message_to_user(error)) is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -23,7 +23,16 @@ from typing import TYPE_CHECKING, Any
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.tracking import lineage
-from cm3leon.tracking.store import PROCESS_TAG, experiment_id_of, own_process, prepare_store, tracking_uri, warn
+from cm3leon.tracking.store import (
+    PROCESS_TAG,
+    StoreError,
+    experiment_id_of,
+    own_process,
+    prepare_store,
+    tracking_uri,
+    warn,
+    without_password,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -199,8 +208,11 @@ def _open(name: str, config: Config, tags: Mapping[str, str]) -> Run:
         origin = {"dvc_lock_md5": lineage.dvc_lock_md5(), "git_commit": lineage.git_commit()}
         known |= {tag: value for tag, value in origin.items() if value}
         created = client.create_run(experiment_id, run_name=name, tags={**known, **tags})
+    except StoreError as error:
+        warn(f"{error}: {name} is not tracked")
+        return Run()
     except Exception as error:  # SQLAlchemy's, requests' and MLflow's own errors
-        warn(f"MLflow is not reachable at {tracking_uri()} ({_first_line(error)}): {name} is not tracked")
+        warn(f"MLflow is not reachable at {without_password(tracking_uri())} ({_first_line(error)}): {name} is not tracked")
         return Run()
     run = Run(client, created.info.run_id, experiment_id)
     run.log_params(stage_params(name, config))

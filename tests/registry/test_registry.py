@@ -95,6 +95,20 @@ def test_registering_is_idempotent_and_pickles_nothing_and_the_bundle_can_be_fet
         assert not file.read_bytes().startswith(b"\x80\x04"), f"{file} is a pickle"
 
 
+@pytest.mark.parametrize("name", ["what?x", "per%20cent", "dollar$HOME", "a b#'&[ü]"])
+def test_a_model_is_registered_and_fetched_whatever_the_projects_path_is_called(stages, monkeypatch, name):
+    odd = stages / name / "project"
+    odd.mkdir(parents=True)
+    for part in ("models", "data", "mlflow.db"):
+        (stages / part).rename(odd / part)
+    monkeypatch.chdir(odd)
+    bundle = build_bundle(Path("bundle"), CONFIG)
+    registry.register(bundle, CONFIG)
+    fetched = registry.fetch_bundle("models:/cm3leon@challenger")
+    assert fetched.is_relative_to(odd) and bundle_hash(fetched) == bundle_hash(bundle.path)
+    assert [path.name for path in stages.iterdir()] == [name] and [path.name for path in (stages / name).iterdir()] == ["project"]
+
+
 def test_a_model_that_is_not_registered_is_named(project):
     with pytest.raises(registry.NotRegisteredError, match="models:/cm3leon@champion"):
         registry.fetch_bundle()
