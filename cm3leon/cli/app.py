@@ -144,6 +144,27 @@ def ui(
     serve(mlflow_port, prefect_port, docs_port)
 
 
+@app.command(rich_help_panel="Project")
+def up(
+    mlflow_port: Annotated[int, typer.Option(help="port to listen on; the next free one if it is in use")] = 5000,
+    prefect_port: int = 4200,
+) -> None:
+    """MLflow, Prefect, a worker and the deployments on 127.0.0.1, in the background, behind a password; safe to repeat."""
+    from cm3leon.services import stack
+
+    state = stack.up(mlflow_port, prefect_port)
+    print(f"MLflow     {state.mlflow}\nPrefect    {state.prefect}\nuser       {stack.USER}, password in {stack.SECRETS}")
+    print(f"logs       {stack.LOGS}/\nstop       cm3leon down")
+
+
+@app.command(rich_help_panel="Project")
+def down() -> None:
+    """Stop what cm3leon up has started."""
+    from cm3leon.services import stack
+
+    print("stopped" if stack.down() else "nothing is up")
+
+
 @app.command("inspect", rich_help_panel="Project")
 def inspect_document(
     document_id: Annotated[str, typer.Argument(help="id of a document, or an unambiguous beginning of it")] = "",

@@ -9,18 +9,45 @@ the same runs and models can be used with and without it, and an older store nee
 
 from __future__ import annotations
 
+import base64
+import hmac
 import os
 import sys
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cm3leon.tracking import store
 
 HOST = "127.0.0.1"
+CREDENTIALS_ENV = "CM3LEON_MLFLOW_CREDENTIALS"
+"""``USER:PASSWORD`` that clients have to send; unset: none."""
 SERVED = b"mlflow-artifacts:/"
 ARTIFACTS = ("/mlflow-artifacts/", "get-artifact", "/artifacts/files")
 """In the paths of requests for the contents of artifacts, which are passed on unchanged."""
+
+
+class BasicAuth:
+    """An ASGI application that wraps another and asks for one user's name and password (RFC 7617); ``/health`` is open.
+
+    Args:
+        credentials: ``USER:PASSWORD``.
+    """
+
+    def __init__(self, app: ASGIApp, credentials: str) -> None:
+        self.app = app
+        self.expected = b"Basic " + base64.b64encode(credentials.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] in ("http", "websocket") and scope["path"] != "/health":
+            given = Headers(scope=scope).get("authorization", "").encode()
+            if not hmac.compare_digest(given, self.expected):
+                challenge = {"WWW-Authenticate": 'Basic realm="MLflow", charset="UTF-8"'}
+                await PlainTextResponse("user and password are needed", 401, challenge)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class ServedArtifacts:
@@ -108,7 +135,10 @@ def main(uri: str, root: str, port: int) -> None:
     os.environ[constants.SERVE_ARTIFACTS_ENV_VAR] = "true"
     from mlflow.server.fastapi_app import app
 
-    uvicorn.run(ServedArtifacts(app, root), host=HOST, port=port)
+    served: ASGIApp = ServedArtifacts(app, root)
+    if credentials := os.environ.pop(CREDENTIALS_ENV, ""):
+        served = BasicAuth(served, credentials)
+    uvicorn.run(served, host=HOST, port=port)
 
 
 if __name__ == "__main__":
