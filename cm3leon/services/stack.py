@@ -168,7 +168,8 @@ def up(mlflow_port: int = 5000, prefect_port: int = 4200, worker_port: int = 430
     """
     if (state := read_state()) and state.supervisor:
         return state
-    prepare_project(needs_store=True)
+    if MLFLOW_DATABASE not in os.environ:
+        prepare_project(needs_store=True)
     LOGS.mkdir(parents=True, exist_ok=True)
     ports = {"mlflow": free_port(mlflow_port), "prefect": free_port(prefect_port), "worker": free_port(worker_port)}
     password()
