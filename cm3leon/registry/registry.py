@@ -16,6 +16,7 @@ from cm3leon.config.schema import Config
 from cm3leon.evaluation.record import Record
 from cm3leon.registry import release
 from cm3leon.registry.bundle import Bundle, build_bundle, bundle_hash
+from cm3leon.registry.local import find_model, read_versions
 from cm3leon.registry.packaging import log_version
 from cm3leon.tracking import store
 from cm3leon.tracking.sqlite import sqlite_file
@@ -109,7 +110,8 @@ def holder(versions: list[Version], alias: str) -> Version | None:
 
 def status(uri: str | None = None) -> list[Version]:
     """All versions with aliases, scores, tags and time of creation, newest first."""
-    return all_versions(connect(uri))
+    local = read_versions(uri or store.tracking_uri(), MODEL_NAME)
+    return all_versions(connect(uri)) if local is None else [_version(row, row.aliases) for row in local]
 
 
 # --- register --------------------------------------------------------------------------------------------------------
@@ -172,6 +174,8 @@ def fetch_bundle(uri: str = f"models:/{MODEL_NAME}@{CHAMPION}", tracking_uri: st
         NotRegisteredError: if the registry has no such model.
         ConnectionError: if the registry is not reachable.
     """
+    if model := find_model(tracking_uri or store.tracking_uri(), uri):
+        return model / _bundle_path(model / "MLmodel")
     client, entity = _registered(uri, tracking_uri)
     content = entity.tags.get(HASH_TAG, f"{entity.name}-{entity.version}")
     cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm3leon" / "bundles" / content
