@@ -80,9 +80,6 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
         overview.begin(run, config)
         # 1. The stages.
         results = run_stages(stage_order())
-        run.log_metrics({"pipeline/seconds": sum(r.seconds for r in results)})
-        run.log_metrics({f"pipeline/{r.stage}_seconds": r.seconds for r in results if r.state == "Completed"})
-        run.log_metrics({f"pipeline/{r.stage}_peak_megabytes": r.peak_megabytes for r in results if r.peak_megabytes})
         problem = next((r.error for r in results if r.error), "")
 
         # 2. The registry.
@@ -95,6 +92,9 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
 
         # 3. The report, also of a run that failed.
         overview.finish(run, verdict, evaluated=not any(r.error for r in results))
+        run.log_metrics({"pipeline/seconds": sum(r.seconds for r in results)})
+        run.log_metrics({f"pipeline/{r.stage}_seconds": r.seconds for r in results if r.state == "Completed"})
+        run.log_metrics({f"pipeline/{r.stage}_peak_megabytes": r.peak_megabytes for r in results if r.peak_megabytes})
         _publish(markdown(results, verdict, run.run_id))
         if problem:
             raise PipelineFailedError(problem)

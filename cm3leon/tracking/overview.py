@@ -18,6 +18,7 @@ from cm3leon.config.schema import Config
 from cm3leon.sequence.tasks import TASKS
 from cm3leon.tracking import lineage
 from cm3leon.tracking.runs import MAX_PARAM_CHARACTERS, VERSION_TAG, Run, flatten
+from cm3leon.tracking.view import NOTE_TAG, write_view
 from cm3leon.utils.errors import ConfigError
 
 HEADLINE = tuple(dict.fromkeys([*(task.score for task in TASKS.values()), "clip_score", "fd_encoder"]))
@@ -25,12 +26,7 @@ HEADLINE = tuple(dict.fromkeys([*(task.score for task in TASKS.values()), "clip_
 DATASETS = {"raw": paths.RAW, "validated": paths.VALIDATED, "tokens": paths.TOKENS}
 SAMPLES = "samples"
 """Key of the sheet of the description."""
-VIEW = "scores"
-"""Key of the list of pipeline runs with their scores, of which MLflow shows no column by itself."""
-
 COMPARED_TAG, DIRTY_TAG, LOCK_TAG = "compared_with", "git_dirty", "dvc_lock_md5"
-NOTE_TAG = "mlflow.note.content"
-"""The description of a run or experiment, Markdown."""
 MAX_ROWS, MAX_VALUE = 20, 40
 """Most rows of a table in the description, which MLflow limits to 8,000 characters, and most characters of a value."""
 NAMED_CHANGES = 2
@@ -53,7 +49,6 @@ def begin(run: Run, config: Config) -> None:
     if diff := lineage.git_diff():
         run.set_tags({DIRTY_TAG: _uncommitted(config)})
         run.log_text(diff, "git.diff")
-    run.attempt("list of runs", lambda client: _write_view(client, str(run.experiment_id)))
 
 
 def finish(run: Run, verdict: str, evaluated: bool) -> None:
@@ -67,8 +62,11 @@ def finish(run: Run, verdict: str, evaluated: bool) -> None:
         return
     if evaluated:
         run.log_metrics({f"eval/{name}": score for name, score in _scores().items()})
-        for sheet in sorted(paths.EVALUATION.glob("*.png")):
+        sheets = sorted(paths.EVALUATION.glob("*.png"), key=lambda sheet: (sheet.stem != SAMPLES, sheet.stem))
+        for sheet in sheets:
             run.log_image(sheet, sheet.stem)
+        images, scores = [sheet.stem for sheet in sheets], [f"eval/{name}" for name in HEADLINE]
+        run.attempt("list of runs", lambda client: write_view(client, str(run.experiment_id), scores, images, VERSION_TAG))
     if md5 := lineage.dvc_lock_md5():
         run.set_tags({LOCK_TAG: md5})
         run.log_artifact(lineage.DVC_LOCK)
@@ -164,27 +162,3 @@ def _table(subject: str, rows: list[tuple[str, str, str]]) -> str:
         return ""
     lines = [f"| {subject} | before | now |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows[:MAX_ROWS])]
     return "\n".join(lines) + (f"\n\n{len(rows) - MAX_ROWS} more" if len(rows) > MAX_ROWS else "")
-
-
-# --- the list of runs ------------------------------------------------------------------------------------------------
-
-
-def _write_view(client: Any, experiment_id: str) -> None:
-    """Save a view of the experiment's runs that has the scores as columns, and link to it from the experiment's description.
-
-    MLflow keeps views that users share as tags of the experiment; this is its format.
-    """
-    columns = [f"metrics.`eval/{name}`" for name in HEADLINE]
-    view = {
-        "searchFilter": "tags.stage = 'pipeline'",
-        "orderByKey": "attributes.start_time",
-        "orderByAsc": False,
-        "selectedColumns": [*columns, "attributes.`Models`", "attributes.`Dataset`"],
-    }
-    tags = client.get_experiment(experiment_id).tags
-    wanted = {f"mlflow.sharedViewState.{VIEW}": json.dumps(view)}
-    if NOTE_TAG not in tags:
-        wanted[NOTE_TAG] = f"[Pipeline runs with their scores](#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW})"
-    for name, value in wanted.items():
-        if tags.get(name) != value:
-            client.set_experiment_tag(experiment_id, name, value)

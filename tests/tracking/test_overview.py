@@ -1,8 +1,10 @@
 """Two runs of the pipeline can be compared in MLflow: names, scores, datasets, samples and what was not committed."""
 
+import base64
 import hashlib
 import json
 import subprocess
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from cm3leon.config.schema import Config
 from cm3leon.stages.common import STAGES
 from cm3leon.stages.evaluate import CALIBRATION
 from cm3leon.tracking import overview, runs, store
+from cm3leon.tracking.view import KEY, NOTE_TAG
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCORES = {"composition": 0.25, "composition/color": 0.9, "edit/done": 0.5, "bleu_1": 0.1}
@@ -78,7 +81,7 @@ def test_the_scores_are_those_of_the_evaluation_that_was_used(outputs: Path) -> 
     assert found.data.metrics == {"pipeline/seconds": 1.0, "eval/composition": 0.25, "eval/edit/done": 0.5}
     failed = pipeline(Config(profile="tiny"), "a stage failed", evaluated=False)
     assert failed.data.metrics == {"pipeline/seconds": 1.0}
-    assert failed.data.tags[overview.NOTE_TAG].startswith("**a stage failed**")
+    assert failed.data.tags[NOTE_TAG].startswith("**a stage failed**")
 
 
 def test_datasets_samples_and_the_lock_are_the_runs(outputs: Path) -> None:
@@ -106,7 +109,7 @@ def test_the_description_shows_changes_scores_samples_and_the_version(outputs: P
         overview.begin(run, config)
         run.set_tags({runs.VERSION_TAG: "cm3leon/3"})
         overview.finish(run, "version 3 is the champion", evaluated=True)
-    note = client().get_run(run.run_id).data.tags[overview.NOTE_TAG]
+    note = client().get_run(run.run_id).data.tags[NOTE_TAG]
     assert "**version 3 is the champion**" in note
     assert "(#/models/cm3leon/versions/3)" in note
     assert f"[{before.info.run_name}](#/experiments/{before.info.experiment_id}/runs/{before.info.run_id})" in note
@@ -139,12 +142,15 @@ def test_what_is_not_committed_is_named_and_kept(outputs: Path) -> None:
 def test_the_experiment_has_a_list_of_pipeline_runs_with_their_scores(outputs: Path) -> None:
     found = pipeline(Config(profile="tiny"))
     tags = client().get_experiment(found.info.experiment_id).tags
-    columns = json.loads(tags[f"mlflow.sharedViewState.{overview.VIEW}"])["selectedColumns"]
-    assert {f"metrics.`{name}`" for name in found.data.metrics if name.startswith("eval/")} <= set(columns)
-    assert f"viewStateShareKey={overview.VIEW}" in tags[overview.NOTE_TAG]
-    client().set_experiment_tag(found.info.experiment_id, overview.NOTE_TAG, "a person's own words")
+    saved = tags[f"mlflow.sharedViewState.{KEY}"].removeprefix("deflate;")
+    assert len(saved) < 5000  # MLflow's limit
+    shown = json.loads(zlib.decompress(base64.b64decode(saved)))
+    assert {f"metrics.`{name}`" for name in found.data.metrics if name.startswith("eval/")} <= set(shown["selectedColumns"])
+    assert [chart["imageKeys"] for chart in shown["compareRunCharts"] if chart["type"] == "IMAGE"] == [["samples"]]
+    assert f"viewStateShareKey={KEY}" in tags[NOTE_TAG]
+    client().set_experiment_tag(found.info.experiment_id, NOTE_TAG, "a person's own words")
     pipeline(Config(profile="tiny"))
-    assert client().get_experiment(found.info.experiment_id).tags[overview.NOTE_TAG] == "a person's own words"
+    assert client().get_experiment(found.info.experiment_id).tags[NOTE_TAG] == "a person's own words"
 
 
 def test_calibrations_are_listed_after_scores_and_stages() -> None:
