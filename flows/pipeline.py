@@ -69,7 +69,7 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
     """
     from cm3leon.config.loading import load_config
     from cm3leon.config.profiles import configure
-    from cm3leon.tracking import runs
+    from cm3leon.tracking import overview, runs
 
     if profile:
         configure(profile)
@@ -77,10 +77,9 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
     config = load_config()
     os.environ[runs.FLOW_RUN_ENV] = str(flow_run.id)
     with suppress(PipelineFailedError), runs.pipeline_run(config) as run:
+        overview.begin(run, config)
         # 1. The stages.
         results = run_stages(stage_order())
-        run.log_metrics({f"pipeline/{r.stage}_seconds": r.seconds for r in results if r.state == "Completed"})
-        run.log_metrics({f"pipeline/{r.stage}_peak_megabytes": r.peak_megabytes for r in results if r.peak_megabytes})
         problem = next((r.error for r in results if r.error), "")
 
         # 2. The registry.
@@ -92,6 +91,10 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
             verdict = "stages are up to date; no model registered (--no-promote)"
 
         # 3. The report, also of a run that failed.
+        overview.finish(run, verdict, evaluated=not any(r.error for r in results))
+        run.log_metrics({"pipeline/seconds": sum(r.seconds for r in results)})
+        run.log_metrics({f"pipeline/{r.stage}_seconds": r.seconds for r in results if r.state == "Completed"})
+        run.log_metrics({f"pipeline/{r.stage}_peak_megabytes": r.peak_megabytes for r in results if r.peak_megabytes})
         _publish(markdown(results, verdict, run.run_id))
         if problem:
             raise PipelineFailedError(problem)

@@ -195,22 +195,26 @@ LISTED_SCORES = ("composition", "vqa_accuracy", "clip_score", "cider")
 @app.command(rich_help_panel="Registry")
 def status() -> None:
     """All registered versions with their aliases and scores, newest first."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from cm3leon.cli import listing
     from cm3leon.registry import registry
 
     versions = registry.status()
     if not versions:
         raise UsageError("no model is registered yet; run: make run")
     names = [name for name in LISTED_SCORES if any(name in version.scores for version in versions)]
-    table = Table("version", "aliases", "created", "profile", *names, "gate")
-    for version in versions:
-        aliases = ", ".join(version.aliases)
-        created = f"{version.created:%Y-%m-%d %H:%M} UTC"
-        scores = [f"{version.scores[name]:.3f}" if name in version.scores else "" for name in names]
-        table.add_row(str(version), aliases, created, version.tags.get("profile", ""), *scores, version.tags.get("gate", ""))
-    Console().print(table)
+    listing.show(
+        [
+            {
+                "version": str(version),
+                "aliases": ", ".join(version.aliases),
+                "created": f"{version.created:%Y-%m-%d %H:%M} UTC",
+                "profile": version.tags.get("profile", ""),
+                **{name: f"{version.scores[name]:.3f}" if name in version.scores else "" for name in names},
+                "gate": version.tags.get("gate", ""),
+            }
+            for version in versions
+        ]
+    )
 
 
 @app.command(rich_help_panel="Registry")

@@ -16,8 +16,10 @@ from cm3leon.config.schema import Config
 from cm3leon.evaluation.record import Record
 from cm3leon.registry import release
 from cm3leon.registry.bundle import Bundle, build_bundle, bundle_hash
+from cm3leon.registry.local import find_model, read_versions
 from cm3leon.registry.packaging import log_version
 from cm3leon.tracking import store
+from cm3leon.tracking.runs import PARENT_RUN_ENV, VERSION_TAG
 from cm3leon.tracking.sqlite import sqlite_file
 from cm3leon.utils.errors import UserError
 
@@ -109,7 +111,8 @@ def holder(versions: list[Version], alias: str) -> Version | None:
 
 def status(uri: str | None = None) -> list[Version]:
     """All versions with aliases, scores, tags and time of creation, newest first."""
-    return all_versions(connect(uri))
+    local = read_versions(uri or store.tracking_uri(), MODEL_NAME)
+    return all_versions(connect(uri)) if local is None else [_version(row, row.aliases) for row in local]
 
 
 # --- register --------------------------------------------------------------------------------------------------------
@@ -146,10 +149,23 @@ def register(bundle: Bundle, config: Config) -> Version:
         tags = {HASH_TAG: content, "profile": config.profile, **headline}
         number = log_version(client, bundle.path, MODEL_NAME, tags, config)
     client.set_registered_model_alias(MODEL_NAME, CHALLENGER, number)
+    _link_pipeline(client, number)
     registered = replace(next(v for v in all_versions(client) if v.number == number), record=bundle.record)
     if version is None:
         publish(client, registered)
     return registered
+
+
+def _link_pipeline(client: MlflowClient, number: str) -> None:
+    """Make the version's model an output of the pipeline's run, if this process runs one; its page then links to the version."""
+    run_id = os.environ.get(PARENT_RUN_ENV)
+    if run_id is None:
+        return
+    from mlflow.entities import LoggedModelOutput
+
+    client.set_tag(run_id, VERSION_TAG, f"{MODEL_NAME}/{number}")
+    source = str(client.get_model_version(MODEL_NAME, number).source)  # models:/MODEL_ID; MLflow's own field model_id is empty
+    client.log_outputs(run_id, [LoggedModelOutput(source.removeprefix("models:/"), step=0)])
 
 
 def publish(client: MlflowClient, version: Version) -> None:
@@ -172,6 +188,8 @@ def fetch_bundle(uri: str = f"models:/{MODEL_NAME}@{CHAMPION}", tracking_uri: st
         NotRegisteredError: if the registry has no such model.
         ConnectionError: if the registry is not reachable.
     """
+    if model := find_model(tracking_uri or store.tracking_uri(), uri):
+        return model / _bundle_path(model / "MLmodel")
     client, entity = _registered(uri, tracking_uri)
     content = entity.tags.get(HASH_TAG, f"{entity.name}-{entity.version}")
     cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm3leon" / "bundles" / content

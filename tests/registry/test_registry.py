@@ -13,6 +13,7 @@ from cm3leon.generation.generator import Generator
 from cm3leon.registry import registry
 from cm3leon.registry.bundle import BundleError, IncompleteRecordError, build_bundle, bundle_hash
 from cm3leon.registry.registry import CHALLENGER
+from cm3leon.tracking import runs
 
 
 def test_a_bundle_has_every_part_and_its_hash_depends_on_its_content_only(stages):
@@ -50,6 +51,17 @@ def test_a_model_is_not_bundled_with_the_scores_of_another(stages):
     weights.write_bytes(changed)
     with pytest.raises(BundleError, match=r"models/finetuned changed since the evaluation.*cm3leon evaluate"):
         build_bundle(Path("bundle"), CONFIG)
+
+
+def test_the_pipelines_run_is_linked_to_the_version_new_or_not(stages):
+    client = registry.connect()
+    for _ in range(2):
+        with runs.pipeline_run(CONFIG) as run:
+            registry.register(evaluated(0.5), CONFIG)
+        found = client.get_run(run.run_id)
+        assert found.data.tags[runs.VERSION_TAG] == "cm3leon/1"
+        [model] = [client.get_logged_model(output.model_id) for output in found.outputs.model_outputs]
+        assert registry.fetch_bundle("models:/cm3leon/1").is_relative_to(model.artifact_location.removeprefix("file://"))
 
 
 def test_missing_pickled_and_outdated_files_are_named(stages):
