@@ -66,8 +66,7 @@ def make_models(root):
     from cm3leon.data.tokens import Document, write_tokens
     from cm3leon.evaluation.record import Record
     from cm3leon.evaluation.run import SECTIONS
-    from cm3leon.models.clip import ClipTokenizer, Encoder, trained_settings
-    from cm3leon.models.clip_towers import CLIP
+    from cm3leon.models.clip import ClipTokenizer, Encoder, build_clip, trained_settings
     from cm3leon.models.decoder import Decoder
     from cm3leon.models.super_resolution import SuperResolution
     from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec
@@ -91,7 +90,7 @@ def make_models(root):
     decoder.save(root / paths.FINETUNED)
     small = EncoderConfig(image_size=32, width=8, layers=1, embedding_dim=16, vocabulary_size=300)
     settings = trained_settings(small, text.size + 3)
-    encoder = Encoder(CLIP(settings["model"]), settings, ClipTokenizer(text, small.context_length))
+    encoder = Encoder(build_clip(settings["model"]), settings, ClipTokenizer(text, small.context_length))
     encoder.save(root / paths.ENCODER)
     documents = pd.DataFrame({"id": list("abcd"), "caption": CAPTIONS, "licence": "CC0-1.0", "attribution": "us", "source": "test"})
     pictures = [Image.new("RGB", (32, 32), color) for color in ("red", "blue", "green", "white")]

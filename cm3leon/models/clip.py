@@ -1,7 +1,7 @@
 """The CLIP bi-encoder (Radford et al. 2021, arXiv 2103.00020) that retrieval, reranking and the CLIP score share.
 
 It maps images and texts to unit vectors of one space. It is either pretrained open_clip weights (paper: ViT-B/32, frozen) or a small
-model trained here (``training/clip.py``). Both are saved the same way, ``config.json`` + ``model.safetensors``
+open_clip model trained here (``training/clip.py``). Both are saved the same way, ``config.json`` + ``model.safetensors``
 (+ ``tokenizer.json`` for a trained one), and load without network and without pickle.
 
 Shapes: n texts or images, L token positions, W width of the text tower, d dimensions of the shared space.
@@ -23,7 +23,6 @@ from torch import nn
 from cm3leon.config.schema import EncoderConfig
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore
-from cm3leon.models.clip_towers import CLIP
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.utils import torchvision_compat
 from cm3leon.utils.errors import ConfigError
@@ -59,6 +58,14 @@ class ClipTokenizer:
         return rows
 
 
+def build_clip(settings: dict[str, Any]) -> nn.Module:
+    """A small open_clip model from the ``model`` section of a trained encoder's settings, initialized by torch's global generator."""
+    torchvision_compat.make_importable()
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    return CLIP(settings["embed_dim"], CLIPVisionCfg(**settings["vision"]), CLIPTextCfg(**settings["text"]))
+
+
 def trained_settings(config: EncoderConfig, vocabulary: int) -> dict[str, Any]:
     """The settings of an encoder to be trained, as stored in ``config.json``."""
     vision: dict[str, Any] = {"image_size": config.image_size, "width": config.width, "head_width": HEAD_DIM}
@@ -78,25 +85,28 @@ def to_pixels(images: Sequence[Image.Image], size: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def embed_pixels(model: CLIP, pixels: torch.Tensor) -> torch.Tensor:
+def embed_pixels(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """Unit vectors ``(n, d)`` of uint8 pixels ``(n, 3, size, size)``; for models trained here, which take pixels in [-1, 1]."""
-    return model.encode_image(to_unit(pixels))
+    return model.encode_image(to_unit(pixels), normalize=True)  # type: ignore[operator]
 
 
-def embed_ids(model: CLIP, ids_nL: torch.Tensor) -> torch.Tensor:
+def embed_ids(model: nn.Module, ids_nL: torch.Tensor) -> torch.Tensor:
     """Unit vectors ``(n, d)`` of token ids; positions where every row is padding are not computed.
 
     The result is exact: attention is causal and the tower pools at the end token, so the padding after it has no effect.
     """
     longest = int((ids_nL != PAD).sum(1).max())
-    return model.encode_text(ids_nL[:, :longest])
+    x_nLW = model.token_embedding(ids_nL[:, :longest]) + model.positional_embedding[:longest]  # type: ignore[operator, index]
+    x_nLW = model.ln_final(model.transformer(x_nLW, attn_mask=model.attn_mask[:longest, :longest]))  # type: ignore[operator, index]
+    pooled_nW = x_nLW[torch.arange(len(x_nLW)), ids_nL.argmax(1)]
+    return nn.functional.normalize(pooled_nW @ model.text_projection, dim=-1)
 
 
 class Encoder:
     """Images and texts to unit vectors of one space. Made by :meth:`load`, :meth:`pretrained` or ``training.clip.train``."""
 
     def __init__(self, model: nn.Module, settings: dict[str, Any], tokenizer: Any, preprocess: Any = None) -> None:
-        self.model: Any = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self.settings, self.tokenizer = settings, tokenizer
         self._preprocess = preprocess  # open_clip's image transform; None for models trained here
         self.device = next(model.parameters()).device
@@ -138,7 +148,7 @@ class Encoder:
                 raise FileNotFoundError(f"{directory / name}: no encoder here; run: cm3leon encoder")
         settings = json.loads((directory / CONFIG).read_text())
         if settings["kind"] == "trained":
-            model: nn.Module = CLIP(settings["model"])
+            model: nn.Module = build_clip(settings["model"])
             tokenizer: Any = ClipTokenizer(TextTokenizer.load(directory), settings["model"]["text"]["context_length"])
             preprocess = None
         else:
@@ -190,7 +200,7 @@ class Encoder:
                 vectors = embed_pixels(self.model, to_pixels(batch, self.settings["image_size"]).to(self.device))
             else:
                 pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in batch]).to(self.device)
-                vectors = self.model.encode_image(pixels, normalize=True)
+                vectors = self.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
             batches.append(vectors.float().cpu().numpy())
         return np.concatenate(batches) if batches else np.zeros((0, self.dimensions), dtype=np.float32)
 
@@ -213,7 +223,7 @@ class Encoder:
             if self._preprocess is None:
                 vectors = embed_ids(self.model, ids_nL)
             else:
-                vectors = self.model.encode_text(ids_nL, normalize=True)
+                vectors = self.model.encode_text(ids_nL, normalize=True)  # type: ignore[operator]
             batches.append(vectors.float().cpu().numpy())
         return np.concatenate(batches) if batches else np.zeros((0, self.dimensions), dtype=np.float32)
 

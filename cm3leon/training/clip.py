@@ -24,8 +24,7 @@ from torch.nn.functional import cross_entropy
 from cm3leon.config.schema import EncoderConfig
 from cm3leon.data.manifest import ImageStore
 from cm3leon.data.pixels import ImageSet
-from cm3leon.models.clip import ClipTokenizer, Encoder, embed_ids, embed_pixels, trained_settings
-from cm3leon.models.clip_towers import CLIP
+from cm3leon.models.clip import ClipTokenizer, Encoder, build_clip, embed_ids, embed_pixels, trained_settings
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training.optimizer import learning_rate_at, set_learning_rate
 from cm3leon.utils.errors import UserError
@@ -152,7 +151,7 @@ def train(
     tokenizer = ClipTokenizer(TextTokenizer.train(every_caption, config.vocabulary_size), config.context_length)
     settings = trained_settings(config, tokenizer.size)
     torch.manual_seed(seed)
-    model = CLIP(settings["model"]).to(device).train()
+    model = build_clip(settings["model"]).to(device).train()
     optimizer = _optimizer(model, config)
     batches, rng = _Batches(len(images), config.batch_size, seed), random.Random(seed)
     for step in range(config.steps):
@@ -171,7 +170,7 @@ def train(
         texts_nd, negatives_md = vectors[: len(texts)], vectors[len(texts) :]
         owners_m = torch.tensor(owners, dtype=torch.long, device=device)
         # 3. Loss and update.
-        scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()  # type: ignore[operator]
         loss = contrastive_loss(embed_pixels(model, pixels), texts_nd, negatives_md, owners_m, scale)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

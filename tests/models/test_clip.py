@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from cm3leon.config.schema import EncoderConfig
-from cm3leon.models.clip import ClipTokenizer, Encoder, embed_ids, trained_settings
-from cm3leon.models.clip_towers import CLIP
+from cm3leon.models.clip import ClipTokenizer, Encoder, embed_ids
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training import clip
 from cm3leon.training.clip import HardNegatives, contrastive_loss
@@ -80,7 +79,7 @@ def test_the_other_texts_of_a_batch_do_not_change_a_vector(encoder: Encoder) -> 
     together = encoder.encode_texts(["red above blue", "red above blue below green above white below black above red"])
     assert together[0] == pytest.approx(alone[0], abs=1e-5)
     ids = encoder.tokenizer(["red above blue", "green"])
-    assert embed_ids(encoder.model, ids).numpy() == pytest.approx(encoder.model.encode_text(ids).numpy(), abs=1e-5)
+    assert embed_ids(encoder.model, ids).numpy() == pytest.approx(encoder.model.encode_text(ids, normalize=True).numpy(), abs=1e-5)
 
 
 def test_the_same_seed_gives_the_same_bytes(halves: Halves, encoder: Encoder, tmp_path: Path) -> None:
@@ -100,34 +99,6 @@ def test_saving_and_loading(halves: Halves, encoder: Encoder, tmp_path: Path) ->
     with torch.no_grad():
         loaded.model.logit_scale.add_(1)
     assert loaded.fingerprint != encoder.fingerprint
-
-
-@pytest.mark.parametrize("tower", [{"image_tower": "resnet", "layers": 2}, {"image_tower": "vit", "width": 64, "layers": 2}])
-def test_the_towers_are_those_of_open_clip(tower: dict[str, object]) -> None:
-    """The same seed gives the same weights under the same names, and the same vectors and gradients, in training and after it."""
-    torchvision_compat.make_importable()
-    from open_clip.model import CLIP as OpenClip
-    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-
-    config = EncoderConfig.model_validate(tower)
-    settings = trained_settings(config, 303)["model"]
-    torch.manual_seed(0)
-    ours = CLIP(settings)
-    torch.manual_seed(0)
-    theirs = OpenClip(settings["embed_dim"], CLIPVisionCfg(**settings["vision"]), CLIPTextCfg(**settings["text"]))
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
-    images, ids = torch.randn(3, 3, config.image_size, config.image_size), torch.randint(1, 303, (3, config.context_length))
-    for training in (True, False):
-        vectors = [model.train(training).encode_image(images, **options) for model, options in ((ours, {}), (theirs, {"normalize": True}))]
-        texts = [ours.encode_text(ids), theirs.encode_text(ids, normalize=True)]
-        assert torch.allclose(vectors[0], vectors[1], atol=1e-6)
-        assert torch.allclose(texts[0], texts[1], atol=1e-6)
-        for model, image, text in zip((ours, theirs), vectors, texts, strict=True):
-            model.zero_grad()
-            (image * text).sum().backward()
-        gradients = [[p.grad for p in model.parameters() if p.grad is not None] for model in (ours, theirs)]
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
 
 
 def test_pretrained_weights_from_a_checkpoint(halves: Halves, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
