@@ -27,6 +27,7 @@ from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.utils import torchvision_compat
 from cm3leon.utils.errors import ConfigError
 from cm3leon.utils.images import to_unit
+from cm3leon.utils.imports import hidden
 from cm3leon.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class ClipTokenizer:
 def build_clip(settings: dict[str, Any]) -> nn.Module:
     """A small open_clip model from the ``model`` section of a trained encoder's settings, initialized by torch's global generator."""
     torchvision_compat.make_importable()
-    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+    with hidden("transformers"):  # for text towers that are not used here; its import takes most of a second
+        from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     return CLIP(settings["embed_dim"], CLIPVisionCfg(**settings["vision"]), CLIPTextCfg(**settings["text"]))
 

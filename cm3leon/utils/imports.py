@@ -1,9 +1,11 @@
-"""The modules that a module imports, directly or not, read from the source text: nothing is imported to find out."""
+"""Imports: which modules a module needs, read from the source text, and packages that are not to be imported."""
 
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -40,3 +42,19 @@ def import_closure(starts: Iterable[Path], root: Path, follow: Callable[[Path], 
             seen.add(file)
             todo += [found for found in imported_files(file, root) if follow(found)]
     return sorted(seen)
+
+
+@contextmanager
+def hidden(package: str) -> Iterator[None]:
+    """Make a package look as if it were not installed, while others are imported that use it only where it is.
+
+    Nothing happens if it has been imported already.
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]  # import statements then raise ImportError
+    try:
+        yield
+    finally:
+        del sys.modules[package]

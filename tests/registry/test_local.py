@@ -19,7 +19,7 @@ from cm3leon.registry import registry
 print([version.number for version in registry.status()])
 [[image]] = Generator.from_bundle(registry.fetch_bundle()).text_to_image(["a red circle"], candidates=2, retrieved_documents=1)
 print(image.retrieved_documents[0]["caption"])
-print(sorted({"mlflow", "open_clip", "torchvision", "torch._dynamo", "transformers", "sympy"} & set(sys.modules)))
+print(sorted({"mlflow", "transformers", "prefect", "dvc", "sklearn", "scipy.stats"} & set(sys.modules)))
 """
 
 

@@ -66,7 +66,7 @@ def test_what_is_no_sqlite_file_has_none(uri):
         ("nonsense", "nonsense cannot be used: .*correct or unset MLFLOW_TRACKING_URI"),
         ("sqlite:nonsense", "sqlite:nonsense cannot be used"),
         ("mysql+pymysql://user:secret@host/db", r"mysql\+pymysql://user:\*\*\*@host/db .*install the driver pymysql"),
-        ("postgresql+psycopg2://user:secret@127.0.0.1:9/db", "install the driver psycopg2"),
+        ("postgresql+pg8000://user:secret@127.0.0.1:9/db", "install the driver pg8000"),
     ],
 )
 def test_a_store_that_cannot_be_used_is_named_with_what_to_do(project, monkeypatch, uri, complaint):
@@ -149,7 +149,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, prepared_store, mou
     free = os.statvfs(disk)
     (disk / "fill").write_bytes(bytes(free.f_bavail * free.f_frsize))
     before = (disk / "mlflow.db").read_bytes()
-    done = run_command(disk, "status")
+    done = run_command(disk, "history")
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ") and "mlflow.db cannot be used" in line and line.endswith("free some disk space and run it again")
@@ -162,7 +162,7 @@ def test_a_read_only_project_is_one_line(tmp_path, prepared_store, mounted):
     shutil.copyfile(prepared_store, project / "mlflow.db")
     mounted("--bind", str(project), str(project))
     mounted("-o", "remount,ro,bind", str(project))
-    done = run_command(project, "status")
+    done = run_command(project, "history")
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ") and line.endswith("make the place writable and run it again")

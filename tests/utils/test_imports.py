@@ -1,4 +1,7 @@
-"""The modules that a module imports, read from made-up source."""
+"""The modules that a module imports, read from made-up source; and packages that are not to be imported."""
+
+import subprocess
+import sys
 
 from cm3leon.utils.imports import import_closure, imported_files
 
@@ -34,3 +37,32 @@ def test_what_is_not_to_be_followed_is_left_out_with_its_imports(tmp_path):
     make(tmp_path)
     closure = import_closure([tmp_path / "pack/a.py"], tmp_path, lambda file: file.name != "c.py")
     assert names(closure, tmp_path) == ["pack/a.py", "pack/b.py"]
+
+
+def test_a_hidden_package_cannot_be_imported_meanwhile() -> None:
+    program = """
+from cm3leon.utils.imports import hidden
+with hidden("colorsys"):
+    try:
+        import colorsys
+    except ImportError:
+        print("hidden")
+import colorsys
+with hidden("colorsys"):
+    import colorsys
+    print("known")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["hidden", "known"]
+
+
+def test_a_trained_encoder_does_not_import_transformers() -> None:
+    program = """
+import sys
+from cm3leon.config.schema import EncoderConfig
+from cm3leon.models.clip import build_clip, trained_settings
+build_clip(trained_settings(EncoderConfig(), 300)["model"])
+print("transformers" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
