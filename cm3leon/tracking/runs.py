@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.tracking import lineage
-from cm3leon.tracking.store import PROCESS_TAG, experiment_id_of, own_process, prepare_store, tracking_uri, warn
+from cm3leon.tracking.store import PROCESS_TAG, experiment_id_of, prepare_store, tracking_uri, warn
+from cm3leon.utils.processes import identity
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -195,7 +196,7 @@ def _open(name: str, config: Config, tags: Mapping[str, str]) -> Run:
 
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         experiment_id = experiment_id_of(client, Path(), uri)
-        known = {"stage": name, "profile": config.profile, PROCESS_TAG: own_process(), "mlflow.source.name": f"cm3leon {name}"}
+        known = {"stage": name, "profile": config.profile, PROCESS_TAG: identity(), "mlflow.source.name": f"cm3leon {name}"}
         origin = {"dvc_lock_md5": lineage.dvc_lock_md5(), "git_commit": lineage.git_commit()}
         known |= {tag: value for tag, value in origin.items() if value}
         created = client.create_run(experiment_id, run_name=name, tags={**known, **tags})

@@ -27,6 +27,8 @@ INFRASTRUCTURE = {
     "tracking/lineage",
     "utils/progress",
     "utils/images",
+    "utils/network",
+    "utils/processes",
     "utils/torchvision_compat",
     "registry/registry",
 }
