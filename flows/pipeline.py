@@ -2,7 +2,7 @@
 
     python -m flows.pipeline [--profile tiny] [--no-promote]
 
-Without a Prefect server (PREFECT_API_URL, or that of ``cm3leon ui``) Prefect starts a temporary one.
+Without a Prefect server (PREFECT_API_URL, or that of ``cm3leon ui``) the run has one of its own.
 """
 
 from __future__ import annotations
@@ -11,55 +11,77 @@ import argparse
 import os
 import sys
 from contextlib import suppress
-from typing import cast
+from datetime import datetime
 
 from cm3leon.services.environment import check_server, prepare_project, use_environment
 
 use_environment()
 
-from prefect import flow, get_run_logger  # noqa: E402
+from prefect import flow, get_run_logger, tags  # noqa: E402
 from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 
 from cm3leon.config.schema import Config  # noqa: E402
+from cm3leon.services.leftovers import FLOW_RUNS, owned  # noqa: E402
+from cm3leon.utils.errors import UserError  # noqa: E402
 from flows.graph import Stage, downstream_of, stage_order  # noqa: E402
 from flows.promotion import register_gate_promote  # noqa: E402
 from flows.report import markdown, show_table  # noqa: E402
+from flows.session import clear_leftovers, prefect_api, until_interrupted  # noqa: E402
 from flows.stage import StageResult, stage_task  # noqa: E402
 
 
-def run_stages(stages: list[Stage]) -> list[StageResult]:
-    """Run stages in order until one fails; returns a result for each stage, with state NotRun for those after the failed one."""
+def run_stages(stages: list[Stage]) -> tuple[list[StageResult], list[State]]:
+    """Run stages in order. Those that depend on a failed one end as NotRun, the others go on.
+
+    Returns:
+        a result for each stage, and the states of the completed stages on which no other depends.
+    """
     results: list[StageResult] = []
+    completed: dict[str, State] = {}
     for stage in stages:
-        state = stage_task(stage.name, return_state=True)
-        if state.is_completed():
-            results.append(cast(StageResult, state.result()))
+        if not completed.keys() >= set(stage.needs):
+            results.append(StageResult(stage.name))
             continue
-        error = str(state.message or "").removeprefix("Task run encountered an exception ")
-        downstream = ", ".join(downstream_of(stages, stage.name)) or "none"
-        get_run_logger().error("%s failed; stages that depend on it: %s", stage.name, downstream)
-        results.append(StageResult(stage.name, "Failed", error=error or "a stage failed"))
-        break
-    return results + [StageResult(stage.name) for stage in stages[len(results) :]]
+        state = stage_task(stage.name, wait_for=[completed[name] for name in stage.needs], return_state=True)
+        found = state.result(raise_on_failure=False)
+        # Anything but a list: the task itself failed, and not the stage's command.
+        results += found if isinstance(found, list) else [StageResult(stage.name, "Failed", error=str(state.message))]
+        if state.is_completed():
+            completed[stage.name] = state
+        else:
+            downstream = ", ".join(downstream_of(stages, stage.name)) or "none"
+            get_run_logger().error("%s failed; stages that depend on it: %s", stage.name, downstream)
+    needed = {name for stage in stages for name in stage.needs}
+    return results, [state for name, state in completed.items() if name not in needed]
 
 
 class PipelineFailedError(RuntimeError):
     """Raised once everything is recorded, so that the MLflow run of the pipeline ends as FAILED."""
 
 
-def try_promotion(config: Config) -> tuple[str, str]:
+def try_promotion(config: Config, after: list[State]) -> tuple[str, str]:
     """Register, gate and promote; returns the verdict, and the error if there was one, else an empty text."""
     try:
-        return register_gate_promote(config), ""
+        return register_gate_promote(config, after), ""
     except Exception as error:
         get_run_logger().exception("all stages are completed, but the model was not registered and gated")
         problem = f"{type(error).__name__}: {error}"
         return f"failed after the stages, {problem}; their outputs are kept: run cm3leon register, gate and promote", problem
 
 
-@flow(name="cm3leon", persist_result=False)
+def run_name() -> str:
+    """The flow run's name: profile and date, as "small 2026-05-31 02:00"."""
+    from cm3leon.config.loading import load_config
+
+    profile = flow_run.parameters.get("profile")
+    with suppress(UserError):  # the run itself reports it
+        profile = profile or load_config().profile
+    return f"{profile or 'pipeline'} {datetime.now():%Y-%m-%d %H:%M}"  # noqa: DTZ005 - the reader's own clock
+
+
+@flow(name="cm3leon", flow_run_name=run_name, persist_result=False)
 def pipeline(profile: str | None = None, promote: bool = True) -> State:
     """Bring every stage up to date, then register the model and let the gate decide whether it becomes the champion.
 
@@ -71,22 +93,23 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
     from cm3leon.config.profiles import configure
     from cm3leon.tracking import overview, runs
 
+    clear_leftovers()
     if profile:
         configure(profile)
     prepare_project()
     config = load_config()
     os.environ[runs.FLOW_RUN_ENV] = str(flow_run.id)
-    with suppress(PipelineFailedError), runs.pipeline_run(config) as run:
+    with owned(FLOW_RUNS, str(flow_run.id)), suppress(PipelineFailedError), runs.pipeline_run(config) as run:
         overview.begin(run, config)
         # 1. The stages.
-        results = run_stages(stage_order())
+        results, after = run_stages(stage_order())
         problem = next((r.error for r in results if r.error), "")
 
         # 2. The registry.
         if problem:
             verdict = "failed; completed stages are kept, and the next run resumes at the failed one"
         elif promote:
-            verdict, problem = try_promotion(config)
+            verdict, problem = try_promotion(config, after)
         else:
             verdict = "stages are up to date; no model registered (--no-promote)"
 
@@ -95,26 +118,27 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
         run.log_metrics({"pipeline/seconds": sum(r.seconds for r in results)})
         run.log_metrics({f"pipeline/{r.stage}_seconds": r.seconds for r in results if r.state == "Completed"})
         run.log_metrics({f"pipeline/{r.stage}_peak_megabytes": r.peak_megabytes for r in results if r.peak_megabytes})
-        _publish(markdown(results, verdict, run.run_id))
+        _publish(markdown(results, verdict, run), config.profile)
         if problem:
             raise PipelineFailedError(problem)
-    show_table(results, verdict)
+    show_table(results, verdict, run)
     if problem:
         return Failed(message=problem)
     return Completed(message=verdict, data=[vars(result) for result in results])
 
 
-def _publish(report: str) -> None:
+def _publish(report: str, profile: str) -> None:
     """Publish the report as an artifact of the flow run."""
     from prefect.artifacts import create_markdown_artifact
 
-    create_markdown_artifact(report, key="cm3leon-pipeline", description="Stages, verdict and links of a pipeline run")
+    create_markdown_artifact(report, key="pipeline-report", description=f"Scores, verdict, links and stages of a run of profile {profile}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the flow in this process; returns the exit status."""
     from dvc.exceptions import DvcException
 
+    from cm3leon.config.loading import load_config
     from cm3leon.config.profiles import configure, profile_names
     from cm3leon.utils.errors import message_to_user
 
@@ -129,15 +153,16 @@ def main(arguments: list[str] | None = None) -> int:
         prepare_project(needs_store=not options.no_promote)
         stage_order()
         check_server()
+        with prefect_api(), tags("cm3leon", load_config().profile):
+            state = pipeline(promote=not options.no_promote, return_state=True)
     except Exception as error:
         message = str(error) if isinstance(error, DvcException) else message_to_user(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
-    state = pipeline(promote=not options.no_promote, return_state=True)
     return 0 if state.is_completed() else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_interrupted(main))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import cast
 
 from cm3leon.services.environment import use_environment
@@ -22,6 +23,7 @@ from prefect.states import Completed  # noqa: E402
 from cm3leon.config.schema import Config  # noqa: E402
 from cm3leon.registry.gate import Verdict  # noqa: E402
 from cm3leon.registry.registry import Version  # noqa: E402
+from flows.session import prefect_api, until_interrupted  # noqa: E402
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
@@ -42,7 +44,7 @@ def gate_task(config: Config, registered: Version) -> State:
     from cm3leon.registry import promotion
 
     verdict = promotion.gate(config, registered)
-    create_markdown_artifact(verdict.to_markdown(), key="cm3leon-gate", description="Scores of challenger and champion, limits, verdict")
+    create_markdown_artifact(verdict.to_markdown(), key="gate-report", description="Scores of challenger and champion, limits, verdict")
     get_run_logger().info(str(verdict))
     return Completed(name="Completed" if verdict.passed else "HeldBack", message=str(verdict), data=verdict)
 
@@ -55,13 +57,20 @@ def promote_task() -> str:
     return str(promotion.promote())
 
 
-def register_gate_promote(config: Config) -> str:
-    """Run the three tasks; returns the verdict in a sentence. A model that the gate holds back is no failure."""
-    version = register_task(config)
-    verdict = cast(Verdict, gate_task(config, version, return_state=True).result())
+def register_gate_promote(config: Config, after: Sequence[State] = ()) -> str:
+    """Run the three tasks; returns the verdict in a sentence. A model that the gate holds back is no failure.
+
+    Args:
+        config: the project's parameters.
+        after: states of the tasks that made the model; Prefect draws an edge from each.
+    """
+    registered = register_task(config, wait_for=after, return_state=True)
+    version = registered.result()
+    gated = gate_task(config, version, wait_for=[registered], return_state=True)
+    verdict = cast(Verdict, gated.result())
     if not verdict.passed:
         return f"version {version} is not promoted, {verdict}"
-    promote_task()
+    promote_task(wait_for=[gated])
     return f"version {version} is the champion, {verdict}"
 
 
@@ -85,10 +94,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the promotion or the rollback flow in this process; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m flows.promotion", description="Register, gate and promote; or roll back.")
     parser.add_argument("--rollback", action="store_true", help="make the previous champion the champion again")
-    state = (rollback if parser.parse_args(arguments).rollback else promotion_flow)(return_state=True)
+    options = parser.parse_args(arguments)
+    with prefect_api():
+        state = (rollback if options.rollback else promotion_flow)(return_state=True)
     print(state.message)
     return 0 if state.is_completed() else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_interrupted(main))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cm3leon.config import paths
+from cm3leon.services.environment import ui_servers
+from cm3leon.tracking.runs import Run
+from cm3leon.tracking.store import tracking_uri
 from flows.stage import StageResult, metrics_text
 
 STYLES = {"Completed": "green", "Cached": "cyan", "Skipped": "dim", "Failed": "bold red", "NotRun": "yellow"}
-SAMPLES = Path("models/evaluation/samples.png")
+SAMPLES = paths.EVALUATION / "samples.png"
 DATA_DOCS = Path("data/validated/data_docs/index.html")
 
 
@@ -21,15 +26,18 @@ def _memory(result: StageResult) -> str:
     return f"{result.peak_megabytes:,.0f}" if result.peak_megabytes else ""
 
 
-def show_table(results: Sequence[StageResult], verdict: str, console: Console | None = None) -> None:
+def _seconds(result: StageResult) -> str:
+    return "" if result.state == "NotRun" else f"{result.seconds:.1f}"
+
+
+def show_table(results: Sequence[StageResult], verdict: str, run: Run, console: Console | None = None) -> None:
     """Print stages with state, seconds, peak memory of the stage's process and headline metrics; then errors, the verdict and links."""
     table = Table(title="pipeline", title_justify="left")
     for name, justify in (("stage", "left"), ("state", "left"), ("seconds", "right"), ("peak MB", "right"), ("metrics", "left")):
         table.add_column(name, justify=justify, no_wrap=name != "metrics")  # type: ignore[arg-type]
     for result in results:
         state = f"[{STYLES.get(result.state, '')}]{result.state}[/]"
-        seconds = "" if result.state == "NotRun" else f"{result.seconds:.1f}"
-        table.add_row(result.stage, state, seconds, _memory(result), escape(metrics_text(result.metrics)))
+        table.add_row(result.stage, state, _seconds(result), _memory(result), escape(metrics_text(result.metrics)))
     ran = [result for result in results if result.state != "NotRun"]
     most_memory = _memory(max(ran, key=lambda r: r.peak_megabytes or 0)) if ran else ""
     table.add_section()
@@ -40,25 +48,44 @@ def show_table(results: Sequence[StageResult], verdict: str, console: Console | 
         if result.error:
             console.print(f"[bold red]{escape(result.error)}[/]", highlight=False)
     console.print(f"[bold]{escape(verdict)}[/]", highlight=False)
-    for what, where in links():
+    for what, where in links(run, str):
         console.print(f"{what:<10} {where}", highlight=False, soft_wrap=True)
+    if not ui_servers():
+        console.print(f"{'browse':<10} make ui   (MLflow, Prefect, Data Docs)", highlight=False)
 
 
-def links() -> list[tuple[str, str]]:
-    """Where to look next: samples and Data Docs, if there are any, and the command that starts the user interfaces."""
-    found = [("samples", str(SAMPLES))] if SAMPLES.is_file() else []
-    found += [("data docs", str(DATA_DOCS))] if DATA_DOCS.is_file() else []
-    return [*found, ("browse", "make ui   (MLflow, Prefect, Data Docs)")]
+def links(run: Run, local: Callable[[Path], str]) -> list[tuple[str, str]]:
+    """Where to look next, as (what, address): pages of servers that run, else files.
+
+    Args:
+        run: the MLflow run of the pipeline.
+        local: how the address of a file is written.
+    """
+    servers = ui_servers()
+    uri = tracking_uri()
+    mlflow = uri.rstrip("/") if uri.startswith("http") else servers.get("MLflow")
+    found = []
+    if mlflow and run.run_id:
+        found.append(("MLflow run", f"{mlflow}/#/experiments/{run.experiment_id}/runs/{run.run_id}"))
+    if SAMPLES.is_file():
+        evaluated = json.loads(file.read_text()) if (file := paths.run_file("evaluate")).is_file() else {}
+        page = f"{mlflow}/#/experiments/{evaluated.get('experiment_id')}/runs/{evaluated.get('run_id')}/artifacts"
+        found.append(("samples", page if mlflow and evaluated.get("run_id") else local(SAMPLES)))
+    if DATA_DOCS.is_file():
+        found.append(("data docs", f"{servers['Data Docs']}/index.html" if "Data Docs" in servers else local(DATA_DOCS)))
+    return found
 
 
-def markdown(results: Sequence[StageResult], verdict: str, mlflow_run: str | None) -> str:
-    """The report as markdown."""
-    lines = [f"## {verdict}", "", "| stage | state | seconds | peak MB | metrics |", "|---|---|---:|---:|---|"]
-    lines += [f"| {r.stage} | {r.state} | {r.seconds:.1f} | {_memory(r)} | {metrics_text(r.metrics, 12)} |" for r in results]
+def markdown(results: Sequence[StageResult], verdict: str, run: Run) -> str:
+    """The report as markdown: verdict, headline scores, links, stages."""
+    scores = next((r.metrics for r in results if r.stage == "evaluate"), {})
+    lines = [f"## {verdict}", ""]
+    lines += [f"**{metrics_text(scores, 5)}**", ""] if scores else []
+    lines += [f"- [{what}]({where})" for what, where in links(run, lambda path: path.absolute().as_uri())]
+    lines += [f"- MLflow run `{run.run_id}`"] if run.run_id else []
+    lines += ["", "| stage | state | seconds | peak MB | metrics |", "|---|---|---:|---:|---|"]
+    lines += [f"| {r.stage} | {r.state} | {_seconds(r)} | {_memory(r)} | {metrics_text(r.metrics, 12)} |" for r in results]
     for r in results:
         if r.error:
             lines += ["", "```", r.error, "```"]
-    lines += ["", *(f"- {what}: `{where}`" for what, where in links())]
-    if mlflow_run:
-        lines.append(f"- MLflow run: `{mlflow_run}`")
     return "\n".join(lines) + "\n"

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 
+from cm3leon.config import paths
 from cm3leon.services.child import run_command
 from cm3leon.services.environment import child_path
 from cm3leon.stages.common import METRICS
@@ -25,6 +26,14 @@ CHATTER = re.compile(
     r"To track the changes|To enable auto staging|\tgit add |\tdvc config core.autostage|Use `dvc push`|Data and pipelines"
 )
 """Lines of DVC that say nothing about the stage."""
+HEADLINE = ("composition", "vqa_accuracy", "cider", "fd_encoder", "clip_score")
+"""Scores that stand before all others, in this order."""
+KILLED, EXIT_KILLED = (-9, 137), re.compile(r"exited with (-9|137)\b")
+"""Exit status of a command that got SIGKILL, itself and through a shell, and how DVC reports it."""
+OUT_OF_MEMORY = (
+    "killed (SIGKILL), probably because memory ran out; `cm3leon plan` says what the stage needs: "
+    "lower its batch_size or micro_batch_size, or free memory"
+)
 
 
 @dataclass
@@ -36,7 +45,7 @@ class StageResult:
         state: Completed, Skipped (up to date), Cached (outputs restored without running the command), Failed or NotRun.
         seconds: wall-clock time, DVC's own included.
         peak_megabytes: largest resident memory of the stage's process; None if it did not run.
-        metrics: the headline metrics that the stage printed.
+        metrics: the headline metrics of the run that made the stage's outputs.
         error: the last lines of a failed command.
     """
 
@@ -48,21 +57,13 @@ class StageResult:
     error: str | None = None
 
 
-class StageFailedError(RuntimeError):
-    """A stage's command failed; the message ends with its own last lines."""
-
-
 def dvc_command(stage: str) -> list[str]:
     """``dvc --wait-for-lock repro --single-item STAGE`` with this interpreter's DVC."""
     return [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
 
 
 def run_stage(stage: str, log: Callable[[str], None]) -> StageResult:
-    """Bring one stage up to date; the stages that it depends on must be up to date.
-
-    Raises:
-        StageFailedError: with the stage's own last lines.
-    """
+    """Bring one stage up to date; the stages that it depends on must be up to date."""
     result = StageResult(stage, "Completed")
     start = time.monotonic()
 
@@ -80,7 +81,10 @@ def run_stage(stage: str, log: Callable[[str], None]) -> StageResult:
     finished = run_command(dvc_command(stage), read, {**os.environ, "PATH": child_path()})
     result.seconds = time.monotonic() - start
     if finished.status != 0:
-        raise StageFailedError(f"stage {stage} failed:\n{error_lines(finished.tail, finished.status)}")
+        result.state = "Failed"
+        result.error = f"stage {stage} failed:\n{error_lines(finished.tail, finished.status)}"
+    elif result.state != "Completed" and (kept := paths.metrics_file(stage)).is_file():
+        result.metrics = json.loads(kept.read_text())
     return result
 
 
@@ -95,19 +99,25 @@ def _read_metrics(line: str, result: StageResult) -> None:
 
 
 def error_lines(tail: list[str], status: int) -> str:
-    """The end of a failed command's output: from its own ``error:`` line if there is one, else the last lines."""
+    """The end of a failed command's output: from its own ``error:`` line if there is one, else the last lines; a hint after SIGKILL."""
     starts = [number for number, line in enumerate(tail) if line.startswith("error: ")]
-    lines = tail[starts[-1] :] if starts else tail
-    return "\n".join(lines[-ERROR_LINES:]) or f"no output, exit status {status}"
+    lines = (tail[starts[-1] :] if starts else tail)[-ERROR_LINES:]
+    if status in KILLED or any(EXIT_KILLED.search(line) for line in lines):
+        lines = [*lines, OUT_OF_MEMORY]
+    return "\n".join(lines) or f"no output, exit status {status}"
 
 
 @task(name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
 def stage_task(name: str) -> State:
     """Run one stage; ends in the state Completed, or in one named Skipped or Cached if its command did not run."""
     result = run_stage(name, get_run_logger().info)
-    return Completed(name=result.state, message=metrics_text(result.metrics), data=result)
+    # In a list, because Prefect takes equal texts in the results of two tasks for a dependency, and looks into what is not nested.
+    if result.error:
+        return Failed(message=result.error, data=[result])
+    return Completed(name=result.state, message=metrics_text(result.metrics), data=[result])
 
 
 def metrics_text(metrics: dict[str, float], limit: int = 4) -> str:
-    """The first ``limit`` metrics: "psnr 28.4, codebook_used 511"."""
-    return ", ".join(f"{name} {value:,.4g}" for name, value in list(metrics.items())[:limit])
+    """The first ``limit`` metrics, :data:`HEADLINE` before others: "composition 0.41, vqa_accuracy 0.62"."""
+    ordered = {name: metrics[name] for name in HEADLINE if name in metrics} | metrics
+    return ", ".join(f"{name} {value:,.4g}" for name, value in list(ordered.items())[:limit])

@@ -29,3 +29,8 @@ that they depend on data, parameters and code alone, and a stage that gives the 
 def run_file(stage: str) -> Path:
     """The file that names the MLflow run of ``stage``."""
     return RUNS / stage / "mlflow_run.json"
+
+
+def metrics_file(stage: str) -> Path:
+    """The headline metrics of the run that made the outputs of ``stage``, as JSON."""
+    return RUNS / stage / "metrics.json"

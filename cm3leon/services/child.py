@@ -16,12 +16,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
+from cm3leon.services.leftovers import PROCESSES, owned
+from cm3leon.utils.processes import identity, stop_tree
 
 TAIL_LINES = 40
 """Last lines of output that are kept for an error message."""
-STOP_SECONDS = 25.0
-"""From SIGTERM to SIGKILL of the child; Prefect sends a canceled flow SIGKILL 30 s after SIGTERM."""
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07]*\x07")
 """ANSI control sequences (CSI and OSC), which are no text."""
@@ -38,7 +37,8 @@ class Finished:
 def run_command(command: Sequence[str], on_line: Callable[[str], None], environment: Mapping[str, str] | None = None) -> Finished:
     """Run ``command``; every line of standard output, and of standard error if that is not a terminal, goes to ``on_line``.
 
-    If this process is interrupted, the child and its descendants get SIGTERM and are waited for (:func:`stop_tree`).
+    If this process is interrupted, the child and its descendants get SIGTERM and are waited for (:func:`stop_tree`). If it is killed, the
+    next run ends them.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     terminal = _Terminal(tail) if sys.stderr.isatty() else None
@@ -46,38 +46,23 @@ def run_command(command: Sequence[str], on_line: Callable[[str], None], environm
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True, errors="replace", bufsize=1
     )
-    try:
-        if terminal:
-            terminal.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line := line.rstrip():
-                tail.append(line)
-                on_line(line)
-        status = process.wait()
-    finally:
-        if process.poll() is None:
-            stop_tree(process.pid)
-            process.wait()
-        if terminal:
-            terminal.close()
+    with owned(PROCESSES, identity(process.pid)):
+        try:
+            if terminal:
+                terminal.start()
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line := line.rstrip():
+                    tail.append(line)
+                    on_line(line)
+            status = process.wait()
+        finally:
+            if process.poll() is None:
+                stop_tree(process.pid)
+                process.wait()
+            if terminal:
+                terminal.close()
     return Finished(status, list(tail))
-
-
-def stop_tree(pid: int, seconds: float = STOP_SECONDS) -> None:
-    """Send SIGTERM to a process and all its descendants, and SIGKILL to those that are alive after ``seconds``."""
-    try:
-        parent = psutil.Process(pid)
-        processes = [*parent.children(recursive=True), parent]
-    except psutil.NoSuchProcess:
-        return
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 class _Terminal:

@@ -20,11 +20,15 @@ from cm3leon.tracking.sqlite import has_uri_characters, sqlite_uri
 from cm3leon.tracking.store import health_address, warn, without_password
 from cm3leon.utils import telemetry
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.network import reach_local_servers
+from cm3leon.utils.processes import has_ended
 
 PREFECT_HOME = Path(".prefect")
 SERVER_FILE = PREFECT_HOME / "server.json"
-"""Address of the Prefect server of ``cm3leon ui``; exists while that server runs, so that runs use it."""
+"""The process of ``cm3leon ui`` and the addresses of its servers by name, while it runs, so that runs use and link them."""
 
+SERVICES_FILE = Path(".services/state.json")
+"""Addresses of the services of ``cm3leon up``, while they are up."""
 
 DATABASE_VARIABLES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 """Prefect's names, present and former, for the address of its database."""
@@ -44,25 +48,41 @@ class ServerError(UserError):
 def use_environment() -> None:
     """Turn telemetry off and set Prefect's home and server; call before importing prefect. Variables that are set keep their values.
 
-    Prefect has its database in ``./.prefect``. Without ``PREFECT_API_URL`` a run uses the server of ``cm3leon ui`` if that is running,
-    else Prefect starts a temporary server on the same database.
+    Prefect has its database in ``./.prefect``. Without ``PREFECT_API_URL`` a run uses the servers of ``cm3leon up`` or ``cm3leon ui`` if they
+    are running, else a temporary server on the same database.
     """
     telemetry.turn_off()
+    reach_local_servers()
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # a stage's lines reach the log of the run as they are written
     home = Path(os.environ.setdefault("PREFECT_HOME", str(PREFECT_HOME.absolute())))
     if has_uri_characters(home) and not os.environ.keys() & set(DATABASE_VARIABLES):
         os.environ[DATABASE_VARIABLES[0]] = sqlite_uri(home / "prefect.db", driver="aiosqlite")
+    if SERVICES_FILE.exists():
+        from cm3leon.services.stack import use_services
+
+        use_services()
     if "PREFECT_API_URL" not in os.environ and (url := running_server()):
         os.environ["PREFECT_API_URL"] = url
 
 
+def ui_servers() -> dict[str, str]:
+    """The addresses of the servers of ``cm3leon ui`` by name, MLflow, Prefect and Data Docs; empty if it is not running."""
+    try:
+        found = json.loads(SERVER_FILE.read_text())
+        return {} if has_ended(found["process"]) else dict(found["servers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def running_server() -> str | None:
     """The API address of the Prefect server of ``cm3leon ui``; None if none answers."""
+    if "Prefect" not in (servers := ui_servers()):
+        return None
+    url = f"{servers['Prefect']}/api"
     try:
-        url = str(json.loads(SERVER_FILE.read_text())["api_url"])
         with urllib.request.urlopen(f"{url}/health", timeout=2):
             return url
-    except (OSError, ValueError, KeyError):
+    except OSError:
         return None
 
 

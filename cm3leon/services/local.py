@@ -1,6 +1,6 @@
-"""``cm3leon ui``: MLflow, Prefect and the Data Docs on 127.0.0.1, until Ctrl-C.
+"""Local servers: MLflow, Prefect and the Data Docs on 127.0.0.1 until Ctrl-C (``cm3leon ui``), and a Prefect server for one run.
 
-While it runs, runs of this project use its Prefect server, whose address is in ``.prefect/server.json``.
+While ``cm3leon ui`` runs, runs of this project use its Prefect server; the addresses are in ``.prefect/server.json``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from cm3leon.services.child import stop_tree
-from cm3leon.services.environment import PREFECT_HOME, SERVER_FILE, use_environment
+from cm3leon.services.environment import PREFECT_HOME, SERVER_FILE, ui_servers, use_environment
+from cm3leon.services.leftovers import PROCESSES, end_leftover_processes, owned
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.processes import identity, stop_tree
 
 HOST = "127.0.0.1"
 DATA_DOCS = Path("data/validated/data_docs")
@@ -35,7 +36,7 @@ class ServiceError(UserError):
 
 
 def free_port(wanted: int) -> int:
-    """``wanted``, or the next port of 127.0.0.1 on which no process listens.
+    """``wanted``, or the next port of 127.0.0.1 on which no process listens; with 0 one that the system chooses.
 
     Raises:
         ServiceError: if a hundred ports from ``wanted`` on are in use.
@@ -47,7 +48,7 @@ def free_port(wanted: int) -> int:
                 probe.bind((HOST, port))
             except OSError:
                 continue
-            return port
+            return int(probe.getsockname()[1])
     raise ServiceError(f"ports {wanted} to {wanted + 99} of {HOST} are all in use; name another port")
 
 
@@ -73,7 +74,11 @@ class Service(NamedTuple):
 
 
 def services(uri: str, experiment_id: str, mlflow_port: int, prefect_port: int, docs_port: int) -> dict[str, Service]:
-    """The servers by name; ``uri`` is the MLflow store. Data Docs are among them once ``validate`` has written them."""
+    """The servers by name; those that are up already are not started.
+
+    Args:
+        uri: the MLflow store, or the address of an MLflow server. Data Docs are served once ``validate`` has written them.
+    """
     runs = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     if uri.startswith("http"):
         mlflow = Service(uri.rstrip("/"), runs)
@@ -98,12 +103,15 @@ def serve(mlflow_port: int = 5000, prefect_port: int = 4200, docs_port: int = 80
     """Start the servers that are not running yet, print their addresses, stop them on Ctrl-C or SIGTERM."""
     from mlflow import MlflowClient
 
+    from cm3leon.services.stack import read_state
     from cm3leon.tracking.store import experiment_id_of, prepare_store
 
     use_environment()
+    end_leftover_processes()
     uri = prepare_store()
     experiment_id = experiment_id_of(MlflowClient(tracking_uri=uri, registry_uri=uri), Path(), uri)
-    by_name = services(uri, experiment_id, mlflow_port, prefect_port, docs_port)
+    up = read_state()
+    by_name = services(up.mlflow if up else uri, experiment_id, mlflow_port, prefect_port, docs_port)
     with _running(by_name):
         for name, service in by_name.items():
             print(f"{name:<10} {service.address}", flush=True)
@@ -125,40 +133,84 @@ def _running(by_name: dict[str, Service]) -> Iterator[None]:
     Raises:
         ServiceError: if a server ends, or does not answer in time.
     """
-    LOGS.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _interrupt)
-    processes: dict[str, subprocess.Popen[bytes]] = {}
-    try:
-        for name, service in by_name.items():
-            if service.command:
-                with (LOGS / f"{name.lower().replace(' ', '-')}.log").open("wb") as log:
-                    processes[name] = subprocess.Popen(
-                        [sys.executable, "-m", *service.command], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-                    )
+    started = {name: service for name, service in by_name.items() if service.command}
+    with suppress(KeyboardInterrupt), ExitStack() as stack:
+        logs = {name: LOGS / f"{name.lower().replace(' ', '-')}.log" for name in started}
+        for log in logs.values():
+            log.unlink(missing_ok=True)
+        processes = {name: stack.enter_context(_process(service.command, logs[name])) for name, service in started.items()}
         for name, process in processes.items():
-            _wait(name, process, by_name[name].server + by_name[name].health)
-        if "Prefect" in processes:
-            PREFECT_HOME.mkdir(exist_ok=True)
-            SERVER_FILE.write_text(json.dumps({"api_url": f"{by_name['Prefect'].server}/api"}) + "\n")
+            _wait(name, process, started[name].server + started[name].health, logs[name])
+        if not ui_servers():
+            stack.enter_context(_announced({name: service.server for name, service in by_name.items()}))
         yield
-    except KeyboardInterrupt:
-        pass
+
+
+@contextmanager
+def temporary_prefect(home: Path = PREFECT_HOME) -> Iterator[str]:
+    """A Prefect server without pages until the block ends; yields its API address. Its log is ``HOME/temporary-server.log``.
+
+    It is in a session of its own, so that Ctrl-C in a terminal reaches only the run, which can then still report its end to the server.
+
+    Raises:
+        ServiceError: if the server ends, or does not answer in time.
+    """
+    port, log = free_port(0), home / "temporary-server.log"
+    command = ["prefect", "server", "start", "--no-ui", "--host", HOST, "--port", str(port)]
+    with _process(command, log, start_new_session=True) as process:
+        _wait("Prefect", process, f"http://{HOST}:{port}/api/health", log)
+        yield f"http://{HOST}:{port}/api"
+
+
+@contextmanager
+def _process(command: Sequence[str], log: Path, start_new_session: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+    """``python -m COMMAND`` until the block ends, with its output appended to ``log``; the next run ends it if this process is killed."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=start_new_session,
+        )
+    with owned(PROCESSES, identity(process.pid)):
+        try:
+            yield process
+        finally:
+            with _uninterrupted():  # a second Ctrl-C would leave the server running
+                stop_tree(process.pid, seconds=10)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave servers running
-        if "Prefect" in processes:
-            SERVER_FILE.unlink(missing_ok=True)
-        for process in processes.values():
-            stop_tree(process.pid, seconds=10)
+        signal.signal(signal.SIGINT, before)
 
 
-def _wait(name: str, process: subprocess.Popen[bytes], url: str) -> None:
+@contextmanager
+def _announced(servers: dict[str, str]) -> Iterator[None]:
+    """The addresses in :data:`SERVER_FILE` until the block ends."""
+    SERVER_FILE.parent.mkdir(exist_ok=True)
+    SERVER_FILE.write_text(json.dumps({"process": identity(), "servers": servers}) + "\n")
+    try:
+        yield
+    finally:
+        SERVER_FILE.unlink(missing_ok=True)
+
+
+def _wait(name: str, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise ServiceError(f"the {name} server ended with status {process.returncode}; its log in {LOGS}/ says why")
+            raise ServiceError(f"the {name} server ended with status {process.returncode}; its log {log} says why")
         try:
             with urllib.request.urlopen(url, timeout=2):
                 return
         except OSError:
-            time.sleep(0.3)
-    raise ServiceError(f"the {name} server does not answer at {url} after {START_SECONDS:.0f} s; its log in {LOGS}/ says why")
+            time.sleep(0.1)
+    raise ServiceError(f"the {name} server does not answer at {url} after {START_SECONDS:.0f} s; its log {log} says why")

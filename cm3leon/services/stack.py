@@ -21,15 +21,14 @@ from pathlib import Path
 
 import psutil
 
-from cm3leon.services.child import stop_tree
-from cm3leon.services.environment import PREFECT_HOME, prepare_project
+from cm3leon.services.environment import PREFECT_HOME, SERVICES_FILE, prepare_project
 from cm3leon.services.local import HOST, ServiceError, free_port
 from cm3leon.services.mlflow_server import CREDENTIALS_ENV
 from cm3leon.tracking.sqlite import sqlite_uri
-from cm3leon.utils.processes import has_ended, pid_of
+from cm3leon.utils.processes import has_ended, pid_of, stop_tree
 
-HOME = Path(".services")
-SECRETS, STATE, LOGS, DEPLOYED = HOME / "secrets.json", HOME / "state.json", HOME / "logs", HOME / "deployed"
+HOME = SERVICES_FILE.parent
+SECRETS, STATE, LOGS, DEPLOYED = HOME / "secrets.json", SERVICES_FILE, HOME / "logs", HOME / "deployed"
 USER = "cm3leon"
 POOL = "local"
 DEPLOYMENTS = Path("prefect.yaml")
@@ -124,6 +123,19 @@ def client_environment(state: State) -> dict[str, str]:
         "MLFLOW_TRACKING_USERNAME": USER,
         "MLFLOW_TRACKING_PASSWORD": password(),
     }
+
+
+def use_services() -> None:
+    """Set the variables of the clients if the services are up; variables that are set keep their values.
+
+    MLflow's are set only where its store is a database of its own: a SQLite store is in the project and needs none.
+    """
+    state = read_state()
+    if state is None or not state.supervisor or "PREFECT_API_URL" in os.environ:
+        return
+    for name, value in client_environment(state).items():
+        if state.mlflow_database or not name.startswith("MLFLOW"):
+            os.environ.setdefault(name, value)
 
 
 def parts(state: State) -> list[Part]:

@@ -16,10 +16,9 @@ import urllib.request
 from dataclasses import replace
 from types import FrameType
 
-from cm3leon.services.child import stop_tree
 from cm3leon.services.stack import LOGS, STATE, Part, parts, read_state, write_state
 from cm3leon.utils import telemetry
-from cm3leon.utils.processes import identity
+from cm3leon.utils.processes import identity, stop_tree
 
 ANSWER_SECONDS = 90.0
 """How long a part may take to answer after its start."""

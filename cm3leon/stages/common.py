@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from cm3leon.config import paths
+
 STAGES = {
     "ingest": "Bring the source into image shards and one manifest.",
     "validate": "Profile and check records, quarantine bad ones, assign splits.",
@@ -47,4 +49,7 @@ def run_stage(stage: str) -> None:
     metrics = importlib.import_module(f"cm3leon.stages.{stage}").run(config)
     resources = {"seconds": round(time.monotonic() - start, 2), "peak_megabytes": round(peak_megabytes(), 1)}
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several processes
+        file = paths.metrics_file(stage)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(metrics) + "\n")  # shown for the stage as long as its outputs are up to date
         print(METRICS + json.dumps({**metrics, **resources}), flush=True)

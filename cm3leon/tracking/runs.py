@@ -21,16 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.tracking import lineage
-from cm3leon.tracking.store import (
-    PROCESS_TAG,
-    StoreError,
-    experiment_id_of,
-    own_process,
-    prepare_store,
-    tracking_uri,
-    warn,
-    without_password,
-)
+from cm3leon.tracking.store import PROCESS_TAG, StoreError, experiment_id_of, prepare_store, tracking_uri, warn, without_password
+from cm3leon.utils.processes import identity
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -233,7 +225,7 @@ def _open(name: str, config: Config, tags: Mapping[str, str]) -> Run:
 
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         experiment_id = experiment_id_of(client, Path(), uri)
-        known = {"stage": name, "profile": config.profile, PROCESS_TAG: own_process(), "mlflow.source.name": f"cm3leon {name}"}
+        known = {"stage": name, "profile": config.profile, PROCESS_TAG: identity(), "mlflow.source.name": f"cm3leon {name}"}
         origin = {"dvc_lock_md5": lineage.dvc_lock_md5(), "git_commit": lineage.git_commit()}
         if commit := origin["git_commit"]:
             origin["mlflow.source.git.commit"] = commit.removesuffix("-dirty")  # MLflow's own column

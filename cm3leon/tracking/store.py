@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from cm3leon.tracking.sqlite import sqlite_file, sqlite_uri
 from cm3leon.utils import telemetry
 from cm3leon.utils.errors import advice_about_disk
+from cm3leon.utils.network import reach_local_servers
+from cm3leon.utils.processes import has_ended
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,7 +28,7 @@ EXPERIMENT = "cm3leon"
 LOCK_SECONDS = 300
 """How long to wait for another process that prepares the store."""
 PROCESS_TAG = "process"
-"""Tag with host, process id and process start of a run's owner, by which a run left RUNNING by a dead process is recognized."""
+"""Tag with the identity of a run's process, by which a run left RUNNING by a dead process is recognized."""
 
 SETTINGS = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -47,8 +48,9 @@ class StoreError(ConnectionError):
 
 
 def use_settings() -> None:
-    """Set :data:`SETTINGS`; call before importing mlflow."""
+    """Set :data:`SETTINGS`, and let local servers be reached without a proxy; call before importing mlflow."""
     telemetry.turn_off()
+    reach_local_servers()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     # MLflow logs a database error with its traceback and raises it too.
@@ -241,32 +243,8 @@ def experiment_id_of(client: MlflowClient, root: Path, uri: str, name: str = EXP
     return found.experiment_id
 
 
-def _process_start(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot; "" if the system does not tell, None if there is no such process."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return None if fields[0] == "Z" else fields[19]  # state (Z: a zombie) and starttime of proc_pid_stat(5)
-
-
-def own_process() -> str:
-    """This process as :data:`PROCESS_TAG` has it: host, process id and start, joined by colons."""
-    return f"{socket.gethostname()}:{os.getpid()}:{_process_start(os.getpid())}"
-
-
 def _sweep(client: MlflowClient, experiment_id: str) -> None:
     """End as KILLED the runs that processes of this host left RUNNING when they died."""
-    host = socket.gethostname()
     for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
-        rest, _, start = run.data.tags.get(PROCESS_TAG, "").rpartition(":")
-        owner, _, pid = rest.rpartition(":")
-        # The start tells the owner from a later process that was given the same id.
-        if owner == host and pid.isdigit() and _process_start(int(pid)) != start:
+        if has_ended(run.data.tags.get(PROCESS_TAG, "")):
             client.set_terminated(run.info.run_id, status="KILLED")

@@ -1,12 +1,16 @@
-"""Names of processes that stay true: a process id is given away again, so a process is named by host, id and start."""
+"""Processes: names that stay true, as a process id is given away again, and the end of a process with all that it started."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
 
 import psutil
+
+STOP_SECONDS = 25.0
+"""From SIGTERM to SIGKILL; Prefect sends a canceled flow SIGKILL 30 s after SIGTERM."""
 
 
 def identity(pid: int | None = None) -> str:
@@ -38,3 +42,19 @@ def _start(pid: int) -> str | None:
         return str(psutil.Process(pid).create_time())  # moves with the clock on Linux, so only for systems without /proc
     except psutil.NoSuchProcess:
         return None
+
+
+def stop_tree(pid: int, seconds: float = STOP_SECONDS) -> None:
+    """Send SIGTERM to a process and all its descendants, and SIGKILL to those that are alive after ``seconds``."""
+    try:
+        parent = psutil.Process(pid)
+        processes = [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

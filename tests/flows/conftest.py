@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from cm3leon.services.environment import use_environment
+from cm3leon.services.local import temporary_prefect
+
+ERROR = re.compile(r"\bERROR\b|\bCRITICAL\b|^Traceback|^\S*(Error|Exception): ", re.MULTILINE)
+
+
+def assert_no_errors(log: Path) -> None:
+    """Fail if a server has logged an error: pip check, the API and the pages are silent about those of its background services."""
+    text = log.read_text(errors="replace")
+    if found := ERROR.search(text):
+        pytest.fail(f"{log} has an error:\n{text[max(0, found.start() - 500) : found.start() + 4000]}", pytrace=False)
 
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The API address of a server with an empty database of its own."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-    patch.delenv("PREFECT_API_URL", raising=False)
-    use_environment()
-    from prefect.settings import PREFECT_API_URL
-    from prefect.testing.utilities import prefect_test_harness
+    """The API address of a server with an empty database of its own; an error in its log fails the last test."""
+    home = tmp_path_factory.mktemp("prefect")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(home))
+        patch.delenv("PREFECT_API_URL", raising=False)
+        use_environment()
+        from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-    with prefect_test_harness(server_startup_timeout=120):
-        yield PREFECT_API_URL.value()
-    patch.undo()
-    os.environ.pop("PREFECT_API_URL", None)
+        from flows.session import send_pending
+
+        with temporary_prefect(home) as url, temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: home}):
+            yield url
+            send_pending()
+    assert_no_errors(home / "temporary-server.log")

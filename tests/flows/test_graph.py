@@ -28,6 +28,8 @@ INFRASTRUCTURE = {
     "tracking/lineage",
     "utils/progress",
     "utils/images",
+    "utils/network",
+    "utils/processes",
     "utils/torchvision_compat",
     "registry/registry",
 }

@@ -4,48 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from flows_support import ROOT, TOY, make_toy
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
-TOY = {
-    "first": {"cmd": "python -u work.py first", "deps": ["work.py"], "outs": ["out/first"]},
-    "second": {"cmd": "python -u work.py second", "deps": ["out/first", "fault.txt"], "outs": ["out/second"], "params": ["sft.steps"]},
-    "other": {"cmd": "python -u work.py other", "deps": ["out/first"], "outs": ["out/other"]},
-    "third": {"cmd": "python -u work.py third", "deps": ["out/second"], "outs": ["out/third"]},
-}
-WORK = """
-import pathlib, sys
-name = sys.argv[1]
-print(f"running {name}")
-if name == "second" and pathlib.Path("fault.txt").read_text():
-    print("Traceback (most recent call last): ...", file=sys.stderr)
-    print(f"error: data/manifest.csv, row 7: no image", file=sys.stderr)
-    sys.exit(2)
-pathlib.Path("out").mkdir(exist_ok=True)
-pathlib.Path("out", name).write_text(name)
-print('metrics: {"rows": 12, "seconds": 0.5, "peak_megabytes": 64.0}')
-"""
 
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: str) -> Path:
-    """A project of four stages. MLflow is not reachable, so the runs are untracked."""
+    """The toy project as working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    subprocess.run(["git", "init", "--quiet"], check=True)
-    shutil.copytree(ROOT / ".dvc", ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
-    Path("params.yaml").write_text("sft:\n  steps: 20\n")
-    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": TOY}, sort_keys=False))
-    Path("work.py").write_text(WORK)
-    Path("fault.txt").write_text("")
+    make_toy(tmp_path)
     return tmp_path
 
 
@@ -66,6 +45,14 @@ def task_states(state: Any) -> dict[str, tuple[str, str]]:
     return {run.name: (run.state.name, run.state.message or "") for run in runs}  # type: ignore[misc]
 
 
+def newest_flow_run() -> Any:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+
+
 def test_stages_run_in_order_and_are_skipped_while_up_to_date(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = run_flow()
     assert state.is_completed()
@@ -75,7 +62,8 @@ def test_stages_run_in_order_and_are_skipped_while_up_to_date(toy: Path, capsys:
     assert "64" in shown
 
     state = run_flow()
-    assert {name: found for name, (found, _) in task_states(state).items()} == dict.fromkeys(TOY, "Skipped")
+    assert task_states(state) == dict.fromkeys(TOY, ("Skipped", "rows 12"))  # with the scores of the run that made the outputs
+    assert {result["stage"]: result["metrics"] for result in state.result()} == {name: {"rows": 12} for name in TOY}
 
     params = Path("params.yaml")
     params.write_text("sft:\n  steps: 30\n")
@@ -84,7 +72,16 @@ def test_stages_run_in_order_and_are_skipped_while_up_to_date(toy: Path, capsys:
     }  # fmt: skip
 
     params.write_text("sft:\n  steps: 20\n")  # DVC restores the outputs of the first run without running the command
-    assert task_states(run_flow())["second"][0] == "Cached"
+    assert task_states(run_flow())["second"] == ("Cached", "rows 12")
+
+
+def test_the_graph_that_the_pages_draw_has_the_edges_of_the_stage_graph(toy: Path, prefect_server: str) -> None:
+    flow_run = run_flow().state_details.flow_run_id
+    with urllib.request.urlopen(f"{prefect_server}/flow_runs/{flow_run}/graph-v2") as answer:
+        nodes = dict(json.load(answer)["nodes"])
+    names = {node_id: node["label"] for node_id, node in nodes.items()}
+    parents = {node["label"]: {names[parent["id"]] for parent in node["parents"]} for node in nodes.values()}
+    assert parents == {"first": set(), "second": {"first"}, "other": {"first"}, "third": {"second", "other"}}
 
 
 def test_a_project_outside_of_git_runs(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +91,9 @@ def test_a_project_outside_of_git_runs(toy: Path, capsys: pytest.CaptureFixture[
     shutil.rmtree(".git")
     assert main(["--no-promote"]) == 0
     assert "rows 12" in capsys.readouterr().out
+    run = newest_flow_run()
+    assert re.fullmatch(r"small \d{4}-\d\d-\d\d \d\d:\d\d", run.name)
+    assert set(run.tags) == {"cm3leon", "small"}
 
 
 def test_a_failed_stage_shows_its_own_error_and_completed_stages_are_kept(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,15 +105,25 @@ def test_a_failed_stage_shows_its_own_error_and_completed_stages_are_kept(toy: P
     assert found["first"][0] == "Completed"
     assert found["second"][0] == "Failed"
     assert "error: data/manifest.csv, row 7: no image" in found["second"][1]
+    assert found["other"][0] == "Completed"  # it does not depend on the failed one
     assert "third" not in found
-    assert "row 7: no image" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "row 7: no image" in shown
+    rows = {cells[1]: cells[2:4] for line in shown.splitlines() if len(cells := [cell.strip() for cell in line.split("│")]) > 3}
+    assert rows["third"] == ["NotRun", ""]
+    assert rows["second"][0] == "Failed" and float(rows["second"][1]) > 0
 
     Path("fault.txt").write_text("")
     state = run_flow()
     assert state.is_completed()
     found = task_states(state)
-    assert found["first"][0] == "Skipped"
+    assert found["first"][0] == found["other"][0] == "Skipped"
     assert found["second"][0] == found["third"][0] == "Completed"
+
+
+def test_a_killed_stage_hints_at_memory(toy: Path) -> None:
+    Path("fault.txt").write_text("killed")
+    assert "probably because memory ran out" in task_states(run_flow())["second"][1]
 
 
 def test_a_failed_registration_is_in_the_table_and_the_report(
@@ -121,12 +131,12 @@ def test_a_failed_registration_is_in_the_table_and_the_report(
 ) -> None:
     from flows import pipeline as module
 
-    def refuse(config: object) -> str:
+    def refuse(config: object, after: object) -> str:
         raise LookupError("the registry is not reachable")
 
     reports: list[str] = []
     monkeypatch.setattr(module, "register_gate_promote", refuse)
-    monkeypatch.setattr(module, "_publish", reports.append)
+    monkeypatch.setattr(module, "_publish", lambda report, profile: reports.append(report))
     state = module.pipeline(return_state=True)
     assert state.is_failed()
     assert "the registry is not reachable" in state.message
@@ -212,9 +222,10 @@ def test_whole_project_with_profile_tiny(tmp_path: Path, prefect_server: str) ->
 
     from prefect.artifacts import Artifact
 
-    reports = {key: Artifact.get(key) for key in ("cm3leon-pipeline", "cm3leon-gate")}  # the newest of each: other flows have run here
-    assert "version 2 is the champion" in str(reports["cm3leon-pipeline"].data)
-    assert "| clip_score |" in str(reports["cm3leon-gate"].data) and "+0 [+0, +0], 12 pairs" in str(reports["cm3leon-gate"].data)
+    reports = {key: Artifact.get(key) for key in ("pipeline-report", "gate-report")}  # the newest of each: other flows have run here
+    assert "**composition " in str(reports["pipeline-report"].data)  # also of a skipped evaluation
+    assert "version 2 is the champion" in str(reports["pipeline-report"].data)
+    assert "| clip_score |" in str(reports["gate-report"].data) and "+0 [+0, +0], 12 pairs" in str(reports["gate-report"].data)
 
 
 def pipeline_runs(project: Path) -> list[Any]:

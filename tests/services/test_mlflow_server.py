@@ -14,9 +14,9 @@ import pytest
 from cm3leon.config.schema import Config
 from cm3leon.registry import registry
 from cm3leon.registry.bundle import build_bundle, bundle_hash
-from cm3leon.services.child import stop_tree
 from cm3leon.services.local import free_port, services
 from cm3leon.tracking import store
+from cm3leon.utils.processes import stop_tree
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from cm3leon.services.child import stop_tree
 from cm3leon.services.local import free_port
+from cm3leon.utils.processes import stop_tree
 
 ROOT = Path(__file__).parents[2]
 BINARIES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)

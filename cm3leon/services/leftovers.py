@@ -1,0 +1,52 @@
+"""What a killed run leaves behind, so that the next run ends it.
+
+Each process and each flow run that a run owns has a file ``.prefect/owned/KIND/NAME`` until it ends, which holds the identity of the owner.
+If the owner has ended and the file is still there, nothing takes care of what it names any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from cm3leon.services.environment import PREFECT_HOME
+from cm3leon.utils.processes import has_ended, identity, pid_of, stop_tree
+
+OWNED = PREFECT_HOME / "owned"
+PROCESSES, FLOW_RUNS = "processes", "flow_runs"
+
+
+@contextmanager
+def owned(kind: str, name: str) -> Iterator[None]:
+    """Record that this process takes care of something until the block ends.
+
+    Args:
+        kind: :data:`PROCESSES` or :data:`FLOW_RUNS`.
+        name: the identity of a process, or the id of a flow run.
+    """
+    record = (OWNED / kind / name).absolute()
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(identity())
+    try:
+        yield
+    finally:
+        record.unlink(missing_ok=True)
+
+
+def abandoned(kind: str) -> Iterator[str]:
+    """Names of what dead owners have left. A name is forgotten once the next one is asked for."""
+    for record in sorted((OWNED / kind).glob("*")):
+        with suppress(FileNotFoundError):  # its owner lives, and has just ended
+            if has_ended(record.read_text()):
+                yield record.name
+                record.unlink()
+
+
+def end_leftover_processes() -> list[int]:
+    """End the processes, with their descendants, that dead owners have left; returns their ids."""
+    ended = []
+    for process in abandoned(PROCESSES):
+        if not has_ended(process):
+            stop_tree(pid_of(process))
+            ended.append(pid_of(process))
+    return ended

@@ -1,0 +1,72 @@
+"""What surrounds a flow that is started by hand: its server, its end by a signal, and what a killed run has left."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from uuid import UUID
+
+from prefect import get_client
+from prefect.events.worker import EventsWorker
+from prefect.exceptions import ObjectNotFound, TerminationSignal
+from prefect.logging.handlers import APILogWorker
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Crashed
+
+from cm3leon.services.leftovers import FLOW_RUNS, abandoned, end_leftover_processes
+from cm3leon.services.local import temporary_prefect
+
+
+@contextmanager
+def prefect_api() -> Iterator[None]:
+    """The server that ``PREFECT_API_URL`` names or that of ``cm3leon ui``; if there is none, one of our own until the block ends.
+
+    Raises:
+        ServiceError: if a server of our own does not start.
+    """
+    end_leftover_processes()
+    if PREFECT_API_URL.value():
+        yield
+    else:
+        with temporary_prefect() as url, temporary_settings({PREFECT_API_URL: url}):
+            try:
+                yield
+            finally:
+                send_pending()
+
+
+def send_pending() -> None:
+    """Send the logs and events that Prefect still has in its queues: at the exit of the process it would find no server."""
+    for queue in (APILogWorker, EventsWorker):
+        queue.drain_all(timeout=5)
+
+
+def clear_leftovers() -> None:
+    """End the processes that a killed run has left, and mark its flow run as crashed: nothing else would."""
+    end_leftover_processes()
+    for flow_run_id in map(UUID, abandoned(FLOW_RUNS)):
+        with get_client(sync_client=True) as client, suppress(ObjectNotFound):  # another server may have it
+            state = client.read_flow_run(flow_run_id).state
+            if state is None or not state.is_final():
+                client.set_flow_run_state(flow_run_id, Crashed(message="its process was killed"), force=True)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise TerminationSignal(number)
+
+
+def until_interrupted(main: Callable[[], int]) -> int:
+    """The exit status of ``main``; if Ctrl-C, SIGTERM or SIGHUP ends it, one line and 128 plus the signal's number."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        return main()
+    except KeyboardInterrupt:
+        ended_by = int(signal.SIGINT)
+    except TerminationSignal as error:
+        ended_by = int(error.signal)
+    print("interrupted; completed stages are kept, and the next run resumes at the interrupted one", file=sys.stderr)
+    return 128 + ended_by

@@ -1,0 +1,52 @@
+"""A toy project of four stages, which the flow runs in a few seconds."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+TOY: dict[str, dict[str, Any]] = {
+    name: {"cmd": f"python -u work.py {name}", "deps": deps, "outs": [f"out/{name}", f"models/runs/{name}"]}
+    for name, deps in {
+        "first": ["work.py"],
+        "second": ["out/first", "fault.txt"],
+        "other": ["out/first"],
+        "third": ["out/second", "out/other"],
+    }.items()
+}
+TOY["second"]["params"] = ["sft.steps"]
+WORK = """
+import json, os, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C without a traceback, as of the project's own commands
+name = sys.argv[1]
+print(f"running {name}")
+fault = pathlib.Path("fault.txt").read_text() if name == "second" else ""
+if fault == "killed":
+    os.kill(os.getpid(), 9)
+if fault == "slow":
+    pathlib.Path("working").write_text(str(os.getpid()))
+    time.sleep(600)
+if fault:
+    print("Traceback (most recent call last): ...", file=sys.stderr)
+    print(f"error: data/manifest.csv, row 7: no image", file=sys.stderr)
+    sys.exit(2)
+pathlib.Path("out").mkdir(exist_ok=True)
+pathlib.Path("out", name).write_text(name)
+kept = pathlib.Path("models/runs", name)
+kept.mkdir(parents=True)
+(kept / "metrics.json").write_text(json.dumps({"rows": 12}))
+print('metrics: {"rows": 12, "seconds": 0.5, "peak_megabytes": 64.0}')
+"""
+
+
+def make_toy(folder: Path) -> None:
+    """Write the project. ``fault.txt`` says what stage ``second`` does: killed, slow (its process id is in ``working``), or fail."""
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
+    (folder / "params.yaml").write_text("sft:\n  steps: 20\n")
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": TOY}, sort_keys=False))
+    (folder / "work.py").write_text(WORK)
+    (folder / "fault.txt").write_text("")
