@@ -48,8 +48,8 @@ class ServerError(UserError):
 def use_environment() -> None:
     """Turn telemetry off and set Prefect's home and server; call before importing prefect. Variables that are set keep their values.
 
-    Prefect has its database in ``./.prefect``. Without ``PREFECT_API_URL`` a run uses the servers of ``cm3leon up`` or ``cm3leon ui`` if they
-    are running, else a temporary server on the same database.
+    Prefect has its database in ``./.prefect``. Without ``PREFECT_API_URL`` a run uses the servers of ``cm3leon up`` or ``cm3leon ui`` if
+    they are running, else a temporary server on the same database.
     """
     telemetry.turn_off()
     reach_local_servers()
