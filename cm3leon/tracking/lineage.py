@@ -29,7 +29,7 @@ def _git(root: Path, *arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], check=False, cwd=root, capture_output=True, text=True, errors="replace", timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.rstrip() if done.returncode == 0 else None
+    return done.stdout if done.returncode == 0 else None
 
 
 _COUNTED = ("--", ".", f":(exclude){DVC_LOCK}")
@@ -38,7 +38,7 @@ _COUNTED = ("--", ".", f":(exclude){DVC_LOCK}")
 
 def git_commit(root: Path = Path()) -> str | None:
     """The commit that is checked out, with "-dirty" if tracked files other than ``dvc.lock`` differ from it; None outside a repository."""
-    commit = _git(root, "rev-parse", "--verify", "HEAD")
+    commit = (_git(root, "rev-parse", "--verify", "HEAD") or "").strip()
     if not commit:
         return None
     return f"{commit}-dirty" if changed_files(root) else commit
@@ -50,7 +50,7 @@ def changed_files(root: Path = Path()) -> list[str]:
 
 
 def git_diff(root: Path = Path()) -> str | None:
-    """The differences of those files as a patch; None or empty without any."""
+    """The differences of those files as a patch for ``git apply``; None or empty without any."""
     return _git(root, "diff", "--relative", "--binary", "HEAD", *_COUNTED)
 
 

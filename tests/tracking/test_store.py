@@ -166,3 +166,5 @@ def test_a_read_only_project_is_one_line(tmp_path, prepared_store, mounted):
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ") and line.endswith("make the place writable and run it again")
+    listed = run_command(project, "status")
+    assert listed.stderr == "error: no model is registered yet; run: make run\n"  # listing only reads, so that it works here
