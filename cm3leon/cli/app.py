@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from cm3leon.cli import convert, model
+from cm3leon.cli import convert, data, model
 from cm3leon.cli.options import UsageError
 from cm3leon.stages.common import STAGES, run_stage
 from cm3leon.utils.errors import UserError
@@ -163,6 +163,9 @@ def inspect_document(
         inspect_sequence.show_document(document_id, Console(), load_config(), epoch)
     else:
         inspect_sequence.show_row(step, row, Console(), load_config())
+
+
+app.add_typer(data.app, name="data", rich_help_panel="Project")
 
 
 # --- the registry ----------------------------------------------------------------------------------------------------
