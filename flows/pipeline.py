@@ -23,7 +23,7 @@ from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 
 from cm3leon.config.schema import Config  # noqa: E402
-from flows.graph import Stage, downstream_of, stage_order  # noqa: E402
+from flows.graph import Stage, downstream_of, stage_order, stale_stages  # noqa: E402
 from flows.promotion import register_gate_promote  # noqa: E402
 from flows.report import markdown, show_table  # noqa: E402
 from flows.stage import StageResult, stage_task  # noqa: E402
@@ -112,7 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the flow in this process; returns the exit status."""
     from dvc.exceptions import DvcException
 
+    from cm3leon.config.loading import load_config
     from cm3leon.config.profiles import configure, profile_names
+    from cm3leon.services.disk import check_disk
     from cm3leon.utils.errors import UserError
 
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Run the whole pipeline.")
@@ -123,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.profile:
             configure(options.profile)
         prepare_project()  # before DVC is asked for the graph: outside of a git repository DVC needs a setting first
-        stage_order()
+        print(check_disk(load_config(), stale_stages(stage_order())), flush=True)
     except (UserError, DvcException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
