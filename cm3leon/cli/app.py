@@ -167,7 +167,7 @@ def inspect_document(
 
 @app.command(rich_help_panel="Project")
 def gc(
-    keep: Annotated[int, typer.Option(min=0, help="newest versions to keep; those with an alias and former champions always stay")] = 5,
+    keep: Annotated[int, typer.Option(min=1, help="newest versions to keep; those with an alias and former champions always stay")] = 5,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only show what would be removed")] = False,
 ) -> None:
     """Remove what no kept version needs: old versions, deleted MLflow runs, old checkpoints, unused objects of DVC's cache."""

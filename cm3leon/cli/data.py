@@ -31,6 +31,9 @@ def pull(
     found = dvc_commands.find_remote(remote)
     if version is not None:
         from cm3leon.registry.checkout import restore_lock
+        from cm3leon.registry.provenance import lineage_of
 
-        print(f"dvc.lock and params.yaml: of version {restore_lock(version, force)}")
+        restored = restore_lock(version, force)
+        commit = lineage_of(restored.number)["git_commit"] or "no commit"
+        print(f"dvc.lock and params.yaml are those of version {restored}, whose code is that of {commit}")
     dvc_commands.pull(found, print, force)

@@ -116,7 +116,14 @@ def _lock(client: MlflowClient, version: Version) -> str | None:
 
 
 def _remove_from_mlflow(client: MlflowClient, dropped: Sequence[Version], dry_run: bool) -> list[Garbage]:
-    """Delete versions with their runs and models, and let ``mlflow gc`` remove all deleted runs of the store, but none of the ledger."""
+    """Delete versions with their runs and models, and let ``mlflow gc`` remove all deleted runs of the store, but none of the ledger.
+
+    A server's artifacts are not in reach: there the versions, runs and models are only marked as deleted.
+    """
+    if client.tracking_uri.startswith("http"):
+        if not dry_run:
+            _delete(client, dropped)
+        return [Garbage(f"version {version}; its files go by mlflow gc on the server's host", 0) for version in dropped]
     runs = _deleted_runs(client)
     for version in dropped:
         runs.pop(version.run_id or "", None)
@@ -124,8 +131,15 @@ def _remove_from_mlflow(client: MlflowClient, dropped: Sequence[Version], dry_ru
     garbage += [Garbage(f"deleted run {run_id}", size) for run_id, size in runs.items()]
     if dry_run or not garbage:
         return garbage
+    models = _delete(client, dropped)
+    _mlflow_gc(client.tracking_uri, [*runs, *(version.run_id for version in dropped if version.run_id)], models)
+    return garbage
+
+
+def _delete(client: MlflowClient, versions: Sequence[Version]) -> list[str]:
+    """Delete versions, and mark their runs and models as deleted; returns the models' ids."""
     models = []
-    for version in dropped:
+    for version in versions:
         model = _model(client, version)
         client.delete_model_version(MODEL_NAME, version.number)
         if model:
@@ -133,11 +147,7 @@ def _remove_from_mlflow(client: MlflowClient, dropped: Sequence[Version], dry_ru
             models.append(model.model_id)
         if version.run_id:
             client.delete_run(version.run_id)
-            runs[version.run_id] = 0
-    if client.tracking_uri.startswith("http"):
-        return [Garbage(f"{item.what}, marked only: run mlflow gc on the server's host", 0) for item in garbage]
-    _mlflow_gc(client.tracking_uri, list(runs), models)
-    return garbage
+    return models
 
 
 def _deleted_runs(client: MlflowClient) -> dict[str, int]:

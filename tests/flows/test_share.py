@@ -74,7 +74,7 @@ def test_the_champion_is_shared_reproduced_and_never_collected(tmp_path: Path) -
     second = Project(tmp_path / "second", tmp_path / "first" / "mlflow.db")
     subprocess.run(["git", "clone", "--quiet", str(first.root), str(second.root)], check=True)
     assert not (second.root / "models").exists()
-    assert "of version 1" in second.run("data", "pull", "--version", "@champion")
+    assert "those of version 1" in second.run("data", "pull", "--version", "@champion")
     assert (second.root / "dvc.lock").read_bytes() == champion_lock
     shown = second.run("evaluate", "--reproduce", "models/evaluation/record.json")
     count = shown.split(" of ")[0].split()[-1]

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +18,10 @@ from cm3leon.config import paths
 from cm3leon.registry import ledger, registry
 from cm3leon.registry.cleaning import CleaningError, Garbage, clean, kept_versions
 from cm3leon.registry.registry import Version, find_bundle
+from cm3leon.services.child import stop_tree
 from cm3leon.services.disk import tree_size
+from cm3leon.services.local import free_port
+from cm3leon.tracking import store
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +82,41 @@ def test_dropped_versions_deleted_runs_and_old_checkpoints_are_gone_and_their_by
 
 def registry_ledger() -> list[ledger.Entry]:
     return ledger.read(registry.connect())
+
+
+@pytest.fixture
+def server(project_with_dvc: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an MLflow server on the project's store, which the project uses."""
+    address = f"http://127.0.0.1:{free_port(5600)}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.tracking_uri(), "--workers", "1"]
+    command += ["--default-artifact-root", Path("mlruns").absolute().as_uri(), "--host", "127.0.0.1", "--port", address.rpartition(":")[2]]
+    with Path("server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **store.SETTINGS})
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=2).close()
+                break
+            except OSError:
+                assert process.poll() is None, Path("server.log").read_text()
+                time.sleep(0.2)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        yield address
+    finally:
+        stop_tree(process.pid)
+        process.wait()
+
+
+def test_on_a_server_versions_are_marked_and_their_files_are_left_to_its_host(server: str) -> None:
+    for composition in (0.5, 0.3, 0.6):
+        released(composition)
+    size = tree_size(Path("mlruns"))
+    expected = [Garbage("version 2; its files go by mlflow gc on the server's host", 0)]
+    assert list(clean(keep=1, dry_run=True)) == expected
+    assert list(clean(keep=1)) == expected
+    assert [version.number for version in registry.status()] == ["3", "1"]
+    assert tree_size(Path("mlruns")) == size
+    assert list(clean(keep=1)) == []
 
 
 def test_former_champions_are_known_although_the_ledger_was_deleted(project_with_dvc: Path) -> None:
