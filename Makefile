@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup run ui study lint types test test-fast docs format lock clean
+.PHONY: help install setup run ui up down study lint types test test-fast docs format lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,12 @@ run: $(STAMP)  ## the whole pipeline; PROFILE=tiny writes params.yaml from confi
 
 ui: $(STAMP)  ## MLflow, Prefect and Data Docs on 127.0.0.1
 	@$(BIN)/cm3leon ui
+
+up: $(STAMP)  ## MLflow, Prefect, a worker and the deployments in the background, behind a password
+	@$(BIN)/cm3leon up
+
+down: $(STAMP)  ## stop what make up has started
+	@$(BIN)/cm3leon down
 
 study: $(STAMP)  ## the paper's claims measured again, into docs/study.md; needs a finished run, takes over an hour
 	@$(BIN)/python -m benchmarks.study

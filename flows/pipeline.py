@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from typing import cast
 
-from cm3leon.services.environment import prepare_project, use_environment
+from cm3leon.services.environment import check_server, prepare_project, use_environment
 
 use_environment()
 
@@ -69,7 +69,7 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
     """
     from cm3leon.config.loading import load_config
     from cm3leon.config.profiles import configure
-    from cm3leon.tracking import runs
+    from cm3leon.tracking import overview, runs
 
     if profile:
         configure(profile)
@@ -77,10 +77,9 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
     config = load_config()
     os.environ[runs.FLOW_RUN_ENV] = str(flow_run.id)
     with suppress(PipelineFailedError), runs.pipeline_run(config) as run:
+        overview.begin(run, config)
         # 1. The stages.
         results = run_stages(stage_order())
-        run.log_metrics({f"pipeline/{r.stage}_seconds": r.seconds for r in results if r.state == "Completed"})
-        run.log_metrics({f"pipeline/{r.stage}_peak_megabytes": r.peak_megabytes for r in results if r.peak_megabytes})
         problem = next((r.error for r in results if r.error), "")
 
         # 2. The registry.
@@ -92,6 +91,10 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
             verdict = "stages are up to date; no model registered (--no-promote)"
 
         # 3. The report, also of a run that failed.
+        overview.finish(run, verdict, evaluated=not any(r.error for r in results))
+        run.log_metrics({"pipeline/seconds": sum(r.seconds for r in results)})
+        run.log_metrics({f"pipeline/{r.stage}_seconds": r.seconds for r in results if r.state == "Completed"})
+        run.log_metrics({f"pipeline/{r.stage}_peak_megabytes": r.peak_megabytes for r in results if r.peak_megabytes})
         _publish(markdown(results, verdict, run.run_id))
         if problem:
             raise PipelineFailedError(problem)
@@ -115,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     from cm3leon.config.loading import load_config
     from cm3leon.config.profiles import configure, profile_names
     from cm3leon.services.disk import check_disk
-    from cm3leon.utils.errors import UserError
+    from cm3leon.utils.errors import message_to_user
 
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Run the whole pipeline.")
     parser.add_argument("--profile", help=f"write params.yaml from configs/PROFILE.yaml first ({', '.join(profile_names())})")
@@ -124,10 +127,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.profile:
             configure(options.profile)
-        prepare_project()  # before DVC is asked for the graph: outside of a git repository DVC needs a setting first
+        # Before DVC is asked for the graph, because outside of a git repository it needs a setting. Promotion needs the store.
+        prepare_project(needs_store=not options.no_promote)
         print(check_disk(load_config(), stale_stages(stage_order())), flush=True)
-    except (UserError, DvcException) as error:
-        print(f"error: {error}", file=sys.stderr)
+        check_server()
+    except Exception as error:
+        message = str(error) if isinstance(error, DvcException) else message_to_user(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 2
     state = pipeline(promote=not options.no_promote, return_state=True)
     return 0 if state.is_completed() else 1

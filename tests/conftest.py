@@ -100,9 +100,10 @@ def make_models(root):
     tokens = [Document(name, codes, [np.array(text.encode(c))]) for name, c in zip("abcd", CAPTIONS, strict=True)]
     write_tokens(root / paths.TOKENS, "train", tokens, vocabulary.tokens_per_image, 100)
     SuperResolution(scale=2, channels=4, blocks=1).save(root / paths.SUPER_RESOLUTION)
+    row = {"licence": "CC0-1.0", "attribution": "us", "source": "test", "split": "train", "width": 32, "height": 32}
     rows = [
-        {"id": name, "origin": f"row {name}", "licence": "CC0-1.0", "attribution": "us", "source": "test", "split": "train"}
-        for name in "abcd"
+        {**row, "id": name, "origin": f"row {name}", "image": f"images-00000.tar/{number:06d}.png", "captions": [caption]}
+        for number, (name, caption) in enumerate(zip("abcd", CAPTIONS, strict=True))
     ]
     (root / paths.VALIDATED).mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=VALIDATED_SCHEMA), root / paths.VALIDATED / "manifest.parquet")

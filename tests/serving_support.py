@@ -15,7 +15,7 @@ import uvicorn
 from PIL import Image
 
 from cm3leon.serving.app import IMAGES_ROUTE, create_app
-from cm3leon.serving.batching import Worker
+from cm3leon.serving.batching import Loaded, Worker
 from cm3leon.serving.metrics import Metrics
 from cm3leon.serving.server import OPTIONS, Server
 
@@ -73,8 +73,8 @@ class Running(Connection):
     def __init__(self, load, drain_seconds=20.0, **limits):
         listener = socket.create_server(("127.0.0.1", 0))
         super().__init__(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        self.worker = Worker(load, Metrics(), **limits)
-        config = uvicorn.Config(create_app(self.worker, "tiny"), log_level="critical", **OPTIONS)
+        self.worker = Worker(lambda: Loaded(load()), Metrics(), "tiny", **limits)
+        config = uvicorn.Config(create_app(self.worker), log_level="critical", **OPTIONS)
         self.server = Server(config, self.worker, drain_seconds)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
 

@@ -17,7 +17,7 @@ import typer
 from cm3leon.cli import convert, data, model
 from cm3leon.cli.options import UsageError
 from cm3leon.stages.common import STAGES, run_stage
-from cm3leon.utils.errors import UserError
+from cm3leon.utils.errors import message_to_user
 
 HELP = "Train, evaluate, version and serve a CM3leon model on your own licensed image-text collection."
 
@@ -144,6 +144,27 @@ def ui(
     serve(mlflow_port, prefect_port, docs_port)
 
 
+@app.command(rich_help_panel="Project")
+def up(
+    mlflow_port: Annotated[int, typer.Option(help="port to listen on; the next free one if it is in use")] = 5000,
+    prefect_port: int = 4200,
+) -> None:
+    """MLflow, Prefect, a worker and the deployments on 127.0.0.1, in the background, behind a password; safe to repeat."""
+    from cm3leon.services import stack
+
+    state = stack.up(mlflow_port, prefect_port)
+    print(f"MLflow     {state.mlflow}\nPrefect    {state.prefect}\nuser       {stack.USER}, password in {stack.SECRETS}")
+    print(f"logs       {stack.LOGS}/\nstop       cm3leon down")
+
+
+@app.command(rich_help_panel="Project")
+def down() -> None:
+    """Stop what cm3leon up has started."""
+    from cm3leon.services import stack
+
+    print("stopped" if stack.down() else "nothing is up")
+
+
 @app.command("inspect", rich_help_panel="Project")
 def inspect_document(
     document_id: Annotated[str, typer.Argument(help="id of a document, or an unambiguous beginning of it")] = "",
@@ -193,22 +214,26 @@ LISTED_SCORES = ("composition", "vqa_accuracy", "clip_score", "cider")
 @app.command(rich_help_panel="Registry")
 def status() -> None:
     """All registered versions with their aliases and scores, newest first."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from cm3leon.cli import listing
     from cm3leon.registry import registry
 
     versions = registry.status()
     if not versions:
         raise UsageError("no model is registered yet; run: make run")
     names = [name for name in LISTED_SCORES if any(name in version.scores for version in versions)]
-    table = Table("version", "aliases", "created", "profile", *names, "gate")
-    for version in versions:
-        aliases = ", ".join(version.aliases)
-        created = f"{version.created:%Y-%m-%d %H:%M} UTC"
-        scores = [f"{version.scores[name]:.3f}" if name in version.scores else "" for name in names]
-        table.add_row(str(version), aliases, created, version.tags.get("profile", ""), *scores, version.tags.get("gate", ""))
-    Console().print(table)
+    listing.show(
+        [
+            {
+                "version": str(version),
+                "aliases": ", ".join(version.aliases),
+                "created": f"{version.created:%Y-%m-%d %H:%M} UTC",
+                "profile": version.tags.get("profile", ""),
+                **{name: f"{version.scores[name]:.3f}" if name in version.scores else "" for name in names},
+                "gate": version.tags.get("gate", ""),
+            }
+            for version in versions
+        ]
+    )
 
 
 @app.command(rich_help_panel="Registry")
@@ -302,6 +327,18 @@ def lineage(
 
 
 @app.command(rich_help_panel="Registry")
+def drift(
+    out: Annotated[Path, typer.Option(help="HTML page to write")] = Path(".cache/drift.html"),
+) -> None:
+    """Compare the new training data with the champion's; an error if it is further off than the section drift allows."""
+    from cm3leon.config.loading import load_config
+    from cm3leon.registry.drift import check_drift
+
+    config = load_config()
+    print(check_drift(config.drift, config.seed, out))
+
+
+@app.command(rich_help_panel="Registry")
 def compare(
     models: Annotated[list[str], typer.Argument(help="two models: models:/cm3leon/3 models:/cm3leon@champion, or bundles")],
     prompts: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="text file, a prompt a line")],
@@ -334,20 +371,15 @@ app.add_typer(convert.app)
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def is_users(error: Exception) -> bool:
-    """True if the user can act on the message of ``error`` without a traceback."""
-    return isinstance(error, (UserError, FileNotFoundError, IsADirectoryError, PermissionError, ConnectionError))
-
-
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Print users' errors as ``error: MESSAGE`` on standard error and exit with status 2, instead of a traceback."""
     try:
         yield
     except Exception as error:
-        if not is_users(error):
+        if (message := message_to_user(error)) is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -257,8 +257,11 @@ def serve(
         typer.Option(help="of the weights; by default bfloat16 on a GPU, else float32"),
     ] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="compile decoding, while the first requests wait")] = False,
+    follow: Annotated[
+        float, typer.Option(min=0, help="seconds between looks whether the alias names another version, which is then served; 0: never")
+    ] = 30.0,
 ) -> None:
     """Answer over HTTP: OpenAI's images endpoint, one for each task, and a page at /; until Ctrl-C."""
     from cm3leon.serving.server import run
 
-    run(model, host, port, precision=precision, compiled=compiled)
+    run(model, host, port, precision=precision, compiled=compiled, follow_seconds=follow)

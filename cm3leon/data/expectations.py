@@ -93,9 +93,9 @@ def check(frames: dict[str, pd.DataFrame], config: ValidateConfig, docs: Path) -
         context = gx.get_context(mode="file", project_root_dir=scratch)
         context.enable_analytics(False)
         context.variables.progress_bars = {"globally": False}
-        # The site that a new context brings would be written into the scratch directory: Data Docs get one of their own.
+        # A site of our own, which is moved to its place: Great Expectations takes a $ in a configured path for a variable.
         context.delete_data_docs_site("local_site")
-        store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs.absolute())}
+        store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": SITE}
         context.add_data_docs_site(
             SITE, {"class_name": "SiteBuilder", "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"}, "store_backend": store}
         )
@@ -110,6 +110,7 @@ def check(frames: dict[str, pd.DataFrame], config: ValidateConfig, docs: Path) -
             result = definition.run(batch_parameters={"dataframe": frames[name]}, result_format="SUMMARY", run_id=run_id)
             failed += [_line(name, item) for item in result.results if not item.success]
         context.build_data_docs(site_names=[SITE])
+        shutil.copytree(Path(context.root_directory) / SITE, docs)
     data_docs.make_self_contained(docs)
     return failed
 

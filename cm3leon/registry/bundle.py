@@ -5,7 +5,7 @@
     image_tokenizer/ text_tokenizer/ encoder/ memory_bank/ super_resolution/
     decoding.json, retrieval.json      decoding defaults; the rules of retrieval
     evaluation/                        record.json, outcomes.parquet and sheets
-    training_data.parquet              id, origin, license, attribution and source of every training document
+    training_data.parquet              id, origin, license, attribution, source and size of every training document
     lineage.json                       git commit, md5 of dvc.lock and of the data, MLflow run of each stage, Prefect flow run
     dvc.lock, params.yaml              as they were, where the project has them: by them DVC finds data and models again
 
@@ -37,7 +37,7 @@ from cm3leon.utils.errors import UserError
 
 LINEAGE, TRAINING_DATA = "lineage.json", "training_data.parquet"
 PROJECT_FILES = (lineage.DVC_LOCK, PARAMS)
-DATA_COLUMNS = ["id", "origin", "licence", "attribution", "source"]
+DATA_COLUMNS = ["id", "origin", "licence", "attribution", "source", "width", "height"]
 SHEETS = "*.png"
 PICKLED = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib"}
 

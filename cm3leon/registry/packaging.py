@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -28,6 +27,8 @@ REQUIREMENTS = (
     "pydantic", "pyyaml", "rich", "safetensors", "tokenizers",
 )  # fmt: skip
 """Packages that a registered model needs to load and predict; registered with the versions installed here."""
+EXAMPLE = {"task": "text_to_image", "prompt": "a red circle left of a blue square"}
+"""The request that MLflow shows with the model."""
 
 
 def log_version(client: MlflowClient, bundle: Path, name: str, tags: Mapping[str, str], config: Config) -> str:
@@ -46,6 +47,7 @@ def log_version(client: MlflowClient, bundle: Path, name: str, tags: Mapping[str
             raise ConnectionError(f"the MLflow store {client.tracking_uri} takes no runs, so nothing can be registered")
         with _global_store(client.tracking_uri), mlflow.start_run(run_id=run.run_id, nested=True):
             model = log_model(bundle, name)
+            remove_local_paths(client, model.model_id)
         client.log_artifacts(run.run_id, str(bundle / "evaluation"), "evaluation")
         client.log_artifact(run.run_id, str(bundle / LINEAGE))
         release.log_facts(client, run.run_id, bundle)
@@ -54,7 +56,8 @@ def log_version(client: MlflowClient, bundle: Path, name: str, tags: Mapping[str
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        version = client.create_model_version(name, model.model_uri, run.run_id, tags=dict(tags), model_id=model.model_id)
+        with _global_store(client.tracking_uri):  # where MLflow looks for the logged model
+            version = client.create_model_version(name, model.model_uri, run.run_id, tags=dict(tags), model_id=model.model_id)
         return str(version.version)
 
 
@@ -83,17 +86,36 @@ def _global_store(uri: str) -> Iterator[None]:
 def log_model(bundle: Path, name: str) -> Any:
     """Log bundle and code as a pyfunc model of the active run; returns MLflow's model info."""
     import mlflow
+    import pandas as pd
 
     decoding = DecodingConfig.model_validate_json((bundle / "decoding.json").read_text())
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*input example was not provided.*")
+    with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / PACKAGE.name
         shutil.copytree(PACKAGE, code, ignore=shutil.ignore_patterns("__pycache__", "*.py[cod]"))
         return mlflow.pyfunc.log_model(
             name=name,
             python_model=str(PACKAGE / "serving" / "mlflow_model.py"),
-            artifacts={"bundle": str(bundle.absolute())},
+            artifacts={"bundle": bundle.absolute().as_uri()},
             code_paths=[str(code)],
             pip_requirements=[f"{package}=={metadata.version(package).partition('+')[0]}" for package in REQUIREMENTS],
             signature=signature(decoding),
+            input_example=pd.DataFrame([EXAMPLE]),
         )
+
+
+def remove_local_paths(client: MlflowClient, model_id: str) -> None:
+    """Rewrite a logged model's description without the paths of this computer, which its files are not loaded by."""
+    from mlflow.artifacts import download_artifacts
+    from mlflow.models import Model
+
+    with tempfile.TemporaryDirectory() as folder:
+        location = client.get_logged_model(model_id).artifact_location
+        file = download_artifacts(f"{location}/MLmodel", dst_path=folder, tracking_uri=client.tracking_uri)
+        description = Model.load(file)
+        pyfunc = description.flavors["python_function"]
+        pyfunc["model_code_path"] = Path(pyfunc["model_code_path"]).name
+        for artifact in pyfunc["artifacts"].values():
+            artifact["uri"] = artifact["path"]
+        description.artifact_path = "."
+        description.save(file)
+        client.log_model_artifact(model_id, file)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,8 +16,11 @@ from cm3leon.config.schema import Config
 from cm3leon.evaluation.record import Record
 from cm3leon.registry import release
 from cm3leon.registry.bundle import Bundle, build_bundle, bundle_hash
+from cm3leon.registry.local import find_model, read_versions
 from cm3leon.registry.packaging import log_version
 from cm3leon.tracking import store
+from cm3leon.tracking.runs import PARENT_RUN_ENV, VERSION_TAG
+from cm3leon.tracking.sqlite import sqlite_file
 from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -120,7 +125,8 @@ def find_version(client: MlflowClient, name: str) -> Version:
 
 def status(uri: str | None = None) -> list[Version]:
     """All versions with aliases, scores, tags and time of creation, newest first."""
-    return all_versions(connect(uri))
+    local = read_versions(uri or store.tracking_uri(), MODEL_NAME)
+    return all_versions(connect(uri)) if local is None else [_version(row, row.aliases) for row in local]
 
 
 # --- register --------------------------------------------------------------------------------------------------------
@@ -157,10 +163,23 @@ def register(bundle: Bundle, config: Config) -> Version:
         tags = {HASH_TAG: content, "profile": config.profile, **headline}
         number = log_version(client, bundle.path, MODEL_NAME, tags, config)
     client.set_registered_model_alias(MODEL_NAME, CHALLENGER, number)
+    _link_pipeline(client, number)
     registered = replace(next(v for v in all_versions(client) if v.number == number), record=bundle.record)
     if version is None:
         publish(client, registered)
     return registered
+
+
+def _link_pipeline(client: MlflowClient, number: str) -> None:
+    """Make the version's model an output of the pipeline's run, if this process runs one; its page then links to the version."""
+    run_id = os.environ.get(PARENT_RUN_ENV)
+    if run_id is None:
+        return
+    from mlflow.entities import LoggedModelOutput
+
+    client.set_tag(run_id, VERSION_TAG, f"{MODEL_NAME}/{number}")
+    source = str(client.get_model_version(MODEL_NAME, number).source)  # models:/MODEL_ID; MLflow's own field model_id is empty
+    client.log_outputs(run_id, [LoggedModelOutput(source.removeprefix("models:/"), step=0)])
 
 
 def publish(client: MlflowClient, version: Version) -> None:
@@ -183,23 +202,42 @@ def fetch_bundle(uri: str = f"models:/{MODEL_NAME}@{CHAMPION}", tracking_uri: st
         NotRegisteredError: if the registry has no such model.
         ConnectionError: if the registry is not reachable.
     """
-    local = store.tracking_uri()
-    if tracking_uri is None and local.startswith("sqlite:///") and not Path(local.removeprefix("sqlite:///")).exists():
-        raise NotRegisteredError(f"there is no model registry at {local}; run the pipeline first, or set MLFLOW_TRACKING_URI")
+    if model := find_model(tracking_uri or store.tracking_uri(), uri):
+        return model / _bundle_path(model / "MLmodel")
+    client, entity = _registered(uri, tracking_uri)
+    content = entity.tags.get(HASH_TAG, f"{entity.name}-{entity.version}")
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm3leon" / "bundles" / content
+    return cached if cached.is_dir() else _download(client, entity, cached)
+
+
+def _registered(uri: str, tracking_uri: str | None = None) -> tuple[MlflowClient, Any]:
+    """The registry's client, and MLflow's entity of the version that a ``models:/`` URI names."""
+    file = sqlite_file(store.tracking_uri()) if tracking_uri is None else None
+    if file and not file.exists():
+        raise NotRegisteredError(f"there is no model registry {file.absolute()}; run the pipeline first, or set MLFLOW_TRACKING_URI")
     client = connect(tracking_uri)
     from mlflow.exceptions import MlflowException
 
     name, _, alias = uri.removeprefix("models:/").partition("@")
     try:
-        if alias:
-            entity = client.get_model_version_by_alias(name, alias)
-        else:
-            entity = client.get_model_version(*name.split("/", 1))
+        entity = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(*name.split("/", 1))
     except (MlflowException, TypeError) as error:
-        raise NotRegisteredError(f"the registry {client.tracking_uri} has no model {uri}: {error}") from None
-    content = entity.tags.get(HASH_TAG, f"{entity.name}-{entity.version}")
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm3leon" / "bundles" / content
-    return cached if cached.is_dir() else _download(client, entity, cached)
+        raise NotRegisteredError(f"the registry {store.without_password(client.tracking_uri)} has no model {uri}: {error}") from None
+    return client, entity
+
+
+def pinned(model: str) -> str:
+    """A registered model by its number, ``models:/NAME/VERSION``, where ``model`` may name it by an alias; a directory is unchanged.
+
+    Raises:
+        NotRegisteredError: if the registry has no such model.
+        ConnectionError: if the registry is not reachable.
+    """
+    if not model.startswith("models:/"):
+        return model
+    with _hint(model):
+        _, entity = _registered(model)
+    return f"models:/{entity.name}/{entity.version}"
 
 
 def find_bundle(model: str) -> Path:
@@ -210,8 +248,15 @@ def find_bundle(model: str) -> Path:
     """
     if not model.startswith("models:/"):
         return Path(model)
-    try:
+    with _hint(model):
         return fetch_bundle(model)
+
+
+@contextmanager
+def _hint(model: str) -> Iterator[None]:
+    """Say what to do in a project that has no champion yet."""
+    try:
+        yield
     except NotRegisteredError as error:
         hint = "; there is no champion yet: run make run first" if model.endswith(f"@{CHAMPION}") else ""
         raise NotRegisteredError(f"{error}{hint}") from None
@@ -228,7 +273,7 @@ def bundle_file(client: MlflowClient, number: str, name: str) -> Path:
     """
     from mlflow.exceptions import MlflowException
 
-    model = f"models:/{MODEL_NAME}/{number}"
+    model = client.get_model_version_download_uri(MODEL_NAME, number)
     try:
         found = Path(_artifact(client, f"{model}/{_bundle_path(_artifact(client, f'{model}/MLmodel'))}/{name}"))
     except MlflowException as error:
@@ -241,7 +286,7 @@ def bundle_file(client: MlflowClient, number: str, name: str) -> Path:
 def _artifact(client: MlflowClient, uri: str, target: str | None = None) -> Path:
     from mlflow.artifacts import download_artifacts
 
-    return Path(download_artifacts(uri, dst_path=target, tracking_uri=client.tracking_uri, registry_uri=client.tracking_uri))
+    return Path(download_artifacts(uri, dst_path=target, tracking_uri=client.tracking_uri))
 
 
 def _bundle_path(description: Path) -> str:
@@ -254,12 +299,12 @@ def _bundle_path(description: Path) -> str:
 
 def _download(client: MlflowClient, entity: Any, cached: Path) -> Path:
     """The bundle of a registered version: in the store if that is on this disk, else downloaded to ``cached``."""
-    here = client.get_model_version_download_uri(entity.name, entity.version).startswith(("file:", "/"))
+    # Not by its models: URI, for which MLflow opens the store of the working directory, or makes one.
+    uri = client.get_model_version_download_uri(entity.name, entity.version)
+    here = uri.startswith(("file:", "/"))
     # A download becomes visible only when it is complete.
     partial = cached.with_name(f"{cached.name}.{os.getpid()}.partial")
-    uri = f"models:/{entity.name}/{entity.version}"
-    target = None if here else str(partial)
-    model = _artifact(client, uri, target)
+    model = _artifact(client, uri, None if here else str(partial))
     bundle = model / _bundle_path(model / "MLmodel")
     if here:
         return bundle

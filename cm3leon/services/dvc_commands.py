@@ -142,7 +142,8 @@ def _project_of(lock: str, cache: Path, folder: Path) -> Path:
     }
     subprocess.run(["git", "init", "--quiet", str(folder)], check=True)  # gc looks for commits of every project
     (folder / ".dvc").mkdir()
-    (folder / ".dvc" / "config").write_text(f"[core]\n    analytics = false\n[cache]\n    dir = {cache}\n")
+    (folder / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
+    (folder / ".dvc" / "cache").symlink_to(cache)  # a line of the configuration ends at a #
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": outputs}))
     (folder / "dvc.lock").write_text(lock)
     return folder

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
+from cm3leon.tracking.sqlite import has_uri_characters, sqlite_uri
+from cm3leon.tracking.store import health_address, warn, without_password
 from cm3leon.utils import telemetry
 from cm3leon.utils.errors import UserError
 
@@ -21,8 +26,19 @@ SERVER_FILE = PREFECT_HOME / "server.json"
 """Address of the Prefect server of ``cm3leon ui``; exists while that server runs, so that runs use it."""
 
 
+DATABASE_VARIABLES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
+"""Prefect's names, present and former, for the address of its database."""
+DVC_LOCAL = Path(".dvc/config.local")
+WITHOUT_GIT = "[core]\n    no_scm = true\n"
+"""What :func:`prepare_project` adds to DVC's local configuration while there is no git repository, and removes once there is one."""
+
+
 class ProjectError(UserError):
     """The working directory is not the root of a project."""
+
+
+class ServerError(UserError):
+    """The Prefect server that the environment names cannot be used."""
 
 
 def use_environment() -> None:
@@ -33,7 +49,9 @@ def use_environment() -> None:
     """
     telemetry.turn_off()
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # a stage's lines reach the log of the run as they are written
-    os.environ.setdefault("PREFECT_HOME", str(PREFECT_HOME.absolute()))
+    home = Path(os.environ.setdefault("PREFECT_HOME", str(PREFECT_HOME.absolute())))
+    if has_uri_characters(home) and not os.environ.keys() & set(DATABASE_VARIABLES):
+        os.environ[DATABASE_VARIABLES[0]] = sqlite_uri(home / "prefect.db", driver="aiosqlite")
     if "PREFECT_API_URL" not in os.environ and (url := running_server()):
         os.environ["PREFECT_API_URL"] = url
 
@@ -48,34 +66,83 @@ def running_server() -> str | None:
         return None
 
 
+def check_server() -> None:
+    """Fail at once if ``PREFECT_API_URL`` is set to what is no Prefect API; Prefect's client would end with a traceback of its own.
+
+    Raises:
+        ServerError: with the address and the reason.
+    """
+    if not (url := os.environ.get("PREFECT_API_URL")):
+        return
+    try:
+        with urllib.request.urlopen(health_address(url), timeout=10) as answer:
+            problem = "" if json.loads(answer.read(100)) is True else "it is no Prefect API, whose address ends with /api"
+    except urllib.error.HTTPError as error:
+        problem = "" if error.code in (401, 403) else f"it answers {error}; a Prefect API's address ends with /api"
+    except (OSError, HTTPException) as error:
+        problem = f"it does not answer ({error})"
+    except ValueError as error:
+        problem = f"it is no Prefect API, whose address ends with /api ({error})"
+    if problem:
+        advice = "start it, or correct or unset PREFECT_API_URL: without it a run starts a server of its own"
+        raise ServerError(f"the Prefect server {without_password(url)} cannot be used: {problem}; {advice}")
+
+
 def child_path() -> str:
     """PATH with this interpreter's directory first, so that commands of stages find ``cm3leon`` in an environment that is not activated."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
-def prepare_project() -> list[str]:
+def prepare_project(needs_store: bool = False) -> list[str]:
     """Prepare a new clone for its first run; idempotent. Returns a line about each of parameters, DVC and MLflow.
 
+    Args:
+        needs_store: raise the error of an MLflow store that cannot be used, with which stages run untracked.
+
     Raises:
+        cm3leon.tracking.store.StoreError: see ``needs_store``.
         cm3leon.utils.errors.ConfigError: if ``params.yaml`` is missing or invalid.
         ProjectError: if the directory is not the project's root.
     """
     from cm3leon.config.loading import load_config
-    from cm3leon.tracking.store import prepare_store
+    from cm3leon.tracking.store import StoreError, prepare_store
 
     if not Path("dvc.yaml").is_file():
         raise ProjectError(f"{Path.cwd()} has no dvc.yaml; run the command in the project's root")
     config = load_config()
     lines = [f"parameters: params.yaml, profile {config.profile}"]
-    inside = subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], capture_output=True, check=False).returncode == 0
-    local = Path(".dvc/config.local")
-    # DVC expects a git repository; an unpacked archive is none.
-    if not inside and "no_scm" not in (local.read_text() if local.is_file() else ""):
-        with local.open("a") as file:
-            file.write("[core]\n    no_scm = true\n")
-    lines.append(f"DVC: .dvc/cache, {'with' if inside else 'without'} git")
+    problem = git_problem()
+    set_without_git(bool(problem))
+    lines.append(f"DVC: .dvc/cache, {f'without git: {problem}' if problem else 'with git'}")
     try:
         lines.append(f"MLflow: {prepare_store()}")
-    except ConnectionError as error:
+    except StoreError as error:
+        if needs_store:
+            raise
         lines.append(f"MLflow: {error}; stages run untracked")
     return lines
+
+
+def git_problem() -> str:
+    """Why git cannot be used in this directory, "" if it can. A refusal that the user did not choose is also a warning."""
+    command = ["git", "rev-parse", "--is-inside-work-tree"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
+    except FileNotFoundError:
+        return "git is not installed"
+    if asked.returncode == 0:
+        return ""
+    if not (refused := re.search("dubious ownership in repository at (.*)", asked.stderr)):
+        return "this directory is no git repository"
+    problem = f"another user owns the repository, so git refuses it; to trust it: git config --global --add safe.directory {refused[1]}"
+    warn(f"{problem}; until then commits are not recorded")
+    return problem
+
+
+def set_without_git(without: bool) -> None:
+    """Tell DVC, which expects a git repository, whether it is to work without one; an unpacked archive is none."""
+    present = DVC_LOCAL.read_text() if DVC_LOCAL.is_file() else ""
+    if without and "no_scm" not in present:
+        DVC_LOCAL.write_text(present + WITHOUT_GIT)
+    elif not without and WITHOUT_GIT in present:
+        DVC_LOCAL.write_text(present.replace(WITHOUT_GIT, ""))

@@ -66,15 +66,14 @@ async def answer(worker: Worker, call: Call, request: Request) -> Any:
         worker.withdraw(future)
 
 
-def create_app(worker: Worker, name: str, hosts: Collection[str] | None = LOOPBACK) -> Guard:
+def create_app(worker: Worker, hosts: Collection[str] | None = LOOPBACK) -> Guard:
     """The application.
 
     Args:
-        name: the model's id.
         hosts: host names that requests may address; None: any.
     """
     app = FastAPI(title="cm3leon", version=version("cm3leon"), docs_url=None, redoc_url=None)
-    started = int(time.time())
+    name, started = worker.name, int(time.time())
 
     def task_endpoint(kind: type[schemas.TaskRequest], successor: str | None = None) -> Callable[..., Awaitable[Response]]:
         """An endpoint for one kind of request; ``successor`` is the path that replaces it if it is deprecated."""
@@ -106,13 +105,14 @@ def create_app(worker: Worker, name: str, hosts: Collection[str] | None = LOOPBA
     def models() -> Any:
         """The served model; ``cm3leon`` describes what it can do, or is null while it is loaded."""
         found = responses.describe(worker.generator) if worker.generator is not None else None
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": started, "owned_by": "cm3leon", "cm3leon": found}]}
+        model = {"id": name, "object": "model", "created": started, "owned_by": "cm3leon", "version": worker.version, "cm3leon": found}
+        return {"object": "list", "data": [model]}
 
     @app.get("/health")
     def health() -> Response:
         """200 if requests are answered."""
         status = 200 if worker.state is State.READY else 503
-        return JSONResponse({"status": worker.state, "model": name, "queue_length": worker.queue_length}, status)
+        return JSONResponse({"status": worker.state, "model": name, "version": worker.version, "queue_length": worker.queue_length}, status)
 
     @app.get("/metrics")
     def metrics() -> Response:

@@ -14,7 +14,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from cm3leon.generation.generator import Generator
 from cm3leon.serving.calls import Call, perform
@@ -48,22 +48,39 @@ class State(StrEnum):
     FAILED = "failed"
 
 
+class Loaded(NamedTuple):
+    """A generator, and the number of its version in the registry; None if it is not of a registry."""
+
+    generator: Generator
+    version: str | None = None
+
+
 class Worker:
     """The thread and its queue.
 
     Args:
         load: loads the generator, in the thread.
+        name: the model's id.
         capacity: most requests in the queue.
         max_rows: most sequences generated together, unless one request asks for more.
         wait_seconds: how long the first request of a batch waits for others.
     """
 
     def __init__(
-        self, load: Callable[[], Generator], metrics: Metrics, *, capacity: int = 64, max_rows: int = 64, wait_seconds: float = 0.005
+        self,
+        load: Callable[[], Loaded],
+        metrics: Metrics,
+        name: str,
+        *,
+        capacity: int = 64,
+        max_rows: int = 64,
+        wait_seconds: float = 0.005,
     ) -> None:
+        self.name = name
         self.metrics, self.capacity, self.max_rows, self.wait_seconds = metrics, capacity, max_rows, wait_seconds
         self.state = State.LOADING
         self.generator: Generator | None = None
+        self.version: str | None = None
         self.failure: Exception | None = None
         self._load = load
         self._queue: list[Job] = []
@@ -117,6 +134,12 @@ class Worker:
             self._changed.notify_all()
             return job.future
 
+    def use(self, loaded: Loaded) -> None:
+        """Answer with this generator from the next batch on; the one before is freed once its batch is answered."""
+        with self._changed:
+            self.generator, self.version = loaded
+        self.metrics.model.info({"model": self.name, "version": self.version or ""})
+
     def withdraw(self, future: Future[Any]) -> None:
         """Remove a call from the queue, if its turn has not come."""
         with self._changed:
@@ -147,15 +170,16 @@ class Worker:
 
     def _work(self) -> None:
         try:
-            self.generator = self._load()
+            self.use(self._load())
         except Exception as error:
             self.failure, self.state = error, State.FAILED
             return
         with self._changed:
             self.state = State.READY if self.state is State.LOADING else self.state
         while jobs := self._take():
+            assert self.generator is not None
             start = time.monotonic()
-            self._answer(jobs)
+            self._answer(self.generator, jobs)
             # A moving average, from which a full queue tells clients when to try again.
             self._seconds_per_request += 0.2 * ((time.monotonic() - start) / len(jobs) - self._seconds_per_request)
             self._running = []
@@ -191,19 +215,18 @@ class Worker:
                 rows += job.call.rows
         return joined
 
-    def _answer(self, jobs: list[Job]) -> None:
+    def _answer(self, generator: Generator, jobs: list[Job]) -> None:
         """Answer jobs together; if that fails, each alone, so that one that cannot be answered does not fail the others."""
-        assert self.generator is not None
         task, start = jobs[0].call.task, time.monotonic()
         self.metrics.batch_size.labels(task).observe(len(jobs))
         try:
-            answered = list(zip(jobs, perform(self.generator, [job.call for job in jobs]), strict=True))
+            answered = list(zip(jobs, perform(generator, [job.call for job in jobs]), strict=True))
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].answer(error)
                 return
             for job in jobs:
-                self._answer([job])
+                self._answer(generator, [job])
             return
         self.metrics.model_seconds.labels(task).observe(time.monotonic() - start)
         for job, result in answered:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 
 SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """Requests by task and status, queue length, batch sizes, seconds in the queue and in the model."""
+    """The model and its version, requests by task and status, queue length, batch sizes, seconds in the queue and in the model."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.model = Info("cm3leon_model", "the served model and its version in the registry", registry=self.registry)
         self.requests = Counter("cm3leon_requests", "answered requests", ["task", "status"], registry=self.registry)
         self.queue_length = Gauge("cm3leon_queue_length", "requests in the queue", registry=self.registry)
         self.batch_size = Histogram(

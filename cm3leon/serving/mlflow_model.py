@@ -3,8 +3,8 @@
 A request is a table or a list of rows. ``task`` is by default ``text_to_image``; the other columns are the fields of the task's request
 (:mod:`cm3leon.serving.requests`): ``{"prompt": ...}``, ``{"task": "vqa", "image": ..., "question": ...}``,
 ``{"task": "edit", "image": ..., "instruction": ...}`` and so on. ``image`` is a base64 PNG or JPEG, with or without a ``data:`` prefix, or
-the path of a file that the server may read; ``box``, ``objects`` and ``document`` are JSON. Answers are rows in the order of the request;
-``row`` is the number of the row answered, which may have several:
+the path of a file below a directory that ``CM3LEON_IMAGES`` names; ``box``, ``objects`` and ``document`` are JSON. Answers are rows in the
+order of the request; ``row`` is the number of the row answered, which may have several:
 
     {"dataframe_records": [{"prompt": "a red circle"}, {"task": "infill", "image": "iVBO...", "box": "[0, 0, 32, 32]", "prompt": "a ring"}],
      "params": {"seed": 1, "num_images": 2}}
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,12 @@ from cm3leon.serving.schemas import ImageRequest, TextRequest
 
 if TYPE_CHECKING:
     from cm3leon.generation.generator import Generator
+
+
+IMAGES_ENV = "CM3LEON_IMAGES"
+"""Directories whose files may be named in requests, separated as in PATH; unset: none."""
+LONGEST_PATH = 1024
+"""Characters; a longer value is an image itself."""
 
 
 class BundleModel(PythonModel):
@@ -103,7 +110,7 @@ def call_of(number: int, record: Any, settings: RequestSettings, generator: Gene
     except ValueError as error:
         raise ValueError(f"row {number}: {' and '.join(JSON_COLUMNS)} must be JSON ({error})") from None
     if "image" in fields:
-        fields["image"] = image_of(fields["image"])
+        fields["image"] = image_of(number, fields["image"])
     request = REQUESTS[task]
     # MLflow fills in the signature's defaults. They count as left out, so that a task's own defaults and the limit of candidates hold.
     defaults = generator.decoding.model_dump()
@@ -121,11 +128,26 @@ def call_of(number: int, record: Any, settings: RequestSettings, generator: Gene
         raise ValueError(f"row {number}: {error.message}") from None
 
 
-def image_of(value: str) -> str:
-    """The image of a row as base64; the row holds that, or the path of a file."""
-    if len(value) < 1024 and Path(value).is_file():
-        return base64.b64encode(Path(value).read_bytes()).decode()
-    return value
+def image_of(number: int, value: str) -> str:
+    """The image of a row as base64; the row holds that, or the path of a file that may be opened.
+
+    A served model would otherwise open any file of its host for whoever may ask it something: paths are opened only below the directories
+    that :data:`IMAGES_ENV` names.
+
+    Raises:
+        ValueError: for a path that may not be opened.
+    """
+    if len(value) >= LONGEST_PATH or not Path(value).suffix:  # base64 has no period
+        return value
+    roots = [Path(root).resolve() for root in os.environ.get(IMAGES_ENV, "").split(os.pathsep) if root]
+    path = Path(value).resolve()
+    if not any(path.is_relative_to(root) for root in roots):
+        where = f"below {os.pathsep.join(map(str, roots))}" if roots else "nowhere"
+        raise ValueError(f"row {number}: paths are opened {where}; name directories in {IMAGES_ENV}, or send the image as base64")
+    try:
+        return base64.b64encode(path.read_bytes()).decode()
+    except OSError as error:
+        raise ValueError(f"row {number}: {value} cannot be read: {error.strerror}") from None
 
 
 def answers_of(result: Any) -> Iterator[dict[str, Any]]:

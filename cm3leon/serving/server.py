@@ -18,9 +18,10 @@ import uvicorn
 
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.parts import Precision
-from cm3leon.registry.registry import find_bundle
+from cm3leon.registry.registry import find_bundle, pinned
 from cm3leon.serving.app import LOOPBACK, create_app
-from cm3leon.serving.batching import State, Worker
+from cm3leon.serving.batching import Loaded, State, Worker
+from cm3leon.serving.following import Follower, say, version_in
 from cm3leon.serving.metrics import Metrics
 
 OPTIONS: dict[str, Any] = {
@@ -77,6 +78,7 @@ def run(
     compiled: bool = False,
     capacity: int = 64,
     drain_seconds: float = 60.0,
+    follow_seconds: float = 30.0,
 ) -> None:
     """Serve a model until a signal.
 
@@ -86,16 +88,27 @@ def run(
         precision, compiled: see :func:`~cm3leon.generation.parts.load_decoder`.
         capacity: most requests in the queue; more are answered 429.
         drain_seconds: how long queued requests are still answered after a signal.
+        follow_seconds: how often to look whether the alias names another version, which then replaces the served one; 0: never.
 
     Raises:
         NotRegisteredError, FileNotFoundError: if there is no such model.
     """
     local = host in LOOPBACK
     if not local:
-        print(WARNING.format(host=host), file=sys.stderr, flush=True)
-    worker = Worker(lambda: Generator.from_bundle(find_bundle(model), precision=precision, compiled=compiled), Metrics(), capacity=capacity)
-    app = create_app(worker, name or name_of(model), LOOPBACK if local else None)
-    Server(uvicorn.Config(app, host, port, **OPTIONS), worker, drain_seconds).run()
+        say(WARNING.format(host=host))
+    served = name or name_of(model)
+
+    def load(pinned_model: str) -> Loaded:
+        loaded = Loaded(Generator.from_bundle(find_bundle(pinned_model), precision=precision, compiled=compiled), version_in(pinned_model))
+        say(f"serving {served}" + (f", version {loaded.version}" if loaded.version else ""))
+        return loaded
+
+    worker = Worker(lambda: load(pinned(model)), Metrics(), served, capacity=capacity)
+    follower = Follower(worker, model, load, follow_seconds)
+    if follow_seconds > 0 and model.startswith("models:/") and "@" in model:
+        follower.start()
+    Server(uvicorn.Config(create_app(worker, LOOPBACK if local else None), host, port, **OPTIONS), worker, drain_seconds).run()
+    follower.stopped.set()
     if worker.failure is not None:
         raise worker.failure
     if not worker.join(seconds=1):

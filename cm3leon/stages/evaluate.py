@@ -8,6 +8,9 @@ from cm3leon.evaluation.record import FILE as RECORD
 from cm3leon.evaluation.run import CONFUSIONS, evaluate, headline
 from cm3leon.tracking import runs
 
+CALIBRATION = "z_calibration"
+"""Where calibrations are in MLflow, which sorts by name: after the scores, and after every stage."""
+
 
 def run(config: Config) -> dict[str, float]:
     """Write ``models/evaluation/record.json``, sheets of images and the table of confusions, and log the scores.
@@ -18,9 +21,9 @@ def run(config: Config) -> dict[str, float]:
     with runs.stage_run("evaluate", config) as run:
         record = evaluate(config, paths.EVALUATION)
         run.log_metrics({f"eval/{name}": score for name, score in record.scores.items()})
-        run.log_metrics({f"calibration/{name}": score for name, score in record.calibration.items()})
+        run.log_metrics({f"{CALIBRATION}/{name}": score for name, score in record.calibration.items()})
         for sheet in sorted(paths.EVALUATION.glob("*.png")):
-            run.log_artifact(sheet, "samples")
+            run.log_image(sheet, sheet.stem)
         for table in (CONFUSIONS, RECORD):
             if (paths.EVALUATION / table).is_file():
                 run.log_artifact(paths.EVALUATION / table)

@@ -62,5 +62,5 @@ def run(config: Config) -> dict[str, float]:
         run.log_metrics({f"image_tokenizer/val_{k}": v for k, v in metrics.items()})
         sheet = paths.IMAGE_TOKENIZER / "reconstructions.png"
         save_pairs(originals[:SHEET_IMAGES].numpy(), reconstructions[:SHEET_IMAGES].numpy(), sheet)
-        run.log_artifact(sheet, "samples")
+        run.log_image(sheet, sheet.stem)
     return metrics

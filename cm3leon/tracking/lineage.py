@@ -23,24 +23,35 @@ def content_hash(path: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def _git(root: Path, *arguments: str) -> str | None:
+    """The output of a git command in ``root``; None if it fails."""
+    try:
+        done = subprocess.run(["git", *arguments], check=False, cwd=root, capture_output=True, text=True, errors="replace", timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.rstrip() if done.returncode == 0 else None
+
+
+_COUNTED = ("--", ".", f":(exclude){DVC_LOCK}")
+"""Which differences count: ``dvc.lock`` changes during a pipeline run and is recorded by its own md5."""
+
+
 def git_commit(root: Path = Path()) -> str | None:
-    """The commit that is checked out, with "-dirty" if tracked files differ from it; None outside a repository.
-
-    ``dvc.lock`` changes during a pipeline run and is recorded by its own md5, so that it does not count as a difference.
-    """
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], check=False, cwd=root, capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "--verify", "HEAD")
+    """The commit that is checked out, with "-dirty" if tracked files other than ``dvc.lock`` differ from it; None outside a repository."""
+    commit = _git(root, "rev-parse", "--verify", "HEAD")
     if not commit:
         return None
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){DVC_LOCK}")
-    return f"{commit}-dirty" if changes else commit
+    return f"{commit}-dirty" if changed_files(root) else commit
+
+
+def changed_files(root: Path = Path()) -> list[str]:
+    """Tracked files other than ``dvc.lock`` that differ from the commit, relative to ``root``."""
+    return (_git(root, "diff", "--relative", "--name-only", "HEAD", *_COUNTED) or "").splitlines()
+
+
+def git_diff(root: Path = Path()) -> str | None:
+    """The differences of those files as a patch; None or empty without any."""
+    return _git(root, "diff", "--relative", "--binary", "HEAD", *_COUNTED)
 
 
 def dvc_lock_md5(root: Path = Path()) -> str | None:

@@ -12,24 +12,35 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.tracking import lineage
-from cm3leon.tracking.store import PROCESS_TAG, experiment_id_of, own_process, prepare_store, tracking_uri, warn
+from cm3leon.tracking.store import (
+    PROCESS_TAG,
+    StoreError,
+    experiment_id_of,
+    own_process,
+    prepare_store,
+    tracking_uri,
+    warn,
+    without_password,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+T = TypeVar("T")
+
 PARENT_RUN_ENV = "CM3LEON_PARENT_RUN_ID"
 FLOW_RUN_ENV = "CM3LEON_FLOW_RUN_ID"
+VERSION_TAG = "registered_version"
+"""Tag of a pipeline's run: the model version that it registered, NAME/NUMBER."""
 
 BATCH_METRICS, BATCH_SECONDS = 50, 5.0
 """Metrics are sent when this many are buffered, or this long after the last time: a request costs as much for one as for many."""
@@ -39,6 +50,8 @@ MAX_REQUEST_METRICS, MAX_REQUEST_PARAMS = 1000, 100
 """Most items that MLflow takes in a request."""
 MAX_PARAM_CHARACTERS = 6000
 """Longer values of parameters are refused by MLflow."""
+MAX_TAG_CHARACTERS = 8000
+"""Longer values of tags are refused by MLflow."""
 MAX_PENDING = 100_000
 """Metrics buffered while the store does not answer; older ones are dropped, and the final warning counts them."""
 
@@ -97,15 +110,31 @@ class Run:
         else:
             self._try("log_artifact", str(path), folder or None)
 
-    def log_sheet(self, path: str | Path, name: str, step: int) -> None:
-        """Store a sheet of samples as the artifact ``samples/NAME_STEP.SUFFIX``."""
+    def log_text(self, text: str, name: str) -> None:
+        """Store a text as an artifact."""
+        self._try("log_text", text, name)
+
+    def log_image(self, path: str | Path, key: str, step: int = 0) -> None:
+        """Store an image so that MLflow shows it beside those of the same key and step of other runs, and along the steps.
+
+        Args:
+            key: letters, digits, ``_ - . /`` and blanks.
+        """
         if self.client is None:
             return
-        path = Path(path)
-        with tempfile.TemporaryDirectory() as folder:
-            named = Path(folder) / f"{name}_{step:07d}{path.suffix}"
-            shutil.copyfile(path, named)
-            self.log_artifact(named, "samples")
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self._try("log_image", image, key=key, step=step)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags; those that the run has get the new value."""
+        for name, value in tags.items():
+            self._try("set_tag", name, value[:MAX_TAG_CHARACTERS])
+
+    def rename(self, name: str) -> None:
+        """Give the run another name."""
+        self._try("update_run", name=name)
 
     def log_dataset(self, path: str | Path, name: str) -> None:
         """Record a dataset that the run reads. Its digest is DVC's md5 of the path, or "untracked" if ``dvc.lock`` has none."""
@@ -127,21 +156,30 @@ class Run:
         if lost := self._lost + len(self._metrics):
             warn(f"{lost} metrics of MLflow run {self.run_id} could not be sent")
 
-    def _try(self, method: str, *arguments: Any, **keywords: Any) -> bool:
-        """Call the client's ``method`` for this run; returns whether it worked. The first failure is a warning; none stops the stage."""
+    def attempt(self, what: str, action: Callable[[MlflowClient], T]) -> T | None:
+        """The result of ``action`` with the client; None without a store, or if it fails. The first failure in a row is a warning."""
         if self.client is None:
-            return False
+            return None
         from mlflow.exceptions import MlflowException
 
         try:
-            getattr(self.client, method)(self.run_id, *arguments, **keywords)
+            result = action(self.client)
         except (MlflowException, OSError) as error:
             if self._failing_since is None:
-                warn(f"MLflow's {method} of run {self.run_id} failed ({_first_line(error)}); the stage continues")
+                warn(f"MLflow's {what} of run {self.run_id} failed ({_first_line(error)}); the stage continues")
             self._failing_since = time.monotonic()
-            return False
+            return None
         self._failing_since = None
-        return True
+        return result
+
+    def _try(self, method: str, *arguments: Any, **keywords: Any) -> bool:
+        """Call the client's ``method`` for this run; returns whether it worked."""
+
+        def call(client: MlflowClient) -> bool:
+            getattr(client, method)(self.run_id, *arguments, **keywords)
+            return True
+
+        return self.attempt(method, call) is not None
 
 
 def _first_line(error: Exception) -> str:
@@ -197,10 +235,15 @@ def _open(name: str, config: Config, tags: Mapping[str, str]) -> Run:
         experiment_id = experiment_id_of(client, Path(), uri)
         known = {"stage": name, "profile": config.profile, PROCESS_TAG: own_process(), "mlflow.source.name": f"cm3leon {name}"}
         origin = {"dvc_lock_md5": lineage.dvc_lock_md5(), "git_commit": lineage.git_commit()}
+        if commit := origin["git_commit"]:
+            origin["mlflow.source.git.commit"] = commit.removesuffix("-dirty")  # MLflow's own column
         known |= {tag: value for tag, value in origin.items() if value}
         created = client.create_run(experiment_id, run_name=name, tags={**known, **tags})
+    except StoreError as error:
+        warn(f"{error}: {name} is not tracked")
+        return Run()
     except Exception as error:  # SQLAlchemy's, requests' and MLflow's own errors
-        warn(f"MLflow is not reachable at {tracking_uri()} ({_first_line(error)}): {name} is not tracked")
+        warn(f"MLflow is not reachable at {without_password(tracking_uri())} ({_first_line(error)}): {name} is not tracked")
         return Run()
     run = Run(client, created.info.run_id, experiment_id)
     run.log_params(stage_params(name, config))

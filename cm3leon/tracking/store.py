@@ -5,21 +5,25 @@ Without ``MLFLOW_TRACKING_URI`` the store is the SQLite file ``mlflow.db`` in th
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 import socket
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cm3leon.tracking.sqlite import sqlite_file, sqlite_uri
 from cm3leon.utils import telemetry
+from cm3leon.utils.errors import advice_about_disk
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "cm3leon"
-SQLITE = "sqlite:///"
 LOCK_SECONDS = 300
 """How long to wait for another process that prepares the store."""
 PROCESS_TAG = "process"
@@ -33,8 +37,13 @@ SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "PGCONNECT_TIMEOUT": "10",
 }
 """Environment of every process that uses MLflow; variables that the user has set keep their values."""
+
+
+class StoreError(ConnectionError):
+    """The MLflow store cannot be used; the message says which, why, and what to do."""
 
 
 def use_settings() -> None:
@@ -42,6 +51,8 @@ def use_settings() -> None:
     telemetry.turn_off()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    # MLflow logs a database error with its traceback and raises it too.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def warn(message: str) -> None:
@@ -51,7 +62,17 @@ def warn(message: str) -> None:
 
 def tracking_uri(root: Path = Path()) -> str:
     """``MLFLOW_TRACKING_URI`` if set, else the SQLite file ``mlflow.db`` in the project's root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').absolute()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(root / "mlflow.db")
+
+
+def without_password(uri: str) -> str:
+    """The URI as a message may show it."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+
+
+def health_address(uri: str) -> str:
+    """The address of a server that says whether it runs; without user and password, which urllib would take for the host's name."""
+    return re.sub("://[^/@]*@", "://", uri.rstrip("/")) + "/health"
 
 
 def prepare_store(root: Path = Path()) -> str:
@@ -61,67 +82,116 @@ def prepare_store(root: Path = Path()) -> str:
     Idempotent; about 10 seconds for a new file, well under one for a current one (without the import of mlflow).
 
     Raises:
-        ConnectionError: if ``MLFLOW_TRACKING_URI`` names a server that does not answer.
+        StoreError: if the store does not answer, is damaged, cannot be written, or ``MLFLOW_TRACKING_URI`` names none.
     """
     use_settings()
     uri = tracking_uri(root)
-    if uri.startswith(("http://", "https://")):
-        _check_server(uri)
-    with _locked(uri):
-        from mlflow import MlflowClient
+    with explained(uri):
+        if uri.startswith(("http://", "https://")):
+            _check_server(uri)
+        file = sqlite_file(uri)
+        with _locked(file):
+            if file:
+                migrate(uri)
+            elif "://" in uri and not uri.startswith("http"):
+                _check_database(uri)
+            from mlflow import MlflowClient
 
-        if uri.startswith(SQLITE):
-            migrate(uri)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        _sweep(client, experiment_id_of(client, root, uri))
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            _sweep(client, experiment_id_of(client, root, uri))
     return uri
 
 
-def _locked(uri: str) -> AbstractContextManager[Any]:
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Raise errors of MLflow, SQLAlchemy, drivers and the file system as a :class:`StoreError` of one line."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        if not _is_of_store(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise StoreError(f"the MLflow store {without_password(uri)} cannot be used: {reason}; {_advice(uri, error)}") from None
+
+
+def _is_of_store(error: Exception) -> bool:
+    import sqlite3
+
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return isinstance(error, (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError))
+
+
+def _advice(uri: str, error: Exception) -> str:
+    """What to do about an error of the store."""
+    if isinstance(error, ImportError):
+        return f"install the driver {error.name}, or change MLFLOW_TRACKING_URI"
+    if advice := advice_about_disk(error):
+        return advice
+    if re.search("not a database|malformed", str(error)):
+        return "move the damaged file away and put a backup in its place (*.bak beside it), or let the next run begin a new one"
+    if uri.startswith("sqlite") and (isinstance(error, OSError) or "unable to open" in str(error)):
+        return "make its directory writable, or set MLFLOW_TRACKING_URI to another store"
+    return "start it, or correct or unset MLFLOW_TRACKING_URI"
+
+
+def _locked(file: Path | None) -> AbstractContextManager[Any]:
     """A lock that lets one process at a time prepare a SQLite store; a server locks its own database."""
-    if not uri.startswith(SQLITE):
+    if file is None:
         return nullcontext()
     from filelock import FileLock
 
-    path = Path(uri.removeprefix(SQLITE))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(f"{path}.lock", timeout=LOCK_SECONDS)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{file}.lock", timeout=LOCK_SECONDS)
 
 
 def migrate(uri: str) -> None:
     """``mlflow db upgrade`` of a SQLite file if its schema is not that of the installed MLflow; a backup of an older file is kept.
 
-    Call it in one process at a time: see :func:`prepare_store`.
+    If that fails the file is as it was before. Call it in one process at a time: see :func:`prepare_store`.
     """
-    import logging
-
+    file = sqlite_file(uri)
+    assert file is not None
+    current = schema_revision(file)  # before MLflow's import: a damaged file is noticed at once
     from mlflow.db import upgrade
     from mlflow.store.db.utils import _get_latest_schema_revision
 
-    path = Path(uri.removeprefix(SQLITE))
-    current = schema_revision(path)
     if current == _get_latest_schema_revision():
         return
+    backup = Path(f"{file}.{current}.bak")
     if current is not None:
-        shutil.copyfile(path, f"{path}.{current}.bak")
-    print(f"preparing the MLflow store {path} (about 10 s, once)", file=sys.stderr, flush=True)
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        shutil.copyfile(file, backup)
+    print(f"preparing the MLflow store {file} (about 10 s, once)", file=sys.stderr, flush=True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     assert upgrade.callback is not None
-    upgrade.callback(uri)
+    try:
+        upgrade.callback(uri)
+    except Exception:
+        if current is None:
+            file.unlink(missing_ok=True)
+        else:
+            backup.replace(file)
+        raise
 
 
 def schema_revision(path: Path) -> str | None:
-    """The schema revision of a SQLite store; None if the file is missing, empty or no store."""
+    """The schema revision of a SQLite store; None if the file is missing, empty or no store.
+
+    Raises:
+        sqlite3.DatabaseError: if the file is damaged, or cannot be opened.
+    """
     import sqlite3
 
     if not path.exists() or path.stat().st_size == 0:
         return None
     connection = sqlite3.connect(path, timeout=60)
     try:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchall():
+            return None
         rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
-    except sqlite3.OperationalError:
-        return None
     finally:
         connection.close()
     return str(rows[0][0]) if rows else None
@@ -131,13 +201,26 @@ def _check_server(uri: str) -> None:
     """Fail at once if a server does not answer, for which MLflow's own client would retry for minutes. Any HTTP answer counts."""
     import urllib.error
     import urllib.request
+    from http.client import HTTPException
 
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
+        urllib.request.urlopen(health_address(uri), timeout=10).close()
     except urllib.error.HTTPError:
         return
-    except OSError as error:
-        raise ConnectionError(f"the MLflow server {uri} does not answer ({error}); start it, or change MLFLOW_TRACKING_URI") from None
+    except (OSError, HTTPException, ValueError) as error:
+        advice = "start it, or correct or unset MLFLOW_TRACKING_URI"
+        raise StoreError(f"the MLflow server {without_password(uri)} does not answer ({error}); {advice}") from None
+
+
+def _check_database(uri: str) -> None:
+    """Connect once, for which MLflow's own client would try ten times in 103 s."""
+    from sqlalchemy import create_engine
+
+    engine = create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
 
 
 def experiment_id_of(client: MlflowClient, root: Path, uri: str, name: str = EXPERIMENT) -> str:
@@ -146,7 +229,7 @@ def experiment_id_of(client: MlflowClient, root: Path, uri: str, name: str = EXP
 
     found = client.get_experiment_by_name(name)
     if found is None:
-        local = (root / "mlruns").absolute().as_uri() if uri.startswith(SQLITE) else None
+        local = (root / "mlruns").absolute().as_uri() if sqlite_file(uri) else None
         try:
             return client.create_experiment(name, artifact_location=local)
         except MlflowException:  # another process has created it meanwhile

@@ -30,7 +30,7 @@ def sample_sheets(run: Run, model: Decoder, held_out: TokenStore) -> Callable[[i
     Decoding is plain sampling: temperature 1, no guidance, no retrieval; prompt ``n`` has seed ``n``.
 
     Returns:
-        A function of the step that generates the images and logs the sheet to MLflow as ``samples/prompts_STEP.png``.
+        A function of the step that generates the images and logs the sheet to MLflow as the image ``prompts`` of the step.
     """
     image_tokenizer = ImageTokenizer.load(paths.IMAGE_TOKENIZER, model.device)
     text_tokenizer = TextTokenizer.load(paths.TEXT_TOKENIZER)
@@ -48,7 +48,7 @@ def sample_sheets(run: Run, model: Decoder, held_out: TokenStore) -> Callable[[i
         with tempfile.TemporaryDirectory() as folder:
             sheet = Path(folder) / "prompts.png"
             save_captioned(images, captions, sheet)
-            run.log_sheet(sheet, "prompts", step)
+            run.log_image(sheet, "prompts", step)
         model.train()
 
     return log_sheet

@@ -25,7 +25,7 @@ from cm3leon.generation.generator import Generator
 from cm3leon.generation.settings import SETTINGS, bounds_of
 from cm3leon.generation.task_names import GENERATOR_TASKS
 from cm3leon.stages.common import METRICS, STAGES
-from cm3leon.utils.errors import UserError
+from cm3leon.utils.errors import UserError, message_to_user
 
 ROOT = Path(__file__).parents[2]
 COMMANDS: dict[str, Any] = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
@@ -37,8 +37,8 @@ def test_every_error_that_derives_from_the_users_own_is_one_line():
     from cm3leon.registry.bundle import IncompleteRecordError
     from cm3leon.training.checkpoint import CheckpointError
 
-    assert all(app.is_users(kind("x")) for kind in (UserError, LeakageError, IncompleteRecordError, CheckpointError))
-    assert not any(app.is_users(kind("x")) for kind in (ValueError, RuntimeError, KeyError))
+    assert all(message_to_user(kind("x")) for kind in (UserError, LeakageError, IncompleteRecordError, CheckpointError))
+    assert not any(message_to_user(kind("x")) for kind in (ValueError, RuntimeError, KeyError))
 
 
 class Recorder:

@@ -25,6 +25,7 @@ INFRASTRUCTURE = {
     "config/paths",
     "tracking/runs",
     "tracking/store",
+    "tracking/sqlite",
     "tracking/lineage",
     "utils/progress",
     "utils/images",

@@ -212,6 +212,14 @@ def test_whole_project_with_profile_tiny(tmp_path: Path, prefect_server: str) ->
     assert states_in(second, stages) == dict.fromkeys(stages, "Skipped")
     assert "version 1 is the champion" in second  # an unchanged model is not registered again
     assert hashes(tmp_path) == outputs
+    newest, oldest = pipeline_runs(tmp_path)
+    scores = {name: score for name, score in oldest.data.metrics.items() if name.startswith("eval/")}
+    assert scores and scores.items() <= newest.data.metrics.items()  # of the evaluation that was up to date
+    assert not [name for name in newest.data.metrics if name.endswith("_seconds")]
+    assert {"raw", "validated", "tokens"} == {i.dataset.name for i in newest.inputs.dataset_inputs if i.dataset.digest != "untracked"}
+    assert [run.data.tags["registered_version"] for run in (newest, oldest)] == ["cm3leon/1"] * 2
+    assert [run.info.run_name.split(" · ")[:2] for run in (newest, oldest)] == [["tiny", "same parameters"], ["tiny", "first run"]]
+    assert newest.data.tags["dvc_lock_md5"] == oldest.data.tags["dvc_lock_md5"]
 
     # The same model, asked something else: the champion is evaluated again, and is found equal by pairs.
     subprocess.run(
@@ -226,6 +234,14 @@ def test_whole_project_with_profile_tiny(tmp_path: Path, prefect_server: str) ->
     reports = {key: Artifact.get(key) for key in ("cm3leon-pipeline", "cm3leon-gate")}  # the newest of each: other flows have run here
     assert "version 2 is the champion" in str(reports["cm3leon-pipeline"].data)
     assert "| clip_score |" in str(reports["cm3leon-gate"].data) and "+0 [+0, +0], 12 pairs" in str(reports["cm3leon-gate"].data)
+
+
+def pipeline_runs(project: Path) -> list[Any]:
+    """MLflow's runs of the pipeline, newest first."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    return list(client.search_runs([client.get_experiment_by_name("cm3leon").experiment_id], "tags.stage = 'pipeline'"))
 
 
 def states_in(table: str, stages: list[str]) -> dict[str, str]:

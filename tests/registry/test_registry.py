@@ -13,6 +13,7 @@ from cm3leon.generation.generator import Generator
 from cm3leon.registry import registry
 from cm3leon.registry.bundle import BundleError, IncompleteRecordError, build_bundle, bundle_hash
 from cm3leon.registry.registry import CHALLENGER
+from cm3leon.tracking import runs
 
 
 def test_a_bundle_has_every_part_and_its_hash_depends_on_its_content_only(stages):
@@ -50,6 +51,17 @@ def test_a_model_is_not_bundled_with_the_scores_of_another(stages):
     weights.write_bytes(changed)
     with pytest.raises(BundleError, match=r"models/finetuned changed since the evaluation.*cm3leon evaluate"):
         build_bundle(Path("bundle"), CONFIG)
+
+
+def test_the_pipelines_run_is_linked_to_the_version_new_or_not(stages):
+    client = registry.connect()
+    for _ in range(2):
+        with runs.pipeline_run(CONFIG) as run:
+            registry.register(evaluated(0.5), CONFIG)
+        found = client.get_run(run.run_id)
+        assert found.data.tags[runs.VERSION_TAG] == "cm3leon/1"
+        [model] = [client.get_logged_model(output.model_id) for output in found.outputs.model_outputs]
+        assert registry.fetch_bundle("models:/cm3leon/1").is_relative_to(model.artifact_location.removeprefix("file://"))
 
 
 def test_missing_pickled_and_outdated_files_are_named(stages):
@@ -93,6 +105,20 @@ def test_registering_is_idempotent_and_pickles_nothing_and_the_bundle_can_be_fet
     assert not [f for f in files if f.suffix in (".pkl", ".pt", ".pth", ".pyc")]
     for file in files:
         assert not file.read_bytes().startswith(b"\x80\x04"), f"{file} is a pickle"
+
+
+@pytest.mark.parametrize("name", ["what?x", "per%20cent", "dollar$HOME", "a b#'&[ü]"])
+def test_a_model_is_registered_and_fetched_whatever_the_projects_path_is_called(stages, monkeypatch, name):
+    odd = stages / name / "project"
+    odd.mkdir(parents=True)
+    for part in ("models", "data", "mlflow.db"):
+        (stages / part).rename(odd / part)
+    monkeypatch.chdir(odd)
+    bundle = build_bundle(Path("bundle"), CONFIG)
+    registry.register(bundle, CONFIG)
+    fetched = registry.fetch_bundle("models:/cm3leon@challenger")
+    assert fetched.is_relative_to(odd) and bundle_hash(fetched) == bundle_hash(bundle.path)
+    assert [path.name for path in stages.iterdir()] == [name] and [path.name for path in (stages / name).iterdir()] == ["project"]
 
 
 def test_a_model_that_is_not_registered_is_named(project):

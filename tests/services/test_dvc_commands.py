@@ -205,6 +205,21 @@ def test_garbage_is_collected_outside_of_git(toy: Path) -> None:
     assert cached() == {"two\n", "two\nmore\n"}
 
 
+@pytest.mark.slow
+def test_objects_of_a_given_lock_stay_in_a_project_with_an_odd_name(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = toy.with_name("a #1, b's $x %20")
+    toy.rename(odd)
+    monkeypatch.chdir(odd)
+    locks = []
+    for text in ("two", "three"):
+        Path("in.txt").write_text(f"{text}\n")
+        dvc("repro", "--quiet")
+        locks.append(DVC_LOCK.read_text())
+    everything = cached()
+    assert remove_unused(locks[:1], dry_run=False) == 0
+    assert cached() == everything
+
+
 def test_a_cache_in_another_place_is_found(toy: Path, tmp_path: Path) -> None:
     dvc("cache", "dir", "--local", os.path.relpath(tmp_path / "elsewhere", ".dvc"))
     for text in ("two", "three"):

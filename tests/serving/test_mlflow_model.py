@@ -168,9 +168,26 @@ def test_wrong_rows_are_named(predict, row, complaint):
         predict([{"prompt": "a red circle"}, row], {"candidates": 1})
 
 
-def test_an_image_may_be_a_path(predict, tmp_path):
-    Image.new("RGBA", (20, 20)).save(tmp_path / "image.png")
-    assert predict([{"task": "caption", "image": str(tmp_path / "image.png")}])["task"].tolist() == ["caption"]
+def test_a_path_is_opened_only_where_the_operator_allows_it(predict, tmp_path, monkeypatch):
+    allowed, secret = tmp_path / "images", tmp_path / "secret.png"
+    allowed.mkdir()
+    for file in (allowed / "image.png", secret):
+        Image.new("RGBA", (20, 20)).save(file)
+    (allowed / "link.png").symlink_to(secret)
+
+    def ask(file):
+        return predict([{"task": "caption", "image": str(file)}])["task"].tolist()
+
+    monkeypatch.delenv("CM3LEON_IMAGES", raising=False)
+    with pytest.raises(ValueError, match="row 0: paths are opened nowhere; name directories in CM3LEON_IMAGES"):
+        ask(allowed / "image.png")
+    monkeypatch.setenv("CM3LEON_IMAGES", str(allowed))
+    assert ask(allowed / "image.png") == ["caption"]
+    for outside in (secret, allowed / ".." / "secret.png", allowed / "link.png", tmp_path / "images-2.png"):
+        with pytest.raises(ValueError, match="paths are opened below"):
+            ask(outside)
+    with pytest.raises(ValueError, match=r"missing\.png cannot be read: No such file"):
+        ask(allowed / "missing.png")
 
 
 def test_the_signature_states_all_columns_and_the_bundles_defaults():

@@ -75,7 +75,7 @@ def test_a_full_queue_says_when_to_try_again(held):
         refused = running.client.post(IMAGES_ROUTE, json={"prompt": "z"})
         assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
         assert refused.json()["error"]["type"] == "rate_limit_error"
-        assert running.client.get("/health").json() == {"status": "ready", "model": "tiny", "queue_length": 2}
+        assert running.client.get("/health").json() == {"status": "ready", "model": "tiny", "version": None, "queue_length": 2}
         held.let_go.set()
         assert all(answer.result().status_code == 200 for answer in asked)
         assert running.client.post(IMAGES_ROUTE, json={"prompt": "z"}).status_code == 200

@@ -252,6 +252,15 @@ def test_expectations_fail_on_what_the_rules_should_have_rejected(tmp_path: Path
     assert index.count("validations/") == 2
 
 
+@pytest.mark.parametrize("name", ["dollar$HOME", "p$undef", "${HOME}", "what?x", "per%20cent", "a b#'&"])
+def test_data_docs_lie_in_the_project_whatever_its_path_is_called(tmp_path: Path, name: str) -> None:
+    run = pd.DataFrame([{"read": 1, "accepted": 1, "rejected": 0, "rejected_rate": 0.0, "unaccounted": 0}])
+    docs = tmp_path / name / "docs"
+    assert check({"run": run}, ValidateConfig(), docs) == []
+    assert len(list(docs.rglob("*.html"))) == 3
+    assert [*tmp_path.iterdir()] == [tmp_path / name]
+
+
 def test_the_stages_run_on_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "stage_run", lambda stage, config: nullcontext(runs.Run()))

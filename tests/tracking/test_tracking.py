@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
@@ -49,14 +50,14 @@ def test_a_missing_or_empty_file_has_no_schema_revision(tmp_path):
 
 def test_a_stage_run_records_parameters_metrics_files_and_datasets(project):
     Path("dvc.lock").write_text("stages:\n  ingest:\n    outs:\n    - path: data/raw\n      md5: 0123456789abcdef0123456789abcdef.dir\n")
-    (project / "sheet.png").write_bytes(b"png")
+    Image.new("RGB", (8, 8), "red").save(project / "sheet.png")
     with runs.stage_run("pretrain", Config(profile="tiny", seed=3)) as run:
         for step in range(120):
             run.log_metrics({"pretrain/loss": 1 / (step + 1)}, step)
         run.log_metrics({"pretrain/tokens_per_second": 10.0})
         run.log_params({"extra": {"list": [1, 2]}})
-        run.log_artifact("sheet.png", "images")
-        run.log_sheet("sheet.png", "sheet", 7)
+        run.log_artifact("sheet.png", "sheets")
+        run.log_image("sheet.png", "sheet", 7)
         run.log_dataset("data/raw", "raw")
         run.log_dataset("data/other", "other")
     found = client().get_run(run.run_id)
@@ -72,8 +73,10 @@ def test_a_stage_run_records_parameters_metrics_files_and_datasets(project):
     assert not any(name.startswith("sft") for name in found.data.params)
     history = client().get_metric_history(run.run_id, "pretrain/loss")
     assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [(s, 1 / (s + 1)) for s in range(120)]
-    assert [f.path for f in client().list_artifacts(run.run_id, "samples")] == ["samples/sheet_0000007.png"]
-    assert [f.path for f in client().list_artifacts(run.run_id, "images")] == ["images/sheet.png"]
+    assert [f.path for f in client().list_artifacts(run.run_id, "sheets")] == ["sheets/sheet.png"]
+    images = [f.path.split("+") for f in client().list_artifacts(run.run_id, "images")]
+    assert [parts[:3] for parts in images] == [["images/sheet", "step", "7"]] * 2
+    assert tags["mlflow.loggedImages"] == "True"
     digests = {i.dataset.name: i.dataset.digest for i in found.inputs.dataset_inputs}
     assert digests == {"raw": "0123456789abcdef0123456789abcdef.dir", "other": "untracked"}
     assert json.loads(paths.run_file("pretrain").read_text()) == {"run_id": run.run_id, "experiment_id": run.experiment_id}
@@ -134,7 +137,7 @@ def test_without_a_reachable_store_a_stage_still_runs(tmp_path, monkeypatch, cap
         run.log_params({"b": 1})
         run.log_dataset("data/raw", "raw")
         run.log_artifact(__file__)
-        run.log_sheet(__file__, "sheet", 1)
+        run.log_image("absent.png", "sheet", 1)
     assert time.monotonic() - start < 30
     assert run.run_id is None
     assert json.loads(paths.run_file("tokenize").read_text())["run_id"] is None

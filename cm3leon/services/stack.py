@@ -1,0 +1,232 @@
+"""``cm3leon up`` and ``cm3leon down``: MLflow, Prefect and a worker on 127.0.0.1, in the background, behind a password.
+
+    .services/secrets.json    user and password, made once; mode 600
+    .services/state.json      supervisor and addresses, while the services are up
+    .services/logs/           a log for each part
+
+One process, the supervisor (``cm3leon/services/supervisor.py``), starts the parts and starts again what dies or stops answering.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+
+from cm3leon.services.child import stop_tree
+from cm3leon.services.environment import PREFECT_HOME, prepare_project
+from cm3leon.services.local import HOST, ServiceError, free_port
+from cm3leon.services.mlflow_server import CREDENTIALS_ENV
+from cm3leon.tracking.sqlite import sqlite_uri
+from cm3leon.utils.processes import has_ended, pid_of
+
+HOME = Path(".services")
+SECRETS, STATE, LOGS, DEPLOYED = HOME / "secrets.json", HOME / "state.json", HOME / "logs", HOME / "deployed"
+USER = "cm3leon"
+POOL = "local"
+DEPLOYMENTS = Path("prefect.yaml")
+
+MLFLOW_DATABASE, PREFECT_DATABASE = "CM3LEON_MLFLOW_DATABASE_URL", "CM3LEON_PREFECT_DATABASE_URL"
+"""Addresses of databases for the two servers, such as PostgreSQL's; unset: SQLite files in the project."""
+
+START_SECONDS = 180.0
+"""How long all parts together may take to answer."""
+STOP_SECONDS = 60.0
+"""How long the supervisor may take to stop its parts."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the services are.
+
+    Attributes:
+        supervisor: identity of its process (:mod:`cm3leon.utils.processes`).
+        ports: of 127.0.0.1, by part.
+        mlflow_database, prefect_database: addresses; empty for SQLite.
+    """
+
+    ports: dict[str, int]
+    mlflow_database: str = ""
+    prefect_database: str = ""
+    supervisor: str = ""
+
+    @property
+    def mlflow(self) -> str:
+        """Address of the MLflow server."""
+        return f"http://{HOST}:{self.ports['mlflow']}"
+
+    @property
+    def prefect(self) -> str:
+        """Address of the Prefect server, without ``/api``."""
+        return f"http://{HOST}:{self.ports['prefect']}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process that the supervisor keeps running.
+
+    Attributes:
+        arguments: of ``python``.
+        environment: variables in addition to the supervisor's.
+        health: address that answers while the part works; 401 is an answer too.
+    """
+
+    name: str
+    arguments: list[str]
+    health: str
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
+
+
+def read_state() -> State | None:
+    """The state of services that are up; None if there are none."""
+    try:
+        state = State(**json.loads(STATE.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return None if has_ended(state.supervisor) else state
+
+
+def write_state(state: State) -> None:
+    """Write the state; a reader never sees half of it."""
+    draft = STATE.with_suffix(".draft")
+    draft.write_text(json.dumps(asdict(state), indent=2) + "\n")
+    draft.replace(STATE)
+
+
+def password() -> str:
+    """The services' password; made at the first call."""
+    HOME.mkdir(exist_ok=True)
+    if not SECRETS.exists():
+        made = json.dumps({"user": USER, "password": secrets.token_urlsafe(24)}) + "\n"
+        with os.fdopen(os.open(SECRETS, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(made)
+    return str(json.loads(SECRETS.read_text())["password"])
+
+
+def client_environment(state: State) -> dict[str, str]:
+    """Variables with which MLflow's and Prefect's clients reach the services.
+
+    Runs on this host write to a SQLite store directly: models need not pass through the server, and training does not wait for it.
+    """
+    credentials = f"{USER}:{password()}"
+    return {
+        "PREFECT_API_URL": f"{state.prefect}/api",
+        "PREFECT_API_AUTH_STRING": credentials,
+        "MLFLOW_TRACKING_URI": state.mlflow if state.mlflow_database else sqlite_uri(Path("mlflow.db")),
+        "MLFLOW_TRACKING_USERNAME": USER,
+        "MLFLOW_TRACKING_PASSWORD": password(),
+    }
+
+
+def parts(state: State) -> list[Part]:
+    """The parts, in the order in which they start; they stop in the reverse order."""
+    clients = client_environment(state)
+    database = state.mlflow_database or sqlite_uri(Path("mlflow.db"))
+    artifacts = Path("mlruns").absolute().as_uri()
+    prefect = {"PREFECT_HOME": str(PREFECT_HOME.absolute()), "PREFECT_SERVER_API_AUTH_STRING": clients["PREFECT_API_AUTH_STRING"]}
+    if state.prefect_database:
+        prefect["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = state.prefect_database
+    health_port = str(state.ports["worker"])
+    return [
+        Part(
+            "mlflow",
+            ["-m", "cm3leon.services.mlflow_server", database, artifacts, str(state.ports["mlflow"])],
+            f"{state.mlflow}/health",
+            {CREDENTIALS_ENV: clients["PREFECT_API_AUTH_STRING"]},
+        ),
+        Part(
+            "prefect",
+            ["-m", "prefect", "server", "start", "--host", HOST, "--port", str(state.ports["prefect"])],
+            f"{state.prefect}/api/health",
+            prefect,
+        ),
+        Part(
+            "worker",
+            ["-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--with-healthcheck"],
+            f"http://{HOST}:{health_port}/health",
+            {**clients, "PREFECT_WORKER_WEBSERVER_HOST": HOST, "PREFECT_WORKER_WEBSERVER_PORT": health_port},
+        ),
+    ]
+
+
+def up(mlflow_port: int = 5000, prefect_port: int = 4200, worker_port: int = 4300) -> State:
+    """Start the services and create the deployments of ``prefect.yaml``; changes nothing if they are up.
+
+    Args:
+        mlflow_port, prefect_port, worker_port: to listen on, the worker's for its health; the next free one if one is in use.
+
+    Raises:
+        ServiceError: if a part does not answer in time.
+    """
+    if (state := read_state()) and state.supervisor:
+        return state
+    if MLFLOW_DATABASE not in os.environ:
+        prepare_project(needs_store=True)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    ports = {"mlflow": free_port(mlflow_port), "prefect": free_port(prefect_port), "worker": free_port(worker_port)}
+    password()
+    write_state(State(ports, os.environ.get(MLFLOW_DATABASE, ""), os.environ.get(PREFECT_DATABASE, "")))
+    with (LOGS / "supervisor.log").open("ab") as log:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-m", "cm3leon.services.supervisor"],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        state = _wait_until_up(supervisor)
+        _deploy(state)
+    except BaseException:
+        stop_tree(supervisor.pid, STOP_SECONDS)
+        STATE.unlink(missing_ok=True)
+        raise
+    return state
+
+
+def _wait_until_up(supervisor: subprocess.Popen[bytes]) -> State:
+    """Wait until the supervisor has announced itself, which it does once all parts answer."""
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        state = read_state()
+        if state and state.supervisor:
+            return state
+        if supervisor.poll() is not None:
+            break
+        time.sleep(0.3)
+    last = (LOGS / "supervisor.log").read_text(errors="replace").strip().splitlines()[-1:]
+    raise ServiceError(f"the services did not start: {' '.join(last).removeprefix('error: ')}; their logs are in {LOGS}/")
+
+
+def _deploy(state: State) -> None:
+    """Create the deployments, and again only after ``prefect.yaml`` changed: what was switched in the UI stays as it is."""
+    content = hashlib.sha256(DEPLOYMENTS.read_bytes()).hexdigest()
+    if DEPLOYED.is_file() and DEPLOYED.read_text() == content:
+        return
+    environment = {**os.environ, **client_environment(state), "PREFECT_HOME": str(PREFECT_HOME.absolute())}
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise ServiceError(f"the deployments of {DEPLOYMENTS} were not created:\n{(done.stdout + done.stderr)[-2000:]}")
+    DEPLOYED.write_text(content)
+
+
+def down() -> bool:
+    """Stop the services; False if none are up."""
+    state = read_state()
+    if state is None or not state.supervisor:
+        STATE.unlink(missing_ok=True)
+        return False
+    process = psutil.Process(pid_of(state.supervisor))
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except psutil.TimeoutExpired:
+        stop_tree(process.pid, 5)
+    STATE.unlink(missing_ok=True)
+    return True

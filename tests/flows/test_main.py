@@ -1,0 +1,37 @@
+"""A run that cannot begin says so in one line, before anything is started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ({"PREFECT_API_URL": "http://127.0.0.1:9/api"}, "http://127.0.0.1:9/api cannot be used: it does not answer"),
+        ({"PREFECT_API_URL": "nonsense"}, "nonsense cannot be used: it is no Prefect API"),
+        ({"MLFLOW_TRACKING_URI": "mysql+pymysql://user:secret@host/db"}, "install the driver pymysql, or change MLFLOW_TRACKING_URI"),
+        ({"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "start it, or correct or unset MLFLOW_TRACKING_URI"),
+    ],
+)
+def test_a_server_or_store_that_cannot_be_used_is_one_line(project: Path, variables: dict[str, str], complaint: str) -> None:
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copyfile(ROOT / name, project / name)
+    shutil.copytree(ROOT / ".dvc", project / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    command = [sys.executable, "-m", "flows.pipeline"]
+    environment = kept | {"PYTHONPATH": str(ROOT)} | variables
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    [line] = (done.stdout + done.stderr).splitlines()
+    assert line.startswith("error: ") and complaint in line and "secret" not in line

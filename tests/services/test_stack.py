@@ -1,0 +1,146 @@
+"""``cm3leon up``: the services of one host, behind a password; they survive the loss of any part, and leave nothing when stopped."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cm3leon.services.local import free_port
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, prepared_store: Path) -> Path:
+    """A project with a store, in which nothing has run."""
+    root = tmp_path_factory.mktemp("stack")
+    subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
+    shutil.copytree(ROOT / ".dvc", root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
+    shutil.copytree(ROOT / "flows", root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", "params.yaml", "prefect.yaml", "prefect.toml"):
+        shutil.copy(ROOT / name, root)
+    shutil.copy(prepared_store, root / "mlflow.db")
+    return root
+
+
+def cm3leon(root: Path, *arguments: str) -> str:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PREFECT_", "CM3LEON_"))}
+    environment = {**kept, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "cm3leon", *arguments]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def up(root: Path) -> Iterator[dict[str, str]]:
+    """Running services; yields the addresses that the command printed."""
+    printed = cm3leon(root, "up", "--mlflow-port", str(free_port(15000)), "--prefect-port", str(free_port(14200)))
+    yield {line.split()[0]: line.split()[1] for line in printed.splitlines()}
+    processes = [psutil.Process(supervisor(root)), *psutil.Process(supervisor(root)).children(recursive=True)]
+    assert cm3leon(root, "down") == "stopped\n"
+    assert not [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert cm3leon(root, "down") == "nothing is up\n"
+
+
+def supervisor(root: Path) -> int:
+    return int(json.loads((root / ".services/state.json").read_text())["supervisor"].split(":")[1])
+
+
+def password(root: Path) -> str:
+    return str(json.loads((root / ".services/secrets.json").read_text())["password"])
+
+
+def status(address: str, password: str | None, data: bytes | None = None) -> int:
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+    if password:
+        request.add_header("Authorization", "Basic " + base64.b64encode(f"cm3leon:{password}".encode()).decode())
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.2)
+
+
+def asked(up: dict[str, str]) -> dict[str, tuple[str, bytes | None]]:
+    """Requests that need the password: address and body."""
+    return {
+        "mlflow": (f"{up['MLflow']}/api/2.0/mlflow/experiments/search?max_results=1", None),
+        "prefect": (f"{up['Prefect']}/api/deployments/filter", b"{}"),
+    }
+
+
+def test_both_servers_refuse_who_has_no_password(root: Path, up: dict[str, str]) -> None:
+    for address, data in asked(up).values():
+        assert status(address, password(root), data) == 200
+        assert status(address, None, data) == status(address, "wrong", data) == 401
+    assert stat.S_IMODE((root / ".services/secrets.json").stat().st_mode) == 0o600
+    for log in (root / ".services/logs").iterdir():
+        assert password(root) not in log.read_text()
+    listening = {c.laddr.ip for c in psutil.net_connections("inet") if c.status == "LISTEN" and c.pid in parts(root).values()}
+    assert listening <= {"127.0.0.1"}
+
+
+def parts(root: Path) -> dict[str, int]:
+    """Part -> process id."""
+    found: dict[str, int] = {}
+    for child in psutil.Process(supervisor(root)).children():
+        with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+            command = " ".join(child.cmdline())
+            for name, part in (("mlflow", "mlflow_server"), ("prefect", "server start"), ("worker", "worker start")):
+                if part in command:
+                    found[name] = child.pid
+    return found
+
+
+def test_the_deployments_are_there_and_a_second_up_changes_nothing(root: Path, up: dict[str, str]) -> None:
+    before = parts(root)
+    assert set(before) == {"mlflow", "prefect", "worker"}
+    again = cm3leon(root, "up")
+    assert up["MLflow"] in again and up["Prefect"] in again
+    assert parts(root) == before
+    request = urllib.request.Request(f"{up['Prefect']}/api/deployments/filter", b"{}", {"Content-Type": "application/json"})
+    request.add_header("Authorization", "Basic " + base64.b64encode(f"cm3leon:{password(root)}".encode()).decode())
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert "nightly" in {deployment["name"] for deployment in json.load(answer)}
+
+
+@pytest.mark.parametrize("part", ["mlflow", "prefect", "worker"])
+def test_a_part_that_is_killed_is_started_again(part: str, root: Path, up: dict[str, str]) -> None:
+    before = parts(root)
+    os.kill(before[part], signal.SIGKILL)
+    until(lambda: parts(root).get(part, before[part]) != before[part], 30)
+    if part in asked(up):
+        address, data = asked(up)[part]
+
+        def answers() -> bool:
+            try:
+                return status(address, password(root), data) == 200
+            except OSError:
+                return False
+
+        until(answers, 60)
+    assert {name: pid for name, pid in parts(root).items() if name != part} == {n: p for n, p in before.items() if n != part}

@@ -1,0 +1,168 @@
+"""The MLflow store lies in the project whatever its path is called; a store that cannot be used is one line that says what to do."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cm3leon.config.schema import Config
+from cm3leon.tracking import runs, store
+from cm3leon.tracking.sqlite import sqlite_file, sqlite_uri
+
+ROOT = Path(__file__).parents[2]
+NAMES = ["what?x", "per%20cent", "100%", "%3F", "dollar$HOME", "p$undef", "a b", "#1", "it's", "semi;colon", "a&b", "[a]{b}", "Größe-日本"]
+
+
+@pytest.fixture
+def unset(monkeypatch):
+    """No store in the environment."""
+    for name in ("MLFLOW_TRACKING_URI", runs.PARENT_RUN_ENV, runs.FLOW_RUN_ENV, "RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_store_and_its_artifacts_lie_in_the_project_whatever_its_path_is_called(prepared_store, tmp_path, monkeypatch, unset, name):
+    project = tmp_path / name / "project"
+    project.mkdir(parents=True)
+    monkeypatch.chdir(project)
+    shutil.copyfile(prepared_store, "mlflow.db")
+    Path("file.txt").write_text("content")
+    start = time.monotonic()
+    with runs.stage_run("ingest", Config()) as run:
+        run.log_artifact("file.txt")
+    assert time.monotonic() - start < 30
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=store.tracking_uri())
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert Path(client.download_artifacts(run.run_id, "file.txt")).read_text() == "content"
+    assert [file.parents[2] for file in project.rglob("artifacts/file.txt")] == [project / "mlruns"]
+    assert [*tmp_path.iterdir()] == [tmp_path / name] and [*(tmp_path / name).iterdir()] == [project]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sqlite_uri_leads_back_to_its_file(tmp_path, name):
+    path = tmp_path / name / "mlflow.db"
+    assert sqlite_file(sqlite_uri(path)) == path
+    assert sqlite_file(sqlite_uri(path, driver="aiosqlite")) == path
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "postgresql://user@host/db", "sqlite://", "sqlite:///:memory:", "sqlite:x", "x"])
+def test_what_is_no_sqlite_file_has_none(uri):
+    assert sqlite_file(uri) is None
+
+
+@pytest.mark.parametrize(
+    ("uri", "complaint"),
+    [
+        ("http://127.0.0.1:9", "does not answer .* start it, or correct or unset MLFLOW_TRACKING_URI"),
+        ("http://user:secret@127.0.0.1:9", r"http://user:\*\*\*@127.0.0.1:9 does not answer"),
+        ("http://", "does not answer"),
+        ("htp://host", "htp://host cannot be used: .*correct or unset MLFLOW_TRACKING_URI"),
+        ("nonsense", "nonsense cannot be used: .*correct or unset MLFLOW_TRACKING_URI"),
+        ("sqlite:nonsense", "sqlite:nonsense cannot be used"),
+        ("mysql+pymysql://user:secret@host/db", r"mysql\+pymysql://user:\*\*\*@host/db .*install the driver pymysql"),
+        ("postgresql+psycopg2://user:secret@127.0.0.1:9/db", "install the driver psycopg2"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_named_with_what_to_do(project, monkeypatch, uri, complaint):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    start = time.monotonic()
+    with pytest.raises(store.StoreError, match=complaint) as caught:
+        store.prepare_store()
+    assert time.monotonic() - start < 30
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+def damage_everything(file):
+    file.write_bytes(os.urandom(5000))
+
+
+def damage_pages(file):
+    content = bytearray(file.read_bytes())
+    content[3 * 4096 : 43 * 4096] = os.urandom(40 * 4096)
+    file.write_bytes(content)
+
+
+def truncate(file):
+    os.truncate(file, 40_000)
+
+
+@pytest.mark.parametrize("damage", [damage_everything, damage_pages, truncate])
+def test_a_damaged_store_is_named_and_left_as_it_is(project, capfd, damage):
+    file = project / "mlflow.db"
+    damage(file)
+    before = file.read_bytes()
+    with pytest.raises(store.StoreError, match=r"mlflow\.db cannot be used: .*move the damaged file away and put a backup in its place"):
+        store.prepare_store()
+    assert file.read_bytes() == before
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_migration_that_fails_leaves_the_store_as_it_was(project, monkeypatch):
+    """An older store, whose migration meets a table that it is to make."""
+    import sqlite3
+
+    from mlflow.db import upgrade
+
+    with sqlite3.connect("mlflow.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    connection.close()
+    before = Path("mlflow.db").read_bytes()
+    assert upgrade.callback is not None
+    with pytest.raises(store.StoreError, match=r"already exists|duplicate column"):
+        store.prepare_store()
+    assert Path("mlflow.db").read_bytes() == before
+
+
+def run_command(folder, *arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    command = [sys.executable, "-m", "cm3leon", *arguments]
+    environment |= {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, check=False, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mounts in ``tmp_path``; skips where the process may not mount."""
+    done = set()
+
+    def mount(*arguments):
+        if sys.platform != "linux" or subprocess.run(["mount", *arguments], check=False, capture_output=True).returncode:
+            pytest.skip("needs the right to mount a file system")
+        done.add(arguments[-1])
+
+    yield mount
+    for place in done:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, prepared_store, mounted):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted("-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(disk))
+    shutil.copyfile(prepared_store, disk / "mlflow.db")
+    free = os.statvfs(disk)
+    (disk / "fill").write_bytes(bytes(free.f_bavail * free.f_frsize))
+    before = (disk / "mlflow.db").read_bytes()
+    done = run_command(disk, "status")
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ") and "mlflow.db cannot be used" in line and line.endswith("free some disk space and run it again")
+    assert (disk / "mlflow.db").read_bytes() == before
+
+
+def test_a_read_only_project_is_one_line(tmp_path, prepared_store, mounted):
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copyfile(prepared_store, project / "mlflow.db")
+    mounted("--bind", str(project), str(project))
+    mounted("-o", "remount,ro,bind", str(project))
+    done = run_command(project, "status")
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ") and line.endswith("make the place writable and run it again")
