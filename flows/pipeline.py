@@ -129,8 +129,9 @@ def main(arguments: list[str] | None = None) -> int:
             configure(options.profile)
         # Before DVC is asked for the graph, because outside of a git repository it needs a setting. Promotion needs the store.
         prepare_project(needs_store=not options.no_promote)
-        print(check_disk(load_config(), stale_stages(stage_order())), flush=True)
+        stages = stage_order()
         check_server()
+        print(check_disk(load_config(), stale_stages(stages)), flush=True)
     except Exception as error:
         message = str(error) if isinstance(error, DvcException) else message_to_user(error)
         if message is None:
