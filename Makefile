@@ -68,7 +68,7 @@ format: $(STAMP)  ## put the code in order
 
 lock:  ## write requirements.lock anew from pyproject.toml's ranges
 	@rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock
-	.cache/lock/bin/python -m pip install --quiet ".[dev,hf]"
+	.cache/lock/bin/python -m pip install --quiet ".[dev,hf,s3]"
 	@{ sed -n '/^#/p' requirements.lock; .cache/lock/bin/python -m pip freeze --exclude cm3leon \
 	  | sed -E 's/^(torch|torchvision)==([^+]*)\+.*/\1==\2/' | grep -Ev '^(nvidia-|triton==|cuda-)'; } > .cache/requirements.lock
 	@mv .cache/requirements.lock requirements.lock && rm -rf .cache/lock

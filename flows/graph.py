@@ -37,3 +37,15 @@ def downstream_of(stages: list[Stage], name: str) -> list[str]:
         if {name, *found} & set(stage.needs):
             found.append(stage.name)
     return found
+
+
+def stale_stages(stages: list[Stage], root: str | Path = ".") -> list[str]:
+    """The stages that a run will bring up to date: those that changed, and all that depend on them. ``stages`` in topological order."""
+    from dvc.repo import Repo
+
+    with Repo(str(root), _wait_for_lock=True) as repo:  # another run of this project holds the lock for moments
+        stale = set(repo.status())
+    for stage in stages:
+        if stale & set(stage.needs):
+            stale.add(stage.name)
+    return [stage.name for stage in stages if stage.name in stale]

@@ -25,7 +25,7 @@ from prefect.states import Completed, Failed  # noqa: E402
 from cm3leon.config.schema import Config  # noqa: E402
 from cm3leon.services.leftovers import FLOW_RUNS, owned  # noqa: E402
 from cm3leon.utils.errors import UserError  # noqa: E402
-from flows.graph import Stage, downstream_of, stage_order  # noqa: E402
+from flows.graph import Stage, downstream_of, stage_order, stale_stages  # noqa: E402
 from flows.promotion import register_gate_promote  # noqa: E402
 from flows.report import markdown, show_table  # noqa: E402
 from flows.session import clear_leftovers, prefect_api, until_interrupted  # noqa: E402
@@ -140,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from cm3leon.config.loading import load_config
     from cm3leon.config.profiles import configure, profile_names
+    from cm3leon.services.disk import check_disk
     from cm3leon.utils.errors import message_to_user
 
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Run the whole pipeline.")
@@ -151,8 +152,9 @@ def main(arguments: list[str] | None = None) -> int:
             configure(options.profile)
         # Before DVC is asked for the graph, because outside of a git repository it needs a setting. Promotion needs the store.
         prepare_project(needs_store=not options.no_promote)
-        stage_order()
+        stages = stage_order()
         check_server()
+        print(check_disk(load_config(), stale_stages(stages)), flush=True)
         with prefect_api(), tags("cm3leon", load_config().profile):
             state = pipeline(promote=not options.no_promote, return_state=True)
     except Exception as error:

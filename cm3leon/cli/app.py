@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from cm3leon.cli import convert, model
+from cm3leon.cli import convert, data, model
 from cm3leon.cli.options import UsageError
 from cm3leon.stages.common import STAGES, run_stage
 from cm3leon.utils.errors import message_to_user
@@ -184,6 +184,25 @@ def inspect_document(
         inspect_sequence.show_document(document_id, Console(), load_config(), epoch)
     else:
         inspect_sequence.show_row(step, row, Console(), load_config())
+
+
+@app.command(rich_help_panel="Project")
+def gc(
+    keep: Annotated[int, typer.Option(min=1, help="newest versions to keep; those with an alias and former champions always stay")] = 5,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only show what would be removed")] = False,
+) -> None:
+    """Remove what no kept version needs: old versions, deleted MLflow runs, old checkpoints, unused objects of DVC's cache."""
+    from cm3leon.registry.cleaning import clean
+    from cm3leon.services.disk import readable
+
+    freed = 0
+    for what, size in clean(keep, dry_run):
+        print(f"{readable(size):>10}  {what}", flush=True)
+        freed += size
+    print(f"{readable(freed):>10}  {'would be freed' if dry_run else 'freed'}: {freed:,} bytes")
+
+
+app.add_typer(data.app, name="data", rich_help_panel="Project")
 
 
 # --- the registry ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
     evaluation/                        record.json, outcomes.parquet and sheets
     training_data.parquet              id, origin, license, attribution, source and size of every training document
     lineage.json                       git commit, md5 of dvc.lock and of the data, MLflow run of each stage, Prefect flow run
+    dvc.lock, params.yaml              as they were, where the project has them: by them DVC finds data and models again
 
 Its identity is :func:`bundle_hash`. Nothing in it is pickled.
 """
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 from cm3leon.config import paths
 from cm3leon.config.loading import load_config
+from cm3leon.config.profiles import PARAMS
 from cm3leon.config.schema import Config
 from cm3leon.data.manifest import read_manifest
 from cm3leon.evaluation.record import FILE as RECORD
@@ -34,6 +36,7 @@ from cm3leon.tracking.runs import FLOW_RUN_ENV
 from cm3leon.utils.errors import UserError
 
 LINEAGE, TRAINING_DATA = "lineage.json", "training_data.parquet"
+PROJECT_FILES = (lineage.DVC_LOCK, PARAMS)
 DATA_COLUMNS = ["id", "origin", "licence", "attribution", "source", "width", "height"]
 SHEETS = "*.png"
 PICKLED = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib"}
@@ -120,6 +123,9 @@ def build_bundle(out: Path, config: Config | None = None) -> Bundle:
     origin = {"git_commit": lineage.git_commit(), "dvc_lock_md5": lineage.dvc_lock_md5(), "flow_run": os.environ.get(FLOW_RUN_ENV)}
     data = {str(path): lineage.dvc_md5(path) for path in (paths.RAW, paths.VALIDATED, paths.TOKENS)}
     _write(partial / LINEAGE, {**origin, "data_md5": data, "mlflow_runs": runs})
+    for file in PROJECT_FILES:  # copies: both are written again in place
+        if file.is_file():
+            shutil.copyfile(file, partial / file.name)
     if not (paths.VALIDATED / "manifest.parquet").is_file():
         raise BundleError(
             f"{paths.VALIDATED / 'manifest.parquet'} is missing, and the bundle lists its training data; run: cm3leon validate"
@@ -173,12 +179,13 @@ def _write(path: Path, value: object) -> None:
 def bundle_hash(path: Path) -> str:
     """SHA-256 over names and contents of the bundle's files.
 
-    Lineage and sheets of samples do not count: they differ between runs that give the same model.
+    Lineage, the project's files and sheets of samples do not count: they differ between runs that give the same model.
     """
+    origin = {LINEAGE, *(file.name for file in PROJECT_FILES)}
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*"), key=lambda f: f.relative_to(path).as_posix()):
         name = file.relative_to(path).as_posix()
-        if not file.is_file() or name == LINEAGE or (name.startswith("evaluation/") and file.suffix == ".png"):
+        if not file.is_file() or name in origin or (name.startswith("evaluation/") and file.suffix == ".png"):
             continue
         with file.open("rb") as stream:
             digest.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())

@@ -109,6 +109,20 @@ def holder(versions: list[Version], alias: str) -> Version | None:
     return next((version for version in versions if alias in version.aliases), None)
 
 
+def find_version(client: MlflowClient, name: str) -> Version:
+    """A version by its number, or by an alias: ``3``, ``@champion``.
+
+    Raises:
+        NotRegisteredError: if there is none.
+    """
+    versions = all_versions(client)
+    found = holder(versions, name[1:]) if name.startswith("@") else next((v for v in versions if v.number == name), None)
+    if found is None:
+        known = ", ".join([v.number for v in versions] + sorted(f"@{alias}" for v in versions for alias in v.aliases)) or "none"
+        raise NotRegisteredError(f"the registry {client.tracking_uri} has no version {name} of {MODEL_NAME}; it has: {known}")
+    return found
+
+
 def status(uri: str | None = None) -> list[Version]:
     """All versions with aliases, scores, tags and time of creation, newest first."""
     local = read_versions(uri or store.tracking_uri(), MODEL_NAME)

@@ -1,1 +1,1 @@
-"""Local servers and child processes: MLflow, Prefect, Data Docs, and the environment they run in."""
+"""Local servers, child processes, DVC's commands, disk space; and the environment that processes run in."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import random
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 from cm3leon.config.schema import Config
 from cm3leon.stages.common import STAGES
 from cm3leon.utils.imports import import_closure
-from flows.graph import downstream_of, stage_order
+from flows.graph import downstream_of, stage_order, stale_stages
 
 ROOT = Path(__file__).parents[2]
 INFRASTRUCTURE = {
@@ -68,6 +69,33 @@ def test_every_stage_comes_after_its_dependencies_in_any_order_of_the_file(tmp_p
     assert downstream_of(stages, "b") == ["d", "f"]
     assert downstream_of(stages, "e") == ["f"]
     assert downstream_of(stages, "f") == []
+
+
+def test_a_changed_stage_and_all_that_depend_on_it_are_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    needs = {"a": [], "b": ["a"], "c": ["a"], "d": ["b"]}
+    make_project(tmp_path, needs, list(needs))
+    written = yaml.safe_load((tmp_path / "dvc.yaml").read_text())
+    for name, stage in written["stages"].items():
+        stage |= {"cmd": f"mkdir -p out && echo {name} > out/{name}", "params": [name]}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump(written))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(dict.fromkeys(needs, 1)))
+    assert stale_stages(stage_order()) == ["a", "b", "c", "d"]  # none has run
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], check=True)
+    assert stale_stages(stage_order()) == []
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({**dict.fromkeys(needs, 1), "b": 2}))
+    assert stale_stages(stage_order()) == ["b", "d"]
+
+
+@pytest.mark.slow
+def test_a_run_waits_while_another_holds_dvcs_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself DVC gives up after three seconds."""
+    monkeypatch.chdir(tmp_path)
+    make_project(tmp_path, {"a": []}, ["a"])
+    hold = "import time; from dvc.repo import Repo; lock = Repo('.').lock; lock.__enter__(); print('held', flush=True); time.sleep(5)"
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        assert stale_stages(stage_order()) == ["a"]
 
 
 def test_independent_stages_are_in_the_order_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,25 @@ def test_a_project_outside_of_git_runs(toy: Path, capsys: pytest.CaptureFixture[
     assert set(run.tags) == {"cm3leon", "small"}
 
 
+def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_it_starts(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.pipeline import main
+
+    stages = {"pretrain": {"cmd": "touch out", "params": ["pretrain.model.layers"], "outs": ["out"]}}
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    layers = "pretrain:\n  model:\n    layers: {}\n"
+    Path("params.yaml").write_text(layers.format(10**9))
+    assert main(["--no-promote"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: this run writes about") and "TB (pretrain" in shown.err and "cm3leon gc" in shown.err
+    assert not Path("out").exists()
+
+    Path("params.yaml").write_text(layers.format(6))
+    assert main(["--no-promote"]) == 0
+    assert "disk: this run writes about" in capsys.readouterr().out
+    assert main(["--no-promote"]) == 0
+    assert "disk: this run writes nothing" in capsys.readouterr().out
+
+
 def test_a_failed_stage_shows_its_own_error_and_completed_stages_are_kept(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("fault.txt").write_text("yes")
     state = run_flow()
