@@ -18,6 +18,7 @@ from prefect.states import Crashed
 
 from cm3leon.services.leftovers import FLOW_RUNS, abandoned, end_leftover_processes
 from cm3leon.services.local import temporary_prefect
+from cm3leon.utils.errors import UserError
 
 
 @contextmanager
@@ -59,11 +60,14 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def until_interrupted(main: Callable[[], int]) -> int:
-    """The exit status of ``main``; if Ctrl-C, SIGTERM or SIGHUP ends it, one line and 128 plus the signal's number."""
+    """The exit status of ``main``; 2 after a user's error, 128 plus the number after Ctrl-C, SIGTERM or SIGHUP, with one line."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
         return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         ended_by = int(signal.SIGINT)
     except TerminationSignal as error:
