@@ -62,7 +62,7 @@ class ClipTokenizer:
 def build_clip(settings: dict[str, Any]) -> nn.Module:
     """A small open_clip model from the ``model`` section of a trained encoder's settings, initialized by torch's global generator."""
     torchvision_compat.make_importable()
-    with hidden("transformers"):  # for text towers that are not used here; its import takes most of a second
+    with hidden("transformers", "timm"):  # for towers that are not used here; their imports take a second
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     return CLIP(settings["embed_dim"], CLIPVisionCfg(**settings["vision"]), CLIPTextCfg(**settings["text"]))

@@ -45,16 +45,16 @@ def import_closure(starts: Iterable[Path], root: Path, follow: Callable[[Path], 
 
 
 @contextmanager
-def hidden(package: str) -> Iterator[None]:
-    """Make a package look as if it were not installed, while others are imported that use it only where it is.
+def hidden(*packages: str) -> Iterator[None]:
+    """Make packages look as if they were not installed, while others are imported that use them only where they are.
 
-    Nothing happens if it has been imported already.
+    Packages that have been imported already stay as they are.
     """
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]  # import statements then raise ImportError
+    absent = [package for package in packages if package not in sys.modules]
+    for package in absent:
+        sys.modules[package] = None  # type: ignore[assignment]  # import statements then raise ImportError
     try:
         yield
     finally:
-        del sys.modules[package]
+        for package in absent:
+            del sys.modules[package]
