@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup run ui up down study lint types test test-fast docs format lock clean
+.PHONY: help install setup run ui up down study lint types test test-fast docs audit format lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,11 @@ test-fast: $(STAMP)  ## tests for the inner loop: without slow ones, browser and
 docs: $(STAMP)  ## API reference from the docstrings, in build/docs/index.html
 	@rm -rf build/docs
 	PDOC_ALLOW_EXEC=1 $(BIN)/python -W "ignore:Error parsing type annotation ForwardRef" -m pdoc --docformat google -o build/docs cm3leon
+
+audit:  ## look the locked packages up in the databases of advisories; needs the network
+	@$(PYTHON) -m venv .cache/audit
+	@.cache/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	@.cache/audit/bin/python -m pip_audit --requirement requirements.lock --disable-pip --no-deps
 
 format: $(STAMP)  ## put the code in order
 	$(BIN)/ruff check --fix .

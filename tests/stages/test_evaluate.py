@@ -88,7 +88,9 @@ def test_captions_and_questions_that_are_too_long_are_cut(collection):
     assert {"vqa_accuracy_other_images", "super_resolution_psnr_rgb_bicubic"} <= set(record.calibration)
     assert record.scores["super_resolution_psnr_rgb"] == pytest.approx(record.calibration["super_resolution_psnr_rgb_bicubic"], abs=1)
     assert record.contract["counts"] == {"prompts": 3, "captioned": 2, "questions": 6}
-    assert record.contract["retrieval"]["max_score"] == CONFIG.retrieve.max_score
+    assert record.settings["retrieve"]["max_score"] == CONFIG.retrieve.max_score  # part of the model, not of the contract
+    assert not {"retrieval", "decoding"} & record.contract.keys()
+    assert set(record.outcomes["clip_score"]) == set(read_manifest(paths.VALIDATED, "test")["id"]) and not record.seen
     assert all(np.isfinite(value) for value in metrics.values())
     with pytest.raises(PromptTooLongError):
         Generator.from_parts(
@@ -183,13 +185,10 @@ def test_a_single_test_record_is_measured(collection):
 
 
 def test_the_contract_covers_what_was_captioned():
-    class Parts:
-        encoder = None
-        image_tokenizer = type("Tokenizer", (), {"spec": type("Spec", (), {"image_size": 32})})
-
     def contract(ids: list[str], references: list[list[str]]) -> dict:
         captioned = pd.DataFrame({"id": ids, "captions": references})
-        return evaluation.contract(CONFIG, pd.DataFrame({"id": ["a"]}), ["p"], captioned, [], Parts(), 64, None)
+        rows = pd.DataFrame({"id": ["a"], "captions": [["p"]]})
+        return evaluation.contract(CONFIG, rows, captioned, [], 32, 64, "encoder", None)
 
     base = contract(["a", "b"], [["x"], ["y"]])
     changes = {
