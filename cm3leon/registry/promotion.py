@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 SAMPLES = "samples.png"
 GATE_TAG, REPLACED_TAG, ROLLED_BACK_TAG = "gate", "replaced", "rolled_back"
+NOT_COMPARED = "not compared by the gate yet"
 
 
 class PromotionError(UserError):
@@ -83,7 +84,7 @@ def gate(config: Config, registered: Version | None = None, number: str | None =
     if champion != challenger:
         entry = ledger.Entry("gate", challenger.number, champion.number if champion else None, str(verdict))
         # A run that changes nothing compares the same versions again.
-        before = next((old for old in ledger.read(client) if old.version == entry.version), None)
+        before = next((old for old in ledger.read(client) if old.version == entry.version and old.action != "reject"), None)
         if before is None or (before.action, before.champion, before.verdict) != (entry.action, entry.champion, entry.verdict):
             sheets = _sheets(client, challenger, champion, record)
             client.log_text(_run_id(challenger), sheets_page(verdict.to_markdown(), sheets), "gate.html")
@@ -189,7 +190,7 @@ def promote(number: str | None = None, force: bool = False, reason: str = "") ->
     if champion is not None and champion.number == chosen.number:
         return champion
     against = f"version {champion}" if champion else "none"
-    state = chosen.tags.get(GATE_TAG, "not compared by the gate yet")
+    state = chosen.tags.get(GATE_TAG, NOT_COMPARED)
     passed = state == _gate_tag(True, champion)
     if not passed and not force:
         which = "" if number is None else f" --version {number}"
@@ -207,6 +208,29 @@ def promote(number: str | None = None, force: bool = False, reason: str = "") ->
         client.delete_model_version_tag(MODEL_NAME, chosen.number, ROLLED_BACK_TAG)
     client.set_registered_model_alias(MODEL_NAME, CHAMPION, chosen.number)
     return _published(client, chosen, champion)
+
+
+def reject(number: str, reason: str) -> ledger.Entry:
+    """Enter into the ledger that a person decided against a version; returns the entry.
+
+    Raises:
+        PromotionError: if there is no such version.
+    """
+    client = connect()
+    versions = all_versions(client)
+    version, champion = _chosen(versions, number), holder(versions, CHAMPION)
+    state = version.tags.get(GATE_TAG, NOT_COMPARED)
+    entry = ledger.Entry("reject", version.number, champion.number if champion else None, state, reason=reason)
+    ledger.append(client, entry)
+    publish(client, version)
+    return entry
+
+
+def rejection(number: str) -> ledger.Entry | None:
+    """The entry by which a version was rejected; None if it was not, or was promoted since."""
+    decisions = (entry for entry in history() if entry.version == number and entry.action in ("promote", "reject"))
+    last = next(decisions, None)
+    return last if last and last.action == "reject" else None
 
 
 def rollback(to: str | None = None, reason: str = "") -> Version:

@@ -131,7 +131,7 @@ def test_a_failed_registration_is_in_the_table_and_the_report(
 ) -> None:
     from flows import pipeline as module
 
-    def refuse(config: object, after: object) -> str:
+    def refuse(config: object, after: object, approval: bool) -> str:
         raise LookupError("the registry is not reachable")
 
     reports: list[str] = []
