@@ -16,14 +16,14 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, Fl
 from prefect.client.schemas.objects import State, StateType
 from prefect.input import RunInput
 from prefect.runtime import deployment, flow_run
-from prefect.states import Cancelled, Completed, Failed
+from prefect.states import Completed, Failed
 from pydantic import BaseModel, Field
 
 from cm3leon.registry.gate import Verdict
 from cm3leon.registry.registry import Version
 from cm3leon.tracking.runs import FLOW_RUN_ENV
 from cm3leon.utils.errors import UserError
-from flows.session import BusyError, clear_leftovers, only_run
+from flows.session import alone
 
 VERSION, PASSED, VERDICT = "cm3leon.version", "cm3leon.passed", "cm3leon.verdict"
 """Labels of a flow run: the version that waits, and the gate's verdict. So the decision is on what was shown, whatever runs meanwhile."""
@@ -71,8 +71,10 @@ def propose(version: Version, verdict: Verdict) -> str:
     return f"version {version} waits for a decision, {verdict}"
 
 
-def candidate() -> Candidate | None:
-    """The version for which this flow run waits, or has waited; None if there is none."""
+def candidate(approval: bool = True) -> Candidate | None:
+    """The version for which this flow run waits, or has waited; None if there is none, or no ``approval`` is wanted."""
+    if not approval:
+        return None
     with get_client(sync_client=True) as client:
         labels = client.read_flow_run(UUID(flow_run.id)).labels
     if VERSION not in labels:
@@ -86,29 +88,21 @@ def with_decision(work: Callable[[], State], approval: bool, hours: float) -> St
     A run that starts again after its decision does not work again.
 
     Returns:
-        what ``work`` or :func:`decide` returned; Failed with one line for an error that the user can mend, Cancelled if another run works.
+        what ``work`` (through :func:`~flows.session.alone`) or :func:`decide` returned.
     """
-    try:
-        if approval and (waiting := candidate()):
-            return decide(waiting, hours)
-        with only_run():
-            clear_leftovers()
-            state = work()
-        return decide(waiting, hours) if approval and (waiting := candidate()) else state
-    except BusyError as error:
-        return Cancelled(message=str(error))
-    except UserError as error:
-        return Failed(message=str(error))
+    if waiting := candidate(approval):
+        return decide(waiting, hours)
+    state = alone(work)
+    waiting = candidate(approval)
+    return decide(waiting, hours) if waiting else state
 
 
 def decide(waiting: Candidate, hours: float) -> State:
     """Suspend this flow run until there is a decision, then carry it out; after ``hours`` Prefect ends the run as failed.
 
     Returns:
-        Completed, named Rejected if the version was rejected; the message says who and why.
-
-    Raises:
-        cm3leon.registry.promotion.PromotionError: if another version became the champion since the gate.
+        Completed, named Rejected if the version was rejected; the message says who and why. Failed if another version became the champion
+        since the gate.
     """
     from cm3leon.registry import promotion
 
@@ -119,5 +113,8 @@ def decide(waiting: Candidate, hours: float) -> State:
         entry = promotion.reject(waiting.version, f"rejected by {made.name}: {made.reason}")
         return Completed(name="Rejected", message=f"version {waiting.version} is not promoted, {entry.reason}")
     reason = f"approved by {made.name}: {made.reason}"
-    promotion.promote(waiting.version, force=not waiting.passed, reason=reason)
+    try:
+        promotion.promote(waiting.version, force=not waiting.passed, reason=reason)
+    except promotion.PromotionError as error:
+        return Failed(message=str(error))
     return Completed(message=f"version {waiting.version} is the champion, {reason}")

@@ -12,11 +12,12 @@ from types import FrameType
 from uuid import UUID
 
 from prefect import get_client
+from prefect.client.schemas.objects import State
 from prefect.events.worker import EventsWorker
 from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Crashed
+from prefect.states import Cancelled, Crashed, Failed
 
 from cm3leon.services.environment import PREFECT_HOME
 from cm3leon.services.leftovers import FLOW_RUNS, abandoned, end_leftover_processes
@@ -65,6 +66,22 @@ def prefect_api() -> Iterator[None]:
                 yield
             finally:
                 send_pending()
+
+
+def alone(work: Callable[[], State]) -> State:
+    """What a flow's work returns; the flow is the only run in this directory, and clears first what a killed one has left.
+
+    Returns:
+        Failed with one line for an error that the user can mend, Cancelled if another run works here.
+    """
+    try:
+        with only_run():
+            clear_leftovers()
+            return work()
+    except BusyError as error:
+        return Cancelled(message=str(error))
+    except UserError as error:
+        return Failed(message=str(error))
 
 
 def send_pending() -> None:

@@ -72,7 +72,7 @@ def gate(config: Config, registered: Version | None = None, number: str | None =
     if ROLLED_BACK_TAG in challenger.tags and challenger != champion:
         refusals.append(f"version {challenger} was the champion and was rolled back")
     known = registered.record if registered and registered.number == challenger.number else None
-    record = known or _record(client, challenger)
+    record = known or registered_record(client, challenger)
     # Registering an unchanged model again makes the champion the challenger.
     against = None
     if champion:
@@ -95,7 +95,7 @@ def gate(config: Config, registered: Version | None = None, number: str | None =
 
 def _champion_record(client: MlflowClient, champion: Version, record: Record, config: Config, notes: list[str]) -> Record:
     """The champion's record under the contract of ``record``: the registered one, or that of a new evaluation, which is kept in its run."""
-    stored = _record(client, champion)
+    stored = registered_record(client, champion)
     changed = contract_changes(record.contract, stored.contract)
     if stored.outcomes and not changed:
         return stored
@@ -160,7 +160,7 @@ def _run_id(version: Version) -> str:
     return version.run_id
 
 
-def _record(client: MlflowClient, version: Version) -> Record:
+def registered_record(client: MlflowClient, version: Version) -> Record:
     """The evaluation record that was registered with a version."""
     with tempfile.TemporaryDirectory() as folder:
         return read_record(Path(client.download_artifacts(_run_id(version), "evaluation", folder)))
