@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from cm3leon.evaluation.record import Record
 from cm3leon.evaluation.run import evaluate
 from cm3leon.registry import promotion, registry
 from cm3leon.scenes import source as shapes
+from cm3leon.sequence.tasks import Training
+from cm3leon.services.environment import child_path
 from cm3leon.tracking import runs
 from cm3leon.utils.processes import stop_tree
 
@@ -37,10 +40,15 @@ CONFIG = Config.model_validate(
     {
         "profile": "tiny",
         "decoding": {"candidates": 1, "retrieved_documents": 1, "max_text_tokens": 4},
+        "gate": {"floors": {}, "margins": {}},
         "evaluate": {"prompts": 4, "captions": 2, "questions": 4, "tasks": 2, "sheet": 2, "bootstrap": 10},
     }
 )
 DECISION = {"decision": "approve", "reason": "the colors are right", "name": "Anna"}
+
+
+FLOWS = {"promote": "-promotion", "evaluate-champion": "-champion"}
+"""What stands after the flow's name, cm3leon, by deployment."""
 
 
 @dataclass
@@ -70,9 +78,6 @@ class Workspace:
                 assert time.monotonic() < end and not state.is_final(), f"{state}\n{self.log.read_text()[-8000:]}"
                 time.sleep(0.5)
         return state
-
-
-FLOWS = {"promote": "-promotion", "evaluate-champion": "-champion"}
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +121,7 @@ def make_project(root: Path, tiny_models: Path, store: Path) -> None:
     pq.write_table(pa.Table.from_pylist(records, schema=VALIDATED_SCHEMA), paths.VALIDATED / "manifest.parquet")
     images = ImageStore(paths.RAW)
     write_thumbnails(paths.VALIDATED, [r["id"] for r in records], [thumbnail_of(images.open(r["image"])) for r in records])
+    Training(frozenset({"text_to_image", "caption"}), masked_prompts=True).write(paths.FINETUNED)
     evaluate(CONFIG, paths.EVALUATION)
 
 
@@ -157,19 +163,19 @@ def scheduled_run(deployment: str, seconds: float = 150) -> Any:
     return None
 
 
-def set_schedule(deployment: str, cron: str | None) -> None:
-    """Give a deployment this cron schedule, active, with approval; None removes schedules."""
+def set_schedule(deployment: str, seconds: int | None) -> None:
+    """Start a deployment every ``seconds``, with approval; None removes its schedules."""
     from prefect import get_client
     from prefect.client.schemas.actions import DeploymentUpdate
-    from prefect.client.schemas.schedules import CronSchedule
+    from prefect.client.schemas.schedules import IntervalSchedule
 
     with get_client(sync_client=True) as client:
         found = client.read_deployment_by_name(f"cm3leon/{deployment}")
         for schedule in found.schedules:
             client.delete_deployment_schedule(found.id, schedule.id)
-        if cron:
+        if seconds:
             client.update_deployment(found.id, DeploymentUpdate(parameters={"approval": True}))
-            client.create_deployment_schedules(found.id, [(CronSchedule(cron=cron, timezone="UTC"), True)])
+            client.create_deployment_schedules(found.id, [(IntervalSchedule(interval=timedelta(seconds=seconds)), True)])
 
 
 def test_a_scheduled_run_starts_by_itself_and_ends_with_a_promotion_that_waited_for_approval(
@@ -179,7 +185,7 @@ def test_a_scheduled_run_starts_by_itself_and_ends_with_a_promotion_that_waited_
     schedules = {deployment["name"]: deployment.get("schedules", []) for deployment in definition["deployments"]}
     assert schedules["nightly"] == [{"cron": "0 2 * * *", "timezone": "UTC", "active": False}]
     assert [schedule["active"] for schedule in schedules["evaluate-champion"]] == [False]
-    set_schedule("nightly", "* * * * *")
+    set_schedule("nightly", 10)
     run = scheduled_run("nightly")
     set_schedule("nightly", None)
     assert run is not None, workspace.log.read_text()[-4000:]
@@ -196,6 +202,112 @@ def test_a_scheduled_run_starts_by_itself_and_ends_with_a_promotion_that_waited_
     state = workspace.wait(run.id, lambda state: state.is_final())
     assert (state.name, state.message) == ("Completed", "version 1 is the champion, approved by Anna: the colors are right")
     assert champion() == "1"
-    [promoted, gated] = promotion.history()
+    promoted, gated, *_ = promotion.history()
     assert (gated.action, promoted.action, promoted.version, promoted.forced) == ("gate", "promote", "1", False)
     assert promoted.reason == "approved by Anna: the colors are right" and promoted.flow_run == str(run.id)
+
+
+def test_promote_asks_once_about_a_version_and_a_time_limit_or_a_person_rejects(workspace: Workspace, prefect_server: str) -> None:
+    before = champion()
+    another_model(2)
+    first = workspace.start("promote", approval=True, decision_hours=0.003)
+    workspace.wait(first.id, is_paused)
+    assert "waits for a decision already, in the flow run" in workspace.run("promote").message
+    state = workspace.wait(first.id, lambda state: state.is_final())
+    assert state.is_failed() and state.message == "The flow was paused and never resumed."
+
+    second = workspace.start("promote")
+    workspace.wait(second.id, is_paused)
+    assert resume(prefect_server, second.id, {"decision": "reject", "reason": "no faces", "name": "Ben"}) == "ACCEPT"
+    state = workspace.wait(second.id, lambda state: state.is_final())
+    assert state.name == "Rejected" and state.message.endswith("is not promoted, rejected by Ben: no faces")
+    entry = promotion.history()[0]
+    assert (entry.action, entry.reason, entry.flow_run) == ("reject", "rejected by Ben: no faces", str(second.id))
+    assert "is not promoted: rejected by Ben: no faces" in workspace.run("promote").message
+    assert champion() == before
+
+
+def test_what_the_gate_held_back_is_promoted_by_force_with_the_reason(workspace: Workspace, prefect_server: str) -> None:
+    another_model(3)
+    params = Path("params.yaml")
+    text = params.read_text()
+    params.write_text(yaml.safe_dump(yaml.safe_load(text) | {"gate": {"floors": {"composition": 1.1}}}))
+    run = workspace.start("promote")
+    workspace.wait(run.id, is_paused)
+    params.write_text(text)
+    assert resume(prefect_server, run.id, DECISION) == "ACCEPT"
+    state = workspace.wait(run.id, lambda state: state.is_final())
+    assert state.is_completed() and state.message.endswith("is the champion, approved by Anna: the colors are right")
+    entry = promotion.history()[0]
+    assert (entry.action, entry.version, entry.forced, entry.reason) == (
+        "promote",
+        champion(),
+        True,
+        "approved by Anna: the colors are right",
+    )
+
+
+def test_tune_starts_at_its_first_stage_and_refuses_where_earlier_ones_are_out_of_date(workspace: Workspace) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], check=True, env={**os.environ, "PATH": child_path()})
+    state = workspace.run("tune", first_stage="other", promote=False)
+    assert state.is_completed(), state.message
+    assert task_names(state) == {"other", "third"}
+
+    Path("fault.txt").write_text(" ")
+    state = workspace.run("tune", first_stage="other", promote=False)
+    Path("fault.txt").write_text("")
+    assert state.is_failed()
+    assert state.message == "a run from other on needs stages that are out of date: second; run the whole pipeline once"
+    assert workspace.run("tune").message == "first_stage 'sft' is no stage; the stages are: first, second, other, third"
+
+
+def test_evaluate_champion_fails_with_an_event_once_a_score_left_its_interval(workspace: Workspace, prefect_server: str) -> None:
+    another_model(4)
+    promotion.promote(registry.register_outputs(CONFIG).number, force=True, reason="a test")
+    state = workspace.run("evaluate-champion")
+    assert state.is_completed() and "scores are in their intervals" in state.message, state.message
+
+    record = Record.read(paths.EVALUATION)
+    kept = record.scores["clip_score"], record.intervals["clip_score"]
+    record.scores["clip_score"], record.intervals["clip_score"] = 50.0, (49.0, 51.0)
+    record.write(paths.EVALUATION)
+    promotion.promote(registry.register_outputs(CONFIG).number, force=True, reason="a test")
+    record.scores["clip_score"], record.intervals["clip_score"] = kept
+    record.write(paths.EVALUATION)
+    state = workspace.run("evaluate-champion")
+    assert (state.name, state.type.value) == ("ScoreLeftInterval", "FAILED")
+    assert f"version {champion()} left its intervals: clip_score" in state.message and "(recorded 50 [49, 51])" in state.message
+    [event] = events(prefect_server, "cm3leon.champion.score-left-interval")
+    assert event["resource"]["prefect.resource.id"] == f"cm3leon.model.cm3leon.{champion()}" and list(event["payload"]["scores"]) == [
+        "clip_score"
+    ]
+
+
+def test_impossible_parameters_are_refused_before_there_is_a_run(workspace: Workspace) -> None:
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    for parameters in ({"decision_hours": -1}, {"promote": "perhaps"}, {"lasers": 3}):
+        with pytest.raises(PrefectHTTPStatusError, match="Error creating flow run"):
+            workspace.start("nightly", **parameters)
+
+
+def task_names(state: Any) -> set[str]:
+    """Names of the task runs of a finished flow run."""
+    from prefect import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    with get_client(sync_client=True) as client:
+        chosen = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+        return {run.name for run in client.read_task_runs(flow_run_filter=chosen)}
+
+
+def events(server: str, name: str, seconds: float = 15) -> list[dict[str, Any]]:
+    """The events of this name; waits until there is one."""
+    end = time.monotonic() + seconds
+    while True:
+        answer = httpx.post(f"{server}/events/filter", json={"filter": {"event": {"name": [name]}}})
+        answer.raise_for_status()
+        found: list[dict[str, Any]] = answer.json()["events"]
+        if found or time.monotonic() > end:
+            return found
+        time.sleep(0.5)
