@@ -98,17 +98,20 @@ def with_decision(work: Callable[[], State], approval: bool, hours: float) -> St
 
 
 def decide(waiting: Candidate, hours: float) -> State:
-    """Suspend this flow run until there is a decision, then carry it out; after ``hours`` Prefect ends the run as failed.
+    """Suspend this flow run until there is a decision, then carry it out; after ``hours`` Prefect ends the run as failed."""
+    os.environ[FLOW_RUN_ENV] = str(flow_run.id)
+    form = Decision.with_initial_data(f"Shall version {waiting.version} become the champion? The gate: {waiting.verdict}")
+    return carry_out(waiting, suspend_flow_run(wait_for_input=form, timeout=math.ceil(hours * 3600), key="decision"))
+
+
+def carry_out(waiting: Candidate, made: Decision) -> State:
+    """Promote the version, by force if the gate held it back, or reject it; the ledger and the state say who decided and why.
 
     Returns:
-        Completed, named Rejected if the version was rejected; the message says who and why. Failed if another version became the champion
-        since the gate.
+        Completed, named Rejected if the version was rejected; Failed if another version became the champion since the gate.
     """
     from cm3leon.registry import promotion
 
-    os.environ[FLOW_RUN_ENV] = str(flow_run.id)
-    form = Decision.with_initial_data(f"Shall version {waiting.version} become the champion? The gate: {waiting.verdict}")
-    made = suspend_flow_run(wait_for_input=form, timeout=math.ceil(hours * 3600), key="decision")
     if made.decision == "reject":
         entry = promotion.reject(waiting.version, f"rejected by {made.name}: {made.reason}")
         return Completed(name="Rejected", message=f"version {waiting.version} is not promoted, {entry.reason}")
