@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from cm3leon.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,3 +52,33 @@ def stale_stages(stages: list[Stage], root: str | Path = ".") -> list[str]:
         if stale & set(stage.needs):
             stale.add(stage.name)
     return [stage.name for stage in stages if stage.name in stale]
+
+
+def from_stage(stages: list[Stage], first: str, root: str | Path = ".") -> list[Stage]:
+    """The stage ``first`` and every stage that depends on it, for a run that takes the outputs of the others as they are.
+
+    Args:
+        stages: all, in topological order.
+        first: a stage's name.
+        root: directory of the project.
+
+    Raises:
+        UserError: if there is no stage of that name, or one of whose outputs the result depends is out of date.
+    """
+    names = [stage.name for stage in stages]
+    if first not in names:
+        raise UserError(f"first_stage {first!r} is no stage; the stages are: {', '.join(names)}")
+    chosen = {first, *downstream_of(stages, first)}
+    stale = stale_stages(stages, root)
+    if stale := [name for name in upstream_of(stages, chosen) if name in stale]:
+        raise UserError(f"a run from {first} on needs stages that are out of date: {', '.join(stale)}; run the whole pipeline once")
+    return [replace(stage, needs=tuple(name for name in stage.needs if name in chosen)) for stage in stages if stage.name in chosen]
+
+
+def upstream_of(stages: list[Stage], names: Collection[str]) -> list[str]:
+    """Every other stage on which one of ``names`` depends, directly or not. ``stages`` in topological order, as is the result."""
+    needed = set(names)
+    for stage in reversed(stages):
+        if stage.name in needed:
+            needed.update(stage.needs)
+    return [stage.name for stage in stages if stage.name in needed - set(names)]

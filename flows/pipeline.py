@@ -25,10 +25,11 @@ from prefect.states import Completed, Failed  # noqa: E402
 from cm3leon.config.schema import Config  # noqa: E402
 from cm3leon.services.leftovers import FLOW_RUNS, owned  # noqa: E402
 from cm3leon.utils.errors import UserError  # noqa: E402
-from flows.graph import Stage, downstream_of, stage_order, stale_stages  # noqa: E402
+from flows.approval import DECISION_HOURS, Hours, check_can_wait, with_decision  # noqa: E402
+from flows.graph import Stage, downstream_of, from_stage, stage_order, stale_stages  # noqa: E402
 from flows.promotion import register_gate_promote  # noqa: E402
 from flows.report import markdown, show_table  # noqa: E402
-from flows.session import clear_leftovers, prefect_api, until_interrupted  # noqa: E402
+from flows.session import only_run, prefect_api, until_interrupted  # noqa: E402
 from flows.stage import StageResult, stage_task  # noqa: E402
 
 
@@ -61,10 +62,10 @@ class PipelineFailedError(RuntimeError):
     """Raised once everything is recorded, so that the MLflow run of the pipeline ends as FAILED."""
 
 
-def try_promotion(config: Config, after: list[State]) -> tuple[str, str]:
-    """Register, gate and promote; returns the verdict, and the error if there was one, else an empty text."""
+def try_promotion(config: Config, after: list[State], approval: bool) -> tuple[str, str]:
+    """Register, gate and promote, or propose; returns the verdict, and the error if there was one, else an empty text."""
     try:
-        return register_gate_promote(config, after), ""
+        return register_gate_promote(config, after, approval), ""
     except Exception as error:
         get_run_logger().exception("all stages are completed, but the model was not registered and gated")
         problem = f"{type(error).__name__}: {error}"
@@ -82,34 +83,64 @@ def run_name() -> str:
 
 
 @flow(name="cm3leon", flow_run_name=run_name, persist_result=False)
-def pipeline(profile: str | None = None, promote: bool = True) -> State:
-    """Bring every stage up to date, then register the model and let the gate decide whether it becomes the champion.
+def pipeline(
+    profile: str | None = None,
+    promote: bool = True,
+    approval: bool = False,
+    first_stage: str | None = None,
+    decision_hours: Hours = DECISION_HOURS,
+) -> State:
+    """Bring stages up to date, then register the model and let the gate, or a person, decide whether it becomes the champion.
 
     Args:
         profile: write ``params.yaml`` from ``configs/PROFILE.yaml`` first; None takes ``params.yaml`` as it is.
         promote: register, gate and promote after the stages.
+        approval: let a person decide, also on a model that the gate holds back; for runs of deployments.
+        first_stage: run this stage and those that depend on it; the others must be up to date. None runs all.
+        decision_hours: how long the run waits for the decision; then it ends as failed, and nothing is promoted.
+    """
+
+    def work() -> State:
+        check_can_wait(approval)
+        return run_pipeline(*prepare(profile, first_stage), promote, approval)
+
+    return with_decision(work, approval, decision_hours)
+
+
+def prepare(profile: str | None, first_stage: str | None) -> tuple[Config, list[Stage]]:
+    """The parameters and the stages to run; ``params.yaml`` is written only if all is valid.
+
+    Raises:
+        UserError: for an unknown profile or stage, an invalid ``params.yaml``, or stages before ``first_stage`` that are out of date.
     """
     from cm3leon.config.loading import load_config
     from cm3leon.config.profiles import configure
-    from cm3leon.tracking import overview, runs
 
-    clear_leftovers()
+    if profile and first_stage:
+        raise UserError("profile and first_stage exclude each other: with another profile, earlier stages are out of date")
     if profile:
         configure(profile)
     prepare_project()
-    config = load_config()
+    stages = stage_order()
+    return load_config(), from_stage(stages, first_stage) if first_stage else stages
+
+
+def run_pipeline(config: Config, stages: list[Stage], promote: bool, approval: bool) -> State:
+    """Run the stages, then register, gate and promote or propose; publish the report, also of a run that failed."""
+    from cm3leon.tracking import overview, runs
+
     os.environ[runs.FLOW_RUN_ENV] = str(flow_run.id)
     with owned(FLOW_RUNS, str(flow_run.id)), suppress(PipelineFailedError), runs.pipeline_run(config) as run:
         overview.begin(run, config)
         # 1. The stages.
-        results, after = run_stages(stage_order())
+        results, after = run_stages(stages)
         problem = next((r.error for r in results if r.error), "")
 
         # 2. The registry.
         if problem:
             verdict = "failed; completed stages are kept, and the next run resumes at the failed one"
         elif promote:
-            verdict, problem = try_promotion(config, after)
+            verdict, problem = try_promotion(config, after, approval)
         else:
             verdict = "stages are up to date; no model registered (--no-promote)"
 
@@ -148,11 +179,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-promote", action="store_true", help="stop after the stages")
     options = parser.parse_args(arguments)
     try:
-        if options.profile:
-            configure(options.profile)
-        # Before DVC is asked for the graph, because outside of a git repository it needs a setting. Promotion needs the store.
-        prepare_project(needs_store=not options.no_promote)
-        stages = stage_order()
+        with only_run():
+            if options.profile:
+                configure(options.profile)
+            # Before DVC is asked for the graph, because outside of a git repository it needs a setting. Promotion needs the store.
+            prepare_project(needs_store=not options.no_promote)
+            stages = stage_order()
         check_server()
         print(check_disk(load_config(), stale_stages(stages)), flush=True)
         with prefect_api(), tags("cm3leon", load_config().profile):

@@ -7,6 +7,7 @@ python -m flows.promotion --rollback   # make the previous champion the champion
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import cast
@@ -18,11 +19,14 @@ use_environment()
 from prefect import flow, get_run_logger, task  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.schemas.objects import State  # noqa: E402
+from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed  # noqa: E402
 
 from cm3leon.config.schema import Config  # noqa: E402
 from cm3leon.registry.gate import Verdict  # noqa: E402
 from cm3leon.registry.registry import Version  # noqa: E402
+from cm3leon.tracking.runs import FLOW_RUN_ENV  # noqa: E402
+from flows.approval import DECISION_HOURS, Hours, check_can_wait, propose, with_decision  # noqa: E402
 from flows.session import prefect_api, until_interrupted  # noqa: E402
 
 
@@ -57,17 +61,20 @@ def promote_task() -> str:
     return str(promotion.promote())
 
 
-def register_gate_promote(config: Config, after: Sequence[State] = ()) -> str:
+def register_gate_promote(config: Config, after: Sequence[State] = (), approval: bool = False) -> str:
     """Run the three tasks; returns the verdict in a sentence. A model that the gate holds back is no failure.
 
     Args:
         config: the project's parameters.
         after: states of the tasks that made the model; Prefect draws an edge from each.
+        approval: let the version wait for a person's decision instead of promoting it (:mod:`flows.approval`).
     """
     registered = register_task(config, wait_for=after, return_state=True)
     version = registered.result()
     gated = gate_task(config, version, wait_for=[registered], return_state=True)
     verdict = cast(Verdict, gated.result())
+    if approval and verdict.champion != version.number:
+        return propose(version, verdict)
     if not verdict.passed:
         return f"version {version} is not promoted, {verdict}"
     promote_task(wait_for=[gated])
@@ -75,11 +82,21 @@ def register_gate_promote(config: Config, after: Sequence[State] = ()) -> str:
 
 
 @flow(name="cm3leon-promotion", persist_result=False)
-def promotion_flow() -> State:
-    """Register the stages' outputs, gate them, and promote them if they pass."""
+def promotion_flow(approval: bool = False, decision_hours: Hours = DECISION_HOURS) -> State:
+    """Register the stages' outputs, gate them, and promote them if they pass, or if a person says so.
+
+    Args:
+        approval: let a person decide, also on a model that the gate holds back.
+        decision_hours: how long the run waits for the decision; then it ends as failed, and nothing is promoted.
+    """
     from cm3leon.config.loading import load_config
 
-    return Completed(message=register_gate_promote(load_config()))
+    def work() -> State:
+        check_can_wait(approval)
+        os.environ[FLOW_RUN_ENV] = str(flow_run.id)
+        return Completed(message=register_gate_promote(load_config(), approval=approval))
+
+    return with_decision(work, approval, decision_hours)
 
 
 @flow(name="cm3leon-rollback", persist_result=False)

@@ -48,6 +48,14 @@ def tiny_models(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def stages(project, tiny_models):
+    """The project with the outputs of all stages."""
+    for name in ("models", "data"):
+        shutil.copytree(tiny_models / name, project / name)
+    return project
+
+
 @pytest.fixture(scope="session")
 def tiny_parts(tiny_models):
     """Where the parts of a generator on those models are, for ``Generator.from_parts``."""

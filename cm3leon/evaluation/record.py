@@ -19,6 +19,8 @@ from cm3leon.config.renamed import current_names
 FILE, OUTCOMES = "record.json", "outcomes.parquet"
 DIGITS = 6
 """Decimals to which scores and outcomes are rounded in the files."""
+TOLERANCE = 1e-5
+"""Scores of two records, which are rounded, agree if they differ by less."""
 PART_OF_THE_MODEL = ("decoding", "retrieval")
 """Entries of the contract in records of earlier versions. They travel with the bundle: another setting is another model."""
 Z_95 = 1.959964

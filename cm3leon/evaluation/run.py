@@ -19,7 +19,7 @@ from cm3leon.evaluation import leakage
 from cm3leon.evaluation.context import Evaluation, Sheet, sample_rows
 from cm3leon.evaluation.image_tasks import infill, text_to_image
 from cm3leon.evaluation.inception import Inception, fetch_weights
-from cm3leon.evaluation.record import Record, digest
+from cm3leon.evaluation.record import TOLERANCE, Record, digest
 from cm3leon.evaluation.tasks import MEASURES
 from cm3leon.evaluation.text_tasks import Asked, answer_vqa, caption, sample_questions, training_answers
 from cm3leon.evaluation.upscaling import restoration_scores
@@ -39,8 +39,6 @@ SECTIONS = ("evaluate", "decoding", "retrieve")
 MODELS = (
     paths.FINETUNED, paths.IMAGE_TOKENIZER, paths.TEXT_TOKENIZER, paths.ENCODER, paths.INDEX, paths.TOKENS, paths.SUPER_RESOLUTION
 )  # fmt: skip
-TOLERANCE = 1e-5
-"""Scores of a record, which are rounded to six decimals, agree if they differ by less."""
 
 
 def load_generator(config: Config, model: Path = paths.FINETUNED) -> Generator:
@@ -201,6 +199,24 @@ Difference = tuple[str, float | None, float | None]
 """A score's name, the recorded and the new score; None if a record has no such score."""
 
 
+def recorded_config(config: Config, record: Record, origin: str) -> Config:
+    """The parameters with the sections of a record's settings; ``origin`` names the record in errors.
+
+    Raises:
+        UserError: if the record has no settings, or some that the present code does not have.
+    """
+    if set(record.settings) != set(SECTIONS):
+        raise UserError(f"{origin} does not say with which settings it was made; run cm3leon evaluate to write one that does")
+    try:
+        sections = {name: type(getattr(config, name)).model_validate(values) for name, values in record.settings.items()}
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, found["loc"])) for found in error.errors())
+        raise UserError(
+            f"{origin} was made by other code, with settings that this code does not have: {wrong}; run cm3leon evaluate to write a new one"
+        ) from None
+    return config.model_copy(update=sections)
+
+
 def reproduce(config: Config, path: Path) -> tuple[int, list[Difference]]:
     """Evaluate again with the settings of a record, and compare every score and calibration.
 
@@ -216,23 +232,15 @@ def reproduce(config: Config, path: Path) -> tuple[int, list[Difference]]:
         old = Record.read_file(path)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is not an evaluation record ({error}); evaluate writes models/evaluation/record.json") from None
-    if set(old.settings) != set(SECTIONS):
-        raise UserError(f"{path} does not say with which settings it was made; run cm3leon evaluate to write one that does")
     if changed := [str(model) for model in MODELS if old.models.get(str(model)) != content_hash(model)]:
         raise UserError(
             f"{path} was made with other models: {', '.join(changed)} changed since; check out those of the record (dvc checkout)"
         )
-    try:
-        sections = {name: type(getattr(config, name)).model_validate(values) for name, values in old.settings.items()}
-    except ValidationError as error:
-        wrong = ", ".join(".".join(map(str, found["loc"])) for found in error.errors())
-        raise UserError(
-            f"{path} was made by other code, with settings that this code does not have: {wrong}; run cm3leon evaluate to write a new one"
-        ) from None
+    again = recorded_config(config, old, str(path))
 
     # 2. A new evaluation. Its record is read from the file, where scores are rounded like those of the old one.
     with tempfile.TemporaryDirectory() as folder:
-        evaluate(config.model_copy(update=sections), Path(folder))
+        evaluate(again, Path(folder))
         new = Record.read(Path(folder))
     if changed := sorted(name for name in old.contract | new.contract if old.contract.get(name) != new.contract.get(name)):
         raise UserError(f"{path} was made on other data or code: its contract differs in {', '.join(changed)}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "cm3leon-promotions"
-Action = Literal["gate", "promote", "rollback"]
+Action = Literal["gate", "promote", "reject", "rollback"]
 PAGE = 500
 """Entries that are read with one request."""
 
@@ -33,10 +33,10 @@ class Entry:
     """One line of the ledger.
 
     Attributes:
-        action: ``gate`` (a comparison that promoted nothing by itself), ``promote`` or ``rollback``.
-        version: the version that was compared or became the champion.
+        action: ``gate`` (a comparison that promoted nothing by itself), ``promote``, ``reject`` or ``rollback``.
+        version: the version that was compared, became the champion or was rejected.
         champion: the champion before; None if there was none.
-        verdict: the gate's, in a sentence; that of the last comparison for a promotion, empty for a rollback.
+        verdict: the gate's, in a sentence; that of the last comparison for a promotion or rejection, empty for a rollback.
         forced: promoted against the gate.
         reason: what the person said; empty if nobody was asked.
         time: UTC.
@@ -57,8 +57,8 @@ class Entry:
     @property
     def sentence(self) -> str:
         """What happened: "promoted version 3 over 2, forced"."""
-        did = {"gate": "compared", "promote": "promoted", "rollback": "rolled back to"}[self.action]
-        before = {"gate": "with", "promote": "over", "rollback": "from"}[self.action]
+        did = {"gate": "compared", "promote": "promoted", "reject": "rejected", "rollback": "rolled back to"}[self.action]
+        before = {"gate": "with", "promote": "over", "reject": "and kept", "rollback": "from"}[self.action]
         against = f" {before} version {self.champion}" if self.champion else ", no champion before"
         return f"{did} version {self.version}{against}{', forced' if self.forced else ''}"
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 SAMPLES = "samples.png"
 GATE_TAG, REPLACED_TAG, ROLLED_BACK_TAG = "gate", "replaced", "rolled_back"
+NOT_COMPARED = "not compared by the gate yet"
 
 
 class PromotionError(UserError):
@@ -71,7 +72,7 @@ def gate(config: Config, registered: Version | None = None, number: str | None =
     if ROLLED_BACK_TAG in challenger.tags and challenger != champion:
         refusals.append(f"version {challenger} was the champion and was rolled back")
     known = registered.record if registered and registered.number == challenger.number else None
-    record = known or _record(client, challenger)
+    record = known or registered_record(client, challenger)
     # Registering an unchanged model again makes the champion the challenger.
     against = None
     if champion:
@@ -83,7 +84,7 @@ def gate(config: Config, registered: Version | None = None, number: str | None =
     if champion != challenger:
         entry = ledger.Entry("gate", challenger.number, champion.number if champion else None, str(verdict))
         # A run that changes nothing compares the same versions again.
-        before = next((old for old in ledger.read(client) if old.version == entry.version), None)
+        before = next((old for old in ledger.read(client) if old.version == entry.version and old.action != "reject"), None)
         if before is None or (before.action, before.champion, before.verdict) != (entry.action, entry.champion, entry.verdict):
             sheets = _sheets(client, challenger, champion, record)
             client.log_text(_run_id(challenger), sheets_page(verdict.to_markdown(), sheets), "gate.html")
@@ -94,7 +95,7 @@ def gate(config: Config, registered: Version | None = None, number: str | None =
 
 def _champion_record(client: MlflowClient, champion: Version, record: Record, config: Config, notes: list[str]) -> Record:
     """The champion's record under the contract of ``record``: the registered one, or that of a new evaluation, which is kept in its run."""
-    stored = _record(client, champion)
+    stored = registered_record(client, champion)
     changed = contract_changes(record.contract, stored.contract)
     if stored.outcomes and not changed:
         return stored
@@ -159,7 +160,7 @@ def _run_id(version: Version) -> str:
     return version.run_id
 
 
-def _record(client: MlflowClient, version: Version) -> Record:
+def registered_record(client: MlflowClient, version: Version) -> Record:
     """The evaluation record that was registered with a version."""
     with tempfile.TemporaryDirectory() as folder:
         return read_record(Path(client.download_artifacts(_run_id(version), "evaluation", folder)))
@@ -189,7 +190,7 @@ def promote(number: str | None = None, force: bool = False, reason: str = "") ->
     if champion is not None and champion.number == chosen.number:
         return champion
     against = f"version {champion}" if champion else "none"
-    state = chosen.tags.get(GATE_TAG, "not compared by the gate yet")
+    state = chosen.tags.get(GATE_TAG, NOT_COMPARED)
     passed = state == _gate_tag(True, champion)
     if not passed and not force:
         which = "" if number is None else f" --version {number}"
@@ -207,6 +208,29 @@ def promote(number: str | None = None, force: bool = False, reason: str = "") ->
         client.delete_model_version_tag(MODEL_NAME, chosen.number, ROLLED_BACK_TAG)
     client.set_registered_model_alias(MODEL_NAME, CHAMPION, chosen.number)
     return _published(client, chosen, champion)
+
+
+def reject(number: str, reason: str) -> ledger.Entry:
+    """Enter into the ledger that a person decided against a version; returns the entry.
+
+    Raises:
+        PromotionError: if there is no such version.
+    """
+    client = connect()
+    versions = all_versions(client)
+    version, champion = _chosen(versions, number), holder(versions, CHAMPION)
+    state = version.tags.get(GATE_TAG, NOT_COMPARED)
+    entry = ledger.Entry("reject", version.number, champion.number if champion else None, state, reason=reason)
+    ledger.append(client, entry)
+    publish(client, version)
+    return entry
+
+
+def rejection(number: str) -> ledger.Entry | None:
+    """The entry by which a version was rejected; None if it was not, or was promoted since."""
+    decisions = (entry for entry in history() if entry.version == number and entry.action in ("promote", "reject"))
+    last = next(decisions, None)
+    return last if last and last.action == "reject" else None
 
 
 def rollback(to: str | None = None, reason: str = "") -> Version:

@@ -12,11 +12,13 @@ from cm3leon.services.environment import use_environment
 from cm3leon.services.local import temporary_prefect
 
 ERROR = re.compile(r"\bERROR\b|\bCRITICAL\b|^Traceback|^\S*(Error|Exception): ", re.MULTILINE)
+LOST_HEARTBEAT = re.compile(r"^\S+ \| ERROR.*Worker channel heartbeat persistence failed(.*\n)+?(?=\S+ \| )", re.MULTILINE)
+"""On SQLite, a heartbeat of a worker that meets another write is lost; the next one comes."""
 
 
 def assert_no_errors(log: Path) -> None:
     """Fail if a server has logged an error: pip check, the API and the pages are silent about those of its background services."""
-    text = log.read_text(errors="replace")
+    text = LOST_HEARTBEAT.sub("", log.read_text(errors="replace") + "end | ")
     if found := ERROR.search(text):
         pytest.fail(f"{log} has an error:\n{text[max(0, found.start() - 500) : found.start() + 4000]}", pytrace=False)
 

@@ -150,7 +150,7 @@ def test_a_failed_registration_is_in_the_table_and_the_report(
 ) -> None:
     from flows import pipeline as module
 
-    def refuse(config: object, after: object) -> str:
+    def refuse(config: object, after: object, approval: bool) -> str:
         raise LookupError("the registry is not reachable")
 
     reports: list[str] = []
@@ -181,8 +181,54 @@ def test_nightly_deploys(prefect_server: str, tmp_path: Path) -> None:
     with get_client(sync_client=True) as client:
         nightly = client.read_deployment_by_name("cm3leon/nightly")
     assert [schedule.active for schedule in nightly.schedules] == [False]
-    assert nightly.concurrency_options.collision_strategy == "CANCEL_NEW"
-    assert nightly.global_concurrency_limit.limit == 1
+
+
+def test_a_run_is_cancelled_while_another_one_works_in_the_directory(toy: Path) -> None:
+    from flows.champion import evaluate_champion
+    from flows.pipeline import main, pipeline
+    from flows.promotion import promotion_flow
+    from flows.session import only_run
+
+    with only_run():
+        for flow in (pipeline, promotion_flow, evaluate_champion):
+            state = flow(return_state=True)
+            assert state.is_cancelled(), state
+            assert state.message == f"another run works in {toy}; nothing was changed, try again when it has ended"
+        assert main(["--no-promote"]) == 2
+    assert not Path("out").exists()
+    assert run_flow().is_completed()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error"),
+    [
+        ({"profile": "huge"}, "there is no profile 'huge'; configs/ has: small"),
+        ({"first_stage": "fourth"}, "first_stage 'fourth' is no stage; the stages are: first, second, other, third"),
+        ({"first_stage": "second"}, "a run from second on needs stages that are out of date: first; run the whole pipeline once"),
+        ({"first_stage": "first", "profile": "small"}, "profile and first_stage exclude each other: "),
+        ({"approval": True}, "approval wants a run of a deployment, which goes on after the decision: "),
+        ({"approval": True, "profile": "small"}, "approval wants a run of a deployment, which goes on after the decision: "),
+    ],
+)
+def test_parameters_are_checked_before_anything_starts(toy: Path, parameters: dict[str, Any], error: str) -> None:
+    from flows.pipeline import pipeline
+
+    Path("configs").mkdir()
+    Path("configs/small.yaml").write_text("profile: small\n")
+    params = Path("params.yaml").read_text()
+    state = pipeline(**parameters, return_state=True)
+    assert state.is_failed() and state.message.startswith(error), state.message
+    assert "\n" not in state.message
+    assert task_states(state) == {} and Path("params.yaml").read_text() == params and not Path("out").exists()
+
+
+def test_a_run_from_a_stage_on_takes_the_others_as_they_are(toy: Path) -> None:
+    from flows.pipeline import pipeline
+
+    assert run_flow().is_completed()
+    Path("params.yaml").write_text("sft:\n  steps: 30\n")
+    state = pipeline(promote=False, first_stage="second", return_state=True)
+    assert {name: found for name, (found, _) in task_states(state).items()} == {"second": "Completed", "third": "Skipped"}
 
 
 def copy_project(to: Path) -> None:

@@ -28,6 +28,7 @@ def nightly(tmp_path: Path) -> Path:
     make_toy(tmp_path)
     shutil.copytree(ROOT / "flows", tmp_path / "flows", ignore=shutil.ignore_patterns("__pycache__"))
     definition = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+    definition["deployments"] = [deployment for deployment in definition["deployments"] if deployment["name"] == "nightly"]
     [deployment] = definition["deployments"]
     assert deployment["schedules"] == [{"cron": "0 2 * * *", "timezone": "UTC", "active": False}]
     deployment["schedules"] = [{"cron": "* * * * *", "timezone": "UTC", "active": True}]
