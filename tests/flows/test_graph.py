@@ -26,6 +26,7 @@ INFRASTRUCTURE = {
     "tracking/store",
     "tracking/sqlite",
     "tracking/lineage",
+    "utils/files",
     "utils/progress",
     "utils/images",
     "utils/torchvision_compat",
