@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import cast
 
 from cm3leon.services.environment import check_server, prepare_project, use_environment
+from cm3leon.services.exclusive import alone_in_directory, check_alone
 
 use_environment()
 
@@ -67,6 +68,12 @@ def pipeline(profile: str | None = None, promote: bool = True) -> State:
         profile: write ``params.yaml`` from ``configs/PROFILE.yaml`` first; None takes ``params.yaml`` as it is.
         promote: register, gate and promote after the stages.
     """
+    with alone_in_directory():
+        return run_pipeline(profile, promote)
+
+
+def run_pipeline(profile: str | None, promote: bool) -> State:
+    """The steps of :func:`pipeline`, in a working directory that no other run uses."""
     from cm3leon.config.loading import load_config
     from cm3leon.config.profiles import configure
     from cm3leon.tracking import runs
@@ -120,6 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-promote", action="store_true", help="stop after the stages")
     options = parser.parse_args(arguments)
     try:
+        check_alone()
         if options.profile:
             configure(options.profile)
         # Before DVC is asked for the graph, because outside of a git repository it needs a setting. Promotion needs the store.
