@@ -18,6 +18,7 @@ from prefect.states import Completed
 from cm3leon.services.child import run_command
 from cm3leon.services.environment import child_path
 from cm3leon.stages.common import METRICS
+from flows.cache import remove_damaged
 
 ERROR_LINES = 15
 """Most lines of a failed command's output that its error repeats."""
@@ -81,6 +82,9 @@ def run_stage(stage: str, log: Callable[[str], None]) -> StageResult:
     result.seconds = time.monotonic() - start
     if finished.status != 0:
         raise StageFailedError(f"stage {stage} failed:\n{error_lines(finished.tail, finished.status)}")
+    if result.state == "Cached" and (damaged := remove_damaged(stage)):
+        log(f"damaged in DVC's cache, made anew: {', '.join(damaged)}")
+        return run_stage(stage, log)
     return result
 
 
