@@ -59,6 +59,7 @@ class Run:
         self.client, self.run_id, self.experiment_id = client, run_id, experiment_id
         self._metrics: list[Any] = []
         self._sent = time.monotonic()
+        self._boot = time.time() - time.monotonic()
         self._failing_since: float | None = None
         self._lost = 0
 
@@ -68,10 +69,14 @@ class Run:
             return
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
+        now = self._now()
         self._metrics += [Metric(name, float(value), now, step or 0) for name, value in metrics.items()]
         if len(self._metrics) >= BATCH_METRICS or time.monotonic() - self._sent >= BATCH_SECONDS:
             self.flush()
+
+    def _now(self) -> int:
+        """Milliseconds since 1970 by the clock as it was when the run began: one that is set back would make durations negative."""
+        return int((self._boot + time.monotonic()) * 1000)
 
     def flush(self) -> None:
         """Send the buffered metrics. While the store does not answer they stay in the buffer, with a new attempt once a minute."""
@@ -132,7 +137,7 @@ class Run:
         """Send the buffered metrics and end the run: FINISHED, FAILED or KILLED."""
         self._failing_since = None
         self.flush()
-        self._try("set_terminated", status)
+        self._try("set_terminated", status, self._now())
         if lost := self._lost + len(self._metrics):
             warn(f"{lost} metrics of MLflow run {self.run_id} could not be sent")
 
