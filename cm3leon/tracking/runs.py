@@ -4,7 +4,8 @@
         run.log_metrics({"pretrain/loss": 1.2}, step=100)
 
 A stage never fails because of tracking. Without a reachable store there is one warning and a run that records nothing. If the store stops
-answering during the run, there is one warning, and metrics are buffered until it answers again. Without ``MLFLOW_TRACKING_URI`` the store
+answering during the run, there is one warning, and metrics are buffered until it answers again; files that are logged meanwhile are lost,
+and a warning at the end counts them. Without ``MLFLOW_TRACKING_URI`` the store
 is ``./mlflow.db``.
 """
 
@@ -62,6 +63,7 @@ class Run:
         self._boot = time.time() - time.monotonic()
         self._failing_since: float | None = None
         self._lost = 0
+        self._lost_calls = 0
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Record metrics; they are buffered and sent together. NaN and infinite values are sent unchanged."""
@@ -80,7 +82,7 @@ class Run:
 
     def flush(self) -> None:
         """Send the buffered metrics. While the store does not answer they stay in the buffer, with a new attempt once a minute."""
-        if self._failing_since is not None and time.monotonic() - self._failing_since < RETRY_SECONDS:
+        if self._waiting():
             return
         while self._metrics and self.client is not None:
             batch = self._metrics[:MAX_REQUEST_METRICS]
@@ -140,6 +142,12 @@ class Run:
         self._try("set_terminated", status, self._now())
         if lost := self._lost + len(self._metrics):
             warn(f"{lost} metrics of MLflow run {self.run_id} could not be sent")
+        if self._lost_calls:
+            warn(f"{self._lost_calls} files, parameters or states of MLflow run {self.run_id} could not be sent")
+
+    def _waiting(self) -> bool:
+        """Whether the last request failed less than :data:`RETRY_SECONDS` ago."""
+        return self._failing_since is not None and time.monotonic() - self._failing_since < RETRY_SECONDS
 
     def _try(self, method: str, *arguments: Any, **keywords: Any) -> bool:
         """Call the client's ``method`` for this run; returns whether it worked. The first failure is a warning; none stops the stage."""
@@ -147,12 +155,16 @@ class Run:
             return False
         from mlflow.exceptions import MlflowException
 
+        if self._waiting():  # an attempt takes seconds, in which the stage stands still
+            self._lost_calls += 1
+            return False
         try:
             getattr(self.client, method)(self.run_id, *arguments, **keywords)
         except (MlflowException, OSError) as error:
             if self._failing_since is None:
                 warn(f"MLflow's {method} of run {self.run_id} failed ({_first_line(error)}); the stage continues")
             self._failing_since = time.monotonic()
+            self._lost_calls += "metrics" not in keywords
             return False
         self._failing_since = None
         return True

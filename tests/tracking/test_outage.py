@@ -77,6 +77,21 @@ def test_a_run_goes_on_without_its_server_and_every_metric_arrives_in_order(serv
     assert capsys.readouterr().err.count("WARNING") == 1
 
 
+def test_files_that_cannot_be_sent_do_not_hold_up_the_run_and_are_counted(server, capsys):
+    with runs.stage_run("pretrain", Config()) as run:
+        server.stop()
+        start = time.monotonic()
+        run.log_sheet(__file__, "prompts", 0)
+        one = time.monotonic() - start
+        for step in range(1, 10):
+            run.log_sheet(__file__, "prompts", step)
+        assert time.monotonic() - start < one + 1
+        server.start()
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert len(warnings) == 2 and "the stage continues" in warnings[0]
+    assert "10 files, parameters or states" in warnings[1]
+
+
 def history_of_file(run_id):
     """What the store has, read without the server."""
     return history(sqlite_uri(Path("mlflow.db")), run_id, "pretrain/loss")
