@@ -246,71 +246,79 @@ def until_stage(project: Project, process: subprocess.Popen[bytes], stage: str) 
 DEPLOY = """
 import sys
 from prefect import flow
-from prefect.deployments import run_deployment
 found = flow.from_source(source=sys.argv[1], entrypoint="flows/pipeline.py:pipeline")
 found.deploy(name="faults", work_pool_name="faults", parameters={"promote": False}, print_next_steps=False)
-run_deployment("cm3leon/faults", timeout=0)
 """
-"""Deploys the flow of the project named in its argument, and asks for a run of it."""
+ASK = "from prefect.deployments import run_deployment; print(run_deployment('cm3leon/faults', timeout=0).id)"
+STATE = "import sys; from prefect import get_client; print(get_client(sync_client=True).read_flow_run(sys.argv[1]).state.name)"
+
+
+class Deployment:
+    """A deployment of a project's flow on a server, and the workers that run it."""
+
+    def __init__(self, project: Project, api: str) -> None:
+        self.project, self.api = project, api
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self.python("-m", "prefect", "work-pool", "create", "faults", "--type", "process", "--overwrite")
+        self.python("-c", DEPLOY, str(project.root))
+
+    def python(self, *arguments: str) -> str:
+        """Run Python to its end; returns the last line that it prints."""
+        environment = {**self.project.environment, "PREFECT_API_URL": self.api}
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=self.project.root, env=environment, check=True, capture_output=True, text=True)
+        return (done.stdout.splitlines() or [""])[-1]
+
+    def begin(self) -> tuple[subprocess.Popen[bytes], psutil.Process, str]:
+        """Ask for a run and start a worker; returns the worker, the process of the flow, and the run's id."""
+        run = self.python("-c", ASK)
+        worker = self.project.start("prefect", "worker", "start", "--pool", "faults", "--name", "faults", PREFECT_API_URL=self.api)
+        self.workers.append(worker)
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            for process in self.project.processes():
+                if "prefect.engine" in line_of(process):
+                    return worker, process, run
+            time.sleep(0.5)
+        raise TimeoutError(f"no flow run has begun: {self.project.output()[-3000:]}")
+
+    def end(self) -> None:
+        """End the workers."""
+        for worker in self.workers:
+            stop_tree(worker.pid)
 
 
 @contextmanager
-def worker_at_work(project: Project, api: str) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
-    """A run of a deployment is asked for; yields a function that starts a worker, which is ended with the block."""
-    environment = {**project.environment, "PREFECT_API_URL": api}
-    started: list[subprocess.Popen[bytes]] = []
-
-    def python(*arguments: str) -> None:
-        subprocess.run([sys.executable, *arguments], cwd=project.root, env=environment, check=True, stdout=subprocess.DEVNULL)
-
-    def start() -> subprocess.Popen[bytes]:
-        arguments = ["prefect", "worker", "start", "--pool", "faults", "--name", "faults"]
-        started.append(project.start(*arguments, PREFECT_API_URL=api))
-        return started[-1]
-
-    python("-m", "prefect", "work-pool", "create", "faults", "--type", "process", "--overwrite")
-    python("-c", DEPLOY, str(project.root))
+def deployment(project: Project, api: str) -> Iterator[Deployment]:
+    """A deployment whose workers end with the block."""
+    found = Deployment(project, api)
     try:
-        yield start
+        yield found
     finally:
-        for process in started:
-            stop_tree(process.pid)
-
-
-def flow_of_worker(project: Project) -> psutil.Process:
-    """The process of the flow run that a worker starts."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        for process in project.processes():
-            if "prefect.engine" in line_of(process):
-                return process
-        time.sleep(0.5)
-    raise TimeoutError(f"no flow run has begun: {project.output()[-3000:]}")
+        found.end()
 
 
 def killed_workers(project: Project, expected: dict[str, Any]) -> dict[str, Any]:
-    """SIGKILL of the worker at random moments of one run, and another worker after each."""
-    rng, moments, port = random.Random(3), [], free_port(24200)
+    """SIGKILL of the worker at random moments of a run; another worker and another run after each."""
+    rng, port = random.Random(3), free_port(24200)
+    moments: list[dict[str, Any]] = []
     api = f"http://127.0.0.1:{port}/api"
     project.reset()
-    with prefect_server(project, port), worker_at_work(project, api) as start:
-        worker = start()
-        flow = flow_of_worker(project)
+    with prefect_server(project, port), deployment(project, api) as deployed:
         for _ in range(KILLS):
-            time.sleep(rng.uniform(2, 20))
+            worker, flow, run = deployed.begin()
+            until_stage(project, worker, r"\w+")
+            time.sleep(rng.uniform(0, 15))
+            stage = project.stage()
             worker.kill()
             worker.wait()
-            time.sleep(2)
-            moments.append({"flow_alive": flow.is_running()})
+            _, alive = psutil.wait_procs([flow], 10)
+            state = deployed.python("-c", STATE, run)
+            stop_tree(flow.pid)
+            moment = {"stage": stage, "flow_alive": bool(alive), "state": state, "seconds_until_alone": project.seconds_until_alone()}
+            moments.append(moment)
             print(f"  worker killed: {moments[-1]}", flush=True)
-            worker = start()
-        psutil.wait_procs([flow], LIMIT)
-        equal = (project.root / "dvc.lock").is_file() and project.hashes() == expected["hashes"]
-        begun = time.monotonic()
-        worker.terminate()
-        worker.wait(LIMIT)
-        result = {"moments": moments, "outputs_equal": equal, "worker_ends_after": time.monotonic() - begun}
-        return {**result, **compared(project, expected, PREFECT_API_URL=api)}
+        return {"moments": moments, **compared(project, expected, PREFECT_API_URL=api)}
 
 
 def worker_without_server(project: Project, expected: dict[str, Any]) -> dict[str, Any]:
@@ -318,8 +326,8 @@ def worker_without_server(project: Project, expected: dict[str, Any]) -> dict[st
     port = free_port(24200)
     api = f"http://127.0.0.1:{port}/api"
     project.reset()
-    with prefect_server(project, port) as process, worker_at_work(project, api) as start:
-        worker = start()
+    with prefect_server(project, port) as process, deployment(project, api) as deployed:
+        worker, _, _ = deployed.begin()
         until_stage(project, worker, "image_tokenizer")
         stop_tree(process.pid, 0)
         time.sleep(30)
