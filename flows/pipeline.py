@@ -23,13 +23,14 @@ from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 
 from cm3leon.config.schema import Config  # noqa: E402
+from cm3leon.services.exclusive import alone_in_directory  # noqa: E402
 from cm3leon.services.leftovers import FLOW_RUNS, owned  # noqa: E402
 from cm3leon.utils.errors import UserError  # noqa: E402
 from flows.approval import DECISION_HOURS, Hours, check_can_wait, with_decision  # noqa: E402
 from flows.graph import Stage, downstream_of, from_stage, stage_order, stale_stages  # noqa: E402
 from flows.promotion import register_gate_promote  # noqa: E402
 from flows.report import markdown, show_table  # noqa: E402
-from flows.session import only_run, prefect_api, until_interrupted  # noqa: E402
+from flows.session import prefect_api, until_interrupted  # noqa: E402
 from flows.stage import StageResult, stage_task  # noqa: E402
 
 
@@ -179,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-promote", action="store_true", help="stop after the stages")
     options = parser.parse_args(arguments)
     try:
-        with only_run():
+        with alone_in_directory():
             if options.profile:
                 configure(options.profile)
             # Before DVC is asked for the graph, because outside of a git repository it needs a setting. Promotion needs the store.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from uuid import UUID
 
@@ -19,35 +17,10 @@ from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Crashed, Failed
 
-from cm3leon.services.environment import PREFECT_HOME
+from cm3leon.services.exclusive import BusyError, alone_in_directory
 from cm3leon.services.leftovers import FLOW_RUNS, abandoned, end_leftover_processes
 from cm3leon.services.local import temporary_prefect
 from cm3leon.utils.errors import UserError
-
-LOCK = PREFECT_HOME / "run.lock"
-"""Held by the run that works in this directory. The kernel releases it when the process ends, however it ends."""
-
-
-class BusyError(UserError):
-    """Another run works in this directory."""
-
-
-@contextmanager
-def only_run() -> Iterator[None]:
-    """Be the only run in this directory, of whatever deployment or started by hand, until the block ends.
-
-    Prefect's own limit counts the runs of one deployment, and a suspended run that goes on would be cancelled by it.
-
-    Raises:
-        BusyError: if there is another one.
-    """
-    LOCK.parent.mkdir(parents=True, exist_ok=True)
-    with LOCK.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(f"another run works in {Path.cwd()}; nothing was changed, try again when it has ended") from None
-        yield
 
 
 @contextmanager
@@ -75,7 +48,7 @@ def alone(work: Callable[[], State]) -> State:
         Failed with one line for an error that the user can mend, Cancelled if another run works here.
     """
     try:
-        with only_run():
+        with alone_in_directory():
             clear_leftovers()
             return work()
     except BusyError as error:

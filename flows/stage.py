@@ -19,6 +19,7 @@ from cm3leon.config import paths
 from cm3leon.services.child import run_command
 from cm3leon.services.environment import child_path
 from cm3leon.stages.common import METRICS
+from flows.cache import remove_damaged
 
 ERROR_LINES = 15
 """Most lines of a failed command's output that its error repeats."""
@@ -83,7 +84,11 @@ def run_stage(stage: str, log: Callable[[str], None]) -> StageResult:
     if finished.status != 0:
         result.state = "Failed"
         result.error = f"stage {stage} failed:\n{error_lines(finished.tail, finished.status)}"
-    elif result.state != "Completed" and (kept := paths.metrics_file(stage)).is_file():
+        return result
+    if result.state == "Cached" and (damaged := remove_damaged(stage)):
+        log(f"damaged in DVC's cache, made anew: {', '.join(damaged)}")
+        return run_stage(stage, log)
+    if result.state != "Completed" and (kept := paths.metrics_file(stage)).is_file():
         result.metrics = json.loads(kept.read_text())
     return result
 

@@ -10,6 +10,7 @@ import tarfile
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from cm3leon.config.paths import VALIDATED
 from cm3leon.data.images import decode
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.files import read_file
 
 SPLITS = ("train", "val", "test")
 
@@ -132,6 +135,7 @@ def read_manifest(path: str | Path, split: str | None = None, columns: Sequence[
 
     Raises:
         ManifestError: if the file does not exist, or there is no such split.
+        DamagedFileError: if it is truncated.
     """
     path = Path(path)
     path = path / "manifest.parquet" if path.is_dir() else path
@@ -140,7 +144,8 @@ def read_manifest(path: str | Path, split: str | None = None, columns: Sequence[
     if split is not None and split not in SPLITS:
         raise ManifestError(f"there is no split {split!r}; splits are {', '.join(SPLITS)}")
     filters = None if split is None else [("split", "=", split)]
-    table = pq.read_table(path, columns=None if columns is None else list(columns), filters=filters)
+    read = partial(pq.read_table, columns=None if columns is None else list(columns), filters=filters)
+    table = read_file(path, read, "cm3leon validate" if path.is_relative_to(VALIDATED) else "cm3leon ingest")
     data: dict[str, Any] = {}
     for name in table.column_names:
         column = table.column(name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from cm3leon.data.tokens import Document, TokenStore
 from cm3leon.sequence.cm3 import Masked, mask
 from cm3leon.sequence.grammar import BREAK, Body, Vocabulary, build_body
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.files import read_file
 
 
 class Sample(NamedTuple):
@@ -46,13 +48,18 @@ def read_neighbors(directory: Path, choice: NeighborChoice = "paper") -> dict[st
     Args:
         choice: ``paper``: all; ``text`` or ``image``: those found by that modality of the document; ``random``: documents sampled at random
             under the same rules; ``none``: an empty table.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        DamagedFileError: if it is truncated.
     """
     import pyarrow.parquet as pq
 
     if choice == "none":
         return {}
     column = "random" if choice == "random" else "neighbours"
-    table = pq.read_table(directory / "neighbours.parquet", columns=["id", column, "modalities"])
+    columns = ["id", column, "modalities"]
+    table = read_file(directory / "neighbours.parquet", partial(pq.read_table, columns=columns), "cm3leon retrieve")
     rows = zip(table["id"].to_pylist(), table[column].to_pylist(), table["modalities"].to_pylist(), strict=True)
     if choice in ("paper", "random"):
         return {document_id: found for document_id, found, _ in rows}

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.files import read_file
 
 SIDE = 8
 FEATURES = SIDE * SIDE * 3
@@ -50,7 +52,7 @@ def read_thumbnails(directory: Path, ids: Sequence[str]) -> np.ndarray:
     path = directory / FILE
     if not path.is_file():
         raise ThumbnailError(f"{path} does not exist; run validate again, which writes it: cm3leon validate")
-    table = pq.read_table(path, schema=SCHEMA)
+    table = read_file(path, partial(pq.read_table, schema=SCHEMA), "cm3leon validate")
     thumbnails = dict(zip(table["id"].to_pylist(), table["thumbnail"].to_pylist(), strict=True))
     missing = [record_id for record_id in ids if record_id not in thumbnails]
     if missing:

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from cm3leon.utils.files import read_file
+
 CONDITION_PREFIX = "conditions-"
 """Prefix of a split's name for the condition images of its documents."""
 
@@ -74,11 +76,16 @@ def write_tokens(directory: Path, split: str, documents: Iterable[Document], tok
     return written
 
 
+def _read_shard(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
 class TokenStore:
     """Random access to the tokenized documents of some splits.
 
     Raises:
         FileNotFoundError: if the directory has no shard of a requested split.
+        DamagedFileError: if a shard is truncated.
     """
 
     def __init__(self, directory: Path, splits: Sequence[str] = ("train",)) -> None:
@@ -87,7 +94,7 @@ class TokenStore:
             paths = sorted(Path(directory).glob(f"{split}-*.arrow"))
             if not paths:
                 raise FileNotFoundError(f"{directory}: no tokens of split {split!r}; run: cm3leon tokenize")
-            tables += [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths]
+            tables += [read_file(path, _read_shard, "cm3leon tokenize") for path in paths]
         self._table = pa.concat_tables(tables)
         self.ids: list[str] = self._table["id"].to_pylist()
         self._row_of = {document_id: row for row, document_id in enumerate(self.ids)}

@@ -26,6 +26,7 @@ from cm3leon.data.manifest import ImageStore
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.utils import torchvision_compat
 from cm3leon.utils.errors import ConfigError
+from cm3leon.utils.files import read_file, read_json
 from cm3leon.utils.images import to_unit
 from cm3leon.utils.imports import hidden
 from cm3leon.utils.progress import progress
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MADE_BY = "cm3leon encoder"
 PAD = 0
 HEAD_DIM = 32
 BATCH = 128
@@ -143,12 +145,13 @@ class Encoder:
 
         Raises:
             FileNotFoundError: if the directory holds none.
+            DamagedFileError: if a file of it is truncated.
         """
         directory = Path(directory)
         for name in (CONFIG, WEIGHTS):
             if not (directory / name).is_file():
-                raise FileNotFoundError(f"{directory / name}: no encoder here; run: cm3leon encoder")
-        settings = json.loads((directory / CONFIG).read_text())
+                raise FileNotFoundError(f"{directory / name}: no encoder here; run: {MADE_BY}")
+        settings = read_file(directory / CONFIG, read_json, MADE_BY)
         if settings["kind"] == "trained":
             model: nn.Module = build_clip(settings["model"])
             tokenizer: Any = ClipTokenizer(TextTokenizer.load(directory), settings["model"]["text"]["context_length"])
@@ -160,7 +163,7 @@ class Encoder:
             model = open_clip.create_model(settings["architecture"], pretrained=None, load_weights=False, pretrained_text=False)
             tokenizer = open_clip.get_tokenizer(settings["architecture"])
             preprocess = _transform(settings["preprocess"])
-        model.load_state_dict(load_file(directory / WEIGHTS))
+        model.load_state_dict(read_file(directory / WEIGHTS, load_file, MADE_BY))
         return cls(model, settings, tokenizer, preprocess)
 
     def save(self, directory: str | Path) -> None:

@@ -33,8 +33,10 @@ from cm3leon.config.schema import ModelConfig
 from cm3leon.models.cross_entropy import chunked_cross_entropy
 from cm3leon.models.kernels import apply_rotary_emb, attention, linear, relu
 from cm3leon.sequence.grammar import Vocabulary
+from cm3leon.utils.files import read_file, read_json
 
 WEIGHTS = "model.safetensors"
+MADE_BY = "make run"
 RENAMED_TENSORS = {"places.weight": "image_positions.weight"}
 """Names of tensors in files of earlier versions, and their present names."""
 
@@ -351,11 +353,13 @@ class Decoder(nn.Module):
 
         Raises:
             FileNotFoundError: if the directory holds no decoder.
+            DamagedFileError: if a file of it is truncated.
         """
         directory = Path(directory)
         if not (directory / WEIGHTS).is_file():
-            raise FileNotFoundError(f"{directory}: no decoder here; run the pipeline (make run) or: cm3leon pretrain")
-        config = json.loads((directory / "config.json").read_text())
+            raise FileNotFoundError(f"{directory}: no decoder here; run the pipeline ({MADE_BY}) or: cm3leon pretrain")
+        config = read_file(directory / "config.json", read_json, MADE_BY)
         model = cls(DecoderSpec(**current_names(config["decoder"], "pretrain.model")), Vocabulary(**config["vocabulary"]))
-        model.load_state_dict({RENAMED_TENSORS.get(name, name): tensor for name, tensor in load_file(directory / WEIGHTS).items()})
+        tensors = read_file(directory / WEIGHTS, load_file, MADE_BY)
+        model.load_state_dict({RENAMED_TENSORS.get(name, name): tensor for name, tensor in tensors.items()})
         return model.to(device).eval()

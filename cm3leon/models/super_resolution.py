@@ -22,12 +22,14 @@ from torch import nn
 from torch.nn.functional import interpolate, pixel_shuffle
 
 from cm3leon.data.images import to_rgb
+from cm3leon.utils.files import read_file, read_json
 from cm3leon.utils.images import to_pil, to_uint8, to_unit
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MADE_BY = "cm3leon super_resolution"
 CORRECTION_SCALE = 0.3
 """Factor of the network's output. It keeps the first steps of a high learning rate from destroying the interpolated image."""
 
@@ -74,13 +76,14 @@ class SuperResolution(nn.Module):
 
         Raises:
             FileNotFoundError: if the directory holds none.
+            DamagedFileError: if a file of it is truncated.
         """
         directory = Path(directory)
         for name in (CONFIG, WEIGHTS):
             if not (directory / name).is_file():
-                raise FileNotFoundError(f"{directory / name}: no upscaler here; run: cm3leon super_resolution")
-        model = cls(**json.loads((directory / CONFIG).read_text()))
-        model.load_state_dict(load_file(directory / WEIGHTS))
+                raise FileNotFoundError(f"{directory / name}: no upscaler here; run: {MADE_BY}")
+        model = cls(**read_file(directory / CONFIG, read_json, MADE_BY))
+        model.load_state_dict(read_file(directory / WEIGHTS, load_file, MADE_BY))
         return model.eval()
 
     def save(self, directory: str | Path) -> None:

@@ -22,7 +22,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cm3leon.utils.files import read_file, read_json
 from cm3leon.utils.images import to_channels_first, to_channels_last
+
+MADE_BY = "cm3leon image_tokenizer"
 
 
 @dataclass(frozen=True)
@@ -267,13 +270,14 @@ class ImageTokenizer(nn.Module):
 
         Raises:
             FileNotFoundError: if the directory holds no image tokenizer.
+            DamagedFileError: if a file of it is truncated.
         """
         directory = Path(directory)
         if not (directory / "config.json").is_file():
-            raise FileNotFoundError(f"{directory}: no image tokenizer here; run: cm3leon image_tokenizer")
-        fields = json.loads((directory / "config.json").read_text())
+            raise FileNotFoundError(f"{directory}: no image tokenizer here; run: {MADE_BY}")
+        fields = read_file(directory / "config.json", read_json, MADE_BY)
         model = cls(ImageTokenizerSpec(**{**fields, "multipliers": tuple(fields["multipliers"])}))
-        model.load_state_dict(load_file(directory / "model.safetensors"))
+        model.load_state_dict(read_file(directory / "model.safetensors", load_file, MADE_BY))
         return model.to(device).eval()
 
 

@@ -10,6 +10,7 @@ Shapes: n documents or queries, d dimensions, k results.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +19,11 @@ import pandas as pd
 
 from cm3leon.data.manifest import first_caption
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.files import read_file, read_json
 
 INDEX, DOCUMENTS, SETTINGS = "index.faiss", "documents.parquet", "config.json"
 TEXTS, IMAGES = "text_embeddings.npy", "image_embeddings.npy"
+MADE_BY = "cm3leon index"
 Kind = Literal["flat", "ivf", "hnsw"]
 BANK_COLUMNS = ["id", "caption", "licence", "attribution", "source"]
 
@@ -115,16 +118,20 @@ class MemoryBank:
 
         Raises:
             FileNotFoundError: if the directory holds none.
+            DamagedFileError: if a file of it is truncated.
         """
         import faiss
 
         directory = Path(directory)
         for name in (INDEX, DOCUMENTS, SETTINGS, TEXTS, IMAGES):
             if not (directory / name).is_file():
-                raise FileNotFoundError(f"{directory / name}: no memory bank here; run: cm3leon index")
-        text, image = (np.load(directory / name, mmap_mode="r", allow_pickle=False) for name in (TEXTS, IMAGES))
-        settings = json.loads((directory / SETTINGS).read_text())
-        return cls(faiss.read_index(str(directory / INDEX)), pd.read_parquet(directory / DOCUMENTS), text, image, settings)
+                raise FileNotFoundError(f"{directory / name}: no memory bank here; run: {MADE_BY}")
+        text, image = (
+            read_file(directory / name, partial(np.load, mmap_mode="r", allow_pickle=False), MADE_BY) for name in (TEXTS, IMAGES)
+        )
+        settings = read_file(directory / SETTINGS, read_json, MADE_BY)
+        index = read_file(directory / INDEX, lambda path: faiss.read_index(str(path)), MADE_BY)
+        return cls(index, read_file(directory / DOCUMENTS, pd.read_parquet, MADE_BY), text, image, settings)
 
     def save(self, directory: str | Path) -> None:
         """Write ``index.faiss``, ``documents.parquet``, ``text_embeddings.npy``, ``image_embeddings.npy`` and ``config.json``."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from cm3leon.sequence.grammar import Tokens, Vocabulary
 from cm3leon.sequence.text_tokenizer import TextTokenizer
+from cm3leon.utils.files import read_file, read_json
 
 CONDITIONS = ("canny edge", "segmentation map", "hed", "openpose", "depth", "3D norm", "children's scribbles", "M-LSD lines")
 """Kinds of condition images from which models learn to generate (paper, Table 5); a record may have others, which are kept and not used."""
@@ -297,8 +298,12 @@ class Training:
 
     @classmethod
     def read(cls, directory: Path) -> Training | None:
-        """Read what :meth:`write` wrote; None if the directory has none."""
+        """Read what :meth:`write` wrote; None if the directory has none.
+
+        Raises:
+            DamagedFileError: if it is truncated.
+        """
         if not (directory / TRAINING).is_file():
             return None
-        found = json.loads((directory / TRAINING).read_text())
+        found = read_file(directory / TRAINING, read_json, "cm3leon sft")
         return cls(frozenset(found["tasks"]), found["masked_prompts"])

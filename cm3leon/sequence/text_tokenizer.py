@@ -7,7 +7,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from cm3leon.utils.files import read_file
+
 FILE = "tokenizer.json"
+MADE_BY = "cm3leon text_tokenizer"
 
 
 class TextTokenizer:
@@ -37,11 +40,12 @@ class TextTokenizer:
 
         Raises:
             FileNotFoundError: if there is none.
+            DamagedFileError: if it is truncated.
         """
         path = Path(directory) / FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no text tokenizer here; run: cm3leon text_tokenizer")
-        return cls(Tokenizer.from_file(str(path)))
+            raise FileNotFoundError(f"{path}: no text tokenizer here; run: {MADE_BY}")
+        return cls(read_file(path, lambda file: Tokenizer.from_file(str(file)), MADE_BY))
 
     def save(self, directory: Path) -> None:
         """Write ``directory/tokenizer.json``."""

@@ -1,6 +1,7 @@
 """Runs a command as a child of the flow: its output lines go to a callback as they are written, and it never outlives the flow.
 
-The child stays in the flow's process group, so that a signal to the group reaches it too. If standard error is a terminal, the child gets
+The child stays in the flow's process group, so that a signal to the group reaches it too. A flow that is killed can stop nothing, so a
+stage watches the flow and ends with it (:func:`end_with_owner`). If standard error is a terminal, the child gets
 a pseudo-terminal, which is copied to ours, so that its progress bars show; else both streams are read as lines.
 """
 
@@ -9,18 +10,26 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import psutil
 
 from cm3leon.services.leftovers import PROCESSES, owned
 from cm3leon.utils.processes import identity, stop_tree
 
 TAIL_LINES = 40
 """Last lines of output that are kept for an error message."""
+
+OWNER = "CM3LEON_OWNER_PID"
+"""Variable with the id of the process that has started a command, and with which the command is to end."""
+WATCH_SECONDS = 1.0
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07]*\x07")
 """ANSI control sequences (CSI and OSC), which are no text."""
@@ -43,8 +52,9 @@ def run_command(command: Sequence[str], on_line: Callable[[str], None], environm
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     terminal = _Terminal(tail) if sys.stderr.isatty() else None
     stderr = terminal.slave if terminal else subprocess.STDOUT
+    variables = {**(os.environ if environment is None else environment), OWNER: str(os.getpid())}
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True, errors="replace", bufsize=1
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=variables, text=True, errors="replace", bufsize=1
     )
     with owned(PROCESSES, identity(process.pid)):
         try:
@@ -63,6 +73,23 @@ def run_command(command: Sequence[str], on_line: Callable[[str], None], environm
             if terminal:
                 terminal.close()
     return Finished(status, list(tail))
+
+
+def end_with_owner() -> None:
+    """Send this process SIGTERM as soon as the process that :data:`OWNER` names has ended; do nothing without that variable.
+
+    Between the two are DVC and a shell, which neither notice the end of their parent nor pass a signal on.
+    """
+    if pid := os.environ.get(OWNER):
+        threading.Thread(target=_watch, args=[int(pid)], name="owner", daemon=True).start()
+
+
+def _watch(pid: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        owner = psutil.Process(pid)
+        while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(WATCH_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Terminal:

@@ -43,7 +43,9 @@ def peak_megabytes() -> float:
 def run_stage(stage: str) -> None:
     """Run a stage with ``params.yaml``; its last line is ``metrics: {...}`` (see :data:`METRICS`)."""
     from cm3leon.config.loading import load_config
+    from cm3leon.services.child import end_with_owner
 
+    end_with_owner()
     config = load_config()
     start = time.monotonic()
     metrics = importlib.import_module(f"cm3leon.stages.{stage}").run(config)

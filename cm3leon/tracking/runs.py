@@ -4,7 +4,8 @@
         run.log_metrics({"pretrain/loss": 1.2}, step=100)
 
 A stage never fails because of tracking. Without a reachable store there is one warning and a run that records nothing. If the store stops
-answering during the run, there is one warning, and metrics are buffered until it answers again. Without ``MLFLOW_TRACKING_URI`` the store
+answering during the run, there is one warning, and metrics are buffered until it answers again; files that are logged meanwhile are lost,
+and a warning at the end counts them. Without ``MLFLOW_TRACKING_URI`` the store
 is ``./mlflow.db``.
 """
 
@@ -55,8 +56,10 @@ class Run:
         self.client, self.run_id, self.experiment_id = client, run_id, experiment_id
         self._metrics: list[Any] = []
         self._sent = time.monotonic()
+        self._boot = time.time() - time.monotonic()
         self._failing_since: float | None = None
         self._lost = 0
+        self._lost_calls = 0
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Record metrics; they are buffered and sent together. NaN and infinite values are sent unchanged."""
@@ -64,14 +67,18 @@ class Run:
             return
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
+        now = self._now()
         self._metrics += [Metric(name, float(value), now, step or 0) for name, value in metrics.items()]
         if len(self._metrics) >= BATCH_METRICS or time.monotonic() - self._sent >= BATCH_SECONDS:
             self.flush()
 
+    def _now(self) -> int:
+        """Milliseconds since 1970 by the clock as it was when the run began: one that is set back would make durations negative."""
+        return int((self._boot + time.monotonic()) * 1000)
+
     def flush(self) -> None:
         """Send the buffered metrics. While the store does not answer they stay in the buffer, with a new attempt once a minute."""
-        if self._failing_since is not None and time.monotonic() - self._failing_since < RETRY_SECONDS:
+        if self._waiting():
             return
         while self._metrics and self.client is not None:
             batch = self._metrics[:MAX_REQUEST_METRICS]
@@ -144,22 +151,36 @@ class Run:
         """Send the buffered metrics and end the run: FINISHED, FAILED or KILLED."""
         self._failing_since = None
         self.flush()
-        self._try("set_terminated", status)
+        self._try("set_terminated", status, self._now())
         if lost := self._lost + len(self._metrics):
             warn(f"{lost} metrics of MLflow run {self.run_id} could not be sent")
+        if self._lost_calls:
+            warn(f"{self._lost_calls} files, parameters or states of MLflow run {self.run_id} could not be sent")
 
-    def attempt(self, what: str, action: Callable[[MlflowClient], T]) -> T | None:
-        """The result of ``action`` with the client; None without a store, or if it fails. The first failure in a row is a warning."""
+    def _waiting(self) -> bool:
+        """Whether the last request failed less than :data:`RETRY_SECONDS` ago."""
+        return self._failing_since is not None and time.monotonic() - self._failing_since < RETRY_SECONDS
+
+    def attempt(self, what: str, action: Callable[[MlflowClient], T], counted: bool = True) -> T | None:
+        """The result of ``action`` with the client; None without a store, or if it fails. The first failure in a row is a warning.
+
+        Args:
+            counted: what is lost is counted here; metrics are counted by themselves.
+        """
         if self.client is None:
             return None
         from mlflow.exceptions import MlflowException
 
+        if self._waiting():  # an attempt takes seconds, in which the stage stands still
+            self._lost_calls += counted
+            return None
         try:
             result = action(self.client)
         except (MlflowException, OSError) as error:
             if self._failing_since is None:
                 warn(f"MLflow's {what} of run {self.run_id} failed ({_first_line(error)}); the stage continues")
             self._failing_since = time.monotonic()
+            self._lost_calls += counted
             return None
         self._failing_since = None
         return result
@@ -171,7 +192,7 @@ class Run:
             getattr(client, method)(self.run_id, *arguments, **keywords)
             return True
 
-        return self.attempt(method, call) is not None
+        return self.attempt(method, call, counted="metrics" not in keywords) is not None
 
 
 def _first_line(error: Exception) -> str:

@@ -55,7 +55,7 @@ class Checkpoints:
     def _prepare(self) -> None:
         file = self.directory / "run.json"
         if file.is_file() and self.names():
-            run = json.loads(file.read_text())
+            run = _read_json(file) or {"fingerprint": {str(file): "damaged"}, "finished": False}
             changed = differences(run["fingerprint"], self.fingerprint)
             if run["finished"] and not changed:
                 shutil.rmtree(self.directory)
@@ -116,7 +116,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         names = self.names()
-        scores = {name: self.state(name).get("score") for name in names}
+        scores = {name: (_read_json(self.directory / name / "state.json") or {}).get("score") for name in names}
         scored = {name: score for name, score in scores.items() if score is not None}
         kept = {*names[-self.keep :], *([min(scored, key=scored.__getitem__)] if scored else [])}
         for name in names:
@@ -194,6 +194,15 @@ def _write_json(path: Path, value: Any) -> None:
     part.write_text(json.dumps(value) + "\n")
     _sync(part)
     part.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None if the file is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _sync(path: Path) -> None:

@@ -27,6 +27,7 @@ INFRASTRUCTURE = {
     "tracking/store",
     "tracking/sqlite",
     "tracking/lineage",
+    "utils/files",
     "utils/progress",
     "utils/images",
     "utils/network",

@@ -10,8 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from cm3leon.services.exclusive import alone_in_directory
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def clone(project: Path) -> Path:
+    """A project as a clone has it."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copyfile(ROOT / name, project / name)
+    shutil.copytree(ROOT / ".dvc", project / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    shutil.copytree(ROOT / "configs", project / "configs")
+    return project
 
 
 @pytest.mark.parametrize(
@@ -23,15 +36,26 @@ pytestmark = pytest.mark.slow
         ({"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "start it, or correct or unset MLFLOW_TRACKING_URI"),
     ],
 )
-def test_a_server_or_store_that_cannot_be_used_is_one_line(project: Path, variables: dict[str, str], complaint: str) -> None:
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copyfile(ROOT / name, project / name)
-    shutil.copytree(ROOT / ".dvc", project / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
-    subprocess.run(["git", "init", "--quiet"], check=True)
+def test_a_server_or_store_that_cannot_be_used_is_one_line(clone: Path, variables: dict[str, str], complaint: str) -> None:
+    line = refused(variables)
+    assert complaint in line and "secret" not in line
+
+
+def test_a_second_run_in_the_directory_is_one_line_and_changes_nothing(clone: Path) -> None:
+    before = Path("params.yaml").read_bytes()
+    with alone_in_directory():
+        line = refused({}, "--profile", "tiny")
+    assert f"another run works in {clone} (process {os.getpid()})" in line
+    assert Path("params.yaml").read_bytes() == before
+
+
+def refused(variables: dict[str, str], *arguments: str) -> str:
+    """The one line with which a run in the working directory refuses to begin."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    command = [sys.executable, "-m", "flows.pipeline"]
+    command = [sys.executable, "-m", "flows.pipeline", *arguments]
     environment = kept | {"PYTHONPATH": str(ROOT)} | variables
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     [line] = (done.stdout + done.stderr).splitlines()
-    assert line.startswith("error: ") and complaint in line and "secret" not in line
+    assert line.startswith("error: ")
+    return line

@@ -184,12 +184,12 @@ def test_nightly_deploys(prefect_server: str, tmp_path: Path) -> None:
 
 
 def test_a_run_is_cancelled_while_another_one_works_in_the_directory(toy: Path) -> None:
+    from cm3leon.services.exclusive import alone_in_directory
     from flows.champion import evaluate_champion
     from flows.pipeline import main, pipeline
     from flows.promotion import promotion_flow
-    from flows.session import only_run
 
-    with only_run():
+    with alone_in_directory():
         for flow in (pipeline, promotion_flow, evaluate_champion):
             state = flow(return_state=True)
             assert state.is_cancelled(), state

@@ -164,6 +164,21 @@ def test_a_store_that_stops_answering_is_one_warning_and_metrics_are_sent_later(
     assert len(client().get_metric_history(run.run_id, "sft/loss")) == 150
 
 
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_set_during_a_run_changes_neither_order_nor_duration(project, monkeypatch, hours):
+    now = time.time
+    with runs.stage_run("sft", Config()) as run:
+        for step in range(4):
+            if step == 2:
+                monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours)
+            run.log_metrics({"sft/loss": 1.0 - step / 10}, step)
+    history = client().get_metric_history(run.run_id, "sft/loss")
+    assert [metric.step for metric in sorted(history, key=lambda metric: (metric.timestamp, metric.step))] == [0, 1, 2, 3]
+    found = client().get_run(run.run_id)
+    assert found.data.metrics["sft/loss"] == 0.7
+    assert 0 <= found.info.end_time - found.info.start_time < 60_000
+
+
 def test_only_rank_zero_records(project, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with runs.stage_run("pretrain", Config()) as run:

@@ -147,6 +147,28 @@ def test_another_fingerprint_starts_from_the_beginning_says_why_and_keeps_the_ol
     assert (tmp_path / "run.old" / "step-00000007").is_dir()
 
 
+def test_checkpoints_whose_fingerprint_is_damaged_are_not_used_and_kept(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path / "run", {"steps": "40"}, 2)
+    checkpoints.open()
+    checkpoints.save(7, {"model.w": torch.ones(2, 3)}, {"score": None})
+    file = tmp_path / "run" / "run.json"
+    file.write_bytes(file.read_bytes()[:10])
+    checkpoints.open()
+    assert checkpoints.newest() is None
+    assert f"{file}: damaged then, nothing now" in capsys.readouterr().err
+    assert (tmp_path / "run.old" / "step-00000007").is_dir()
+
+
+def test_a_damaged_older_checkpoint_is_not_the_best_and_does_not_stop_the_training(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run", {"a": "1"}, 2)
+    checkpoints.open()
+    first = checkpoints.save(1, {"model.w": torch.ones(2, 3)}, {"score": 0.5})
+    (first / "state.json").write_bytes((first / "state.json").read_bytes()[:5])
+    for step in (2, 3):
+        checkpoints.save(step, {"model.w": torch.ones(2, 3)}, {"score": 1.0 + step})
+    assert checkpoints.names() == ["step-00000002", "step-00000003"]
+
+
 def test_a_finished_run_is_not_resumed(tmp_path):
     checkpoints = Checkpoints(tmp_path / "run", {"a": "1"}, 2)
     checkpoints.open()

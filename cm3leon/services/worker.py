@@ -1,0 +1,34 @@
+"""A Prefect worker that ends when it is told to: python -m cm3leon.services.worker POOL
+
+Told to end, Prefect's worker and its flow runs first send what they still have to tell the server. If that is gone, they try again for
+seconds with each event and each line of the log, minutes in all. Here they have :data:`~cm3leon.utils.processes.STOP_SECONDS`, in which a
+training writes its checkpoint, and are killed then.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from contextlib import suppress
+from types import FrameType
+
+from cm3leon.services.child import run_command
+from cm3leon.services.environment import use_environment
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(pool: str) -> int:
+    """Work on the runs of a pool until SIGTERM or Ctrl-C; returns the exit status."""
+    use_environment()
+    signal.signal(signal.SIGTERM, _interrupt)
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
+    with suppress(KeyboardInterrupt):
+        return run_command(command, lambda line: print(line, flush=True)).status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
