@@ -232,11 +232,11 @@ def reproduce(config: Config, path: Path) -> tuple[int, list[Difference]]:
         old = Record.read_file(path)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is not an evaluation record ({error}); evaluate writes models/evaluation/record.json") from None
+    again = recorded_config(config, old, str(path))
     if changed := [str(model) for model in MODELS if old.models.get(str(model)) != content_hash(model)]:
         raise UserError(
             f"{path} was made with other models: {', '.join(changed)} changed since; check out those of the record (dvc checkout)"
         )
-    again = recorded_config(config, old, str(path))
 
     # 2. A new evaluation. Its record is read from the file, where scores are rounded like those of the old one.
     with tempfile.TemporaryDirectory() as folder:
