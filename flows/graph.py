@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows.damage import mend_files
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -15,7 +17,7 @@ class Stage:
 
 
 def stage_order(root: str | Path = ".") -> list[Stage]:
-    """The stages in topological order; among those that are ready, in the order of ``dvc.yaml``.
+    """The stages in topological order; among those that are ready, in the order of ``dvc.yaml``. DVC's own files are mended first.
 
     Raises:
         dvc.exceptions.DvcException: if ``dvc.yaml`` is missing or invalid, has a cycle, or two stages with the same output.
@@ -23,6 +25,7 @@ def stage_order(root: str | Path = ".") -> list[Stage]:
     import networkx
     from dvc.repo import Repo
 
+    mend_files(Path(root))
     with Repo(str(root)) as repo:
         graph = repo.index.graph  # edges point from a stage to what it depends on
         position = {stage: number for number, stage in enumerate(repo.index.stages)}
