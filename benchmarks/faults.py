@@ -3,8 +3,8 @@
 A copy of the project with a smaller profile ``tiny`` runs once undisturbed. Then each fault is injected into a run of that copy, and the
 same command is given again: it must finish with the same outputs, leave no process, and no MLflow run that counts as running.
 
-What was measured is kept in ``DIRECTORY/faults.json`` after each fault; the script goes on with those that are missing. It ends with the
-table of docs/operations.md. On two cores it takes about an hour.
+What was measured is kept in ``DIRECTORY/faults.json`` after each fault; the script goes on with those that are missing. The table in
+docs/operations.md says what was found. On two cores it takes about an hour.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cm3leon.utils.errors import UserError
+from flows.damage import mend_files
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Stage:
 
 
 def stage_order(root: str | Path = ".") -> list[Stage]:
-    """The stages in topological order; among those that are ready, in the order of ``dvc.yaml``.
+    """The stages in topological order; among those that are ready, in the order of ``dvc.yaml``. DVC's own files are mended first.
 
     Raises:
         dvc.exceptions.DvcException: if ``dvc.yaml`` is missing or invalid, has a cycle, or two stages with the same output.
@@ -26,6 +27,7 @@ def stage_order(root: str | Path = ".") -> list[Stage]:
     import networkx
     from dvc.repo import Repo
 
+    mend_files(Path(root))
     with Repo(str(root)) as repo:
         graph = repo.index.graph  # edges point from a stage to what it depends on
         position = {stage: number for number, stage in enumerate(repo.index.stages)}
