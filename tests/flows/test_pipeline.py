@@ -193,7 +193,7 @@ def test_a_run_is_cancelled_while_another_one_works_in_the_directory(toy: Path) 
         for flow in (pipeline, promotion_flow, evaluate_champion):
             state = flow(return_state=True)
             assert state.is_cancelled(), state
-            assert state.message == f"another run works in {toy}; nothing was changed, try again when it has ended"
+            assert state.message == f"another run works in {toy} (process {os.getpid()}); wait until it has ended, or stop it"
         assert main(["--no-promote"]) == 2
     assert not Path("out").exists()
     assert run_flow().is_completed()
@@ -204,7 +204,7 @@ def test_a_run_is_cancelled_while_another_one_works_in_the_directory(toy: Path) 
     [
         ({"profile": "huge"}, "there is no profile 'huge'; configs/ has: small"),
         ({"first_stage": "fourth"}, "first_stage 'fourth' is no stage; the stages are: first, second, other, third"),
-        ({"first_stage": "second"}, "a run from second on needs stages that are out of date: first; run the whole pipeline once"),
+        ({"first_stage": "second"}, "a run from second on needs stages that are out of date: first, other; run the whole pipeline once"),
         ({"first_stage": "first", "profile": "small"}, "profile and first_stage exclude each other: "),
         ({"approval": True}, "approval wants a run of a deployment, which goes on after the decision: "),
         ({"approval": True, "profile": "small"}, "approval wants a run of a deployment, which goes on after the decision: "),
