@@ -24,7 +24,7 @@ from prefect.states import Completed, Failed  # noqa: E402
 
 from cm3leon.config.schema import Config  # noqa: E402
 from cm3leon.services.exclusive import alone_in_directory  # noqa: E402
-from cm3leon.services.leftovers import FLOW_RUNS, owned  # noqa: E402
+from cm3leon.services.leftovers import FLOW_RUNS, end_leftover_processes, owned  # noqa: E402
 from cm3leon.utils.errors import UserError  # noqa: E402
 from flows.approval import DECISION_HOURS, Hours, check_can_wait, with_decision  # noqa: E402
 from flows.graph import Stage, downstream_of, from_stage, stage_order, stale_stages  # noqa: E402
@@ -181,6 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         with alone_in_directory():
+            end_leftover_processes()  # a command of a killed run would hold DVC's lock
             if options.profile:
                 configure(options.profile)
             # Before DVC is asked for the graph, because outside of a git repository it needs a setting. Promotion needs the store.
