@@ -77,12 +77,28 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise TerminationSignal(number)
 
 
+class _CtrlC:
+    """A handler of SIGINT that remembers it: a stage, which gets Ctrl-C too, can fail before the run notices its own."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        raise KeyboardInterrupt
+
+
 def until_interrupted(main: Callable[[], int]) -> int:
     """The exit status of ``main``; 2 after a user's error, 128 plus the number after Ctrl-C, SIGTERM or SIGHUP, with one line."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    ctrl_c = _CtrlC()
+    signal.signal(signal.SIGINT, ctrl_c)
     try:
-        return main()
+        status = main()
+        if not ctrl_c.received:
+            return status
+        ended_by = int(signal.SIGINT)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

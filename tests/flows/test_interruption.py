@@ -128,7 +128,7 @@ def test_a_signal_ends_a_run_within_seconds_and_quietly(run: Terminal, number: s
     assert "the next run resumes at the interrupted one" in output
     assert len(servers) == 2  # Prefect's server and DVC
     assert all(has_ended(name) for name in servers) and not psutil.pid_exists(command)
-    assert flow_runs(run.folder) == ["CRASHED"]
+    assert flow_runs(run.folder) in (["CRASHED"], ["FAILED"])  # FAILED where the stage's end by Ctrl-C is seen first
     assert owned_names(run.folder, PROCESSES) == owned_names(run.folder, FLOW_RUNS) == []
 
 

@@ -86,7 +86,7 @@ def test_two_workers_on_postgresql(postgres: tuple[int, Path], tmp_path: Path) -
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    cm3leon("up", "--mlflow-port", str(free_port(15100)), "--prefect-port", str(free_port(14300)))
+    cm3leon("up", "--mlflow-port", str(free_port(16400)), "--prefect-port", str(free_port(16600)))
     try:
         _run_toys(tmp_path, environment)
         assert not (tmp_path / "mlflow.db").exists()

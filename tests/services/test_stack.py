@@ -51,7 +51,7 @@ def cm3leon(root: Path, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def up(root: Path) -> Iterator[dict[str, str]]:
     """Running services; yields the addresses that the command printed."""
-    printed = cm3leon(root, "up", "--mlflow-port", str(free_port(15000)), "--prefect-port", str(free_port(14200)))
+    printed = cm3leon(root, "up", "--mlflow-port", str(free_port(16000)), "--prefect-port", str(free_port(16200)))
     yield {line.split()[0]: line.split()[1] for line in printed.splitlines()}
     processes = [psutil.Process(supervisor(root)), *psutil.Process(supervisor(root)).children(recursive=True)]
     assert cm3leon(root, "down") == "stopped\n"
