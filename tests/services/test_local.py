@@ -52,7 +52,7 @@ def test_ui_starts_behind_a_dead_proxy_and_ctrl_c_ends_its_servers(project: Path
             assert urllib.request.urlopen(address, timeout=10).status == 200
         servers = servers_of(project)
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(45) == 0
     assert len(servers) == 2 and all(has_ended(name) for name in servers)
     assert ui_servers() == {} and servers_of(project) == []
 
