@@ -31,6 +31,7 @@ from cm3leon.registry import promotion, registry
 from cm3leon.scenes import source as shapes
 from cm3leon.sequence.tasks import Training
 from cm3leon.services.environment import child_path
+from cm3leon.services.exclusive import BusyError, alone_in_directory
 from cm3leon.tracking import runs
 from cm3leon.utils.processes import stop_tree
 
@@ -62,7 +63,19 @@ class Workspace:
         """Start a run of a deployment, as the button in the UI does."""
         from prefect.deployments import run_deployment
 
+        self.wait_until_free()
         return run_deployment(f"cm3leon{FLOWS.get(deployment, '')}/{deployment}", parameters=parameters, timeout=0)
+
+    def wait_until_free(self, seconds: float = 60) -> None:
+        """Wait until no run works in the directory: one that the schedule started late may."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                with alone_in_directory():
+                    return
+            except BusyError:
+                assert time.monotonic() < end, self.log.read_text()[-8000:]
+                time.sleep(0.5)
 
     def run(self, deployment: str, **parameters: Any) -> Any:
         """The final state of a run."""
@@ -127,7 +140,11 @@ def make_project(root: Path, tiny_models: Path, store: Path) -> None:
 
 def resume(server: str, run_id: Any, decision: dict[str, str]) -> str:
     """Give a decision by Prefect's API; returns the answer's status: ACCEPT or REJECT."""
-    answer = httpx.post(f"{server}/flow_runs/{run_id}/resume", json={"run_input": decision})
+    for _ in range(20):
+        answer = httpx.post(f"{server}/flow_runs/{run_id}/resume", json={"run_input": decision}, timeout=30)
+        if answer.status_code != 503:  # the server's SQLite file is locked for a moment
+            break
+        time.sleep(1)
     answer.raise_for_status()
     return str(answer.json()["status"])
 
