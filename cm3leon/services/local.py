@@ -133,7 +133,8 @@ def _running(by_name: dict[str, Service]) -> Iterator[None]:
     Raises:
         ServiceError: if a server ends, or does not answer in time.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a script's background process is started with SIGINT ignored
+        signal.signal(number, _interrupt)
     started = {name: service for name, service in by_name.items() if service.command}
     with suppress(KeyboardInterrupt), ExitStack() as stack:
         logs = {name: LOGS / f"{name.lower().replace(' ', '-')}.log" for name in started}
