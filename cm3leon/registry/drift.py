@@ -1,7 +1,8 @@
-"""The drift gate: is the new training data still of the kind that the champion was trained on? Asked after ``validate``, before training.
+"""The drift check: is the new training data still of the kind that the champion was trained on? To be asked after ``validate``.
 
 Both sides are seen through the champion's own encoder. A large shift is not an error by itself, but training on it costs hours, and the
-champion's scores say little of it: past the thresholds of the section ``drift`` the run stops, and a person decides.
+champion's scores say little of it: past the limits of the section ``drift`` the check is an error, and a person decides. A run of the
+pipeline does not ask by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The drift gate stops for data of another kind, and not for another sample of the same."""
+"""The drift check fails for data of another kind, and not for another sample of the same."""
 
 from __future__ import annotations
 
