@@ -129,7 +129,9 @@ class RotaryEmbedding(nn.Module):
 
 def _angles(steps_N: Tensor, pairs: int, longest: int) -> Tensor:
     """Angles (N, pairs): geometric frequencies from :data:`MAX_ROPE_FREQUENCY` for the first pair down to 1 / ``longest`` of it."""
-    return steps_N[:, None] * (MAX_ROPE_FREQUENCY * float(longest) ** -torch.linspace(0, 1, pairs))
+    # The device by name: where transformers has loaded a model, a surrounding ``torch.device("meta")`` no longer reaches linspace.
+    exponents = torch.linspace(0, 1, pairs, device=steps_N.device)
+    return steps_N[:, None] * (MAX_ROPE_FREQUENCY * float(longest) ** -exponents)
 
 
 class Linear(nn.Linear):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -83,13 +84,23 @@ def _global_store(uri: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """Write no ``__pycache__`` while the block runs: MLflow tries the input example on the code where it lies, among the artifacts."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
+
+
 def log_model(bundle: Path, name: str) -> Any:
     """Log bundle and code as a pyfunc model of the active run; returns MLflow's model info."""
     import mlflow
     import pandas as pd
 
     decoding = DecodingConfig.model_validate_json((bundle / "decoding.json").read_text())
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _no_bytecode():
         code = Path(folder) / PACKAGE.name
         shutil.copytree(PACKAGE, code, ignore=shutil.ignore_patterns("__pycache__", "*.py[cod]"))
         return mlflow.pyfunc.log_model(

@@ -83,6 +83,14 @@ def test_rope_needs_square_images():
         RotaryEmbedding(16, 12, 48)
 
 
+def test_rope_is_made_on_the_meta_device_also_where_linspace_is_not(monkeypatch):
+    real = torch.linspace  # so transformers replaces it while it loads a model
+    monkeypatch.setattr(torch, "linspace", lambda *args, **kwargs: real(*args, **{"device": "cpu"} | kwargs))
+    with torch.device("meta"):
+        rope = RotaryEmbedding(16, 16, 48)
+    assert {buffer.device.type for buffer in rope.buffers()} == {"meta"}
+
+
 def test_a_token_knows_the_one_before_in_its_own_sample():
     """Of a decoder whose attention does nothing."""
     model = make(previous_token=True)

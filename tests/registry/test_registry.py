@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,8 @@ def test_a_model_without_a_complete_record_is_refused(stages, lack):
     assert registry.status() == [] and not list(registry.SCRATCH.iterdir())
 
 
-def test_registering_is_idempotent_and_pickles_nothing_and_the_bundle_can_be_fetched(stages):
+def test_registering_is_idempotent_and_pickles_nothing_and_the_bundle_can_be_fetched(stages, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     bundle = evaluated(0.5)
     first = registry.register(bundle, CONFIG)
     assert registry.register(build_bundle(Path("again"), CONFIG), CONFIG).number == first.number
