@@ -51,10 +51,10 @@ types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
 test: lint types  ## lint, types, tests; PYTEST="-k flows" adds arguments
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 test-fast: $(STAMP)  ## tests for the inner loop: without slow ones, browser and GPU
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not browser and not gpu" $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not browser and not gpu" $(PYTEST)
 
 # pdoc cannot resolve the annotations of a NamedTuple in a module with postponed annotations: the one warning that is filtered.
 # Without PDOC_ALLOW_EXEC it warns of every import that asks the system for the processor's name.

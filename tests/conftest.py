@@ -18,6 +18,24 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two processes test: threads of more w
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
+LONGEST = (
+    "flows/test_whole_project.py",
+    "test_examples.py",
+    "flows/test_deployments.py",
+    "tracking/test_outage.py",
+    "services/test_worker.py",
+)
+"""The files that take a minute or more: they start first, so that no process waits for one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        return next((place for place, name in enumerate(LONGEST) if item.path.as_posix().endswith(f"tests/{name}")), len(LONGEST))
+
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (rank(item), item.path not in slow))  # stable: within a file the order stays
+
+
 CAPTIONS = ["a red circle", "a blue square", "two green crosses", "a ring above a diamond"]
 
 
