@@ -12,6 +12,7 @@ import os
 import sys
 from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 
 from cm3leon.services.environment import check_server, prepare_project, use_environment
 
@@ -23,6 +24,7 @@ from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 
 from cm3leon.config.schema import Config  # noqa: E402
+from cm3leon.services import worktree  # noqa: E402
 from cm3leon.services.exclusive import alone_in_directory  # noqa: E402
 from cm3leon.services.leftovers import FLOW_RUNS, end_leftover_processes, owned  # noqa: E402
 from cm3leon.utils.errors import UserError  # noqa: E402
@@ -57,6 +59,10 @@ def run_stages(stages: list[Stage]) -> tuple[list[StageResult], list[State]]:
             get_run_logger().error("%s failed; stages that depend on it: %s", stage.name, downstream)
     needed = {name for stage in stages for name in stage.needs}
     return results, [state for name, state in completed.items() if name not in needed]
+
+
+EXPERIMENT_TAG = "dvc_experiment"
+"""Tag of the MLflow run of the pipeline: where its outputs are, if it worked in the deployments' worktree."""
 
 
 class PipelineFailedError(RuntimeError):
@@ -146,17 +152,31 @@ def run_pipeline(config: Config, stages: list[Stage], promote: bool, approval: b
             verdict = "stages are up to date; no model registered (--no-promote)"
 
         # 3. The report, also of a run that failed.
+        changed = {"Completed", "Cached"} & {r.state for r in results}
+        saved = save_results() if changed else ""
+        run.set_tags({EXPERIMENT_TAG: saved} if saved else {})
         overview.finish(run, verdict, evaluated=not any(r.error for r in results))
         run.log_metrics({"pipeline/seconds": sum(r.seconds for r in results)})
         run.log_metrics({f"pipeline/{r.stage}_seconds": r.seconds for r in results if r.state == "Completed"})
         run.log_metrics({f"pipeline/{r.stage}_peak_megabytes": r.peak_megabytes for r in results if r.peak_megabytes})
-        _publish(markdown(results, verdict, run), config.profile)
+        _publish(markdown(results, verdict, run, saved), config.profile)
         if problem:
             raise PipelineFailedError(problem)
     show_table(results, verdict, run)
     if problem:
         return Failed(message=problem)
     return Completed(message=verdict, data=[vars(result) for result in results])
+
+
+def save_results() -> str:
+    """Save what a run of a deployment has changed as an experiment of DVC; returns its name, "" for a run in the project itself."""
+    if worktree.project_of(Path.cwd()) is None:
+        return ""
+    try:
+        return worktree.save_results(f"{flow_run.name} {flow_run.id[:8]}")
+    except UserError as error:
+        get_run_logger().warning("the outputs are in DVC's cache, but were not saved as an experiment: %s", error)
+        return ""
 
 
 def _publish(report: str, profile: str) -> None:

@@ -76,13 +76,18 @@ def links(run: Run, local: Callable[[Path], str]) -> list[tuple[str, str]]:
     return found
 
 
-def markdown(results: Sequence[StageResult], verdict: str, run: Run) -> str:
-    """The report as markdown: verdict, headline scores, links, stages."""
+def markdown(results: Sequence[StageResult], verdict: str, run: Run, saved: str = "") -> str:
+    """The report as markdown: verdict, headline scores, links, stages.
+
+    Args:
+        saved: name of the experiment of DVC that holds what the run has changed.
+    """
     scores = next((r.metrics for r in results if r.stage == "evaluate"), {})
     lines = [f"## {verdict}", ""]
     lines += [f"**{metrics_text(scores, 5)}**", ""] if scores else []
     lines += [f"- [{what}]({where})" for what, where in links(run, lambda path: path.absolute().as_uri())]
     lines += [f"- MLflow run `{run.run_id}`"] if run.run_id else []
+    lines += [f"- to take these outputs over: `dvc exp apply {saved}`"] if saved else []
     lines += ["", "| stage | state | seconds | peak MB | metrics |", "|---|---|---:|---:|---|"]
     lines += [f"| {r.stage} | {r.state} | {_seconds(r)} | {_memory(r)} | {metrics_text(r.metrics, 12)} |" for r in results]
     for r in results:

@@ -18,7 +18,7 @@ from cm3leon.config import paths
 from cm3leon.registry import ledger
 from cm3leon.registry.bundle import LINEAGE
 from cm3leon.registry.registry import MODEL_NAME, Version, all_versions, bundle_file, connect
-from cm3leon.services import dvc_commands
+from cm3leon.services import dvc_commands, worktree
 from cm3leon.services.disk import tree_size
 from cm3leon.tracking import store
 from cm3leon.tracking.lineage import DVC_LOCK
@@ -58,10 +58,11 @@ def clean(keep: int = KEEP, dry_run: bool = False) -> Iterator[Garbage]:
         CleaningError: if the model or the run of a kept version is deleted in MLflow, which ``mlflow gc`` would make final, or the
             ``dvc.lock`` of one cannot be read.
         DvcError: if ``dvc gc`` fails.
+        BusyError: if a run of a deployment is at work, whose objects no lock names yet.
     """
     client = connect()
     if client.get_experiment_by_name(ledger.EXPERIMENT):  # it says who was the champion; deleted, it would be empty
-        store.experiment_id_of(client, Path(), client.tracking_uri, ledger.EXPERIMENT)
+        store.experiment_id_of(client, client.tracking_uri, ledger.EXPERIMENT)
     versions = all_versions(client)
     kept = kept_versions(versions, ledger.read(client), keep)
     _check_intact(client, kept)
@@ -72,8 +73,9 @@ def clean(keep: int = KEEP, dry_run: bool = False) -> Iterator[Garbage]:
         if not dry_run:
             shutil.rmtree(checkpoints)
         yield Garbage(str(checkpoints), size)
-    if size := dvc_commands.remove_unused(locks, dry_run):
-        yield Garbage("objects of DVC's cache", size)
+    with worktree.held(Path()) as running:
+        if size := dvc_commands.remove_unused([*locks, *running], dry_run):
+            yield Garbage("objects of DVC's cache", size)
 
 
 def kept_versions(versions: Sequence[Version], entries: Sequence[ledger.Entry], keep: int) -> list[Version]:

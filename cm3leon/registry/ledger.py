@@ -12,7 +12,6 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cm3leon.registry.gate import Verdict
@@ -79,7 +78,7 @@ def append(client: MlflowClient, entry: Entry, verdict: Verdict | None = None) -
         "who": _user(),
         "prefect.flow_run_id": os.environ.get(FLOW_RUN_ENV, ""),
     }
-    experiment_id = store.experiment_id_of(client, Path(), client.tracking_uri, EXPERIMENT)
+    experiment_id = store.experiment_id_of(client, client.tracking_uri, EXPERIMENT)
     run = client.create_run(experiment_id, run_name=entry.sentence, tags={name: value for name, value in tags.items() if value})
     if verdict:
         client.log_text(run.info.run_id, verdict.to_markdown(), "gate.md")

@@ -36,13 +36,13 @@ class DvcError(UserError):
     """A command of DVC failed, or has no remote or no lock to work with; the message says what to do."""
 
 
-def _dvc(*arguments: str, on_line: Callable[[str], None] = lambda line: None) -> list[str]:
-    """Run ``dvc ARGUMENTS``; returns the last lines of its output.
+def _dvc(*arguments: str, on_line: Callable[[str], None] = lambda line: None, directory: Path = Path()) -> list[str]:
+    """Run ``dvc ARGUMENTS`` in a directory; returns the last lines of its output.
 
     Raises:
         DvcError: if it fails, with what DVC says of it.
     """
-    finished = run_command([sys.executable, "-m", "dvc", "--wait-for-lock", *arguments], on_line)
+    finished = run_command([sys.executable, "-m", "dvc", "--cd", str(directory), "--wait-for-lock", *arguments], on_line)
     if finished.status != 0:
         starts = [number for number, line in enumerate(finished.tail) if line.startswith("ERROR: ")]
         lines = [line for line in finished.tail[starts[0] if starts else 0 :] if line and not line.startswith(CHATTER)]
@@ -102,6 +102,32 @@ def pull(remote: str, on_line: Callable[[str], None], force: bool = False) -> No
 def _check_lock() -> None:
     if not DVC_LOCK.is_file():
         raise DvcError(NO_LOCK)
+
+
+# --- another working tree --------------------------------------------------------------------------------------------
+
+
+def share_cache(directory: Path, cache: Path) -> None:
+    """Let the working tree in ``directory`` use another one's cache; its own local setting, which git does not keep."""
+    _dvc("cache", "dir", "--local", str(cache.absolute()), directory=directory)
+
+
+def restore(directory: Path) -> None:
+    """Bring the outputs that ``dvc.lock`` names from the cache into a working tree, in place of what is there.
+
+    Raises:
+        DvcError: if the cache has lost some of them; the others are there.
+    """
+    _dvc("checkout", "--force", directory=directory)
+
+
+def save_experiment(name: str) -> None:
+    """Keep ``params.yaml``, ``dvc.lock`` and other changes of the working tree as an experiment of DVC: a git ref, on no branch.
+
+    Raises:
+        DvcError: if there is one of that name.
+    """
+    _dvc("exp", "save", "--name", name, "--include-untracked", str(DVC_LOCK))
 
 
 # --- cache -----------------------------------------------------------------------------------------------------------

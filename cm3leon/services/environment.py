@@ -49,8 +49,14 @@ def use_environment() -> None:
     """Turn telemetry off and set Prefect's home and server; call before importing prefect. Variables that are set keep their values.
 
     Prefect has its database in ``./.prefect``. Without ``PREFECT_API_URL`` a run uses the servers of ``cm3leon up`` or ``cm3leon ui`` if
-    they are running, else a temporary server on the same database.
+    they are running, else a temporary server on the same database. A run in the worktree of deployments has the project's MLflow store,
+    and its stages the worktree's code.
     """
+    from cm3leon.services.worktree import project_of
+
+    if project := project_of(Path.cwd()):
+        os.environ.setdefault("MLFLOW_TRACKING_URI", sqlite_uri(project / "mlflow.db"))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
     telemetry.turn_off()
     reach_local_servers()
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # a stage's lines reach the log of the run as they are written

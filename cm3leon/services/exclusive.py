@@ -20,25 +20,26 @@ class BusyError(UserError):
 
 
 @contextmanager
-def alone_in_directory() -> Iterator[None]:
-    """Hold the working directory until the block ends.
+def alone_in_directory(directory: Path = Path()) -> Iterator[None]:
+    """Hold a directory, by default the working directory, until the block ends.
 
     Raises:
         BusyError: if another process holds it.
     """
-    LOCK.parent.mkdir(exist_ok=True)
-    with LOCK.open("a+") as file:
-        _lock(file)
+    lock = directory / LOCK
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("a+") as file:
+        _lock(file, directory)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
 
 
-def _lock(file: TextIO) -> None:
+def _lock(file: TextIO, directory: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         advice = "wait until it has ended, or stop it"
-        raise BusyError(f"another run works in {Path.cwd()} (process {file.read() or 'unknown'}); {advice}") from None
+        raise BusyError(f"another run works in {directory.absolute()} (process {file.read() or 'unknown'}); {advice}") from None

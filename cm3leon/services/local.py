@@ -109,7 +109,7 @@ def serve(mlflow_port: int = 5000, prefect_port: int = 4200, docs_port: int = 80
     use_environment()
     end_leftover_processes()
     uri = prepare_store()
-    experiment_id = experiment_id_of(MlflowClient(tracking_uri=uri, registry_uri=uri), Path(), uri)
+    experiment_id = experiment_id_of(MlflowClient(tracking_uri=uri, registry_uri=uri), uri)
     up = read_state()
     by_name = services(up.mlflow if up else uri, experiment_id, mlflow_port, prefect_port, docs_port)
     with _running(by_name):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from cm3leon.services.environment import PREFECT_HOME, SERVICES_FILE, prepare_project
+from cm3leon.services.environment import PREFECT_HOME, SERVICES_FILE, child_path, prepare_project
 from cm3leon.services.local import HOST, ServiceError, free_port
 from cm3leon.services.mlflow_server import CREDENTIALS_ENV
 from cm3leon.tracking.sqlite import sqlite_uri
@@ -164,7 +164,7 @@ def parts(state: State) -> list[Part]:
             "worker",
             ["-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--with-healthcheck"],
             f"http://{HOST}:{health_port}/health",
-            {**clients, "PREFECT_WORKER_WEBSERVER_HOST": HOST, "PREFECT_WORKER_WEBSERVER_PORT": health_port},
+            {**clients, "PATH": child_path(), "PREFECT_WORKER_WEBSERVER_HOST": HOST, "PREFECT_WORKER_WEBSERVER_PORT": health_port},
         ),
     ]
 
@@ -216,8 +216,8 @@ def _wait_until_up(supervisor: subprocess.Popen[bytes]) -> State:
 
 
 def _deploy(state: State) -> None:
-    """Create the deployments, and again only after ``prefect.yaml`` changed: what was switched in the UI stays as it is."""
-    content = hashlib.sha256(DEPLOYMENTS.read_bytes()).hexdigest()
+    """Create the deployments, and again only after ``prefect.yaml`` or the project's place changed: what was switched in the UI stays."""
+    content = hashlib.sha256(DEPLOYMENTS.read_bytes() + str(Path.cwd()).encode()).hexdigest()
     if DEPLOYED.is_file() and DEPLOYED.read_text() == content:
         return
     environment = {**os.environ, **client_environment(state), "PREFECT_HOME": str(PREFECT_HOME.absolute())}

@@ -7,13 +7,14 @@ training writes its checkpoint, and are killed then.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from contextlib import suppress
 from types import FrameType
 
 from cm3leon.services.child import run_command
-from cm3leon.services.environment import use_environment
+from cm3leon.services.environment import child_path, use_environment
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -23,6 +24,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def main(pool: str) -> int:
     """Work on the runs of a pool until SIGTERM or Ctrl-C; returns the exit status."""
     use_environment()
+    os.environ["PATH"] = child_path()  # for the python of the deployments' first step
     signal.signal(signal.SIGTERM, _interrupt)
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
     with suppress(KeyboardInterrupt):

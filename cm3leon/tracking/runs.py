@@ -245,7 +245,7 @@ def _open(name: str, config: Config, tags: Mapping[str, str]) -> Run:
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        experiment_id = experiment_id_of(client, Path(), uri)
+        experiment_id = experiment_id_of(client, uri)
         known = {"stage": name, "profile": config.profile, PROCESS_TAG: identity(), "mlflow.source.name": f"cm3leon {name}"}
         origin = {"dvc_lock_md5": lineage.dvc_lock_md5(), "git_commit": lineage.git_commit()}
         if commit := origin["git_commit"]:

@@ -100,7 +100,7 @@ def prepare_store(root: Path = Path()) -> str:
             from mlflow import MlflowClient
 
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-            _sweep(client, experiment_id_of(client, root, uri))
+            _sweep(client, experiment_id_of(client, uri))
     return uri
 
 
@@ -225,13 +225,13 @@ def _check_database(uri: str) -> None:
         engine.dispose()
 
 
-def experiment_id_of(client: MlflowClient, root: Path, uri: str, name: str = EXPERIMENT) -> str:
-    """The id of an experiment, created if it does not exist; a local store has its artifacts under ``ROOT/mlruns``."""
+def experiment_id_of(client: MlflowClient, uri: str, name: str = EXPERIMENT) -> str:
+    """The id of an experiment, created if it does not exist; a SQLite store has its artifacts in ``mlruns`` beside it."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
-        local = (root / "mlruns").absolute().as_uri() if sqlite_file(uri) else None
+        local = (file.parent / "mlruns").absolute().as_uri() if (file := sqlite_file(uri)) else None
         try:
             return client.create_experiment(name, artifact_location=local)
         except MlflowException:  # another process has created it meanwhile

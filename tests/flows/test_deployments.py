@@ -30,8 +30,10 @@ from cm3leon.evaluation.run import evaluate
 from cm3leon.registry import promotion, registry
 from cm3leon.scenes import source as shapes
 from cm3leon.sequence.tasks import Training
+from cm3leon.services import worktree
 from cm3leon.services.environment import child_path
 from cm3leon.services.exclusive import BusyError, alone_in_directory
+from cm3leon.services.worktree import WORKTREE
 from cm3leon.tracking import runs
 from cm3leon.utils.processes import stop_tree
 
@@ -71,7 +73,7 @@ class Workspace:
         end = time.monotonic() + seconds
         while True:
             try:
-                with alone_in_directory():
+                with alone_in_directory(), worktree.held(self.root):
                     return
             except BusyError:
                 assert time.monotonic() < end, self.log.read_text()[-8000:]
@@ -102,7 +104,7 @@ def workspace(tmp_path_factory: Any, tiny_models: Path, prepared_store: Path, pr
             patch.delenv(name, raising=False)
         make_project(root, tiny_models, prepared_store)
         environment = {**os.environ, "PREFECT_API_URL": prefect_server, "PREFECT_HOME": str(root / "home"), "OMP_NUM_THREADS": "1"}
-        environment |= {"PYTHONPATH": f"{root}{os.pathsep}{ROOT}", "PREFECT_WORKER_QUERY_SECONDS": "1"}
+        environment |= {"PYTHONPATH": f"{root}{os.pathsep}{ROOT}", "PATH": child_path(), "PREFECT_WORKER_QUERY_SECONDS": "1"}
         log = root / "worker.log"
         prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
         with log.open("w") as output:
@@ -136,6 +138,14 @@ def make_project(root: Path, tiny_models: Path, store: Path) -> None:
     write_thumbnails(paths.VALIDATED, [r["id"] for r in records], [thumbnail_of(images.open(r["image"])) for r in records])
     Training(frozenset({"text_to_image", "caption"}), masked_prompts=True).write(paths.FINETUNED)
     evaluate(CONFIG, paths.EVALUATION)
+    (root / ".gitignore").write_text(".cache/\n/home/\n/out/\n/mlflow.db*\n/mlruns/\n*.log\n.prefect\n.services\n__pycache__/\n")
+    commit("the project")
+
+
+def commit(message: str) -> None:
+    """Commit all that git does not ignore, models too: what runs of deployments get."""
+    subprocess.run(["git", "add", "--all"], check=True)
+    subprocess.run(["git", "-c", "user.name=me", "-c", "user.email=me@here", "commit", "--quiet", "-m", message], check=True)
 
 
 def resume(server: str, run_id: Any, decision: dict[str, str]) -> str:
@@ -147,6 +157,17 @@ def resume(server: str, run_id: Any, decision: dict[str, str]) -> str:
         time.sleep(1)
     answer.raise_for_status()
     return str(answer.json()["status"])
+
+
+def pipeline_tags() -> list[dict[str, str]]:
+    """Tags of MLflow's runs of the pipeline."""
+    client = registry.connect()
+    experiment = client.get_experiment_by_name("cm3leon")
+    return [run.data.tags for run in client.search_runs([experiment.experiment_id], "tags.stage = 'pipeline'")]
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def is_paused(state: Any) -> bool:
@@ -209,7 +230,8 @@ def test_a_scheduled_run_starts_by_itself_and_ends_with_a_promotion_that_waited_
     assert run.name.startswith("tiny ") and "cm3leon" in run.tags
 
     state = workspace.wait(run.id, is_paused)
-    assert (workspace.root / "out/third").is_file()
+    assert (workspace.root / WORKTREE / "out/third").is_file()
+    assert not (workspace.root / "out").exists() and not (workspace.root / "dvc.lock").exists()
     assert state.name == "Suspended" and state.state_details.pause_timeout
     assert champion() is None
     for wrong in ({"decision": "perhaps", "reason": "x", "name": "y"}, DECISION | {"reason": " "}, {"decision": "approve"}):
@@ -222,6 +244,9 @@ def test_a_scheduled_run_starts_by_itself_and_ends_with_a_promotion_that_waited_
     promoted, gated, *_ = promotion.history()
     assert (gated.action, promoted.action, promoted.version, promoted.forced) == ("gate", "promote", "1", False)
     assert promoted.reason == "approved by Anna: the colors are right" and promoted.flow_run == str(run.id)
+    [saved] = [tags["dvc_experiment"] for tags in pipeline_tags() if "dvc_experiment" in tags]
+    assert saved.startswith("run-tiny-") and saved in git("for-each-ref", "refs/exps")
+    assert git("status", "--short") == " M models/evaluation/record.json\n"  # another_model
 
 
 def test_a_person_or_a_time_limit_rejects_and_nobody_is_asked_twice(workspace: Workspace, prefect_server: str) -> None:

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from flows_support import ROOT, make_toy
 
+from cm3leon.services.environment import child_path
+from cm3leon.services.worktree import WORKTREE
 from cm3leon.utils.processes import stop_tree
 
 
@@ -35,6 +37,9 @@ def nightly(tmp_path: Path) -> Path:
     deployment["schedules"] = [{"cron": "* * * * *", "timezone": "UTC", "active": True}]
     deployment["parameters"] = {"promote": False}
     (tmp_path / "prefect.yaml").write_text(yaml.safe_dump(definition))
+    (tmp_path / ".gitignore").write_text(".cache/\n/out/\n/models/\n*.log\n/home/\n")
+    subprocess.run(["git", "add", "--all"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "-c", "user.name=me", "-c", "user.email=me@here", "commit", "-qm", "toy"], cwd=tmp_path, check=True)
     return tmp_path
 
 
@@ -46,6 +51,7 @@ def test_a_run_of_nightly_starts_by_itself(nightly: Path, prefect_server: str) -
         "PREFECT_API_URL": prefect_server,
         "PREFECT_HOME": str(nightly / "home"),
         "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PATH": child_path(),
     }
     environment |= {"PYTHONPATH": f"{nightly}{os.pathsep}{ROOT}", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
 
@@ -66,7 +72,7 @@ def test_a_run_of_nightly_starts_by_itself(nightly: Path, prefect_server: str) -
     assert run is not None, (nightly / "commands.log").read_text()[-4000:]
     assert run.state.is_completed(), (nightly / "commands.log").read_text()[-8000:]
     assert run.name.startswith("small ") and "cm3leon" in run.tags
-    assert (nightly / "out/third").is_file()
+    assert (nightly / WORKTREE / "out/third").is_file() and not (nightly / "out").exists()
 
 
 def wait_for_a_finished_run(seconds: float, since: datetime) -> Any:

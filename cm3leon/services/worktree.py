@@ -1,0 +1,158 @@
+"""The git worktree in which the pipeline's deployments run, so that a run never touches the files that a person edits.
+
+    python -m cm3leon.services.worktree     # in the project's root; prints the worktree's path
+
+Every run of these deployments begins with this command (``prefect.yaml``). The worktree has the last commit, and keeps the outputs and
+checkpoints of the run before. It shares with the project what is not in git: DVC's cache, the MLflow store, the address of the servers, and
+the collection that ``ingest.path`` names.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cm3leon.services import dvc_commands
+from cm3leon.services.exclusive import BusyError, alone_in_directory
+from cm3leon.tracking.lineage import DVC_LOCK
+from cm3leon.utils.errors import UserError
+
+WORKTREE = Path(".cache/worktree")
+"""Relative to the project's root."""
+SHARED = (Path(".prefect"), Path(".services"))
+"""Where the servers keep their addresses; links in the worktree."""
+
+
+PREFIX, RESULTS = "run-", 20
+"""Of the names of the experiments that hold the results of runs, and how many are kept."""
+
+
+class WorktreeError(UserError):
+    """There can be no worktree; the message says why and what to do."""
+
+
+def project_of(tree: Path) -> Path | None:
+    """The project's root if ``tree`` is the worktree of its deployments, else None."""
+    return tree.parents[len(WORKTREE.parts) - 1] if tree.parts[-len(WORKTREE.parts) :] == WORKTREE.parts else None
+
+
+def prepare(root: Path) -> Path:
+    """Bring the worktree of a project to the last commit, and return it. While a run works there it is left as it is.
+
+    Raises:
+        WorktreeError: if the project is no git repository, or has no commit.
+        cm3leon.utils.errors.ConfigError: if the commit's ``params.yaml`` is invalid.
+    """
+    tree = root / WORKTREE
+    if not tree.exists():
+        _git(root, "worktree", "prune")
+        _git(root, "worktree", "add", "--quiet", "--detach", str(tree), "HEAD")
+    try:
+        with alone_in_directory(tree):
+            _git(tree, "checkout", "--quiet", "--force", "--detach", _git(root, "rev-parse", "HEAD"))
+            _share(root, tree)
+            _link_collection(root, tree)
+            _take_over(root, tree)
+    except BusyError:  # the flow says so itself, and ends as cancelled
+        pass
+    return tree
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or f"git {arguments[0]} failed").splitlines()[-1]
+        raise WorktreeError(f"{directory}: {reason}; runs of deployments take the project's last commit, so it must be in git: git commit")
+    return done.stdout.strip()
+
+
+def _share(root: Path, tree: Path) -> None:
+    """Links to the servers' addresses, and DVC's local settings with the project's cache."""
+    for name in SHARED:
+        if not (tree / name).is_symlink():
+            (tree / name).symlink_to(root / name)
+    local = Path(".dvc/config.local")
+    if (root / local).is_file():
+        shutil.copy(root / local, tree / local)
+    dvc_commands.share_cache(tree, root / ".dvc/cache")
+
+
+def _link_collection(root: Path, tree: Path) -> None:
+    """Link the collection if some of it is not in git. Files of it that are, such as a README, are hidden from git in the worktree."""
+    from cm3leon.config.loading import load_config
+
+    place = Path(load_config(tree / "params.yaml").ingest.path)
+    if place.is_absolute() or not (root / place).exists():
+        return
+    if not _git(root, "status", "--porcelain", "--ignored", "--", str(place)):
+        return
+    if tracked := _git(tree, "ls-files", "-z", "--", str(place)):
+        _git(tree, "update-index", "--skip-worktree", *filter(None, tracked.split("\0")))
+    if not (tree / place).is_symlink():
+        shutil.rmtree(tree / place, ignore_errors=True)
+        (tree / place).parent.mkdir(parents=True, exist_ok=True)
+        (tree / place).symlink_to(root / place)
+
+
+def _take_over(root: Path, tree: Path) -> None:
+    """Take over the project's outputs if a run in it is newer than the last one here, for runs that begin at a later stage."""
+    ours, theirs = tree / DVC_LOCK, root / DVC_LOCK
+    if not theirs.is_file() or (ours.is_file() and ours.stat().st_mtime >= theirs.stat().st_mtime):
+        return
+    shutil.copy2(theirs, ours)
+    try:
+        dvc_commands.restore(tree)
+    except dvc_commands.DvcError as error:  # stages whose outputs are lost run again
+        print(f"WARNING: {error}", file=sys.stderr)
+
+
+@contextmanager
+def held(root: Path) -> Iterator[list[str]]:
+    """The ``dvc.lock`` of the worktree, if there is one, while no run can work there.
+
+    Raises:
+        BusyError: if one works there.
+    """
+    tree = root / WORKTREE
+    if not tree.exists():
+        yield []
+        return
+    with alone_in_directory(tree):
+        yield [(tree / DVC_LOCK).read_text()] if (tree / DVC_LOCK).is_file() else []
+
+
+def save_results(flow_run: str) -> str:
+    """Save what a run in the worktree has changed as an experiment of DVC, and return its name; older ones go after :data:`RESULTS`.
+
+    Args:
+        flow_run: name and id of the flow run.
+
+    Raises:
+        DvcError: if DVC cannot save it.
+    """
+    name = f"{PREFIX}{re.sub('[^0-9A-Za-z]+', '-', flow_run)}"
+    dvc_commands.save_experiment(name)
+    tree = Path()
+    known = _git(tree, "for-each-ref", "--sort=-creatordate", "--format=%(refname)", f"refs/exps/*/*/{PREFIX}*")
+    for ref in known.splitlines()[RESULTS:]:
+        _git(tree, "update-ref", "-d", ref)
+    return name
+
+
+def main() -> int:
+    """Prepare the worktree of the project in the working directory; returns the exit status."""
+    try:
+        print(prepare(Path.cwd()))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The worktree of the deployments: the last commit, the project's cache and collection, and no change to what a person edits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from flows_support import make_toy
+
+from cm3leon.services import dvc_commands, worktree
+from cm3leon.services.environment import child_path
+from cm3leon.services.exclusive import BusyError, alone_in_directory
+from cm3leon.services.worktree import WORKTREE, WorktreeError, prepare, project_of
+
+IGNORED = ".cache/\n.prefect\n.services\n/models/\n/out/\n/data/source/*\n!/data/source/README.md\n"
+SOURCE = Path("data/source")
+
+
+def git(root: Path, *arguments: str) -> str:
+    command = ["git", "-c", "user.name=me", "-c", "user.email=me@here", *arguments]
+    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+
+
+def dvc(root: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PATH": child_path()}
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], cwd=root, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy project with a collection, of which git has the README only; committed, and the working directory."""
+    make_toy(tmp_path)
+    (tmp_path / ".gitignore").write_text(IGNORED)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"profile": "tiny", "ingest": {"path": str(SOURCE)}, "sft": {"steps": 20}}))
+    (tmp_path / SOURCE).mkdir(parents=True)
+    (tmp_path / SOURCE / "README.md").write_text("your images\n")
+    git(tmp_path, "add", "--all")
+    git(tmp_path, "commit", "--quiet", "-m", "toy")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_it_has_the_last_commit_and_leaves_the_project_alone(toy: Path) -> None:
+    tree = prepare(toy)
+    assert tree == toy / WORKTREE and project_of(tree) == toy and project_of(toy) is None
+    (toy / "params.yaml").write_text("edited: by a person\n")
+    (toy / "fault.txt").write_text("committed")
+    git(toy, "commit", "--quiet", "-m", "fault", "fault.txt")
+    (tree / "params.yaml").write_text("profile: small\n")  # as a run with a profile does
+    prepare(toy)
+    assert (tree / "fault.txt").read_text() == "committed"
+    assert yaml.safe_load((tree / "params.yaml").read_text())["profile"] == "tiny"
+    assert (toy / "params.yaml").read_text() == "edited: by a person\n"
+    assert git(toy, "status", "--short") == " M params.yaml\n" and git(toy, "branch", "--list", "--format=%(refname)").count("\n") == 1
+    assert dvc(tree, "cache", "dir").strip() == str(toy / ".dvc/cache")
+
+
+def test_it_sees_the_collection_and_hides_that_from_git(toy: Path) -> None:
+    (toy / SOURCE / "flowers").mkdir()
+    (toy / SOURCE / "flowers" / "rose.png").write_bytes(b"rose")
+    tree = prepare(toy)
+    assert (tree / SOURCE / "flowers" / "rose.png").read_bytes() == b"rose"
+    assert git(tree, "status", "--short", "--untracked-files=no") == ""
+    prepare(toy)
+    assert (tree / SOURCE / "flowers" / "rose.png").is_file() and (toy / SOURCE / "README.md").is_file()
+
+
+def test_results_are_kept_as_experiments_and_taken_over(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (toy / SOURCE / "rose.png").write_bytes(b"rose")
+    tree = prepare(toy)
+    dvc(tree, "repro")
+    monkeypatch.setattr(worktree, "RESULTS", 2)
+    with monkeypatch.context() as patch:
+        patch.chdir(tree)
+        names = [worktree.save_results(f"tiny 2026-05-31 02:0{minute} 1a2b3c4d") for minute in range(3)]
+    assert names[0] == "run-tiny-2026-05-31-02-00-1a2b3c4d"
+    kept = git(toy, "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps/*/*/run-*").split()
+    assert len(kept) == 2 and set(kept) <= set(names)
+    head = git(toy, "rev-parse", "HEAD")
+    dvc(toy, "exp", "apply", kept[0])
+    assert (toy / "out/third").is_file() and (toy / SOURCE / "rose.png").read_bytes() == b"rose"
+    assert git(toy, "rev-parse", "HEAD") == head and git(toy, "status", "--short") == "?? dvc.lock\n"
+
+
+def test_a_newer_run_in_the_project_is_taken_over_with_its_outputs(toy: Path) -> None:
+    tree = prepare(toy)
+    dvc(toy, "repro")
+    prepare(toy)
+    assert (tree / "dvc.lock").read_text() == (toy / "dvc.lock").read_text() and (tree / "out/third").read_text() == "third"
+    ours = (tree / "dvc.lock").read_text() + "# of a later run here\n"
+    (tree / "dvc.lock").write_text(ours)
+    prepare(toy)
+    assert (tree / "dvc.lock").read_text() == ours
+
+
+def test_while_a_run_works_there_nothing_changes_and_nothing_is_collected(toy: Path) -> None:
+    tree = prepare(toy)
+    with alone_in_directory(tree):
+        (tree / "params.yaml").write_text("of the run\n")
+        assert prepare(toy) == tree
+        assert (tree / "params.yaml").read_text() == "of the run\n"
+        with pytest.raises(BusyError, match=f"another run works in {tree}"), worktree.held(toy):
+            pass
+
+
+def test_objects_of_the_last_run_are_not_collected(toy: Path) -> None:
+    tree = prepare(toy)
+    dvc(tree, "repro")
+    with worktree.held(toy) as locks:
+        assert dvc_commands.remove_unused(locks, dry_run=False) == 0
+    assert dvc_commands.remove_unused([], dry_run=True) > 0
+
+
+@pytest.mark.parametrize(("state", "reason"), [("no repository", "not a git repository"), ("no commit", "HEAD")])
+def test_without_a_commit_it_is_refused_in_one_line(tmp_path: Path, state: str, reason: str) -> None:
+    if state == "no commit":
+        git(tmp_path, "init", "--quiet")
+    with pytest.raises(WorktreeError, match=reason) as error:
+        prepare(tmp_path)
+    assert "\n" not in str(error.value) and "git commit" in str(error.value)
+    done = subprocess.run([sys.executable, "-m", "cm3leon.services.worktree"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
