@@ -29,9 +29,8 @@ from cm3leon.utils.errors import UserError
 
 DATABASES = (Path("mlflow.db"), PREFECT_HOME / "prefect.db")
 ARTIFACTS = Path("mlruns")
-VERSIONED = (DVC_LOCK, Path("params.yaml"))
-"""Files that a clone has already."""
-FILES = (SECRETS, DVC_LOCAL, *VERSIONED)
+PARAMS = Path("params.yaml")
+FILES = (SECRETS, DVC_LOCAL, DVC_LOCK, PARAMS)
 DESCRIPTION = "backup.json"
 
 ADDRESSES = {
@@ -79,7 +78,7 @@ def restore(source: Path) -> Iterator[Path]:
     Artifacts' addresses become those of this project, and runs that were at work are marked as killed.
 
     Raises:
-        BackupError: if ``source`` is no backup, or something here would be replaced that git does not have.
+        BackupError: if ``source`` is no backup, or something would be replaced that is kept nowhere else.
         ProjectError: if the directory is not the project's root.
     """
     try:
@@ -88,8 +87,8 @@ def restore(source: Path) -> Iterator[Path]:
         raise BackupError(f"{source} is no backup: it has no {DESCRIPTION}; make one by: cm3leon backup DIR") from None
     if not Path("dvc.yaml").is_file():
         raise ProjectError(f"{Path.cwd()} has no dvc.yaml; run the command in the project's root")
-    present = [str(path) for path in (*DATABASES, ARTIFACTS, HOME, DVC_LOCAL) if path.exists()]
-    present += [str(path) for path in VERSIONED if path.exists() and _changed(path)]
+    present = [str(path) for path in (*DATABASES, ARTIFACTS, HOME) if path.exists()]
+    present += [str(path) for path in (DVC_LOCAL, DVC_LOCK, PARAMS) if _would_be_lost(path, source / path)]
     if present:
         raise BackupError(f"{', '.join(present)} would be replaced; restore into a fresh clone, or stop the services and move these away")
     yield from _copy((*DATABASES, *FILES, ARTIFACTS), source, Path())
@@ -127,11 +126,13 @@ def _copy(paths: Sequence[Path], source: Path, target: Path) -> Iterator[Path]:
         yield path
 
 
-def _changed(path: Path) -> bool:
-    """Whether a file differs from the last commit; False where there is none."""
-    if git_commit() is None:
+def _would_be_lost(path: Path, replacement: Path) -> bool:
+    """Whether a file would be replaced whose content is neither in the backup nor in the last commit; an archive brings parameters too."""
+    if not path.exists() or not replacement.exists() or path.read_bytes() == replacement.read_bytes():
         return False
-    asked = subprocess.run(["git", "status", "--porcelain", "--", str(path)], capture_output=True, text=True, check=False)
+    if git_commit() is None:
+        return path != PARAMS
+    asked = subprocess.run(["git", "status", "--porcelain", "--ignored", "--", str(path)], capture_output=True, text=True, check=False)
     return bool(asked.stdout)
 
 

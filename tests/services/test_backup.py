@@ -71,6 +71,7 @@ def clone(copied: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory, 
     git("init", "--quiet")
     for name in ("dvc.yaml", "params.yaml"):
         Path(name).write_text("# as committed\n")
+    Path(".gitignore").write_text("config.local\n")
     git("add", "--all")
     git("commit", "--quiet", "--no-verify", "-m", "clone")
     return root
@@ -113,7 +114,9 @@ def addresses_below(root: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["mlflow.db", ".prefect/prefect.db", ".services/secrets.json", "params.yaml", "dvc.lock"])
+@pytest.mark.parametrize(
+    "name", ["mlflow.db", ".prefect/prefect.db", ".services/secrets.json", "params.yaml", "dvc.lock", ".dvc/config.local"]
+)
 def test_nothing_is_replaced_that_is_kept_nowhere_else(
     name: str, project: Path, copied: Callable[[], Path], clone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
