@@ -20,8 +20,6 @@ from cm3leon.tracking.store import experiment_id_of, tracking_uri
 from cm3leon.utils.processes import identity
 
 FILES = {"params.yaml": "profile: tiny\n", "dvc.lock": "stages: {}\n", ".dvc/config.local": "[core]\n", "dvc.yaml": "stages: {}\n"}
-
-
 STATE = """
 import hashlib
 from cm3leon.generation.generator import Generator
@@ -79,13 +77,16 @@ def clone(copied: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory, 
 
 @pytest.mark.slow
 def test_the_restored_project_has_the_same_registry_and_generates(
-    stages: Path, copied: Callable[[], Path], clone: Path, monkeypatch: pytest.MonkeyPatch
+    stages: Path, copied: Callable[[], Path], clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(stages)
     released(0.5)
     client = registry.connect()
     client.create_run(experiment_id_of(client, Path(), tracking_uri()))  # at work
-    before, entries = python(STATE), len(promotion.history())
+    entries = len(promotion.history())
+    capsys.readouterr()
+    exec(STATE, {})
+    before = capsys.readouterr().out
     copy = copied()
     monkeypatch.chdir(clone)
     (stages / "mlruns").rename(stages / "gone")  # nothing may come from there
