@@ -154,11 +154,11 @@ def stage_process(process: subprocess.Popen[bytes]) -> psutil.Process | None:
 
 
 @contextmanager
-def server(project: Project, module: str, *arguments: str, port: int, health: str) -> Iterator[subprocess.Popen[bytes]]:
+def server(project: Project, module: str, *arguments: str, port: int, health: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """``python -m MODULE ARGUMENTS`` until the block ends, begun once it answers at ``health``."""
     with (project.root.parent / f"{module}.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], cwd=project.root.parent, env=project.environment, stdout=log, stderr=log
+            [sys.executable, "-m", module, *arguments], cwd=project.root.parent, env=project.environment | variables, stdout=log, stderr=log
         )  # fmt: skip
     try:
         end = time.monotonic() + 120
@@ -383,11 +383,11 @@ def mlflow_down(project: Project, expected: dict[str, Any]) -> dict[str, Any]:
 
     steps, port = 3000, free_port(25000)
     database = project.root / "mlflow.db"
-    arguments = [f"sqlite:///{database}", (project.root / "mlruns").as_uri(), str(port)]
+    arguments, store = [(project.root / "mlruns").as_uri(), str(port)], f"sqlite:///{database}"
     mlflow = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
 
     def mlflow_server() -> Any:
-        return server(project, "cm3leon.services.mlflow_server", *arguments, port=port, health="/health")
+        return server(project, "cm3leon.services.mlflow_server", *arguments, port=port, health="/health", MLFLOW_TRACKING_URI=store)
 
     def logged() -> list[int]:
         query = (

@@ -16,6 +16,8 @@ PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WORKFLOW: dict[str, Any] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
 MODULES = sorted(path for package in ("cm3leon", "flows", "benchmarks") for path in (ROOT / package).rglob("*.py"))
 GUIDES = ("ARCHITECTURE.md", "CONTRIBUTING.md")
+PAGES = sorted(path for folder in (ROOT, ROOT / "docs", ROOT / "examples", ROOT / "data/source") for path in folder.glob("*.md"))
+LINK = re.compile(r"\]\(((?!https?:|mailto:)[^)\s]+)\)")
 TARGET = re.compile(r"\bmake ([a-z-]+)")
 PLACE = re.compile(r"`((?:cm3leon|flows|tests|configs|docs|examples|benchmarks)/[a-z0-9_./-]*)`")
 
@@ -66,7 +68,8 @@ def test_the_image_installs_the_lock_and_runs_without_rights() -> None:
     user = dict(instructions)["USER"]
     assert user not in ("0", "root") and names.index("USER") < names.index("CMD")
     assert set(re.findall(r'"make", "([a-z-]+)"', dict(instructions)["CMD"])) <= targets()
-    assert {".git", ".venv", ".env*", "models", "mlflow.db*"} <= set((ROOT / ".dockerignore").read_text().split("\n"))
+    left_out = {".git", ".venv", ".env*", ".services", ".dvc/config.local", "models", "mlflow.db*"}
+    assert left_out <= set((ROOT / ".dockerignore").read_text().split("\n"))
 
 
 def test_every_dependency_is_locked() -> None:
@@ -91,6 +94,31 @@ def test_paths_and_targets_in_the_guides_exist(guide: str) -> None:
     assert places
     assert sorted(place for place in places if not (ROOT / place).exists()) == []
     assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_between_pages_lead_to_files_and_headings(page: Path) -> None:
+    for link in LINK.findall(without_code(page.read_text())):
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        assert target.exists(), f"{link} does not exist"
+        assert not anchor or target.suffix != ".md" or anchor in anchors(target), f"{target.name} has no heading for #{anchor}"
+
+
+def without_code(text: str) -> str:
+    """A page without its code blocks, whose lines may begin as headings do."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of the page may end with, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.*)$", without_code(page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_index_lists_every_page_of_the_documentation() -> None:
+    listed = set(re.findall(r"^\|.*\| \[([a-z-]+\.md)\]", (ROOT / "docs/README.md").read_text(), re.MULTILINE))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
 
 
 def test_the_architecture_lists_the_rooms_in_the_order_that_lint_checks() -> None:

@@ -202,6 +202,28 @@ def gc(
     print(f"{readable(freed):>10}  {'would be freed' if dry_run else 'freed'}: {freed:,} bytes")
 
 
+@app.command(rich_help_panel="Project")
+def backup(directory: Annotated[Path, typer.Argument(help="new directory to write")]) -> None:
+    """Copy stores, password and parameters, which no run makes again, into a directory; also while the services are up."""
+    from cm3leon.services import backup
+
+    for path in backup.backup(directory):
+        print(path)
+    print(f"backup: {directory}; the outputs of the stages are not in it (cm3leon data push), nor is your own collection")
+    if elsewhere := backup.databases_elsewhere():
+        print(f"nor are the databases that {', '.join(elsewhere)} name{'' if elsewhere[1:] else 's'}: back them up where they are")
+
+
+@app.command(rich_help_panel="Project")
+def restore(directory: Annotated[Path, typer.Argument(help="what cm3leon backup has written")]) -> None:
+    """Bring a backup into a fresh clone, at any path."""
+    from cm3leon.services import backup
+
+    for path in backup.restore(directory):
+        print(path)
+    print("restored; the outputs of the stages come by: cm3leon data pull")
+
+
 app.add_typer(data.app, name="data", rich_help_panel="Project")
 
 

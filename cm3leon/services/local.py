@@ -84,7 +84,7 @@ def services(uri: str, experiment_id: str, mlflow_port: int, prefect_port: int, 
         mlflow = Service(uri.rstrip("/"), runs)
     else:
         port, artifacts = free_port(mlflow_port), Path("mlruns").absolute().as_uri()
-        mlflow = Service(f"http://{HOST}:{port}", runs, "/health", ["cm3leon.services.mlflow_server", uri, artifacts, str(port)])
+        mlflow = Service(f"http://{HOST}:{port}", runs, "/health", ["cm3leon.services.mlflow_server", artifacts, str(port)])
     if url := os.environ.get("PREFECT_API_URL"):
         prefect = Service(url.removesuffix("/api"))
     else:

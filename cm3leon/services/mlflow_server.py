@@ -1,6 +1,8 @@
 """The MLflow server of ``cm3leon ui``, through which clients on other hosts read and write artifacts too.
 
-    python -m cm3leon.services.mlflow_server STORE ARTIFACTS PORT
+    python -m cm3leon.services.mlflow_server ARTIFACTS PORT
+
+The store is that of :func:`cm3leon.tracking.store.tracking_uri`: the command line, which every user of the host can read, has no password.
 
 Stages record without a server, in SQLite with artifacts in ``mlruns``, whose addresses in the store are ``file:`` URIs. In this server's
 answers they are ``mlflow-artifacts:`` URIs, which MLflow's clients fetch from the server; in requests it reads them the other way round. So
@@ -119,18 +121,17 @@ async def read(receive: Receive) -> bytes:
             return b"".join(chunks)
 
 
-def main(uri: str, root: str, port: int) -> None:
-    """Serve until a signal.
+def main(root: str, port: int) -> None:
+    """Serve the store, which must be prepared, until a signal.
 
     Args:
-        uri: the store, prepared.
         root: ``file:`` URI of the directory of artifacts.
     """
     import uvicorn
     from mlflow.server import constants
 
     store.use_settings()
-    os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = os.environ[constants.REGISTRY_STORE_URI_ENV_VAR] = uri
+    os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = os.environ[constants.REGISTRY_STORE_URI_ENV_VAR] = store.tracking_uri()
     os.environ[constants.ARTIFACT_ROOT_ENV_VAR] = os.environ[constants.ARTIFACTS_DESTINATION_ENV_VAR] = root
     os.environ[constants.SERVE_ARTIFACTS_ENV_VAR] = "true"
     from mlflow.server.fastapi_app import app
@@ -142,4 +143,4 @@ def main(uri: str, root: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]))

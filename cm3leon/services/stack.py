@@ -1,7 +1,7 @@
 """``cm3leon up`` and ``cm3leon down``: MLflow, Prefect and a worker on 127.0.0.1, in the background, behind a password.
 
     .services/secrets.json    user and password, made once; mode 600
-    .services/state.json      supervisor and addresses, while the services are up
+    .services/state.json      supervisor and addresses, while the services are up; mode 600
     .services/logs/           a log for each part
 
 One process, the supervisor (``cm3leon/services/supervisor.py``), starts the parts and starts again what dies or stops answering.
@@ -94,8 +94,9 @@ def read_state() -> State | None:
 
 
 def write_state(state: State) -> None:
-    """Write the state; a reader never sees half of it."""
+    """Write the state, for its owner alone: the databases' addresses have passwords. A reader never sees half of it."""
     draft = STATE.with_suffix(".draft")
+    draft.touch(mode=0o600)
     draft.write_text(json.dumps(asdict(state), indent=2) + "\n")
     draft.replace(STATE)
 
@@ -150,9 +151,9 @@ def parts(state: State) -> list[Part]:
     return [
         Part(
             "mlflow",
-            ["-m", "cm3leon.services.mlflow_server", database, artifacts, str(state.ports["mlflow"])],
+            ["-m", "cm3leon.services.mlflow_server", artifacts, str(state.ports["mlflow"])],
             f"{state.mlflow}/health",
-            {CREDENTIALS_ENV: clients["PREFECT_API_AUTH_STRING"]},
+            {CREDENTIALS_ENV: clients["PREFECT_API_AUTH_STRING"], "MLFLOW_TRACKING_URI": database},
         ),
         Part(
             "prefect",

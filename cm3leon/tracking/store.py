@@ -121,10 +121,11 @@ def explained(uri: str) -> Iterator[None]:
 def _is_of_store(error: Exception) -> bool:
     import sqlite3
 
+    from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return isinstance(error, (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError))
+    return isinstance(error, (MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError, ImportError))
 
 
 def _advice(uri: str, error: Exception) -> str:
@@ -133,6 +134,8 @@ def _advice(uri: str, error: Exception) -> str:
         return f"install the driver {error.name}, or change MLFLOW_TRACKING_URI"
     if advice := advice_about_disk(error):
         return advice
+    if "Can't locate revision" in str(error):
+        return "a newer MLflow has migrated it: install this project's version that did (make install), or restore a backup from before"
     if re.search("not a database|malformed", str(error)):
         return "move the damaged file away and put a backup in its place (*.bak beside it), or let the next run begin a new one"
     if uri.startswith("sqlite") and (isinstance(error, OSError) or "unable to open" in str(error)):

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from cm3leon.services.local import free_port
-from cm3leon.utils.processes import stop_tree
+from cm3leon.utils.processes import pid_of, stop_tree
 
 ROOT = Path(__file__).parents[2]
 BINARIES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
@@ -90,6 +90,9 @@ def test_two_workers_on_postgresql(postgres: tuple[int, Path], tmp_path: Path) -
     try:
         _run_toys(tmp_path, environment)
         assert not (tmp_path / "mlflow.db").exists()
+        supervisor = psutil.Process(pid_of(json.loads((tmp_path / ".services/state.json").read_text())["supervisor"]))
+        lines = [" ".join(process.cmdline()) for process in (supervisor, *supervisor.children(recursive=True))]
+        assert any("mlflow_server" in line for line in lines) and not any("postgresql+" in line for line in lines)
         for file in [log, *(tmp_path / ".services/logs").iterdir()]:
             assert not re.search(r"deadlock|database is locked|Traceback|ERROR|FATAL", file.read_text()), file.read_text()[-3000:]
     finally:
@@ -117,6 +120,7 @@ def _run_toys(root: Path, environment: dict[str, str]) -> None:
     with (root / "second.log").open("wb") as log:
         second = subprocess.Popen(command, cwd=root, env={**environment, **clients}, stdout=log, stderr=subprocess.STDOUT)
     try:
+        ask(f"{state.mlflow}/api/2.0/mlflow/experiments/create", {"name": "toy"})  # two runs at once would, which the log calls an error
         [deployment] = ask(f"{state.prefect}/api/deployments/filter", {})
         ids = [ask(f"{state.prefect}/api/deployments/{deployment['id']}/create_flow_run", {})["id"] for _ in range(RUNS)]
         end = time.monotonic() + 120

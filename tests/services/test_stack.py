@@ -97,7 +97,7 @@ def test_both_servers_refuse_who_has_no_password(root: Path, up: dict[str, str])
     for address, data in asked(up).values():
         assert status(address, password(root), data) == 200
         assert status(address, None, data) == status(address, "wrong", data) == 401
-    assert stat.S_IMODE((root / ".services/secrets.json").stat().st_mode) == 0o600
+    assert {stat.S_IMODE((root / ".services" / name).stat().st_mode) for name in ("secrets.json", "state.json")} == {0o600}
     for log in (root / ".services/logs").iterdir():
         assert password(root) not in log.read_text()
     listening = {c.laddr.ip for c in psutil.net_connections("inet") if c.status == "LISTEN" and c.pid in parts(root).values()}

@@ -1,5 +1,6 @@
 """A real MLflow server that goes away in the middle of a run, and comes back."""
 
+import os
 import subprocess
 import sys
 import time
@@ -23,11 +24,12 @@ class Server:
     def __init__(self, port):
         self.address, self.log = f"http://127.0.0.1:{port}", Path("server.log").absolute()
         root = Path("mlruns").absolute().as_uri()
-        self.command = [sys.executable, "-m", "cm3leon.services.mlflow_server", sqlite_uri(Path("mlflow.db")), root, str(port)]
+        self.command = [sys.executable, "-m", "cm3leon.services.mlflow_server", root, str(port)]
+        self.environment = {**os.environ, "MLFLOW_TRACKING_URI": sqlite_uri(Path("mlflow.db"))}
 
     def start(self):
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log)
         end = time.monotonic() + 90
         while True:
             try:

@@ -119,6 +119,19 @@ def test_a_migration_that_fails_leaves_the_store_as_it_was(project, monkeypatch)
     assert Path("mlflow.db").read_bytes() == before
 
 
+def test_a_store_of_a_newer_mlflow_is_left_as_it_is(project):
+    """What a version of the project meets that was brought back after an upgrade."""
+    import sqlite3
+
+    with sqlite3.connect("mlflow.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+    connection.close()
+    before = Path("mlflow.db").read_bytes()
+    with pytest.raises(store.StoreError, match=r"a newer MLflow has migrated it: .* or restore a backup from before"):
+        store.prepare_store()
+    assert Path("mlflow.db").read_bytes() == before
+
+
 def run_command(folder, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     command = [sys.executable, "-m", "cm3leon", *arguments]
