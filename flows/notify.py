@@ -16,6 +16,7 @@ from uuid import UUID
 
 from prefect import get_client, get_run_logger
 from prefect.blocks.abstract import NotificationBlock
+from prefect.blocks.core import Block
 from prefect.blocks.notifications import AppriseNotificationBlock
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
@@ -78,7 +79,9 @@ def _send(log: Log, subject: str, body: str, run_id: UUID) -> None:
     with _only_warns(log, "no message was sent"):
         for name in _blocks():
             with _only_warns(log, f"no message was sent by the block {name}"):
-                cast(NotificationBlock, NotificationBlock.load(name)).notify(body, subject)
+                block = cast(NotificationBlock, Block.load(name))
+                with block.raise_on_failure():
+                    block.notify(body, subject)
 
 
 def _blocks() -> list[str]:

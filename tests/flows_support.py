@@ -1,4 +1,4 @@
-"""A toy project of four stages, which the flow runs in a few seconds, and a webhook."""
+"""A toy project of four stages, which the flow runs in a few seconds; a webhook, and the events of a server."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -101,3 +102,16 @@ def webhook() -> Iterator[Webhook]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+def events(server: str, name: str, resource: str | None = None, count: int = 1, seconds: float = 15) -> list[dict[str, Any]]:
+    """The events of this name, newest first, of a resource if its id is given; waits until there are ``count``."""
+    wanted = {"event": {"name": [name]}, **({"resource": {"id": [resource]}} if resource else {})}
+    end = time.monotonic() + seconds
+    while True:
+        answer = httpx.post(f"{server}/events/filter", json={"filter": wanted})
+        answer.raise_for_status()
+        found: list[dict[str, Any]] = answer.json()["events"]
+        if len(found) >= count or time.monotonic() > end:
+            return found
+        time.sleep(0.5)
