@@ -21,7 +21,7 @@ from prefect.blocks.notifications import AppriseNotificationBlock
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
 from prefect.logging.loggers import flow_run_logger
-from prefect.runtime import flow_run
+from prefect.runtime import flow_run as this_run
 from prefect.utilities.urls import url_for
 from pydantic import Field, SecretStr
 
@@ -43,14 +43,14 @@ class SmtpEmail(AppriseNotificationBlock):
     )
 
 
-def tell_failure(flow: Flow[..., Any], run: FlowRun, state: State) -> None:
+def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
     """Hook of a flow, for its states Failed and Crashed: the message has the error, which is that of the first stage that failed.
 
     A crashed run of no deployment was started by hand, and whoever interrupted it knows.
     """
-    if state.is_crashed() and run.deployment_id is None:
+    if state.is_crashed() and flow_run.deployment_id is None:
         return
-    _send(flow_run_logger(run, flow), f"cm3leon: run {run.name} {state.name}", str(state.message), run.id)
+    _send(flow_run_logger(flow_run, flow), f"cm3leon: run {flow_run.name} {state.name}", str(state.message), flow_run.id)
 
 
 def tell_promotion(action: Literal["gate", "promote"]) -> None:
@@ -60,16 +60,16 @@ def tell_promotion(action: Literal["gate", "promote"]) -> None:
     """
     from cm3leon.registry import promotion
 
-    if flow_run.id is None:
+    if this_run.id is None:
         return
     log = get_run_logger()
     with _only_warns(log, "no message was sent"):
-        entry = next((entry for entry in promotion.history() if (entry.action, entry.flow_run) == (action, flow_run.id)), None)
+        entry = next((entry for entry in promotion.history() if (entry.action, entry.flow_run) == (action, this_run.id)), None)
         if entry is None:
             return
         happened = "held back by the gate" if action == "gate" else "the champion"
-        lines = [f"run {flow_run.name}, {entry.who}: {entry.sentence}", entry.verdict, f"reason: {entry.reason}" if entry.reason else ""]
-        _send(log, f"cm3leon: version {entry.version} is {happened}", "\n".join(line for line in lines if line), UUID(flow_run.id))
+        lines = [f"run {this_run.name}, {entry.who}: {entry.sentence}", entry.verdict, f"reason: {entry.reason}" if entry.reason else ""]
+        _send(log, f"cm3leon: version {entry.version} is {happened}", "\n".join(line for line in lines if line), UUID(this_run.id))
 
 
 def _send(log: Log, subject: str, body: str, run_id: UUID) -> None:

@@ -1,9 +1,13 @@
-"""A block for e-mail sends by an SMTP server. What is sent when, and what happens if it cannot be sent, is in ``test_deployments.py``."""
+"""A block for e-mail sends by an SMTP server; the hook of failed runs can be called.
+
+What is sent when, and what happens if it cannot be sent, is in ``test_deployments.py``.
+"""
 
 from __future__ import annotations
 
 import email
 import email.policy
+import inspect
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -11,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 from pydantic import SecretStr
 
-from flows.notify import SmtpEmail
+from flows.notify import SmtpEmail, tell_failure
 
 
 class MailServer(socketserver.TCPServer):
@@ -52,3 +56,8 @@ def test_an_email_arrives_with_subject_and_body(mail_server: MailServer) -> None
     text = mail.get_body(("plain", "html"))
     assert text is not None and "stage sft failed:" in text.get_content() and "error: no image" in text.get_content()
     assert "127.0.0.1" not in repr(block)
+
+
+def test_a_worker_can_call_the_hook_of_a_run_whose_process_was_killed() -> None:
+    """It passes by name what the run itself passes by position."""
+    assert list(inspect.signature(tell_failure).parameters) == ["flow", "flow_run", "state"]
