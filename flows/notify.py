@@ -11,11 +11,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import Logger, LoggerAdapter
-from typing import Any, Literal, cast
+from typing import Any, Literal
 from uuid import UUID
 
 from prefect import get_client, get_run_logger
-from prefect.blocks.abstract import NotificationBlock
 from prefect.blocks.core import Block
 from prefect.blocks.notifications import AppriseNotificationBlock
 from prefect.client.schemas.objects import FlowRun, State
@@ -79,7 +78,7 @@ def _send(log: Log, subject: str, body: str, run_id: UUID) -> None:
     with _only_warns(log, "no message was sent"):
         for name in _blocks():
             with _only_warns(log, f"no message was sent by the block {name}"):
-                block = cast(NotificationBlock, Block.load(name))
+                block: Any = Block.load(name)  # its base class has notify as a coroutine; called from here it is none
                 with block.raise_on_failure():
                     block.notify(body, subject)
 

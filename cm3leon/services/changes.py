@@ -16,6 +16,7 @@ from cm3leon.services import events
 from cm3leon.services.dvc_commands import changed_dependencies, locked_dependencies
 from cm3leon.services.environment import use_environment
 from cm3leon.services.exclusive import alone_in_directory
+from cm3leon.tracking.store import without_password
 from cm3leon.utils.errors import UserError
 
 EVENT = "cm3leon.data.changed"
@@ -38,7 +39,7 @@ def tell_changed(path: Path | None = None, force: bool = False) -> str:
     use_environment()
     server = events.server_address()
     with alone_in_directory():
-        pass
+        pass  # only asked: a run that the event started now would be cancelled
     changes = changed_dependencies()
     data = find_data(path, [*locked_dependencies(), *changes])
     change = changes.get(data, "unchanged")
@@ -52,7 +53,7 @@ def tell_changed(path: Path | None = None, force: bool = False) -> str:
     resource = {"prefect.resource.id": f"cm3leon.data.{data}", "prefect.resource.name": data}
     events.emit(EVENT, resource, {"path": data, "change": change, "project": str(Path.cwd())})
     TOLD.write_text(json.dumps({**told, data: now}, indent=2) + "\n")
-    return f"{data} is {change}: event {EVENT} sent to {server}"
+    return f"{data} is {change}: event {EVENT} sent to {without_password(server)}"
 
 
 def find_data(path: Path | None, dependencies: Iterable[str]) -> str:
