@@ -23,6 +23,7 @@ from cm3leon.registry.gate import Verdict
 from cm3leon.registry.registry import Version
 from cm3leon.tracking.runs import FLOW_RUN_ENV
 from cm3leon.utils.errors import UserError
+from flows.notify import tell_promotion
 from flows.session import alone
 
 VERSION, PASSED, VERDICT = "cm3leon.version", "cm3leon.passed", "cm3leon.verdict"
@@ -120,4 +121,5 @@ def carry_out(waiting: Candidate, made: Decision) -> State:
         promotion.promote(waiting.version, force=not waiting.passed, reason=reason)
     except promotion.PromotionError as error:
         return Failed(message=str(error))
+    tell_promotion("promote")
     return Completed(message=f"version {waiting.version} is the champion, {reason}")

@@ -30,6 +30,7 @@ from cm3leon.services.leftovers import FLOW_RUNS, end_leftover_processes, owned 
 from cm3leon.utils.errors import UserError  # noqa: E402
 from flows.approval import DECISION_HOURS, Hours, check_can_wait, with_decision  # noqa: E402
 from flows.graph import Stage, downstream_of, from_stage, stage_order, stale_stages  # noqa: E402
+from flows.notify import tell_failure  # noqa: E402
 from flows.promotion import register_gate_promote  # noqa: E402
 from flows.report import markdown, show_table  # noqa: E402
 from flows.session import prefect_api, until_interrupted  # noqa: E402
@@ -89,7 +90,7 @@ def run_name() -> str:
     return f"{profile or 'pipeline'} {datetime.now():%Y-%m-%d %H:%M}"  # noqa: DTZ005 - the reader's own clock
 
 
-@flow(name="cm3leon", flow_run_name=run_name, persist_result=False)
+@flow(name="cm3leon", flow_run_name=run_name, persist_result=False, on_failure=[tell_failure], on_crashed=[tell_failure])
 def pipeline(
     profile: str | None = None,
     promote: bool = True,

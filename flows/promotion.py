@@ -27,6 +27,7 @@ from cm3leon.registry.gate import Verdict  # noqa: E402
 from cm3leon.registry.registry import Version  # noqa: E402
 from cm3leon.tracking.runs import FLOW_RUN_ENV  # noqa: E402
 from flows.approval import DECISION_HOURS, Hours, check_can_wait, propose, with_decision  # noqa: E402
+from flows.notify import tell_failure, tell_promotion  # noqa: E402
 from flows.session import prefect_api, until_interrupted  # noqa: E402
 
 
@@ -73,15 +74,18 @@ def register_gate_promote(config: Config, after: Sequence[State] = (), approval:
     version = registered.result()
     gated = gate_task(config, version, wait_for=[registered], return_state=True)
     verdict = cast(Verdict, gated.result())
+    if not verdict.passed:
+        tell_promotion("gate")
     if approval and verdict.champion != version.number:
         return propose(version, verdict)
     if not verdict.passed:
         return f"version {version} is not promoted, {verdict}"
     promote_task(wait_for=[gated])
+    tell_promotion("promote")
     return f"version {version} is the champion, {verdict}"
 
 
-@flow(name="cm3leon-promotion", persist_result=False)
+@flow(name="cm3leon-promotion", persist_result=False, on_failure=[tell_failure], on_crashed=[tell_failure])
 def promotion_flow(approval: bool = False, decision_hours: Hours = DECISION_HOURS) -> State:
     """Register the stages' outputs, gate them, and promote them if they pass, or if a person says so.
 

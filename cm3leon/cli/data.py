@@ -1,12 +1,13 @@
-"""``cm3leon data push`` and ``cm3leon data pull``: the outputs of the stages to and from a DVC remote."""
+"""``cm3leon data``: the outputs of the stages to and from a DVC remote, and an event for Prefect when their input has changed."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Share data and models by a DVC remote.")
+app = typer.Typer(no_args_is_help=True, help="Share data and models by a DVC remote; tell Prefect that data changed.")
 
 Remote = Annotated[str | None, typer.Option(help="name of a DVC remote; by default the default one")]
 
@@ -37,3 +38,14 @@ def pull(
         commit = lineage_of(restored.number)["git_commit"] or "no commit"
         print(f"dvc.lock and params.yaml are those of version {restored}, whose code is that of {commit}")
     dvc_commands.pull(found, print, force)
+
+
+@app.command()
+def changed(
+    path: Annotated[Path | None, typer.Argument(help="what a stage depends on, or something in it; by default ingest.path")] = None,
+    force: Annotated[bool, typer.Option(help="send the event in any case")] = False,
+) -> None:
+    """Start the deployment on-data-change, by an event, if data are not those that dvc.lock names; once for each content."""
+    from cm3leon.services.changes import tell_changed
+
+    print(tell_changed(path, force))

@@ -1,10 +1,11 @@
-"""DVC's commands as child processes: outputs of the stages to and from a remote, and unused objects out of the cache.
+"""DVC's commands as child processes: what has changed, outputs of the stages to and from a remote, unused objects out of the cache.
 
 The library does not import DVC (ARCHITECTURE.md). The remote is DVC's own setting: ``dvc remote add --default storage PATH``.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,28 @@ def _dvc(*arguments: str, on_line: Callable[[str], None] = lambda line: None, di
         lines = [line for line in finished.tail[starts[0] if starts else 0 :] if line and not line.startswith(CHATTER)]
         raise DvcError(f"dvc {arguments[0]} failed: " + "\n".join(lines).removeprefix("ERROR: "))
     return finished.tail
+
+
+# --- changes ---------------------------------------------------------------------------------------------------------
+
+
+def changed_dependencies() -> dict[str, str]:
+    """What stages depend on and is not as ``dvc.lock`` names it: path -> ``modified``, ``new`` or ``deleted``.
+
+    Raises:
+        DvcError: if DVC fails, for instance on an invalid ``dvc.yaml``.
+    """
+    lines: list[str] = []
+    _dvc("status", "--json", on_line=lines.append)
+    status: dict[str, list[Any]] = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
+    found = [change.get("changed deps", {}) for changes in status.values() for change in changes if isinstance(change, dict)]
+    return {path: how for paths in found for path, how in paths.items() if isinstance(how, str)}  # parameters are a dict
+
+
+def locked_dependencies() -> list[str]:
+    """Paths on which a stage depends, as far as ``dvc.lock`` names them; none without that file."""
+    stages: dict[str, Any] = (yaml.safe_load(DVC_LOCK.read_text()) or {}).get("stages") or {} if DVC_LOCK.is_file() else {}
+    return [dependency["path"] for stage in stages.values() for dependency in stage.get("deps", [])]
 
 
 # --- remote ----------------------------------------------------------------------------------------------------------

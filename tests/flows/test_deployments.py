@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from flows_support import ROOT, make_toy
+from flows_support import ROOT, Webhook, events, make_toy, webhook
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, ShapesConfig
@@ -119,6 +119,29 @@ def workspace(tmp_path_factory: Any, tiny_models: Path, prepared_store: Path, pr
                 subprocess.run([*prefect, "work-pool", "delete", "local"], check=True, **options)
 
 
+SECRET = "T0KEN"
+"""In the webhook's address, as one of Slack's has it."""
+
+
+@pytest.fixture(scope="module")
+def inbox(prefect_server: str) -> Iterator[Webhook]:
+    """What the runs send by the block custom-webhook/cm3leon."""
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
+
+    with webhook() as server:
+        block = CustomWebhookNotificationBlock(
+            name="team",
+            url=f"{server.address}/{{{{token}}}}",
+            json_data={"subject": "{{subject}}", "body": "{{body}}"},
+            secrets={"token": SECRET},
+        )
+        block.save("cm3leon")
+        try:
+            yield server
+        finally:
+            CustomWebhookNotificationBlock.delete("cm3leon")
+
+
 def make_project(root: Path, tiny_models: Path, store: Path) -> None:
     """Toy stages, the flows and deployments of this project, and models with data and an evaluation; working directory is ``root``."""
     make_toy(root)
@@ -185,19 +208,23 @@ def another_model(steps: int) -> None:
     record.write(paths.EVALUATION)
 
 
-def scheduled_run(deployment: str, seconds: float = 150) -> Any:
-    """The first run of a deployment that a schedule has made and that has started."""
+def runs_of(deployment: str) -> list[Any]:
+    """The runs of a deployment."""
     from prefect import get_client
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
 
-    chosen = DeploymentFilter(name=DeploymentFilterName(any_=[deployment]))
-    end = time.monotonic() + seconds
     with get_client(sync_client=True) as client:
-        while time.monotonic() < end:
-            started = [run for run in client.read_flow_runs(deployment_filter=chosen) if run.auto_scheduled and run.start_time]
-            if started:
-                return started[0]
-            time.sleep(1)
+        return client.read_flow_runs(deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[deployment])))
+
+
+def scheduled_run(deployment: str, seconds: float = 150) -> Any:
+    """The first run of a deployment that a schedule has made and that has started."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        started = [run for run in runs_of(deployment) if run.auto_scheduled and run.start_time]
+        if started:
+            return started[0]
+        time.sleep(1)
     return None
 
 
@@ -217,7 +244,7 @@ def set_schedule(deployment: str, seconds: int | None) -> None:
 
 
 def test_a_scheduled_run_starts_by_itself_and_ends_with_a_promotion_that_waited_for_approval(
-    workspace: Workspace, prefect_server: str
+    workspace: Workspace, prefect_server: str, inbox: Webhook
 ) -> None:
     definition = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     schedules = {deployment["name"]: deployment.get("schedules", []) for deployment in definition["deployments"]}
@@ -247,13 +274,27 @@ def test_a_scheduled_run_starts_by_itself_and_ends_with_a_promotion_that_waited_
     [saved] = [tags["dvc_experiment"] for tags in pipeline_tags() if "dvc_experiment" in tags]
     assert saved.startswith("run-tiny-") and saved in git("for-each-ref", "refs/exps")
     assert git("status", "--short") == " M models/evaluation/record.json\n"  # another_model
+    message = inbox.wait_for("version 1 is the champion")
+    [again] = [found for found in runs_of("nightly") if found.id == run.id]  # named anew after the decision
+    assert message["body"].splitlines() == [
+        f"run {again.name}, {promoted.who}: promoted version 1, no champion before",
+        "passed against no champion",
+        "reason: approved by Anna: the colors are right",
+        page(prefect_server, run),
+    ]
+    assert message["path"] == f"/{SECRET}" and len(inbox.messages) == 1
 
 
-def test_a_person_or_a_time_limit_rejects_and_nobody_is_asked_twice(workspace: Workspace, prefect_server: str) -> None:
+def test_a_person_or_a_time_limit_rejects_and_nobody_is_asked_twice(workspace: Workspace, prefect_server: str, inbox: Webhook) -> None:
     before = champion()
     another_model(2)
     run = workspace.start("promote")
     workspace.wait(run.id, is_paused)
+    gated = promotion.history()[0]
+    message = inbox.wait_for(f"version {gated.version} is held back by the gate")
+    assert message["body"].splitlines() == [f"run {run.name}, {gated.who}: {gated.sentence}", gated.verdict, page(prefect_server, run)]
+    assert "held back (" in gated.verdict and "no score of both has a margin" in gated.verdict
+    inbox.status = 500
     assert f"waits for a decision already, in the flow run {run.name!r}" in promoted_by_hand()
     assert resume(prefect_server, run.id, {"decision": "reject", "reason": "no faces", "name": "Ben"}) == "ACCEPT"
     state = workspace.wait(run.id, lambda state: state.is_final())
@@ -266,6 +307,11 @@ def test_a_person_or_a_time_limit_rejects_and_nobody_is_asked_twice(workspace: W
     state = workspace.run("promote", approval=True, decision_hours=0.001)
     assert state.is_failed() and state.message == "The flow was paused and never resumed."
     assert champion() == before
+    inbox.status = 200
+    inbox.wait_for(f"version {promotion.history()[0].version} is held back")
+    warnings = [line for line in log_of(state) if "message" in line]
+    assert warnings == ["no message was sent by the block custom-webhook/cm3leon: HTTPStatusError, status 500"]
+    assert SECRET not in "\n".join(log_of(state)) + workspace.log.read_text()
 
 
 def promoted_by_hand() -> str:
@@ -286,7 +332,28 @@ def test_tune_starts_at_its_first_stage(workspace: Workspace) -> None:
     assert task_names(state) == {"other", "third"}
 
 
-def test_evaluate_champion_fails_with_an_event_once_a_score_left_its_interval(workspace: Workspace, prefect_server: str) -> None:
+def test_data_that_changed_start_a_run_whose_failure_is_told(workspace: Workspace, prefect_server: str, inbox: Webhook) -> None:
+    workspace.wait_until_free()
+    Path("fault.txt").write_text("broken")
+    commit("a fault")
+    command = [sys.executable, "-m", "cm3leon", "data", "changed", "fault.txt"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": prefect_server}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert told.stdout == f"fault.txt is modified: event cm3leon.data.changed sent to {prefect_server}\n", told.stderr
+    message = inbox.wait_for("Failed", 60)
+    [run] = runs_of("on-data-change")
+    assert message["subject"] == f"cm3leon: run {run.name} Failed"
+    lines = message["body"].splitlines()
+    assert lines[:2] == ["stage second failed:", "error: data/manifest.csv, row 7: no image"] and lines[-1] == page(prefect_server, run)
+    [event] = events(prefect_server, "cm3leon.data.changed", "cm3leon.data.fault.txt")
+    assert event["payload"]["project"] == str(workspace.root)
+    Path("fault.txt").write_text("")
+    commit("no fault")
+
+
+def test_evaluate_champion_fails_with_an_event_once_a_score_left_its_interval(
+    workspace: Workspace, prefect_server: str, inbox: Webhook
+) -> None:
     from flows.champion import evaluate_champion
 
     another_model(5)
@@ -304,6 +371,8 @@ def test_evaluate_champion_fails_with_an_event_once_a_score_left_its_interval(wo
     state = workspace.run("evaluate-champion")
     assert (state.name, state.type.value) == ("ScoreLeftInterval", "FAILED")
     assert f"version {champion()} left its intervals: clip_score" in state.message and "(recorded 50 [49, 51])" in state.message
+    message = inbox.wait_for("ScoreLeftInterval")
+    assert message["body"].splitlines()[0] == state.message
     [event] = events(prefect_server, "cm3leon.champion.score-left-interval")
     assert event["resource"]["prefect.resource.id"] == f"cm3leon.model.cm3leon.{champion()}" and list(event["payload"]["scores"]) == [
         "clip_score"
@@ -328,13 +397,16 @@ def task_names(state: Any) -> set[str]:
         return {run.name for run in client.read_task_runs(flow_run_filter=chosen)}
 
 
-def events(server: str, name: str, seconds: float = 15) -> list[dict[str, Any]]:
-    """The events of this name; waits until there is one."""
-    end = time.monotonic() + seconds
-    while True:
-        answer = httpx.post(f"{server}/events/filter", json={"filter": {"event": {"name": [name]}}})
-        answer.raise_for_status()
-        found: list[dict[str, Any]] = answer.json()["events"]
-        if found or time.monotonic() > end:
-            return found
-        time.sleep(0.5)
+def log_of(state: Any) -> list[str]:
+    """The lines of a finished flow run's log."""
+    from prefect import get_client
+    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+
+    with get_client(sync_client=True) as client:
+        chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[state.state_details.flow_run_id]))
+        return [line.message for line in client.read_logs(chosen)]
+
+
+def page(server: str, run: Any) -> str:
+    """The address of a flow run's page."""
+    return f"{server.removesuffix('/api')}/runs/flow-run/{run.id}"

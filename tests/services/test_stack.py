@@ -20,6 +20,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cm3leon.services.environment import ServerError
+from cm3leon.services.events import emit
 from cm3leon.services.local import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -67,15 +69,24 @@ def password(root: Path) -> str:
     return str(json.loads((root / ".services/secrets.json").read_text())["password"])
 
 
-def status(address: str, password: str | None, data: bytes | None = None) -> int:
+def request_of(address: str, data: bytes | None, password: str | None) -> urllib.request.Request:
     request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
     if password:
         request.add_header("Authorization", "Basic " + base64.b64encode(f"cm3leon:{password}".encode()).decode())
+    return request
+
+
+def status(address: str, password: str | None, data: bytes | None = None) -> int:
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request_of(address, data, password), timeout=10) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def answer(address: str, data: bytes, password: str) -> bytes:
+    with urllib.request.urlopen(request_of(address, data, password), timeout=10) as answered:
+        return bytes(answered.read())
 
 
 def until(condition: Callable[[], bool], seconds: float) -> None:
@@ -122,10 +133,20 @@ def test_the_deployments_are_there_and_a_second_up_changes_nothing(root: Path, u
     again = cm3leon(root, "up")
     assert up["MLflow"] in again and up["Prefect"] in again
     assert parts(root) == before
-    request = urllib.request.Request(f"{up['Prefect']}/api/deployments/filter", b"{}", {"Content-Type": "application/json"})
-    request.add_header("Authorization", "Basic " + base64.b64encode(f"cm3leon:{password(root)}".encode()).decode())
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        assert "nightly" in {deployment["name"] for deployment in json.load(answer)}
+    deployments = json.loads(answer(f"{up['Prefect']}/api/deployments/filter", b"{}", password(root)))
+    assert {"nightly", "on-data-change"} <= {deployment["name"] for deployment in deployments}
+
+
+def test_an_event_needs_the_password(root: Path, up: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", f"{up['Prefect']}/api")
+    resource = {"prefect.resource.id": "cm3leon.test"}
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "cm3leon:wrong")
+    with pytest.raises(ServerError, match=r"it answers HTTP Error 401: .*; set PREFECT_API_AUTH_STRING to user:password"):
+        emit("cm3leon.test", resource, {})
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", f"cm3leon:{password(root)}")
+    emit("cm3leon.test", resource, {})
+    found = (f"{up['Prefect']}/api/events/count-by/event", b'{"filter": {"event": {"name": ["cm3leon.test"]}}}')
+    until(lambda: b"cm3leon.test" in answer(*found, password(root)), 15)
 
 
 @pytest.mark.parametrize("part", ["mlflow", "prefect", "worker"])
