@@ -2,7 +2,8 @@
 
 Paints a champion's data and trains profile small's encoder on it, or reads one from DIR, where it is kept. Compares it with data of other
 seeds: of the same kind in several sizes, and changed in one way each. With CM3LEON_REAL_DATA, a directory of collections with a
-manifest.csv each, also with those. Prints a row for each: median and range over the seeds, and how many of them the check stops.
+manifest.csv each, also with those. Prints a row for each: median and range over the seeds, and how many of them the check stops. A second
+table is of ``--draws`` random parts of data of the same kind.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageFilter
 
 from cm3leon.config import paths
@@ -147,8 +149,38 @@ class Comparison:
         """Compare samples of one kind, and print what was found."""
         found = [{shift.name: shift for shift in self.shifts(rows)} for rows in samples]
         stopped = sum(not all(shift.passed for shift in shifts.values()) for shifts in found)
-        cells = [spread([shifts[name].value or 0.0 for shifts in found], not all(shifts[name].passed for shifts in found)) for name in NAMES]
+        cells = [
+            spread([shifts[name].value or 0.0 for shifts in found], not all(shifts[name].passed for shifts in found)) for name in NAMES
+        ]
         print(f"| {what} | {' | '.join(cells)} | {stopped} of {len(found)} |", flush=True)
+
+    def print_draws(self, rows: list[SourceRow], sizes: Sequence[int], draws: int) -> None:
+        """Compare random parts of one sample, of ``sizes`` documents; print the 99 % quantile and the largest value of each comparison."""
+        with tempfile.TemporaryDirectory() as folder:
+            pool = self._data(project(rows, self.config, Path(folder)))
+        rng = np.random.default_rng(0)
+        print("\n| documents | comparison | 99 % | largest | limit + chance | stopped |\n|---|---|---|---|---|---|")
+        for size in sizes:
+            drawn = [shifts_between(self.config.drift, self.old, part(pool, size, rng), 0) for _ in range(draws)]
+            for shifts in zip(*drawn, strict=True):
+                values = [shift.value or 0.0 for shift in shifts]
+                cells = f"{np.quantile(values, 0.99):.3f} | {max(values):.3f} | {shifts[0].limit + shifts[0].chance:.3f}"
+                stopped = sum(not shift.passed for shift in shifts)
+                if shifts[0].name in ("auc", "caption_shift"):
+                    print(f"| {size} | {shifts[0].name} | {cells} | {stopped} of {draws} |", flush=True)
+
+
+def part(data: Data, size: int, rng: np.random.Generator) -> Data:
+    """``size`` documents chosen at random."""
+    chosen, seen = rng.permutation(len(data.ids))[:size], rng.permutation(len(data.embeddings))[:size]
+    return data._replace(
+        ids=[data.ids[row] for row in chosen],
+        licenses=data.licenses.iloc[chosen],
+        lengths=data.lengths[chosen],
+        sides=None,
+        duplicates=None,
+        embeddings=data.embeddings[seen],
+    )
 
 
 def spread(values: Sequence[float], stopped: bool) -> str:
@@ -157,8 +189,8 @@ def spread(values: Sequence[float], stopped: bool) -> str:
     return f"**{text}**" if stopped else text
 
 
-def main(seeds: int, count: int, champion: int, kept: Path | None) -> None:
-    """Print the table."""
+def main(seeds: int, count: int, champion: int, draws: int, kept: Path | None) -> None:
+    """Print both tables."""
     config = load_profile("small")
     with tempfile.TemporaryDirectory() as folder_of_champion:
         root = project(painted(config, champion, CHAMPION_SEED), config, Path(folder_of_champion))
@@ -178,6 +210,7 @@ def main(seeds: int, count: int, champion: int, kept: Path | None) -> None:
             for manifest in sorted(Path(collections).glob("*/manifest.csv")):
                 name = manifest.parent.name
                 comparison.print(f"another collection: {name}", [list(folder.rows(FolderConfig(), manifest.parent))])
+        comparison.print_draws(painted(config, champion, 0), (25, 100, 400, 1600), draws)
 
 
 if __name__ == "__main__":
@@ -185,6 +218,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--champion", type=int, default=2000, help="scenes of the champion's data")
+    parser.add_argument("--draws", type=int, default=300)
     parser.add_argument("--encoder", type=Path, help="read the encoder from this directory, or keep it there")
     options = parser.parse_args()
-    main(options.seeds, options.scenes, options.champion, options.encoder)
+    main(options.seeds, options.scenes, options.champion, options.draws, options.encoder)

@@ -31,7 +31,7 @@ from cm3leon.registry.registry import (
     fetch_bundle,
     holder,
 )
-from cm3leon.registry.shifts import Data, Shift, features, repeated_share, shifts_between
+from cm3leon.registry.shifts import Data, Duplicates, Shift, duplicates_of, features, shifts_between
 from cm3leon.retrieval.index import MemoryBank, multimodal_records
 from cm3leon.tracking import lineage
 from cm3leon.tracking.runs import Run
@@ -86,7 +86,6 @@ class Drift:
                 f"| {shift.explanation} | {value} | {shift.limit:g} | {shift.chance:.3f} | {'' if shift.passed else '**past the limit**'} |"
             )
         return "\n".join(lines) + "\n"
-
 
     def write(self, report: Path) -> None:
         """Write the page."""
@@ -203,12 +202,12 @@ def champion_data(bundle: Path, sample: int, seed: int) -> Data:
         seed: of their choice.
     """
     bank = MemoryBank.load(bundle / "memory_bank")
-    listed, validation = bundle / TRAINING_DATA, bundle / VALIDATION
+    listed = bundle / TRAINING_DATA
     documents = pd.read_parquet(listed) if listed.is_file() else bank.documents
-    repeated = repeated_share(json.loads(validation.read_text())) if validation.is_file() else None
+    duplicates = _duplicates(bundle / VALIDATION)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(bank))[:sample])
     embeddings = features(bank.text[chosen], bank.image[chosen])
-    return Data(documents["id"].tolist(), documents["licence"], _lengths(bank.documents), _sides(documents), repeated, embeddings)
+    return Data(documents["id"].tolist(), documents["licence"], _lengths(bank.documents), _sides(documents), duplicates, embeddings)
 
 
 def new_data(encoder: Encoder, sample: int, seed: int, root: Path = Path()) -> Data:
@@ -224,9 +223,8 @@ def new_data(encoder: Encoder, sample: int, seed: int, root: Path = Path()) -> D
     chosen = records.iloc[np.sort(np.random.default_rng(seed).permutation(len(records))[:sample])]
     images = encoder.encode_refs(ImageStore(root / paths.RAW), chosen["image"].tolist())
     embeddings = features(encoder.encode_texts(chosen["caption"].tolist()), images)
-    report = root / paths.VALIDATED / "report.json"
-    repeated = repeated_share(json.loads(report.read_text())) if report.is_file() else None
-    return Data(records["id"].tolist(), records["licence"], _lengths(records), _sides(records), repeated, embeddings)
+    duplicates = _duplicates(root / paths.VALIDATED / "report.json")
+    return Data(records["id"].tolist(), records["licence"], _lengths(records), _sides(records), duplicates, embeddings)
 
 
 def _lengths(records: pd.DataFrame) -> np.ndarray:
@@ -235,3 +233,7 @@ def _lengths(records: pd.DataFrame) -> np.ndarray:
 
 def _sides(records: pd.DataFrame) -> np.ndarray | None:
     return records[["width", "height"]].to_numpy(dtype=float) if "width" in records else None
+
+
+def _duplicates(report: Path) -> Duplicates | None:
+    return duplicates_of(json.loads(report.read_text())) if report.is_file() else None

@@ -25,6 +25,20 @@ SHRINKAGE = 0.1
 """Part of the covariance's mean variance that is added to its diagonal, so that it can be inverted with few records."""
 
 
+class Duplicates(NamedTuple):
+    """Records that repeat another one.
+
+    Attributes:
+        count: records that were accepted.
+        exact: share of the records read that were rejected, because they have the same pixels as another one.
+        near: share of the accepted ones that are nearly the same as another one.
+    """
+
+    count: int
+    exact: float
+    near: float
+
+
 class Data(NamedTuple):
     """What is compared of training data.
 
@@ -32,7 +46,7 @@ class Data(NamedTuple):
         ids, licenses: of every document.
         lengths: of first captions, characters.
         sides: widths and heights (n, 2), pixels; None if they are not known.
-        repeated: share of the records that were read that repeat another one, exactly or nearly; None if it is not known.
+        duplicates: among all records of the collection; None if they are not known.
         embeddings: of a sample of the documents, see :func:`features`.
     """
 
@@ -40,7 +54,7 @@ class Data(NamedTuple):
     licenses: pd.Series
     lengths: np.ndarray
     sides: np.ndarray | None
-    repeated: float | None
+    duplicates: Duplicates | None
     embeddings: np.ndarray
 
 
@@ -103,20 +117,30 @@ def _size_shift(config: DriftConfig, old: Data, new: Data) -> Shift:
 
 
 def _duplicate_shift(config: DriftConfig, old: Data, new: Data) -> Shift:
-    if old.repeated is None or new.repeated is None:
+    if old.duplicates is None or new.duplicates is None:
         return Shift("duplicate_shift", None, config.max_duplicate_shift, "duplicates of the champion's data are not known")
-    words = f"{new.repeated:.0%} of the records repeat another one, exactly or nearly, {old.repeated:.0%} did before"
-    return Shift("duplicate_shift", abs(new.repeated - old.repeated), config.max_duplicate_shift, words)
+    before, now = old.duplicates, new.duplicates
+    found = abs(now.exact - before.exact) + off_range(before, now)
+    words = f"{now.exact:.0%} exact copies and {now.near:.0%} near-duplicates, {before.exact:.0%} and {before.near:.0%} before"
+    return Shift("duplicate_shift", found, config.max_duplicate_shift, words)
 
 
-def repeated_share(report: Mapping[str, Any]) -> float:
-    """Share of the records read that repeat another one: exactly, and were rejected, or nearly.
+def off_range(before: Duplicates, now: Duplicates) -> float:
+    """By how much the share of near-duplicates is off what it should be in a collection of the same kind but another size.
 
-    Args:
-        report: what ``validate`` wrote, ``report.json``.
+    If a collection has the share because copies were added to it, another one has the same share. If records resemble each other by chance,
+    with more of them it is more likely that a record resembles one: the share is then ``1 - (1 - share) ** (now.count / before.count)``.
+    Everything between these two is as it should be.
     """
-    found: int = report["reasons"].get("duplicate", 0) + report["parts"]["rows_with_near_duplicates"]
-    return found / max(report["read"], 1)
+    by_chance = 1 - (1 - before.near) ** (now.count / max(before.count, 1))
+    return max(0.0, min(before.near, by_chance) - now.near, now.near - max(before.near, by_chance))
+
+
+def duplicates_of(report: Mapping[str, Any]) -> Duplicates:
+    """The duplicates in a collection by the report of ``validate``, ``report.json``."""
+    read, accepted = report["read"], report["accepted"]
+    exact, near = report["reasons"].get("duplicate", 0), report["parts"]["rows_with_near_duplicates"]
+    return Duplicates(accepted, exact / max(read, 1), near / max(accepted, 1))
 
 
 def features(text_nd: np.ndarray, image_nd: np.ndarray) -> np.ndarray:

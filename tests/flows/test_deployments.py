@@ -129,7 +129,7 @@ def make_project(root: Path, tiny_models: Path, store: Path) -> None:
     shutil.copyfile(ROOT / "prefect.yaml", root / "prefect.yaml")
     (root / "params.yaml").write_text(yaml.safe_dump(CONFIG.model_dump(mode="json", by_alias=True)))
     pack(shapes.rows(ShapesConfig(count=9, edits=1.0, conditions=1.0, seed=1), paths.RAW), paths.RAW, 32)
-    train = read_manifest(paths.VALIDATED)  # the documents of the memory bank, of which nothing reads the images
+    train = read_manifest(paths.VALIDATED).assign(row=0)  # the documents of the memory bank, of which nothing reads the images
     frame = read_manifest(paths.RAW).assign(width=64, height=64, split="test")
     records = pd.concat([train, frame[VALIDATED_SCHEMA.names]]).to_dict("records")
     pq.write_table(pa.Table.from_pylist(records, schema=VALIDATED_SCHEMA), paths.VALIDATED / "manifest.parquet")

@@ -19,7 +19,7 @@ from cm3leon.registry import drift, registry
 from cm3leon.registry.bundle import BundleError
 from cm3leon.registry.drift import Drift, check_run
 from cm3leon.registry.drift_page import drift_page
-from cm3leon.registry.shifts import Data, features, repeated_share, separability, shifts_between
+from cm3leon.registry.shifts import Data, Duplicates, features, off_range, separability, shifts_between
 from cm3leon.tracking import runs
 
 LIMITS = DriftConfig()
@@ -33,19 +33,21 @@ def data(seed: int, shift: float = 0.0, count: int = 1000, **changes: object) ->
         licenses=pd.Series(["CC0-1.0"] * round(0.7 * count) + ["CC-BY-4.0"] * round(0.3 * count)),
         lengths=rng.normal(60, 10, count),
         sides=rng.normal(512, 50, (count, 2)),
-        repeated=0.03,
+        duplicates=Duplicates(count, 0.0, 0.03),
         embeddings=rng.normal(size=(count, 32)) + shift / np.sqrt(32),
     )
     return made._replace(**changes)
 
 
-def compared(old: Data, new: Data, limits: DriftConfig = LIMITS) -> Drift:
-    shifts = shifts_between(limits, old, new, 0)
+def compared(old: Data, new: Data) -> Drift:
+    """What is found, and its page."""
+    shifts = shifts_between(LIMITS, old, new, 0)
     return Drift(shifts, drift_page(shifts, old, new))
 
 
-def failed(found: Drift) -> list[str]:
-    return [shift.name for shift in found.shifts if not shift.passed]
+def failed(old: Data, new: Data, limits: DriftConfig = LIMITS) -> list[str]:
+    """Names of the comparisons that are past their limits."""
+    return [shift.name for shift in shifts_between(limits, old, new, 0) if not shift.passed]
 
 
 def test_another_sample_of_the_same_data_passes() -> None:
@@ -71,14 +73,19 @@ WIDE = np.random.default_rng(2).normal((700, 512), 50, (1000, 2))
         ("size_shift", {"sides": WIDE}),
         ("size_shift", {"sides": WIDE[:, ::-1]}),
         ("license_shift", {"licenses": pd.Series(["CC0-1.0"] * 400 + ["CC-BY-SA-4.0"] * 600)}),
-        ("duplicate_shift", {"repeated": 0.2}),
+        ("duplicate_shift", {"duplicates": Duplicates(1000, 0.15, 0.03)}),
+        ("duplicate_shift", {"duplicates": Duplicates(1000, 0.0, 0.2)}),
     ],
 )
 def test_each_kind_of_drift_is_found_and_named(name: str, changed: dict[str, object]) -> None:
-    found = compared(data(0), data(1, **changed))
-    assert failed(found) == [name]
-    for shown in (str(found), found.page, found.to_markdown()):
-        assert "past the limit" in shown or f"drift.max_{name} is" in shown
+    assert failed(data(0), data(1, **changed)) == [name]
+
+
+def test_what_is_past_its_limit_is_said_in_words_and_on_the_page() -> None:
+    found = compared(data(0), data(1, lengths=WIDE[:, 0]))
+    assert str(found) == "lengths of captions differ by 1.00 (KS) (drift.max_caption_shift is 0.2, and 0.087 for chance)"
+    assert found.page.count("past the limit") == found.to_markdown().count("past the limit") == 1
+    assert str(found) in found.to_markdown()
 
 
 def test_captions_that_do_not_fit_their_images_are_found() -> None:
@@ -90,20 +97,23 @@ def test_captions_that_do_not_fit_their_images_are_found() -> None:
         return features(fit * image + rng.normal(size=image.shape), image)
 
     fitting = data(0, embeddings=embedded(1.0))
-    assert not failed(compared(fitting, data(1, embeddings=embedded(1.0))))
-    assert failed(compared(fitting, data(1, embeddings=embedded(0.0)))) == ["auc"]
+    assert not failed(fitting, data(1, embeddings=embedded(1.0)))
+    assert failed(fitting, data(1, embeddings=embedded(0.0))) == ["auc"]
 
 
 def test_documents_that_are_gone_are_counted() -> None:
     old = data(0)
     half = data(0, ids=old.ids[:500])
-    assert failed(compared(old, half, LIMITS.model_copy(update={"max_lost": 0.4}))) == ["lost"]
-    assert not failed(compared(old, half, LIMITS.model_copy(update={"max_lost": 0.5})))
+    assert failed(old, half, LIMITS.model_copy(update={"max_lost": 0.4})) == ["lost"]
+    assert not failed(old, half, LIMITS.model_copy(update={"max_lost": 0.5}))
 
 
-def test_exact_and_near_duplicates_count() -> None:
-    report = {"read": 200, "reasons": {"duplicate": 20, "too_small": 9}, "parts": {"rows_with_near_duplicates": 10}}
-    assert repeated_share(report) == 0.15
+def test_near_duplicates_are_compared_by_what_collections_of_both_sizes_should_have() -> None:
+    before = Duplicates(1000, 0.0, 0.1)
+    for share in (0.1, 0.15, 1 - 0.9**2):  # as many copies as before; some of them by chance; all by chance, with twice as many records
+        assert off_range(before, Duplicates(2000, 0.0, share)) == 0
+    assert off_range(before, Duplicates(2000, 0.0, 0.3)) == pytest.approx(0.3 - 0.19)
+    assert off_range(before, Duplicates(500, 0.0, 0.01)) == pytest.approx(1 - 0.9**0.5 - 0.01)
 
 
 def test_separability_is_the_area_that_theory_expects() -> None:
@@ -120,7 +130,7 @@ def test_separability_is_the_area_that_theory_expects() -> None:
 
 
 def test_what_an_earlier_version_did_not_keep_is_not_compared() -> None:
-    found = compared(data(0, sides=None, repeated=None), data(1))
+    found = compared(data(0, sides=None, duplicates=None), data(1))
     assert found.passed and found.page.count("not known") == 2
 
 
@@ -131,25 +141,13 @@ def change_licenses() -> None:
     manifest.to_parquet(paths.VALIDATED / "manifest.parquet")
 
 
-def test_new_data_of_a_project_is_compared_with_its_champion(stages: Path) -> None:
-    page = stages / "drift.html"
-    assert drift.check_drift(CONFIG, page) == "there is no champion yet whose data could be compared"
-    assert not page.exists()
-    released(0.5)
-    write_shard()
-    assert drift.check_drift(CONFIG, page) == "the data is like that of the champion"
-    change_licenses()
-    with pytest.raises(drift.DriftError, match=r"100% of the documents have another license.*new: CC-BY-SA-4.0.*drift.html"):
-        drift.check_drift(CONFIG, page)
-    assert "past the limit" in page.read_text()
-
-
 def test_a_run_is_stopped_until_a_person_accepts_this_data(stages: Path) -> None:
     def checked(accept: bool = False) -> drift.Checked:
         with runs.pipeline_run(CONFIG) as run:
             return check_run(CONFIG, run, accept)
 
-    assert checked().message == "there is no champion yet whose data could be compared"
+    page = Path("drift.html")
+    assert checked().message == drift.check_drift(CONFIG, page) == "there is no champion yet whose data could be compared"
     md5 = hashlib.md5((paths.VALIDATED / "manifest.parquet").read_bytes(), usedforsecurity=False).hexdigest()
     used = {"deps": [{"path": "data/validated/manifest.parquet", "md5": md5}]}
     Path("dvc.lock").write_text(yaml.safe_dump({"stages": {"encoder": used}}))
@@ -162,6 +160,9 @@ def test_a_run_is_stopped_until_a_person_accepts_this_data(stages: Path) -> None
     write_shard()
     found = checked()
     assert found.stopped and found.drift is not None and not found.drift.passed
+    with pytest.raises(drift.DriftError, match=r"100% of the documents have another license.*new: CC-BY-SA-4.0.*drift.html"):
+        drift.check_drift(CONFIG, page)
+    assert "past the limit" in page.read_text()
     assert "100% of the documents have another license" in found.message and ".cache/drift.html" in found.message
     accepted = checked(accept=True)
     assert not accepted.stopped and accepted.message.startswith("accepted: ")
@@ -181,6 +182,6 @@ def test_models_are_not_registered_with_data_that_came_after_them(stages: Path) 
 
 
 def test_a_version_keeps_the_report_of_validation_for_later_comparisons(stages: Path) -> None:
-    report = {"read": 200, "reasons": {"duplicate": 20}, "parts": {"rows_with_near_duplicates": 10}}
+    report = {"read": 200, "accepted": 100, "reasons": {"duplicate": 20}, "parts": {"rows_with_near_duplicates": 10}}
     (paths.VALIDATED / "report.json").write_text(json.dumps(report))
-    assert drift.champion_data(evaluated(0.5).path, 10, 0).repeated == 0.15
+    assert drift.champion_data(evaluated(0.5).path, 10, 0).duplicates == Duplicates(100, 0.1, 0.1)
