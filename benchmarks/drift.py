@@ -53,13 +53,13 @@ def some(share: float, change: Callable[[SourceRow], SourceRow]) -> Change:
     return changed
 
 
-def repainted(change: Callable[[Image.Image], Image.Image], **saved: object) -> Callable[[SourceRow], SourceRow]:
-    """A change of the image; ``saved`` says how it is encoded, PNG by default. Boxes and condition images are dropped."""
+def repainted(change: Callable[[Image.Image], Image.Image], kind: str = "PNG") -> Callable[[SourceRow], SourceRow]:
+    """A change of the image, saved as a file of a ``kind``; as JPEG with quality 30. Boxes and condition images are dropped."""
 
     def changed(row: SourceRow) -> SourceRow:
         assert row.image is not None
         file = io.BytesIO()
-        change(Image.open(io.BytesIO(row.image))).save(file, **({"format": "PNG"} | saved))
+        change(Image.open(io.BytesIO(row.image))).save(file, format=kind, quality=30)
         return replace(row, image=file.getvalue(), objects=[], conditions={})
 
     return changed
@@ -85,7 +85,7 @@ def with_copies(share: float, change: Callable[[SourceRow], SourceRow]) -> Chang
     return changed
 
 
-JPEG = repainted(lambda image: image.convert("RGB"), format="JPEG", quality=30)
+JPEG = repainted(lambda image: image, "JPEG")
 CHANGES: dict[str, tuple[dict[str, object], Change]] = {
     "letters in 20 % of the scenes instead of 4 %": ({"letters": 0.2}, list),
     "one object a scene instead of up to three": ({"max_objects": 1, "grid": 0}, list),

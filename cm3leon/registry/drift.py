@@ -18,7 +18,6 @@ import pandas as pd
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.manifest import ImageStore, read_manifest
-from cm3leon.models.clip import Encoder
 from cm3leon.registry.bundle import TRAINING_DATA, VALIDATION
 from cm3leon.registry.drift_page import drift_page
 from cm3leon.registry.registry import (
@@ -35,18 +34,17 @@ from cm3leon.registry.shifts import Data, Duplicates, Shift, duplicates_of, feat
 from cm3leon.retrieval.index import MemoryBank, multimodal_records
 from cm3leon.tracking import lineage
 from cm3leon.tracking.runs import Run
-from cm3leon.utils.device import default_device
 from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from cm3leon.models.clip import Encoder
+
 REPORT = Path(".cache/drift.html")
 MANIFEST = paths.VALIDATED / "manifest.parquet"
 ACCEPTED_TAG = "accepted_drift"
 """Tag of a pipeline's run: the data that a person accepted, and the champion's version with which it was compared."""
-
-
 ACCEPT = (
     "If the change is intended, run again with --accept-drift (make run ACCEPT_DRIFT=1, or the parameter accept_drift of a deployment), "
     "or raise the limits in params.yaml"
@@ -186,9 +184,11 @@ def measure_drift(config: Config) -> Drift:
         NotRegisteredError: if there is no champion.
         ManifestError: if there is no validated data, or an image of it is missing.
     """
+    from cm3leon.models.clip import Encoder  # torch, which a run that compares nothing does not wait for
+
     bundle = fetch_bundle(f"models:/{MODEL_NAME}@{CHAMPION}")
     old = champion_data(bundle, config.drift.sample, config.seed)
-    encoder = Encoder.load(bundle / "encoder").to(default_device())
+    encoder = Encoder.load(bundle / "encoder")  # on the CPU: a flow's process lives on next to the training, which wants the GPU's memory
     new = new_data(encoder, config.drift.sample, config.seed)
     shifts = shifts_between(config.drift, old, new, config.seed)
     return Drift(shifts, drift_page(shifts, old, new))

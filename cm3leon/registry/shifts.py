@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import ks_2samp, mannwhitneyu, norm
 
 from cm3leon.config.schema import DriftConfig
 
@@ -29,12 +28,12 @@ class Duplicates(NamedTuple):
     """Records that repeat another one.
 
     Attributes:
-        count: records that were accepted.
+        records: that were accepted.
         exact: share of the records read that were rejected, because they have the same pixels as another one.
         near: share of the accepted ones that are nearly the same as another one.
     """
 
-    count: int
+    records: int
     exact: float
     near: float
 
@@ -129,10 +128,10 @@ def off_range(before: Duplicates, now: Duplicates) -> float:
     """By how much the share of near-duplicates is off what it should be in a collection of the same kind but another size.
 
     If a collection has the share because copies were added to it, another one has the same share. If records resemble each other by chance,
-    with more of them it is more likely that a record resembles one: the share is then ``1 - (1 - share) ** (now.count / before.count)``.
-    Everything between these two is as it should be.
+    with more of them it is more likely that a record resembles one: the share is then
+    ``1 - (1 - share) ** (now.records / before.records)``. Everything between these two is as it should be.
     """
-    by_chance = 1 - (1 - before.near) ** (now.count / max(before.count, 1))
+    by_chance: float = 1 - (1 - before.near) ** (now.records / max(before.records, 1))
     return max(0.0, min(before.near, by_chance) - now.near, now.near - max(before.near, by_chance))
 
 
@@ -158,6 +157,8 @@ def features(text_nd: np.ndarray, image_nd: np.ndarray) -> np.ndarray:
 
 def distance(old: np.ndarray, new: np.ndarray) -> float:
     """Kolmogorov-Smirnov distance: the largest difference of two cumulative distributions, 0 to 1."""
+    from scipy.stats import ks_2samp
+
     return float(ks_2samp(old, new).statistic)
 
 
@@ -167,6 +168,8 @@ def separability(old_ND: np.ndarray, new_ND: np.ndarray, seed: int) -> float:
     Each half is scored by the discriminant of the other half, so that nothing is learned by heart. Values below 0.5 are chance and count
     as 0.5.
     """
+    from scipy.stats import mannwhitneyu
+
     rng = np.random.default_rng(seed)
     halves = [np.array_split(rng.permutation(len(sample)), 2) for sample in (old_ND, new_ND)]
     areas = []
@@ -185,6 +188,8 @@ def separability(old_ND: np.ndarray, new_ND: np.ndarray, seed: int) -> float:
 
 def chance_of_auc(old: int, new: int) -> float:
     """By how much an AUC of samples of one kind and of these sizes exceeds 0.5 in :data:`RARE` cases (Mann and Whitney 1947)."""
+    from scipy.stats import norm
+
     return float(norm.isf(RARE)) * math.sqrt((old + new + 1) / (12 * old * new))
 
 

@@ -51,7 +51,7 @@ def run_flow(**parameters: Any) -> tuple[Any, dict[str, tuple[str, str]]]:
     with get_client(sync_client=True) as client:
         chosen = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
         found = client.read_task_runs(flow_run_filter=chosen)
-    return state, {run.name: (run.state.name, run.state.message or "") for run in found if run.state}
+    return state, {run.name: (run.state.name or "", run.state.message or "") for run in found if run.state}
 
 
 def states_in(table: str) -> dict[str, str]:
