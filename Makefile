@@ -29,8 +29,8 @@ $(STAMP): requirements.lock pyproject.toml
 setup: $(STAMP)  ## prepare the MLflow store, check params.yaml and DVC (a run does it too)
 	@$(BIN)/cm3leon setup
 
-run: $(STAMP)  ## the whole pipeline; PROFILE=tiny writes params.yaml from configs/tiny.yaml first
-	@$(BIN)/python -m flows.pipeline $(if $(PROFILE),--profile $(PROFILE))
+run: $(STAMP)  ## the whole pipeline; PROFILE=tiny writes params.yaml from configs/tiny.yaml first; ACCEPT_DRIFT=1 accepts new data
+	@$(BIN)/python -m flows.pipeline $(if $(PROFILE),--profile $(PROFILE)) $(if $(ACCEPT_DRIFT),--accept-drift)
 
 ui: $(STAMP)  ## MLflow, Prefect and Data Docs on 127.0.0.1
 	@$(BIN)/cm3leon ui

@@ -1,6 +1,6 @@
 """The whole pipeline as a Prefect flow: every stage of DVC's graph in order, then register, gate and promote.
 
-    python -m flows.pipeline [--profile tiny] [--no-promote]
+    python -m flows.pipeline [--profile tiny] [--no-promote] [--accept-drift]
 
 Without a Prefect server (PREFECT_API_URL, or that of ``cm3leon ui``) the run has one of its own.
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from cm3leon.services.environment import check_server, prepare_project, use_environment
@@ -29,6 +31,7 @@ from cm3leon.services.exclusive import alone_in_directory  # noqa: E402
 from cm3leon.services.leftovers import FLOW_RUNS, end_leftover_processes, owned  # noqa: E402
 from cm3leon.utils.errors import UserError  # noqa: E402
 from flows.approval import DECISION_HOURS, Hours, check_can_wait, with_decision  # noqa: E402
+from flows.drift import DRIFT, drift_task, with_drift_check  # noqa: E402
 from flows.graph import Stage, downstream_of, from_stage, stage_order, stale_stages  # noqa: E402
 from flows.notify import tell_failure  # noqa: E402
 from flows.promotion import register_gate_promote  # noqa: E402
@@ -37,8 +40,12 @@ from flows.session import prefect_api, until_interrupted  # noqa: E402
 from flows.stage import StageResult, stage_task  # noqa: E402
 
 
-def run_stages(stages: list[Stage]) -> tuple[list[StageResult], list[State]]:
+def run_stages(stages: list[Stage], check: Callable[..., State]) -> tuple[list[StageResult], list[State]]:
     """Run stages in order. Those that depend on a failed one end as NotRun, the others go on.
+
+    Args:
+        stages: as :func:`~flows.drift.with_drift_check` returns them.
+        check: the task of the drift check.
 
     Returns:
         a result for each stage, and the states of the completed stages on which no other depends.
@@ -49,7 +56,8 @@ def run_stages(stages: list[Stage]) -> tuple[list[StageResult], list[State]]:
         if not completed.keys() >= set(stage.needs):
             results.append(StageResult(stage.name))
             continue
-        state = stage_task(stage.name, wait_for=[completed[name] for name in stage.needs], return_state=True)
+        run_task = check if stage.name == DRIFT else partial(stage_task, stage.name)
+        state = run_task(wait_for=[completed[name] for name in stage.needs], return_state=True)
         found = state.result(raise_on_failure=False)
         # Anything but a list: the task itself failed, and not the stage's command.
         results += found if isinstance(found, list) else [StageResult(stage.name, "Failed", error=str(state.message))]
@@ -97,6 +105,7 @@ def pipeline(
     approval: bool = False,
     first_stage: str | None = None,
     decision_hours: Hours = DECISION_HOURS,
+    accept_drift: bool = False,
 ) -> State:
     """Bring stages up to date, then register the model and let the gate, or a person, decide whether it becomes the champion.
 
@@ -106,11 +115,12 @@ def pipeline(
         approval: let a person decide, also on a model that the gate holds back; for runs of deployments.
         first_stage: run this stage and those that depend on it; the others must be up to date. None runs all.
         decision_hours: how long the run waits for the decision; then it ends as failed, and nothing is promoted.
+        accept_drift: train also on data that is further from the champion's than the section ``drift`` of the parameters allows.
     """
 
     def work() -> State:
         check_can_wait(approval)
-        return run_pipeline(*prepare(profile, first_stage), promote, approval)
+        return run_pipeline(*prepare(profile, first_stage), promote, approval, accept_drift)
 
     return with_decision(work, approval, decision_hours)
 
@@ -133,7 +143,7 @@ def prepare(profile: str | None, first_stage: str | None) -> tuple[Config, list[
     return load_config(), from_stage(stages, first_stage) if first_stage else stages
 
 
-def run_pipeline(config: Config, stages: list[Stage], promote: bool, approval: bool) -> State:
+def run_pipeline(config: Config, stages: list[Stage], promote: bool, approval: bool, accept_drift: bool) -> State:
     """Run the stages, then register, gate and promote or propose; publish the report, also of a run that failed."""
     from cm3leon.tracking import overview, runs
 
@@ -141,7 +151,7 @@ def run_pipeline(config: Config, stages: list[Stage], promote: bool, approval: b
     with owned(FLOW_RUNS, str(flow_run.id)), suppress(PipelineFailedError), runs.pipeline_run(config) as run:
         overview.begin(run, config)
         # 1. The stages.
-        results, after = run_stages(stages)
+        results, after = run_stages(with_drift_check(stages), partial(drift_task, config, run, accept_drift))
         problem = next((r.error for r in results if r.error), "")
 
         # 2. The registry.
@@ -199,6 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Run the whole pipeline.")
     parser.add_argument("--profile", help=f"write params.yaml from configs/PROFILE.yaml first ({', '.join(profile_names())})")
     parser.add_argument("--no-promote", action="store_true", help="stop after the stages")
+    parser.add_argument("--accept-drift", action="store_true", help="train also on data that is far from the champion's")
     options = parser.parse_args(arguments)
     try:
         with alone_in_directory():
@@ -211,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_server()
         print(check_disk(load_config(), stale_stages(stages)), flush=True)
         with prefect_api(), tags("cm3leon", load_config().profile):
-            state = pipeline(promote=not options.no_promote, return_state=True)
+            state = pipeline(promote=not options.no_promote, accept_drift=options.accept_drift, return_state=True)
     except Exception as error:
         message = str(error) if isinstance(error, DvcException) else message_to_user(error)
         if message is None:

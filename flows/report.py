@@ -61,12 +61,10 @@ def links(run: Run, local: Callable[[Path], str]) -> list[tuple[str, str]]:
         run: the MLflow run of the pipeline.
         local: how the address of a file is written.
     """
-    servers = ui_servers()
-    uri = tracking_uri()
-    mlflow = uri.rstrip("/") if uri.startswith("http") else servers.get("MLflow")
+    servers, mlflow = ui_servers(), _mlflow()
     found = []
-    if mlflow and run.run_id:
-        found.append(("MLflow run", f"{mlflow}/#/experiments/{run.experiment_id}/runs/{run.run_id}"))
+    if own_page := run_page(run):
+        found.append(("MLflow run", own_page))
     if SAMPLES.is_file():
         evaluated = json.loads(file.read_text()) if (file := paths.run_file("evaluate")).is_file() else {}
         page = f"{mlflow}/#/experiments/{evaluated.get('experiment_id')}/runs/{evaluated.get('run_id')}/artifacts"
@@ -74,6 +72,18 @@ def links(run: Run, local: Callable[[Path], str]) -> list[tuple[str, str]]:
     if DATA_DOCS.is_file():
         found.append(("data docs", f"{servers['Data Docs']}/index.html" if "Data Docs" in servers else local(DATA_DOCS)))
     return found
+
+
+def _mlflow() -> str | None:
+    """The address of MLflow's pages; None if no server is up."""
+    uri = tracking_uri()
+    return uri.rstrip("/") if uri.startswith("http") else ui_servers().get("MLflow")
+
+
+def run_page(run: Run) -> str | None:
+    """The page of a run in MLflow; None if no server is up, or the run is not tracked."""
+    mlflow = _mlflow()
+    return f"{mlflow}/#/experiments/{run.experiment_id}/runs/{run.run_id}" if mlflow and run.run_id else None
 
 
 def markdown(results: Sequence[StageResult], verdict: str, run: Run, saved: str = "") -> str:

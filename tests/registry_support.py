@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
+
+import pandas as pd
+from PIL import Image
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, GateConfig
 from cm3leon.evaluation.record import Record
 from cm3leon.registry import promotion, registry
 from cm3leon.registry.bundle import Bundle, build_bundle
+from cm3leon.retrieval.index import MemoryBank
 
 CONFIG = Config(profile="tiny", gate=GateConfig(floors={"composition": 0.4}, margins={"composition": 0.02}))
 PROMPTS = 20
@@ -31,6 +37,28 @@ def released(composition: float) -> registry.Version:
     if promotion.gate(CONFIG).passed:
         promotion.promote()
     return version
+
+
+def train_on(manifest: pd.DataFrame) -> None:
+    """Make these rows of the manifest the training data, also of the memory bank in the working directory."""
+    manifest.to_parquet(paths.VALIDATED / "manifest.parquet")
+    bank = MemoryBank.load(paths.INDEX)
+    kept = bank.positions_of(manifest["id"])
+    documents = bank.documents.iloc[kept].assign(licence=manifest["licence"].to_numpy())
+    MemoryBank.build(documents, bank.text[kept], bank.image[kept], "flat", bank.settings["encoder"]).save(paths.INDEX)
+
+
+def write_shard() -> None:
+    """The images to which the manifest of the fixture ``stages`` refers."""
+    paths.RAW.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(paths.RAW / "images-00000.tar", "w") as archive:
+        for number, color in enumerate(("red", "blue", "green", "white")):
+            file = io.BytesIO()
+            Image.new("RGB", (32, 32), color).save(file, "PNG")
+            entry = tarfile.TarInfo(f"{number:06d}.png")
+            entry.size = file.tell()
+            file.seek(0)
+            archive.addfile(entry, file)
 
 
 def aliases() -> dict[str, int]:

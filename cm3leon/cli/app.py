@@ -356,8 +356,7 @@ def drift(
     from cm3leon.config.loading import load_config
     from cm3leon.registry.drift import check_drift
 
-    config = load_config()
-    print(check_drift(config.drift, config.seed, out))
+    print(check_drift(load_config(), out))
 
 
 @app.command(rich_help_panel="Registry")

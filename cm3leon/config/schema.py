@@ -425,13 +425,14 @@ class GateConfig(Section):
 
 
 class DriftConfig(Section):
-    """The drift check, ``cm3leon drift``: how far new training data may be from the champion's."""
+    """The drift check: how far new training data may be from the champion's. A run past a limit stops before training."""
 
     sample: int = Field(2000, ge=8, description="records whose embeddings are compared, of each side")
-    max_auc: float = Field(0.8, ge=0.5, le=1, description="AUC of a classifier of new and old documents; 0.5: alike, 1: any passes")
-    max_caption_shift: float = Field(0.3, ge=0, le=1, description="Kolmogorov-Smirnov distance of the lengths of captions")
-    max_size_shift: float = Field(0.3, ge=0, le=1, description="Kolmogorov-Smirnov distance of the sizes of images")
+    max_auc: float = Field(0.6, ge=0.5, le=1, description="AUC of a classifier of new and old documents; 0.5: alike, 1: any passes")
+    max_caption_shift: float = Field(0.2, ge=0, le=1, description="Kolmogorov-Smirnov distance of the lengths of captions")
+    max_size_shift: float = Field(0.2, ge=0, le=1, description="Kolmogorov-Smirnov distance of widths or heights of images")
     max_license_shift: float = Field(0.2, ge=0, le=1, description="share of the documents that have another license than before")
+    max_duplicate_shift: float = Field(0.1, ge=0, le=1, description="change of the share of exact copies and near-duplicates")
     max_lost: float = Field(1.0, ge=0, le=1, description="share of the champion's training documents that are gone; 1: any passes")
 
 

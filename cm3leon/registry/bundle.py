@@ -6,6 +6,7 @@
     decoding.json, retrieval.json      decoding defaults; the rules of retrieval
     evaluation/                        record.json, outcomes.parquet and sheets
     training_data.parquet              id, origin, license, attribution, source and size of every training document
+    validation.json                    report of the stage validate: counts of records, rejected ones and duplicates, where there is one
     lineage.json                       git commit, md5 of dvc.lock and of the data, MLflow run of each stage, Prefect flow run
     dvc.lock, params.yaml              as they were, where the project has them: by them DVC finds data and models again
 
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from cm3leon.config import paths
 from cm3leon.config.loading import load_config
 from cm3leon.config.profiles import PARAMS
@@ -30,12 +33,13 @@ from cm3leon.config.schema import Config
 from cm3leon.data.manifest import read_manifest
 from cm3leon.evaluation.record import FILE as RECORD
 from cm3leon.evaluation.record import OUTCOMES, Record
+from cm3leon.retrieval.index import DOCUMENTS, multimodal_records
 from cm3leon.tracking import lineage
 from cm3leon.tracking.lineage import content_hash
 from cm3leon.tracking.runs import FLOW_RUN_ENV
 from cm3leon.utils.errors import UserError
 
-LINEAGE, TRAINING_DATA = "lineage.json", "training_data.parquet"
+LINEAGE, TRAINING_DATA, VALIDATION = "lineage.json", "training_data.parquet", "validation.json"
 PROJECT_FILES = (lineage.DVC_LOCK, PARAMS)
 DATA_COLUMNS = ["id", "origin", "licence", "attribution", "source", "width", "height"]
 SHEETS = "*.png"
@@ -96,7 +100,8 @@ def build_bundle(out: Path, config: Config | None = None) -> Bundle:
         config: for the defaults of decoding and retrieval; None reads ``params.yaml``.
 
     Raises:
-        BundleError: if a stage's output is missing or pickled, or another model or other decoding defaults were evaluated.
+        BundleError: if a stage's output is missing or pickled, the validated data is not what the models were trained on, or another model
+            or other decoding defaults were evaluated.
         IncompleteRecordError: as :func:`read_record`.
     """
     config = config or load_config()
@@ -130,7 +135,11 @@ def build_bundle(out: Path, config: Config | None = None) -> Bundle:
         raise BundleError(
             f"{paths.VALIDATED / 'manifest.parquet'} is missing, and the bundle lists its training data; run: cm3leon validate"
         )
-    read_manifest(paths.VALIDATED, "train", DATA_COLUMNS).to_parquet(partial / TRAINING_DATA, index=False)
+    train = read_manifest(paths.VALIDATED, "train")
+    _check_documents(train)
+    train[DATA_COLUMNS].to_parquet(partial / TRAINING_DATA, index=False)
+    if (paths.VALIDATED / "report.json").is_file():
+        shutil.copyfile(paths.VALIDATED / "report.json", partial / VALIDATION)
 
     # 4. The bundle appears whole or not at all.
     if out.exists():
@@ -149,6 +158,14 @@ def _check_evaluated(record: Record, settings: dict[str, dict[str, Any]]) -> Non
         then = record.settings.get(section, {})
         if changed := sorted(f"{section}.{name}" for name in now | then if now.get(name) != then.get(name)):
             raise BundleError(f"parameters changed since the evaluation ({', '.join(changed)}); run: cm3leon evaluate")
+
+
+def _check_documents(train: pd.DataFrame) -> None:
+    """Raises :class:`BundleError` if the memory bank was built of other data, after which ``validate`` has run and the stages have not."""
+    known = ["id", "caption", "licence"]
+    indexed = pd.read_parquet(paths.INDEX / DOCUMENTS, columns=known)
+    if indexed.to_numpy().tolist() != multimodal_records(train)[known].to_numpy().tolist():
+        raise BundleError(f"the data in {paths.VALIDATED} changed since the models were trained, and is not theirs; run the pipeline")
 
 
 def _files(part: Part) -> list[Path]:
@@ -179,9 +196,10 @@ def _write(path: Path, value: object) -> None:
 def bundle_hash(path: Path) -> str:
     """SHA-256 over names and contents of the bundle's files.
 
-    Lineage, the project's files and sheets of samples do not count: they differ between runs that give the same model.
+    Lineage, the report of validation, the project's files and sheets of samples do not count: they differ between runs that give the same
+    model.
     """
-    origin = {LINEAGE, *(file.name for file in PROJECT_FILES)}
+    origin = {LINEAGE, VALIDATION, *(file.name for file in PROJECT_FILES)}
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*"), key=lambda f: f.relative_to(path).as_posix()):
         name = file.relative_to(path).as_posix()

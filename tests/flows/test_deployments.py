@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +25,7 @@ from cm3leon.config import paths
 from cm3leon.config.schema import Config, ShapesConfig
 from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.packing import pack
-from cm3leon.data.thumbnails import thumbnail_of, write_thumbnails
+from cm3leon.data.thumbnails import FEATURES, thumbnail_of, write_thumbnails
 from cm3leon.evaluation.record import Record
 from cm3leon.evaluation.run import evaluate
 from cm3leon.registry import promotion, registry
@@ -153,12 +154,13 @@ def make_project(root: Path, tiny_models: Path, store: Path) -> None:
     shutil.copyfile(ROOT / "prefect.yaml", root / "prefect.yaml")
     (root / "params.yaml").write_text(yaml.safe_dump(CONFIG.model_dump(mode="json", by_alias=True)))
     pack(shapes.rows(ShapesConfig(count=9, edits=1.0, conditions=1.0, seed=1), paths.RAW), paths.RAW, 32)
+    train = read_manifest(paths.VALIDATED).assign(row=0)  # the documents of the memory bank, of which nothing reads the images
     frame = read_manifest(paths.RAW).assign(width=64, height=64, split="test")
-    frame.loc[len(frame) - 1, "split"] = "train"
-    records = frame[VALIDATED_SCHEMA.names].to_dict("records")
+    records = pd.concat([train, frame[VALIDATED_SCHEMA.names]]).to_dict("records")
     pq.write_table(pa.Table.from_pylist(records, schema=VALIDATED_SCHEMA), paths.VALIDATED / "manifest.parquet")
     images = ImageStore(paths.RAW)
-    write_thumbnails(paths.VALIDATED, [r["id"] for r in records], [thumbnail_of(images.open(r["image"])) for r in records])
+    thumbnails = [bytes([number]) * FEATURES for number in range(len(train))] + [thumbnail_of(images.open(ref)) for ref in frame["image"]]
+    write_thumbnails(paths.VALIDATED, [record["id"] for record in records], thumbnails)
     Training(frozenset({"text_to_image", "caption"}), masked_prompts=True).write(paths.FINETUNED)
     evaluate(CONFIG, paths.EVALUATION)
     (root / ".gitignore").write_text(".cache/\n/home/\n/out/\n/mlflow.db*\n/mlruns/\n*.log\n.prefect\n.services\n__pycache__/\n")

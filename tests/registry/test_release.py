@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from registry_support import CONFIG, evaluated, released
+from registry_support import CONFIG, evaluated, released, train_on
 
 from cm3leon.cli.app import app
 from cm3leon.config import paths
@@ -115,7 +115,7 @@ def test_lineage_both_ways(stages: Path, capsys: pytest.CaptureFixture[str]) -> 
     released(0.5)
     manifest = pd.read_parquet(paths.VALIDATED / "manifest.parquet")
     manifest.loc[manifest["id"] == "b", "licence"] = "CC-BY-SA-4.0"
-    manifest[manifest["id"] != "a"].to_parquet(paths.VALIDATED / "manifest.parquet")
+    train_on(manifest[manifest["id"] != "a"])
     released(0.6)
 
     def uses(**asked: str) -> dict[str, list[str]]:
