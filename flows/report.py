@@ -19,7 +19,7 @@ from flows.stage import StageResult, metrics_text
 
 STYLES = {"Completed": "green", "Cached": "cyan", "Skipped": "dim", "Failed": "bold red", "NotRun": "yellow"}
 SAMPLES = paths.EVALUATION / "samples.png"
-DATA_DOCS = Path("data/validated/data_docs/index.html")
+DATA_DOCS = paths.DATA_DOCS / "index.html"
 
 
 def _memory(result: StageResult) -> str:

@@ -19,13 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from cm3leon.config import paths
 from cm3leon.services.environment import PREFECT_HOME, SERVER_FILE, ui_servers, use_environment
 from cm3leon.services.leftovers import PROCESSES, end_leftover_processes, owned
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.processes import identity, stop_tree
 
 HOST = "127.0.0.1"
-DATA_DOCS = Path("data/validated/data_docs")
 LOGS = Path(".cache/ui")
 START_SECONDS = 90.0
 """How long a server may take to answer."""
@@ -91,10 +91,10 @@ def services(uri: str, experiment_id: str, mlflow_port: int, prefect_port: int, 
         port = free_port(prefect_port)
         prefect = Service(f"http://{HOST}:{port}", "", "/api/health", ["prefect", "server", "start", "--host", HOST, "--port", str(port)])
     by_name = {"MLflow": mlflow, "Prefect": prefect}
-    if (DATA_DOCS / "index.html").is_file():
+    if (paths.DATA_DOCS / "index.html").is_file():
         port = free_port(docs_port)
         by_name["Data Docs"] = Service(
-            f"http://{HOST}:{port}", command=["http.server", str(port), "--bind", HOST, "--directory", str(DATA_DOCS)]
+            f"http://{HOST}:{port}", command=["http.server", str(port), "--bind", HOST, "--directory", str(paths.DATA_DOCS)]
         )
     return by_name
 

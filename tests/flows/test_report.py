@@ -22,7 +22,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The MLflow run of a pipeline whose outputs can be looked at."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for path in (paths.EVALUATION / "samples.png", paths.VALIDATED / "data_docs/index.html", paths.run_file("evaluate")):
+    for path in (paths.EVALUATION / "samples.png", paths.DATA_DOCS / "index.html", paths.run_file("evaluate")):
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"run_id": "e1", "experiment_id": "1"}))
     return Run(None, "p1", "1")
@@ -51,7 +51,7 @@ def test_links_lead_to_files_where_no_server_runs(run: Run, tmp_path: Path) -> N
     announce(f"{socket.gethostname()}:1:0")  # process 1 has another start
     text = markdown(RESULTS, "done", run)
     assert f"[samples]({tmp_path.as_uri()}/models/evaluation/samples.png)" in text
-    assert f"[data docs]({tmp_path.as_uri()}/data/validated/data_docs/index.html)" in text
+    assert f"[data docs]({tmp_path.as_uri()}/models/runs/validate/data_docs/index.html)" in text
     assert "http://" not in text
 
 
