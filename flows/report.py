@@ -15,6 +15,7 @@ from cm3leon.config import paths
 from cm3leon.services.environment import ui_servers
 from cm3leon.tracking.runs import Run
 from cm3leon.tracking.store import tracking_uri
+from cm3leon.tracking.view import run_page
 from flows.stage import StageResult, metrics_text
 
 STYLES = {"Completed": "green", "Cached": "cyan", "Skipped": "dim", "Failed": "bold red", "NotRun": "yellow"}
@@ -66,7 +67,7 @@ def links(run: Run, local: Callable[[Path], str]) -> list[tuple[str, str]]:
     mlflow = uri.rstrip("/") if uri.startswith("http") else servers.get("MLflow")
     found = []
     if mlflow and run.run_id:
-        found.append(("MLflow run", f"{mlflow}/#/experiments/{run.experiment_id}/runs/{run.run_id}"))
+        found.append(("MLflow run", f"{mlflow}/{run_page(str(run.experiment_id), run.run_id)}"))
     if SAMPLES.is_file():
         evaluated = json.loads(file.read_text()) if (file := paths.run_file("evaluate")).is_file() else {}
         page = f"{mlflow}/#/experiments/{evaluated.get('experiment_id')}/runs/{evaluated.get('run_id')}/artifacts"

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from cm3leon.config import paths
 from cm3leon.services.environment import PREFECT_HOME, SERVER_FILE, ui_servers, use_environment
 from cm3leon.services.leftovers import PROCESSES, end_leftover_processes, owned
+from cm3leon.tracking.view import TRAINING
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.processes import identity, stop_tree
 
@@ -87,7 +88,7 @@ def services(uri: str, experiment_id: str, mlflow_port: int, prefect_port: int, 
     Args:
         uri: the MLflow store, or the address of an MLflow server. Data Docs are served once ``validate`` has written them.
     """
-    runs = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    runs = f"/#/experiments/{experiment_id}/runs?{TRAINING}"
     if uri.startswith("http"):
         mlflow = Service(uri.rstrip("/"), runs)
     else:

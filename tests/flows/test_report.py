@@ -36,13 +36,13 @@ def announce(process: str) -> None:
 
 def test_headline_scores_come_before_all_others() -> None:
     assert metrics_text(SCORES, 3) == "composition 0.41, vqa_accuracy 0.62, clip_score 0.6"
-    assert metrics_text({"rows": 12, "images": 3}) == "rows 12, images 3"
+    assert metrics_text({"rows": 12.0, "parameters": 20_780_000.0}) == "rows 12, parameters 20,780,000"
 
 
 def test_links_lead_to_the_pages_of_servers_that_run(run: Run) -> None:
     announce(identity())
     text = markdown(RESULTS, "done", run)
-    assert "[MLflow run](http://127.0.0.1:5001/#/experiments/1/runs/p1)" in text
+    assert "[MLflow run](http://127.0.0.1:5001/#/experiments/1/runs/p1?workflowType=machine_learning)" in text
     assert "[samples](http://127.0.0.1:5001/#/experiments/1/runs/e1/artifacts)" in text
     assert "[data docs](http://127.0.0.1:8000/index.html)" in text
 
@@ -57,7 +57,9 @@ def test_links_lead_to_files_where_no_server_runs(run: Run, tmp_path: Path) -> N
 
 def test_links_lead_to_the_mlflow_server_of_the_user(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org/")
-    assert "[MLflow run](https://mlflow.example.org/#/experiments/1/runs/p1)" in markdown(RESULTS, "done", run)
+    assert "[MLflow run](https://mlflow.example.org/#/experiments/1/runs/p1?workflowType=machine_learning)" in markdown(
+        RESULTS, "done", run
+    )
 
 
 def test_scores_stand_above_the_stages_and_a_failed_stage_has_its_seconds(run: Run) -> None:
