@@ -19,7 +19,7 @@ from cm3leon.config.schema import Config
 from cm3leon.sequence.tasks import TASKS
 from cm3leon.tracking import lineage
 from cm3leon.tracking.runs import MAX_PARAM_CHARACTERS, VERSION_TAG, Run, flatten
-from cm3leon.tracking.view import NOTE_TAG, run_page, write_view
+from cm3leon.tracking.view import NOTE_TAG, run_page, spaced, write_view
 from cm3leon.utils.errors import ConfigError
 
 HEADLINE = tuple(dict.fromkeys([*(task.score for task in TASKS.values()), "clip_score", "fd_encoder"]))
@@ -182,4 +182,4 @@ def _table(subject: str, rows: list[tuple[str, str, str]]) -> str:
     if not rows:
         return ""
     lines = [f"| {subject} | before | now |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows[:MAX_ROWS])]
-    return "\n".join(lines) + (f"\n\n{len(rows) - MAX_ROWS} more" if len(rows) > MAX_ROWS else "")
+    return spaced("\n".join(lines)) + (f"\n\n{len(rows) - MAX_ROWS} more" if len(rows) > MAX_ROWS else "")

@@ -25,6 +25,11 @@ TRAINING = "workflowType=machine_learning"
 """In an address: MLflow's pages without what is for applications of language models."""
 
 
+def spaced(table: str) -> str:
+    """A markdown table for a description: MLflow draws columns without space between them."""
+    return table.replace(" | ", "&ensp; | ")
+
+
 def run_page(experiment_id: str, run_id: str) -> str:
     """The address of a run's page, relative to MLflow's."""
     return f"#/experiments/{experiment_id}/runs/{run_id}?{TRAINING}"
@@ -61,7 +66,7 @@ def _view(metrics: Sequence[str], images: Sequence[str], tag: str, baseline: str
         "orderByAsc": False,
         "selectedColumns": [*(f"metrics.`{name}`" for name in metrics), f"tags.`{tag}`"],
         "columnOrder": [RUN_NAME, *(f"metrics.`{name}`" for name in metrics)],
-        "columnWidths": {RUN_NAME: NAME_WIDTH},
+        "columnWidths": {RUN_NAME: NAME_WIDTH, **{f"metrics.`{name}`": 30 + 7 * len(name) for name in metrics}},
         "compareRunCharts": [difference, sheets, *bars],
         "compareRunSections": [_section(name, *size) for name, size in SECTIONS.items()],
         "isAccordionReordered": True,

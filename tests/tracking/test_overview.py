@@ -16,7 +16,7 @@ from cm3leon.config.schema import Config
 from cm3leon.stages.common import STAGES
 from cm3leon.stages.evaluate import CALIBRATION
 from cm3leon.tracking import overview, runs, store
-from cm3leon.tracking.view import KEY, NOTE_TAG
+from cm3leon.tracking.view import KEY, NOTE_TAG, spaced
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCORES = {"composition": 0.25, "composition/color": 0.9, "edit/done": 0.5, "bleu_1": 0.1}
@@ -121,8 +121,8 @@ def test_the_description_shows_changes_scores_samples_and_the_version(outputs: P
         in note
     )
     assert "seed 0 → 1, against [" in note
-    assert "| `seed` | 0 | 1 |" in note
-    assert "| composition | 0.25 | 0.25 |" in note
+    assert spaced("| `seed` | 0 | 1 |") in note
+    assert spaced("| composition | 0.25 | 0.25 |") in note
     [image] = [f.path for f in client().list_artifacts(run.run_id, "images") if f.path.endswith(".png") and "samples" in f.path]
     assert f"path={image.replace('/', '%2F').replace('+', '%2B')}&run_uuid={run.run_id}" in note
 
