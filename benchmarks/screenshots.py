@@ -131,7 +131,8 @@ def mlflow_pages(address: str, files: Path) -> Iterator[Page]:
     from mlflow import MlflowClient
 
     client, newest = MlflowClient(tracking_uri=address, registry_uri=address), ["attributes.start_time DESC"]
-    experiment, ledger = (client.get_experiment_by_name(name).experiment_id for name in (EXPERIMENT, LEDGER))
+    ids = {found.name: found.experiment_id for found in client.search_experiments()}
+    experiment, ledger = ids[EXPERIMENT], ids[LEDGER]
     runs = client.search_runs([experiment], "tags.stage = 'pipeline'", order_by=newest, max_results=2)
     [pretraining] = client.search_runs([experiment], "tags.stage = 'pretrain'", order_by=newest, max_results=1)
     version = client.get_model_version_by_alias(MODEL_NAME, CHALLENGER)
@@ -150,7 +151,7 @@ def mlflow_pages(address: str, files: Path) -> Iterator[Page]:
     yield Page("mlflow-model", f"{address}/#/models/{MODEL_NAME}?{TRAINING}", "Aliased versions", (1440, 700))
     yield Page("mlflow-ledger", f"{address}/#/experiments/{ledger}/runs?{TRAINING}", "Run Name", (1440, 620))
     for file, picture in (("gate.html", "gate"), ("release/release.html", "release")):
-        yield Page(picture, Path(client.download_artifacts(version.run_id, file, str(files))).as_uri(), "", (1200, 900))
+        yield Page(picture, Path(client.download_artifacts(str(version.run_id), file, str(files))).as_uri(), "", (1200, 900))
 
 
 def prefect_pages(address: str) -> Iterator[Page]:
