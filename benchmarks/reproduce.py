@@ -25,19 +25,23 @@ ROOT = Path(__file__).parents[1]
 FLOW, DVC = ["flows.pipeline", "--no-promote"], ["dvc", "repro"]
 
 
-def clone(to: Path, commit: str, profile: str) -> dict[str, str]:
-    """Clone a commit and write its parameters from the profile; returns the environment for its commands."""
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(to)], check=True)
-    subprocess.run(["git", "checkout", "--quiet", commit], cwd=to, check=True)
-    # Stages call `cm3leon`; the installed command belongs to this checkout, so the clone gets one of its own.
-    command = to / ".cache" / "bin" / "cm3leon"
-    command.parent.mkdir(parents=True)
+def environment_of(project: Path) -> dict[str, str]:
+    """Variables for the commands of a clone. Stages call ``cm3leon``, and the installed one belongs to this checkout: it gets its own."""
+    command = project / ".cache" / "bin" / "cm3leon"
+    command.parent.mkdir(parents=True, exist_ok=True)
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m cm3leon "$@"\n')
     command.chmod(0o755)
     drop = ("MLFLOW_", "PREFECT_", "DVC_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
     search = [str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"]]
-    environment |= {"PYTHONPATH": str(to), "PATH": os.pathsep.join(search)}
+    return environment | {"PYTHONPATH": str(project), "PATH": os.pathsep.join(search)}
+
+
+def clone(to: Path, commit: str, profile: str) -> dict[str, str]:
+    """Clone a commit and write its parameters from the profile; returns the environment for its commands."""
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(to)], check=True)
+    subprocess.run(["git", "checkout", "--quiet", commit], cwd=to, check=True)
+    environment = environment_of(to)
     for arguments in (["configure", profile], ["setup"]):
         subprocess.run([sys.executable, "-m", "cm3leon", *arguments], cwd=to, env=environment, check=True)
     return environment

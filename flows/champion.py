@@ -20,12 +20,18 @@ from prefect.states import Completed, Failed  # noqa: E402
 from cm3leon.registry.registry import MODEL_NAME  # noqa: E402
 from cm3leon.tracking.runs import FLOW_RUN_ENV  # noqa: E402
 from flows.notify import tell_failure  # noqa: E402
-from flows.session import alone  # noqa: E402
+from flows.session import alone, dated  # noqa: E402
 
 LEFT_EVENT = "cm3leon.champion.score-left-interval"
 
 
-@flow(name="cm3leon-champion", persist_result=False, on_failure=[tell_failure], on_crashed=[tell_failure])
+@flow(
+    name="cm3leon-champion",
+    flow_run_name=lambda: dated("champion"),
+    persist_result=False,
+    on_failure=[tell_failure],
+    on_crashed=[tell_failure],
+)
 def evaluate_champion() -> State:
     """Measure the champion again with the settings of its record; Failed, named ScoreLeftInterval, if a score left its interval."""
     return alone(_evaluate)

@@ -14,7 +14,7 @@ from prefect.states import Completed, Failed
 from cm3leon.config.schema import Config
 from cm3leon.tracking.runs import Run
 from flows.graph import Stage
-from flows.report import run_page
+from flows.report import mlflow_page
 from flows.stage import StageResult
 
 DRIFT, AFTER = "drift", "validate"
@@ -50,7 +50,7 @@ def drift_task(config: Config, run: Run, accept: bool) -> State:
     result = StageResult(DRIFT, "Completed" if checked.drift else "Skipped")
     if checked.drift:
         result.metrics = checked.drift.values
-        page = run_page(run)
+        page = mlflow_page(run)
         link = f"{page}/artifacts/{REPORT.stem}/{REPORT.name}" if page else REPORT.absolute().as_uri()
         report = f"{checked.drift.to_markdown()}\n[report with plots]({link})\n"
         create_markdown_artifact(report, key="drift-report", description="The new training data compared with the champion's")

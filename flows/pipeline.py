@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from flows.graph import Stage, downstream_of, from_stage, stage_order, stale_sta
 from flows.notify import tell_failure  # noqa: E402
 from flows.promotion import register_gate_promote  # noqa: E402
 from flows.report import markdown, show_table  # noqa: E402
-from flows.session import prefect_api, until_interrupted  # noqa: E402
+from flows.session import dated, prefect_api, until_interrupted  # noqa: E402
 from flows.stage import StageResult, stage_task  # noqa: E402
 
 
@@ -95,7 +94,7 @@ def run_name() -> str:
     profile = flow_run.parameters.get("profile")
     with suppress(UserError):  # the run itself reports it
         profile = profile or load_config().profile
-    return f"{profile or 'pipeline'} {datetime.now():%Y-%m-%d %H:%M}"  # noqa: DTZ005 - the reader's own clock
+    return dated(profile or "pipeline")
 
 
 @flow(name="cm3leon", flow_run_name=run_name, persist_result=False, on_failure=[tell_failure], on_crashed=[tell_failure])
@@ -194,7 +193,7 @@ def _publish(report: str, profile: str) -> None:
     """Publish the report as an artifact of the flow run."""
     from prefect.artifacts import create_markdown_artifact
 
-    create_markdown_artifact(report, key="pipeline-report", description=f"Scores, verdict, links and stages of a run of profile {profile}")
+    create_markdown_artifact(report, key="pipeline-report", description=f"Profile {profile}: verdict, scores, stages")
 
 
 def main(arguments: list[str] | None = None) -> int:

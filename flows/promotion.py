@@ -28,7 +28,7 @@ from cm3leon.registry.registry import Version  # noqa: E402
 from cm3leon.tracking.runs import FLOW_RUN_ENV  # noqa: E402
 from flows.approval import DECISION_HOURS, Hours, check_can_wait, propose, with_decision  # noqa: E402
 from flows.notify import tell_failure, tell_promotion  # noqa: E402
-from flows.session import prefect_api, until_interrupted  # noqa: E402
+from flows.session import dated, prefect_api, until_interrupted  # noqa: E402
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
@@ -85,7 +85,13 @@ def register_gate_promote(config: Config, after: Sequence[State] = (), approval:
     return f"version {version} is the champion, {verdict}"
 
 
-@flow(name="cm3leon-promotion", persist_result=False, on_failure=[tell_failure], on_crashed=[tell_failure])
+@flow(
+    name="cm3leon-promotion",
+    flow_run_name=lambda: dated("promotion"),
+    persist_result=False,
+    on_failure=[tell_failure],
+    on_crashed=[tell_failure],
+)
 def promotion_flow(approval: bool = False, decision_hours: Hours = DECISION_HOURS) -> State:
     """Register the stages' outputs, gate them, and promote them if they pass, or if a person says so.
 
@@ -103,7 +109,7 @@ def promotion_flow(approval: bool = False, decision_hours: Hours = DECISION_HOUR
     return with_decision(work, approval, decision_hours)
 
 
-@flow(name="cm3leon-rollback", persist_result=False)
+@flow(name="cm3leon-rollback", flow_run_name=lambda: dated("rollback"), persist_result=False)
 def rollback() -> State:
     """Make the previous champion the champion again."""
     from cm3leon.registry import promotion

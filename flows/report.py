@@ -15,11 +15,12 @@ from cm3leon.config import paths
 from cm3leon.services.environment import ui_servers
 from cm3leon.tracking.runs import Run
 from cm3leon.tracking.store import tracking_uri
+from cm3leon.tracking.view import run_page
 from flows.stage import StageResult, metrics_text
 
 STYLES = {"Completed": "green", "Cached": "cyan", "Skipped": "dim", "Failed": "bold red", "NotRun": "yellow"}
 SAMPLES = paths.EVALUATION / "samples.png"
-DATA_DOCS = Path("data/validated/data_docs/index.html")
+DATA_DOCS = paths.DATA_DOCS / "index.html"
 
 
 def _memory(result: StageResult) -> str:
@@ -63,7 +64,7 @@ def links(run: Run, local: Callable[[Path], str]) -> list[tuple[str, str]]:
     """
     servers, mlflow = ui_servers(), _mlflow()
     found = []
-    if own_page := run_page(run):
+    if own_page := mlflow_page(run):
         found.append(("MLflow run", own_page))
     if SAMPLES.is_file():
         evaluated = json.loads(file.read_text()) if (file := paths.run_file("evaluate")).is_file() else {}
@@ -80,10 +81,10 @@ def _mlflow() -> str | None:
     return uri.rstrip("/") if uri.startswith("http") else ui_servers().get("MLflow")
 
 
-def run_page(run: Run) -> str | None:
+def mlflow_page(run: Run) -> str | None:
     """The page of a run in MLflow; None if no server is up, or the run is not tracked."""
     mlflow = _mlflow()
-    return f"{mlflow}/#/experiments/{run.experiment_id}/runs/{run.run_id}" if mlflow and run.run_id else None
+    return f"{mlflow}/{run_page(str(run.experiment_id), run.run_id)}" if mlflow and run.run_id else None
 
 
 def markdown(results: Sequence[StageResult], verdict: str, run: Run, saved: str = "") -> str:

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from types import FrameType
 from uuid import UUID
 
@@ -39,6 +40,11 @@ def prefect_api() -> Iterator[None]:
                 yield
             finally:
                 send_pending()
+
+
+def dated(what: str) -> str:
+    """The name of a flow run that begins now, as "champion 2026-05-31 06:00"."""
+    return f"{what} {datetime.now():%Y-%m-%d %H:%M}"  # noqa: DTZ005 - the reader's own clock
 
 
 def alone(work: Callable[[], State]) -> State:

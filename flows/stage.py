@@ -125,4 +125,5 @@ def stage_task(name: str) -> State:
 def metrics_text(metrics: dict[str, float], limit: int = 4) -> str:
     """The first ``limit`` metrics, :data:`HEADLINE` before others: "composition 0.41, vqa_accuracy 0.62"."""
     ordered = {name: metrics[name] for name in HEADLINE if name in metrics} | metrics
-    return ", ".join(f"{name} {value:,.4g}" for name, value in list(ordered.items())[:limit])
+    shown = [(name, float(value)) for name, value in list(ordered.items())[:limit]]
+    return ", ".join(f"{name} {value:{',.0f' if value.is_integer() else ',.4g'}}" for name, value in shown)

@@ -23,23 +23,38 @@ class Browser:
         with urllib.request.urlopen(f"http://127.0.0.1:{port_file.read_text().split()[0]}/json/list") as answer:
             [address] = [target["webSocketDebuggerUrl"] for target in json.load(answer) if target["type"] == "page"]
         self.socket = connect(address, max_size=None, proxy=None)
-        self.number, self.complaints = 0, []
-        for domain in ("Page", "Runtime", "Log", "DOM"):
+        self.number, self.complaints, self.failed_requests, self.pending_requests = 0, [], [], set()
+        for domain in ("Page", "Runtime", "Log", "DOM", "Network"):
             self.send(f"{domain}.enable")
 
     def send(self, method, **params):
-        """The result of a command; what the page complains of meanwhile is kept: a script that fails, something the policy blocks."""
+        """The result of a command."""
         self.number += 1
         self.socket.send(json.dumps({"id": self.number, "method": method, "params": params}))
         while True:
             message = json.loads(self.socket.recv(timeout=20))
-            if message.get("method") == "Log.entryAdded" and message["params"]["entry"]["source"] != "network":
-                self.complaints.append(message["params"]["entry"]["text"])
-            if message.get("method") == "Runtime.exceptionThrown":
-                self.complaints.append(str(message["params"]["exceptionDetails"]))
+            self._note(message.get("method"), message.get("params"))
             if message.get("id") == self.number:
                 assert "error" not in message, message
                 return message["result"]
+
+    def _note(self, event, params):
+        """Keep what the page complains of: a script that fails, something the policy blocks.
+
+        Requests that failed are kept apart: an error that the server answers is no fault of the page.
+        """
+        if event == "Log.entryAdded":
+            entry = params["entry"]
+            kept = self.failed_requests if entry["source"] == "network" else self.complaints
+            kept.append(f"{entry['text']} {entry.get('url', '')}".strip())
+        elif event == "Runtime.consoleAPICalled" and params["type"] == "error":
+            self.complaints.append(" ".join(str(part.get("value", part.get("description"))) for part in params["args"]))
+        elif event == "Runtime.exceptionThrown":
+            self.complaints.append(str(params["exceptionDetails"]))
+        elif event == "Network.requestWillBeSent":
+            self.pending_requests.add(params["requestId"])
+        elif event in ("Network.loadingFinished", "Network.loadingFailed"):
+            self.pending_requests.discard(params["requestId"])
 
     def evaluate(self, script):
         """The value of a script in the page."""
@@ -54,10 +69,30 @@ class Browser:
             assert time.monotonic() < end, f"{script} did not come about; the page says {self.evaluate('document.body.innerText')}"
             time.sleep(0.02)
 
-    def open(self, url):
-        """Show the page and wait until it knows the model."""
+    def visit(self, url, ready="true", seconds=15):
+        """Show a page and wait until it is loaded and a script in it is true."""
+        self.pending_requests.clear()
+        self.send("Page.navigate", url="about:blank")  # an address that differs after the # alone would not be loaded
+        self.until("document.URL === 'about:blank'")
         self.send("Page.navigate", url=url)
-        self.until("document.readyState === 'complete' && document.querySelector('#model').textContent.includes('generates')")
+        self.until(f"document.URL !== 'about:blank' && document.readyState === 'complete' && ({ready})", seconds)
+
+    def open(self, url):
+        """Show the page of a served model and wait until it knows the model."""
+        self.visit(url, "document.querySelector('#model').textContent.includes('generates')")
+
+    def until_quiet(self, seconds=2.0, limit=60.0):
+        """Wait until the page has asked for nothing and stayed as it is for some seconds; not longer than the limit."""
+        shown, since, end = None, time.monotonic(), time.monotonic() + limit
+        while time.monotonic() < min(since + seconds, end):
+            now = self.evaluate("document.documentElement.outerHTML.length"), len(self.pending_requests)
+            if now != shown or self.pending_requests:
+                shown, since = now, time.monotonic()
+            time.sleep(0.1)
+
+    def resize(self, width, height):
+        """Give the page another size, pixels."""
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def middle(self, selector, across=0.5, down=0.5):
         """Where a place of an element is on the screen."""

@@ -22,8 +22,12 @@ CHECKPOINTS = Path("models/checkpoints")
 """``CHECKPOINTS / stage``: checkpoints from which a training stage resumes. Not outputs: DVC deletes those when a stage starts."""
 
 RUNS = Path("models/runs")
-"""``RUNS / stage / "mlflow_run.json"``: the MLflow run that made a stage's outputs. It is not kept with the artifacts, so
-that they depend on data, parameters and code alone, and a stage that gives the same bytes again leaves later stages up to date."""
+"""``RUNS / stage``: what tells of the run that made a stage's outputs, as which MLflow run it was, and when. It is not kept with the
+artifacts, so that they depend on data, parameters and code alone, and a stage that gives the same bytes again leaves later stages up to
+date."""
+
+DATA_DOCS = RUNS / "validate" / "data_docs"
+"""Great Expectations' pages of ``validate``, which bear the time of the run; ``index.html`` is the first."""
 
 
 def run_file(stage: str) -> Path:

@@ -1,7 +1,8 @@
-"""Great Expectations' Data Docs as self-contained pages, with the same bytes for the same data.
+"""Great Expectations' Data Docs as self-contained pages.
 
-Great Expectations writes pages with random ids and times, which load scripts, styles and images from the network and without them show
-empty tables. Here the tables are written as HTML, and one style sheet of our own replaces the remote ones, so that a page loads nothing.
+Great Expectations writes pages which load scripts, styles and images from the network and without them show empty tables. Here the tables
+are written as HTML, and one style sheet of our own replaces the remote ones, so that a page loads nothing. Titles say what was checked
+and when; of a table in memory Great Expectations does not know the name.
 """
 
 from __future__ import annotations
@@ -9,12 +10,10 @@ from __future__ import annotations
 import ast
 import re
 import shutil
+from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import Any
-
-FIXED_TIME = "20000101T000000.000000Z"
-"""Replaces every time on the pages; MLflow records the time of a run."""
 
 _STYLE = """
 * { box-sizing: border-box }
@@ -68,14 +67,21 @@ _FILLED_TABLE = re.compile(
     r".*?columns: (?P<columns>\[.*?\]),\n\s*data: (?P<data>\[.*?\]),\n",
     re.DOTALL,
 )
-_UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\b")
-_TIME = re.compile(r"\b20\d{6}T\d{6}\.\d{6}Z")
+_TITLE = re.compile(r"<title>.*?</title>", re.DOTALL)
 
 
-def make_self_contained(docs: Path) -> None:
-    """Rewrite every page under ``docs`` in place, and remove the files that no page uses any more."""
-    for page in sorted(docs.rglob("*.html")):
-        page.write_text(_without_remote_files(_deterministic(page.read_text(encoding="utf-8"))), encoding="utf-8")
+def make_self_contained(docs: Path, checked: datetime) -> None:
+    """Rewrite every page under ``docs`` in place, and remove the files that no page uses any more.
+
+    Args:
+        checked: when.
+    """
+    for page in docs.rglob("*.html"):
+        what = "Data Docs" if page.name == "index.html" else page.stem.rpartition("-")[2].replace("_", " ")
+        if "expectations" in page.relative_to(docs).parts:
+            what = f"expectations of {what}"
+        html = _titled(page.read_text(encoding="utf-8"), what, f"{checked:%Y-%m-%d %H:%M} UTC")
+        page.write_text(_without_remote_files(html), encoding="utf-8")
     shutil.rmtree(docs / "static", ignore_errors=True)
 
 
@@ -88,11 +94,10 @@ def add_counts(docs: Path, title: str, counts: dict[str, int]) -> None:
     page.write_text(before + table + tag + after, encoding="utf-8")
 
 
-def _deterministic(html: str) -> str:
-    """The page with ids numbered in the order of their occurrence, and one fixed time."""
-    numbers: dict[str, str] = {}
-    html = _UUID.sub(lambda match: numbers.setdefault(match[0], f"n{len(numbers)}"), html)
-    return _TIME.sub(FIXED_TIME, html)
+def _titled(html: str, what: str, when: str) -> str:
+    """The page with one title, and the name and time of what was checked."""
+    html = _TITLE.sub("", html).replace("<head>", f"<head>\n    <title>{what} · {when}</title>", 1)
+    return html.replace("Data asset: None", f"Data asset: {what}<br>Checked: {when}")
 
 
 def _without_remote_files(html: str) -> str:
@@ -106,7 +111,7 @@ def _without_remote_files(html: str) -> str:
 
 def _table(columns: list[dict[str, str]], rows: list[dict[str, Any]]) -> str:
     """The rows of an index table, each with a link to its page."""
-    shown = [column for column in columns if column["field"] not in ("run_time", "run_name", "batch_identifier")]
+    shown = [column for column in columns if column["field"] not in ("run_name", "batch_identifier")]
     head = "".join(f"<th>{column['title']}</th>" for column in shown)
     body = []
     for row in rows:

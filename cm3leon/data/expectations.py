@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from cm3leon.data import data_docs
 from cm3leon.data.manifest import SPLITS
 from cm3leon.utils import telemetry
 
-SITE = "data_docs"
+SITE = "manifest of the training data"
 RUN = "validate"
 """Names on the pages of Data Docs."""
 
@@ -47,7 +47,7 @@ def flat_frame(accepted: pd.DataFrame, components: Any) -> pd.DataFrame:
 
 
 def _expectations(config: ValidateConfig) -> dict[str, list[Any]]:
-    """Expectations by suite: ``rows`` for the accepted records, ``run`` for the counts of the run (one row)."""
+    """Expectations by suite: ``accepted_rows``, and ``counts`` of all rows (a table of one row)."""
     from great_expectations import expectations as gxe
 
     rows: list[Any] = [gxe.ExpectTableRowCountToBeBetween(min_value=1)]
@@ -65,19 +65,19 @@ def _expectations(config: ValidateConfig) -> dict[str, list[Any]]:
         gxe.ExpectColumnValuesToBeBetween(column="longest_caption", max_value=config.max_caption_characters),
         gxe.ExpectColumnValuesToBeBetween(column="splits_of_its_part", min_value=1, max_value=1),
     ]
-    run = [
+    counts = [
         gxe.ExpectColumnValuesToBeBetween(column="unaccounted", min_value=0, max_value=0),
         gxe.ExpectColumnValuesToBeBetween(column="accepted", min_value=1),
         gxe.ExpectColumnValuesToBeBetween(column="rejected_rate", min_value=0, max_value=config.max_rejected_rate),
     ]
-    return {"rows": rows, "run": run}
+    return {"accepted_rows": rows, "counts": counts}
 
 
 def check(frames: dict[str, pd.DataFrame], config: ValidateConfig, docs: Path) -> list[str]:
     """Validate ``frames`` and write Data Docs to ``docs``.
 
     Args:
-        frames: by suite, ``rows`` and ``run``; a suite without a frame is left out.
+        frames: by suite, ``accepted_rows`` and ``counts``; a suite without a frame is left out.
 
     Returns:
         One line for each expectation that failed.
@@ -95,12 +95,13 @@ def check(frames: dict[str, pd.DataFrame], config: ValidateConfig, docs: Path) -
         context.variables.progress_bars = {"globally": False}
         # A site of our own, which is moved to its place: Great Expectations takes a $ in a configured path for a variable.
         context.delete_data_docs_site("local_site")
-        store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": SITE}
+        store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": "site"}
         context.add_data_docs_site(
             SITE, {"class_name": "SiteBuilder", "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"}, "store_backend": store}
         )
+        now = datetime.now(UTC)
         source = context.data_sources.add_pandas("manifest")
-        run_id = RunIdentifier(run_name=RUN, run_time=datetime.fromisoformat(data_docs.FIXED_TIME))
+        run_id = RunIdentifier(run_name=RUN, run_time=now)
         for name, expectations in _expectations(config).items():
             if name not in frames:
                 continue
@@ -110,8 +111,8 @@ def check(frames: dict[str, pd.DataFrame], config: ValidateConfig, docs: Path) -
             result = definition.run(batch_parameters={"dataframe": frames[name]}, result_format="SUMMARY", run_id=run_id)
             failed += [_line(name, item) for item in result.results if not item.success]
         context.build_data_docs(site_names=[SITE])
-        shutil.copytree(Path(context.root_directory) / SITE, docs)
-    data_docs.make_self_contained(docs)
+        shutil.copytree(Path(context.root_directory) / "site", docs)
+    data_docs.make_self_contained(docs, now)
     return failed
 
 

@@ -111,7 +111,7 @@ class Verdict:
     def __str__(self) -> str:
         failed = [*self.refusals, *(f"{row.metric}: {row.reason}" for row in self.rows if row.passed is False)]
         checked = sum(row.passed is not None for row in self.rows)
-        against = f"version {self.champion}" if self.champion else "no champion yet"
+        against = f"compared with version {self.champion}" if self.champion else "no champion yet"
         if failed:
             return f"held back ({against}): {'; '.join(failed)}"
         return f"passed {checked} {'check' if checked == 1 else 'checks'} ({'; '.join([against, *self.notes])})"

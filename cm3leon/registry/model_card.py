@@ -8,6 +8,8 @@ from typing import Any
 from cm3leon.evaluation.record import Record
 from cm3leon.registry.bundle import TRAINING_DATA
 from cm3leon.registry.gate import LOWER_IS_BETTER
+from cm3leon.tracking.overview import HEADLINE
+from cm3leon.tracking.view import spaced
 
 MAX_DESCRIPTION = 4900
 """MLflow's store keeps 5,000 characters of a version's description."""
@@ -50,8 +52,9 @@ def scores_table(record: Record) -> Iterator[str]:
 
 
 def headline_scores(record: Record) -> list[str]:
-    """Names of the scores that are calibrated; the others are breakdowns of them, or counts."""
-    return [name for name in sorted(record.scores) if calibrations_of(record, name, (*BASELINES, *CEILINGS))]
+    """Names of the scores that are calibrated, the main ones first; the others are breakdowns of them, or counts."""
+    ordered = sorted(record.scores, key=lambda name: (HEADLINE.index(name) if name in HEADLINE else len(HEADLINE), name))
+    return [name for name in ordered if calibrations_of(record, name, (*BASELINES, *CEILINGS))]
 
 
 def limits(record: Record) -> Iterator[str]:
@@ -120,7 +123,7 @@ def _flat(lineage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def description(number: str, found: Mapping[str, Any], record: Record, state: str) -> str:
     """The description of a version on MLflow's page."""
     licenses = ", ".join(f"{row['license']} ({row['documents']:,})" for row in found["licenses"])
-    lines = [f"**{state}**", "", *scores_table(record), "", f"Training data: {found['documents']:,} documents; {licenses}.",
+    lines = [f"**{state}**", "", *map(spaced, scores_table(record)), "", f"Training data: {found['documents']:,} documents; {licenses}.",
              "", "The whole release is one page: artifact `release/release.html` of the source run."]  # fmt: skip
     text = "\n".join(lines)
     return text if len(text) <= MAX_DESCRIPTION else text[: MAX_DESCRIPTION - 2] + " …"

@@ -27,6 +27,7 @@ from cm3leon.evaluation.record import Record
 from cm3leon.registry import ledger
 from cm3leon.registry.bundle import LINEAGE, TRAINING_DATA
 from cm3leon.registry.model_card import description, model_card
+from cm3leon.tracking.overview import ordered_sheets
 from cm3leon.utils.html import from_markdown, image_tag, page
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def publish(client: MlflowClient, name: str, number: str, run_id: str, aliases: 
         compared = any(file.path == "gate.md" for file in client.list_artifacts(run_id))
         report = fetch("gate.md").read_text() if compared else ""
         card = model_card(number, found, record, json.loads(fetch(LINEAGE).read_text()))
-        sheets = {file.stem: file.read_bytes() for file in sorted(evaluation.glob("*.png"))}
+        sheets = {file.stem: file.read_bytes() for file in ordered_sheets(evaluation)}
         whole = release_page(number, state, card, report, entries, sheets, packages)
     client.log_text(run_id, card, f"{FOLDER}/model-card.md")
     client.log_text(run_id, whole, f"{FOLDER}/release.html")

@@ -13,20 +13,22 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import NamedTuple
 
+from cm3leon.config import paths
 from cm3leon.services.environment import PREFECT_HOME, SERVER_FILE, ui_servers, use_environment
 from cm3leon.services.leftovers import PROCESSES, end_leftover_processes, owned
+from cm3leon.tracking.view import TRAINING
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.processes import identity, stop_tree
 
 HOST = "127.0.0.1"
-DATA_DOCS = Path("data/validated/data_docs")
 LOGS = Path(".cache/ui")
+PREFECT_PAGES = "PREFECT_SERVER_UI_API_URL"
 START_SECONDS = 90.0
 """How long a server may take to answer."""
 
@@ -60,17 +62,24 @@ class Service(NamedTuple):
         page: path of the first page.
         health: path that answers once the server is up.
         command: arguments of ``python -m`` that start it; empty for a server that is already running.
+        environment: variables in addition to this process's.
     """
 
     server: str
     page: str = ""
     health: str = "/"
     command: Sequence[str] = ()
+    environment: Mapping[str, str] = MappingProxyType({})
 
     @property
     def address(self) -> str:
         """The address to open in a browser."""
         return self.server + self.page
+
+
+def pages_environment(prefect: str) -> dict[str, str]:
+    """Variables of the Prefect server at this address: where its pages find its API, which they expect at port 4200 by themselves."""
+    return {PREFECT_PAGES: os.environ.get(PREFECT_PAGES) or f"{prefect}/api"}
 
 
 def services(uri: str, experiment_id: str, mlflow_port: int, prefect_port: int, docs_port: int) -> dict[str, Service]:
@@ -79,7 +88,7 @@ def services(uri: str, experiment_id: str, mlflow_port: int, prefect_port: int, 
     Args:
         uri: the MLflow store, or the address of an MLflow server. Data Docs are served once ``validate`` has written them.
     """
-    runs = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    runs = f"/#/experiments/{experiment_id}/runs?{TRAINING}"
     if uri.startswith("http"):
         mlflow = Service(uri.rstrip("/"), runs)
     else:
@@ -89,12 +98,13 @@ def services(uri: str, experiment_id: str, mlflow_port: int, prefect_port: int, 
         prefect = Service(url.removesuffix("/api"))
     else:
         port = free_port(prefect_port)
-        prefect = Service(f"http://{HOST}:{port}", "", "/api/health", ["prefect", "server", "start", "--host", HOST, "--port", str(port)])
+        address, command = f"http://{HOST}:{port}", ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
+        prefect = Service(address, "", "/api/health", command, pages_environment(address))
     by_name = {"MLflow": mlflow, "Prefect": prefect}
-    if (DATA_DOCS / "index.html").is_file():
+    if (paths.DATA_DOCS / "index.html").is_file():
         port = free_port(docs_port)
         by_name["Data Docs"] = Service(
-            f"http://{HOST}:{port}", command=["http.server", str(port), "--bind", HOST, "--directory", str(DATA_DOCS)]
+            f"http://{HOST}:{port}", command=["http.server", str(port), "--bind", HOST, "--directory", str(paths.DATA_DOCS)]
         )
     return by_name
 
@@ -140,7 +150,9 @@ def _running(by_name: dict[str, Service]) -> Iterator[None]:
         logs = {name: LOGS / f"{name.lower().replace(' ', '-')}.log" for name in started}
         for log in logs.values():
             log.unlink(missing_ok=True)
-        processes = {name: stack.enter_context(_process(service.command, logs[name])) for name, service in started.items()}
+        processes = {
+            name: stack.enter_context(_process(service.command, logs[name], service.environment)) for name, service in started.items()
+        }
         for name, process in processes.items():
             _wait(name, process, started[name].server + started[name].health, logs[name])
         if not ui_servers():
@@ -165,12 +177,15 @@ def temporary_prefect(home: Path = PREFECT_HOME) -> Iterator[str]:
 
 
 @contextmanager
-def _process(command: Sequence[str], log: Path, start_new_session: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+def _process(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] = MappingProxyType({}), start_new_session: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
     """``python -m COMMAND`` until the block ends, with its output appended to ``log``; the next run ends it if this process is killed."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *command],
+            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

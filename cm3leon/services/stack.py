@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from cm3leon.services.environment import PREFECT_HOME, SERVICES_FILE, child_path, prepare_project
-from cm3leon.services.local import HOST, ServiceError, free_port
+from cm3leon.services.local import HOST, ServiceError, free_port, pages_environment
 from cm3leon.services.mlflow_server import CREDENTIALS_ENV
 from cm3leon.tracking.sqlite import sqlite_uri
 from cm3leon.utils.processes import has_ended, pid_of, stop_tree
@@ -145,6 +145,7 @@ def parts(state: State) -> list[Part]:
     database = state.mlflow_database or sqlite_uri(Path("mlflow.db"))
     artifacts = Path("mlruns").absolute().as_uri()
     prefect = {"PREFECT_HOME": str(PREFECT_HOME.absolute()), "PREFECT_SERVER_API_AUTH_STRING": clients["PREFECT_API_AUTH_STRING"]}
+    prefect |= pages_environment(state.prefect)
     if state.prefect_database:
         prefect["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = state.prefect_database
     health_port = str(state.ports["worker"])

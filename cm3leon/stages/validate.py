@@ -1,8 +1,8 @@
 """``validate``: decode every image once, quarantine what breaks a rule, pass a Great Expectations gate, divide into splits.
 
 Writes to ``data/validated/``: ``manifest.parquet`` (accepted records), ``rejected.parquet`` (the others, with ``reasons`` and ``detail``),
-``thumbnails.parquet`` (of the accepted ones), ``report.json`` (counts) and ``data_docs/`` (open ``index.html``). Every record read is
-either accepted or rejected.
+``thumbnails.parquet`` (of the accepted ones) and ``report.json`` (counts). Every record read is either accepted or rejected. The Data Docs
+are ``models/runs/validate/data_docs/index.html``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run(config: Config) -> dict[str, float]:
     """
     with runs.stage_run("validate", config) as stage:
         stage.log_dataset(paths.RAW, "raw")
-        report = validate(paths.RAW, paths.VALIDATED, config.validate_, config.seed)
+        report = validate(paths.RAW, paths.VALIDATED, paths.DATA_DOCS, config.validate_, config.seed)
         metrics = {name: float(report[name]) for name in ("read", "accepted", "rejected")}
         stage.log_metrics({f"validate/{name}": value for name, value in metrics.items()})
         stage.log_artifact(paths.VALIDATED / "report.json")
@@ -54,8 +54,11 @@ def run(config: Config) -> dict[str, float]:
     return metrics
 
 
-def validate(raw: Path, output: Path, config: ValidateConfig, seed: int) -> dict[str, Any]:
-    """The stage without tracking, from directory ``raw`` to directory ``output``; returns the content of ``report.json``.
+def validate(raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: int) -> dict[str, Any]:
+    """The stage without tracking, from directory ``raw`` to directory ``output``, with Data Docs in ``docs``.
+
+    Returns:
+        The content of ``report.json``.
 
     Raises:
         ValidationError: as :func:`run`.
@@ -79,23 +82,23 @@ def validate(raw: Path, output: Path, config: ValidateConfig, seed: int) -> dict
 
     # 3. Split and clean the accepted records, unless the error would be about too few of them.
     accepted = frame[good].reset_index(drop=True)
-    frames = {"run": pd.DataFrame([{name: report[name] for name in ("read", "accepted", "rejected", "rejected_rate", "unaccounted")}])}
+    frames = {"counts": pd.DataFrame([{name: report[name] for name in ("read", "accepted", "rejected", "rejected_rate", "unaccounted")}])}
     if not problems:
         components, report["parts"] = _components(frame, profiles, good, config)
         accepted["split"] = splits.assign_splits(accepted["id"].tolist(), components, seed, config.val_fraction, config.test_fraction)
         report["splits"] = {name: int((accepted["split"] == name).sum()) for name in SPLITS}
         accepted, report["cleaned"] = _clean(accepted, frame, good)
-        frames["rows"] = expectations.flat_frame(accepted, components)
+        frames["accepted_rows"] = expectations.flat_frame(accepted, components)
 
     # 4. The Great Expectations gate, a second look at the result by other code, and the report.
-    failed = expectations.check(frames, config, output / "data_docs")
+    failed = expectations.check(frames, config, docs)
     rejected = {f"rejected: {reason}": count for reason, count in report["reasons"].items()}
-    data_docs.add_counts(output / "data_docs", "Rows", {name: report[name] for name in ("read", "accepted", "rejected")} | rejected)
+    data_docs.add_counts(docs, "Rows", {name: report[name] for name in ("read", "accepted", "rejected")} | rejected)
     (output / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     if problems:
         raise ValidationError(problems)
     if failed:
-        raise ValidationError(f"expectations failed (see {output / 'data_docs' / 'index.html'}):\n  " + "\n  ".join(failed))
+        raise ValidationError(f"expectations failed (see {docs / 'index.html'}):\n  " + "\n  ".join(failed))
 
     # 5. What later stages read.
     kept = [profile.thumbnail for profile, passed in zip(profiles, good, strict=True) if passed]
@@ -199,5 +202,5 @@ def _print(report: dict[str, Any]) -> None:
     for title in ("reasons", "splits", "parts", "cleaned"):
         for name, count in report[title].items():
             table.add_row(f"{title}: {name}", f"{count:,}")
-    table.caption = f"Data Docs: {paths.VALIDATED / 'data_docs' / 'index.html'}"
+    table.caption = f"Data Docs: {paths.DATA_DOCS / 'index.html'}"
     Console().print(table)

@@ -8,8 +8,9 @@ tree say what exactly ran.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -18,7 +19,7 @@ from cm3leon.config.schema import Config
 from cm3leon.sequence.tasks import TASKS
 from cm3leon.tracking import lineage
 from cm3leon.tracking.runs import MAX_PARAM_CHARACTERS, VERSION_TAG, Run, flatten
-from cm3leon.tracking.view import NOTE_TAG, write_view
+from cm3leon.tracking.view import NOTE_TAG, run_page, spaced, write_view
 from cm3leon.utils.errors import ConfigError
 
 HEADLINE = tuple(dict.fromkeys([*(task.score for task in TASKS.values()), "clip_score", "fd_encoder"]))
@@ -27,6 +28,9 @@ DATASETS = {"raw": paths.RAW, "validated": paths.VALIDATED, "tokens": paths.TOKE
 SAMPLES = "samples"
 """Key of the sheet of the description."""
 COMPARED_TAG, DIRTY_TAG, LOCK_TAG = "compared_with", "git_dirty", "dvc_lock_md5"
+COLOR_TAG = "mlflow.runColor"
+COLORS = ("#3b6fd4", "#e07b39", "#2a9d60", "#b0449e", "#c9a227", "#4fa3b8")
+"""Of runs in MLflow's charts, which by itself gives some the same color."""
 MAX_ROWS, MAX_VALUE = 20, 40
 """Most rows of a table in the description, which MLflow limits to 8,000 characters, and most characters of a value."""
 NAMED_CHANGES = 2
@@ -46,6 +50,7 @@ def begin(run: Run, config: Config) -> None:
     run.rename(f"{config.profile} · {_what_changed(before, changes)} · {datetime.now().astimezone():%Y-%m-%d %H:%M}")
     if before is not None:
         run.set_tags({COMPARED_TAG: before.info.run_id})
+    run.set_tags({COLOR_TAG: _color(before)})
     if diff := lineage.git_diff():
         run.set_tags({DIRTY_TAG: _uncommitted(config)})
         run.log_text(diff, "git.diff")
@@ -62,11 +67,11 @@ def finish(run: Run, verdict: str, evaluated: bool) -> None:
         return
     if evaluated:
         run.log_metrics({f"eval/{name}": score for name, score in _scores().items()})
-        sheets = sorted(paths.EVALUATION.glob("*.png"), key=lambda sheet: (sheet.stem != SAMPLES, sheet.stem))
+        sheets = ordered_sheets(paths.EVALUATION)
         for sheet in sheets:
             run.log_image(sheet, sheet.stem)
-        images, scores = [sheet.stem for sheet in sheets], [f"eval/{name}" for name in HEADLINE]
-        run.attempt("list of runs", lambda client: write_view(client, str(run.experiment_id), scores, images, VERSION_TAG))
+        images = [sheet.stem for sheet in sheets]
+        run.attempt("list of runs", lambda client: _save_view(client, run, images))
     if md5 := lineage.dvc_lock_md5():
         run.set_tags({LOCK_TAG: md5})
         run.log_artifact(lineage.DVC_LOCK)
@@ -77,6 +82,16 @@ def finish(run: Run, verdict: str, evaluated: bool) -> None:
     run.attempt("description", lambda client: run.set_tags({NOTE_TAG: _description(client, run, verdict)}))
 
 
+def ordered_sheets(evaluation: Path) -> list[Path]:
+    """The sheets of images of an evaluation, samples of text-to-image first."""
+    return sorted(evaluation.glob("*.png"), key=lambda sheet: (sheet.stem != SAMPLES, sheet.stem))
+
+
+def _save_view(client: Any, run: Run, images: Sequence[str]) -> None:
+    before = client.get_run(run.run_id).data.tags.get(COMPARED_TAG, "")
+    write_view(client, str(run.experiment_id), [f"eval/{name}" for name in HEADLINE], images, VERSION_TAG, before)
+
+
 # --- what changed ----------------------------------------------------------------------------------------------------
 
 
@@ -84,6 +99,12 @@ def _last_run(client: Any, run: Run, profile: str) -> Any | None:
     wanted = f"tags.stage = 'pipeline' AND tags.profile = '{profile}' AND attributes.status = 'FINISHED'"
     found = client.search_runs([run.experiment_id], wanted, order_by=["attributes.start_time DESC"], max_results=1)
     return found[0] if found else None
+
+
+def _color(before: Any | None) -> str:
+    """Another color than that of the run before."""
+    used = None if before is None else before.data.tags.get(COLOR_TAG)
+    return COLORS[(COLORS.index(used) + 1) % len(COLORS) if used in COLORS else 0]
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> Changes:
@@ -139,11 +160,11 @@ def _description(client: Any, run: Run, verdict: str) -> str:
     parts = [f"**{verdict}**"]
     if version := now.data.tags.get(VERSION_TAG):
         name, _, number = version.partition("/")
-        parts.append(f"Registered as [{name} version {number}](#/models/{name}/versions/{number}).")
+        parts[0] += f" · [{name} version {number}](#/models/{name}/versions/{number})"
     if before is not None:
-        link = f"#/experiments/{before.info.experiment_id}/runs/{before.info.run_id}"
-        parts.append(f"Before: [{before.info.run_name}]({link})")
         changes = _changes(before.data.params, now.data.params)
+        link = run_page(before.info.experiment_id, before.info.run_id)
+        parts.append(f"{_what_changed(before, changes)}, against [{before.info.run_name}]({link})")
         parts.append(_table("parameter", [(f"`{name}`", _short(old), _short(new)) for name, (old, new) in changes.items()]))
     parts.append(_table("score", _score_rows(before.data.metrics if before else {}, now.data.metrics)))
     images = [file.path for file in client.list_artifacts(run.run_id, "images")]
@@ -161,4 +182,4 @@ def _table(subject: str, rows: list[tuple[str, str, str]]) -> str:
     if not rows:
         return ""
     lines = [f"| {subject} | before | now |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows[:MAX_ROWS])]
-    return "\n".join(lines) + (f"\n\n{len(rows) - MAX_ROWS} more" if len(rows) > MAX_ROWS else "")
+    return spaced("\n".join(lines)) + (f"\n\n{len(rows) - MAX_ROWS} more" if len(rows) > MAX_ROWS else "")

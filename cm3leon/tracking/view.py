@@ -19,42 +19,55 @@ NOTE_TAG = "mlflow.note.content"
 RUN_NAME = "attributes.`Run Name`"
 NAME_WIDTH = 380
 """Pixels of the column of names."""
-SECTIONS = {"differences": (1, 480), "images": (1, 520), "scores": (3, 260)}
+SECTIONS = {"differences": (1, 480), "images": (1, 800), "scores": (3, 260)}
 """Section of charts -> columns, and height of a chart in pixels."""
+TRAINING = "workflowType=machine_learning"
+"""In an address: MLflow's pages without what is for applications of language models."""
 
 
-def write_view(client: Any, experiment_id: str, metrics: Sequence[str], images: Sequence[str], tag: str) -> None:
+def spaced(table: str) -> str:
+    """A markdown table for a description: MLflow draws columns without space between them."""
+    return table.replace(" | ", "&ensp; | ")
+
+
+def run_page(experiment_id: str, run_id: str) -> str:
+    """The address of a run's page, relative to MLflow's."""
+    return f"#/experiments/{experiment_id}/runs/{run_id}?{TRAINING}"
+
+
+def write_view(client: Any, experiment_id: str, metrics: Sequence[str], images: Sequence[str], tag: str, baseline: str) -> None:
     """Save the view, and link to it from the experiment's description, unless a person has written one.
 
     Args:
         metrics: those with a column and a chart, in this order.
-        images: keys of the images that are shown side by side.
+        images: keys of the images that are shown side by side, at least two: MLflow shows those of a single key small.
         tag: one with a column.
+        baseline: run with which others are compared, if it is visible; "" leaves it to MLflow.
     """
     found = client.get_experiment(experiment_id).tags
-    text = json.dumps(_view(metrics, images, tag))
+    text = json.dumps(_view(metrics, images, tag, baseline))
     wanted = {f"mlflow.sharedViewState.{KEY}": f"deflate;{base64.b64encode(zlib.compress(text.encode())).decode()}"}
     if NOTE_TAG not in found:
-        page = f"#/experiments/{experiment_id}/runs?viewStateShareKey={KEY}"
+        page = f"#/experiments/{experiment_id}/runs?{TRAINING}&viewStateShareKey={KEY}"
         wanted[NOTE_TAG] = f"Runs of the pipeline: [scores]({page}) · [differences and samples]({page}&compareRunsMode=CHART)"
     for name, value in wanted.items():
         if found.get(name) != value:
             client.set_experiment_tag(experiment_id, name, value)
 
 
-def _view(metrics: Sequence[str], images: Sequence[str], tag: str) -> dict[str, Any]:
+def _view(metrics: Sequence[str], images: Sequence[str], tag: str, baseline: str) -> dict[str, Any]:
     difference = _chart("DIFFERENCE", "differences", 0, chartName="What differs", compareGroups=["Parameters", "Model metrics"])
-    difference |= {"showChangeFromBaseline": True, "showDifferencesOnly": True, "baselineColumnUuid": ""}
-    sheets = [_chart("IMAGE", "images", i, imageKeys=[key], step=0, showRunParams=False) for i, key in enumerate(images)]
+    difference |= {"showChangeFromBaseline": True, "showDifferencesOnly": True, "baselineColumnUuid": baseline}
+    sheets = _chart("IMAGE", "images", 0, imageKeys=list(images), step=0, showRunParams=False)
     bars = [_chart("BAR", "scores", i, metricKey=name, displayName=name.partition("/")[2]) for i, name in enumerate(metrics)]
     return {
         "searchFilter": "tags.stage = 'pipeline'",
         "orderByKey": "attributes.start_time",
         "orderByAsc": False,
         "selectedColumns": [*(f"metrics.`{name}`" for name in metrics), f"tags.`{tag}`"],
-        "columnOrder": [RUN_NAME],
-        "columnWidths": {RUN_NAME: NAME_WIDTH},
-        "compareRunCharts": [difference, *sheets, *bars],
+        "columnOrder": [RUN_NAME, *(f"metrics.`{name}`" for name in metrics)],
+        "columnWidths": {RUN_NAME: NAME_WIDTH, **{f"metrics.`{name}`": 30 + 7 * len(name) for name in metrics}},
+        "compareRunCharts": [difference, sheets, *bars],
         "compareRunSections": [_section(name, *size) for name, size in SECTIONS.items()],
         "isAccordionReordered": True,
     }

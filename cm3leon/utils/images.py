@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,8 +52,13 @@ def save_pairs(originals: np.ndarray, copies: np.ndarray, path: Path, scale: int
     sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST).save(path)
 
 
-def save_captioned(images: Sequence[Image.Image], captions: Sequence[str], path: Path, columns: int = 6, cell: int = 160) -> None:
-    """Save a sheet of images, each above its caption, of which at most :data:`MAX_LINES` lines are shown."""
+def save_captioned(images: Sequence[Image.Image], captions: Sequence[str], path: Path, columns: int | None = None, cell: int = 160) -> None:
+    """Save a sheet of images, each above its caption, of which at most :data:`MAX_LINES` lines are shown.
+
+    Args:
+        columns: None makes the sheet about square, the shape in which MLflow shows images.
+    """
+    columns = columns or max(1, round(math.sqrt(1.2 * len(images))))  # a caption makes a cell about 1.2 times as high as wide
     font = ImageFont.load_default(12)
     line = 14
     lines = [wrap(caption, cell, font)[:MAX_LINES] for caption in captions]

@@ -22,7 +22,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The MLflow run of a pipeline whose outputs can be looked at."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for path in (paths.EVALUATION / "samples.png", paths.VALIDATED / "data_docs/index.html", paths.run_file("evaluate")):
+    for path in (paths.EVALUATION / "samples.png", paths.DATA_DOCS / "index.html", paths.run_file("evaluate")):
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"run_id": "e1", "experiment_id": "1"}))
     return Run(None, "p1", "1")
@@ -36,13 +36,13 @@ def announce(process: str) -> None:
 
 def test_headline_scores_come_before_all_others() -> None:
     assert metrics_text(SCORES, 3) == "composition 0.41, vqa_accuracy 0.62, clip_score 0.6"
-    assert metrics_text({"rows": 12, "images": 3}) == "rows 12, images 3"
+    assert metrics_text({"rows": 12.0, "parameters": 20_780_000.0}) == "rows 12, parameters 20,780,000"
 
 
 def test_links_lead_to_the_pages_of_servers_that_run(run: Run) -> None:
     announce(identity())
     text = markdown(RESULTS, "done", run)
-    assert "[MLflow run](http://127.0.0.1:5001/#/experiments/1/runs/p1)" in text
+    assert "[MLflow run](http://127.0.0.1:5001/#/experiments/1/runs/p1?workflowType=machine_learning)" in text
     assert "[samples](http://127.0.0.1:5001/#/experiments/1/runs/e1/artifacts)" in text
     assert "[data docs](http://127.0.0.1:8000/index.html)" in text
 
@@ -51,13 +51,15 @@ def test_links_lead_to_files_where_no_server_runs(run: Run, tmp_path: Path) -> N
     announce(f"{socket.gethostname()}:1:0")  # process 1 has another start
     text = markdown(RESULTS, "done", run)
     assert f"[samples]({tmp_path.as_uri()}/models/evaluation/samples.png)" in text
-    assert f"[data docs]({tmp_path.as_uri()}/data/validated/data_docs/index.html)" in text
+    assert f"[data docs]({tmp_path.as_uri()}/models/runs/validate/data_docs/index.html)" in text
     assert "http://" not in text
 
 
 def test_links_lead_to_the_mlflow_server_of_the_user(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org/")
-    assert "[MLflow run](https://mlflow.example.org/#/experiments/1/runs/p1)" in markdown(RESULTS, "done", run)
+    assert "[MLflow run](https://mlflow.example.org/#/experiments/1/runs/p1?workflowType=machine_learning)" in markdown(
+        RESULTS, "done", run
+    )
 
 
 def test_scores_stand_above_the_stages_and_a_failed_stage_has_its_seconds(run: Run) -> None:

@@ -89,7 +89,11 @@ def test_a_score_that_reaches_its_baseline_is_a_limit() -> None:
     record.add("vqa_accuracy", {str(number): float(number % 2) for number in range(40)}, 100, 0, share=True)
     record.add("cider", {str(number): 3.0 + number % 2 for number in range(40)}, 100, 0)
     assert list(model_card.limits(record)) == ["vqa_accuracy: not shown to be better than the baseline (majority)"]
+    record.scores["bleu_4"] = record.scores["composition"] = 0.1
+    record.calibration |= {"bleu_4_other_images": 0.0, "composition_real": 1.0}
     table = list(model_card.scores_table(record))
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| composition", "| cider", "| vqa_accuracy", "| bleu_4"]  # the main ones first
+    table = table[1:]
     assert table[2].startswith("| cider | 3.5 | 3.3") and table[2].endswith(" | other images 0.2 |  |")
 
 

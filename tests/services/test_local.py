@@ -50,6 +50,8 @@ def test_ui_starts_behind_a_dead_proxy_and_ctrl_c_ends_its_servers(project: Path
         assert ui_servers() == found
         for address in found.values():
             assert urllib.request.urlopen(address, timeout=10).status == 200
+        with urllib.request.urlopen(f"{found['Prefect']}/ui-settings", timeout=10) as answer:
+            assert json.load(answer)["api_url"] == f"{found['Prefect']}/api"
         servers = servers_of(project)
         process.send_signal(signal.SIGINT)
         assert process.wait(45) == 0

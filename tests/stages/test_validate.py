@@ -7,6 +7,7 @@ import os
 import random
 import re
 from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_exactly_the_damaged_records_are_quarantined_for_the_right_reasons(tmp_p
     expected = damage(root, records, 0.05, random.Random(seed))
     write(root, records)
     ingest_folder(root, tmp_path / "raw")
-    report = validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(), 0)
+    report = validate(tmp_path / "raw", tmp_path / "out", tmp_path / "docs", ValidateConfig(), 0)
     rejected = read_manifest(tmp_path / "out" / "rejected.parquet")
     accepted = read_manifest(tmp_path / "out")
     assert dict(zip(rejected["row"], rejected["reasons"], strict=True)) == expected
@@ -123,7 +124,7 @@ def test_too_many_rejected_records_are_an_error_that_names_rules_and_records(tmp
     write(root, records)
     ingest_folder(root, tmp_path / "raw")
     with pytest.raises(ValidationError) as caught:
-        validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(), 0)
+        validate(tmp_path / "raw", tmp_path / "out", tmp_path / "docs", ValidateConfig(), 0)
     message = str(caught.value)
     assert "100 of 200 records rejected (50.0%)" in message
     assert "20.0%" in message
@@ -134,7 +135,7 @@ def test_too_many_rejected_records_are_an_error_that_names_rules_and_records(tmp
     first = min(expected)
     assert f"manifest.csv line {first + 2}" in message
     assert len(read_manifest(tmp_path / "out" / "rejected.parquet")) == 100
-    index = (tmp_path / "out" / "data_docs" / "index.html").read_text()
+    index = (tmp_path / "docs" / "index.html").read_text()
     assert "<td>read</td><td>200</td>" in index
     assert "<td>rejected</td><td>100</td>" in index
     assert "<td>rejected: empty_caption</td>" in index
@@ -157,7 +158,7 @@ def test_a_record_has_all_its_reasons_and_the_copy_of_a_rejected_record_is_accep
     records[11] |= {"image": "gone.png", "objects": "[{"}
     write(root, records)
     ingest_folder(root, tmp_path / "raw")
-    report = validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(), 0)
+    report = validate(tmp_path / "raw", tmp_path / "out", tmp_path / "docs", ValidateConfig(), 0)
     rejected = read_manifest(tmp_path / "out" / "rejected.parquet")
     assert dict(zip(rejected["row"], rejected["reasons"], strict=True)) == {
         3: ["too_small", "empty_caption", "licence_not_allowed"],
@@ -182,7 +183,7 @@ def test_edits_of_a_rejected_record_are_kept_and_counted(tmp_path: Path) -> None
     records[4]["licence"] = "no"
     write(root, records)
     ingest_folder(root, tmp_path / "raw")
-    report = validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(), 0)
+    report = validate(tmp_path / "raw", tmp_path / "out", tmp_path / "docs", ValidateConfig(), 0)
     accepted = read_manifest(tmp_path / "out").set_index("row")
     assert accepted["edited_from"][[2, 3, 5]].tolist() == [accepted["id"][0], accepted["id"][0], None]
     assert report["cleaned"]["edits_without_original"] == 1
@@ -201,7 +202,7 @@ def test_near_duplicates_share_a_split_and_the_outputs_are_deterministic(tmp_pat
     contents = []
     for name in ("one", "two"):
         ingest_folder(root, tmp_path / name / "raw")
-        report = validate(tmp_path / name / "raw", tmp_path / name / "out", config, 0)
+        report = validate(tmp_path / name / "raw", tmp_path / name / "out", tmp_path / f"docs-{name}", config, 0)
         contents.append({file.relative_to(tmp_path / name): file.read_bytes() for file in (tmp_path / name).rglob("*") if file.is_file()})
     assert contents[0] == contents[1], "outputs depend on more than the data"
     assert not any(str(tmp_path).encode() in data for data in contents[0].values())
@@ -224,7 +225,7 @@ def test_no_accepted_record_is_an_error_whatever_the_rate(tmp_path: Path) -> Non
     write(root, [row | {"licence": "no"} for row in good_rows(root, 5)])
     ingest_folder(root, tmp_path / "raw")
     with pytest.raises(ValidationError, match=r"No record is accepted.*\n.*licence_not_allowed: 5 records"):
-        validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(max_rejected_rate=1.0), 0)
+        validate(tmp_path / "raw", tmp_path / "out", tmp_path / "docs", ValidateConfig(max_rejected_rate=1.0), 0)
 
 
 def test_expectations_fail_on_what_the_rules_should_have_rejected(tmp_path: Path) -> None:
@@ -236,10 +237,11 @@ def test_expectations_fail_on_what_the_rules_should_have_rejected(tmp_path: Path
         }
     )  # fmt: skip
     run = pd.DataFrame([{"read": 10, "accepted": 3, "rejected": 6, "rejected_rate": 0.6, "unaccounted": 1}])
-    frames = {"rows": flat_frame(accepted, np.array([0, 0, 1])), "run": run}
+    frames = {"accepted_rows": flat_frame(accepted, np.array([0, 0, 1])), "counts": run}
+    before = datetime.now(UTC)
     failed = {line.split(":")[0] for line in check(frames, ValidateConfig(), tmp_path / "docs")}
     wrong = {"id", "image", "licence", "split", "shortest_side", "captions", "shortest_caption", "splits_of_its_part"}
-    assert failed == {f"rows.{name}" for name in wrong} | {"run.unaccounted", "run.rejected_rate"}
+    assert failed == {f"accepted_rows.{name}" for name in wrong} | {"counts.unaccounted", "counts.rejected_rate"}
     pages = list((tmp_path / "docs").rglob("*.html"))
     index = (tmp_path / "docs" / "index.html").read_text()
     assert len(pages) == 5
@@ -248,6 +250,13 @@ def test_expectations_fail_on_what_the_rules_should_have_rejected(tmp_path: Path
         assert not re.search(r"<script|<link|<img|url\(|@import", html), f"{page} loads a file"
         for link in re.findall(r'href="([^"#:]+)"', html):
             assert (page.parent / link).is_file(), f"{page} links to {link}, which does not exist"
+        [title] = re.findall("<title>(.*)</title>", html)
+        checked = datetime.strptime(title.partition(" · ")[2], "%Y-%m-%d %H:%M UTC").replace(tzinfo=UTC)
+        assert before.replace(second=0, microsecond=0) <= checked <= datetime.now(UTC), title
+        assert "None" not in html and "2000-01-01" not in html
+    assert {re.findall("<title>(.*) · ", page.read_text())[0] for page in pages} == {
+        "Data Docs", "accepted rows", "counts", "expectations of accepted rows", "expectations of counts",
+    }  # fmt: skip
     assert "text-danger" in index
     assert index.count("validations/") == 2
 
@@ -256,7 +265,7 @@ def test_expectations_fail_on_what_the_rules_should_have_rejected(tmp_path: Path
 def test_data_docs_lie_in_the_project_whatever_its_path_is_called(tmp_path: Path, name: str) -> None:
     run = pd.DataFrame([{"read": 1, "accepted": 1, "rejected": 0, "rejected_rate": 0.0, "unaccounted": 0}])
     docs = tmp_path / name / "docs"
-    assert check({"run": run}, ValidateConfig(), docs) == []
+    assert check({"counts": run}, ValidateConfig(), docs) == []
     assert len(list(docs.rglob("*.html"))) == 3
     assert [*tmp_path.iterdir()] == [tmp_path / name]
 
@@ -283,7 +292,7 @@ def test_the_stages_run_on_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_real_collections_pass(tmp_path: Path, name: str, accepted: int, rejected: int) -> None:
     ingest_folder(Path(os.environ["CM3LEON_REAL_DATA"]).resolve() / name, tmp_path / "raw")
     licenses = ["Apache-2.0", "CC-BY-2.0", "CC-BY-SA-2.0"]
-    report = validate(tmp_path / "raw", tmp_path / "out", ValidateConfig(licenses=licenses), 0)
+    report = validate(tmp_path / "raw", tmp_path / "out", tmp_path / "docs", ValidateConfig(licenses=licenses), 0)
     assert (report["accepted"], report["rejected"]) == (accepted, rejected), report
     frame = read_manifest(tmp_path / "out")
     assert all(frame["attribution"])

@@ -16,7 +16,7 @@ from cm3leon.config.schema import Config
 from cm3leon.stages.common import STAGES
 from cm3leon.stages.evaluate import CALIBRATION
 from cm3leon.tracking import overview, runs, store
-from cm3leon.tracking.view import KEY, NOTE_TAG
+from cm3leon.tracking.view import KEY, NOTE_TAG, spaced
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCORES = {"composition": 0.25, "composition/color": 0.9, "edit/done": 0.5, "bleu_1": 0.1}
@@ -42,7 +42,8 @@ def outputs(project: Path) -> Path:
     """A project with an evaluation and a lock file."""
     paths.EVALUATION.mkdir(parents=True)
     (paths.EVALUATION / "record.json").write_text(json.dumps({"scores": SCORES}))
-    Image.new("RGB", (8, 8), "red").save(paths.EVALUATION / "samples.png")
+    for name in ("captions", "samples"):
+        Image.new("RGB", (8, 8), "red").save(paths.EVALUATION / f"{name}.png")
     paths.RAW.mkdir(parents=True)
     Path("dvc.lock").write_text(f"stages:\n  ingest:\n    outs:\n    - path: data/raw\n      md5: {'0123456789abcdef' * 2}.dir\n")
     return project
@@ -89,7 +90,10 @@ def test_datasets_samples_and_the_lock_are_the_runs(outputs: Path) -> None:
     assert [(i.dataset.name, i.dataset.digest) for i in found.inputs.dataset_inputs] == [("raw", "0123456789abcdef" * 2 + ".dir")]
     files = [file.path for file in client().list_artifacts(found.info.run_id)]
     assert "dvc.lock" in files
-    assert [file.path.split("+")[0] for file in client().list_artifacts(found.info.run_id, "images")] == ["images/samples"] * 2
+    assert [file.path.split("+")[0] for file in client().list_artifacts(found.info.run_id, "images")] == [
+        *["images/captions"] * 2,
+        *["images/samples"] * 2,
+    ]
 
 
 def test_the_lock_is_that_at_the_end(outputs: Path) -> None:
@@ -112,10 +116,14 @@ def test_the_description_shows_changes_scores_samples_and_the_version(outputs: P
     note = client().get_run(run.run_id).data.tags[NOTE_TAG]
     assert "**version 3 is the champion**" in note
     assert "(#/models/cm3leon/versions/3)" in note
-    assert f"[{before.info.run_name}](#/experiments/{before.info.experiment_id}/runs/{before.info.run_id})" in note
-    assert "| `seed` | 0 | 1 |" in note
-    assert "| composition | 0.25 | 0.25 |" in note
-    [image] = [f.path for f in client().list_artifacts(run.run_id, "images") if f.path.endswith(".png")]
+    assert (
+        f"[{before.info.run_name}](#/experiments/{before.info.experiment_id}/runs/{before.info.run_id}?workflowType=machine_learning)"
+        in note
+    )
+    assert "seed 0 → 1, against [" in note
+    assert spaced("| `seed` | 0 | 1 |") in note
+    assert spaced("| composition | 0.25 | 0.25 |") in note
+    [image] = [f.path for f in client().list_artifacts(run.run_id, "images") if f.path.endswith(".png") and "samples" in f.path]
     assert f"path={image.replace('/', '%2F').replace('+', '%2B')}&run_uuid={run.run_id}" in note
 
 
@@ -149,11 +157,17 @@ def test_the_experiment_has_a_list_of_pipeline_runs_with_their_scores(outputs: P
     assert len(saved) < 5000  # MLflow's limit
     shown = json.loads(zlib.decompress(base64.b64decode(saved)))
     assert {f"metrics.`{name}`" for name in found.data.metrics if name.startswith("eval/")} <= set(shown["selectedColumns"])
-    assert [chart["imageKeys"] for chart in shown["compareRunCharts"] if chart["type"] == "IMAGE"] == [["samples"]]
+    assert [chart["imageKeys"] for chart in shown["compareRunCharts"] if chart["type"] == "IMAGE"] == [["samples", "captions"]]
+    assert shown["compareRunCharts"][0]["baselineColumnUuid"] == ""
     assert f"viewStateShareKey={KEY}" in tags[NOTE_TAG]
     client().set_experiment_tag(found.info.experiment_id, NOTE_TAG, "a person's own words")
-    pipeline(Config(profile="tiny"))
-    assert client().get_experiment(found.info.experiment_id).tags[NOTE_TAG] == "a person's own words"
+    second = pipeline(Config(profile="tiny"))
+    tags = client().get_experiment(found.info.experiment_id).tags
+    assert tags[NOTE_TAG] == "a person's own words"
+    saved = tags[f"mlflow.sharedViewState.{KEY}"].removeprefix("deflate;")
+    shown = json.loads(zlib.decompress(base64.b64decode(saved)))
+    assert shown["compareRunCharts"][0]["baselineColumnUuid"] == found.info.run_id
+    assert second.data.tags[overview.COLOR_TAG] != found.data.tags[overview.COLOR_TAG]
 
 
 def test_calibrations_are_listed_after_scores_and_stages() -> None:

@@ -1,6 +1,7 @@
 """Sheets of images, and conversions between uint8 and [-1, 1]."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -22,6 +23,13 @@ def test_rows_are_as_high_as_their_longest_caption_and_images_are_in_order(tmp_p
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     first = [np.argwhere((sheet == Image.new("RGB", (1, 1), color).getpixel((0, 0))).all(-1)).min(0) for color in colors[:3]]
     assert first[0][0] == first[1][0] < first[2][0] and first[0][1] == first[2][1] < first[1][1]
+
+
+@pytest.mark.parametrize("count", [4, 8, 12, 24, 48])
+def test_a_sheet_is_about_square(tmp_path, count):
+    save_captioned([Image.new("RGB", (4, 4))] * count, ["a red circle left of a small blue square"] * count, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert 0.75 < sheet.width / sheet.height < 1.34
 
 
 def test_boxes_are_outlined_at_their_coordinates():
