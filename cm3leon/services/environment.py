@@ -149,11 +149,11 @@ def prepare_project(needs_store: bool = False) -> list[str]:
     return lines
 
 
-def git_problem() -> str:
-    """Why git cannot be used in this directory, "" if it can. A refusal that the user did not choose is also a warning."""
+def git_problem(root: Path = Path()) -> str:
+    """Why git cannot be used in a directory, "" if it can. A refusal that the user did not choose is also a warning."""
     command = ["git", "rev-parse", "--is-inside-work-tree"]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
+        asked = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
     except FileNotFoundError:
         return "git is not installed"
     if asked.returncode == 0:

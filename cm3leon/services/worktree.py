@@ -18,8 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cm3leon.services import dvc_commands
+from cm3leon.services.environment import git_problem
 from cm3leon.services.exclusive import BusyError, alone_in_directory
 from cm3leon.tracking.lineage import DVC_LOCK
+from cm3leon.tracking.store import warn
 from cm3leon.utils.errors import UserError
 
 WORKTREE = Path(".cache/worktree")
@@ -44,10 +46,15 @@ def project_of(tree: Path) -> Path | None:
 def prepare(root: Path) -> Path:
     """Bring the worktree of a project to the last commit, and return it. While a run works there it is left as it is.
 
+    Where there is no git, as in a container, runs work in the project: its root is returned.
+
     Raises:
-        WorktreeError: if the project is no git repository, or has no commit.
+        WorktreeError: if the project has no commit.
         cm3leon.utils.errors.ConfigError: if the commit's ``params.yaml`` is invalid.
     """
+    if problem := git_problem(root):
+        warn(f"{problem}: this run works in the project itself, and a profile replaces its params.yaml")
+        return root
     tree = root / WORKTREE
     if not tree.exists():
         _git(root, "worktree", "prune")
@@ -108,7 +115,7 @@ def _take_over(root: Path, tree: Path) -> None:
     try:
         dvc_commands.restore(tree)
     except dvc_commands.DvcError as error:  # stages whose outputs are lost run again
-        print(f"WARNING: {error}", file=sys.stderr)
+        warn(str(error))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from flows_support import make_toy
 from cm3leon.services import dvc_commands, worktree
 from cm3leon.services.environment import child_path
 from cm3leon.services.exclusive import BusyError, alone_in_directory
-from cm3leon.services.worktree import WORKTREE, WorktreeError, prepare, project_of
+from cm3leon.services.worktree import WORKTREE, prepare, project_of
 
 IGNORED = ".cache/\n.prefect\n.services\n/models/\n/out/\n/data/source/*\n!/data/source/README.md\n"
 SOURCE = Path("data/source")
@@ -117,12 +117,19 @@ def test_objects_of_the_last_run_are_not_collected(toy: Path) -> None:
     assert dvc_commands.remove_unused([], dry_run=True) > 0
 
 
-@pytest.mark.parametrize(("state", "reason"), [("no repository", "not a git repository"), ("no commit", "HEAD")])
-def test_without_a_commit_it_is_refused_in_one_line(tmp_path: Path, state: str, reason: str) -> None:
-    if state == "no commit":
-        git(tmp_path, "init", "--quiet")
-    with pytest.raises(WorktreeError, match=reason) as error:
-        prepare(tmp_path)
-    assert "\n" not in str(error.value) and "git commit" in str(error.value)
-    done = subprocess.run([sys.executable, "-m", "cm3leon.services.worktree"], cwd=tmp_path, capture_output=True, text=True, check=False)
+def prepared(root: Path) -> subprocess.CompletedProcess[str]:
+    """The first command of a deployment's run."""
+    return subprocess.run([sys.executable, "-m", "cm3leon.services.worktree"], cwd=root, capture_output=True, text=True, check=False)
+
+
+def test_without_git_runs_work_in_the_project(tmp_path: Path) -> None:
+    done = prepared(tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}\n")
+    assert "this directory is no git repository: this run works in the project itself" in done.stderr
+
+
+def test_without_a_commit_it_is_refused_in_one_line(tmp_path: Path) -> None:
+    git(tmp_path, "init", "--quiet")
+    done = prepared(tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "HEAD" in done.stderr and "runs of deployments take the project's last commit, so it must be in git: git commit" in done.stderr
