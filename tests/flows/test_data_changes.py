@@ -13,6 +13,7 @@ from flows_support import ROOT, events
 
 from cm3leon.services.changes import EVENT, tell_changed
 from cm3leon.services.exclusive import BusyError, alone_in_directory
+from cm3leon.services.worktree import WORKTREE
 from cm3leon.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -51,7 +52,8 @@ def test_each_content_of_the_source_is_told_once(source: Path, prefect_server: s
 def test_what_cannot_start_a_run_is_an_error(source: Path, prefect_server: str) -> None:
     with pytest.raises(UserError, match=r"no stage in dvc\.yaml depends on docs; the source is data/source \(ingest\.path"):
         tell_changed(Path("docs"))
-    with alone_in_directory(), pytest.raises(BusyError, match="another run works"):  # beside which the new one would be cancelled
+    WORKTREE.mkdir(parents=True)
+    with alone_in_directory(WORKTREE), pytest.raises(BusyError, match="another run works"):  # beside which the new one would be cancelled
         tell_changed(force=True)
     shutil.rmtree(source)
     with pytest.raises(UserError, match="data/source, on which a stage depends, does not exist"):

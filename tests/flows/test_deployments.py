@@ -290,8 +290,10 @@ def test_a_scheduled_run_starts_by_itself_and_ends_with_a_promotion_that_waited_
 def test_a_person_or_a_time_limit_rejects_and_nobody_is_asked_twice(workspace: Workspace, prefect_server: str, inbox: Webhook) -> None:
     before = champion()
     another_model(2)
-    run = workspace.start("promote")
-    workspace.wait(run.id, is_paused)
+    started = workspace.start("promote")
+    workspace.wait(started.id, is_paused)
+    [run] = [found for found in runs_of("promote") if found.id == started.id]  # named when it began
+    assert run.name.startswith("promotion 2")
     gated = promotion.history()[0]
     message = inbox.wait_for(f"version {gated.version} is held back by the gate")
     assert message["body"].splitlines() == [f"run {run.name}, {gated.who}: {gated.sentence}", gated.verdict, page(prefect_server, run)]
