@@ -223,7 +223,10 @@ def _deploy(state: State) -> None:
     if DEPLOYED.is_file() and DEPLOYED.read_text() == content:
         return
     environment = {**os.environ, **client_environment(state), "PREFECT_HOME": str(PREFECT_HOME.absolute())}
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
+    # The worker makes the pool too, but may be later; it is no fault if there is one.
+    subprocess.run([*prefect, "work-pool", "create", POOL, "--type", "process"], env=environment, capture_output=True, check=False)
+    command = [*prefect, "deploy", "--all"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise ServiceError(f"the deployments of {DEPLOYMENTS} were not created:\n{(done.stdout + done.stderr)[-2000:]}")
