@@ -60,20 +60,20 @@ def clean(keep: int = KEEP, dry_run: bool = False) -> Iterator[Garbage]:
         DvcError: if ``dvc gc`` fails.
         BusyError: if a run of a deployment is at work, whose objects no lock names yet.
     """
-    client = connect()
-    if client.get_experiment_by_name(ledger.EXPERIMENT):  # it says who was the champion; deleted, it would be empty
-        store.experiment_id_of(client, client.tracking_uri, ledger.EXPERIMENT)
-    versions = all_versions(client)
-    kept = kept_versions(versions, ledger.read(client), keep)
-    _check_intact(client, kept)
-    locks = [lock for version in kept if (lock := _lock(client, version)) is not None]
-    yield from _remove_from_mlflow(client, [version for version in versions if version not in kept], dry_run)
-    for checkpoints in sorted(paths.CHECKPOINTS.glob(OLD_CHECKPOINTS)):
-        size = tree_size(checkpoints)
-        if not dry_run:
-            shutil.rmtree(checkpoints)
-        yield Garbage(str(checkpoints), size)
     with worktree.held(Path()) as running:
+        client = connect()
+        if client.get_experiment_by_name(ledger.EXPERIMENT):  # it says who was the champion; deleted, it would be empty
+            store.experiment_id_of(client, client.tracking_uri, ledger.EXPERIMENT)
+        versions = all_versions(client)
+        kept = kept_versions(versions, ledger.read(client), keep)
+        _check_intact(client, kept)
+        locks = [lock for version in kept if (lock := _lock(client, version)) is not None]
+        yield from _remove_from_mlflow(client, [version for version in versions if version not in kept], dry_run)
+        for checkpoints in sorted(paths.CHECKPOINTS.glob(OLD_CHECKPOINTS)):
+            size = tree_size(checkpoints)
+            if not dry_run:
+                shutil.rmtree(checkpoints)
+            yield Garbage(str(checkpoints), size)
         if size := dvc_commands.remove_unused([*locks, *running], dry_run):
             yield Garbage("objects of DVC's cache", size)
 
