@@ -81,7 +81,7 @@ class Shift:
         return self.value is None or self.value <= self.limit + self.chance
 
     def __str__(self) -> str:
-        return f"{self.explanation} (drift.max_{self.name} is {self.limit:g}{f', and {self.chance:.2g} for chance' if self.chance else ''})"
+        return f"{self.explanation}, drift.max_{self.name} is {self.limit:g}{f' + {self.chance:.2g} for chance' if self.chance else ''}"
 
 
 def shifts_between(config: DriftConfig, old: Data, new: Data, seed: int) -> list[Shift]:
@@ -92,7 +92,7 @@ def shifts_between(config: DriftConfig, old: Data, new: Data, seed: int) -> list
     """
     auc = separability(old.embeddings, new.embeddings, seed)
     by_chance = chance_of_auc(len(old.embeddings), len(new.embeddings))
-    told = f"a classifier tells new documents from old ones with AUC {auc:.2f} (0.5: not at all)"
+    told = f"a classifier tells new documents from old ones with AUC {auc:.2f}"
     lengths, shares = distance(old.lengths, new.lengths), [data.licenses.value_counts(normalize=True) for data in (old, new)]
     other = float(shares[0].sub(shares[1], fill_value=0).abs().sum() / 2)
     named = ", ".join(sorted(map(str, set(new.licenses) - set(old.licenses))))
@@ -100,7 +100,7 @@ def shifts_between(config: DriftConfig, old: Data, new: Data, seed: int) -> list
     lost = 1 - len(set(old.ids) & set(new.ids)) / len(old.ids)
     return [
         Shift("auc", auc, config.max_auc, told, by_chance),
-        Shift("caption_shift", lengths, config.max_caption_shift, f"lengths of captions differ by {lengths:.2f} (KS)", _chance(old, new)),
+        Shift("caption_shift", lengths, config.max_caption_shift, f"lengths of captions differ by {lengths:.2f}", _chance(old, new)),
         _size_shift(config, old, new),
         Shift("license_shift", other, config.max_license_shift, licenses),
         _duplicate_shift(config, old, new),
@@ -112,7 +112,7 @@ def _size_shift(config: DriftConfig, old: Data, new: Data) -> Shift:
     if old.sides is None or new.sides is None:
         return Shift("size_shift", None, config.max_size_shift, "sizes of the champion's images are not known")
     found = max(distance(old.sides[:, side], new.sides[:, side]) for side in (0, 1))
-    return Shift("size_shift", found, config.max_size_shift, f"widths or heights of images differ by {found:.2f} (KS)", _chance(old, new))
+    return Shift("size_shift", found, config.max_size_shift, f"widths or heights of images differ by {found:.2f}", _chance(old, new))
 
 
 def _duplicate_shift(config: DriftConfig, old: Data, new: Data) -> Shift:

@@ -83,7 +83,7 @@ def test_each_kind_of_drift_is_found_and_named(name: str, changed: dict[str, obj
 
 def test_what_is_past_its_limit_is_said_in_words_and_on_the_page() -> None:
     found = compared(data(0), data(1, lengths=WIDE[:, 0]))
-    assert str(found) == "lengths of captions differ by 1.00 (KS) (drift.max_caption_shift is 0.2, and 0.087 for chance)"
+    assert str(found) == "lengths of captions differ by 1.00, drift.max_caption_shift is 0.2 + 0.087 for chance"
     assert found.page.count("past the limit") == found.to_markdown().count("past the limit") == 1
     assert str(found) in found.to_markdown()
 
