@@ -37,7 +37,7 @@ from tests.browser_support import Browser
 CHANGE = "pretrain.learning_rate=0.01"
 """Of the second run."""
 CHAMPION_REPORT = "from flows.champion import evaluate_champion; evaluate_champion()"
-WIDTH, COLORS = 1200, 96
+WIDTH, COLORS = 1200, 256
 """Of a picture: pixels, and the most colors of its palette."""
 START_SECONDS = 120.0
 """How long a server may take to answer."""
@@ -144,9 +144,9 @@ def mlflow_pages(address: str, files: Path) -> Iterator[Page]:
     yield Page(
         "mlflow-compare-runs", f"{address}/#/compare-runs?runs={chosen}&experiments={experiments}&{TRAINING}", "Comparing", (1440, 1800)
     )
-    yield Page("mlflow-run", run, "Description", (1440, 1400), show_more)
-    yield Page("mlflow-run-charts", run.replace("?", "/model-metrics?"), "Search metric charts", (1440, 1400))
-    yield Page("mlflow-stage-charts", training.replace("?", "/model-metrics?"), "Search metric charts", (1440, 1400))
+    yield Page("mlflow-run", run, "Description", (1440, 1000))
+    yield Page("mlflow-run-charts", run.replace("?", "/model-metrics?"), "Add chart", (1440, 1400))
+    yield Page("mlflow-stage-charts", training.replace("?", "/model-metrics?"), "Add chart", (1440, 1400))
     yield Page("mlflow-version", f"{address}/#/models/{MODEL_NAME}/versions/{version.version}?{TRAINING}", "Schema", (1440, 1400))
     yield Page("mlflow-model", f"{address}/#/models/{MODEL_NAME}?{TRAINING}", "Aliased versions", (1440, 700))
     yield Page("mlflow-ledger", f"{address}/#/experiments/{ledger}/runs?{TRAINING}", "Run Name", (1440, 620))
@@ -178,11 +178,6 @@ def files_of(project: Project, scratch: Path) -> Iterator[Page]:
     project.run("cm3leon", "compare", "models:/cm3leon/1", "models:/cm3leon/2", "--prompts", str(prompts), "--out", str(comparison))
     yield Page("drift", (project.root / ".cache" / "drift.html").as_uri(), "Drift", (1200, 900))
     yield Page("comparison", comparison.as_uri(), "", (1200, 900))
-
-
-def show_more(browser: Browser) -> None:
-    """Open the description of a run, of which MLflow shows the first lines."""
-    browser.evaluate("[...document.querySelectorAll('*')].findLast((found) => found.textContent === 'Show more')?.click()")
 
 
 def first_row(browser: Browser) -> None:
@@ -224,7 +219,7 @@ def shrink(file: Path) -> None:
         smaller = picture.convert("RGB")
     if smaller.width > WIDTH:
         smaller = smaller.resize((WIDTH, round(smaller.height * WIDTH / smaller.width)), Image.Resampling.LANCZOS)
-    smaller.quantize(COLORS, dither=Image.Dither.NONE).save(file, optimize=True)
+    smaller.quantize(COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 def main() -> None:
@@ -232,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--project", type=Path, default=Path(".cache/screenshots/project"), help="used as it is if it exists")
     parser.add_argument("--out", type=Path, default=Path(".cache/screenshots/pictures"), help="folder of the pictures")
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="only pictures whose names begin so")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="only pictures whose names begin so, without new reports")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     program = shutil.which("chromium") or sys.exit("error: the program chromium is not installed")
@@ -243,24 +238,27 @@ def main() -> None:
         browser = Browser(program, scratch / "browser")
         stack.callback(browser.close)
         browser.send("Page.addScriptToEvaluateOnNewDocument", source=WITHOUT_ASSISTANT)
-        for page in all_pages(project, scratch):
+        for page in all_pages(project, scratch, reports=not options.only):
             if not options.only or page.name.startswith(tuple(options.only)):
                 take(browser, page, options.out)
 
 
-def all_pages(project: Project, scratch: Path) -> Iterator[Page]:
-    """All pages, each while its server runs."""
+def all_pages(project: Project, scratch: Path, reports: bool) -> Iterator[Page]:
+    """All pages, each while its server runs; ``reports``: also those that commands write first."""
     announced, port = project.root / SERVER_FILE, free_port(0)
+    announced.unlink(missing_ok=True)  # of a run that was killed
     with project.server("ui", *(f"--{name}-port={free_port(0)}" for name in ("mlflow", "prefect", "docs")), is_up=announced.is_file):
         servers = json.loads(announced.read_text())["servers"]
-        project.run("-c", CHAMPION_REPORT)
+        if reports:
+            project.run("-c", CHAMPION_REPORT)
         yield from mlflow_pages(servers["MLflow"], scratch)
         yield from prefect_pages(servers["Prefect"])
         yield Page("data-docs", f"{servers['Data Docs']}/index.html", "Data Docs", (1200, 620))
         yield Page("data-docs-rows", f"{servers['Data Docs']}/index.html", "Data Docs", (1200, 900), first_row)
         for log in sorted((project.root / LOGS).glob("*.log")):
             report(log.name, errors_of(log))
-    yield from files_of(project, scratch)
+    if reports:
+        yield from files_of(project, scratch)
     with project.server("serve", f"--port={port}", is_up=lambda: answers(f"http://127.0.0.1:{port}/")):
         yield Page("serving", f"http://127.0.0.1:{port}/", "cm3leon", (1200, 1000), generate)
 

@@ -51,7 +51,7 @@ class Browser:
             self.complaints.append(" ".join(str(part.get("value", part.get("description"))) for part in params["args"]))
         elif event == "Runtime.exceptionThrown":
             self.complaints.append(str(params["exceptionDetails"]))
-        elif event == "Network.requestWillBeSent":
+        elif event == "Network.requestWillBeSent" and params["type"] in ("Document", "XHR", "Fetch", "Image"):
             self.pending_requests.add(params["requestId"])
         elif event in ("Network.loadingFinished", "Network.loadingFailed"):
             self.pending_requests.discard(params["requestId"])
@@ -71,9 +71,9 @@ class Browser:
 
     def visit(self, url, ready="true", seconds=15):
         """Show a page and wait until it is loaded and a script in it is true."""
-        self.pending_requests.clear()
         self.send("Page.navigate", url="about:blank")  # an address that differs after the # alone would not be loaded
         self.until("document.URL === 'about:blank'")
+        self.pending_requests.clear()
         self.send("Page.navigate", url=url)
         self.until(f"document.URL !== 'about:blank' && document.readyState === 'complete' && ({ready})", seconds)
 
@@ -81,12 +81,13 @@ class Browser:
         """Show the page of a served model and wait until it knows the model."""
         self.visit(url, "document.querySelector('#model').textContent.includes('generates')")
 
-    def until_quiet(self, seconds=2.0, limit=60.0):
-        """Wait until the page has asked for nothing and stayed as it is for some seconds; not longer than the limit."""
+    def until_quiet(self, seconds=2.0, limit=20.0):
+        """Wait until the page has stayed as it is for some seconds, with no request and no endless animation; not longer than the limit."""
+        endless = "document.getAnimations().filter((found) => found.effect.getComputedTiming().iterations === Infinity).length"
         shown, since, end = None, time.monotonic(), time.monotonic() + limit
         while time.monotonic() < min(since + seconds, end):
-            now = self.evaluate("document.documentElement.outerHTML.length"), len(self.pending_requests)
-            if now != shown or self.pending_requests:
+            now = self.evaluate("document.documentElement.outerHTML.length")
+            if now != shown or self.pending_requests or self.evaluate(endless):  # such as a spinner
                 shown, since = now, time.monotonic()
             time.sleep(0.1)
 

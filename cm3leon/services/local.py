@@ -122,7 +122,7 @@ def serve(mlflow_port: int = 5000, prefect_port: int = 4200, docs_port: int = 80
     experiment_id = experiment_id_of(MlflowClient(tracking_uri=uri, registry_uri=uri), uri)
     up = read_state()
     by_name = services(up.mlflow if up else uri, experiment_id, mlflow_port, prefect_port, docs_port)
-    with _running(by_name):
+    with suppress(KeyboardInterrupt), _running(by_name):
         for name, service in by_name.items():
             print(f"{name:<10} {service.address}", flush=True)
         if "Data Docs" not in by_name:
@@ -146,7 +146,7 @@ def _running(by_name: dict[str, Service]) -> Iterator[None]:
     for number in (signal.SIGTERM, signal.SIGINT):  # a script's background process is started with SIGINT ignored
         signal.signal(number, _interrupt)
     started = {name: service for name, service in by_name.items() if service.command}
-    with suppress(KeyboardInterrupt), ExitStack() as stack:
+    with ExitStack() as stack:
         logs = {name: LOGS / f"{name.lower().replace(' ', '-')}.log" for name in started}
         for log in logs.values():
             log.unlink(missing_ok=True)
