@@ -119,7 +119,7 @@ def project(rows: Iterable[SourceRow], config: Config, root: Path) -> Path:
     (root / paths.RAW).mkdir(parents=True)
     pack(rows, root / paths.RAW, config.ingest.shard_megabytes)
     any_share = config.validate_.model_copy(update={"max_rejected_rate": 1.0})  # what is rejected is not compared
-    validate(root / paths.RAW, root / paths.VALIDATED, any_share, config.seed)
+    validate(root / paths.RAW, root / paths.VALIDATED, root / paths.DATA_DOCS, any_share, config.seed)
     return root
 
 
