@@ -85,7 +85,7 @@ def markdown(results: Sequence[StageResult], verdict: str, run: Run) -> str:
     lines += [f"- [{what}]({where})" for what, where in links(run, lambda path: path.absolute().as_uri())]
     lines += [f"- MLflow run `{run.run_id}`"] if run.run_id else []
     lines += ["", "| stage | state | seconds | peak MB | metrics |", "|---|---|---:|---:|---|"]
-    lines += [f"| {r.stage} | {r.state} | {_seconds(r)} | {_memory(r)} | {metrics_text(r.metrics, 12)} |" for r in results]
+    lines += [f"| {r.stage} | {r.state} | {_seconds(r)} | {_memory(r)} | {metrics_text(r.metrics, 3)} |" for r in results]
     for r in results:
         if r.error:
             lines += ["", "```", r.error, "```"]
