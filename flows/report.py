@@ -100,7 +100,7 @@ def markdown(results: Sequence[StageResult], verdict: str, run: Run, saved: str 
     lines += [f"- MLflow run `{run.run_id}`"] if run.run_id else []
     lines += [f"- to take these outputs over: `dvc exp apply {saved}`"] if saved else []
     lines += ["", "| stage | state | seconds | peak MB | metrics |", "|---|---|---:|---:|---|"]
-    lines += [f"| {r.stage} | {r.state} | {_seconds(r)} | {_memory(r)} | {metrics_text(r.metrics, 12)} |" for r in results]
+    lines += [f"| {r.stage} | {r.state} | {_seconds(r)} | {_memory(r)} | {metrics_text(r.metrics, 3)} |" for r in results]
     for r in results:
         if r.error:
             lines += ["", "```", r.error, "```"]

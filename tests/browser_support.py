@@ -81,7 +81,7 @@ class Browser:
         """Show the page of a served model and wait until it knows the model."""
         self.visit(url, "document.querySelector('#model').textContent.includes('generates')")
 
-    def until_quiet(self, seconds=2.0, limit=20.0):
+    def until_quiet(self, seconds=2.0, limit=120.0):
         """Wait until the page has stayed as it is for some seconds, with no request and no endless animation; not longer than the limit."""
         endless = "document.getAnimations().filter((found) => found.effect.getComputedTiming().iterations === Infinity).length"
         shown, since, end = None, time.monotonic(), time.monotonic() + limit

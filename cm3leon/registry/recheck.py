@@ -51,9 +51,19 @@ class Recheck:
         return [check for check in self.checks if not check.inside]
 
     def to_markdown(self) -> str:
-        """A table of all scores."""
-        lines = [f"## Version {self.version}, measured again", "", "| score | recorded | interval | now | |", "|---|---:|---:|---:|---|"]
-        for check in self.checks:
+        """A sentence, and a table of all scores, those that left their intervals first."""
+        found = (
+            f"{len(self.left)} of {len(self.checks)} scores left their intervals." if self.left else "All scores are in their intervals."
+        )
+        lines = [
+            f"## Version {self.version}, measured again",
+            "",
+            found,
+            "",
+            "| score | recorded | interval | now | |",
+            "|---|---:|---:|---:|---|",
+        ]
+        for check in sorted(self.checks, key=lambda check: check.inside):
             now = "" if check.now is None else f"{check.now:.4g}"
             lines.append(
                 f"| {check.score} | {check.recorded:.4g} | {check.low:.4g} to {check.high:.4g} | {now} | {'' if check.inside else 'left'} |"
