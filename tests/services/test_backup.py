@@ -82,7 +82,7 @@ def test_the_restored_project_has_the_same_registry_and_generates(
     monkeypatch.chdir(stages)
     released(0.5)
     client = registry.connect()
-    client.create_run(experiment_id_of(client, Path(), tracking_uri()))  # at work
+    client.create_run(experiment_id_of(client, tracking_uri()))  # at work
     entries = len(promotion.history())
     capsys.readouterr()
     exec(STATE, {})
@@ -99,7 +99,7 @@ def test_the_restored_project_has_the_same_registry_and_generates(
 
     # The copy was worked with, and the run that was at work in the original is not at work here.
     client = registry.connect()
-    assert client.search_runs([experiment_id_of(client, Path(), tracking_uri())], "attributes.status = 'RUNNING'") == []
+    assert client.search_runs([experiment_id_of(client, tracking_uri())], "attributes.status = 'RUNNING'") == []
     assert len(promotion.history()) == entries + 1 and not (stages / "mlruns").exists()
 
 
