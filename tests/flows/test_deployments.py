@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -230,19 +229,19 @@ def scheduled_run(deployment: str, seconds: float = 150) -> Any:
     return None
 
 
-def set_schedule(deployment: str, seconds: int | None) -> None:
-    """Start a deployment every ``seconds``, with approval; None removes its schedules."""
+def set_schedule(deployment: str, cron: str | None) -> None:
+    """Start a deployment by a schedule, with approval; None removes its schedules."""
     from prefect import get_client
     from prefect.client.schemas.actions import DeploymentUpdate
-    from prefect.client.schemas.schedules import IntervalSchedule
+    from prefect.client.schemas.schedules import CronSchedule
 
     with get_client(sync_client=True) as client:
         found = client.read_deployment_by_name(f"cm3leon/{deployment}")
         for schedule in found.schedules:
             client.delete_deployment_schedule(found.id, schedule.id)
-        if seconds:
+        if cron:
             client.update_deployment(found.id, DeploymentUpdate(parameters={"approval": True}))
-            client.create_deployment_schedules(found.id, [(IntervalSchedule(interval=timedelta(seconds=seconds)), True)])
+            client.create_deployment_schedules(found.id, [(CronSchedule(cron=cron), True)])
 
 
 def test_a_scheduled_run_starts_by_itself_and_ends_with_a_promotion_that_waited_for_approval(
@@ -252,7 +251,7 @@ def test_a_scheduled_run_starts_by_itself_and_ends_with_a_promotion_that_waited_
     schedules = {deployment["name"]: deployment.get("schedules", []) for deployment in definition["deployments"]}
     assert schedules["nightly"] == [{"cron": "0 2 * * *", "timezone": "UTC", "active": False}]
     assert [schedule["active"] for schedule in schedules["evaluate-champion"]] == [False]
-    set_schedule("nightly", 10)
+    set_schedule("nightly", "* * * * *")
     run = scheduled_run("nightly")
     set_schedule("nightly", None)
     assert run is not None, workspace.log.read_text()[-4000:]

@@ -114,7 +114,7 @@ def flow_runs(folder: Path) -> list[str]:
         connection.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_within_seconds_and_quietly(run: Terminal, number: signal.Signals) -> None:
     command = wait_for_the_slow_stage(run.folder)
     servers = owned_names(run.folder, PROCESSES)
