@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Of the tests, which often wait for servers: more than the two cores for which the suite is meant.
-PROCESSES ?= 3
+# Of the tests, for which two cores are enough.
+PROCESSES ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Containers often set it: every process would compile all it imports anew, which costs a stage five seconds or more.
