@@ -14,9 +14,7 @@ from cm3leon.tracking import runs, store
 from cm3leon.utils import telemetry
 
 telemetry.turn_off()
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # as many processes test as there are cores: their threads would wait for each other, those of programs they start too
+if "PYTEST_XDIST_WORKER" in os.environ:  # all cores test: threads would wait for each other, those of programs they start too
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
