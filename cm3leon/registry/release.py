@@ -17,6 +17,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,28 +62,28 @@ def facts(bundle: Path) -> dict[str, Any]:
     }
 
 
+@cache
 def bill_of_materials() -> dict[str, Any]:
-    """The installed packages in CycloneDX 1.6 (cyclonedx.org/docs/1.6/json)."""
-    packages = {found.metadata["Name"]: found for found in metadata.distributions() if found.metadata["Name"]}
+    """The installed packages in CycloneDX 1.6 (cyclonedx.org/docs/1.6/json); read once a process, as there are hundreds of files."""
+    packages = {str(package["name"]): package for found in metadata.distributions() if "name" in (package := found.metadata.json)}
     components = [
         {
             "type": "library",
             "name": name,
-            "version": found.version,
-            "purl": f"pkg:pypi/{name.lower().replace('_', '-')}@{found.version}",
-            **({"licenses": [{"license": {"name": license_name}}]} if (license_name := _license(found)) else {}),
+            "version": package["version"],
+            "purl": f"pkg:pypi/{name.lower().replace('_', '-')}@{package['version']}",
+            **({"licenses": [{"license": {"name": license_name}}]} if (license_name := _license(package)) else {}),
         }
-        for name, found in sorted(packages.items(), key=lambda item: item[0].lower())
+        for name, package in sorted(packages.items(), key=lambda item: item[0].lower())
     ]
     return {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "components": components}
 
 
-def _license(package: metadata.Distribution) -> str | None:
+def _license(package: Mapping[str, Any]) -> str | None:
     """A package's license as its metadata state it, if that is short."""
-    described = package.metadata.json
-    stated = str(described.get("license_expression") or described.get("license") or "").strip()
+    stated = str(package.get("license_expression") or package.get("license") or "").strip()
     if not stated or len(stated) > 60 or "\n" in stated:  # some repeat the whole text
-        classifiers = [text.rpartition(" :: ")[2] for text in described.get("classifier", []) if text.startswith("License ::")]
+        classifiers = [text.rpartition(" :: ")[2] for text in package.get("classifier", []) if text.startswith("License ::")]
         return ", ".join(classifiers) or None
     return stated
 
