@@ -61,6 +61,7 @@ def prepare(root: Path) -> Path:
         _git(root, "worktree", "add", "--quiet", "--detach", str(tree), "HEAD")
     try:
         with alone_in_directory(tree):
+            _unhide_collection(tree)
             _git(tree, "checkout", "--quiet", "--force", "--detach", _git(root, "rev-parse", "HEAD"))
             _share(root, tree)
             _link_collection(root, tree)
@@ -104,6 +105,15 @@ def _link_collection(root: Path, tree: Path) -> None:
         shutil.rmtree(tree / place, ignore_errors=True)
         (tree / place).parent.mkdir(parents=True, exist_ok=True)
         (tree / place).symlink_to(root / place)
+
+
+def _unhide_collection(tree: Path) -> None:
+    """Undo what :func:`_link_collection` did to files in git: the next commit may have changed them."""
+    hidden = [line[2:] for line in _git(tree, "ls-files", "-v", "-z").split("\0") if line.startswith("S ")]
+    if hidden:
+        _git(tree, "update-index", "--no-skip-worktree", *hidden)
+    for link in {tree / parent for file in hidden for parent in Path(file).parents if (tree / parent).is_symlink()}:
+        link.unlink()
 
 
 def _take_over(root: Path, tree: Path) -> None:

@@ -67,8 +67,11 @@ def test_it_sees_the_collection_and_hides_that_from_git(toy: Path) -> None:
     tree = prepare(toy)
     assert (tree / SOURCE / "flowers" / "rose.png").read_bytes() == b"rose"
     assert git(tree, "status", "--short", "--untracked-files=no") == ""
+    (toy / SOURCE / "README.md").write_text("your photos\n")  # of the files in git that are hidden
+    git(toy, "commit", "--quiet", "-m", "README", str(SOURCE / "README.md"))
     prepare(toy)
-    assert (tree / SOURCE / "flowers" / "rose.png").is_file() and (toy / SOURCE / "README.md").is_file()
+    assert git(tree, "show", f"HEAD:{SOURCE}/README.md") == (tree / SOURCE / "README.md").read_text() == "your photos\n"
+    assert (tree / SOURCE / "flowers" / "rose.png").is_file() and git(toy, "status", "--short") == ""
 
 
 def test_results_are_kept_as_experiments_and_taken_over(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
