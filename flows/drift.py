@@ -50,8 +50,7 @@ def drift_task(config: Config, run: Run, accept: bool) -> State:
     result = StageResult(DRIFT, "Completed" if checked.drift else "Skipped")
     if checked.drift:
         result.metrics = checked.drift.values
-        page = mlflow_page(run)
-        link = f"{page}/artifacts/{REPORT.stem}/{REPORT.name}" if page else REPORT.absolute().as_uri()
+        link = mlflow_page(run, f"{REPORT.stem}/{REPORT.name}") or REPORT.absolute().as_uri()
         report = f"{checked.drift.to_markdown()}\n[report with plots]({link})\n"
         create_markdown_artifact(report, key="drift-report", description="The new training data compared with the champion's")
     result.seconds = time.monotonic() - start

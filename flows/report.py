@@ -81,10 +81,10 @@ def _mlflow() -> str | None:
     return uri.rstrip("/") if uri.startswith("http") else ui_servers().get("MLflow")
 
 
-def mlflow_page(run: Run) -> str | None:
-    """The page of a run in MLflow; None if no server is up, or the run is not tracked."""
+def mlflow_page(run: Run, artifact: str = "") -> str | None:
+    """The page of a run, or of its artifact, in MLflow; None if no server is up, or the run is not tracked."""
     mlflow = _mlflow()
-    return f"{mlflow}/{run_page(str(run.experiment_id), run.run_id)}" if mlflow and run.run_id else None
+    return f"{mlflow}/{run_page(str(run.experiment_id), run.run_id, artifact)}" if mlflow and run.run_id else None
 
 
 def markdown(results: Sequence[StageResult], verdict: str, run: Run, saved: str = "") -> str:

@@ -30,9 +30,9 @@ def spaced(table: str) -> str:
     return table.replace(" | ", "&ensp; | ")
 
 
-def run_page(experiment_id: str, run_id: str) -> str:
-    """The address of a run's page, relative to MLflow's."""
-    return f"#/experiments/{experiment_id}/runs/{run_id}?{TRAINING}"
+def run_page(experiment_id: str, run_id: str, artifact: str = "") -> str:
+    """The address of a run's page, or of an artifact on it, relative to MLflow's."""
+    return f"#/experiments/{experiment_id}/runs/{run_id}{f'/artifacts/{artifact}' if artifact else ''}?{TRAINING}"
 
 
 def write_view(client: Any, experiment_id: str, metrics: Sequence[str], images: Sequence[str], tag: str, baseline: str) -> None:

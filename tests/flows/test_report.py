@@ -10,7 +10,7 @@ from cm3leon.config import paths
 from cm3leon.services.environment import SERVER_FILE
 from cm3leon.tracking.runs import Run
 from cm3leon.utils.processes import identity
-from flows.report import markdown
+from flows.report import markdown, mlflow_page
 from flows.stage import StageResult, metrics_text
 
 SCORES = {"super_resolution_psnr_rgb": 32.4, "clip_score": 0.6, "composition": 0.41, "vqa_accuracy": 0.62}
@@ -32,6 +32,14 @@ def announce(process: str) -> None:
     SERVER_FILE.parent.mkdir()
     servers = {"MLflow": "http://127.0.0.1:5001", "Prefect": "http://127.0.0.1:4200", "Data Docs": "http://127.0.0.1:8000"}
     SERVER_FILE.write_text(json.dumps({"process": process, "servers": servers}))
+
+
+def test_an_artifact_has_a_page_of_its_own(run: Run) -> None:
+    assert mlflow_page(run) is None
+    announce(identity())
+    assert mlflow_page(run) == "http://127.0.0.1:5001/#/experiments/1/runs/p1?workflowType=machine_learning"
+    artifact = mlflow_page(run, "drift/drift.html")
+    assert artifact == "http://127.0.0.1:5001/#/experiments/1/runs/p1/artifacts/drift/drift.html?workflowType=machine_learning"
 
 
 def test_headline_scores_come_before_all_others() -> None:
