@@ -5,9 +5,12 @@ A person decides on the flow run's page in Prefect, or through its API (``prefec
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 from uuid import UUID
 
@@ -21,6 +24,9 @@ from pydantic import BaseModel, Field
 
 from cm3leon.registry.gate import Verdict
 from cm3leon.registry.registry import Version
+from cm3leon.services.automations import WAITS
+from cm3leon.services.environment import ServerError
+from cm3leon.services.events import emit
 from cm3leon.tracking.runs import FLOW_RUN_ENV
 from cm3leon.utils.errors import UserError
 from flows.notify import tell_promotion
@@ -91,18 +97,31 @@ def with_decision(work: Callable[[], State], approval: bool, hours: float) -> St
     Returns:
         what ``work`` (through :func:`~flows.session.alone`) or :func:`decide` returned.
     """
+    from cm3leon.registry import promotion
+
     if waiting := candidate(approval):
         return decide(waiting, hours)
     state = alone(work)
     waiting = candidate(approval)
-    return decide(waiting, hours) if waiting else state
+    if waiting is None:
+        return state
+    promotion.propose(waiting.version, datetime.now(UTC) + timedelta(hours=hours))
+    return decide(waiting, hours)
 
 
 def decide(waiting: Candidate, hours: float) -> State:
     """Suspend this flow run until there is a decision, then carry it out; after ``hours`` Prefect ends the run as failed."""
     os.environ[FLOW_RUN_ENV] = str(flow_run.id)
+    atexit.register(tell_wait, str(flow_run.id), str(flow_run.flow_name))
     form = Decision.with_initial_data(f"Shall version {waiting.version} become the champion? The gate: {waiting.verdict}")
     return carry_out(waiting, suspend_flow_run(wait_for_input=form, timeout=math.ceil(hours * 3600), key="decision"))
+
+
+def tell_wait(run_id: str, flow_name: str) -> None:
+    """Tell Prefect's server that a flow run waits: at the exit of its process, because heartbeats may be sent until then."""
+    flow = {"prefect.resource.id": f"prefect.flow.{flow_name}", "prefect.resource.role": "flow", "prefect.resource.name": flow_name}
+    with suppress(ServerError):
+        emit(WAITS, {"prefect.resource.id": f"prefect.flow-run.{run_id}"}, {}, [flow])
 
 
 def carry_out(waiting: Candidate, made: Decision) -> State:

@@ -79,14 +79,15 @@ def clean(keep: int = KEEP, dry_run: bool = False) -> Iterator[Garbage]:
 
 
 def kept_versions(versions: Sequence[Version], entries: Sequence[ledger.Entry], keep: int) -> list[Version]:
-    """The newest versions, those with an alias and those that ever were the champion.
+    """The newest versions, those with an alias, those that ever were the champion and those that wait for a decision.
 
     Args:
         versions: newest first.
-        entries: of the ledger.
+        entries: of the ledger, newest first.
     """
-    champions = {entry.champion for entry in entries} | {entry.version for entry in entries if entry.action != "gate"}
-    return [v for position, v in enumerate(versions) if position < keep or v.aliases or v.number in champions]
+    champions = {entry.champion for entry in entries} | {entry.version for entry in entries if entry.action in ("promote", "rollback")}
+    waiting = ledger.waiting(entries)
+    return [v for position, v in enumerate(versions) if position < keep or v.aliases or v.number in champions | waiting]
 
 
 def _check_intact(client: MlflowClient, kept: Sequence[Version]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,7 +85,8 @@ def gate(config: Config, registered: Version | None = None, number: str | None =
     if champion != challenger:
         entry = ledger.Entry("gate", challenger.number, champion.number if champion else None, str(verdict))
         # A run that changes nothing compares the same versions again.
-        before = next((old for old in ledger.read(client) if old.version == entry.version and old.action != "reject"), None)
+        of_version = [old for old in ledger.read(client) if old.version == entry.version]
+        before = next((old for old in of_version if old.action not in ("propose", "reject")), None)
         if before is None or (before.action, before.champion, before.verdict) != (entry.action, entry.champion, entry.verdict):
             sheets = _sheets(client, challenger, champion, record)
             client.log_text(_run_id(challenger), sheets_page(verdict.to_markdown(), sheets), "gate.html")
@@ -210,24 +212,41 @@ def promote(number: str | None = None, force: bool = False, reason: str = "") ->
     return _published(client, chosen, champion)
 
 
+def propose(number: str, until: datetime) -> ledger.Entry:
+    """Enter into the ledger that a version waits for a person's decision; returns the entry.
+
+    Args:
+        until: UTC; without a decision until then the version counts as rejected.
+
+    Raises:
+        PromotionError: if there is no such version.
+    """
+    return _enter("propose", number, until=until)
+
+
 def reject(number: str, reason: str) -> ledger.Entry:
     """Enter into the ledger that a person decided against a version; returns the entry.
 
     Raises:
         PromotionError: if there is no such version.
     """
+    return _enter("reject", number, reason=reason)
+
+
+def _enter(action: ledger.Action, number: str, reason: str = "", until: datetime | None = None) -> ledger.Entry:
+    """Enter what changes no alias into the ledger, and write the release of the version anew."""
     client = connect()
     versions = all_versions(client)
     version, champion = _chosen(versions, number), holder(versions, CHAMPION)
     state = version.tags.get(GATE_TAG, NOT_COMPARED)
-    entry = ledger.Entry("reject", version.number, champion.number if champion else None, state, reason=reason)
+    entry = ledger.Entry(action, version.number, champion.number if champion else None, state, reason=reason, until=until)
     ledger.append(client, entry)
     publish(client, version)
     return entry
 
 
 def rejection(number: str) -> ledger.Entry | None:
-    """The entry by which a version was rejected; None if it was not, or was promoted since."""
+    """The entry by which a version was rejected, by a person or by the time limit; None if it was not, or was promoted since."""
     decisions = (entry for entry in history() if entry.version == number and entry.action in ("promote", "reject"))
     last = next(decisions, None)
     return last if last and last.action == "reject" else None

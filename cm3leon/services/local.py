@@ -20,6 +20,7 @@ from types import FrameType, MappingProxyType
 from typing import NamedTuple
 
 from cm3leon.config import paths
+from cm3leon.services.automations import mark_stuck_runs
 from cm3leon.services.environment import PREFECT_HOME, SERVER_FILE, ui_servers, use_environment
 from cm3leon.services.leftovers import PROCESSES, end_leftover_processes, owned
 from cm3leon.tracking.view import TRAINING
@@ -123,6 +124,8 @@ def serve(mlflow_port: int = 5000, prefect_port: int = 4200, docs_port: int = 80
     up = read_state()
     by_name = services(up.mlflow if up else uri, experiment_id, mlflow_port, prefect_port, docs_port)
     with suppress(KeyboardInterrupt), _running(by_name):
+        if by_name["Prefect"].command:
+            mark_stuck_runs({**os.environ, "PREFECT_API_URL": f"{by_name['Prefect'].server}/api"})
         for name, service in by_name.items():
             print(f"{name:<10} {service.address}", flush=True)
         if "Data Docs" not in by_name:

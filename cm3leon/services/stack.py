@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from cm3leon.services.automations import mark_stuck_runs
 from cm3leon.services.environment import PREFECT_HOME, SERVICES_FILE, child_path, prepare_project
 from cm3leon.services.local import HOST, ServiceError, free_port, pages_environment
 from cm3leon.services.mlflow_server import CREDENTIALS_ENV
@@ -196,6 +197,7 @@ def up(mlflow_port: int = 5000, prefect_port: int = 4200, worker_port: int = 430
     try:
         state = _wait_until_up(supervisor)
         _deploy(state)
+        mark_stuck_runs(client_environment(state))
     except BaseException:
         stop_tree(supervisor.pid, STOP_SECONDS)
         STATE.unlink(missing_ok=True)

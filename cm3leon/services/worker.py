@@ -13,8 +13,10 @@ import sys
 from contextlib import suppress
 from types import FrameType
 
+from cm3leon.services.automations import mark_stuck_runs
 from cm3leon.services.child import run_command
-from cm3leon.services.environment import child_path, use_environment
+from cm3leon.services.environment import ServerError, child_path, use_environment
+from cm3leon.tracking.store import warn
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -26,6 +28,10 @@ def main(pool: str) -> int:
     use_environment()
     os.environ["PATH"] = child_path()  # for the python of the deployments' first step
     signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        mark_stuck_runs()
+    except ServerError as error:
+        warn(f"{error}; runs whose process was killed will count as running")
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
     with suppress(KeyboardInterrupt):
         return run_command(command, lambda line: print(line, flush=True)).status

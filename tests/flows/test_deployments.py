@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from cm3leon.registry import promotion, registry
 from cm3leon.scenes import source as shapes
 from cm3leon.sequence.tasks import Training
 from cm3leon.services import worktree
+from cm3leon.services.automations import WAITS
 from cm3leon.services.environment import child_path
 from cm3leon.services.exclusive import BusyError, alone_in_directory
 from cm3leon.services.worktree import WORKTREE
@@ -260,7 +262,9 @@ def test_a_scheduled_run_starts_by_itself_and_ends_with_a_promotion_that_waited_
     state = workspace.wait(run.id, is_paused)
     assert (workspace.root / WORKTREE / "out/third").is_file()
     assert not (workspace.root / "out").exists() and not (workspace.root / "dvc.lock").exists()
-    assert state.name == "Suspended" and state.state_details.pause_timeout
+    assert state.name == "Suspended"
+    until = state.state_details.pause_timeout
+    assert events(prefect_server, WAITS, f"prefect.flow-run.{run.id}"), "silent from now on, and not crashed"
     assert champion() is None
     for wrong in ({"decision": "perhaps", "reason": "x", "name": "y"}, DECISION | {"reason": " "}, {"decision": "approve"}):
         assert resume(prefect_server, run.id, wrong) == "REJECT"
@@ -269,8 +273,10 @@ def test_a_scheduled_run_starts_by_itself_and_ends_with_a_promotion_that_waited_
     state = workspace.wait(run.id, lambda state: state.is_final())
     assert (state.name, state.message) == ("Completed", "version 1 is the champion, approved by Anna: the colors are right")
     assert champion() == "1"
-    promoted, gated, *_ = promotion.history()
-    assert (gated.action, promoted.action, promoted.version, promoted.forced) == ("gate", "promote", "1", False)
+    promoted, proposed, gated, *_ = promotion.history()
+    assert (gated.action, proposed.action, promoted.action, promoted.version) == ("gate", "propose", "promote", "1")
+    assert not promoted.forced and proposed.flow_run == str(run.id)
+    assert proposed.until and abs(proposed.until - until) < timedelta(minutes=1)
     assert promoted.reason == "approved by Anna: the colors are right" and promoted.flow_run == str(run.id)
     [saved] = [tags["dvc_experiment"] for tags in pipeline_tags() if "dvc_experiment" in tags]
     assert saved.startswith("run-tiny-") and saved in git("for-each-ref", "refs/exps")
@@ -293,7 +299,7 @@ def test_a_person_or_a_time_limit_rejects_and_nobody_is_asked_twice(workspace: W
     workspace.wait(started.id, is_paused)
     [run] = [found for found in runs_of("promote") if found.id == started.id]  # named when it began
     assert run.name.startswith("promotion 2")
-    gated = promotion.history()[0]
+    gated = promotion.history()[1]
     message = inbox.wait_for(f"version {gated.version} is held back by the gate")
     assert message["body"].splitlines() == [f"run {run.name}, {gated.who}: {gated.sentence}", gated.verdict, page(prefect_server, run)]
     assert "held back (" in gated.verdict and "no score of both has a margin" in gated.verdict
@@ -310,6 +316,10 @@ def test_a_person_or_a_time_limit_rejects_and_nobody_is_asked_twice(workspace: W
     state = workspace.run("promote", approval=True, decision_hours=0.001)
     assert state.is_failed() and state.message == "The flow was paused and never resumed."
     assert champion() == before
+    rejected, proposed, gated = promotion.history()[:3]
+    assert (rejected.action, proposed.action, gated.action) == ("reject", "propose", "gate")
+    assert (rejected.who, rejected.flow_run) == ("time limit", proposed.flow_run)
+    assert "is not promoted: nobody decided within the time limit" in promoted_by_hand()
     inbox.status = 200
     inbox.wait_for(f"version {promotion.history()[0].version} is held back")
     warnings = [line for line in log_of(state) if "message" in line]

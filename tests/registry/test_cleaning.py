@@ -34,16 +34,20 @@ def project_with_dvc(stages: Path) -> Path:
     return stages
 
 
-def test_the_newest_those_with_an_alias_and_former_champions_are_kept() -> None:
+def test_the_newest_those_with_an_alias_former_champions_and_those_that_wait_are_kept() -> None:
     versions = [Version(str(n), "run", datetime.now(UTC), aliases=["champion"] if n == 2 else []) for n in range(9, 0, -1)]
     entries = [
+        ledger.Entry("reject", "6", "2"),
+        ledger.Entry("propose", "6", "2"),
+        ledger.Entry("gate", "5", "2", "held back"),
+        ledger.Entry("propose", "5", "2"),
         ledger.Entry("gate", "5", "2", "held back"),
         ledger.Entry("rollback", "2", "4"),
         ledger.Entry("promote", "4", "2", "passed"),
         ledger.Entry("promote", "2", None, "passed"),
     ]
-    assert [v.number for v in kept_versions(versions, entries, keep=2)] == ["9", "8", "4", "2"]
-    assert [v.number for v in kept_versions(versions, entries, keep=0)] == ["4", "2"]
+    assert [v.number for v in kept_versions(versions, entries, keep=2)] == ["9", "8", "5", "4", "2"]
+    assert [v.number for v in kept_versions(versions, entries, keep=0)] == ["5", "4", "2"]
 
 
 def test_dropped_versions_deleted_runs_and_old_checkpoints_are_gone_and_their_bytes_are_free(project_with_dvc: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cm3leon.services.automations import STUCK_RUNS
 from cm3leon.services.environment import ServerError
 from cm3leon.services.events import emit
 from cm3leon.services.local import free_port
@@ -135,6 +136,8 @@ def test_the_deployments_are_there_and_a_second_up_changes_nothing(root: Path, u
     assert parts(root) == before
     deployments = json.loads(answer(f"{up['Prefect']}/api/deployments/filter", b"{}", password(root)))
     assert {"nightly", "on-data-change"} <= {deployment["name"] for deployment in deployments}
+    automations = json.loads(answer(f"{up['Prefect']}/api/automations/filter", b"{}", password(root)))
+    assert [automation["enabled"] for automation in automations if automation["name"] == STUCK_RUNS["name"]] == [True]
 
 
 def test_an_event_needs_the_password(root: Path, up: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
