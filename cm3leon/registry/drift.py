@@ -30,7 +30,7 @@ from cm3leon.registry.registry import (
     fetch_bundle,
     holder,
 )
-from cm3leon.registry.shifts import Data, Duplicates, Shift, duplicates_of, features, shifts_between
+from cm3leon.registry.shifts import Data, Duplicates, Shift, duplicates_of, features, shifts_between, verdict_on
 from cm3leon.retrieval.index import MemoryBank, multimodal_records
 from cm3leon.tracking import lineage
 from cm3leon.tracking.runs import Run
@@ -63,7 +63,7 @@ class Drift:
     page: str
 
     def __str__(self) -> str:
-        return "; ".join(str(shift) for shift in self.shifts if not shift.passed) or "the data is like that of the champion"
+        return verdict_on(self.shifts)
 
     @property
     def passed(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cm3leon.registry.shifts import Data, Shift
+from cm3leon.registry.shifts import Data, Shift, verdict_on
 from cm3leon.utils.html import image_tag, page
 
 NAMES, COLORS = ("champion's data", "new data"), ("#3b6fd4", "#e07b39")
@@ -27,6 +27,7 @@ def drift_page(shifts: Sequence[Shift], old: Data, new: Data) -> str:
     plots = "".join(f"<h2>{name}</h2>{image_tag(png, name)}" for name, png in _figures(old, new).items())
     body = (
         f"<h1>Drift: {len(old.ids):,} documents of the champion, {len(new.ids):,} new ones</h1>"
+        f"<p><b>{html.escape(verdict_on(shifts))}</b></p>"
         f"<table><tr><th>comparison</th><th>value</th><th>limit + chance</th><th></th></tr>{rows}</table>{plots}"
     )
     return page("drift", body)

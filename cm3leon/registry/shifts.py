@@ -9,7 +9,7 @@ Shapes: n documents, d dimensions of the encoder.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,6 +82,11 @@ class Shift:
 
     def __str__(self) -> str:
         return f"{self.explanation}, drift.max_{self.name} is {self.limit:g}{f' + {self.chance:.2g} for chance' if self.chance else ''}"
+
+
+def verdict_on(shifts: Sequence[Shift]) -> str:
+    """The comparisons past their limits, in a sentence."""
+    return "; ".join(str(shift) for shift in shifts if not shift.passed) or "the data is like that of the champion"
 
 
 def shifts_between(config: DriftConfig, old: Data, new: Data, seed: int) -> list[Shift]:

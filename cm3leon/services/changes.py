@@ -14,7 +14,8 @@ from pathlib import Path
 from cm3leon.config.loading import load_config
 from cm3leon.services import events
 from cm3leon.services.dvc_commands import changed_dependencies, locked_dependencies
-from cm3leon.services.environment import use_environment
+from cm3leon.services.environment import git_problem, use_environment
+from cm3leon.services.exclusive import alone_in_directory
 from cm3leon.services.worktree import held
 from cm3leon.tracking.store import without_password
 from cm3leon.utils.errors import UserError
@@ -38,7 +39,7 @@ def tell_changed(path: Path | None = None, force: bool = False) -> str:
     """
     use_environment()
     server = events.server_address()
-    with held(Path()):
+    with alone_in_directory() if git_problem() else held(Path()):
         pass  # only asked: a run that the event started now would be cancelled
     changes = changed_dependencies()
     data = find_data(path, [*locked_dependencies(), *changes])

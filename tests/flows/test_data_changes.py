@@ -55,6 +55,10 @@ def test_what_cannot_start_a_run_is_an_error(source: Path, prefect_server: str) 
     WORKTREE.mkdir(parents=True)
     with alone_in_directory(WORKTREE), pytest.raises(BusyError, match="another run works"):  # beside which the new one would be cancelled
         tell_changed(force=True)
+    shutil.move(".git", "no-git")  # then a run works in the project itself
+    with alone_in_directory(), pytest.raises(BusyError, match="another run works"):
+        tell_changed(force=True)
+    shutil.move("no-git", ".git")
     shutil.rmtree(source)
     with pytest.raises(UserError, match="data/source, on which a stage depends, does not exist"):
         tell_changed(force=True)

@@ -85,7 +85,7 @@ def test_what_is_past_its_limit_is_said_in_words_and_on_the_page() -> None:
     found = compared(data(0), data(1, lengths=WIDE[:, 0]))
     assert str(found) == "lengths of captions differ by 1.00, drift.max_caption_shift is 0.2 + 0.087 for chance"
     assert found.page.count("past the limit") == found.to_markdown().count("past the limit") == 1
-    assert str(found) in found.to_markdown()
+    assert str(found) in found.to_markdown() and f"<b>{found}</b>" in found.page
 
 
 def test_captions_that_do_not_fit_their_images_are_found() -> None:
