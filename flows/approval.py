@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -30,12 +31,14 @@ from cm3leon.services.events import emit
 from cm3leon.tracking.runs import FLOW_RUN_ENV
 from cm3leon.utils.errors import UserError
 from flows.notify import tell_promotion
-from flows.session import alone
+from flows.session import alone, send_pending
 
 VERSION, PASSED, VERDICT = "cm3leon.version", "cm3leon.passed", "cm3leon.verdict"
 """Labels of a flow run: the version that waits, and the gate's verdict. So the decision is on what was shown, whatever runs meanwhile."""
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Hours = Annotated[float, Field(gt=0)]
+ORDER_SECONDS = 2.0
+"""Prefect's server may take two events that are closer together in the wrong order."""
 DECISION_HOURS = 72.0
 """How long a promotion waits for a decision."""
 
@@ -118,7 +121,9 @@ def decide(waiting: Candidate, hours: float) -> State:
 
 
 def tell_wait(run_id: str, flow_name: str) -> None:
-    """Tell Prefect's server that a flow run waits: at the exit of its process, because heartbeats may be sent until then."""
+    """Tell Prefect's server that a flow run waits: at the exit of its process, after the heartbeats that may be sent until then."""
+    send_pending()
+    time.sleep(ORDER_SECONDS)
     flow = {"prefect.resource.id": f"prefect.flow.{flow_name}", "prefect.resource.role": "flow", "prefect.resource.name": flow_name}
     with suppress(ServerError):
         emit(WAITS, {"prefect.resource.id": f"prefect.flow-run.{run_id}"}, {}, [flow])

@@ -172,11 +172,11 @@ def parts(state: State) -> list[Part]:
     ]
 
 
-def up(mlflow_port: int = 5000, prefect_port: int = 4200, worker_port: int = 4300) -> State:
+def up(mlflow_port: int = 5000, prefect_port: int = 4200) -> State:
     """Start the services and create the deployments of ``prefect.yaml``; changes nothing if they are up.
 
     Args:
-        mlflow_port, prefect_port, worker_port: to listen on, the worker's for its health; the next free one if one is in use.
+        mlflow_port, prefect_port: to listen on; the next free one if one is in use.
 
     Raises:
         ServiceError: if a part does not answer in time.
@@ -186,7 +186,7 @@ def up(mlflow_port: int = 5000, prefect_port: int = 4200, worker_port: int = 430
     if MLFLOW_DATABASE not in os.environ:
         prepare_project(needs_store=True)
     LOGS.mkdir(parents=True, exist_ok=True)
-    ports = {"mlflow": free_port(mlflow_port), "prefect": free_port(prefect_port), "worker": free_port(worker_port)}
+    ports = {"mlflow": free_port(mlflow_port), "prefect": free_port(prefect_port), "worker": free_port(0)}
     password()
     write_state(State(ports, os.environ.get(MLFLOW_DATABASE, ""), os.environ.get(PREFECT_DATABASE, "")))
     with (LOGS / "supervisor.log").open("ab") as log:
