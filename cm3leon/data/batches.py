@@ -9,7 +9,7 @@ Row ``b`` of step ``s`` does not depend on the number of processes; each process
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,6 +58,10 @@ class Batch:
         if self.samples is None:
             length = int((self.tokens[part] != PAD).sum(1).max())
         return self._map(lambda value: value[part, :length])
+
+    def without_targets(self) -> Batch:
+        """The same rows as no part of the loss: for a process that has no rows left while others compute theirs."""
+        return replace(self, weights=torch.zeros_like(self.weights))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         given = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -81,9 +81,15 @@ class State:
 
 
 def setup(model: Decoder, config: TrainConfig, world: World | None = None) -> State:
-    """The state before the first step: the model on its device, sharded if there are several processes, and its optimizers."""
-    # Sharding replaces the parameters, so the optimizers are made after it.
+    """The state before the first step: the model on its device, sharded if there are several processes, and its optimizers.
+
+    Raises:
+        UserError: if there are more processes than rows.
+    """
     world = world or World(device=model.device)
+    if config.batch_size < world.size:
+        raise UserError(f"batch_size is {config.batch_size}: {world.size} processes need a row each; start fewer, or raise it")
+    # Sharding replaces the parameters, so the optimizers are made after it.
     model.to(world.device).train()
     model.recompute = config.activation_checkpointing
     distributed.shard(model, model.blocks, config, world)
@@ -114,14 +120,16 @@ def train_step(state: State, stream: Stream, config: TrainConfig, name: str) -> 
     model, world = state.model, state.world
     # 1. This process's rows, and over all processes the sum of the weights, which every micro-batch is divided by.
     batch = stream(state.step, world.own(stream.batch_size))
-    rows = batch.tokens.shape[0]
-    micro_rows = config.micro_batch_size or max(1, -(-stream.batch_size // world.size))
+    rows, most_rows = batch.tokens.shape[0], -(-stream.batch_size // world.size)
+    micro_rows = config.micro_batch_size or most_rows
     [weight, tokens] = world.sum([float(batch.weights.sum(dtype=torch.float64)), batch.tokens.numel()])
-    # 2. Gradients, summed over the micro-batches. FSDP averages them over the processes; times world.size they are sums.
+    # 2. Gradients, summed over the micro-batches, as many as the process with most rows has: each needs the shards of the others. FSDP
+    #    averages them over the processes; times world.size they are sums.
     model.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=world.device)
-    for start in range(0, max(rows, 1), micro_rows):
-        micro = batch.rows(slice(start, start + micro_rows)).to(world.device)
+    for start in range(0, most_rows, micro_rows):
+        micro = batch.rows(slice(start, start + micro_rows)) if start < rows else batch.rows(slice(1)).without_targets()
+        micro = micro.to(world.device)
         with autocast(config, world.device):
             total, losses_BT = model.losses(
                 micro.tokens, micro.weights, micro.image_positions, micro.samples, micro.positions, config.z_loss

@@ -32,7 +32,11 @@ def main(directory: Path, changes: dict) -> None:
     config = TrainConfig(**{**plain, "optimizer": "adamw", "precision": "fp32", **changes})
     store = TokenStore(directory / "tokens")
     samples = PretrainingSamples(store, store, {}, VOCABULARY, OBJECTIVE, [1.0], 80, 0)
-    stream = PackedStream(samples, len(store), 8, 0, 160) if config.packing else SortedStream(samples, len(store), 8, 0)
+    stream = (
+        PackedStream(samples, len(store), config.batch_size, 0, 160)
+        if config.packing
+        else SortedStream(samples, len(store), config.batch_size, 0)
+    )
     validation = [SortedStream(samples, len(store), 4, 1)(step) for step in range(3)]
     torch.manual_seed(0)
     model = Decoder(decoder_spec(2, 32, 2, 160, init_std=0.02, image_positions=True), VOCABULARY)

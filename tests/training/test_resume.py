@@ -14,8 +14,12 @@ import torch
 from safetensors.torch import load_file
 from tests_support import make_documents
 
+from cm3leon.config.schema import TrainConfig
 from cm3leon.data.tokens import write_tokens
 from cm3leon.training.checkpoint import CheckpointError, Checkpoints
+from cm3leon.training.distributed import World
+from cm3leon.training.trainer import setup
+from cm3leon.utils.errors import UserError
 
 JOB = Path(__file__).with_name("job.py")
 STEPS = 40
@@ -193,6 +197,22 @@ def test_two_processes_are_the_same_run_as_one(new_directory, uninterrupted):
     found, _ = run(new_directory(), processes=2, **MUON_PACKED)
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_that_do_not_divide_evenly_are_the_same_run(new_directory, uninterrupted, packing):
+    uneven = {"steps": 10, "batch_size": 3, "micro_batch_size": 1, "packing": packing}
+    _, expected = uninterrupted(**uneven)
+    found, _ = run(new_directory(), processes=2, **uneven)
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
+
+
+def test_more_processes_than_rows_are_refused():
+    with pytest.raises(UserError, match="batch_size is 3: 4 processes need a row each"):
+        setup(torch.nn.Linear(1, 1), TrainConfig.model_construct(batch_size=3), World(0, 4))
 
 
 @pytest.mark.slow
