@@ -41,12 +41,12 @@ class PromptCache:
     """
 
     def __init__(self, model: Decoder, rows: int, capacity: int) -> None:
-        spec, weight = model.spec, model.tokens.weight
+        spec, device, dtype = model.spec, model.device, model.compute_dtype or model.tokens.weight.dtype
         shape = (spec.layers, rows, spec.heads, capacity, spec.width // spec.heads)
-        self.keys, self.values = (torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in range(2))
-        self.bias = torch.full((rows, 1, 1, capacity), -torch.inf, device=weight.device, dtype=weight.dtype)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        self.last = torch.zeros(rows, 1, dtype=torch.int64, device=weight.device)
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.bias = torch.full((rows, 1, 1, capacity), -torch.inf, device=device, dtype=dtype)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.last = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.start = 0
 
     def read(self, model: Decoder, parts: Sequence[Prompt]) -> Tensor:

@@ -200,6 +200,8 @@ class Decoder(nn.Module):
     Attributes:
         recompute: activation checkpointing: blocks keep only their inputs and run again in the backward pass.
         compiled_decoding: cached decoding runs compiled, which pays off on a GPU.
+        compute_dtype: of keys and values; None: that of the parameters. A model sharded by FSDP holds its parameters in float32 and
+            computes in the precision of the run.
     """
 
     def __init__(self, spec: DecoderSpec, vocabulary: Vocabulary) -> None:
@@ -213,6 +215,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
         self.recompute = False
         self.compiled_decoding = False
+        self.compute_dtype: torch.dtype | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -25,7 +25,7 @@ from cm3leon.training.distributed import World
 from cm3leon.training.hardware import flops_per_token, peak_flops
 from cm3leon.training.interruption import interruption
 from cm3leon.training.optimizer import learning_rate_at, make_optimizers, set_learning_rate
-from cm3leon.training.precision import autocast
+from cm3leon.training.precision import autocast, autocast_dtype
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.progress import progress
 
@@ -93,6 +93,8 @@ def setup(model: Decoder, config: TrainConfig, world: World | None = None) -> St
     model.to(world.device).train()
     model.recompute = config.activation_checkpointing
     distributed.shard(model, model.blocks, config, world)
+    if world.size > 1:
+        model.compute_dtype = autocast_dtype(config, world.device)
     if config.compile:
         for block in model.blocks:
             block.compile()

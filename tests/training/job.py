@@ -1,24 +1,28 @@
 """A small training run as a process of its own, to be killed, interrupted, or started by torchrun: ``python job.py DIRECTORY JSON``.
 
-JSON: ``steps``, and changes to the training parameters. Writes ``losses.json`` and ``model.safetensors`` when it ends.
+JSON: ``steps``, and changes to the training parameters. After each validation all processes draw an image, as sample sheets do. Writes
+``losses.json``, with the last image's codes, and ``model.safetensors`` when it ends.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests_support import OBJECTIVE, decoder_spec
 
-from cm3leon.config.schema import TrainConfig
+from cm3leon.config.schema import DecodingConfig, TrainConfig
 from cm3leon.data.batches import PackedStream, SortedStream
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore
+from cm3leon.generation.engine import generate_images
+from cm3leon.generation.sampling import Sampler
 from cm3leon.models.decoder import Decoder
-from cm3leon.sequence.grammar import Vocabulary
+from cm3leon.sequence.grammar import BREAK, EOS, Prompt, Vocabulary
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.distributed import full_tensor, world
 from cm3leon.training.trainer import fit, setup
@@ -45,11 +49,18 @@ def main(directory: Path, changes: dict) -> None:
             directory / "checkpoints", {"steps": str(config.steps), "data": "one"}, config.keep_checkpoints, processes
         )
         state = setup(model, config, processes)
-        metrics = fit(state, stream, config, {"": validation}, "job", checkpoints=checkpoints)
+        drawn: list[int] = []
+
+        def draw(step: int) -> None:
+            prompt = Prompt(np.array([EOS, VOCABULARY.text_start, BREAK]), np.zeros(3, np.int64))
+            drawn[:] = generate_images(model, [[prompt]], [[1]], Sampler(DecodingConfig()))[0, 0].tolist()
+
+        metrics = fit(state, stream, config, {"": validation}, "job", after_validation=draw, checkpoints=checkpoints)
+        assert len({str(codes) for codes in processes.gather(drawn)}) == 1, "the processes draw the same image"
         tensors = {name: full_tensor(parameter).detach().clone() for name, parameter in model.named_parameters()}
         if processes.rank == 0:
             save_file(tensors, directory / "model.safetensors")
-            (directory / "losses.json").write_text(json.dumps({"losses": state.losses, **metrics}))
+            (directory / "losses.json").write_text(json.dumps({"losses": state.losses, "drawn": drawn, **metrics}))
 
 
 if __name__ == "__main__":

@@ -210,6 +210,14 @@ def test_rows_that_do_not_divide_evenly_are_the_same_run(new_directory, uninterr
     assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_processes_draw_images_in_the_precision_they_train_in(new_directory):
+    """A sharded model holds its parameters in float32, and computes in bfloat16."""
+    found, _ = run(new_directory(), processes=2, steps=3, precision="bf16")
+    assert len(found["drawn"]) == 16
+
+
 def test_more_processes_than_rows_are_refused():
     with pytest.raises(UserError, match="batch_size is 3: 4 processes need a row each"):
         setup(torch.nn.Linear(1, 1), TrainConfig.model_construct(batch_size=3), World(0, 4))
