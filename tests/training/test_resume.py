@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests_support import make_documents
+from tests_support import decoder_spec, make_documents
 
-from cm3leon.config.schema import TrainConfig
+from cm3leon.config.profiles import load_profile
 from cm3leon.data.tokens import write_tokens
+from cm3leon.models.decoder import Decoder
+from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.checkpoint import CheckpointError, Checkpoints
 from cm3leon.training.distributed import World
 from cm3leon.training.trainer import setup
@@ -219,8 +221,10 @@ def test_processes_draw_images_in_the_precision_they_train_in(new_directory):
 
 
 def test_more_processes_than_rows_are_refused():
+    model = Decoder(decoder_spec(1, 32, 2, 32), Vocabulary(text_size=10, image_size=10, sentinels=1, tokens_per_image=4))
+    config = load_profile("tiny").pretrain.model_copy(update={"batch_size": 3})
     with pytest.raises(UserError, match="batch_size is 3: 4 processes need a row each"):
-        setup(torch.nn.Linear(1, 1), TrainConfig.model_construct(batch_size=3), World(0, 4))
+        setup(model, config, World(0, 4))
 
 
 @pytest.mark.slow
