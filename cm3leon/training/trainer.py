@@ -264,6 +264,14 @@ def fit(
         if state.world.rank == 0:
             print(message, flush=True)
 
+    def measure() -> dict[str, float]:
+        found = _validate_all(state, validation, config)
+        state.best = min(state.best, found.get("val_loss", math.inf))
+        log({**found, "best_val_loss": state.best}, state.step)
+        with distributed.inference(state.model):
+            after_validation(state.step)
+        return found
+
     # 1. Resume. The losses so far are logged again, because each start is an MLflow run of its own and its curve should be complete.
     if checkpoints is not None:
         checkpoints.open()
@@ -287,12 +295,8 @@ def fit(
             # 4. Validate.
             score = None
             if state.step % config.validate_every == 0 or state.step == config.steps:
-                metrics = _validate_all(state, validation, config)
+                metrics = measure()
                 score = metrics.get("val_loss")
-                state.best = min(state.best, score if score is not None else math.inf)
-                log({**metrics, "best_val_loss": state.best}, state.step)
-                with distributed.inference(state.model):
-                    after_validation(state.step)
             # 5. Write a checkpoint. The processes agree on the signal, which may have reached only some of them.
             number = state.world.max(interrupted())
             if checkpoints is not None and (score is not None or state.step % config.checkpoint_every == 0 or number):
@@ -300,6 +304,8 @@ def fit(
             if number and state.step < config.steps:
                 say(f"{name}: interrupted by {signal.Signals(number).name} at step {state.step}{_last_checkpoint(checkpoints)}")
                 raise SystemExit(128 + number)
+    if validation and not metrics:  # the run before was killed after its last checkpoint
+        metrics = measure()
     if checkpoints is not None:
         checkpoints.finish()
     state.model.eval()

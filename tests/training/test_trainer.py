@@ -212,6 +212,30 @@ def test_a_resumed_run_logs_its_losses_from_the_beginning(stream, tmp_path):
     assert {step: logged[step]["loss"] for step in first} == first
 
 
+def test_a_run_that_was_killed_after_its_last_checkpoint_has_its_metrics_and_sheets(stream, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run", {"a": "1"}, 2)
+    config = CONFIG.model_copy(update={"steps": 3})
+    sheets = []
+
+    def train_to_the_end():
+        return fit(
+            setup(make_model(), config),
+            stream,
+            config,
+            {"": [stream(100)]},
+            "test",
+            after_validation=sheets.append,
+            checkpoints=checkpoints,
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints.__class__, "finish", lambda self: None)
+        first = train_to_the_end()
+    assert set(first) == {"val_loss", "val_loss_text", "val_loss_image"}
+    assert train_to_the_end() == first
+    assert sheets == [3, 3]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_learn_the_same(stream):
