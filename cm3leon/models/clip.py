@@ -124,7 +124,8 @@ class Encoder:
             weights: one of its tags for that architecture, e.g. ``laion2b_s34b_b79k`` (downloaded), or the path of a checkpoint.
 
         Raises:
-            ConfigError: if open_clip has no such architecture, or ``weights`` is neither a tag nor a file.
+            ConfigError: if open_clip has no such architecture, or ``weights`` is neither a tag nor a file, or was trained with another
+                activation function.
         """
         torchvision_compat.make_importable()
         import open_clip
@@ -135,6 +136,8 @@ class Encoder:
         if weights not in tags and not Path(weights).is_file():
             known = ", ".join(tags) or "none"
             raise ConfigError(f"encoder.pretrained_weights {weights!r}: neither a file nor a tag of {architecture}; tags: {known}")
+        if weights in tags:
+            _check_activation(architecture, weights)
         model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=weights)
         settings = {"kind": "pretrained", "architecture": architecture, "preprocess": _plain(open_clip.get_model_preprocess_cfg(model))}
         return cls(model, settings, open_clip.get_tokenizer(architecture), preprocess)
@@ -231,6 +234,21 @@ class Encoder:
                 vectors = self.model.encode_text(ids_nL, normalize=True)  # type: ignore[operator]
             batches.append(vectors.float().cpu().numpy())
         return np.concatenate(batches) if batches else np.zeros((0, self.dimensions), dtype=np.float32)
+
+
+def _check_activation(architecture: str, tag: str) -> None:
+    """Raise ConfigError if the weights of the tag were trained with QuickGELU and the architecture has GELU.
+
+    They would load, and every vector would be off. For these weights, such as OpenAI's, open_clip has the architectures ``…-quickgelu``.
+    """
+    import open_clip
+
+    trained, built = open_clip.pretrained.get_pretrained_cfg(architecture, tag), open_clip.get_model_config(architecture)
+    if trained.get("quick_gelu") and not built.get("quick_gelu"):
+        raise ConfigError(
+            f"encoder.pretrained_weights {tag!r} was trained with QuickGELU, which {architecture} does not have; "
+            f"set encoder.pretrained_model={architecture}-quickgelu"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from cm3leon.config.profiles import load_profile, profile_names
 from cm3leon.config.schema import EncoderConfig
-from cm3leon.models.clip import ClipTokenizer, Encoder, embed_ids
+from cm3leon.models.clip import ClipTokenizer, Encoder, _check_activation, embed_ids
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training import clip
 from cm3leon.training.clip import HardNegatives, contrastive_loss
 from cm3leon.utils import torchvision_compat
+from cm3leon.utils.errors import ConfigError
 
 COLORS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "white": (250, 250, 250), "black": (5, 5, 5)}
 CONFIG = EncoderConfig(
@@ -125,6 +127,35 @@ def test_pretrained_weights_from_a_checkpoint(halves: Halves, tmp_path: Path, mo
         Encoder.pretrained("nothing-like-it", "x")
     with pytest.raises(ValueError, match="neither a file nor a tag"):
         Encoder.pretrained("tiny-test", str(tmp_path / "absent.pt"))
+
+
+def test_every_published_weight_is_refused_or_built_with_the_activation_it_was_trained_with() -> None:
+    torchvision_compat.make_importable()
+    import open_clip
+
+    refused = []
+    for architecture, tag in open_clip.list_pretrained():
+        try:
+            _check_activation(architecture, tag)
+        except ConfigError as error:
+            refused.append((architecture, tag))
+            advised = str(error).rpartition("=")[2]
+            assert open_clip.get_model_config(advised)["quick_gelu"] and tag in open_clip.list_pretrained_tags_by_model(advised)
+    assert ("ViT-B-32", "openai") in refused and ("ViT-B-32", "laion2b_s34b_b79k") not in refused
+    with pytest.raises(ConfigError, match=r"QuickGELU, which ViT-B-32 does not have; set encoder\.pretrained_model=ViT-B-32-quickgelu"):
+        Encoder.pretrained("ViT-B-32", "openai")
+
+
+@pytest.mark.parametrize("profile", profile_names())
+def test_the_profiles_name_published_weights_that_fit(profile: str) -> None:
+    torchvision_compat.make_importable()
+    import open_clip
+
+    encoder = load_profile(profile).encoder
+    if encoder.pretrained_model is None:
+        pytest.skip("trains its own")
+    assert encoder.pretrained_weights in open_clip.list_pretrained_tags_by_model(encoder.pretrained_model)
+    _check_activation(encoder.pretrained_model, str(encoder.pretrained_weights))
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:
