@@ -215,7 +215,7 @@ def test_a_resumed_run_logs_its_losses_from_the_beginning(stream, tmp_path):
 def test_a_run_that_was_killed_after_its_last_checkpoint_has_its_metrics_and_sheets(stream, tmp_path):
     checkpoints = Checkpoints(tmp_path / "run", {"a": "1"}, 2)
     config = CONFIG.model_copy(update={"steps": 3})
-    sheets = []
+    sheets: list[int] = []
 
     def train_to_the_end():
         return fit(
