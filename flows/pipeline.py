@@ -138,8 +138,23 @@ def prepare(profile: str | None, first_stage: str | None) -> tuple[Config, list[
     if profile:
         configure(profile)
     prepare_project()
+    check_inputs(load_config())
     stages = stage_order()
     return load_config(), from_stage(stages, first_stage) if first_stage else stages
+
+
+def check_inputs(config: Config) -> None:
+    """Raises :class:`UserError` if files that the parameters name are not there, or the FID network cannot be downloaded."""
+    from cm3leon.config.files import DOWNLOAD, check_files
+
+    check_files(config)
+    if config.evaluate.inception == DOWNLOAD:
+        from cm3leon.evaluation.inception import fetch_weights
+
+        try:
+            fetch_weights()
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"evaluate.inception {DOWNLOAD}: {error}; set the path of the weights, or null for no FID") from None
 
 
 def run_pipeline(config: Config, stages: list[Stage], promote: bool, approval: bool, accept_drift: bool) -> State:
@@ -217,6 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
                 configure(options.profile)
             # Before DVC is asked for the graph, because outside of a git repository it needs a setting. Promotion needs the store.
             prepare_project(needs_store=not options.no_promote)
+            check_inputs(load_config())
             stages = stage_order()
         check_server()
         print(check_disk(load_config(), stale_stages(stages)), flush=True)

@@ -65,6 +65,7 @@ def prepare(root: Path) -> Path:
             _git(tree, "checkout", "--quiet", "--force", "--detach", _git(root, "rev-parse", "HEAD"))
             _share(root, tree)
             _link_collection(root, tree)
+            _link_named_files(root, tree)
             _take_over(root, tree)
     except BusyError:  # the flow says so itself, and ends as cancelled
         pass
@@ -105,6 +106,17 @@ def _link_collection(root: Path, tree: Path) -> None:
         shutil.rmtree(tree / place, ignore_errors=True)
         (tree / place).parent.mkdir(parents=True, exist_ok=True)
         (tree / place).symlink_to(root / place)
+
+
+def _link_named_files(root: Path, tree: Path) -> None:
+    """Link what parameters name and git does not have, such as weights."""
+    from cm3leon.config.files import named_files
+    from cm3leon.config.loading import load_config
+
+    for name in named_files(load_config(tree / "params.yaml")).values():
+        if (root / name).exists() and not (tree / name).exists():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).symlink_to(root / name)
 
 
 def _unhide_collection(tree: Path) -> None:

@@ -49,6 +49,16 @@ def test_a_second_run_in_the_directory_is_one_line_and_changes_nothing(clone: Pa
     assert Path("params.yaml").read_bytes() == before
 
 
+def test_weights_that_are_not_there_are_one_line(clone: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "cm3leon", "configure", "tiny", "--set", "image_tokenizer.perceptual_weight=1.0",
+         "--set", "image_tokenizer.perceptual_weights=weights/vgg16.safetensors", "--set", "evaluate.inception=weights/fid.pth"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
+    )  # fmt: skip
+    line = refused({})
+    assert "not there: image_tokenizer.perceptual_weights weights/vgg16.safetensors; evaluate.inception weights/fid.pth. Put" in line
+
+
 def refused(variables: dict[str, str], *arguments: str) -> str:
     """The one line with which a run in the working directory refuses to begin."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}

@@ -1,0 +1,31 @@
+"""The files that parameters name: a run that lacks one is refused before it starts, and not days later by the stage that needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cm3leon.config.schema import Config
+from cm3leon.utils.errors import ConfigError
+
+DOWNLOAD = "download"
+"""Value of ``evaluate.inception`` that names no file."""
+
+
+def named_files(config: Config) -> dict[str, str]:
+    """Parameter -> the file or directory that it names, of those that a run with these parameters reads. Without the collection."""
+    tokenizer, weights = config.image_tokenizer, config.encoder.pretrained_weights
+    found = {
+        "image_tokenizer.pretrained": tokenizer.pretrained,
+        "image_tokenizer.perceptual_weights": tokenizer.perceptual_weights if tokenizer.perceptual_weight else None,
+        # A tag of open_clip has neither a directory nor a suffix.
+        "encoder.pretrained_weights": weights if config.encoder.pretrained_model and weights and Path(weights).name != weights else None,
+        "evaluate.inception": None if config.evaluate.inception == DOWNLOAD else config.evaluate.inception,
+    }
+    return {name: path for name, path in found.items() if path}
+
+
+def check_files(config: Config) -> None:
+    """Raise :class:`ConfigError` if parameters name files that are not there."""
+    missing = [f"{name} {path}" for name, path in named_files(config).items() if not Path(path).exists()]
+    if missing:
+        raise ConfigError(f"not there: {'; '.join(missing)}. Put the files there, or set other paths by: cm3leon configure")

@@ -1,0 +1,35 @@
+"""Which files parameters name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cm3leon.config.files import check_files, named_files
+from cm3leon.config.profiles import load_profile, profile_names
+from cm3leon.config.schema import Config
+from cm3leon.utils.errors import ConfigError
+
+
+def test_only_what_a_run_reads_is_asked_for(tmp_path: Path) -> None:
+    weights = tmp_path / "vgg16.safetensors"
+    tokenizer = {"perceptual_weights": str(weights)}
+    assert named_files(Config.model_validate({"image_tokenizer": tokenizer})) == {}  # its weight is 0
+    used = Config.model_validate({"image_tokenizer": {**tokenizer, "perceptual_weight": 1.0}})
+    with pytest.raises(ConfigError, match=r"not there: image_tokenizer\.perceptual_weights .*vgg16\.safetensors\. Put the files there"):
+        check_files(used)
+    weights.touch()
+    check_files(used)
+
+
+def test_a_tag_is_no_file_and_a_checkpoint_is_one() -> None:
+    for weights, found in (("laion2b_s34b_b79k", {}), ("weights/clip.pt", {"encoder.pretrained_weights": "weights/clip.pt"})):
+        config = Config.model_validate({"encoder": {"pretrained_model": "ViT-B-32", "pretrained_weights": weights}})
+        assert named_files(config) == found
+
+
+def test_the_default_profiles_name_no_files_and_the_papers_those_that_they_state() -> None:
+    named = {profile: named_files(load_profile(profile)) for profile in profile_names()}
+    assert named["tiny"] == named["small"] == {}
+    assert named["cm3leon-7b"] == {"image_tokenizer.perceptual_weights": "weights/vgg16_features.safetensors"}
