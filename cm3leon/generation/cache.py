@@ -125,7 +125,8 @@ class DecodingCache:
     A short prompt is copied into each continuation's cache. A long one is not: attention to it is computed for all its continuations
     together, and the result joins a continuation's own tokens as one more entry. Attention to prompt and continuation is exact because the
     softmax over two sets of keys is the mean of the softmax over each, weighted by their sums of exponentials: the entry's value is the
-    attention's output over the prompt, its score the logarithm of the prompt's sum of exponentials.
+    attention's output over the prompt, its score the logarithm of the prompt's sum of exponentials. Rounded to bfloat16, that score would
+    shift the weight of the whole prompt by percents: scores, and next to such an entry a continuation's keys and values, are float32.
     """
 
     def __init__(self, prompt: PromptCache, copies: int, room: int) -> None:
@@ -134,8 +135,9 @@ class DecodingCache:
         self.shared = capacity >= MIN_UNCOPIED_PROMPT
         self.first = 1 if self.shared else capacity
         shape = (groups * copies, heads, self.first + room, size)
-        self.keys, self.values = ([prompt.keys.new_zeros(shape) for _ in range(layers)] for _ in range(2))
-        self.mask = prompt.bias.new_zeros(groups * copies, heads if self.shared else 1, 1, self.first + room)
+        dtype = torch.float32 if self.shared else prompt.keys.dtype
+        self.keys, self.values = ([prompt.keys.new_zeros(shape, dtype=dtype) for _ in range(layers)] for _ in range(2))
+        self.mask = prompt.bias.new_zeros(groups * copies, heads if self.shared else 1, 1, self.first + room, dtype=dtype)
         if not self.shared:
             for layer in range(layers):
                 self.keys[layer][:, :, : self.first] = prompt.keys[layer].repeat_interleave(copies, 0)
@@ -151,15 +153,16 @@ class DecodingCache:
         keys[:, :, -1:], values[:, :, -1:] = k_RH1K, v_RH1K
         if self.shared:
             values[:, :, 0], mask[..., 0] = self._attend_to_prompt(layer, q_RH1K, scale)
-        return F.scaled_dot_product_attention(q_RH1K, keys, values, attn_mask=mask, scale=scale)
+        return F.scaled_dot_product_attention(q_RH1K.to(keys.dtype), keys, values, attn_mask=mask, scale=scale).to(q_RH1K.dtype)
 
     def _attend_to_prompt(self, layer: int, q_RH1K: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """The output of each row's attention to its prompt (R, H, K), and the log-sum-exp of the scores (R, H, 1)."""
         rows, heads, _, size = q_RH1K.shape
         q_GHCK = q_RH1K.view(rows // self.copies, self.copies, heads, size).transpose(1, 2)
-        scores_GHCP = torch.matmul(q_GHCK, self.prompt.keys[layer].mT).mul_(scale).add_(self.prompt.bias)
+        keys_GHPK, values_GHPK = self.prompt.keys[layer], self.prompt.values[layer]
+        scores_GHCP = torch.matmul(q_GHCK.float(), keys_GHPK.float().mT).mul_(scale).add_(self.prompt.bias)
         total_GHC1 = scores_GHCP.logsumexp(-1, keepdim=True)
-        output_GHCK = torch.matmul(scores_GHCP.sub_(total_GHC1).exp_(), self.prompt.values[layer])
+        output_GHCK = torch.matmul(scores_GHCP.sub_(total_GHC1).exp_().to(values_GHPK.dtype), values_GHPK)
         return output_GHCK.transpose(1, 2).reshape(rows, heads, size), total_GHC1.transpose(1, 2).reshape(rows, heads, 1)
 
     def advance(self, model: Decoder, tokens_R: Tensor, image_position: int) -> Tensor:
@@ -193,11 +196,13 @@ class CompiledDecodingCache(DecodingCache):
     def attend(self, layer: int, q_RH1K: Tensor, k_RH1K: Tensor, v_RH1K: Tensor, scale: float) -> Tensor:
         """As :meth:`DecodingCache.attend`, over ``bound`` tokens."""
         keys, values, mask = self.keys[layer], self.values[layer], self.mask[..., : self.bound]
-        keys.index_copy_(2, self.position, k_RH1K)
-        values.index_copy_(2, self.position, v_RH1K)
+        keys.index_copy_(2, self.position, k_RH1K.to(keys.dtype))
+        values.index_copy_(2, self.position, v_RH1K.to(values.dtype))
         if self.shared:
             values[:, :, 0], mask[..., 0] = self._attend_to_prompt(layer, q_RH1K, scale)
-        return F.scaled_dot_product_attention(q_RH1K, keys[:, :, : self.bound], values[:, :, : self.bound], attn_mask=mask, scale=scale)
+        return F.scaled_dot_product_attention(
+            q_RH1K.to(keys.dtype), keys[:, :, : self.bound], values[:, :, : self.bound], attn_mask=mask, scale=scale
+        ).to(q_RH1K.dtype)
 
     def advance(self, model: Decoder, tokens_R: Tensor, image_position: int) -> Tensor:
         """As :meth:`DecodingCache.advance`."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tests_support import decoder_spec
+from torch.nn.functional import scaled_dot_product_attention
 
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation import cache as caches
@@ -109,6 +110,34 @@ def test_images_equal_the_reference_in_any_batch(model, changes, long, monkeypat
     assert codes.shape == (3, 2, 9) and codes.min() >= 0 and codes.max() < 20
     for own, own_seeds, found in zip(streams, seeds, codes, strict=True):
         assert found.tolist() == [reference_image(model, own, seed, image_sampler) for seed in own_seeds]
+
+
+@pytest.mark.parametrize("spread", [1, 2, 4])
+def test_attention_to_a_prompt_held_once_is_as_exact_in_bfloat16_as_pytorchs(spread):
+    """Errors against float64, relative; the logits' standard deviation is ``spread``."""
+    groups, copies, heads, length, size, steps = 2, 4, 4, 300, 64, 20
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, size, generator=generator).bfloat16()
+
+    prompt = caches.PromptCache.__new__(caches.PromptCache)
+    prompt.keys, prompt.values = spread * draw(1, groups, heads, length), draw(1, groups, heads, length)
+    prompt.bias, prompt.lengths = torch.zeros(groups, 1, 1, length).bfloat16(), torch.full((groups,), length)
+    prompt.last = torch.zeros(groups, 1, dtype=torch.int64)
+    cache = DecodingCache(prompt, copies, steps)
+    keys, values = (held[0].repeat_interleave(copies, 0) for held in (prompt.keys, prompt.values))
+    rows = (groups * copies, heads, 1)
+    for _ in range(steps):
+        query, key, value = draw(*rows), spread * draw(*rows), draw(*rows)
+        keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+        exact = scaled_dot_product_attention(query.double(), keys.double(), values.double())
+        found = cache.attend(0, query, key, value, size**-0.5)
+        cache.length += 1
+        assert found.dtype == torch.bfloat16
+        errors = [(output.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+                  for output in (found, scaled_dot_product_attention(query, keys, values))]  # fmt: skip
+        assert errors[0].max() < 0.01 and errors[0].max() < 2.5 * errors[1].max()
 
 
 @pytest.mark.slow
