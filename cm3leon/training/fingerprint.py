@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,10 @@ STARTS = ("training/trainer.py", "data/sequences.py", "data/task_samples.py")
 ROOMS = ("models", "sequence", "data", "training")
 """Rooms whose code decides what a step computes. Parameters are in the fingerprint by value, so ``config`` is not followed; neither are
 ``tracking`` and ``utils``, which only record and convert."""
+NEUTRAL = frozenset(
+    {"micro_batch_size", "activation_checkpointing", "validate_every", "validation_samples", "checkpoint_every", "keep_checkpoints"}
+)
+"""Parameters of training that change how it is computed, watched or kept, and not, but for rounding, what comes out."""
 
 
 def file_hash(path: Path) -> str:
@@ -50,8 +55,20 @@ def training_modules(package: Path = PACKAGE) -> list[Path]:
 
 
 def code_hash(package: Path = PACKAGE) -> str:
-    """A hash of the names and contents of :func:`training_modules`."""
-    return _hash_of((file.relative_to(package).as_posix(), file_hash(file)) for file in training_modules(package))
+    """A hash of the names of :func:`training_modules` and their code, without comments, docstrings and layout."""
+    return _hash_of((file.relative_to(package).as_posix(), _code(file)) for file in training_modules(package))
+
+
+def _code(file: Path) -> str:
+    """What Python makes of a module's source, without docstrings."""
+    tree = ast.parse(file.read_bytes())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):  # that of a lambda is an expression
+            node.body = [  # type: ignore[attr-defined]
+                line for line in body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+            ]
+    return ast.dump(tree)
 
 
 def _hash_of(parts: Iterable[tuple[str, str]]) -> str:
@@ -65,7 +82,7 @@ def fingerprint(config: Config, stage: str, inputs: Sequence[Path]) -> Fingerpri
         stage: ``pretrain`` or ``sft``, the section of the parameters.
         inputs: files and directories that the stage reads.
     """
-    section = getattr(config, stage).model_dump()
+    section = {name: value for name, value in getattr(config, stage).model_dump().items() if name not in NEUTRAL}
     parameters = {f"{stage}.{name}": value for name, value in flatten(section).items()} | {"seed": str(config.seed)}
     return parameters | {str(path): data_hash(path) for path in inputs} | {"code": code_hash(), "torch": torch.__version__}
 

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from cm3leon.config.schema import Config
-from cm3leon.training.fingerprint import PACKAGE, code_hash, data_hash, differences, fingerprint, training_modules
+from cm3leon.config.schema import Config, TrainConfig
+from cm3leon.training.fingerprint import NEUTRAL, PACKAGE, code_hash, data_hash, differences, fingerprint, training_modules
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,10 @@ def test_attention_rope_and_the_objective_are_among_the_modules_of_a_step():
 )
 def test_only_an_edit_of_these_modules_changes_the_hash_of_the_code(package, file, changes):
     before, source = code_hash(package), (package / file).read_text()
-    (package / file).write_text(source + "# an edit\n")
+    (package / file).write_text(source + "AN_EDIT = 1\n")
     assert (code_hash(package) != before) == changes
+    (package / file).write_text('"""Another docstring."""\n' + source.partition('"""\n')[2] + "\n# a comment\n")
+    assert code_hash(package) == before
     (package / file).write_text(source)
     assert code_hash(package) == before == code_hash()
 
@@ -60,3 +62,12 @@ def test_a_changed_parameter_is_named_with_both_values(tmp_path):
     assert differences(old, old) == []
     assert differences(old, new) == ["pretrain.steps: 10 then, 20 now"]
     assert {"seed", "code", "torch", str(tmp_path / "tokens")} <= old.keys()
+
+
+def test_how_a_run_is_computed_and_watched_is_not_its_identity(tmp_path):
+    (tmp_path / "tokens").write_text("tokens")
+    assert set(TrainConfig.model_fields) >= NEUTRAL
+    watched = {"micro_batch_size": 2, "validate_every": 7, "checkpoint_every": 3, "keep_checkpoints": 1, "activation_checkpointing": True}
+    configs = [Config(), Config.model_validate({"pretrain": watched})]
+    old, new = (fingerprint(config, "pretrain", [tmp_path / "tokens"]) for config in configs)
+    assert old == new
