@@ -191,7 +191,7 @@ def first_row(browser: Browser) -> None:
 def generate(browser: Browser) -> None:
     """What a user of the serving page does first."""
     browser.until("document.querySelector('#model').textContent.includes('generates')", START_SECONDS)
-    browser.write("#prompt", "a red circle left of a blue square on a white background")
+    browser.write("#prompt", "a green ring and a purple square on a white background")
     browser.click("summary")
     browser.write("[name=retrieved_documents]", "1")
     browser.click("#go")

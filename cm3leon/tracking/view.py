@@ -49,7 +49,7 @@ def write_view(client: Any, experiment_id: str, metrics: Sequence[str], images: 
     wanted = {f"mlflow.sharedViewState.{KEY}": f"deflate;{base64.b64encode(zlib.compress(text.encode())).decode()}"}
     if NOTE_TAG not in found:
         page = f"#/experiments/{experiment_id}/runs?{TRAINING}&viewStateShareKey={KEY}"
-        wanted[NOTE_TAG] = f"Runs of the pipeline: [scores]({page}) · [differences and samples]({page}&compareRunsMode=CHART)"
+        wanted[NOTE_TAG] = f"Finished runs of the pipeline: [scores]({page}) · [differences and samples]({page}&compareRunsMode=CHART)"
     for name, value in wanted.items():
         if found.get(name) != value:
             client.set_experiment_tag(experiment_id, name, value)
@@ -61,7 +61,7 @@ def _view(metrics: Sequence[str], images: Sequence[str], tag: str, baseline: str
     sheets = _chart("IMAGE", "images", 0, imageKeys=list(images), step=0, showRunParams=False)
     bars = [_chart("BAR", "scores", i, metricKey=name, displayName=name.partition("/")[2]) for i, name in enumerate(metrics)]
     return {
-        "searchFilter": "tags.stage = 'pipeline'",
+        "searchFilter": "tags.stage = 'pipeline' and attributes.status = 'FINISHED'",  # one without sheets stops MLflow's comparison
         "orderByKey": "attributes.start_time",
         "orderByAsc": False,
         "selectedColumns": [*(f"metrics.`{name}`" for name in metrics), f"tags.`{tag}`"],
