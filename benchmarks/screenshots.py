@@ -135,7 +135,7 @@ def mlflow_pages(address: str, files: Path) -> Iterator[Page]:
     client, newest = MlflowClient(tracking_uri=address, registry_uri=address), ["attributes.start_time DESC"]
     ids = {found.name: found.experiment_id for found in client.search_experiments()}
     experiment, ledger = ids[EXPERIMENT], ids[LEDGER]
-    runs = client.search_runs([experiment], "tags.stage = 'pipeline'", order_by=newest, max_results=2)
+    runs = client.search_runs([experiment], "tags.stage = 'pipeline' and attributes.status = 'FINISHED'", order_by=newest, max_results=2)
     [pretraining] = client.search_runs([experiment], "tags.stage = 'pretrain'", order_by=newest, max_results=1)
     version = client.get_model_version_by_alias(MODEL_NAME, CHALLENGER)
     view = f"{address}/#/experiments/{experiment}/runs?{TRAINING}&viewStateShareKey={KEY}"

@@ -17,7 +17,7 @@ def named_files(config: Config) -> dict[str, str]:
     found = {
         "image_tokenizer.pretrained": tokenizer.pretrained,
         "image_tokenizer.perceptual_weights": tokenizer.perceptual_weights if tokenizer.perceptual_weight else None,
-        # A tag of open_clip has neither a directory nor a suffix.
+        # Without a directory it may be a tag of open_clip.
         "encoder.pretrained_weights": weights if config.encoder.pretrained_model and weights and Path(weights).name != weights else None,
         "evaluate.inception": None if config.evaluate.inception == DOWNLOAD else config.evaluate.inception,
     }

@@ -12,6 +12,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from cm3leon.config import paths
+from cm3leon.config.files import DOWNLOAD
 from cm3leon.config.schema import Config
 from cm3leon.data.manifest import ImageStore, first_caption, read_manifest
 from cm3leon.data.pixels import ImageSet
@@ -106,11 +107,11 @@ def measure_upscaler(e: Evaluation, ids: Sequence[str], refs: Sequence[str], sid
 
 
 def inception_of(weights: str | None) -> Inception | None:
-    """The FID network as ``evaluate.inception`` names it: a path, or ``download``."""
+    """The FID network as ``evaluate.inception`` names it: a path, or :data:`~cm3leon.config.files.DOWNLOAD`."""
     if weights is None:
         return None
     try:
-        return Inception.load(fetch_weights() if weights == "download" else Path(weights)).to(default_device())
+        return Inception.load(fetch_weights() if weights == DOWNLOAD else Path(weights)).to(default_device())
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"evaluate.inception {weights}: {error}") from None
 

@@ -46,6 +46,19 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_weights_that_parameters_name_are_there_although_git_does_not_have_them(toy: Path) -> None:
+    weights = Path("weights/fid.pth")
+    params = yaml.safe_load((toy / "params.yaml").read_text())
+    (toy / "params.yaml").write_text(yaml.safe_dump({**params, "evaluate": {"inception": str(weights)}}))
+    git(toy, "commit", "--quiet", "-m", "weights", "params.yaml")
+    tree = prepare(toy)
+    assert not (tree / weights).exists()  # nowhere: the run says so
+    (toy / weights).parent.mkdir()
+    (toy / weights).write_text("weights")
+    for _ in range(2):
+        assert (prepare(toy) / weights).read_text() == "weights"
+
+
 def test_it_has_the_last_commit_and_leaves_the_project_alone(toy: Path) -> None:
     tree = prepare(toy)
     assert tree == toy / WORKTREE and project_of(tree) == toy and project_of(toy) is None

@@ -93,6 +93,8 @@ def same_weights(one, other):
 
 
 MUON_PACKED = {"optimizer": "muon", "packing": True, "micro_batch_size": 3}
+UNEVEN = {"steps": 10, "batch_size": 3, "micro_batch_size": 1}
+"""Of two processes one has two rows, the other one."""
 
 
 @pytest.mark.slow
@@ -194,20 +196,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_are_the_same_run_as_one(new_directory, uninterrupted):
-    _, expected = uninterrupted(**MUON_PACKED)
-    found, _ = run(new_directory(), processes=2, **MUON_PACKED)
-    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
-    assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("packing", [False, True])
-def test_rows_that_do_not_divide_evenly_are_the_same_run(new_directory, uninterrupted, packing):
-    uneven = {"steps": 10, "batch_size": 3, "micro_batch_size": 1, "packing": packing}
-    _, expected = uninterrupted(**uneven)
-    found, _ = run(new_directory(), processes=2, **uneven)
+@pytest.mark.parametrize("changes", [MUON_PACKED, UNEVEN, {**UNEVEN, "packing": True}], ids=["muon-packed", "uneven", "uneven-packed"])
+def test_two_processes_are_the_same_run_as_one(new_directory, uninterrupted, changes):
+    _, expected = uninterrupted(**changes)
+    found, _ = run(new_directory(), processes=2, **changes)
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
 
