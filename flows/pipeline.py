@@ -145,7 +145,8 @@ def prepare(profile: str | None, first_stage: str | None) -> tuple[Config, list[
 
 def check_inputs(config: Config) -> None:
     """Raises :class:`UserError` if files that the parameters name are not there, or the FID network cannot be downloaded."""
-    from cm3leon.config.files import DOWNLOAD, check_files
+    from cm3leon.config.files import check_files
+    from cm3leon.config.schema import DOWNLOAD
 
     check_files(config)
     if config.evaluate.inception == DOWNLOAD:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cm3leon.config.schema import Config
+from cm3leon.config.schema import DOWNLOAD, Config
 from cm3leon.utils.errors import ConfigError
-
-DOWNLOAD = "download"
-"""Value of ``evaluate.inception`` that names no file."""
 
 
 def named_files(config: Config) -> dict[str, str]:

@@ -382,6 +382,10 @@ class DecodingConfig(Section):
         return self
 
 
+DOWNLOAD = "download"
+"""Value of ``evaluate.inception`` that names no file."""
+
+
 class EvaluateConfig(Section):
     """The evaluation contract: what is measured on the test split."""
 

@@ -12,8 +12,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from cm3leon.config import paths
-from cm3leon.config.files import DOWNLOAD
-from cm3leon.config.schema import Config
+from cm3leon.config.schema import DOWNLOAD, Config
 from cm3leon.data.manifest import ImageStore, first_caption, read_manifest
 from cm3leon.data.pixels import ImageSet
 from cm3leon.evaluation import leakage
@@ -107,7 +106,7 @@ def measure_upscaler(e: Evaluation, ids: Sequence[str], refs: Sequence[str], sid
 
 
 def inception_of(weights: str | None) -> Inception | None:
-    """The FID network as ``evaluate.inception`` names it: a path, or :data:`~cm3leon.config.files.DOWNLOAD`."""
+    """The FID network as ``evaluate.inception`` names it: a path, or :data:`~cm3leon.config.schema.DOWNLOAD`."""
     if weights is None:
         return None
     try:
