@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cm3leon.config.profiles import load_profile
+from cm3leon.data.batches import Batch
 from cm3leon.models.decoder import Decoder
 from cm3leon.training.planning import meta_decoder
 
@@ -63,7 +64,7 @@ if __name__ == "__main__":
     shape = meta_decoder(load_profile("small"))
     model = Decoder(shape.spec, shape.vocabulary)
     tokens = torch.randint(4, model.vocabulary.size, (options.rows, options.tokens))
-    image_positions = torch.randint(1 + model.vocabulary.tokens_per_image, tokens.shape)
+    batch = Batch.of_tokens(tokens, torch.randint(1 + model.vocabulary.tokens_per_image, tokens.shape))
 
     def seconds(patch: AbstractContextManager[object]) -> float:
         """Seconds of a forward and backward pass under ``patch``."""
@@ -71,7 +72,7 @@ if __name__ == "__main__":
         model.zero_grad(set_to_none=True)
         with patch:
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                total, _ = model.losses(tokens, torch.ones(tokens.shape), image_positions)
+                total, _ = model.losses(batch)
             total.backward()
         return time.perf_counter() - start
 

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from cm3leon.data.batches import Batch
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.hardware import flops_per_token, peak_flops
@@ -45,11 +46,10 @@ def spec_of(shape: str, context: int) -> DecoderSpec:
 def step_of_ours(shape: str, context: int, vocabulary: int, tokens_BT: torch.Tensor) -> Callable[[], float]:
     """A function that takes one training step of our decoder and returns the loss. tokens_BT: int64 (batch, context)."""
     model = Decoder(spec_of(shape, context), Vocabulary(vocabulary - 8 - 4 - 64, 64, 8, 64)).to(DEVICE)
-    weights = torch.ones_like(tokens_BT, dtype=torch.float32)
-    image_positions = torch.zeros_like(tokens_BT)
+    batch = Batch.of_tokens(tokens_BT)
 
     def loss() -> torch.Tensor:
-        total, _ = model.losses(tokens_BT, weights, image_positions)
+        total, _ = model.losses(batch)
         return total / (tokens_BT.numel() - len(tokens_BT))
 
     return _step(model, loss)

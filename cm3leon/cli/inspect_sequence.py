@@ -165,8 +165,8 @@ def heading(sample: Sample, candidates: Sequence[str]) -> list[str]:
     return lines if masked.spans else [*lines, "  nothing masked"]
 
 
-def show(samples: Sequence[Sample], length: int, source: PretrainingSamples, tokenizer: TextTokenizer, console: Console) -> None:
-    """Print a row of ``length`` tokens, sample by sample.
+def show(samples: Sequence[Sample], source: PretrainingSamples, tokenizer: TextTokenizer, console: Console) -> None:
+    """Print samples one after the other.
 
     Raises:
         GrammarError: naming the first sample that violates the grammar, after everything is printed.
@@ -180,8 +180,6 @@ def show(samples: Sequence[Sample], length: int, source: PretrainingSamples, tok
             console.print(text, markup=False, highlight=False, soft_wrap=True)
         table(tokens, first, console)
         first += len(tokens)
-    if first < length:
-        console.print(f"{first:>5}–{length - 1:<5} <pad>", style="dim", highlight=False)
     console.print(f"\n{LEGEND}", highlight=False)
     for tokens in rows:
         console.print(line(tokens), soft_wrap=True)
@@ -204,11 +202,11 @@ def show_document(document_id: str, console: Console, config: Config, epoch: int
     source = training_samples(store, build_vocabulary(config.pretrain.model), config.pretrain, config.seed)
     console.print(f"document {store.ids[row]}, epoch {epoch}", highlight=False)
     sample = source(epoch, row)
-    show([sample], len(sample.masked.tokens), source, TextTokenizer.load(paths.TEXT_TOKENIZER), console)
+    show([sample], source, TextTokenizer.load(paths.TEXT_TOKENIZER), console)
 
 
 def show_row(step: int, row: int, console: Console, config: Config) -> None:
-    """Print a row of the batch of a step, both counted from 0; with ``packing`` all samples in the row.
+    """Print the samples of a row of a step, both counted from 0.
 
     Raises:
         UserError: if the batch has no such row.
@@ -220,9 +218,9 @@ def show_row(step: int, row: int, console: Console, config: Config) -> None:
     store = TokenStore(paths.TOKENS, ["train"])
     source = training_samples(store, build_vocabulary(section.model), section, config.seed)
     stream = make_stream(source, len(store), section, config.seed, section.model.context)
-    # Packing is sequential: what is in a row depends on the rows before it.
+    # Packing is sequential: what a step leaves of its budget is added to the next one's.
     for number in range(step + 1) if section.packing else [step]:
-        [samples] = stream.samples(number, [row])
-    length = section.model.context if section.packing else len(samples[0].masked.tokens)
+        samples = stream.samples(number, [row])
+    length = sum(len(sample.masked.tokens) for sample in samples)
     console.print(f"step {step}, row {row}: {len(samples)} samples in {length} tokens", highlight=False)
-    show(samples, length, source, TextTokenizer.load(paths.TEXT_TOKENIZER), console)
+    show(samples, source, TextTokenizer.load(paths.TEXT_TOKENIZER), console)

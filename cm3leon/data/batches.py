@@ -1,13 +1,14 @@
-"""Batches of training samples: which samples a step trains on, and how they fill its rows.
+"""Batches of training samples: which samples a step trains on, and in which parts they are computed.
 
-Two streams with one interface. :class:`SortedStream` gives each sample a row and needs little padding, because the samples of a group of
-batches are sorted by length. :class:`PackedStream` packs several samples into each row of a fixed length, without attention between them:
-for accelerators, and for samples much shorter than the context.
-Row ``b`` of step ``s`` does not depend on the number of processes; each process asks for its own rows only.
+Two streams with one interface. :class:`SortedStream` gives each sample a row, padded to the longest of a group of batches that is sorted by
+length. :class:`PackedStream` fills a budget of tokens with whole samples, which follow one another without padding and without attention
+between them: for accelerators.
+What row ``b`` of step ``s`` holds does not depend on the number of processes; each process asks for its own rows only.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -22,89 +23,99 @@ from cm3leon.sequence.grammar import PAD
 SORT_BATCHES = 16
 """Batches whose samples are sorted by length together, to pad little."""
 
-LOOKAHEAD = 16
-"""Samples buffered for each row of a packed batch, to choose one that fits in the remaining tokens."""
-
 GetSample = Callable[[int, int], Sample]
 """``get_sample(epoch, index)`` returns a sample; the same arguments give the same sample."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens, padded on the right. All tensors are (B, T) and int64 but for the weights.
+    """Tokens that are computed at once: rows padded on the right, or one row of packed samples.
 
     Attributes:
-        tokens: token ids.
-        weights: float32, weight of each token as a target of the loss; 0 where it is none.
-        image_positions: raster index of each token in its image, from 1; 0 for tokens of no image.
-        tasks: number of the task of each token's sample, 0 for none.
-        samples: in packed rows, the number of each token's sample, from 1; 0 on padding.
-        positions: in packed rows, the position of each token in its sample.
+        tokens: (B, T) int64, token ids.
+        weights: (B, T) float32, weight of each token as a target of the loss; 0 where it is none.
+        image_positions: (B, T) int64, raster index of each token in its image, from 1; 0 for tokens of no image.
+        tasks: (B, T) int64, number of the task of each token's sample, 0 for none.
+        targets: (N,) int64, the tokens of weight above 0, as indices into the flattened rows; never the first of a sample.
+        positions: of packed samples (1, T) int64, the position of each token in its sample.
+        cu_seqlens: of packed samples (samples + 1,) int32, where each begins, and where the last ends.
     """
 
     tokens: Tensor
     weights: Tensor
     image_positions: Tensor
     tasks: Tensor
-    samples: Tensor | None = None
+    targets: Tensor
     positions: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    @classmethod
+    def of_tokens(cls, tokens_BT: Tensor, image_positions_BT: Tensor | None = None) -> Batch:
+        """Unpadded rows of which every token but the first is a target of weight 1."""
+        weights_BT = torch.ones(tokens_BT.shape, device=tokens_BT.device)
+        weights_BT[:, 0] = 0
+        zeros_BT = torch.zeros_like(tokens_BT)
+        image_positions_BT = zeros_BT if image_positions_BT is None else image_positions_BT
+        return cls(tokens_BT, weights_BT, image_positions_BT, zeros_BT, weights_BT.flatten().nonzero()[:, 0])
 
     def to(self, device: torch.device) -> Batch:
-        return self._map(lambda value: value.to(device, non_blocking=True))
+        def move(value: Tensor) -> Tensor:
+            pinned = value.pin_memory() if device.type == "cuda" else value  # only from there a copy does not wait
+            return pinned.to(device, non_blocking=True)
 
-    def rows(self, part: slice) -> Batch:
-        """Some of the rows; unless they are packed, cut to the longest."""
-        length = self.tokens.shape[1]
-        if self.samples is None:
-            length = int((self.tokens[part] != PAD).sum(1).max())
-        return self._map(lambda value: value[part, :length])
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: None if value is None else move(value) for name, value in given.items()}
+        return Batch(**moved)
 
     def without_targets(self) -> Batch:
-        """The same rows as no part of the loss: for a process that has no rows left while others compute theirs."""
-        return replace(self, weights=torch.zeros_like(self.weights))
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in given.items()}
-        return Batch(**changed)
+        """The same tokens as no part of the loss: for a process that has nothing left to compute while others have."""
+        return replace(self, weights=torch.zeros_like(self.weights), targets=self.targets[:0])
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """One sample per row, padded to the longest. The opening ``<eos>`` is never a target."""
-    rows, length = [[sample] for sample in samples], max(len(sample.masked.tokens) for sample in samples)
-    return Batch(*_fill(rows, length)[:4])
+    length = max(len(sample.masked.tokens) for sample in samples)
+    return _fill(samples, [row * length for row in range(len(samples))], (len(samples), length))
 
 
-def pack(rows: Sequence[Sequence[Sample]], length: int) -> Batch:
-    """Several samples per row, concatenated and padded to ``length``."""
-    return Batch(*_fill(rows, length))
+def pack(samples: Sequence[Sample]) -> Batch:
+    """One row in which samples follow one another. The opening ``<eos>`` of each is never a target."""
+    cu_seqlens = np.cumsum([0, *(len(sample.masked.tokens) for sample in samples)])
+    batch = _fill(samples, cu_seqlens[:-1].tolist(), (1, int(cu_seqlens[-1])))
+    positions = torch.arange(batch.tokens.shape[1]) - torch.from_numpy(np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens)))
+    return replace(batch, positions=positions[None], cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)))
 
 
-def _fill(rows: Sequence[Sequence[Sample]], length: int) -> tuple[Tensor, ...]:
-    shape = (len(rows), length)
-    tokens, image_positions, tasks, numbers, positions = (np.full(shape, value, dtype=np.int64) for value in (PAD, 0, 0, 0, 0))
+def _fill(samples: Sequence[Sample], starts: Sequence[int], shape: tuple[int, int]) -> Batch:
+    """A batch of ``shape`` with each sample at its start in the flattened rows, and padding elsewhere."""
+    tokens, image_positions, tasks = (np.full(shape, value, dtype=np.int64) for value in (PAD, 0, 0))
     weights = np.zeros(shape, dtype=np.float32)
-    for row, samples in enumerate(rows):
-        start = 0
-        for number, (masked, weight, _, task) in enumerate(samples, 1):
-            part = slice(start, start + len(masked.tokens))
-            tokens[row, part], weights[row, part], image_positions[row, part] = masked.tokens, weight, masked.image_positions
-            weights[row, start], tasks[row, part] = 0, task
-            numbers[row, part], positions[row, part] = number, np.arange(len(masked.tokens))
-            start = part.stop
-    return tuple(torch.from_numpy(array) for array in (tokens, weights, image_positions, tasks, numbers, positions))
+    for start, (masked, weight, _, task) in zip(starts, samples, strict=True):
+        part = slice(start, start + len(masked.tokens))
+        tokens.flat[part], weights.flat[part], image_positions.flat[part] = masked.tokens, weight, masked.image_positions
+        weights.flat[start], tasks.flat[part] = 0, task
+    arrays = (tokens, weights, image_positions, tasks, np.flatnonzero(weights))
+    return Batch(*(torch.from_numpy(array) for array in arrays))
 
 
 class Stream(Protocol):
-    """The batches of an endless sequence of shuffled epochs."""
+    """The samples of an endless sequence of shuffled epochs.
+
+    Attributes:
+        batch_size: rows of a step.
+    """
 
     batch_size: int
 
-    def __call__(self, step: int, rows: Sequence[int] | None = None) -> Batch:
-        """The batch of a step, or some of its rows."""
+    def samples(self, step: int, rows: Sequence[int] | None = None) -> list[Sample]:
+        """The samples of a step, or of some of its rows."""
 
-    def samples(self, step: int, rows: Sequence[int] | None = None) -> list[list[Sample]]:
-        """The samples in those rows."""
+    def divide(self, samples: Sequence[Sample], most_rows: int | None, parts: int = 1) -> list[Batch]:
+        """The micro-batches in which samples are computed: as few as the limit allows, or up to ``parts`` if that is more.
+
+        Args:
+            most_rows: limit of a micro-batch; None: no limit.
+        """
 
     def state(self) -> dict[str, Any]:
         """The state from which to resume, as JSON values."""
@@ -131,7 +142,7 @@ class _Epochs:
 
 
 class SortedStream:
-    """The batch of a step depends on ``(seed, step)`` alone: steps can be asked for in any order, and there is no state to keep.
+    """The samples of a step depend on ``(seed, step)`` alone: steps can be asked for in any order, and there is no state to keep.
 
     The samples of :data:`SORT_BATCHES` batches are sorted by length, divided into batches, and these are shuffled.
     """
@@ -142,14 +153,21 @@ class SortedStream:
         self._group = -1
         self._batches: list[list[Sample]] = []
 
-    def __call__(self, step: int, rows: Sequence[int] | None = None) -> Batch:
-        return collate([sample for row in self.samples(step, rows) for sample in row])
+    def __call__(self, step: int) -> Batch:
+        """All rows of a step."""
+        return collate(self.samples(step))
 
-    def samples(self, step: int, rows: Sequence[int] | None = None) -> list[list[Sample]]:
+    def samples(self, step: int, rows: Sequence[int] | None = None) -> list[Sample]:
         group, within = divmod(step, SORT_BATCHES)
         if group != self._group:
             self._group, self._batches = group, self._make_group(group)
-        return [[self._batches[within][row]] for row in (range(self.batch_size) if rows is None else rows)]
+        batch = self._batches[within]
+        return batch if rows is None else [batch[row] for row in rows]
+
+    def divide(self, samples: Sequence[Sample], most_rows: int | None, parts: int = 1) -> list[Batch]:
+        """See :meth:`Stream.divide`; more micro-batches than needed would only be smaller."""
+        rows = most_rows or len(samples)
+        return [collate(samples[start : start + rows]) for start in range(0, len(samples), rows)]
 
     def _make_group(self, group: int) -> list[list[Sample]]:
         first = group * SORT_BATCHES * self.batch_size
@@ -166,50 +184,76 @@ class SortedStream:
         pass
 
 
-class PackedStream:
-    """Rows of ``length`` tokens, filled with whole samples.
+@dataclass
+class _Row:
+    """A row of :class:`PackedStream`: samples read, tokens left of its budget, and the next sample, which is longer."""
 
-    Row ``b`` of a batch of ``B`` reads the samples at positions b, b + B, b + 2B ... and holds :data:`LOOKAHEAD` of them. A new row starts
-    with the oldest, then takes the longest one that fits in the remaining tokens until none does. No sample is cut or lost.
-    Each row must be asked for at every step, in order.
+    read: int = 0
+    budget: int = 0
+    waiting: Sample | None = None
+
+
+class PackedStream:
+    """Each row is a budget of ``length`` tokens a step, spent on whole samples; what a step leaves of it is added to the next one's.
+
+    Over many steps a row so trains on exactly ``length`` tokens a step, none of them padding. Row ``b`` of ``B`` reads the samples at
+    positions b, b + B, b + 2B ...; no sample is cut or lost. Each row must be asked for at every step, in order.
+
+    Args:
+        length: at least that of the longest sample.
     """
 
     def __init__(self, get_sample: GetSample, size: int, batch_size: int, seed: int, length: int) -> None:
         self.batch_size, self.length = batch_size, length
         self._epochs = _Epochs(get_sample, size, seed)
-        self._next = dict.fromkeys(range(batch_size), 0)
-        self._held: dict[int, dict[int, Sample]] = {row: {} for row in range(batch_size)}
+        self._rows = {row: _Row() for row in range(batch_size)}
 
-    def __call__(self, step: int, rows: Sequence[int] | None = None) -> Batch:
-        return pack(self.samples(step, rows), self.length)
+    def samples(self, step: int, rows: Sequence[int] | None = None) -> list[Sample]:
+        return [sample for row in (range(self.batch_size) if rows is None else rows) for sample in self._spend(row)]
 
-    def samples(self, step: int, rows: Sequence[int] | None = None) -> list[list[Sample]]:
-        return [self._row(row) for row in (range(self.batch_size) if rows is None else rows)]
-
-    def _row(self, row: int) -> list[Sample]:
-        held = self._held[row]
+    def _spend(self, row: int) -> list[Sample]:
+        """The samples of a row's next step."""
+        own = self._rows[row]
+        own.budget += self.length
         taken: list[Sample] = []
-        room = self.length
         while True:
-            while len(held) < LOOKAHEAD:
-                held[self._next[row]] = self._epochs[row + self._next[row] * self.batch_size]
-                self._next[row] += 1
-            fitting = [number for number, sample in held.items() if len(sample.masked.tokens) <= room]
-            if not taken:
-                chosen = min(held)
-                if chosen not in fitting:
-                    raise ValueError(f"a sample of {len(held[chosen].masked.tokens)} tokens does not fit in rows of {self.length}")
-            elif fitting:
-                chosen = max(fitting, key=lambda number: (len(held[number].masked.tokens), -number))
-            else:
+            sample = own.waiting or self._epochs[row + own.read * self.batch_size]
+            length = len(sample.masked.tokens)
+            if length > self.length:
+                raise ValueError(f"a sample of {length} tokens does not fit in rows of {self.length}")
+            if length > own.budget:
+                own.waiting = sample
                 return taken
-            taken.append(held.pop(chosen))
-            room -= len(taken[-1].masked.tokens)
+            own.read, own.budget, own.waiting = own.read + 1, own.budget - length, None
+            taken.append(sample)
+
+    def divide(self, samples: Sequence[Sample], most_rows: int | None, parts: int = 1) -> list[Batch]:
+        """See :meth:`Stream.divide`. The micro-batches have nearly equal numbers of tokens, at most ``most_rows * length``."""
+        total = _tokens(samples)
+        most = total if most_rows is None else most_rows * self.length
+        parts = max(parts, -(-total // most))
+        while max(map(_tokens, divided := _divide(samples, parts))) > most:
+            parts += 1
+        return [pack(part) for part in divided if part]
 
     def state(self) -> dict[str, Any]:
-        return {str(row): [self._next[row], *self._held[row]] for row in range(self.batch_size) if self._next[row]}
+        return {str(number): [row.read, row.budget] for number, row in self._rows.items() if row.read}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        for row, (following, *held) in state.items():
-            self._next[int(row)] = following
-            self._held[int(row)] = {number: self._epochs[int(row) + number * self.batch_size] for number in held}
+        for number, (read, budget) in state.items():
+            self._rows[int(number)] = _Row(read, budget)
+
+
+def _tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.masked.tokens) for sample in samples)
+
+
+def _divide(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
+    """Divide samples into parts of nearly equal numbers of tokens: each, from the longest on, goes to the part with the fewest."""
+    heap: list[tuple[int, int]] = [(0, part) for part in range(parts)]
+    divided: list[list[Sample]] = [[] for _ in range(parts)]
+    for sample in sorted(samples, key=lambda sample: len(sample.masked.tokens), reverse=True):
+        tokens, part = heapq.heappop(heap)
+        divided[part].append(sample)
+        heapq.heappush(heap, (tokens + len(sample.masked.tokens), part))
+    return divided

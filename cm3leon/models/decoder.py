@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cm3leon.config.renamed import current_names
 from cm3leon.config.schema import ModelConfig
+from cm3leon.data.batches import Batch
 from cm3leon.models.cross_entropy import chunked_cross_entropy
 from cm3leon.models.kernels import apply_rotary_emb, attention, linear, relu
 from cm3leon.sequence.grammar import Vocabulary
@@ -81,16 +82,6 @@ MAX_ATTENTION_LOGIT = 11.0
 With sqrt(K), which is 5.7 for heads of 32, small heads cannot attend to a single token; with twice as much they learn more slowly
 (docs/log.md).
 """
-
-
-def block_causal(samples_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Attention bias (B, 1, T, T) of packed rows, 0 or -inf: a token attends to itself and to earlier tokens of its own sample.
-
-    It is made once, in attention's dtype, and shared by all blocks: from a boolean mask each block would make and keep its own bias.
-    """
-    same = samples_BT[:, :, None] == samples_BT[:, None, :]
-    bias = torch.zeros(same.shape, dtype=dtype, device=samples_BT.device)
-    return bias.masked_fill_(~same.tril(), -torch.inf).unsqueeze(1)
 
 
 class RotaryEmbedding(nn.Module):
@@ -162,11 +153,11 @@ class Attention(nn.Module):
 
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
-        self.heads, self.layer, self.qk_norm = spec.heads, layer, spec.qk_norm
+        self.heads, self.layer, self.qk_norm, self.context = spec.heads, layer, spec.qk_norm, spec.context
         self.qkv = Linear(spec.width, 3 * spec.width)
         self.out = Linear(spec.width, spec.width)
 
-    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None, cos_sin: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cache: Cache | None, cos_sin: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         batch, length, width = x_BTD.shape
         qk, v = self.qkv(x_BTD).contiguous().view(batch, length, 3, self.heads, -1).split([2, 1], 2)
         size = v.shape[-1]
@@ -176,7 +167,10 @@ class Attention(nn.Module):
             qk = apply_rotary_emb(qk, cos_sin)
         q, k, v = (y.transpose(1, 2) for y in (*qk.unbind(2), v.squeeze(2)))
         scale = MAX_ATTENTION_LOGIT / size if self.qk_norm else size**-0.5
-        y_BHTK = attention(q, k, v, mask, scale) if cache is None else cache.attend(self.layer, q.to(v.dtype), k.to(v.dtype), v, scale)
+        if cache is None:
+            y_BHTK = attention(q, k, v, scale, cu_seqlens, self.context)
+        else:
+            y_BHTK = cache.attend(self.layer, q.to(v.dtype), k.to(v.dtype), v, scale)
         return self.out(y_BHTK.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -189,8 +183,8 @@ class Block(nn.Module):
         self.up = Linear(spec.width, 4 * spec.width)
         self.down = Linear(4 * spec.width, spec.width)
 
-    def forward(self, x_BTD: Tensor, cache: Cache | None, mask: Tensor | None, cos_sin: Tensor | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(F.layer_norm(x_BTD, x_BTD.shape[-1:]), cache, mask, cos_sin)
+    def forward(self, x_BTD: Tensor, cache: Cache | None, cos_sin: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(F.layer_norm(x_BTD, x_BTD.shape[-1:]), cache, cos_sin, cu_seqlens)
         return x_BTD + self.down(relu(self.up(F.layer_norm(x_BTD, x_BTD.shape[-1:]))))
 
 
@@ -254,8 +248,8 @@ class Decoder(nn.Module):
         image_positions_BT: Tensor,
         cache: Cache | None = None,
         positions_BT: Tensor | None = None,
-        mask: Tensor | None = None,
         previous_BT: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D) after the last norm.
 
@@ -264,14 +258,14 @@ class Decoder(nn.Module):
                 ``rope``.
             cache: keys and values of earlier tokens; it also masks attention.
             positions_BT: sequence positions, by default counted from 0.
-            mask: broadcastable to (B, 1, T, T): boolean, True where attention is allowed, or a bias; by default causal. Not with a cache.
             previous_BT: the token before each one, by default its left neighbor in the row; position 0 has none. Used by
                 ``previous_token``.
+            cu_seqlens: where packed samples begin (see :class:`~cm3leon.data.batches.Batch`); with ``positions_BT`` and without a cache.
 
         Raises:
             ValueError: if the sequence is longer than the context.
         """
-        if tokens_BT.shape[1] > self.spec.context:
+        if cu_seqlens is None and tokens_BT.shape[1] > self.spec.context:
             raise ValueError(f"sequence of {tokens_BT.shape[1]} tokens is longer than the context of {self.spec.context}")
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
@@ -287,9 +281,9 @@ class Decoder(nn.Module):
         for block in self.blocks:
             # Without a graph there is nothing to recompute for, and checkpoint() warns.
             if self.recompute and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, cache, mask, cos_sin, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, cache, cos_sin, cu_seqlens, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, cache, mask, cos_sin)
+                x_BTD = block(x_BTD, cache, cos_sin, cu_seqlens)
         return F.layer_norm(x_BTD, x_BTD.shape[-1:])
 
     def quantize(self) -> None:
@@ -304,36 +298,19 @@ class Decoder(nn.Module):
         """Logits of the ids in ``[start, stop)``, (..., stop - start)."""
         return linear(hidden, self.tokens.weight[start:stop])
 
-    def losses(
-        self,
-        tokens_BT: Tensor,
-        weights_BT: Tensor,
-        image_positions_BT: Tensor,
-        samples_BT: Tensor | None = None,
-        positions_BT: Tensor | None = None,
-        z_loss: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
-        """Next-token cross-entropy of a batch, nats: the weighted sum, differentiable, and each token's loss (B, T), 0 if its weight is 0.
+    def losses(self, batch: Batch, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Next-token cross-entropy of a batch, nats: the weighted sum, differentiable, and each token's loss (B, T), 0 if it is no target.
 
         Args:
-            weights_BT: weight of each token as a target; the first token of a row is never one.
-            samples_BT: number of the packed sample that each token belongs to; attention stays within a sample.
-            positions_BT: position of each token in its sample; needed with ``samples_BT``.
             z_loss: see :func:`~cm3leon.models.cross_entropy.chunked_cross_entropy`.
         """
-        device = tokens_BT.device.type
-        dtype = torch.get_autocast_dtype(device) if device != "cpu" and torch.is_autocast_enabled(device) else self.tokens.weight.dtype
-        mask = None if samples_BT is None else block_causal(samples_BT, dtype)
-        hidden_BTD = self(tokens_BT, image_positions_BT, positions_BT=positions_BT, mask=mask)
-        # Only targets of weight above 0 go through the vocabulary's product, the largest of a step.
-        weights_BT = weights_BT.clone()
-        weights_BT[:, 0] = 0
-        targets_N = weights_BT.flatten().nonzero()[:, 0]
-        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, targets_N - 1)  # predicted from the token before; never of another row
-        tokens_N, weights_N = tokens_BT.flatten()[targets_N], weights_BT.flatten()[targets_N]
+        hidden_BTD = self(batch.tokens, batch.image_positions, positions_BT=batch.positions, cu_seqlens=batch.cu_seqlens)
+        # Only targets go through the vocabulary's product, the largest of a step. Each is predicted from the token before it.
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.targets - 1)
+        tokens_N, weights_N = batch.tokens.flatten()[batch.targets], batch.weights.flatten()[batch.targets]
         total, losses_N = chunked_cross_entropy(hidden_ND, self.tokens.weight, tokens_N, weights_N, z_loss)
-        losses_BT = torch.zeros(weights_BT.shape, device=losses_N.device)
-        losses_BT.view(-1)[targets_N] = losses_N
+        losses_BT = torch.zeros(batch.tokens.shape, device=losses_N.device)
+        losses_BT.view(-1)[batch.targets] = losses_N
         return total, losses_BT
 
     @property

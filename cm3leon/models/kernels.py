@@ -98,19 +98,43 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Scaled dot-product attention (B, H, T, K) in ``v``'s dtype, with a mask or causal; logits are ``scale * q . k``.
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None = None, longest: int = 0) -> Tensor:
+    """Causal scaled dot-product attention (B, H, T, K) in ``v``'s dtype; logits are ``scale * q . k``.
 
-    PyTorch's CPU kernel is slow in the backward pass in bfloat16: there, short causal sequences use :class:`_Attention` and all others
-    are computed in float32.
+    Args:
+        cu_seqlens: of packed samples (samples + 1,) int32, for B = 1: where each begins, and where the last ends. Attention stays within a
+            sample, without a mask: on a GPU in half precision one kernel takes samples of any lengths, elsewhere each is computed alone.
+        longest: with ``cu_seqlens``, a bound on the length of a sample.
+    """
+    if cu_seqlens is None:
+        return _causal_attention(q, k, v, scale)
+    if v.device.type == "cuda" and v.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn  # takes a second to import
+
+        q, k, v = (x[0].transpose(0, 1) for x in (q.to(v.dtype), k.to(v.dtype), v))  # (T, H, K)
+        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(-1, 0))
+        assert isinstance(y, Tensor)  # without log-sum-exps
+        return y.transpose(0, 1)[None]
+    return _attention_by_sample(q, k, v, scale, cu_seqlens)
+
+
+def _attention_by_sample(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor) -> Tensor:
+    lengths = cu_seqlens.diff().tolist()
+    samples = zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)
+    return torch.cat([_causal_attention(q, k, v, scale) for q, k, v in samples], 2)
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention over whole rows.
+
+    PyTorch's CPU kernel is slow in the backward pass in bfloat16: there, short sequences use :class:`_Attention`, and longer ones are
+    computed in float32.
     """
     if v.device.type != "cpu":
         q, k = q.to(v.dtype), k.to(v.dtype)
     elif v.dtype != torch.float32:
         with torch.autocast("cpu", enabled=False):
-            if mask is None and v.shape[-2] <= MAX_MATERIALIZED_TOKENS and not torch.compiler.is_compiling():
+            if v.shape[-2] <= MAX_MATERIALIZED_TOKENS and not torch.compiler.is_compiling():
                 return _Attention.apply(q.float(), k.float(), v, scale)
-            mask = None if mask is None else mask if mask.dtype == torch.bool else mask.float()
-            y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=mask is None, scale=scale)
-            return y.to(v.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, scale=scale).to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

@@ -23,7 +23,10 @@ from cm3leon.utils.device import default_device
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: this one's rank, their number, and this one's device."""
+    """The processes of a run: this one's rank, their number, and this one's device.
+
+    They exchange numbers by Gloo, without waiting for what their GPUs are computing.
+    """
 
     rank: int = 0
     size: int = 1
@@ -37,7 +40,7 @@ class World:
         """Sums over the processes, in float64."""
         if self.size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
 
@@ -45,7 +48,7 @@ class World:
         """The maximum over the processes."""
         if self.size == 1:
             return value
-        tensor = torch.tensor(value, device=self.device)
+        tensor = torch.tensor(value)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor.item())
 
@@ -57,10 +60,9 @@ class World:
         data = json.dumps(value).encode()
         sizes = torch.zeros(self.size, dtype=torch.int64)
         sizes[self.rank] = len(data)
-        sizes = sizes.to(self.device)
         dist.all_reduce(sizes)
         # 2. Exchange the bytes, padded to the longest: all_gather takes tensors of one size.
-        sent = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=self.device)
+        sent = torch.zeros(int(sizes.max()), dtype=torch.uint8)
         sent[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         received = [torch.empty_like(sent) for _ in range(self.size)]
         dist.all_gather(received, sent)
@@ -86,7 +88,7 @@ def world() -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    # Gloo also with GPUs, for the tensors on CPUs that checkpoints exchange.
+    # Gloo also with GPUs, for the tensors on CPUs that World and checkpoints exchange.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), size, device)

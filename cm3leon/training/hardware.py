@@ -65,7 +65,7 @@ def peak_flops(device_name: str) -> float | None:
     return next((device.flops for device in DEVICES if words.issuperset(device.words)), None)
 
 
-def flops_per_token(spec: Shape, vocabulary_size: int, context: int) -> float:
+def flops_per_token(spec: Shape, vocabulary_size: int, context: float) -> float:
     """FLOPs of one token's forward and backward pass in a sequence of ``context`` tokens: ``6 N + 6 * layers * width * context``.
 
     The count of PaLM (arXiv 2204.02311, appendix B), but for causal attention:

@@ -119,9 +119,7 @@ def activation_bytes(spec: DecoderSpec, section: TrainConfig, tokens: int, *, sh
     kept = spec.layers * hidden + block if section.activation_checkpointing else spec.layers * block
     # 2. The block whose backward pass is running also holds the gradient of its feed-forward's hidden layer, 4 D.
     gradient = 4 * size * spec.width
-    # 3. With packing all blocks share one attention bias, of which a token has a row.
-    bias = size * spec.context if section.packing else 0
-    return tokens * (kept + gradient + bias)
+    return tokens * (kept + gradient)
 
 
 def loss_bytes(model: Decoder, tokens: int, *, bf16: bool, sharded: bool) -> float:

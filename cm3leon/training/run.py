@@ -17,7 +17,7 @@ from cm3leon.training.trainer import fit, setup
 
 
 def make_stream(get_sample: GetSample, size: int, section: TrainConfig, seed: int, context: int) -> SortedStream | PackedStream:
-    """The training batches of a stage: rows of ``context`` tokens under ``packing``, else one padded sample a row.
+    """The training samples of a stage: under ``packing`` as many as fill ``context`` tokens a row, else one a row.
 
     Args:
         size: samples in an epoch.

@@ -1,7 +1,10 @@
 """The training loop of pretraining and instruction tuning: :func:`setup`, :func:`fit`, :func:`validate`.
 
 A run that was killed at any moment resumes from its newest checkpoint and ends with the same bits as an uninterrupted one. A checkpoint
-holds the parameters, optimizer states, step, random generators, and the samples buffered for packing.
+holds the parameters, optimizer states, step, random generators, and how far the samples have been read.
+
+A step does not wait for the GPU: losses and gradient norms stay there until they are logged. Only whether they are finite is read, one step
+late, while the GPU is at work on the next.
 
 Shapes: B rows, T tokens.
 """
@@ -10,7 +13,8 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +22,8 @@ from torch import Tensor
 
 from cm3leon.config.schema import TrainConfig
 from cm3leon.data.batches import Batch, Stream
+from cm3leon.data.prefetch import default_workers, prefetched
+from cm3leon.data.sequences import Sample
 from cm3leon.models.decoder import Decoder
 from cm3leon.training import distributed
 from cm3leon.training.checkpoint import Checkpoints, generator_states, set_generator_states
@@ -40,13 +46,37 @@ class DivergenceError(UserError):
     """The loss or the gradient is no longer finite."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step that was taken.
+
+    Attributes:
+        loss: sum of the weighted losses of this process's targets, on its device.
+        weight: sum of the weights over all processes.
+        gradient_norm: of the gradients of all processes before clipping, on this one's device.
+        tokens: of all processes, without padding.
+        padding: share of padding in the tokens that all processes compute.
+        length: of a token's sample, tokens, on average over the tokens.
+    """
+
+    loss: Tensor
+    weight: float
+    gradient_norm: Tensor
+    learning_rate: float
+    tokens: int
+    padding: float
+    length: float
+
+
 @dataclass
 class State:
     """All that a run changes.
 
     Attributes:
         step: steps taken.
-        losses: loss of each step.
+        tokens: trained on so far, without padding.
+        losses: loss of each step, as far as they have been read from the device.
+        unread: the last steps, whose losses have not been read.
         best: lowest validation loss.
         task_sums: (2, 1 + tasks), sum of the token losses of each task, and number of those tokens, since they were last logged; task 0 is
             none. Empty if tasks are not logged.
@@ -56,7 +86,9 @@ class State:
     optimizers: list[torch.optim.Optimizer]
     world: World
     step: int = 0
+    tokens: int = 0
     losses: list[float] = field(default_factory=list)
+    unread: list[Step] = field(default_factory=list)
     best: float = math.inf
     task_sums: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
 
@@ -101,52 +133,45 @@ def setup(model: Decoder, config: TrainConfig, world: World | None = None) -> St
     return State(model, make_optimizers(model, config), world)
 
 
-@dataclass(frozen=True)
-class Step:
-    """Result of one step, over all processes: mean loss, gradient norm before clipping, learning rate, number of tokens with padding."""
-
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-    tokens: int
-
-
-def train_step(state: State, stream: Stream, config: TrainConfig, name: str) -> Step:
-    """Take one optimization step on a batch.
+def train_step(state: State, samples: Sequence[Sample], stream: Stream, config: TrainConfig, name: str) -> Step:
+    """Take one optimization step on samples, of which each process has its own.
 
     The loss is ``sum(w_i * loss_i) / sum(w_i)`` over all tokens i of the batch, on whichever process and in whichever micro-batch they are.
 
     Raises:
-        DivergenceError: if the loss or the gradient is not finite; the step is not taken.
+        DivergenceError: if the gradient of the step before was not finite.
     """
     model, world = state.model, state.world
-    # 1. This process's rows, and over all processes the sum of the weights, which every micro-batch is divided by.
-    batch = stream(state.step, world.own(stream.batch_size))
-    rows, most_rows = batch.tokens.shape[0], -(-stream.batch_size // world.size)
-    micro_rows = config.micro_batch_size or most_rows
-    [weight, tokens] = world.sum([float(batch.weights.sum(dtype=torch.float64)), batch.tokens.numel()])
-    # 2. Gradients, summed over the micro-batches, as many as the process with most rows has: each needs the shards of the others. FSDP
-    #    averages them over the processes; times world.size they are sums.
+    # 1. Micro-batches: as many as the process with most needs, because each process needs the shards of the others. One that has fewer
+    #    computes its first again, without targets.
+    micro_batches = stream.divide(samples, config.micro_batch_size)
+    count = world.max(len(micro_batches))
+    if len(micro_batches) < count:
+        micro_batches = stream.divide(samples, config.micro_batch_size, count)
+    micro_batches += [micro_batches[0].without_targets()] * (count - len(micro_batches))
+    # 2. Sums over all processes: the weights, which every micro-batch is divided by; the tokens without and with padding.
+    lengths = [len(sample.masked.tokens) for sample in samples]
+    own_weight = sum(float(batch.weights.sum(dtype=torch.float64)) for batch in micro_batches)
+    own_computed = sum(batch.tokens.numel() for batch in micro_batches)
+    sums = [own_weight, sum(lengths), sum(length**2 for length in lengths), own_computed]
+    weight, tokens, squares, computed = world.sum(sums)
+    weight = max(weight, 1.0)
+    # 3. Gradients, summed over the micro-batches. FSDP averages them over the processes; times world.size they are sums.
     model.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=world.device)
-    for start in range(0, most_rows, micro_rows):
-        micro = batch.rows(slice(start, start + micro_rows)) if start < rows else batch.rows(slice(1)).without_targets()
-        micro = micro.to(world.device)
+    for batch in micro_batches:
+        batch = batch.to(world.device)
         with autocast(config, world.device):
-            total, losses_BT = model.losses(
-                micro.tokens, micro.weights, micro.image_positions, micro.samples, micro.positions, config.z_loss
-            )
-        (total * (world.size / max(weight, 1.0))).backward()
+            total, losses_BT = model.losses(batch, config.z_loss)
+        (total * (world.size / weight)).backward()
         loss += total.detach()
         if state.task_sums.numel():
-            _add_task_losses(state.task_sums, micro, losses_BT)
-    [mean] = world.sum([loss.item()])
-    mean /= max(weight, 1.0)
-    # 3. Clip by the norm of all gradients together.
-    norm = distributed.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)).item()
-    if not (math.isfinite(mean) and math.isfinite(norm)):
-        raise DivergenceError(f"{name} diverged at step {state.step}: loss {mean}, gradient norm {norm}; lower {name}.learning_rate")
-    # 4. Update the parameters.
+            _add_task_losses(state.task_sums, batch, losses_BT)
+    # 4. Clip by the norm of all gradients together. The device now has work enough to be asked about the step before.
+    norm = distributed.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+    if state.unread and not math.isfinite(state.unread[-1].gradient_norm.item()):
+        read_losses(state, name)
+    # 5. Update the parameters.
     rate = learning_rate_at(
         state.step,
         peak=config.learning_rate,
@@ -157,16 +182,36 @@ def train_step(state: State, stream: Stream, config: TrainConfig, name: str) -> 
     for optimizer in state.optimizers:
         set_learning_rate(optimizer, rate)
         optimizer.step()
+    step = Step(loss, weight, norm, rate, int(tokens), 1 - tokens / computed, squares / tokens)
     state.step += 1
-    state.losses.append(mean)
-    return Step(mean, norm, rate, int(tokens))
+    state.tokens += step.tokens
+    state.unread.append(step)
+    return step
+
+
+def read_losses(state: State, name: str) -> None:
+    """Read the losses of the last steps from the device.
+
+    Raises:
+        DivergenceError: if a loss or a gradient is not finite.
+    """
+    if not state.unread:
+        return
+    sums = state.world.sum(torch.stack([step.loss for step in state.unread]).tolist())
+    norms = torch.stack([step.gradient_norm for step in state.unread]).tolist()
+    for step, total, norm in zip(state.unread, sums, norms, strict=True):
+        loss = total / step.weight
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            where = f"{name} diverged at step {len(state.losses)}"
+            raise DivergenceError(f"{where}: loss {loss}, gradient norm {norm}; lower {name}.learning_rate")
+        state.losses.append(loss)
+    state.unread.clear()
 
 
 def _add_task_losses(task_sums: Tensor, batch: Batch, losses_BT: Tensor) -> None:
     """Add the losses of a batch's targets to those of their tasks."""
-    is_target = (batch.weights > 0).flatten()
-    sums_and_counts = torch.stack([losses_BT.flatten(), is_target.float()])
-    task_sums.index_add_(1, batch.tasks.flatten()[is_target], sums_and_counts[:, is_target])
+    losses_N = losses_BT.flatten()[batch.targets]
+    task_sums.index_add_(1, batch.tasks.flatten()[batch.targets], torch.stack([losses_N, torch.ones_like(losses_N)]))
 
 
 def task_losses(state: State, tasks: Sequence[str]) -> dict[str, float]:
@@ -192,7 +237,7 @@ def validate(state: State, batches: Sequence[Batch], config: TrainConfig) -> dic
         for number in range(rounds):
             mine = number * world.size + world.rank
             batch = batches[min(mine, len(batches) - 1)].to(world.device)
-            _, losses_BT = state.model.losses(batch.tokens, batch.weights, batch.image_positions, batch.samples, batch.positions)
+            _, losses_BT = state.model.losses(batch)
             if mine >= len(batches):
                 continue
             is_target = batch.weights > 0
@@ -205,13 +250,18 @@ def validate(state: State, batches: Sequence[Batch], config: TrainConfig) -> dic
     return {name: totals[i] / totals[len(names) + i] for i, name in enumerate(names) if totals[len(names) + i]}
 
 
-def save(state: State, stream: Stream, checkpoints: Checkpoints, score: float | None = None) -> None:
-    """Write a checkpoint. ``score`` is the validation loss at this step, if it was computed."""
-    held: dict[str, object] = {}
-    for own in state.world.gather(stream.state()):  # each process buffers samples for its own rows
-        held |= own
-    rest = {"step": state.step, "losses": state.losses, "best": state.best, "score": score, "data": held, "generators": generator_states()}
-    checkpoints.save(state.step, state.tensors(), rest)
+def save(state: State, data: dict[str, object], checkpoints: Checkpoints, score: float | None = None) -> None:
+    """Write a checkpoint.
+
+    Args:
+        data: the state of the stream, for the rows of this process.
+        score: the validation loss at this step, if it was computed.
+    """
+    rows: dict[str, object] = {}
+    for own in state.world.gather(data):
+        rows |= own
+    counts = {"step": state.step, "tokens": state.tokens, "losses": state.losses, "best": state.best}
+    checkpoints.save(state.step, state.tensors(), {**counts, "score": score, "data": rows, "generators": generator_states()})
 
 
 def resume(state: State, stream: Stream, checkpoints: Checkpoints) -> bool:
@@ -221,7 +271,7 @@ def resume(state: State, stream: Stream, checkpoints: Checkpoints) -> bool:
         return False
     state.allocate_optimizer_states()
     found = checkpoints.load(name, state.tensors())
-    state.step, state.losses, state.best = found["step"], found["losses"], found["best"]
+    state.step, state.tokens, state.losses, state.best = found["step"], found["tokens"], found["losses"], found["best"]
     own = {str(row) for row in state.world.own(stream.batch_size)}  # JSON's keys are strings
     stream.load_state({row: held for row, held in found["data"].items() if row in own})
     set_generator_states(found["generators"])
@@ -253,7 +303,7 @@ def fit(
         tasks: names of the tasks, whose numbers in the samples count from 1; each task's loss is logged as ``loss_TASK``.
 
     Raises:
-        DivergenceError: if the loss or the gradient is not finite; the step is not taken, and the last checkpoint is kept.
+        DivergenceError: if a loss or a gradient is not finite; the last checkpoint is of a step before it.
         SystemExit: if interrupted; the status is 128 + the signal's number.
     """
     metrics: dict[str, float] = {}
@@ -279,28 +329,36 @@ def fit(
             say(f"{name}: resuming at step {state.step} of {config.steps}")
             for done in range(LOG_EVERY, state.step + 1, LOG_EVERY):
                 log({"loss": state.losses[done - 1]}, done)
-    with progress(name, config.steps, "steps", done=state.step, shown=state.world.rank == 0) as meter, interruption() as interrupted:
-        while state.step < config.steps:
+    rows = state.world.own(stream.batch_size)
+    draws = prefetched(stream, rows, range(state.step, config.steps), default_workers(state.world.device))
+    with (
+        closing(draws),
+        _naming_last(checkpoints),
+        progress(name, config.steps, "steps", done=state.step, shown=state.world.rank == 0) as meter,
+        interruption() as interrupted,
+    ):
+        for samples, data in draws:
             # 2. Take a step.
-            try:
-                step = train_step(state, stream, config, name)
-            except DivergenceError as error:
-                raise DivergenceError(f"{error}{_last_checkpoint(checkpoints)}") from None
-            meter.advance(1, f"loss {step.loss:.3f}")
+            step = train_step(state, samples, stream, config, name)
+            meter.advance(1, f"loss {state.losses[-1]:.3f}" if state.losses else "")
             # 3. Log.
             if state.step % LOG_EVERY == 0:
-                losses = {"loss": step.loss} | (task_losses(state, tasks) if tasks else {})
-                rates = {"gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate}
-                log({**losses, **rates, **throughput(meter.rate * step.tokens)}, state.step)
+                read_losses(state, name)
+                losses = {"loss": state.losses[-1]} | (task_losses(state, tasks) if tasks else {})
+                rates = {"gradient_norm": step.gradient_norm.item(), "learning_rate": step.learning_rate}
+                counts = {"tokens": float(state.tokens), "padding": step.padding}
+                log({**losses, **rates, **counts, **throughput(meter.rate * step.tokens, step.length)}, state.step)
             # 4. Validate.
             score = None
             if state.step % config.validate_every == 0 or state.step == config.steps:
+                read_losses(state, name)
                 metrics = measure()
                 score = metrics.get("val_loss")
             # 5. Write a checkpoint. The processes agree on the signal, which may have reached only some of them.
             number = state.world.max(interrupted())
             if checkpoints is not None and (score is not None or state.step % config.checkpoint_every == 0 or number):
-                save(state, stream, checkpoints, score)
+                read_losses(state, name)
+                save(state, data, checkpoints, score)
             if number and state.step < config.steps:
                 say(f"{name}: interrupted by {signal.Signals(number).name} at step {state.step}{_last_checkpoint(checkpoints)}")
                 raise SystemExit(128 + number)
@@ -319,12 +377,12 @@ class _Throughput:
         model, device = state.model, state.world.device
         peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
         self.peak = peak * state.world.size if peak else None
-        self.token_flops = flops_per_token(model.spec, model.vocabulary.size, model.spec.context)
+        self.spec, self.vocabulary_size = model.spec, model.vocabulary.size
 
-    def __call__(self, tokens_per_second: float) -> dict[str, float]:
+    def __call__(self, tokens_per_second: float, length: float) -> dict[str, float]:
         metrics = {"tokens_per_second": tokens_per_second}
         if self.peak:
-            metrics["mfu"] = tokens_per_second * self.token_flops / self.peak
+            metrics["mfu"] = tokens_per_second * flops_per_token(self.spec, self.vocabulary_size, length) / self.peak
         return metrics
 
 
@@ -334,6 +392,15 @@ def _validate_all(state: State, validation: Mapping[str, Sequence[Batch]], confi
         prefix = f"val_{name}_" if name else "val_"
         metrics |= {f"{prefix}{key}": loss for key, loss in validate(state, batches, config).items()}
     return metrics
+
+
+@contextmanager
+def _naming_last(checkpoints: Checkpoints | None) -> Iterator[None]:
+    """Add the last checkpoint to the message of a :class:`DivergenceError`."""
+    try:
+        yield
+    except DivergenceError as error:
+        raise DivergenceError(f"{error}{_last_checkpoint(checkpoints)}") from None
 
 
 def _last_checkpoint(checkpoints: Checkpoints | None) -> str:

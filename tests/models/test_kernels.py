@@ -44,30 +44,30 @@ def test_relu_overwrites_its_input():
     assert x.min() == 0
 
 
-def masks(length):
-    """None, and one of two samples a row: booleans, and a bias."""
-    samples = torch.tensor([[1] * 9 + [2] * (length - 9), [1] * 20 + [2] * (length - 20)])
-    allowed = (samples[:, :, None] == samples[:, None, :]).tril().unsqueeze(1)
-    return {"causal": None, "booleans": allowed, "bias": torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)}
+PACKED = torch.tensor([0, 9, 10, 33, 40], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("which", ["causal", "booleans", "bias"])
+def reference(q, k, v, cu_seqlens):
+    """PyTorch's attention, of packed samples under a mask of all tokens by all tokens."""
+    number = torch.bucketize(torch.arange(q.shape[2]), torch.tensor([0]) if cu_seqlens is None else cu_seqlens, right=True)
+    mask = (number[:, None] == number).tril()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.4)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, PACKED], ids=["rows", "packed"])
 @pytest.mark.parametrize("short", [True, False])
-def test_attention_in_bfloat16_is_near_that_in_float32(which, short, monkeypatch):
+def test_attention_in_bfloat16_is_near_that_in_float32(cu_seqlens, short, monkeypatch):
     if not short:
         monkeypatch.setattr(kernels, "MAX_MATERIALIZED_TOKENS", 0)
     torch.manual_seed(0)
-    mask = masks(40)[which]
-    q, k, v = (torch.randn(2, 3, 40, 16) for _ in range(3))
-    expected = with_gradients(
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=0.4), q, k, v
-    )
+    q, k, v = (torch.randn(2 if cu_seqlens is None else 1, 3, 40, 16) for _ in range(3))
+    expected = with_gradients(lambda q, k, v: reference(q, k, v, cu_seqlens), q, k, v)
     for inputs in ([q, k, v.bfloat16()], [x.bfloat16() for x in (q, k, v)]):
-        found = with_gradients(lambda q, k, v: attention(q, k, v, mask, 0.4), *inputs)
+        found = with_gradients(lambda q, k, v: attention(q, k, v, 0.4, cu_seqlens, 23), *inputs)
         assert [x.dtype for x in found] == [torch.bfloat16, *[x.dtype for x in inputs]]
         for a, b in zip(found, expected, strict=True):
             assert (a.float() - b).norm() < 0.01 * b.norm()
-    equal(with_gradients(lambda q, k, v: attention(q, k, v, mask, 0.4), q, k, v), expected, rtol=1e-4, atol=1e-5)
+    equal(with_gradients(lambda q, k, v: attention(q, k, v, 0.4, cu_seqlens, 23), q, k, v), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_large_scores_are_told_apart_in_bfloat16():
@@ -75,22 +75,24 @@ def test_large_scores_are_told_apart_in_bfloat16():
     q = torch.tensor([[1.0, 1.0]]).expand(1, 1, 2, 2).contiguous()
     k = torch.tensor([[20.0, 0.0], [20.0, 0.02]]).view(1, 1, 2, 2)
     v = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).view(1, 1, 2, 2)
-    found = attention(q, k, v.bfloat16(), None, 1.0)[0, 0, 1]
-    torch.testing.assert_close(found.float(), attention(q, k, v, None, 1.0)[0, 0, 1], rtol=0, atol=2**-9)
+    found = attention(q, k, v.bfloat16(), 1.0)[0, 0, 1]
+    torch.testing.assert_close(found.float(), attention(q, k, v, 1.0)[0, 0, 1], rtol=0, atol=2**-9)
     assert found[0] > found[1]
 
 
-@pytest.mark.parametrize("which", ["causal", "booleans"])
-def test_attention_in_bfloat16_sees_nothing_that_is_hidden(which):
+@pytest.mark.parametrize("cu_seqlens", [None, PACKED], ids=["rows", "packed"])
+def test_attention_in_bfloat16_sees_nothing_that_is_hidden(cu_seqlens):
     """What a token does not see has no part in it to the bit, and gets no gradient from it."""
     torch.manual_seed(0)
-    mask = masks(40)[which]
-    q, k, v = (torch.randn(2, 3, 40, 16).bfloat16() for _ in range(3))
-    before = attention(q, k, v, mask, 0.4)
+    q, k, v = (torch.randn(1, 3, 40, 16).bfloat16() for _ in range(3))
+    before = attention(q, k, v, 0.4, cu_seqlens, 23)
     later = v.clone().requires_grad_()
     with torch.no_grad():
         later[:, :, 30:] += 5
-    after = attention(q, k, later, mask, 0.4)
+    after = attention(q, k, later, 0.4, cu_seqlens, 23)
     assert torch.equal(before[:, :, :30], after[:, :, :30])
     after[:, :, :30].float().sum().backward()
     assert not later.grad[:, :, 30:].any()
+    if cu_seqlens is not None:
+        other_samples = torch.cat([v[:, :, :33] * 2, v[:, :, 33:]], 2)
+        assert torch.equal(attention(q, k, other_samples, 0.4, cu_seqlens, 23)[:, :, 33:], before[:, :, 33:])

@@ -8,6 +8,7 @@ from tests_support import decoder_spec
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cm3leon.data.batches import Batch
 from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.hardware import DEVICES, flops_per_token, peak_flops
@@ -61,7 +62,7 @@ def test_flops_are_those_that_pytorch_counts(recompute: bool) -> None:
     tokens = torch.randint(vocabulary.size, (rows, context))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            total, _ = model.losses(tokens, torch.ones(tokens.shape), torch.zeros_like(tokens))
+            total, _ = model.losses(Batch.of_tokens(tokens))
         total.backward()
     causal_half = 6 * layers * width * context
     recomputed = (2 * 8 * layers * width**2 + 4 * layers * width * context) if recompute else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from tests_support import decoder_spec
 
 from cm3leon.config.schema import Config
+from cm3leon.data.batches import Batch
 from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.checkpoint import Checkpoints
@@ -46,7 +46,7 @@ def test_parameters_gradients_states_and_checkpoint_have_the_size_of_real_ones(o
     section = config("tiny").pretrain.model_copy(update={"optimizer": optimizer})
     state = setup(decoder(), section)
     tokens = torch.randint(4, VOCABULARY.size, (2, 64))
-    state.model.losses(tokens, torch.ones(tokens.shape), torch.zeros_like(tokens))[0].backward()
+    state.model.losses(Batch.of_tokens(tokens))[0].backward()
     for update in state.optimizers:
         update.step()
     estimated, parameters = estimate_memory(state.model, section, gpus=1), list(state.model.parameters())
@@ -60,18 +60,12 @@ def test_parameters_gradients_states_and_checkpoint_have_the_size_of_real_ones(o
     assert written == pytest.approx(estimated.parameters + estimated.optimizer, rel=0.02)
 
 
-def attention_on_a_gpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """Attention in the run's precision, as on a GPU, with one mask for all blocks."""
-    mask = None if mask is None else converted(mask, v.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+def attention_on_a_gpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *packed: Any) -> torch.Tensor:
+    """Attention in the run's precision, as on a GPU."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
 
-@functools.cache
-def converted(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return mask.to(dtype)
-
-
-def saved_bytes(layers: int, bf16: bool, packing: bool, checkpointing: bool, **changes: Any) -> int:
+def saved_bytes(layers: int, bf16: bool, checkpointing: bool, **changes: Any) -> int:
     """Bytes that autograd keeps in a forward pass of two rows of 64 tokens, without the parameters."""
     torch.manual_seed(0)
     model = decoder(layers=layers, **changes)
@@ -86,35 +80,33 @@ def saved_bytes(layers: int, bf16: bool, packing: bool, checkpointing: bool, **c
         return tensor
 
     tokens = torch.randint(4, VOCABULARY.size, (2, 64))
-    samples = (torch.ones_like(tokens), torch.arange(64).expand(2, -1)) if packing else (None, None)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext():
-            model.losses(tokens, torch.ones(tokens.shape), torch.zeros_like(tokens), *samples)
+            model.losses(Batch.of_tokens(tokens))
     return sum(storage.nbytes() for storage in storages.values())
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_block_keeps_the_estimated_activations(bf16: bool, packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_keeps_the_estimated_activations(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cm3leon.models.decoder.attention", attention_on_a_gpu)
-    section = config("cm3leon-7b", f"pretrain.packing={packing}", f"pretrain.precision={'bf16' if bf16 else 'fp32'}").pretrain
+    section = config("cm3leon-7b", f"pretrain.precision={'bf16' if bf16 else 'fp32'}").pretrain
     model = decoder(context=64)
-    per_block = saved_bytes(3, bf16, packing, False) - saved_bytes(2, bf16, packing, False)
+    per_block = saved_bytes(3, bf16, False) - saved_bytes(2, bf16, False)
     weights = estimate_memory(model, section, gpus=1).gathered / 2  # one of two blocks' weights in bfloat16, which autograd keeps too
     assert per_block == 2 * 64 * block_bytes(model.spec, section) + weights
 
 
 def test_with_qk_norm_a_block_keeps_its_inputs_and_outputs_too() -> None:
-    section = config("cm3leon-7b", "pretrain.packing=false", "pretrain.precision=fp32").pretrain
+    section = config("cm3leon-7b", "pretrain.precision=fp32").pretrain
     spec = decoder(context=64, qk_norm=True).spec
-    per_block = saved_bytes(3, False, False, False, qk_norm=True) - saved_bytes(2, False, False, False, qk_norm=True)
+    per_block = saved_bytes(3, False, False, qk_norm=True) - saved_bytes(2, False, False, qk_norm=True)
     assert per_block == 2 * 64 * block_bytes(spec, section)
 
 
 def test_with_activation_checkpointing_a_block_keeps_its_input() -> None:
-    section = config("cm3leon-7b", "pretrain.packing=false", "pretrain.precision=fp32").pretrain  # checkpointing is on
+    section = config("cm3leon-7b", "pretrain.precision=fp32").pretrain  # checkpointing is on
     few, more = (activation_bytes(decoder(layers=layers).spec, section, 2 * 64, sharded=False) for layers in (2, 3))
-    assert saved_bytes(3, False, False, True) - saved_bytes(2, False, False, True) == more - few
+    assert saved_bytes(3, False, True) - saved_bytes(2, False, True) == more - few
 
 
 def test_all_gpus_together_hold_the_same_whatever_their_number() -> None:
@@ -132,6 +124,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from cm3leon.config.schema import PretrainConfig
+from cm3leon.data.batches import Batch
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.training.memory import estimate_memory
@@ -146,18 +139,10 @@ distributed.shard(model, model.blocks, config, distributed.World(0, 4))
 tokens = torch.randint(4, 276, (2, 64))
 for _ in range(2):
     with autocast(config, torch.device("cpu")):
-        total, _ = model.losses(tokens, torch.ones(tokens.shape), torch.zeros_like(tokens))
+        total, _ = model.losses(Batch.of_tokens(tokens))
     total.backward()
     assert estimated.gradients == sum(p.grad.to_local().nbytes for p in model.parameters())
 assert estimated.parameters == sum(p.to_local().nbytes for p in model.parameters())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_packed_rows_add_one_mask_for_all_blocks() -> None:
-    plain, packed = (config("cm3leon-7b", f"pretrain.packing={packing}", "pretrain.precision=fp32").pretrain for packing in (False, True))
-    few, more = (activation_bytes(decoder().spec, section, 2 * 64, sharded=False) for section in (plain, packed))
-    assert saved_bytes(2, False, True, True) - saved_bytes(2, False, False, True) == pytest.approx(
-        more - few, rel=0.02
-    )  # and the positions

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,11 +65,12 @@ def test_the_loss_at_initialization_is_that_of_a_uniform_distribution(stream):
 
 def test_the_total_is_weighted_by_token(stream):
     batch, model = stream(0), make_model()
-    total, losses = model.losses(batch.tokens, batch.weights, batch.image_positions)
+    total, losses = model.losses(batch)
     assert total.item() == pytest.approx((losses * batch.weights).sum().item(), rel=1e-5)
     only = torch.zeros_like(batch.weights)
     only[2, 5] = 3.0
-    assert model.losses(batch.tokens, only, batch.image_positions)[0].item() == pytest.approx(3 * losses[2, 5].item(), rel=1e-5)
+    chosen = replace(batch, weights=only, targets=only.flatten().nonzero()[:, 0])
+    assert model.losses(chosen)[0].item() == pytest.approx(3 * losses[2, 5].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -87,22 +89,33 @@ def test_each_tasks_loss_is_the_mean_over_its_tokens_since_it_was_last_logged(st
     logged = [metrics for metrics in logged if "loss" in metrics]
     again = PackedStream(with_task, 16, 8, 0, 80) if packing else SortedStream(with_task, 16, 8, 0)
     for window in range(2):
-        found = [sample for step in range(LOG_EVERY) for row in again.samples(window * LOG_EVERY + step) for sample in row]
+        found = [sample for step in range(LOG_EVERY) for sample in again.samples(window * LOG_EVERY + step)]
         for number, name in enumerate(["odd", "even"], 1):
             own = collate([sample for sample in found if sample.task == number])
-            losses = model.losses(own.tokens, own.weights, own.image_positions)[1][own.weights > 0]
+            losses = model.losses(own)[1][own.weights > 0]
             assert logged[window][f"loss_{name}"] == pytest.approx(losses.mean().item(), rel=1e-4)
 
 
-def test_divergence_is_an_error_before_the_step_is_taken(stream):
+def test_divergence_is_an_error_that_leaves_no_checkpoint(stream, tmp_path):
     model = make_model()
     with torch.no_grad():
         model.tokens.weight[0, 0] = float("nan")
         model.tokens.weight[:] = model.tokens.weight + model.tokens.weight[0, 0]
-    state = setup(model, CONFIG)
+    every = CONFIG.model_copy(update={"checkpoint_every": 1})
+    checkpoints = Checkpoints(tmp_path / "run", {}, 2)
     with pytest.raises(DivergenceError, match=r"step 0.*learning_rate"):
+        fit(setup(model, every), stream, every, {}, "test", checkpoints=checkpoints)
+    assert not checkpoints.names()
+
+
+def test_a_divergence_is_found_one_step_later(stream):
+    model = make_model()
+    with torch.no_grad():
+        model.tokens.weight[:] = torch.nan
+    state = setup(model, CONFIG)
+    with pytest.raises(DivergenceError, match="step 0"):
         fit(state, stream, CONFIG, {}, "test")
-    assert state.step == 0
+    assert state.step == 1
 
 
 def test_the_schedule_warms_up_to_the_peak_and_decays_to_the_final_rate():
@@ -154,14 +167,15 @@ def test_divergence_names_the_last_checkpoint(stream, tmp_path):
     config = CONFIG.model_copy(update={"checkpoint_every": 4})
     state = setup(make_model(), config)
 
-    def with_nan(step, rows=None):
-        if step == 6:
-            state.model.tokens.weight.data[:] = float("nan")
-        return stream(step, rows)
+    class Broken(SortedStream):
+        def samples(self, step, rows=None):
+            if step == 6:
+                state.model.tokens.weight.data[:] = float("nan")
+            return super().samples(step, rows)
 
-    with_nan.batch_size, with_nan.state, with_nan.load_state = stream.batch_size, stream.state, stream.load_state  # type: ignore[attr-defined]
+    broken = Broken(stream._epochs.get_sample, 16, 8, 0)
     with pytest.raises(DivergenceError, match=r"step 6.*the last checkpoint is .*step-00000004"):
-        fit(state, with_nan, config, {}, "test", checkpoints=checkpoints)
+        fit(state, broken, config, {}, "test", checkpoints=checkpoints)
     assert checkpoints.newest() == "step-00000004"
 
 
@@ -238,7 +252,13 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_has_its_metrics_and_she
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_blocks_learn_the_same(stream):
-    short = CONFIG.model_copy(update={"steps": 3})
-    expected = train(stream, short)[1]["val_loss"]
-    assert train(stream, short.model_copy(update={"compile": True}))[1]["val_loss"] == pytest.approx(expected, abs=1e-4)
+@pytest.mark.parametrize("packing", [False, True])
+def test_compiled_blocks_learn_the_same(stream, packing):
+    def losses(**changes):
+        config = CONFIG.model_copy(update={"steps": 2, "batch_size": 2, **changes})
+        state = setup(make_model(), config)
+        get_sample = stream._epochs.get_sample
+        fit(state, PackedStream(get_sample, 16, 2, 0, 80) if packing else SortedStream(get_sample, 16, 2, 0), config, {}, "test")
+        return state.losses
+
+    assert losses(compile=True) == pytest.approx(losses(), abs=1e-4)
