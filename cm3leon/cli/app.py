@@ -169,17 +169,17 @@ def down() -> None:
 def inspect_document(
     document_id: Annotated[str, typer.Argument(help="id of a document, or an unambiguous beginning of it")] = "",
     epoch: Annotated[int, typer.Option(help="masks, neighbors and their order differ by epoch")] = 0,
-    step: Annotated[int | None, typer.Option(help="show a row of this step's batch instead, as pretraining reads it")] = None,
-    row: Annotated[int, typer.Option(help="which row of the batch")] = 0,
+    step: Annotated[int | None, typer.Option(help="show a sample of this step instead, as pretraining reads it")] = None,
+    row: Annotated[int, typer.Option(help="which sample of the step")] = 0,
 ) -> None:
-    """A sequence that pretraining reads, token by token: a document's, or a row of a step's batch with all samples packed into it."""
+    """A sequence that pretraining reads, token by token: a document's, or a sample of a step."""
     from rich.console import Console
 
     from cm3leon.cli import inspect_sequence
     from cm3leon.config.loading import load_config
 
     if bool(document_id) == (step is not None):
-        raise UsageError("inspect shows either a document (inspect DOCUMENT_ID) or a row of a batch (inspect --step 0 --row 0)")
+        raise UsageError("inspect shows either a document (inspect DOCUMENT_ID) or a sample of a step (inspect --step 0 --row 0)")
     if step is None:
         inspect_sequence.show_document(document_id, Console(), load_config(), epoch)
     else:

@@ -125,19 +125,14 @@ def line(tokens: Sequence[Token]) -> Text:
     return colored
 
 
-def table(tokens: Sequence[Token], first: int, console: Console) -> None:
-    """Print a line for each token: position in the row, role, document, id and content. A run of image codes is one line.
-
-    Args:
-        first: position in the row of the first token.
-    """
+def table(tokens: Sequence[Token], console: Console) -> None:
+    """Print a line for each token: position, role, document, id and content. A run of image codes is one line."""
     for (image, _), group in itertools.groupby(tokens, key=lambda token: (token.role == "image", token.document)):
         run = list(group)
         lines = [run] if image else [[token] for token in run]
         for printed in lines:
             token = printed[0]
-            start = first + token.position
-            stop = first + printed[-1].position
+            start, stop = token.position, printed[-1].position
             positions = f"{start:>5}–{stop:<5}" if len(printed) > 1 else f"{start:>5}      "
             if image:
                 content = f"{len(printed)} codes: {' '.join(code.content for code in printed)}"
@@ -165,30 +160,24 @@ def heading(sample: Sample, candidates: Sequence[str]) -> list[str]:
     return lines if masked.spans else [*lines, "  nothing masked"]
 
 
-def show(samples: Sequence[Sample], source: PretrainingSamples, tokenizer: TextTokenizer, console: Console) -> None:
-    """Print samples one after the other.
+def show(sample: Sample, source: PretrainingSamples, tokenizer: TextTokenizer, console: Console) -> None:
+    """Print a sample token by token.
 
     Raises:
-        GrammarError: naming the first sample that violates the grammar, after everything is printed.
+        GrammarError: if it violates the grammar, after everything is printed.
     """
-    first = 0
-    rows = [tokens_of(sample, source.vocabulary, tokenizer) for sample in samples]
-    for number, (sample, tokens) in enumerate(zip(samples, rows, strict=True), 1):
-        count = f"sample {number} of {len(samples)}: " if len(samples) > 1 else ""
-        console.print(f"{count}{len(tokens)} tokens, from {first}", style="bold", highlight=False)
-        for text in heading(sample, source.neighbors.get(sample.documents[-1], [])):
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-        table(tokens, first, console)
-        first += len(tokens)
+    tokens = tokens_of(sample, source.vocabulary, tokenizer)
+    console.print(f"{len(tokens)} tokens", style="bold", highlight=False)
+    for text in heading(sample, source.neighbors.get(sample.documents[-1], [])):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    table(tokens, console)
     console.print(f"\n{LEGEND}", highlight=False)
-    for tokens in rows:
-        console.print(line(tokens), soft_wrap=True)
-    for sample in samples:
-        try:
-            check_grammar(sample.masked.tokens, source.vocabulary)
-        except GrammarError as error:
-            raise GrammarError(f"the sequence of document {sample.documents[-1]} violates the grammar: {error}") from None
-    console.print("\nEvery sequence follows the grammar.", style="bold")
+    console.print(line(tokens), soft_wrap=True)
+    try:
+        check_grammar(sample.masked.tokens, source.vocabulary)
+    except GrammarError as error:
+        raise GrammarError(f"the sequence of document {sample.documents[-1]} violates the grammar: {error}") from None
+    console.print("\nThe sequence follows the grammar.", style="bold")
 
 
 def show_document(document_id: str, console: Console, config: Config, epoch: int = 0) -> None:
@@ -201,26 +190,26 @@ def show_document(document_id: str, console: Console, config: Config, epoch: int
     store, row = find_document(document_id)
     source = training_samples(store, build_vocabulary(config.pretrain.model), config.pretrain, config.seed)
     console.print(f"document {store.ids[row]}, epoch {epoch}", highlight=False)
-    sample = source(epoch, row)
-    show([sample], source, TextTokenizer.load(paths.TEXT_TOKENIZER), console)
+    show(source(epoch, row), source, TextTokenizer.load(paths.TEXT_TOKENIZER), console)
 
 
 def show_row(step: int, row: int, console: Console, config: Config) -> None:
-    """Print the samples of a row of a step, both counted from 0.
+    """Print a sample of a step, both counted from 0.
 
     Raises:
-        UserError: if the batch has no such row.
-        GrammarError: if a sequence violates the grammar.
+        UserError: if the step has no such sample.
+        GrammarError: if the sequence violates the grammar.
     """
     section = config.pretrain
-    if not 0 <= row < section.batch_size or not 0 <= step < section.steps:
-        raise UserError(f"there is no row {row} in step {step}: rows are 0 to {section.batch_size - 1}, steps 0 to {section.steps - 1}")
+    if not 0 <= step < section.steps:
+        raise UserError(f"there is no step {step}: steps are 0 to {section.steps - 1}")
     store = TokenStore(paths.TOKENS, ["train"])
     source = training_samples(store, build_vocabulary(section.model), section, config.seed)
     stream = make_stream(source, len(store), section, config.seed, section.model.context)
     # Packing is sequential: what a step leaves of its budget is added to the next one's.
     for number in range(step + 1) if section.packing else [step]:
-        samples = stream.samples(number, [row])
-    length = sum(len(sample.masked.tokens) for sample in samples)
-    console.print(f"step {step}, row {row}: {len(samples)} samples in {length} tokens", highlight=False)
-    show(samples, source, TextTokenizer.load(paths.TEXT_TOKENIZER), console)
+        samples = stream.samples(number)
+    if not 0 <= row < len(samples):
+        raise UserError(f"there is no row {row} in step {step}: its samples are 0 to {len(samples) - 1}")
+    console.print(f"step {step}, sample {row} of {len(samples)}", highlight=False)
+    show(samples[row], source, TextTokenizer.load(paths.TEXT_TOKENIZER), console)

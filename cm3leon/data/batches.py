@@ -3,7 +3,7 @@
 Two streams with one interface. :class:`SortedStream` gives each sample a row, padded to the longest of a group of batches that is sorted by
 length. :class:`PackedStream` fills a budget of tokens with whole samples, which follow one another without padding and without attention
 between them: for accelerators.
-What row ``b`` of step ``s`` holds does not depend on the number of processes; each process asks for its own rows only.
+The samples of a step do not depend on the number of processes. Each process makes all of them and computes its share (:func:`share_of`).
 """
 
 from __future__ import annotations
@@ -72,15 +72,20 @@ class Batch:
         return replace(self, weights=torch.zeros_like(self.weights), targets=self.targets[:0])
 
 
+def length_of(sample: Sample) -> int:
+    """Tokens of a sample."""
+    return len(sample.masked.tokens)
+
+
 def collate(samples: Sequence[Sample]) -> Batch:
     """One sample per row, padded to the longest. The opening ``<eos>`` is never a target."""
-    length = max(len(sample.masked.tokens) for sample in samples)
+    length = max(map(length_of, samples))
     return _fill(samples, [row * length for row in range(len(samples))], (len(samples), length))
 
 
 def pack(samples: Sequence[Sample]) -> Batch:
     """One row in which samples follow one another. The opening ``<eos>`` of each is never a target."""
-    cu_seqlens = np.cumsum([0, *(len(sample.masked.tokens) for sample in samples)])
+    cu_seqlens = np.cumsum([0, *map(length_of, samples)])
     batch = _fill(samples, cu_seqlens[:-1].tolist(), (1, int(cu_seqlens[-1])))
     positions = torch.arange(batch.tokens.shape[1]) - torch.from_numpy(np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens)))
     return replace(batch, positions=positions[None], cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)))
@@ -107,21 +112,61 @@ class Stream(Protocol):
 
     batch_size: int
 
-    def samples(self, step: int, rows: Sequence[int] | None = None) -> list[Sample]:
-        """The samples of a step, or of some of its rows."""
+    def samples(self, step: int) -> list[Sample]:
+        """The samples of a step."""
 
-    def divide(self, samples: Sequence[Sample], most_rows: int | None, parts: int = 1) -> list[Batch]:
-        """The micro-batches in which samples are computed: as few as the limit allows, or up to ``parts`` if that is more.
+    def divide(self, samples: Sequence[Sample], processes: int, most_rows: int | None) -> list[list[list[Sample]]]:
+        """The micro-batches of each process, equally many: as few as the limit allows. Some may be empty.
 
         Args:
             most_rows: limit of a micro-batch; None: no limit.
         """
 
-    def state(self) -> dict[str, Any]:
-        """The state from which to resume, as JSON values."""
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """A micro-batch."""
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Resume from :meth:`state`, in which the states of all processes are merged."""
+    def computed(self, samples: Sequence[Sample]) -> int:
+        """The number of tokens of a micro-batch, with padding."""
+
+    def state(self) -> dict[str, int]:
+        """The state from which to resume."""
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """Resume from :meth:`state`."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A process's part of a step, and counts over all processes.
+
+    Attributes:
+        micro_batches: as many as every process has.
+        weight: sum of the weights of all targets.
+        tokens: number of tokens without padding.
+        padding: share of padding in the tokens that are computed.
+        length: of a token's sample, tokens, on average over the tokens.
+    """
+
+    micro_batches: list[Batch]
+    weight: float
+    tokens: int
+    padding: float
+    length: float
+
+
+def share_of(stream: Stream, step: int, rank: int, processes: int, most_rows: int | None) -> Share:
+    """The part of a step that process ``rank`` of ``processes`` computes; see :meth:`Stream.divide`."""
+    samples = stream.samples(step)
+    parts = stream.divide(samples, processes, most_rows)
+    # 1. A process that has fewer micro-batches than others computes its first again, without targets: each needs the shards of the others.
+    own = [stream.batch(part) for part in parts[rank] if part]
+    own += [own[0].without_targets()] * (len(parts[rank]) - len(own))
+    # 2. Every process makes all samples of a step, so that nothing needs to be exchanged. An opening token is never a target.
+    lengths = [length_of(sample) for sample in samples]
+    weight = sum(float(sample.weights[1:].sum(dtype=np.float64)) for sample in samples)
+    computed = sum(stream.computed(part or mine[0]) for mine in parts for part in mine)
+    tokens = sum(lengths)
+    return Share(own, weight, tokens, 1 - tokens / computed, sum(length**2 for length in lengths) / tokens)
 
 
 class _Epochs:
@@ -142,7 +187,7 @@ class _Epochs:
 
 
 class SortedStream:
-    """The samples of a step depend on ``(seed, step)`` alone: steps can be asked for in any order, and there is no state to keep.
+    """Each sample has a row. The samples of a step depend on ``(seed, step)`` alone: steps can be asked for in any order.
 
     The samples of :data:`SORT_BATCHES` batches are sorted by length, divided into batches, and these are shuffled.
     """
@@ -154,50 +199,48 @@ class SortedStream:
         self._batches: list[list[Sample]] = []
 
     def __call__(self, step: int) -> Batch:
-        """All rows of a step."""
+        """All samples of a step."""
         return collate(self.samples(step))
 
-    def samples(self, step: int, rows: Sequence[int] | None = None) -> list[Sample]:
+    def samples(self, step: int) -> list[Sample]:
         group, within = divmod(step, SORT_BATCHES)
         if group != self._group:
             self._group, self._batches = group, self._make_group(group)
-        batch = self._batches[within]
-        return batch if rows is None else [batch[row] for row in rows]
-
-    def divide(self, samples: Sequence[Sample], most_rows: int | None, parts: int = 1) -> list[Batch]:
-        """See :meth:`Stream.divide`; more micro-batches than needed would only be smaller."""
-        rows = most_rows or len(samples)
-        return [collate(samples[start : start + rows]) for start in range(0, len(samples), rows)]
+        return self._batches[within]
 
     def _make_group(self, group: int) -> list[list[Sample]]:
         first = group * SORT_BATCHES * self.batch_size
         samples = [self._epochs[position] for position in range(first, first + SORT_BATCHES * self.batch_size)]
-        samples.sort(key=lambda sample: len(sample.masked.tokens))
+        samples.sort(key=length_of)
         batches = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
         order = np.random.default_rng((self.seed, 2, group)).permutation(len(batches))
         return [batches[int(i)] for i in order]
 
-    def state(self) -> dict[str, Any]:
+    def divide(self, samples: Sequence[Sample], processes: int, most_rows: int | None) -> list[list[list[Sample]]]:
+        """See :meth:`Stream.divide`: the rows are dealt to the processes in turn."""
+        share = -(-len(samples) // processes)
+        rows = most_rows or share
+        own = [samples[rank::processes] for rank in range(processes)]
+        return [[list(mine[start : start + rows]) for start in range(0, share, rows)] for mine in own]
+
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        return collate(samples)
+
+    def computed(self, samples: Sequence[Sample]) -> int:
+        return len(samples) * max(map(length_of, samples))
+
+    def state(self) -> dict[str, int]:
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, int]) -> None:
         pass
 
 
-@dataclass
-class _Row:
-    """A row of :class:`PackedStream`: samples read, tokens left of its budget, and the next sample, which is longer."""
-
-    read: int = 0
-    budget: int = 0
-    waiting: Sample | None = None
-
-
 class PackedStream:
-    """Each row is a budget of ``length`` tokens a step, spent on whole samples; what a step leaves of it is added to the next one's.
+    """A step is a budget of ``batch_size * length`` tokens, spent on whole samples; what it leaves is added to the next one's.
 
-    Over many steps a row so trains on exactly ``length`` tokens a step, none of them padding. Row ``b`` of ``B`` reads the samples at
-    positions b, b + B, b + 2B ...; no sample is cut or lost. Each row must be asked for at every step, in order.
+    Over many steps exactly that many tokens a step are trained on, none of them padding; no sample is cut or lost. Steps must be asked for
+    in order.
 
     Args:
         length: at least that of the longest sample.
@@ -206,54 +249,52 @@ class PackedStream:
     def __init__(self, get_sample: GetSample, size: int, batch_size: int, seed: int, length: int) -> None:
         self.batch_size, self.length = batch_size, length
         self._epochs = _Epochs(get_sample, size, seed)
-        self._rows = {row: _Row() for row in range(batch_size)}
+        self._read = self._left = 0  # samples read, and tokens left of the budget
+        self._next: Sample | None = None  # the one that did not fit in them
 
-    def samples(self, step: int, rows: Sequence[int] | None = None) -> list[Sample]:
-        return [sample for row in (range(self.batch_size) if rows is None else rows) for sample in self._spend(row)]
-
-    def _spend(self, row: int) -> list[Sample]:
-        """The samples of a row's next step."""
-        own = self._rows[row]
-        own.budget += self.length
+    def samples(self, step: int) -> list[Sample]:
+        self._left += self.batch_size * self.length
         taken: list[Sample] = []
         while True:
-            sample = own.waiting or self._epochs[row + own.read * self.batch_size]
-            length = len(sample.masked.tokens)
-            if length > self.length:
-                raise ValueError(f"a sample of {length} tokens does not fit in rows of {self.length}")
-            if length > own.budget:
-                own.waiting = sample
+            sample = self._next or self._epochs[self._read]
+            if length_of(sample) > self.length:
+                raise ValueError(f"a sample of {length_of(sample)} tokens does not fit in rows of {self.length}")
+            if length_of(sample) > self._left:
+                self._next = sample
                 return taken
-            own.read, own.budget, own.waiting = own.read + 1, own.budget - length, None
             taken.append(sample)
+            self._read, self._left, self._next = self._read + 1, self._left - length_of(sample), None
 
-    def divide(self, samples: Sequence[Sample], most_rows: int | None, parts: int = 1) -> list[Batch]:
-        """See :meth:`Stream.divide`. The micro-batches have nearly equal numbers of tokens, at most ``most_rows * length``."""
-        total = _tokens(samples)
+    def divide(self, samples: Sequence[Sample], processes: int, most_rows: int | None) -> list[list[list[Sample]]]:
+        """See :meth:`Stream.divide`: micro-batches of nearly equal numbers of tokens, at most ``most_rows * length``."""
+        total = sum(map(length_of, samples))
         most = total if most_rows is None else most_rows * self.length
-        parts = max(parts, -(-total // most))
-        while max(map(_tokens, divided := _divide(samples, parts))) > most:
-            parts += 1
-        return [pack(part) for part in divided if part]
+        rounds = -(-total // (most * processes))
+        while True:
+            parts = _divide(samples, rounds * processes)
+            if max(sum(map(length_of, part)) for part in parts) <= most:
+                return [parts[rank::processes] for rank in range(processes)]
+            rounds += 1
 
-    def state(self) -> dict[str, Any]:
-        return {str(number): [row.read, row.budget] for number, row in self._rows.items() if row.read}
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        return pack(samples)
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        for number, (read, budget) in state.items():
-            self._rows[int(number)] = _Row(read, budget)
+    def computed(self, samples: Sequence[Sample]) -> int:
+        return sum(map(length_of, samples))
 
+    def state(self) -> dict[str, int]:
+        return {"read": self._read, "left": self._left}
 
-def _tokens(samples: Sequence[Sample]) -> int:
-    return sum(len(sample.masked.tokens) for sample in samples)
+    def load_state(self, state: dict[str, int]) -> None:
+        self._read, self._left, self._next = state["read"], state["left"], None
 
 
 def _divide(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
     """Divide samples into parts of nearly equal numbers of tokens: each, from the longest on, goes to the part with the fewest."""
     heap: list[tuple[int, int]] = [(0, part) for part in range(parts)]
     divided: list[list[Sample]] = [[] for _ in range(parts)]
-    for sample in sorted(samples, key=lambda sample: len(sample.masked.tokens), reverse=True):
+    for sample in sorted(samples, key=length_of, reverse=True):
         tokens, part = heapq.heappop(heap)
         divided[part].append(sample)
-        heapq.heappush(heap, (tokens + len(sample.masked.tokens), part))
+        heapq.heappush(heap, (tokens + length_of(sample), part))
     return divided

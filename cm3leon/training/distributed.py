@@ -32,10 +32,6 @@ class World:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def own(self, count: int) -> range:
-        """This process's share of ``count`` rows: every ``size``-th, from ``rank``."""
-        return range(self.rank, count, self.size)
-
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over the processes, in float64."""
         if self.size == 1:

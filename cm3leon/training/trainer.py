@@ -14,16 +14,15 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cm3leon.config.schema import TrainConfig
-from cm3leon.data.batches import Batch, Stream
-from cm3leon.data.prefetch import default_workers, prefetched
-from cm3leon.data.sequences import Sample
+from cm3leon.data.batches import Batch, Share, Stream
+from cm3leon.data.prefetch import Shares, prefetched
 from cm3leon.models.decoder import Decoder
 from cm3leon.training import distributed
 from cm3leon.training.checkpoint import Checkpoints, generator_states, set_generator_states
@@ -54,18 +53,12 @@ class Step:
         loss: sum of the weighted losses of this process's targets, on its device.
         weight: sum of the weights over all processes.
         gradient_norm: of the gradients of all processes before clipping, on this one's device.
-        tokens: of all processes, without padding.
-        padding: share of padding in the tokens that all processes compute.
-        length: of a token's sample, tokens, on average over the tokens.
     """
 
     loss: Tensor
     weight: float
     gradient_norm: Tensor
     learning_rate: float
-    tokens: int
-    padding: float
-    length: float
 
 
 @dataclass
@@ -133,45 +126,31 @@ def setup(model: Decoder, config: TrainConfig, world: World | None = None) -> St
     return State(model, make_optimizers(model, config), world)
 
 
-def train_step(state: State, samples: Sequence[Sample], stream: Stream, config: TrainConfig, name: str) -> Step:
-    """Take one optimization step on samples, of which each process has its own.
+def train_step(state: State, share: Share, config: TrainConfig, name: str) -> Step:
+    """Take one optimization step on the shares of all processes.
 
     The loss is ``sum(w_i * loss_i) / sum(w_i)`` over all tokens i of the batch, on whichever process and in whichever micro-batch they are.
 
     Raises:
         DivergenceError: if the gradient of the step before was not finite.
     """
-    model, world = state.model, state.world
-    # 1. Micro-batches: as many as the process with most needs, because each process needs the shards of the others. One that has fewer
-    #    computes its first again, without targets.
-    micro_batches = stream.divide(samples, config.micro_batch_size)
-    count = world.max(len(micro_batches))
-    if len(micro_batches) < count:
-        micro_batches = stream.divide(samples, config.micro_batch_size, count)
-    micro_batches += [micro_batches[0].without_targets()] * (count - len(micro_batches))
-    # 2. Sums over all processes: the weights, which every micro-batch is divided by; the tokens without and with padding.
-    lengths = [len(sample.masked.tokens) for sample in samples]
-    own_weight = sum(float(batch.weights.sum(dtype=torch.float64)) for batch in micro_batches)
-    own_computed = sum(batch.tokens.numel() for batch in micro_batches)
-    sums = [own_weight, sum(lengths), sum(length**2 for length in lengths), own_computed]
-    weight, tokens, squares, computed = world.sum(sums)
-    weight = max(weight, 1.0)
-    # 3. Gradients, summed over the micro-batches. FSDP averages them over the processes; times world.size they are sums.
+    model, world, weight = state.model, state.world, max(share.weight, 1.0)
+    # 1. Gradients, summed over the micro-batches. FSDP averages them over the processes; times world.size they are sums.
     model.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=world.device)
-    for batch in micro_batches:
-        batch = batch.to(world.device)
+    for micro_batch in share.micro_batches:
+        batch = micro_batch.to(world.device)
         with autocast(config, world.device):
             total, losses_BT = model.losses(batch, config.z_loss)
         (total * (world.size / weight)).backward()
         loss += total.detach()
         if state.task_sums.numel():
             _add_task_losses(state.task_sums, batch, losses_BT)
-    # 4. Clip by the norm of all gradients together. The device now has work enough to be asked about the step before.
+    # 2. Clip by the norm of all gradients together. The device now has work enough to be asked about the step before.
     norm = distributed.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
     if state.unread and not math.isfinite(state.unread[-1].gradient_norm.item()):
         read_losses(state, name)
-    # 5. Update the parameters.
+    # 3. Update the parameters.
     rate = learning_rate_at(
         state.step,
         peak=config.learning_rate,
@@ -182,9 +161,9 @@ def train_step(state: State, samples: Sequence[Sample], stream: Stream, config: 
     for optimizer in state.optimizers:
         set_learning_rate(optimizer, rate)
         optimizer.step()
-    step = Step(loss, weight, norm, rate, int(tokens), 1 - tokens / computed, squares / tokens)
+    step = Step(loss, weight, norm, rate)
     state.step += 1
-    state.tokens += step.tokens
+    state.tokens += share.tokens
     state.unread.append(step)
     return step
 
@@ -250,18 +229,15 @@ def validate(state: State, batches: Sequence[Batch], config: TrainConfig) -> dic
     return {name: totals[i] / totals[len(names) + i] for i, name in enumerate(names) if totals[len(names) + i]}
 
 
-def save(state: State, data: dict[str, object], checkpoints: Checkpoints, score: float | None = None) -> None:
+def save(state: State, data: dict[str, int], checkpoints: Checkpoints, score: float | None = None) -> None:
     """Write a checkpoint.
 
     Args:
-        data: the state of the stream, for the rows of this process.
+        data: the state of the stream.
         score: the validation loss at this step, if it was computed.
     """
-    rows: dict[str, object] = {}
-    for own in state.world.gather(data):
-        rows |= own
     counts = {"step": state.step, "tokens": state.tokens, "losses": state.losses, "best": state.best}
-    checkpoints.save(state.step, state.tensors(), {**counts, "score": score, "data": rows, "generators": generator_states()})
+    checkpoints.save(state.step, state.tensors(), {**counts, "score": score, "data": data, "generators": generator_states()})
 
 
 def resume(state: State, stream: Stream, checkpoints: Checkpoints) -> bool:
@@ -272,8 +248,7 @@ def resume(state: State, stream: Stream, checkpoints: Checkpoints) -> bool:
     state.allocate_optimizer_states()
     found = checkpoints.load(name, state.tensors())
     state.step, state.tokens, state.losses, state.best = found["step"], found["tokens"], found["losses"], found["best"]
-    own = {str(row) for row in state.world.own(stream.batch_size)}  # JSON's keys are strings
-    stream.load_state({row: held for row, held in found["data"].items() if row in own})
+    stream.load_state(found["data"])
     set_generator_states(found["generators"])
     return True
 
@@ -329,25 +304,26 @@ def fit(
             say(f"{name}: resuming at step {state.step} of {config.steps}")
             for done in range(LOG_EVERY, state.step + 1, LOG_EVERY):
                 log({"loss": state.losses[done - 1]}, done)
-    rows = state.world.own(stream.batch_size)
-    draws = prefetched(stream, rows, range(state.step, config.steps), default_workers(state.world.device))
+    world = state.world
+    shares = Shares(stream, range(state.step, config.steps), world.rank, world.size, config.micro_batch_size)
+    ahead = closing(prefetched(shares)) if world.device.type == "cuda" else nullcontext(shares)
     with (
-        closing(draws),
+        ahead as draws,
         _naming_last(checkpoints),
-        progress(name, config.steps, "steps", done=state.step, shown=state.world.rank == 0) as meter,
+        progress(name, config.steps, "steps", done=state.step, shown=world.rank == 0) as meter,
         interruption() as interrupted,
     ):
-        for samples, data in draws:
+        for share, data in draws:
             # 2. Take a step.
-            step = train_step(state, samples, stream, config, name)
+            step = train_step(state, share, config, name)
             meter.advance(1, f"loss {state.losses[-1]:.3f}" if state.losses else "")
             # 3. Log.
             if state.step % LOG_EVERY == 0:
                 read_losses(state, name)
                 losses = {"loss": state.losses[-1]} | (task_losses(state, tasks) if tasks else {})
                 rates = {"gradient_norm": step.gradient_norm.item(), "learning_rate": step.learning_rate}
-                counts = {"tokens": float(state.tokens), "padding": step.padding}
-                log({**losses, **rates, **counts, **throughput(meter.rate * step.tokens, step.length)}, state.step)
+                counts = {"tokens": float(state.tokens), "padding": share.padding}
+                log({**losses, **rates, **counts, **throughput(meter.rate * share.tokens, share.length)}, state.step)
             # 4. Validate.
             score = None
             if state.step % config.validate_every == 0 or state.step == config.steps:

@@ -84,28 +84,27 @@ def test_a_document_is_shown_with_its_neighbors_and_masks(project):
     assert "\x1b[" in colored
 
 
-def test_a_packed_row_is_what_training_reads_in_that_step(project):
+def test_a_packed_sample_is_what_training_reads_in_that_step(project):
     samples = source()
     stream = make_stream(samples, len(samples), CONFIG.pretrain, CONFIG.seed, 400)
-    expected = [stream.samples(step, [1]) for step in range(4)][3]
+    expected = [stream.samples(step) for step in range(4)][3]
     plain, _ = printed(inspect_sequence.show_row, 3, 1, CONFIG)
-    count = len(expected)
-    assert count > 1 and f"sample {count} of {count}" in plain
+    assert len(expected) > 1 and f"sample 1 of {len(expected)}" in plain
     shown = {}
     for line in plain.splitlines():
         if found := re.match(r" *(\d+) +(\S+) +(?:query|retrieved \d+)? +(\d+)", line):
             shown[int(found[1])] = int(found[3])
         if found := re.match(r" *(\d+)–\d+ +image +(?:query|retrieved \d+) +\d+ codes: ([\d ]+)", line):
             shown |= {int(found[1]) + n: int(code) + samples.vocabulary.image_start for n, code in enumerate(found[2].split())}
-    assert shown == dict(enumerate(int(token) for sample in expected for token in sample.masked.tokens))
+    assert shown == dict(enumerate(expected[1].masked.tokens.tolist()))
 
 
 def test_unknown_documents_rows_and_steps_are_errors(project):
     with pytest.raises(inspect_sequence.UnknownDocumentError, match="there is no document 'f' in data/tokens; for example: a, b, c"):
         inspect_sequence.find_document("f")
-    with pytest.raises(UserError, match=r"no row 2 in step 0: rows are 0 to 1, steps 0 to 19"):
-        inspect_sequence.show_row(0, 2, Console(), CONFIG)
-    with pytest.raises(UserError, match="steps 0 to 19"):
+    with pytest.raises(UserError, match=r"no row 99 in step 0: its samples are 0 to \d+"):
+        inspect_sequence.show_row(0, 99, Console(), CONFIG)
+    with pytest.raises(UserError, match="no step 20: steps are 0 to 19"):
         inspect_sequence.show_row(20, 0, Console(), CONFIG)
 
 

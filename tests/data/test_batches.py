@@ -11,8 +11,8 @@ from tests_support import OBJECTIVE, decoder_spec, make_documents
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cm3leon.data.batches import PackedStream, SortedStream, collate, pack
-from cm3leon.data.prefetch import prefetched
+from cm3leon.data.batches import PackedStream, SortedStream, collate, pack, share_of
+from cm3leon.data.prefetch import Shares, prefetched
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.models.decoder import Decoder
@@ -41,20 +41,18 @@ def tokens_of(samples):
 
 def test_every_sample_is_used_once_whole_and_in_order(samples):
     stream = packed(samples)
-    used = {row: [tokens for step in range(10) for tokens in tokens_of(stream.samples(step, [row]))] for row in range(4)}
-    for row, found in used.items():
-        positions = [row + 4 * number for number in range(len(found))]
-        assert found == tokens_of(stream._epochs[position] for position in positions)
-        for tokens in found:
-            check_grammar(np.array(tokens), VOCABULARY)
+    found = [tokens for step in range(10) for tokens in tokens_of(stream.samples(step))]
+    assert found == tokens_of(stream._epochs[position] for position in range(len(found)))
+    for tokens in found:
+        check_grammar(np.array(tokens), VOCABULARY)
 
 
 def test_steps_use_up_their_budget_of_tokens(samples):
-    """What a row trains on is within one sample of its budget after any number of steps."""
+    """What is trained on is within one sample of the budget after any number of steps."""
     stream, used = packed(samples), 0
     for step in range(10):
-        used += sum(map(len, tokens_of(stream.samples(step, [1]))))
-        assert (step + 1) * LENGTH - 80 < used <= (step + 1) * LENGTH
+        used += sum(map(len, tokens_of(stream.samples(step))))
+        assert (step + 1) * 4 * LENGTH - 80 < used <= (step + 1) * 4 * LENGTH
 
 
 def test_packed_samples_follow_one_another_without_padding(samples):
@@ -102,25 +100,40 @@ def test_no_tensor_of_a_packed_batch_grows_with_the_square_of_its_tokens(samples
     assert max(sizes) <= max(tokens * 4 * 32, tokens * VOCABULARY.size) < tokens**2
 
 
-def test_micro_batches_are_as_few_and_as_equal_as_can_be(samples):
+@pytest.mark.parametrize("kind", [PackedStream, SortedStream])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_any_number_of_processes_computes_the_same_samples(samples, kind, processes):
+    def shares(processes):
+        streams = [packed(samples, 7) if kind is PackedStream else SortedStream(samples, 40, 7, 0) for _ in range(processes)]
+        return [share_of(stream, 0, rank, processes, 2) for rank, stream in enumerate(streams)]
+
+    [whole], own = shares(1), shares(processes)
+    assert len({len(share.micro_batches) for share in own}) == 1
+
+    def targets(shares):
+        batches = [batch for share in shares for batch in share.micro_batches]
+        return sorted(token for batch in batches for token in batch.tokens.flatten()[batch.targets].tolist())
+
+    assert targets(own) == targets([whole])
+    batches = [batch for share in own for batch in share.micro_batches]
+    for share in own:
+        assert (share.weight, share.tokens, share.length) == (whole.weight, whole.tokens, whole.length)
+        assert share.weight == sum(float(batch.weights.sum()) for batch in batches)
+        assert share.padding == pytest.approx(1 - share.tokens / sum(batch.tokens.numel() for batch in batches))
+    assert kind is SortedStream or all(share.padding == 0 for share in own)
+
+
+def test_packed_micro_batches_are_as_few_and_as_equal_as_can_be(samples):
     stream = packed(samples, batch_size=12)
     own = stream.samples(0)
     total = sum(map(len, tokens_of(own)))
-    parts = stream.divide(own, 3)
-    assert len(parts) == -(-total // (3 * LENGTH)) or len(parts) == -(-total // (3 * LENGTH)) + 1
-    sizes = [part.tokens.numel() for part in parts]
-    assert sum(sizes) == total and max(sizes) <= 3 * LENGTH and max(sizes) - min(sizes) < 80
-    assert len(stream.divide(own, 3, 7)) == 7
-    assert [part.tokens.numel() for part in stream.divide(own, None)] == [total]
-
-
-def test_any_division_of_the_rows_gives_the_same_rows(samples):
-    whole, first, second = packed(samples), packed(samples), packed(samples)
-    for step in range(6):
-        expected = [tokens_of(whole.samples(step, [row])) for row in range(4)]
-        assert tokens_of(first.samples(step, [0, 2])) == expected[0] + expected[2]
-        assert tokens_of(second.samples(step, [1, 3])) == expected[1] + expected[3]
-    assert {**first.state(), **second.state()} == whole.state()
+    for processes in (1, 2, 4):
+        parts = stream.divide(own, processes, 3)
+        sizes = [sum(map(len, tokens_of(part))) for mine in parts for part in mine]
+        fewest = -(-total // (3 * LENGTH * processes))
+        assert {len(mine) for mine in parts} in ({fewest}, {fewest + 1})
+        assert sum(sizes) == total and max(sizes) <= 3 * LENGTH and max(sizes) - min(sizes) < 80
+    assert [[len(part) for part in mine] for mine in stream.divide(own, 1, None)] == [[len(own)]]
 
 
 def test_a_stream_resumes_from_its_state(samples):
@@ -140,7 +153,7 @@ def test_a_sample_longer_than_a_row_is_an_error(samples):
 
 def test_micro_batches_of_padded_rows_make_up_the_batch(samples):
     stream = SortedStream(samples, len(samples), 8, 0)
-    batch, parts = stream(3), stream.divide(stream.samples(3), 3)
+    batch, parts = stream(3), share_of(stream, 3, 0, 1, 3).micro_batches
     assert [len(part.tokens) for part in parts] == [3, 3, 2]
     for number, part in enumerate(parts):
         length = part.tokens.shape[1]
@@ -148,22 +161,13 @@ def test_micro_batches_of_padded_rows_make_up_the_batch(samples):
         assert (batch.tokens[3 * number : 3 * number + 3, length:] == 0).all()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("kind", [PackedStream, SortedStream])
-def test_samples_made_ahead_are_the_same_for_any_number_of_workers(samples, kind, workers):
-    def stream():
-        return packed(samples, 8) if kind is PackedStream else SortedStream(samples, len(samples), 8, 0)
-
-    resumed = stream()
-    [*_, (_, state)] = prefetched(stream(), range(1, 8, 2), range(2), 0)
-    resumed.load_state(json.loads(json.dumps(state)))
-    expected = [(tokens_of(own), state) for own, state in prefetched(stream(), range(1, 8, 2), range(6), 0)]
-    found = [(tokens_of(own), state) for own, state in prefetched(resumed, range(1, 8, 2), range(2, 6), workers)]
-    assert found == expected[2:]
-
-
-def test_workers_end_with_their_iterator(samples):
-    with closing(prefetched(packed(samples), range(4), range(1000), 2)) as draws:
-        next(draws)
-        assert len(multiprocessing.active_children()) == 2
+def test_a_worker_makes_the_same_shares_and_ends_with_its_iterator(samples):
+    expected = list(Shares(packed(samples), range(4), 1, 2, 3))
+    with closing(prefetched(Shares(packed(samples), range(1000), 1, 2, 3))) as draws:
+        for share, state in expected:
+            found, found_state = next(draws)
+            assert found_state == state and found.weight == share.weight
+            for one, other in zip(found.micro_batches, share.micro_batches, strict=True):
+                assert torch.equal(one.tokens, other.tokens) and torch.equal(one.weights, other.weights)
+        assert len(multiprocessing.active_children()) == 1
     assert not multiprocessing.active_children()
