@@ -97,13 +97,14 @@ def _evaluate_model(model: str, out: Path | None) -> None:
 def configure(
     profile: Annotated[str, typer.Argument(help="a file of configs/, without .yaml")],
     changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; can be repeated")] = None,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="sizes for minutes on a CPU; all else as on the profile's GPUs")] = False,
 ) -> None:
     """Write the complete params.yaml of a profile, checked."""
     from cm3leon.config.profiles import PARAMS
     from cm3leon.config.profiles import configure as write
 
-    write(profile, changes or [])
-    print(f"{PARAMS}: profile {profile}" + "".join(f", {change}" for change in changes or []))
+    written = write(profile, changes or [], rehearse=rehearse)
+    print(f"{PARAMS}: profile {written.profile}" + "".join(f", {change}" for change in changes or []))
 
 
 @app.command(rich_help_panel="Project")

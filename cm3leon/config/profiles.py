@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from cm3leon.config.loading import load_config, parse_config, section_class, unknown_key
+from cm3leon.config.rehearsal import rehearsed
 from cm3leon.config.renamed import current_name
 from cm3leon.config.schema import Config
 from cm3leon.config.writer import params_text
@@ -116,20 +117,29 @@ def _line_comments(node: yaml.Node | None, lines: list[str], prefix: str = "") -
 # --- params.yaml -----------------------------------------------------------------------------------------------------
 
 
-def configure(profile: str, changes: Iterable[str] = (), configs: Path = CONFIGS, params: Path = PARAMS) -> Config:
+def configure(
+    profile: str, changes: Iterable[str] = (), configs: Path = CONFIGS, params: Path = PARAMS, *, rehearse: bool = False
+) -> Config:
     """Write the complete ``params.yaml`` of a profile with ``key.path=value`` changes; nothing is written unless all is valid.
 
     Values are YAML: ``pretrain.steps=2000``, ``sft.tasks={caption: 1.0}``, ``ingest.source=folder``.
+
+    Args:
+        rehearse: write the profile's :func:`~cm3leon.config.rehearsal.rehearsed` parameters, with the changes.
 
     Raises:
         ConfigError: for an unknown profile or key, a change that is no assignment, or an impossible value.
     """
     changes = list(changes)
     found = read_profile(profile, configs)
-    config = _with_changes(found.config, changes, f"{configs / profile}.yaml")
+    start = rehearsed(found.config, read_profile("tiny", configs).config) if rehearse else found.config
+    config = _with_changes(start, changes, f"{configs / profile}.yaml")
     changed = [change.partition("=")[0].strip() for change in changes]
-    reasons = {key: why for key, why in found.reasons.items() if not any(f"{key}.".startswith(f"{name}.") for name in changed)}
-    command = " ".join([f"cm3leon configure {profile}", *(f"--set {shlex.quote(change)}" for change in changes)])
+    kept = {} if rehearse else found.reasons
+    reasons = {key: why for key, why in kept.items() if not any(f"{key}.".startswith(f"{name}.") for name in changed)}
+    command = " ".join(
+        [f"cm3leon configure {profile}", *(["--rehearse"] if rehearse else []), *(f"--set {shlex.quote(change)}" for change in changes)]
+    )
     params.write_text(params_text(config, [*found.header, f"Written by: {command}"], reasons), encoding="utf-8")
     return config
 

@@ -238,9 +238,7 @@ class TrainConfig(Section):
 
     steps: Steps
     batch_size: int = Field(16, ge=1, description="rows per step, over all processes")
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="rows (of context tokens) that a process computes at once; null: all"
-    )
+    micro_batch_size: int | None = Field(None, ge=1, description="rows (of context tokens) that a process computes at once; null: all")
     packing: bool = Field(False, description="each step has batch_size * context tokens, without padding")
     optimizer: Literal["adamw", "muon"] = Field("muon", description="muon: Muon for the blocks' matrices, AdamW for the embeddings")
     learning_rate: float = Field(8e-3, gt=0, description="peak learning rate")
@@ -442,6 +440,15 @@ class DriftConfig(Section):
     max_lost: float = Field(1.0, ge=0, le=1, description="share of the champion's training documents that are gone; 1: any passes")
 
 
+class LaunchConfig(Section):
+    """How the training stages start their processes. No result depends on it."""
+
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="processes of a training stage on this machine; auto: one for each GPU, one without"
+    )
+    torchrun: str = Field("", description="on several machines, how torchrun connects them; $NAME is a variable of the environment")
+
+
 TEXT_ROOM = 32
 """Least tokens that the context must have in addition to those of one image: for its text and the marks of masked spans."""
 
@@ -451,6 +458,7 @@ class Config(Section):
 
     profile: str = Field("small", description="name of the profile, a tag of every MLflow run")
     seed: Seed = Field(0, description="seed of all stages; ingest.shapes and evaluate have their own")
+    launch: LaunchConfig = LaunchConfig()
     ingest: IngestConfig = IngestConfig()
     validate_: ValidateConfig = Field(default_factory=ValidateConfig, alias="validate")
     drift: DriftConfig = DriftConfig()

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -157,6 +157,8 @@ def _type(annotation: Any) -> str:
         return names[annotation]
     if origin is Literal:
         return " or ".join(f"`{flow(value)}`" for value in arguments)
+    if origin is Annotated:
+        return _type(arguments[0])
     if origin is list:
         return f"list of {_type(arguments[0])}"
     if origin is tuple:

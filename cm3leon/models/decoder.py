@@ -20,7 +20,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,13 @@ from torch.utils.checkpoint import checkpoint
 
 from cm3leon.config.renamed import current_names
 from cm3leon.config.schema import ModelConfig
-from cm3leon.data.batches import Batch
 from cm3leon.models.cross_entropy import chunked_cross_entropy
 from cm3leon.models.kernels import apply_rotary_emb, attention, linear, relu
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.utils.files import read_file, read_json
+
+if TYPE_CHECKING:
+    from cm3leon.data.batches import Batch
 
 WEIGHTS = "model.safetensors"
 MADE_BY = "make run"

@@ -25,6 +25,9 @@ STAGES = {
     "super_resolution": "Train the upscaler.",
     "evaluate": "Evaluate the finished model under a recorded contract.",
 }
+IN_PROCESSES = ("pretrain", "sft")
+"""Stages that can run in several processes."""
+
 METRICS = "metrics: "
 """Prefix of the last line that a stage's command prints: headline metrics, seconds and peak memory as JSON, which the flow reads."""
 
@@ -44,9 +47,12 @@ def run_stage(stage: str) -> None:
     """Run a stage with ``params.yaml``; its last line is ``metrics: {...}`` (see :data:`METRICS`)."""
     from cm3leon.config.loading import load_config
     from cm3leon.services.child import end_with_owner
+    from cm3leon.training.launch import replace_by_torchrun
 
-    end_with_owner()
     config = load_config()
+    if stage in IN_PROCESSES:
+        replace_by_torchrun(stage, config.launch)
+    end_with_owner()
     start = time.monotonic()
     metrics = importlib.import_module(f"cm3leon.stages.{stage}").run(config)
     resources = {"seconds": round(time.monotonic() - start, 2), "peak_megabytes": round(peak_megabytes(), 1)}

@@ -1,0 +1,52 @@
+"""Start a training stage's processes: one for each GPU of the machine, and on several machines as ``torchrun`` is told."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+
+from cm3leon.config.schema import LaunchConfig
+from cm3leon.utils.errors import UserError
+
+SHUTDOWN_SECONDS = 600
+"""From the SIGTERM that torchrun passes on to SIGKILL: a step and a checkpoint take less."""
+
+
+def replace_by_torchrun(stage: str, config: LaunchConfig) -> None:
+    """Replace this process by ``torchrun``, which runs the stage's command in several processes.
+
+    Returns where one process is enough, and in the processes that ``torchrun`` has started.
+
+    Raises:
+        UserError: if ``launch.torchrun`` names a variable that is not set.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return
+    processes = _processes(config)
+    if processes == 1 and not config.torchrun:
+        return
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.execv(sys.executable, torchrun_command(stage, processes, config.torchrun))
+
+
+def _processes(config: LaunchConfig) -> int:
+    if config.processes != "auto":
+        return config.processes
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def torchrun_command(stage: str, processes: int, arguments: str) -> list[str]:
+    """The command line that runs a stage in ``processes`` processes on this machine.
+
+    Args:
+        arguments: of ``torchrun`` for several machines, in which ``$NAME`` is replaced by the variable of the environment.
+    """
+    where = shlex.split(os.path.expandvars(arguments)) or ["--standalone"]
+    if unset := [word for word in where if "$" in word]:
+        raise UserError(f"launch.torchrun: a variable of {' '.join(unset)} is not set in the environment")
+    options = [*where, f"--nproc-per-node={processes}", f"--shutdown-timeout={SHUTDOWN_SECONDS}"]
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "cm3leon", stage]
