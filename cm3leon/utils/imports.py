@@ -10,12 +10,12 @@ from pathlib import Path
 
 
 def imported_files(file: Path, root: Path) -> Iterator[Path]:
-    """Files below ``root`` that ``file`` imports, at its top or inside functions.
+    """Files below ``root`` that ``file`` imports, at its top or inside functions; not those that it only names in annotations.
 
     Args:
         root: the folder that holds the packages; imports from elsewhere are left out.
     """
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in _executed(ast.parse(file.read_text(encoding="utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -26,6 +26,14 @@ def imported_files(file: Path, root: Path) -> Iterator[Path]:
             path = root.joinpath(*name.split("."))
             candidates = (path.with_suffix(".py"), path / "__init__.py")
             yield from (candidate for candidate in candidates if candidate.is_file())
+
+
+def _executed(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and all nodes below it, without those under ``if TYPE_CHECKING``."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"):
+            yield from _executed(child)
 
 
 def import_closure(starts: Iterable[Path], root: Path, follow: Callable[[Path], bool]) -> list[Path]:

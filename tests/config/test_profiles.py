@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cm3leon.config.files import named_files
 from cm3leon.config.loading import all_keys, load_config, section_class
 from cm3leon.config.profiles import changed_config, configure, load_profile, profile_names
 from cm3leon.config.schema import Config
@@ -222,3 +223,19 @@ def test_a_parameter_file_is_read_with_changes(tmp_path: Path) -> None:
     assert (found.sft.steps, found.sft.batch_size, found.sft.warmup_steps) == (3, 2, Config().sft.warmup_steps)
     with pytest.raises(ConfigError, match="cm3leon configure small"):
         changed_config([], tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_rehearsal_is_small_and_computes_as_the_profile_does(profile: str, tmp_path: Path) -> None:
+    whole, tiny = load_profile(profile, configs=CONFIGS), load_profile("tiny", configs=CONFIGS)
+    config = configure(profile, ["pretrain.steps=7"], configs=CONFIGS, params=tmp_path / "params.yaml", rehearse=True)
+    assert load_config(tmp_path / "params.yaml") == config
+    assert f"# Written by: cm3leon configure {profile} --rehearse --set pretrain.steps=7" in (tmp_path / "params.yaml").read_text()
+    assert (config.profile, config.pretrain.steps, config.sft.steps) == (f"{profile}-rehearsal", 7, tiny.sft.steps)
+    for section in ("pretrain", "sft"):
+        own, full = getattr(config, section), getattr(whole, section)
+        for name in ("precision", "packing", "optimizer", "activation_checkpointing", "compile", "retrieved_documents"):
+            assert getattr(own, name) == getattr(full, name)
+    assert config.launch.processes == 2 and config.pretrain.batch_size // 2 > (config.pretrain.micro_batch_size or 0)
+    assert config.index.kind == whole.index.kind and config.decoding.guidance == whole.decoding.guidance
+    assert not named_files(config)

@@ -11,7 +11,7 @@ SOURCES = {
     "pack/b.py": "def later():\n    from pack.room import c\n",
     "pack/room/__init__.py": "",
     "pack/room/c.py": "from pack.d import value\nfrom pack import a\n",
-    "pack/d.py": "value = 1\n",
+    "pack/d.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pack import e\nvalue = 1\n",
     "pack/e.py": "",
 }
 
