@@ -126,3 +126,16 @@ def test_the_architecture_lists_the_rooms_in_the_order_that_lint_checks() -> Non
     rooms = [layer.replace(".", "/") + "/" for layer in layers]
     listed = re.findall(r"^\| `((?:cm3leon/|flows/|benchmarks/)[a-z]*/?)` \|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
     assert listed == rooms
+
+
+def test_the_core_imports_on_a_bare_machine_with_a_gpu() -> None:
+    """With torch, safetensors, pyarrow and Pillow, and without what only the pipeline around the core needs."""
+    code = """
+import sys
+for package in ("pydantic", "prefect", "mlflow", "dvc", "open_clip", "faiss", "great_expectations", "typer", "yaml"):
+    sys.modules[package] = None
+import cm3leon.data.prefetch, cm3leon.data.sequences, cm3leon.generation.engine, cm3leon.models.super_resolution, cm3leon.models.vqgan
+import cm3leon.training.memory, cm3leon.training.trainer
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

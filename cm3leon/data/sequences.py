@@ -9,16 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cm3leon.config.schema import NeighborChoice, ObjectiveConfig
 from cm3leon.data.tokens import Document, TokenStore
 from cm3leon.sequence.cm3 import Masked, mask
 from cm3leon.sequence.grammar import BREAK, Body, Vocabulary, build_body
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.files import read_file
+
+if TYPE_CHECKING:
+    from cm3leon.config.schema import NeighborChoice, ObjectiveConfig
 
 
 class Sample(NamedTuple):

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from cm3leon.config.renamed import current_name
-from cm3leon.config.schema import DecodingConfig
 from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from cm3leon.config.schema import DecodingConfig
     from cm3leon.generation.parts import Parts
     from cm3leon.models.decoder import Decoder
     from cm3leon.sequence.grammar import Prompt
@@ -75,9 +73,11 @@ def checked_settings(defaults: DecodingConfig, changes: Mapping[str, Any]) -> De
     Raises:
         BadInputError: naming the setting and what is allowed.
     """
+    from pydantic import ValidationError  # this module is also for machines without pydantic, which decode but check no settings
+
     given = {name: value for name, value in changes.items() if value is not None}
     try:
-        return DecodingConfig.model_validate({**defaults.model_dump(), **given})
+        return type(defaults).model_validate({**defaults.model_dump(), **given})
     except ValidationError as error:
         first = error.errors()[0]
         name = first["loc"][0]

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.guidance import classifier_free, editing, scale_at
+
+if TYPE_CHECKING:
+    from cm3leon.config.schema import DecodingConfig
 
 
 def uniform_noise(seeds: Sequence[int], steps: int) -> Tensor:

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cm3leon.config.renamed import current_names
-from cm3leon.config.schema import ModelConfig
 from cm3leon.models.cross_entropy import chunked_cross_entropy
 from cm3leon.models.kernels import apply_rotary_emb, attention, linear, relu
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.utils.files import read_file, read_json
 
 if TYPE_CHECKING:
+    from cm3leon.config.schema import ModelConfig
     from cm3leon.data.batches import Batch
 
 WEIGHTS = "model.safetensors"

@@ -10,15 +10,17 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cm3leon.config.schema import TrainConfig
 from cm3leon.training.precision import autocast_dtype
 from cm3leon.utils.device import default_device
+
+if TYPE_CHECKING:
+    from cm3leon.config.schema import TrainConfig
 
 
 @dataclass(frozen=True)

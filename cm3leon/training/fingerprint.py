@@ -8,12 +8,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from cm3leon.config.schema import Config
-from cm3leon.tracking.runs import flatten
 from cm3leon.utils.imports import import_closure
+
+if TYPE_CHECKING:
+    from cm3leon.config.schema import Config
 
 Fingerprint = dict[str, str]
 """Name of a parameter, an input or a part of the code, and its value or hash."""
@@ -82,6 +84,8 @@ def fingerprint(config: Config, stage: str, inputs: Sequence[Path]) -> Fingerpri
         stage: ``pretrain`` or ``sft``, the section of the parameters.
         inputs: files and directories that the stage reads.
     """
+    from cm3leon.tracking.runs import flatten  # not on a bare machine, which trains without a project
+
     section = {name: value for name, value in getattr(config, stage).model_dump().items() if name not in NEUTRAL}
     parameters = {f"{stage}.{name}": value for name, value in flatten(section).items()} | {"seed": str(config.seed)}
     return parameters | {str(path): data_hash(path) for path in inputs} | {"code": code_hash(), "torch": torch.__version__}

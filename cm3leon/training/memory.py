@@ -9,10 +9,13 @@ In comments, D is the width.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-from cm3leon.config.schema import TrainConfig
 from cm3leon.models.cross_entropy import CHUNK_ELEMENTS
 from cm3leon.models.decoder import Decoder, DecoderSpec
+
+if TYPE_CHECKING:
+    from cm3leon.config.schema import TrainConfig
 
 FP32, BF16 = 4, 2
 """Bytes."""

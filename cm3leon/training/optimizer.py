@@ -7,13 +7,16 @@ The paper does not publish its optimizer. AdamW is the usual choice; Muon for th
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from cm3leon.config.schema import TrainConfig
 from cm3leon.training.muon import Muon
 from cm3leon.training.precision import autocast_dtype
+
+if TYPE_CHECKING:
+    from cm3leon.config.schema import TrainConfig
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:

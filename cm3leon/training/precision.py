@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
-from cm3leon.config.schema import TrainConfig
+if TYPE_CHECKING:
+    from cm3leon.config.schema import TrainConfig
 
 
 def has_native_bf16(device: torch.device) -> bool:

@@ -16,11 +16,11 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cm3leon.config.schema import TrainConfig
 from cm3leon.data.batches import Batch, Share, Stream
 from cm3leon.data.prefetch import Shares, prefetched
 from cm3leon.models.decoder import Decoder
@@ -33,6 +33,9 @@ from cm3leon.training.optimizer import learning_rate_at, make_optimizers, set_le
 from cm3leon.training.precision import autocast, autocast_dtype
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.progress import progress
+
+if TYPE_CHECKING:
+    from cm3leon.config.schema import TrainConfig
 
 Log = Callable[[dict[str, float], int], None]
 """Takes metrics by name, and the step they are of."""
