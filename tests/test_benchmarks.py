@@ -1,7 +1,11 @@
 """The benchmark scripts load, and the functions of their own are right."""
 
 import importlib.util
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +19,8 @@ from benchmarks.study.__main__ import CLAIMS
 from benchmarks.study.section import Section, every_seed_higher, paired_difference, tokens_to_loss
 from cm3leon.config.schema import Config
 
-SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 
 def load(path: Path) -> ModuleType:
@@ -150,3 +155,21 @@ def test_verdicts_follow_from_the_scores(known_study: KnownStudy, claim: str, se
     published = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
     assert f"## {section.title}" in published and section.paper in published
     assert f"| {' | '.join(section.table[0])} |" in published
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_benchmark_for_gpus_rehearses_on_a_cpu_and_goes_on_where_it_ended(tmp_path: Path) -> None:
+    """Without compiling, which takes minutes; compiled training and decoding have their own tests."""
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--rehearse", "--out", str(tmp_path)]
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
+    none = subprocess.run([*command, "--minutes", "0"], env=environment, capture_output=True, text=True, check=False)
+    assert "not measured yet, for want of time: check losses, check packing" in none.stdout, none.stderr
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert not [name for name, found in results.items() if "error" in found]
+    assert len(results) >= 15 and "not measured" not in done.stdout
+    assert all(f"| {name} | " in (tmp_path / "results.md").read_text() for name in results)
+    again = subprocess.run([*command, "--minutes", "0"], env=environment, capture_output=True, text=True, check=False)
+    assert json.loads((tmp_path / "results.json").read_text())["results"] == results and again.returncode == 0
