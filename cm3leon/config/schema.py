@@ -309,6 +309,9 @@ class SFTConfig(TrainConfig):
     )
     upsampling: float = Field(3.0, ge=1, description="upper bound of a task's share of the mix over its share of the samples (paper: 3)")
     downsampling: float = Field(0.3, ge=0, le=1, description="lower bound of that ratio (paper: 0.3)")
+    mean_masks: float = Field(
+        0.0, ge=0, description="CM3 in the other image-generating samples: mean number of masked spans, Poisson (paper: 1); 0: none"
+    )
     conditioning_dropout: float = Field(
         0.1, ge=0, le=1, description="share of the image-generating samples whose conditioning is masked, for classifier-free guidance"
     )

@@ -18,7 +18,7 @@ from cm3leon.config.schema import SFTConfig
 from cm3leon.data.manifest import records_of
 from cm3leon.data.sequences import PretrainingSamples, Sample, fit_body, kept_documents, sample_rng
 from cm3leon.data.tokens import Document, TokenStore
-from cm3leon.sequence.cm3 import TOKENS_PER_SPAN, apply_spans
+from cm3leon.sequence.cm3 import TOKENS_PER_SPAN, apply_spans, fit, sample_spans
 from cm3leon.sequence.grammar import build_body
 from cm3leon.sequence.tasks import TASK_COLUMNS, TASKS, Fields, Task, available, condition_key, lay_out, visible_objects
 from cm3leon.sequence.text_tokenizer import TextTokenizer
@@ -154,8 +154,8 @@ class TaskSamples:
     def _image_sample(self, document: Document, task: Task, template: str, values: Fields, rng: np.random.Generator) -> Sample:
         """A sample of a task that generates an image.
 
-        With probability ``conditioning_dropout`` one of the task's groups of segments is masked, for classifier-free guidance. Tasks that
-        generate from text alone also get retrieved documents.
+        With probability ``conditioning_dropout`` one of the task's groups of segments is masked, for classifier-free guidance; else the CM3
+        objective masks ``mean_masks`` spans on average. Tasks that generate from text alone also get retrieved documents.
         """
         vocabulary = self.pretraining.vocabulary
         images = {"image": document.codes}
@@ -166,13 +166,18 @@ class TaskSamples:
         segments, _ = lay_out(template, [values], images, vocabulary, self.tokenizer)
         chosen, retrieved = ([], []) if task.sees_image else self.pretraining.sample_retrieved(document.id, rng)
         body = fit_body([*retrieved, segments], self.pretraining.context - 1 - TOKENS_PER_SPAN * max(map(len, task.cfg_dropout)))
-        own = [segment for segment in body.segments if segment.document == body.segments[-1].document]
-        dropped = task.cfg_dropout[int(rng.integers(len(task.cfg_dropout)))] if rng.random() < self.config.conditioning_dropout else ()
-        spans = [(own[number].start, own[number].stop) for number in dropped]
+        if rng.random() < self.config.conditioning_dropout:
+            own = [segment for segment in body.segments if segment.document == body.segments[-1].document]
+            dropped = task.cfg_dropout[int(rng.integers(len(task.cfg_dropout)))]
+            spans = [(own[number].start, own[number].stop) for number in dropped]
+        else:
+            spans = sample_spans(body, self.config.mean_masks, vocabulary.sentinels, rng) if self.config.mean_masks else []
+            body, spans = fit(body, spans, self.pretraining.context)
         masked = apply_spans(body, spans, vocabulary)
         weight = masked.is_target.astype(np.float32)
-        # The masked spans precede the image and have shrunk to one sentinel each.
-        image_start = own[-1].start + len(spans) - sum(stop - start for start, stop in spans)
+        # The spans masked before the image have shrunk to one sentinel each.
+        image_start = body.segments[-1].start
+        image_start -= sum(stop - start - 1 for start, stop in spans if stop <= image_start)
         weight[:image_start] *= self.config.input_weight
         return Sample(masked, weight, kept_documents(body, [*chosen, document.id]))
 

@@ -204,6 +204,24 @@ def test_tokens_before_the_generated_image_have_the_input_weight(samples):
             assert np.array_equal(weights > 0, masked.is_target)
 
 
+def test_the_cm3_objective_masks_spans_of_instruction_and_image(samples):
+    sampled = samples({"edit": 1.0}, change, conditioning_dropout=0.0, mean_masks=1.0, input_weight=0.25)
+    plain = samples({"edit": 1.0}, change, conditioning_dropout=0.0, input_weight=0.25)
+    found = [sampled(epoch, number) for epoch in range(10) for number in range(len(sampled))]
+    masked_images = 0
+    for masked, weights, *_ in found:
+        check_grammar(masked.tokens, VOCABULARY)
+        assert len(masked.tokens) <= sampled.pretraining.context
+        assert np.array_equal(weights > 0, masked.is_target)
+        image = masked.body.segments[-1]
+        masked_images += any(start < image.stop and stop > image.start for start, stop in masked.spans)
+        if masked.spans:
+            assert set(weights[-1 - sum(2 + stop - start for start, stop in masked.spans) :]) == {1.0}  # what was moved to the end
+    assert 0.3 < np.mean([not masked.spans for masked, *_ in found]) < 0.6  # exp(-1) and the spans that overlapped
+    assert masked_images > 0
+    assert not any(plain(0, number).masked.spans for number in range(len(plain)))
+
+
 def test_the_mix_follows_its_weights(samples):
     sampled = samples({"text_to_image": 3.0, "caption": 1.0}, conditioning_dropout=0.0)
     masked = sum(bool(sampled(epoch, row)[0].spans) for epoch in range(20) for row in range(40))
