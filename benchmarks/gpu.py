@@ -117,9 +117,9 @@ def made_up_samples(vocabulary: Vocabulary, context: int, count: int = 256) -> P
             codes = rng.integers(vocabulary.image_size, size=vocabulary.tokens_per_image).astype(np.uint16)
             yield Document(f"{number:016x}", codes, [rng.integers(vocabulary.text_size, size=int(rng.integers(5, 21)))])
 
-    folder = Path(tempfile.mkdtemp(prefix="cm3leon-tokens-"))
-    write_tokens(folder, "train", documents(), vocabulary.tokens_per_image, vocabulary.text_size)
-    store = TokenStore(folder)
+    with tempfile.TemporaryDirectory() as folder:  # the store maps its files, which stay until it is gone
+        write_tokens(Path(folder), "train", documents(), vocabulary.tokens_per_image, vocabulary.text_size)
+        store = TokenStore(Path(folder))
     neighbors = {name: [store.ids[(row + i) % count] for i in range(1, 5)] for row, name in enumerate(store.ids)}
     objective: Any = SimpleNamespace(mean_masks=1.0, segment_rate=0.3, caption_share=0.67, across_breaks=False)
     return PretrainingSamples(store, store, neighbors, vocabulary, objective, RETRIEVED, context, 0)
