@@ -34,8 +34,23 @@ def _stage_command(stage: str) -> Callable[[], None]:
     return command
 
 
+def _training_command(stage: str) -> Callable[..., None]:
+    def command(
+        resume_from: Annotated[Path | None, typer.Option(help="resume from another run: a directory below models/checkpoints")] = None,
+        accept_changes: Annotated[bool, typer.Option("--accept-changes", help="although its parameters, data or code differ")] = False,
+    ) -> None:
+        if accept_changes and resume_from is None:
+            raise UsageError("--accept-changes belongs to --resume-from")
+        run_stage(stage, resume_from, accept_changes=accept_changes)
+
+    return command
+
+
 for _stage, _help in STAGES.items():
     if _stage == "evaluate":
+        continue
+    if _stage in ("pretrain", "sft"):
+        app.command(_stage, help=_help, rich_help_panel="Stages")(_training_command(_stage))
         continue
     app.command(_stage, help=_help, rich_help_panel="Stages")(_stage_command(_stage))
     if "_" in _stage:

@@ -22,6 +22,7 @@ from cm3leon.services import dvc_commands, worktree
 from cm3leon.services.disk import tree_size
 from cm3leon.tracking import store
 from cm3leon.tracking.lineage import DVC_LOCK
+from cm3leon.training.checkpoint_runs import run_directories
 from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 KEEP = 5
 """Newest versions that are kept."""
-OLD_CHECKPOINTS = "*.old"
-"""Checkpoints of a run with other parameters, which a new run has put aside (``training/checkpoint.py``)."""
 RUNS_AT_ONCE = 1000
 """Most runs that one call of ``mlflow gc`` names: the system bounds the length of an argument."""
 
@@ -69,13 +68,20 @@ def clean(keep: int = KEEP, dry_run: bool = False) -> Iterator[Garbage]:
         _check_intact(client, kept)
         locks = [lock for version in kept if (lock := _lock(client, version)) is not None]
         yield from _remove_from_mlflow(client, [version for version in versions if version not in kept], dry_run)
-        for checkpoints in sorted(paths.CHECKPOINTS.glob(OLD_CHECKPOINTS)):
+        for checkpoints in _old_checkpoints():
             size = tree_size(checkpoints)
             if not dry_run:
                 shutil.rmtree(checkpoints)
             yield Garbage(str(checkpoints), size)
         if size := dvc_commands.remove_unused([*locks, *running], dry_run):
             yield Garbage("objects of DVC's cache", size)
+
+
+def _old_checkpoints() -> Iterator[Path]:
+    """Checkpoints of each stage's runs but the last, which may be interrupted; and those of earlier versions."""
+    for stage in sorted(path for path in paths.CHECKPOINTS.glob("*") if path.is_dir()):
+        runs = run_directories(stage)
+        yield from sorted(path for path in stage.iterdir() if path.is_dir() and path not in runs[:1])
 
 
 def kept_versions(versions: Sequence[Version], entries: Sequence[ledger.Entry], keep: int) -> list[Version]:

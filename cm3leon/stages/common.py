@@ -43,18 +43,24 @@ def peak_megabytes() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
-def run_stage(stage: str) -> None:
-    """Run a stage with ``params.yaml``; its last line is ``metrics: {...}`` (see :data:`METRICS`)."""
+def run_stage(stage: str, resume_from: Path | None = None, *, accept_changes: bool = False) -> None:
+    """Run a stage with ``params.yaml``; its last line is ``metrics: {...}`` (see :data:`METRICS`).
+
+    Args:
+        resume_from, accept_changes: of ``pretrain`` and ``sft``; see :func:`~cm3leon.training.run.train`.
+    """
     from cm3leon.config.loading import load_config
     from cm3leon.services.child import end_with_owner
     from cm3leon.training.launch import replace_by_torchrun
 
     config = load_config()
     if stage in IN_PROCESSES:
-        replace_by_torchrun(stage, config.launch)
+        resumption = ["--resume-from", str(resume_from), *(["--accept-changes"] if accept_changes else [])] if resume_from else []
+        replace_by_torchrun([stage, *resumption], config.launch)
     end_with_owner()
     start = time.monotonic()
-    metrics = importlib.import_module(f"cm3leon.stages.{stage}").run(config)
+    options = {"resume_from": resume_from, "accept_changes": accept_changes} if resume_from else {}
+    metrics = importlib.import_module(f"cm3leon.stages.{stage}").run(config, **options)
     resources = {"seconds": round(time.monotonic() - start, 2), "peak_megabytes": round(peak_megabytes(), 1)}
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several processes
         file = paths.metrics_file(stage)

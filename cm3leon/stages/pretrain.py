@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
@@ -15,7 +16,7 @@ from cm3leon.training.run import make_stream, train
 from cm3leon.training.sample_sheets import sample_sheets
 
 
-def run(config: Config) -> dict[str, float]:
+def run(config: Config, resume_from: Path | None = None, *, accept_changes: bool = False) -> dict[str, float]:
     """Write ``models/pretrained/``; returns the validation losses, the shares of samples by what is masked, and the parameter count."""
     section = config.pretrain
     with world() as processes, runs.stage_run("pretrain", config) as run:
@@ -36,5 +37,7 @@ def run(config: Config) -> dict[str, float]:
             processes,
             sample_sheets(run, model, held_out),
             fingerprint(config, "pretrain", [paths.TOKENS, paths.NEIGHBORS, paths.IMAGE_TOKENIZER]),
+            resume_from=resume_from,
+            accept_changes=accept_changes,
         )
     return {**metrics, **shares, "parameters": parameters}

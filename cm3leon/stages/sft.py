@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.tokens import TokenStore
@@ -15,7 +17,7 @@ from cm3leon.training.run import make_stream, train
 from cm3leon.training.sample_sheets import sample_sheets
 
 
-def run(config: Config) -> dict[str, float]:
+def run(config: Config, resume_from: Path | None = None, *, accept_changes: bool = False) -> dict[str, float]:
     """Write ``models/finetuned/``; returns the validation losses of the mix and of each task, and each task's number of documents."""
     section = config.sft
     with world() as processes, runs.stage_run("sft", config) as run:
@@ -38,6 +40,8 @@ def run(config: Config) -> dict[str, float]:
             sample_sheets(run, model, held_out),
             fingerprint(config, "sft", [paths.TOKENS, paths.NEIGHBORS, paths.PRETRAINED, paths.VALIDATED / "manifest.parquet"]),
             list(TASKS),
+            resume_from=resume_from,
+            accept_changes=accept_changes,
         )
         if processes.rank == 0:
             Training(frozenset(samples.counts), trains_masked_prompts(section, config.pretrain.objective)).write(paths.FINETUNED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 
 from cm3leon.config.schema import LaunchConfig
 from cm3leon.utils.errors import UserError
@@ -13,8 +14,8 @@ SHUTDOWN_SECONDS = 600
 """From the SIGTERM that torchrun passes on to SIGKILL: a step and a checkpoint take less."""
 
 
-def replace_by_torchrun(stage: str, config: LaunchConfig) -> None:
-    """Replace this process by ``torchrun``, which runs the stage's command in several processes.
+def replace_by_torchrun(command: Sequence[str], config: LaunchConfig) -> None:
+    """Replace this process by ``torchrun``, which runs a command of ``cm3leon`` in several processes.
 
     Returns where one process is enough, and in the processes that ``torchrun`` has started.
 
@@ -28,7 +29,7 @@ def replace_by_torchrun(stage: str, config: LaunchConfig) -> None:
         return
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    os.execv(sys.executable, torchrun_command(stage, processes, config.torchrun))
+    os.execv(sys.executable, torchrun_command(command, processes, config.torchrun))
 
 
 def _processes(config: LaunchConfig) -> int:
@@ -39,8 +40,8 @@ def _processes(config: LaunchConfig) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def torchrun_command(stage: str, processes: int, arguments: str) -> list[str]:
-    """The command line that runs a stage in ``processes`` processes on this machine.
+def torchrun_command(command: Sequence[str], processes: int, arguments: str) -> list[str]:
+    """The command line that runs a command of ``cm3leon`` in ``processes`` processes on this machine.
 
     Args:
         arguments: of ``torchrun`` for several machines, in which ``$NAME`` is replaced by the variable of the environment.
@@ -49,4 +50,4 @@ def torchrun_command(stage: str, processes: int, arguments: str) -> list[str]:
     if unset := [word for word in where if "$" in word]:
         raise UserError(f"launch.torchrun: a variable of {' '.join(unset)} is not set in the environment")
     options = [*where, f"--nproc-per-node={processes}", f"--shutdown-timeout={SHUTDOWN_SECONDS}"]
-    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "cm3leon", stage]
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "cm3leon", *command]

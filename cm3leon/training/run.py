@@ -46,18 +46,28 @@ def train(
     after_validation: Callable[[int], None],
     identity: Fingerprint,
     tasks: Sequence[str] = (),
+    *,
+    resume_from: Path | None = None,
+    accept_changes: bool = False,
 ) -> dict[str, float]:
     """Train a decoder and write it with its ``losses.csv`` to ``output``; resumes if a run with the same ``identity`` was interrupted.
 
     Args:
         stage: name of the parameters' section; the prefix of MLflow's metrics.
         validation, tasks: see :func:`~cm3leon.training.trainer.fit`.
+        resume_from: resume from another run, or from one of its checkpoints, in :data:`~cm3leon.config.paths.CHECKPOINTS`.
+        accept_changes: although it differs; what does is printed, kept with the checkpoints and in MLflow.
 
     Returns:
         The last validation losses.
     """
     checkpoints = Checkpoints(paths.CHECKPOINTS / stage, identity, section.keep_checkpoints, processes)
     state = setup(model, section, processes)
+    if resume_from is not None:
+        state.allocate_optimizer_states()
+        checkpoints.adopt(resume_from, accept_changes, state.tensors())
+    if resumed := checkpoints.record.resumed:
+        run.set_tags({"resumed_from": resumed[-1]["checkpoint"], "resumed_differences": "; ".join(resumed[-1]["differences"])})
     metrics = fit(
         state,
         stream,

@@ -357,3 +357,8 @@ def test_a_record_that_cannot_be_reproduced_is_said_in_a_line(monkeypatch: pytes
     assert status == 2 and "nothing.json is not an evaluation record" in err
     Path("old.json").write_text('{"scores": {}, "intervals": {}}')
     assert "old.json does not say with which settings it was made" in call("evaluate", "--reproduce", "old.json")[2]
+
+
+def test_changes_are_accepted_only_of_a_run_that_is_named():
+    result = CliRunner().invoke(app.app, ["pretrain", "--accept-changes"])
+    assert result.exit_code != 0 and "--accept-changes belongs to --resume-from" in str(result.exception)

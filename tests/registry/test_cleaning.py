@@ -59,24 +59,25 @@ def test_dropped_versions_deleted_runs_and_old_checkpoints_are_gone_and_their_by
     abandoned = client.create_run(experiment).info.run_id
     client.log_text(abandoned, "x" * 10_000, "notes.txt")
     client.delete_run(abandoned)
-    old = paths.CHECKPOINTS / "sft.old" / "step-00000001"
-    old.mkdir(parents=True)
-    (old / "state.json").write_text("x" * 5_000)
-    (paths.CHECKPOINTS / "sft").mkdir()
-    (paths.CHECKPOINTS / "sft" / "run.json").write_text("{}")
+    for seconds, name in enumerate(("older", "newest"), 1):
+        step = paths.CHECKPOINTS / "sft" / name / "step-00000001"
+        step.mkdir(parents=True)
+        (step.parent / "run.json").write_text("{}")
+        (step / "state.json").write_text("x" * 4_998)
+        os.utime(step.parent, (seconds, seconds))
     entries = registry_ledger()
 
     before = tree_size(Path("mlruns")) + tree_size(Path("models"))
     planned = list(clean(keep=1, dry_run=True))
-    assert [item.what for item in planned] == ["version 4", "version 2", f"deleted run {abandoned}", "models/checkpoints/sft.old"]
-    assert planned[2:] == [Garbage(f"deleted run {abandoned}", 10_000), Garbage("models/checkpoints/sft.old", 5_000)]
+    assert [item.what for item in planned] == ["version 4", "version 2", f"deleted run {abandoned}", "models/checkpoints/sft/older"]
+    assert planned[2:] == [Garbage(f"deleted run {abandoned}", 10_000), Garbage("models/checkpoints/sft/older", 5_000)]
     assert tree_size(Path("mlruns")) + tree_size(Path("models")) == before
     assert len(registry.status()) == 5
 
     assert list(clean(keep=1)) == planned
     assert [version.number for version in registry.status()] == ["5", "3", "1"]
     assert before - tree_size(Path("mlruns")) - tree_size(Path("models")) == sum(item.size for item in planned)
-    assert (paths.CHECKPOINTS / "sft" / "run.json").is_file()
+    assert [run.name for run in (paths.CHECKPOINTS / "sft").iterdir()] == ["newest"]
     assert aliases() == {"champion": 3, "previous_champion": 1, "challenger": 5}
     for version in ("1", "3", "5"):
         assert (find_bundle(f"models:/cm3leon/{version}") / "model.safetensors").is_file()
