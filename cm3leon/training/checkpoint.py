@@ -1,10 +1,10 @@
-"""Checkpoints of a training run: complete, verified, and resumed from only by the run that wrote them.
+"""Checkpoints of a training run: complete, verified, and resumed from only by the run that wrote them, unless the user says otherwise.
 
 A checkpoint is a directory ``step-00001000``: tensors as safetensors files, one for each process that wrote
 (``torch.distributed.checkpoint``, so that any number of processes can read them), ``state.json`` with everything else, and
 ``checksums.json`` of both. It is written as ``step-00001000.part`` and renamed when complete, so a name without ``.part`` is a complete
-checkpoint. The directory of the checkpoints also holds the run's fingerprint: parameters, data and code. A run with another fingerprint
-does not resume from them.
+checkpoint. A run's checkpoints lie in a directory of its own, named after its fingerprint: parameters, data and code
+(``checkpoint_runs.py``). A run with another fingerprint neither resumes from them nor, unless the run has finished, removes them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from cm3leon.training.checkpoint_runs import Resumption, RunRecord, checkpoint_names, remove, run_directories, run_name
 from cm3leon.training.distributed import World
 from cm3leon.training.fingerprint import Fingerprint, differences, file_hash
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.files import sync, write_json
 
 
 class CheckpointError(UserError):
@@ -35,53 +37,116 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run, in ``directory``: the ``keep`` newest and the one with the lowest validation loss."""
+    """The checkpoints of one run: the ``keep`` newest and the one with the lowest validation loss.
 
-    directory: Path
+    Attributes:
+        root: directory of the stage, which holds a directory for each run.
+    """
+
+    root: Path
     fingerprint: Fingerprint
     keep: int
     world: World = field(default_factory=World)
 
+    @property
+    def directory(self) -> Path:
+        """That of this run."""
+        return self.root / run_name(self.fingerprint)
+
+    @property
+    def record(self) -> RunRecord:
+        """What ``run.json`` says of this run; a new record if it starts from the beginning."""
+        found = RunRecord.read(self.directory)
+        resumes = self.names() and not found.finished
+        return replace(found, fingerprint=self.fingerprint) if resumes else RunRecord(self.fingerprint)
+
     def open(self) -> None:
         """Prepare the directory for saving and loading.
 
-        Checkpoints of a run with another fingerprint are moved to ``DIRECTORY.old``, which is replaced; if that run was not finished,
-        standard error says what differs. Those of this run are removed if it has finished: it then starts from the beginning.
+        Runs that have finished lose their checkpoints: this one, which then starts from the beginning, and others. Those of unfinished
+        runs stay; where this run has none, standard error says how the newest of them differs, and how to resume from it all the same.
         """
         if self.world.rank == 0:
             self._prepare()
         self.world.wait()
 
     def _prepare(self) -> None:
-        file = self.directory / "run.json"
-        if file.is_file() and self.names():
-            run = _read_json(file) or {"fingerprint": {str(file): "damaged"}, "finished": False}
-            changed = differences(run["fingerprint"], self.fingerprint)
-            if run["finished"] and not changed:
-                shutil.rmtree(self.directory)
-            elif changed:
-                old = self.directory.with_name(self.directory.name + ".old")
-                shutil.rmtree(old, ignore_errors=True)
-                self.directory.rename(old)
-                if not run["finished"]:
-                    lines = "\n  ".join(changed)
-                    _warn(f"starting from the beginning: the checkpoints in {self.directory} are of another run, now in {old}:\n  {lines}")
+        record = self.record
+        for directory in run_directories(self.root):
+            if RunRecord.read(directory).finished:
+                remove(directory)
+        others = [run for run in run_directories(self.root) if run != self.directory and checkpoint_names(run)]
+        if others and not self.names():
+            lines = "\n  ".join(differences(RunRecord.read(others[0]).fingerprint, self.fingerprint))
+            _warn(
+                f"starting from the beginning: the newest checkpoints, in {others[0]}, are of a run that differs:\n  {lines}\n"
+                f"They are kept. To resume from them all the same, start with: --resume-from {others[0]} --accept-changes"
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
-        for part in self.directory.glob("*.part"):
-            shutil.rmtree(part)
-        self._write_run(finished=False)
+        for part in [*self.root.glob("*.part"), *self.directory.glob("*.part")]:
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        record.write(self.directory)
+
+    def adopt(self, source: Path, accept_changes: bool, tensors: Mapping[str, Tensor]) -> None:
+        """Take the newest intact checkpoint of another run as the first one of this run, which then resumes from it.
+
+        Nothing is done if this was done before, so that an interrupted run may be started by the same command again.
+
+        Args:
+            source: a run's directory, or one of its checkpoints.
+            accept_changes: resume although the runs differ.
+            tensors: as for :meth:`load`; only their shapes are used.
+
+        Raises:
+            UserError: if ``source`` holds no intact checkpoint, the runs differ and that is not accepted, or this run has its own
+                checkpoints.
+            CheckpointError: if the checkpoint's tensors have other names or shapes.
+        """
+        if self.world.rank == 0:
+            self._adopt(source, accept_changes, tensors)
+        self.world.wait()
+
+    def _adopt(self, source: Path, accept_changes: bool, tensors: Mapping[str, Tensor]) -> None:
+        run = source.parent if source.name.startswith("step-") else source
+        # 1. Checkpoints of this run are not given up for another's.
+        if run.resolve() == self.directory.resolve():
+            raise UserError(f"{run} is this run's own: without --resume-from it resumes, or starts again if it has finished")
+        if self.names() and not RunRecord.read(self.directory).finished:
+            resumed = self.record.resumed
+            if resumed and Path(resumed[-1]["checkpoint"]).parent.resolve() == run.resolve():
+                return
+            raise UserError(
+                f"this run has checkpoints of its own in {self.directory}: start it without --resume-from to resume from "
+                f"{self.names()[-1]}, or remove that directory first"
+            )
+        # 2. The checkpoint, and how its run differs.
+        name = _newest_intact(run, [source.name] if run != source else checkpoint_names(run))
+        if name is None:
+            raise UserError(f"{source}: no intact checkpoint here; looked for {run}/step-*; runs are in {self.root}/*")
+        theirs = RunRecord.read(run)
+        changed = differences(theirs.fingerprint, self.fingerprint)
+        lines = "".join(f"\n  {line}" for line in changed)
+        if changed and not accept_changes:
+            raise UserError(f"{run} is of a run that differs; to resume from it all the same, add --accept-changes:{lines}")
+        _check_model(run / name, tensors)
+        print(f"resuming from {run / name}, of a run that differs in {len(changed)} entries:{lines}", flush=True)
+        # 3. Its files are never changed, so links to them do.
+        if self.directory.exists():
+            remove(self.directory)
+        part = self.directory / f"{name}.part"
+        shutil.copytree(run / name, part, copy_function=_link)
+        resumption = Resumption(checkpoint=str(run / name), step=int(name.removeprefix("step-")), differences=changed)
+        RunRecord(self.fingerprint, resumed=[*theirs.resumed, resumption]).write(self.directory)
+        part.rename(self.directory / name)
 
     def finish(self) -> None:
         """Mark the run as finished: its checkpoints are kept until the next run starts, which does not resume from them."""
         if self.world.rank == 0:
-            self._write_run(finished=True)
-
-    def _write_run(self, *, finished: bool) -> None:
-        _write_json(self.directory / "run.json", {"fingerprint": self.fingerprint, "finished": finished})
+            replace(self.record, finished=True).write(self.directory)
 
     def names(self) -> list[str]:
         """Names of the complete checkpoints, oldest first."""
-        return sorted(p.name for p in self.directory.glob("step-*") if p.is_dir() and p.suffix != ".part")
+        return checkpoint_names(self.directory)
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
         """Write a checkpoint; all processes call this, each with its shards of ``tensors``.
@@ -101,15 +166,15 @@ class Checkpoints:
             dcp.save(tensors, storage_writer=writer, no_dist=self.world.size == 1)
         if self.world.rank == 0:
             # 2. The first process adds state and checksums, and brings all of it to disk before the rename.
-            _write_json(part / "state.json", state)
-            _write_json(part / "checksums.json", {file.name: file_hash(file) for file in sorted(part.iterdir())})
+            write_json(part / "state.json", state)
+            write_json(part / "checksums.json", {file.name: file_hash(file) for file in sorted(part.iterdir())})
             for file in part.iterdir():
-                _sync(file)
+                sync(file)
             # 3. The rename makes it a checkpoint.
             if final.exists():
                 shutil.rmtree(final)
             part.rename(final)
-            _sync(self.directory)
+            sync(self.directory)
             self._prune()
         self.world.wait()
         return final
@@ -121,46 +186,16 @@ class Checkpoints:
         kept = {*names[-self.keep :], *([min(scored, key=scored.__getitem__)] if scored else [])}
         for name in names:
             if name not in kept:
-                self._remove(name)
-
-    def _remove(self, name: str) -> None:
-        (self.directory / name).rename(self.directory / f"{name}.part")  # if killed while removing, it is no complete checkpoint
-        shutil.rmtree(self.directory / f"{name}.part")
+                remove(self.directory / name)
 
     def state(self, name: str) -> dict[str, Any]:
         """The ``state`` of a checkpoint."""
         found: dict[str, Any] = json.loads((self.directory / name / "state.json").read_text())
         return found
 
-    def verify(self, name: str) -> None:
-        """Compare the files of a checkpoint with its checksums.
-
-        Raises:
-            CheckpointError: if a file is missing or has changed.
-        """
-        directory = self.directory / name
-        try:
-            checksums = json.loads((directory / "checksums.json").read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{directory / 'checksums.json'} is missing or unreadable ({error})") from None
-        for file, expected in checksums.items():
-            if not (directory / file).is_file():
-                raise CheckpointError(f"{directory / file} is missing")
-            if file_hash(directory / file) != expected:
-                raise CheckpointError(f"{directory / file} has changed: its checksum differs")
-
     def newest(self) -> str | None:
         """Name of the newest intact checkpoint, the same on every process; None if there is none. Warns of damaged ones that it skips."""
-        found = None
-        if self.world.rank == 0:
-            for name in reversed(self.names()):
-                try:
-                    self.verify(name)
-                except CheckpointError as error:
-                    _warn(f"checkpoint {name} is not used: {error}; trying the one before")
-                    continue
-                found = name
-                break
+        found = _newest_intact(self.directory, self.names()) if self.world.rank == 0 else None
         return self.world.gather(found)[0]
 
     def load(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -169,16 +204,58 @@ class Checkpoints:
         Raises:
             CheckpointError: if the checkpoint's tensors have other names or shapes.
         """
-        reader = dcp.HuggingFaceStorageReader(str(self.directory / name))
-        stored = {key: getattr(value, "size", None) for key, value in reader.read_metadata().state_dict_metadata.items()}
-        wanted = {key: value.shape for key, value in tensors.items()}
-        if stored != wanted:
-            differing = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-            raise CheckpointError(f"{self.directory / name} is of another model: {', '.join(differing[:3])}{more} differ")
+        reader = _check_model(self.directory / name, tensors)
         with _single_process():
             dcp.load(tensors, storage_reader=reader, no_dist=self.world.size == 1)
         return self.state(name)
+
+
+def _newest_intact(directory: Path, names: list[str]) -> str | None:
+    """The last of ``names`` whose checkpoint is intact; warns of others that it skips."""
+    for name in reversed(names):
+        try:
+            verify(directory / name)
+        except CheckpointError as error:
+            _warn(f"checkpoint {name} is not used: {error}; trying the one before")
+        else:
+            return name
+    return None
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare the files of a checkpoint with its checksums.
+
+    Raises:
+        CheckpointError: if a file is missing or has changed.
+    """
+    try:
+        checksums = json.loads((checkpoint / "checksums.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / 'checksums.json'} is missing or unreadable ({error})") from None
+    for file, expected in checksums.items():
+        if not (checkpoint / file).is_file():
+            raise CheckpointError(f"{checkpoint / file} is missing")
+        if file_hash(checkpoint / file) != expected:
+            raise CheckpointError(f"{checkpoint / file} has changed: its checksum differs")
+
+
+def _check_model(checkpoint: Path, tensors: Mapping[str, Tensor]) -> dcp.HuggingFaceStorageReader:
+    """A reader of the checkpoint; raises :class:`CheckpointError` if its tensors have other names or shapes than ``tensors``."""
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    stored = {key: getattr(value, "size", None) for key, value in reader.read_metadata().state_dict_metadata.items()}
+    wanted = {key: value.shape for key, value in tensors.items()}
+    if stored != wanted:
+        differing = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise CheckpointError(f"{checkpoint} is of another model: {', '.join(differing[:3])}{more} differ")
+    return reader
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without hard links
+        shutil.copyfile(source, target)
 
 
 @contextmanager
@@ -189,13 +266,6 @@ def _single_process() -> Iterator[None]:
         yield
 
 
-def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value) + "\n")
-    _sync(part)
-    part.replace(path)
-
-
 def _read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None if the file is damaged."""
     try:
@@ -203,14 +273,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _warn(message: str) -> None:

@@ -1,8 +1,9 @@
-"""Files that a stage has written and others read: a damaged one is an error that names it and the command that makes it again."""
+"""Files that a stage has written and others read: written whole or not at all; a damaged one is an error that says how to make it again."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,3 +39,20 @@ def read_file(path: Path, read: Callable[[Path], T], command: str) -> T:
 def read_json(path: Path) -> Any:
     """The value in a JSON file."""
     return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file: it has the old content or the new one, also after a power failure."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value) + "\n")
+    sync(part)
+    part.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a directory's names, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

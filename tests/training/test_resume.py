@@ -78,7 +78,7 @@ def run(directory, processes=1, **changes):
 def stop(job, directory, step, number):
     """Send the signal once the checkpoint of ``step`` is there; exit status and output."""
     end = time.monotonic() + 120
-    while not (directory / "checkpoints" / f"step-{step:08d}").exists():
+    while not list(directory.glob(f"checkpoints/*/step-{step:08d}")):
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.002)
@@ -118,7 +118,7 @@ def test_interrupted_by_sigterm_it_writes_a_checkpoint_and_resumes_from_it(new_d
     assert time.monotonic() - begin < 60
     assert status == 143
     step = int(output.partition("interrupted by SIGTERM at step ")[2].split(";")[0])
-    assert (directory / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert list(directory.glob(f"checkpoints/*/step-{step:08d}"))
     found, output = run(directory)
     assert f"resuming at step {step} of" in output
     assert found == uninterrupted()[1]
@@ -128,7 +128,7 @@ def test_interrupted_by_sigterm_it_writes_a_checkpoint_and_resumes_from_it(new_d
 def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_the_one_before_is_used(new_directory, uninterrupted):
     damaged = new_directory()
     stop(start(damaged), damaged, 16, signal.SIGKILL)
-    newest = max(path for path in (damaged / "checkpoints").glob("step-*") if path.suffix != ".part")
+    newest = max(path for path in damaged.glob("checkpoints/*/step-*") if path.suffix != ".part")
     file = next(newest.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-5])
     found, output = run(damaged)
@@ -138,33 +138,108 @@ def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_the_one_before_is_u
     assert found == uninterrupted()[1]
 
 
-def test_another_fingerprint_starts_from_the_beginning_says_why_and_keeps_the_old(tmp_path, capsys):
-    def checkpoints(**fingerprint):
-        return Checkpoints(tmp_path / "run", fingerprint, 2)
+WEIGHTS = {"model.w": torch.ones(2, 3)}
 
-    first = checkpoints(steps="40", data="one")
-    first.open()
-    first.save(7, {"model.w": torch.ones(2, 3)}, {"score": None})
-    same = checkpoints(steps="40", data="one")
-    same.open()
-    assert same.newest() == "step-00000007"
-    other = checkpoints(steps="20", data="one")
-    other.open()
+
+def started(root, step=None, tensors=WEIGHTS, **fingerprint):
+    """A run that has begun, and written a checkpoint of ``step``."""
+    checkpoints = Checkpoints(root, fingerprint, 2)
+    checkpoints.open()
+    if step is not None:
+        checkpoints.save(step, tensors, {"step": step, "score": None})
+    return checkpoints
+
+
+def test_a_parameter_that_is_changed_and_changed_back_resumes_the_first_run(tmp_path, capsys):
+    started(tmp_path, 7, steps="40", data="one")
+    assert capsys.readouterr().err == ""
+    other = started(tmp_path, steps="20", data="one")
     assert other.newest() is None
-    assert "steps: 40 then, 20 now" in capsys.readouterr().err
-    assert (tmp_path / "run.old" / "step-00000007").is_dir()
+    other.save(1, WEIGHTS, {"score": None})
+    warning = capsys.readouterr().err
+    assert "from the beginning" in warning and "steps: 40 then, 20 now" in warning and "data" not in warning
+    first = started(tmp_path, steps="40", data="one")
+    assert capsys.readouterr().err == ""
+    assert first.newest() == "step-00000007"
+    assert f"--resume-from {first.directory} --accept-changes" in warning
 
 
-def test_checkpoints_whose_fingerprint_is_damaged_are_not_used_and_kept(tmp_path, capsys):
-    checkpoints = Checkpoints(tmp_path / "run", {"steps": "40"}, 2)
-    checkpoints.open()
-    checkpoints.save(7, {"model.w": torch.ones(2, 3)}, {"score": None})
-    file = tmp_path / "run" / "run.json"
+def test_a_run_removes_the_checkpoints_of_finished_runs_alone(tmp_path, capsys):
+    finished, unfinished = started(tmp_path, 7, steps="40"), started(tmp_path, 7, steps="20")
+    finished.finish()
+    started(tmp_path, steps="10")
+    assert [run.name for run in tmp_path.iterdir() if list(run.glob("step-*"))] == [unfinished.directory.name]
+    assert "steps: 20 then, 10 now" in capsys.readouterr().err
+
+
+def test_a_damaged_record_neither_stops_its_run_nor_loses_it(tmp_path, capsys):
+    run = started(tmp_path, 7, steps="40")
+    file = run.directory / "run.json"
     file.write_bytes(file.read_bytes()[:10])
-    checkpoints.open()
-    assert checkpoints.newest() is None
+    started(tmp_path, steps="20")
     assert f"{file}: damaged then, nothing now" in capsys.readouterr().err
-    assert (tmp_path / "run.old" / "step-00000007").is_dir()
+    assert started(tmp_path, steps="40").newest() == "step-00000007"
+
+
+def adopt(run, source, accept_changes=True, tensors=WEIGHTS):
+    run.adopt(source, accept_changes, {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+    run.open()
+    return run
+
+
+@pytest.mark.parametrize("checkpoint", ["", "step-00000003"])
+def test_a_run_resumes_from_another_if_the_user_accepts_the_changes(tmp_path, capsys, checkpoint):
+    source = started(tmp_path, 3, steps="40", data="one")
+    source.save(7, {"model.w": torch.full((2, 3), 7.0)}, {"step": 7, "score": None})
+    run = Checkpoints(tmp_path, {"steps": "20", "data": "one"}, 2)
+    with pytest.raises(UserError, match=r"--accept-changes:\n  steps: 40 then, 20 now$"):
+        adopt(run, source.directory / checkpoint, accept_changes=False)
+    assert not run.directory.exists()
+    adopt(run, source.directory / checkpoint)
+    output = capsys.readouterr()
+    assert "steps: 40 then, 20 now" in output.out and output.err == ""
+    step = 3 if checkpoint else 7
+    found = {"model.w": torch.zeros(2, 3)}
+    assert run.newest() == f"step-{step:08d}" and run.load(run.newest(), found)["step"] == step
+    assert torch.equal(found["model.w"], torch.full((2, 3), 7.0 if step == 7 else 1.0))
+    recorded = {"checkpoint": str(source.directory / f"step-{step:08d}"), "step": step, "differences": ["steps: 40 then, 20 now"]}
+    assert json.loads((run.directory / "run.json").read_text())["resumed"] == [recorded]
+    # Interrupted, it resumes from its own checkpoints, by the same command and without the option; so does the other run.
+    run.save(9, WEIGHTS, {"step": 9, "score": None})
+    assert adopt(run, source.directory / checkpoint).newest() == started(tmp_path, steps="20", data="one").newest() == "step-00000009"
+    assert run.record.resumed == [recorded]
+    assert started(tmp_path, steps="40", data="one").newest() == "step-00000007"
+    # A run that resumes from it has the whole history.
+    third = adopt(Checkpoints(tmp_path, {"steps": "20", "data": "two"}, 2), run.directory)
+    assert [entry["step"] for entry in third.record.resumed] == [step, 9]
+    # Once it has finished it starts from the beginning, and that is not forgotten either.
+    third.finish()
+    third.open()
+    assert third.newest() is None and third.record.resumed == []
+
+
+def test_a_finished_run_can_be_resumed_with_more_steps(tmp_path):
+    source = started(tmp_path, 7, steps="7")
+    source.finish()
+    assert adopt(Checkpoints(tmp_path, {"steps": "9"}, 2), source.directory).newest() == "step-00000007"
+    assert not source.directory.exists()
+
+
+def test_what_cannot_be_resumed_from_is_refused_and_changes_nothing(tmp_path):
+    source, run = started(tmp_path, 7, steps="40"), Checkpoints(tmp_path, {"steps": "20"}, 2)
+    with pytest.raises(CheckpointError, match=r"another model.*model\.w"):
+        adopt(run, source.directory, tensors={"model.w": torch.ones(3, 3)})
+    (tmp_path / "empty").mkdir()
+    for directory in (tmp_path / "empty", tmp_path / "nowhere", source.directory / "step-00000008"):
+        with pytest.raises(UserError, match=r"no intact checkpoint here; looked for .*/step-\*"):
+            adopt(run, directory)
+    assert not run.directory.exists()
+    with pytest.raises(UserError, match="this run's own"):
+        adopt(source, source.directory)
+    run = started(tmp_path, 1, steps="20")
+    with pytest.raises(UserError, match=r"checkpoints of its own.*step-00000001"):
+        adopt(run, source.directory)
+    assert run.names() == ["step-00000001"] and source.names() == ["step-00000007"]
 
 
 def test_a_damaged_older_checkpoint_is_not_the_best_and_does_not_stop_the_training(tmp_path):
