@@ -41,7 +41,7 @@ def build_index(text: np.ndarray, image: np.ndarray, kind: Kind) -> tuple[Any, d
         text, image: unit vectors ``(n, d)``, in memory or memory-mapped.
 
     Returns:
-        The index, and the settings ``kind`` and ``recall``; for an approximate index also how wide the search is, ``nprobe`` or ``efSearch``.
+        The index, and the settings ``kind``, ``recall`` and, of an approximate index, the width of the search: ``nprobe`` or ``efSearch``.
 
     Raises:
         UserError: if the recall stays lower with the widest search.
