@@ -17,6 +17,7 @@ from tests_support import decoding
 from cm3leon.config.profiles import load_profile
 from cm3leon.generation import candidates, rows, texts
 from cm3leon.generation.cache import PromptCache, decoding_cache
+from cm3leon.generation.engine import MAX_ROWS, generate_images, generate_texts
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.rows import USABLE, SequenceBytes, batch_shape, sequence_bytes
 from cm3leon.models.decoder import Decoder
@@ -71,7 +72,7 @@ def test_the_papers_7b_with_two_documents_fits_on_80_gb(model_7b: Decoder) -> No
 def test_batches_fit_and_leave_no_room_for_another_candidate(of: SequenceBytes, streams: int, wanted: int, free: int) -> None:
     def fits(prompts: int, together: int) -> bool:
         taken = streams * prompts * (of.prompt + together * of.continuation)
-        return taken <= USABLE * free and streams * prompts * together <= rows.MAX_ROWS
+        return taken <= USABLE * free and streams * prompts * together <= MAX_ROWS
 
     prompts, together = batch_shape(of, streams, wanted, free)
     assert prompts >= 1 and 1 <= together <= wanted and (prompts == 1 or together == wanted)
@@ -99,12 +100,11 @@ def test_results_do_not_depend_on_the_number_of_rows(generator: Generator, most:
 def test_little_free_memory_makes_small_batches(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, int, int]] = []
     lengths: list[int] = []
-    original = candidates.generate_images
 
     def recorded(model: Decoder, streams: Any, seeds: Any, *others: Any) -> np.ndarray:
         shapes.append((len(streams), len(seeds[0]), len(streams[0])))
         lengths.extend(len(prompt) for own in streams for prompt in own)
-        return original(model, streams, seeds, *others)
+        return generate_images(model, streams, seeds, *others)
 
     monkeypatch.setattr(candidates, "generate_images", recorded)
     generator.text_to_image(PROMPTS, guidance=2.0)
@@ -120,11 +120,10 @@ def test_little_free_memory_makes_small_batches(generator: Generator, monkeypatc
 
 def test_little_free_memory_makes_small_batches_of_texts(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    original = texts.generate_texts
 
     def recorded(model: Decoder, prompts: Any, *others: Any, **settings: Any) -> Any:
         sizes.append(len(prompts))
-        return original(model, prompts, *others, **settings)
+        return generate_texts(model, prompts, *others, **settings)
 
     monkeypatch.setattr(texts, "generate_texts", recorded)
     images = [Image.new("RGB", (32, 32))] * 3
