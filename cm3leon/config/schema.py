@@ -174,7 +174,10 @@ class EncoderConfig(Section):
 class IndexConfig(Section):
     """Builds the FAISS memory bank over the train split."""
 
-    kind: Literal["flat", "ivf", "hnsw"] = Field("flat", description="FAISS index: flat is exact, ivf and hnsw are approximate and faster")
+    kind: Literal["auto", "flat", "ivf", "hnsw"] = Field(
+        "auto",
+        description="FAISS index: flat is exact, ivf and hnsw approximate; auto is exact for small collections, ivf where that is faster",
+    )
     batch_size: int = Field(128, ge=1, description="documents encoded at once")
 
 

@@ -8,21 +8,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
 
 from cm3leon.config.schema import Config
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore, first_caption
+from cm3leon.evaluation.pictures import Pictures
 from cm3leon.evaluation.record import Record, digest, keyed
 from cm3leon.generation.generator import Generator
 from cm3leon.models.clip import Encoder
-from cm3leon.models.vqgan import reconstruct
 from cm3leon.scenes import composition
 from cm3leon.sequence.tasks import Fields, is_filled
 
 Sheet = list[tuple[Image.Image, str]]
 """Images with their captions, for a contact sheet."""
+PROMPTS = 1024
+"""Prompts whose images are generated in one call."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,25 @@ class Evaluation:
         """Stored images, cropped and resized to the image tokenizer's square."""
         return fitted_images(self.generator, self.store, refs)
 
-    def reconstructions(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+    def stored(self, refs: Sequence[str]) -> Pictures:
+        """As :meth:`images`, decoded where they are read: for many."""
+        return Pictures(len(refs), lambda rows: self.images(refs[rows]))
+
+    def decoded(self, codes: np.ndarray) -> Pictures:
+        """Images of codes (n, tokens_per_image)."""
+        return Pictures(len(codes), lambda rows: self.generator.decode(codes[rows]))
+
+    def reconstructions(self, images: Sequence[Image.Image]) -> Pictures:
         """Images encoded and decoded by the image tokenizer: the ceiling of scores of generated images."""
-        _, pixels = reconstruct(self.generator.image_tokenizer, torch.from_numpy(np.stack([np.asarray(image) for image in images])))
-        return [Image.fromarray(array) for array in pixels.numpy()]
+        return self.decoded(self.generator.encode(images))
+
+    def text_to_image(self, prompts: Sequence[str], **settings: Any) -> Pictures:
+        """The best image of each prompt; what is kept of it is its codes."""
+        codes: list[np.ndarray] = []
+        for start in range(0, len(prompts), PROMPTS):
+            generated = self.generator.text_to_image(prompts[start : start + PROMPTS], seed=self.config.evaluate.seed, **settings)
+            codes += [images[0].codes for images in generated]
+        return self.decoded(np.stack(codes))
 
     def add(self, name: str, ids: Sequence[str], values: Sequence[float] | np.ndarray, share: bool = False) -> None:
         """Add a score that is a mean over records, with its interval and outcomes; ``share`` as in :meth:`Record.add`."""

@@ -24,6 +24,7 @@ from cm3leon.evaluation.alignment import clip_score
 from cm3leon.evaluation.context import Evaluation, Sheet, best_images, is_scene
 from cm3leon.evaluation.inception import Inception
 from cm3leon.evaluation.measure import shifted_positions
+from cm3leon.evaluation.pictures import Pictures
 from cm3leon.scenes import composition, edits, layouts
 from cm3leon.scenes.reading import UNKNOWN, read_scene
 from cm3leon.sequence.tasks import CONDITIONS, Box, box_in_square, layout_text, visible_objects
@@ -34,8 +35,8 @@ OUTLINED_SIDE = 320
 """Side of the images with outlined boxes on a sheet, pixels."""
 
 
-def text_to_image(e: Evaluation, ids: list[str], refs: list[str], prompts: list[str], inception: Inception | None) -> Sheet:
-    """Text to image: composition, CLIP score and fidelity.
+def text_to_image(e: Evaluation, ids: list[str], refs: list[str], prompts: list[str], inception: Inception | None) -> Pictures:
+    """Text to image: composition, CLIP score and fidelity. Returns the generated images, one for each prompt.
 
     Calibration: those of the measurements (``measure.py``); and composition and CLIP score with a single candidate, which is not ranked.
 
@@ -44,20 +45,19 @@ def text_to_image(e: Evaluation, ids: list[str], refs: list[str], prompts: list[
         refs: their stored images, which the prompts describe.
         inception: the FID network; None: no FID.
     """
-    generator, section = e.generator, e.config.evaluate
-    resampling = (section.bootstrap, section.seed)
-    originals = e.images(refs)
+    resampling = (e.config.evaluate.bootstrap, e.config.evaluate.seed)
+    originals = e.stored(refs)
     reconstructions = e.reconstructions(originals)
-    generated = best_images(generator.text_to_image(prompts, seed=section.seed))
+    generated = e.text_to_image(prompts)
     measure.measure_composition(e.record, ids, prompts, generated, reconstructions, originals, *resampling)
     measure.measure_images(e.record, e.encoder, ids, prompts, generated, reconstructions, originals, *resampling)
-    unranked = best_images(generator.text_to_image(prompts, seed=section.seed, candidates=1))
+    unranked = e.text_to_image(prompts, candidates=1)
     e.calibrate("clip_score_one_candidate", clip_score(e.encoder, unranked, prompts))
     if "composition" in e.record.scores:
         e.record.calibration["composition_one_candidate"] = composition.score(prompts, unranked)["composition"]
     if inception:
         measure.measure_fidelity(e.record, "inception", inception, ids, generated, reconstructions, originals, *resampling)
-    return list(zip(generated, prompts, strict=True))
+    return generated
 
 
 def edit(e: Evaluation) -> Sheet:

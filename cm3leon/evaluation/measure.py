@@ -91,8 +91,8 @@ def measure_images(
     """
     # Embeddings (n, d) have unit length, so inner products are cosines.
     texts_ND = encoder.encode_texts(list(prompts))
-    generated_ND = encoder.encode_images(list(generated))
-    real_ND = encoder.encode_images(list(originals))
+    generated_ND = encoder.encode_images(generated)
+    real_ND = encoder.encode_images(originals)
     record.add("clip_score", keyed(ids, (generated_ND * texts_ND).sum(1)), resamples, seed)
     record.calibration["clip_score_real"] = float((real_ND * texts_ND).sum(1).mean())
     if len(texts_ND) < 2:
@@ -120,7 +120,7 @@ def measure_fidelity(
     """
     if len(originals) < 2:
         return
-    found, copies, real = (network.encode_images(list(images)) for images in (generated, reconstructions, originals))
+    found, copies, real = (network.encode_images(images) for images in (generated, reconstructions, originals))
 
     # 1. Distances, with intervals. A Fréchet distance is never negative, the shifted interval's lower end could be.
     subset = min(SUBSET, len(real))

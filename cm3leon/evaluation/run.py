@@ -167,7 +167,9 @@ def evaluate(config: Config, output: Path, model: Generator | None = None) -> Re
     measure_upscaler(evaluation, ids, refs, side)
     sheets: dict[str, Sheet] = {}
     if "text_to_image" in generator.trained_tasks:
-        sheets["samples"] = text_to_image(evaluation, ids, refs, prompts, inception)
+        generated = text_to_image(evaluation, ids, refs, prompts, inception)
+        sheets["samples"] = list(zip(generated[: section.sheet], prompts, strict=False))
+        confusions = composition.confusions(prompts, generated)
     if "caption" in generator.trained_tasks:
         sheets["captions"] = caption(evaluation, captioned)
     if asked and "vqa" in generator.trained_tasks:
@@ -184,7 +186,7 @@ def evaluate(config: Config, output: Path, model: Generator | None = None) -> Re
             images, texts = zip(*shown[: section.sheet], strict=True)
             save_captioned(images, texts, output / f"{name}.png")
     if "samples" in sheets:
-        (output / CONFUSIONS).write_text(composition.confusions(prompts, [image for image, _ in sheets["samples"]]))
+        (output / CONFUSIONS).write_text(confusions)
     return record
 
 

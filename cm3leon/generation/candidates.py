@@ -1,4 +1,4 @@
-"""Candidates: several images for each request, generated in batches and ranked; the best are returned."""
+"""Candidates: several images for each request, generated and ranked a batch at a time; only the best are kept and returned."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import numpy as np
 
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.checks import BadInputError
-from cm3leon.generation.engine import MAX_ROWS, generate_images
+from cm3leon.generation.engine import generate_images
 from cm3leon.generation.image_requests import ImageRequest
 from cm3leon.generation.parts import Parts
-from cm3leon.generation.rerank import rank
+from cm3leon.generation.rerank import ranking_scores
 from cm3leon.generation.results import GeneratedImage
+from cm3leon.generation.rows import batch_shape, sequence_bytes
 from cm3leon.generation.sampling import Sampler
 from cm3leon.sequence.grammar import Prompt
+from cm3leon.utils.memory import free_memory
 from cm3leon.utils.progress import track
+
+Scored = tuple[float, GeneratedImage]
+"""A candidate with its ranking score."""
 
 
 def best_candidates(
@@ -39,21 +44,52 @@ def best_candidates(
         return []
     sampler = Sampler(settings)
     streams = [request.streams[: sampler.streams_needed(len(request.streams))] for request in requests]
-    # 2. Generate codes and decode them to pixels, batch by batch.
-    used = settings.model_dump(exclude={"max_text_tokens", "tasks"})
-    candidates: list[list[GeneratedImage]] = [[] for _ in requests]
-    batches = list(_batches(len(requests), count, max(1, MAX_ROWS // len(streams[0]))))
+    # 2. As many candidates at once as fit in memory.
+    tokens = max(len(prompt) for own in streams for prompt in own), _new_tokens(parts, requests[0])
+    together = batch_shape(sequence_bytes(parts.model, *tokens), len(streams[0]), count, free_memory(parts.model.device))
+    batches = list(_batches(len(requests), count, *together))
+    best: list[list[Scored]] = [[] for _ in requests]
     for rows, numbers in track(batches, "generating images", unit="batches") if len(batches) > 1 else batches:
-        seeds = [[seed + number for number in numbers] for _ in rows]
-        codes_PCT = _codes(parts, [requests[row] for row in rows], [streams[row] for row in rows], seeds, sampler)
-        images = iter(parts.decode_images(codes_PCT.reshape(-1, codes_PCT.shape[-1])))
-        for row, own_seeds, own_codes in zip(rows, seeds, codes_PCT, strict=True):
-            prompt, documents = requests[row].prompt, requests[row].retrieved_documents
-            for own_seed, codes in zip(own_seeds, own_codes, strict=True):
-                candidates[row].append(GeneratedImage(next(images), prompt, own_seed, codes, None, documents, used, task))
-    # 3. Rank them, all requests together.
-    ranked = rank([request.query for request in requests], candidates, parts.encoder, parts.model, settings.likelihood)
-    return [images[:num_images] for images in ranked]
+        # 3. Generate and rank a batch. Of each request the best so far are kept; the other pictures are gone before the next batch.
+        seeds = [seed + number for number in numbers]
+        scored = _scored(parts, task, [requests[row] for row in rows], [streams[row] for row in rows], seeds, sampler, settings)
+        for row, kept in zip(rows, [_best(best[row] + scored.pop(0), num_images) for row in rows], strict=True):
+            best[row] = kept
+    return [[image for _, image in own] for own in best]
+
+
+def _new_tokens(parts: Parts, request: ImageRequest) -> int:
+    first, last = request.region.span if request.region else (0, parts.model.vocabulary.tokens_per_image)
+    return last - first
+
+
+def _best(scored: list[Scored], count: int) -> list[Scored]:
+    """The best, in order. The sort is stable: of equal scores the first candidate stays first."""
+    return sorted(scored, key=lambda pair: -pair[0])[:count]
+
+
+def _scored(
+    parts: Parts,
+    task: str,
+    requests: Sequence[ImageRequest],
+    streams: Sequence[Sequence[Prompt]],
+    seeds: list[int],
+    sampler: Sampler,
+    settings: DecodingConfig,
+) -> list[list[Scored]]:
+    """A candidate of each seed for each request, decoded to pixels, with their ranking scores."""
+    codes_PCT = _codes(parts, requests, streams, [seeds] * len(requests), sampler)
+    images = iter(parts.decode_images(codes_PCT.reshape(-1, codes_PCT.shape[-1])))
+    used = settings.model_dump(exclude={"max_text_tokens", "tasks"})
+    candidates = [
+        [
+            GeneratedImage(next(images), request.prompt, seed, codes.copy(), None, request.retrieved_documents, used, task)
+            for seed, codes in zip(seeds, own_codes, strict=True)
+        ]
+        for request, own_codes in zip(requests, codes_PCT, strict=True)
+    ]
+    scores = ranking_scores([request.query for request in requests], candidates, parts.encoder, parts.model, settings.likelihood)
+    return [list(zip(own_scores.tolist(), own, strict=True)) for own_scores, own in zip(scores, candidates, strict=True)]
 
 
 def _codes(
@@ -71,16 +107,9 @@ def _codes(
     return codes
 
 
-def _batches(requests: int, candidates: int, most: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Batches of at most ``most`` candidates: numbers of requests, and numbers of candidates of each.
-
-    A batch holds all candidates of some requests, or some candidates of one.
-    """
-    if candidates >= most:
-        for request in range(requests):
-            for start in range(0, candidates, most):
-                yield [request], list(range(start, min(start + most, candidates)))
-        return
-    together = most // candidates
-    for start in range(0, requests, together):
-        yield list(range(start, min(start + together, requests))), list(range(candidates))
+def _batches(requests: int, candidates: int, requests_together: int, candidates_together: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Batches: numbers of requests, and numbers of candidates of each."""
+    for first in range(0, requests, requests_together):
+        for start in range(0, candidates, candidates_together):
+            rows = range(first, min(first + requests_together, requests))
+            yield list(rows), list(range(start, min(start + candidates_together, candidates)))

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from cm3leon.models.clip import Encoder
 
 
-def rank(
+def ranking_scores(
     queries: Sequence[Query], candidates: Sequence[list[GeneratedImage]], encoder: Encoder | None, model: Decoder, likelihood: float
-) -> list[list[GeneratedImage]]:
-    """Each list of candidates sorted by its ranking score, best first; images get their CLIP score.
+) -> list[np.ndarray]:
+    """The ranking score of each candidate, in lists like theirs, higher is better; images get their CLIP score.
 
     The score of an image x for a prompt t is ``cos(CLIP(x), CLIP(t)) + likelihood * log p(t | x)``. The paper ranks by CLIP alone
     (arXiv 2309.02591); the second term is the decoder's, nats. An instruction of editing does not describe the image, so that
@@ -48,9 +48,7 @@ def rank(
     if read:
         weights = np.array([likelihood if flat[row][0].describes_image else 1.0 for row in read])
         scores[read] += weights * caption_log_likelihoods(model, [flat[row][0] for row in read], [flat[row][1].codes for row in read])
-    # 3. A stable sort: of equal scores the first candidate stays first.
-    score_of = {id(image): score for (_, image), score in zip(flat, scores, strict=True)}
-    return [sorted(images, key=lambda image: -score_of[id(image)]) for images in candidates]
+    return np.split(scores, np.cumsum([len(images) for images in candidates])[:-1])
 
 
 def caption_log_likelihoods(model: Decoder, queries: Sequence[Query], codes: Sequence[np.ndarray]) -> np.ndarray:

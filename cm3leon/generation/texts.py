@@ -8,13 +8,15 @@ from PIL import Image
 
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.checks import BadInputError, check_room, free_tokens
-from cm3leon.generation.engine import MAX_ROWS, Continuation, generate_texts
+from cm3leon.generation.engine import Continuation, generate_texts
 from cm3leon.generation.parts import Parts
 from cm3leon.generation.prompts import answer_prompt, blanks_prompt
 from cm3leon.generation.results import GeneratedText
+from cm3leon.generation.rows import batch_shape, sequence_bytes
 from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import EOSS, Prompt
 from cm3leon.sequence.tasks import TASKS, Fields
+from cm3leon.utils.memory import free_memory
 from cm3leon.utils.progress import track
 
 BLANK = "___"
@@ -28,8 +30,12 @@ def continue_prompts(
     Prompts with equally much room are one batch, so that a long prompt does not cut the texts of others.
     """
     rooms = [min(settings.max_text_tokens, free_tokens(model, [prompt])) for prompt in prompts]
-    groups = [[row for row, own in enumerate(rooms) if own == room] for room in sorted(set(rooms))]
-    batches = [group[start : start + MAX_ROWS] for group in groups for start in range(0, len(group), MAX_ROWS)]
+    free, batches = free_memory(model.device), []
+    for room in sorted(set(rooms)):
+        group = [row for row, own in enumerate(rooms) if own == room]
+        longest = max(len(prompts[row]) for row in group)
+        together, _ = batch_shape(sequence_bytes(model, longest, room), 1, 1, free)
+        batches += [group[start : start + together] for start in range(0, len(group), together)]
     found: dict[int, Continuation] = {}
     for rows in track(batches, "generating texts", unit="batches") if len(batches) > 1 else batches:
         texts = generate_texts(

@@ -1,8 +1,6 @@
 """The memory bank: a FAISS index with one vector per document, and the captions and credits of the documents.
 
-A document's vector is the mean of its L2-normalized text and image embeddings (paper, section 2.1), normalized again (RA-CM3, section 3.2).
-The inner product of two documents, or of a query and a document, is then a cosine, and one bound excludes near-duplicates. The text is the
-document's first caption, which is also the one shown with it.
+A document's text is its first caption, which is also the one shown with it.
 
 Shapes: n documents or queries, d dimensions, k results.
 """
@@ -10,33 +8,23 @@ Shapes: n documents or queries, d dimensions, k results.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from cm3leon.data.manifest import first_caption
+from cm3leon.retrieval.faiss_index import Kind, build_index
+from cm3leon.retrieval.vectors import IMAGES, TEXTS, document_vectors
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.files import read_file, read_json
 
 INDEX, DOCUMENTS, SETTINGS = "index.faiss", "documents.parquet", "config.json"
-TEXTS, IMAGES = "text_embeddings.npy", "image_embeddings.npy"
 MADE_BY = "cm3leon index"
-Kind = Literal["flat", "ivf", "hnsw"]
 BANK_COLUMNS = ["id", "caption", "licence", "attribution", "source"]
-
-
-def normalize(vectors: np.ndarray) -> np.ndarray:
-    """float32 ``(..., d)``, L2-normalized; zero vectors stay zero."""
-    vectors = np.asarray(vectors, dtype=np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-
-
-def document_vectors(text: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """float32 ``(..., d)`` unit vectors of documents from their unit text and image vectors: ``(t + i) / |t + i|``."""
-    return normalize(np.asarray(text, dtype=np.float32) + np.asarray(image, dtype=np.float32))
 
 
 def multimodal_records(manifest: pd.DataFrame) -> pd.DataFrame:
@@ -45,37 +33,14 @@ def multimodal_records(manifest: pd.DataFrame) -> pd.DataFrame:
     return manifest.assign(caption=first)[manifest["image"].notna() & first.ne("")].reset_index(drop=True)
 
 
-def build_index(vectors: np.ndarray, kind: Kind) -> Any:
-    """A FAISS inner-product index: ``flat`` is exact, ``ivf`` and ``hnsw`` are approximate and for large banks.
-
-    The same vectors give the same index, byte for byte.
-    """
-    import faiss
-
-    count, width = vectors.shape
-    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-    index: Any
-    if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = 200
-        index.hnsw.efSearch = 512
-        threads = faiss.omp_get_max_threads()  # one thread: the graph depends on the order of insertion
-        faiss.omp_set_num_threads(1)
-        try:
-            index.add(vectors)
-        finally:
-            faiss.omp_set_num_threads(threads)
-        return index
-    if kind == "ivf":
-        lists = max(1, min(int(4 * count**0.5), count // 39))  # FAISS's k-means wants at least 39 vectors per centroid
-        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, lists, faiss.METRIC_INNER_PRODUCT)
-        index.train(vectors)
-        index.add(vectors)
-        index.nprobe = max(1, lists // 8)
-        return index
-    index = faiss.IndexFlatIP(width)
-    index.add(vectors)
-    return index
+def check_documents(documents: pd.DataFrame) -> None:
+    """Raise UserError if there are no documents; ValueError if an id repeats or a caption is empty."""
+    if documents.empty:
+        raise UserError("the memory bank would be empty: no train document has both a caption and an image")
+    if documents["id"].duplicated().any():
+        raise ValueError(f"document id {documents['id'][documents['id'].duplicated()].iloc[0]!r} occurs twice")
+    if documents["caption"].isna().any() or (documents["caption"].str.strip() == "").any():
+        raise ValueError("only documents with a caption and an image can be retrieved; drop the others before indexing")
 
 
 class MemoryBank:
@@ -99,22 +64,18 @@ class MemoryBank:
             encoder: fingerprint of the encoder that made them.
 
         Raises:
-            UserError: if there are no documents; ValueError: if an id repeats, a caption is empty, or counts differ.
+            UserError: if there are no documents, or an approximate index finds too few of the nearest.
+            ValueError: if an id repeats, a caption is empty, or counts differ.
         """
-        if documents.empty:
-            raise UserError("the memory bank would be empty: no train document has both a caption and an image")
-        if documents["id"].duplicated().any():
-            raise ValueError(f"document id {documents['id'][documents['id'].duplicated()].iloc[0]!r} occurs twice")
-        if documents["caption"].isna().any() or (documents["caption"].str.strip() == "").any():
-            raise ValueError("only documents with a caption and an image can be retrieved; drop the others before indexing")
-        text, image = np.asarray(text, dtype=np.float16), np.asarray(image, dtype=np.float16)
-        settings = {"kind": kind, "encoder": encoder, "documents": len(documents), "dimensions": int(text.shape[1])}
-        index = build_index(document_vectors(text, image), kind)
-        return cls(index, documents[BANK_COLUMNS].reset_index(drop=True), text, image, settings)
+        check_documents(documents)
+        text, image = np.asanyarray(text, dtype=np.float16), np.asanyarray(image, dtype=np.float16)
+        settings = {"encoder": encoder, "documents": len(documents), "dimensions": int(text.shape[1])}
+        index, found = build_index(text, image, kind)
+        return cls(index, documents[BANK_COLUMNS].reset_index(drop=True), text, image, settings | found)
 
     @classmethod
     def load(cls, directory: str | Path) -> MemoryBank:
-        """Read a bank written by :meth:`save`; embeddings are memory-mapped.
+        """Read a bank written by :meth:`save`; index and embeddings are memory-mapped.
 
         Raises:
             FileNotFoundError: if the directory holds none.
@@ -130,20 +91,29 @@ class MemoryBank:
             read_file(directory / name, partial(np.load, mmap_mode="r", allow_pickle=False), MADE_BY) for name in (TEXTS, IMAGES)
         )
         settings = read_file(directory / SETTINGS, read_json, MADE_BY)
-        index = read_file(directory / INDEX, lambda path: faiss.read_index(str(path)), MADE_BY)
+        index = read_file(directory / INDEX, lambda path: faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), MADE_BY)
         return cls(index, read_file(directory / DOCUMENTS, pd.read_parquet, MADE_BY), text, image, settings)
 
     def save(self, directory: str | Path) -> None:
-        """Write ``index.faiss``, ``documents.parquet``, ``text_embeddings.npy``, ``image_embeddings.npy`` and ``config.json``."""
+        """Write ``index.faiss``, ``documents.parquet``, ``text_embeddings.npy``, ``image_embeddings.npy`` and ``config.json``.
+
+        Files are replaced, not overwritten: index and embeddings may be mapped from them, by this bank too.
+        """
         import faiss
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        faiss.write_index(self.index, str(directory / INDEX))
-        self.documents.to_parquet(directory / DOCUMENTS, index=False)
-        np.save(directory / TEXTS, self.text, allow_pickle=False)
-        np.save(directory / IMAGES, self.image, allow_pickle=False)
-        (directory / SETTINGS).write_text(json.dumps(self.settings, indent=2, sort_keys=True) + "\n")
+        writers: dict[str, Callable[[Path], object]] = {
+            INDEX: lambda path: faiss.write_index(self.index, str(path)),
+            DOCUMENTS: lambda path: self.documents.to_parquet(path, index=False),
+            TEXTS: partial(_save_array, self.text),
+            IMAGES: partial(_save_array, self.image),
+            SETTINGS: lambda path: path.write_text(json.dumps(self.settings, indent=2, sort_keys=True) + "\n"),
+        }
+        for name, write in writers.items():
+            part = directory / f"{name}.part"
+            write(part)
+            part.replace(directory / name)
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -170,3 +140,8 @@ class MemoryBank:
         k = min(k, len(self))
         scores, positions = self.index.search(np.ascontiguousarray(vectors, dtype=np.float32), k)
         return np.where(positions < 0, -np.inf, scores).astype(np.float32), positions
+
+
+def _save_array(array: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:  # np.save would add a suffix to the path
+        np.save(file, array, allow_pickle=False)

@@ -10,16 +10,30 @@ Shapes: q queries, k candidates of each, d dimensions, t documents already taken
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cm3leon.config.schema import RetrieveConfig
-from cm3leon.retrieval.index import MemoryBank, document_vectors
+from cm3leon.retrieval.index import MemoryBank
+from cm3leon.retrieval.vectors import chunks, document_vectors
 
 TEXT, IMAGE = "text", "image"
+FAISS_PRODUCT = 128_000
+FIRST_CANDIDATES = 32
+"""Candidates that the rules are applied to first, as to read the vectors of all takes ten times longer than to search for them."""
 _MAX_FLOATS = 1 << 24  # of candidate vectors gathered at once: 64 MB
+
+
+def search_batch(dimensions: int) -> int:
+    """Queries that are searched together: 512, or more where vectors are short.
+
+    FAISS multiplies matrices from 128,000 on, queries times dimensions; with fewer it takes the vectors one by one. At 512 dimensions over
+    100,000 vectors a query took 7 ms in batches of 128 and 0.4 ms in batches of 256 or 512; larger ones gain little and often cost more,
+    as the results of all queries no longer fit in the processor's cache (``benchmarks/retrieval.py``).
+    """
+    return max(512, -(-FAISS_PRODUCT // dimensions))
 
 
 @dataclass(frozen=True)
@@ -87,11 +101,6 @@ def select(
     return chosen
 
 
-def _chunks(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
-
-
 def find(
     bank: MemoryBank,
     config: RetrieveConfig,
@@ -118,30 +127,50 @@ def find(
     count = len(by_modality[0][1])
     own = np.full(count, -1) if own is None else np.asarray(own)
     document = document_vectors(by_modality[0][1], by_modality[-1][1]) if document is None else document
-    result: list[list[Neighbor]] = []
     depth = min(config.search_depth, len(bank))
-    for rows in _chunks(count, max(1, _MAX_FLOATS // (depth * bank.settings["dimensions"]))):
-        result += _find_chunk(bank, config, [(name, vectors[rows]) for name, vectors in by_modality], document[rows], own[rows], depth)
+    result: list[list[Neighbor]] = []
+    for rows in chunks(count, search_batch(bank.settings["dimensions"])):
+        result += _find_batch(bank, config, [(name, vectors[rows]) for name, vectors in by_modality], document[rows], own[rows], depth)
     return result
 
 
-def _find_chunk(
+Hits = tuple[str, np.ndarray, np.ndarray]
+"""A modality, and the scores and positions ``(q, k)`` that a search by it gave."""
+
+
+def _find_batch(
     bank: MemoryBank, config: RetrieveConfig, by_modality: list[tuple[str, np.ndarray]], query: np.ndarray, own: np.ndarray, depth: int
 ) -> list[list[Neighbor]]:
-    """:func:`find` for as many queries as fit in memory with their candidates' vectors."""
+    """:func:`find` for queries that are searched together."""
+    hits: list[Hits] = [(name, *bank.search(vectors, depth)) for name, vectors in by_modality]
+    found: list[list[Neighbor]] = [[] for _ in own]
+    open_rows = np.arange(len(own))
+    # The rules take candidates in order, so for a query that finds all it wants among the first ones the others do not matter.
+    for width in sorted({min(FIRST_CANDIDATES, depth), depth}):
+        for part in chunks(len(open_rows), max(1, _MAX_FLOATS // (width * bank.settings["dimensions"]))):
+            rows = open_rows[part]
+            cut = [(name, scores[rows, :width], positions[rows, :width]) for name, scores, positions in hits]
+            for row, neighbors in zip(rows, _apply_rules(bank, config, cut, query[rows], own[rows]), strict=True):
+                found[row] = neighbors
+        open_rows = open_rows[[len(found[row]) < config.candidates_per_modality * len(hits) for row in open_rows]]
+    return found
+
+
+def _apply_rules(
+    bank: MemoryBank, config: RetrieveConfig, hits: Sequence[Hits], query: np.ndarray, own: np.ndarray
+) -> list[list[Neighbor]]:
+    """What the rules take of the candidates of as many queries as fit in memory with their candidates' vectors."""
     found: list[list[Neighbor]] = [[] for _ in own]
     taken = np.zeros((len(own), 0, query.shape[1]), dtype=np.float32)
     taken_positions = np.full((len(own), 0), -1)
     rows = np.arange(len(own))[:, None]
-    for name, vectors in by_modality:
-        # 1. Search by this modality.
-        scores, positions = bank.search(vectors, depth)
+    for name, scores, positions in hits:
+        # 1. Apply the rules; a document that the text has found is not taken again by the image.
         candidates = bank.vectors(positions)
-        # 2. Apply the rules; a document that the text has found is not taken again by the image.
         repeated = (positions[:, :, None] == taken_positions[:, None, :]).any(axis=2)
         unseen = np.where(repeated, -1, positions)
         columns = select(unseen, scores, candidates, query, own, taken, config.candidates_per_modality, config.max_score)
-        # 3. Keep what was taken, for the result and for the next modality.
+        # 2. Keep what was taken, for the result and for the next modality.
         present = columns >= 0
         for row, slot in zip(*np.nonzero(present), strict=True):
             column = columns[row, slot]
@@ -178,14 +207,36 @@ def sample_random(
     return [[int(row[column]) for column in chosen if column >= 0][:count] for row, chosen, count in rows]
 
 
-def coverage(neighbors: list[list[Neighbor]], config: RetrieveConfig, modalities: int = 2) -> dict[str, float]:
-    """How many neighbors the queries have: share with all (``complete``), share with none (``empty``), mean number and mean score."""
-    wanted = config.candidates_per_modality * modalities
-    counts = np.array([len(found) for found in neighbors])
-    scores = [neighbor.score for found in neighbors for neighbor in found]
-    return {
-        "complete": float((counts == wanted).mean()) if len(counts) else 0.0,
-        "empty": float((counts == 0).mean()) if len(counts) else 0.0,
-        "neighbors": float(counts.mean()) if len(counts) else 0.0,
-        "score": float(np.mean(scores)) if scores else 0.0,
-    }
+@dataclass
+class Coverage:
+    """How many neighbors queries have: counted a part of the queries at a time.
+
+    Attributes:
+        wanted: neighbors that a query can have.
+    """
+
+    wanted: int
+    queries: int = 0
+    complete: int = 0
+    empty: int = 0
+    neighbors: int = 0
+    score: float = 0.0
+
+    def add(self, found: Sequence[Sequence[Neighbor]]) -> None:
+        """Count the neighbors of some queries."""
+        self.queries += len(found)
+        self.complete += sum(len(neighbors) == self.wanted for neighbors in found)
+        self.empty += sum(not neighbors for neighbors in found)
+        self.neighbors += sum(map(len, found))
+        self.score += sum(neighbor.score for neighbors in found for neighbor in neighbors)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Share of the queries with all neighbors and with none, mean number of neighbors, and their mean score; 0 without queries."""
+        queries = max(1, self.queries)
+        return {
+            "complete": self.complete / queries,
+            "empty": self.empty / queries,
+            "neighbors": self.neighbors / queries,
+            "score": self.score / max(1, self.neighbors),
+        }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cm3leon.config.schema import RetrieveConfig
-from cm3leon.retrieval.index import MemoryBank, document_vectors
-from cm3leon.retrieval.strategy import Neighbor, drop_words, find, sample_random
+from cm3leon.retrieval.index import MemoryBank
+from cm3leon.retrieval.strategy import Neighbor, drop_words, find, sample_random, search_batch
+from cm3leon.retrieval.vectors import chunks, document_vectors
 from cm3leon.utils.progress import progress
 
 FILE = "neighbours.parquet"
@@ -26,29 +27,29 @@ SCHEMA = pa.schema(
         ("random", pa.list_(pa.string())),  # as many train documents, sampled at random under the same rules
     ]
 )
-CHUNK = 1024
-"""Queries searched together."""
 
 
-@dataclass
 class NeighborTable:
-    """The table while it grows.
+    """``neighbours.parquet`` in ``directory``, written a part of the queries at a time; a context that closes the file.
 
-    Attributes:
+    Args:
         encode_texts: of the bank's encoder.
         seed: of the dropped words and of the random documents.
-        ids: the queries, one a row.
-        found: their retrieved documents.
-        random: bank positions of documents sampled at random, as many as were retrieved.
     """
 
-    bank: MemoryBank
-    encode_texts: Callable[[Sequence[str]], np.ndarray]
-    config: RetrieveConfig
-    seed: int
-    ids: list[str] = field(default_factory=list)
-    found: list[list[Neighbor]] = field(default_factory=list)
-    random: list[list[int]] = field(default_factory=list)
+    def __init__(
+        self, directory: Path, bank: MemoryBank, encode_texts: Callable[[Sequence[str]], np.ndarray], config: RetrieveConfig, seed: int
+    ) -> None:
+        self.bank, self.encode_texts, self.config, self.seed = bank, encode_texts, config, seed
+        self.names = bank.documents["id"].to_numpy()
+        directory.mkdir(parents=True, exist_ok=True)
+        self.file = pq.ParquetWriter(directory / FILE, SCHEMA)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
     def add(self, records: pd.DataFrame, text: np.ndarray, image: np.ndarray) -> list[list[Neighbor]]:
         """Retrieve for records, by their captions with some words dropped and by their images; returns what was found.
@@ -57,39 +58,33 @@ class NeighborTable:
             records: rows with ``id`` and ``caption``.
             text, image: float32 ``(n, d)`` unit vectors of the whole captions and of the images.
         """
-        bank, config, seed = self.bank, self.config, self.seed
-        document, own = document_vectors(text, image), bank.positions_of(records["id"])
-        first = len(self.found)
+        document, own = document_vectors(text, image), self.bank.positions_of(records["id"])
+        found: list[list[Neighbor]] = []
+        random: list[list[int]] = []
         with progress("retrieving", len(records), "documents") as meter:
-            for start in range(0, len(records), CHUNK):
-                rows = slice(start, start + CHUNK)
-                ids = records["id"].iloc[rows].tolist()
-                captions = records["caption"].iloc[rows].tolist()
-                queries = [drop_words(caption, config.query_drop, seed, name) for caption, name in zip(captions, ids, strict=True)]
-                found = find(bank, config, text=self.encode_texts(queries), image=image[rows], document=document[rows], own=own[rows])
-                counts = [len(neighbors) for neighbors in found]
-                keys = [f"{seed}/{name}" for name in ids]
-                self.random += sample_random(bank, config, document=document[rows], own=own[rows], counts=counts, keys=keys)
-                self.found += found
-                self.ids += ids
+            for rows in chunks(len(records), search_batch(text.shape[1])):
+                ids, captions = (records[column].iloc[rows].tolist() for column in ("id", "caption"))
+                queries = [
+                    drop_words(caption, self.config.query_drop, self.seed, name) for caption, name in zip(captions, ids, strict=True)
+                ]
+                by_text = self.encode_texts(queries)
+                found += find(self.bank, self.config, text=by_text, image=image[rows], document=document[rows], own=own[rows])
+                counts = [len(neighbors) for neighbors in found[rows]]
+                keys = [f"{self.seed}/{name}" for name in ids]
+                random += sample_random(self.bank, self.config, document=document[rows], own=own[rows], counts=counts, keys=keys)
                 meter.advance(len(ids))
-        return self.found[first:]
+        self.file.write_table(self._rows(records["id"].tolist(), found, random))
+        return found
 
-    def to_arrow(self) -> pa.Table:
-        """The table in :data:`SCHEMA`, with bank positions replaced by ids."""
-        names = self.bank.documents["id"].tolist()
+    def _rows(self, ids: list[str], found: list[list[Neighbor]], random: list[list[int]]) -> pa.Table:
+        """Rows in :data:`SCHEMA`, with bank positions replaced by ids."""
         return pa.table(
             {
-                "id": self.ids,
-                "neighbours": [[names[neighbor.position] for neighbor in neighbors] for neighbors in self.found],
-                "scores": [[neighbor.score for neighbor in neighbors] for neighbors in self.found],
-                "modalities": [[neighbor.modality for neighbor in neighbors] for neighbors in self.found],
-                "random": [[names[position] for position in positions] for positions in self.random],
+                "id": ids,
+                "neighbours": [[self.names[neighbor.position] for neighbor in neighbors] for neighbors in found],
+                "scores": [[neighbor.score for neighbor in neighbors] for neighbors in found],
+                "modalities": [[neighbor.modality for neighbor in neighbors] for neighbors in found],
+                "random": [[self.names[position] for position in positions] for positions in random],
             },
             schema=SCHEMA,
         )
-
-    def save(self, directory: Path) -> None:
-        """Write ``neighbours.parquet``."""
-        directory.mkdir(parents=True, exist_ok=True)
-        pq.write_table(self.to_arrow(), directory / FILE)

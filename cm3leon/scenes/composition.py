@@ -186,7 +186,7 @@ def check_images(captions: Sequence[str], images: Sequence[Image.Image | np.ndar
     if len(captions) != len(images):
         raise ValueError(f"{len(captions)} captions but {len(images)} images")
     statements = [parse_caption(text) for text in captions]
-    return [check(s, read_scene(image)) if s else None for s, image in zip(statements, images, strict=True)]
+    return [check(statement, read_scene(images[i])) if statement else None for i, statement in enumerate(statements)]
 
 
 def all_right(outcomes: Sequence[dict[str, bool] | None]) -> dict[int, float]:
@@ -225,11 +225,11 @@ def confusions(captions: Sequence[str], images: Sequence[Image.Image | np.ndarra
     The columns are ``attribute,stated,drawn,count``, the most frequent pairs of each attribute first.
     """
     counts: Counter[tuple[str, str, str]] = Counter()
-    for text, image in zip(captions, images, strict=True):
+    for i, text in enumerate(captions):
         statement = parse_caption(text)
         if statement is None:
             continue
-        scene = read_scene(image)
+        scene = read_scene(images[i])
         counts["count", str(len(statement.objects)), str(len(scene.objects))] += 1
         if statement.background:
             counts["background", statement.background, scene.background] += 1

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pandas as pd
+
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.models.clip import Encoder
-from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank, multimodal_records
+from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank, check_documents, multimodal_records
+from cm3leon.retrieval.vectors import chunks, create_embeddings
 from cm3leon.tracking import runs
 from cm3leon.utils.device import default_device
 
 
+def embed(encoder: Encoder, records: pd.DataFrame, batch_size: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Text and image embeddings of records, float16 ``(n, d)``, written to ``models/index/`` as they are made, and the mean CLIP score."""
+    store, total = ImageStore(paths.RAW), 0.0
+    text, image = create_embeddings(paths.INDEX, len(records), encoder.dimensions)
+    for rows in chunks(len(records)):
+        part = records.iloc[rows]
+        image_ND = encoder.encode_refs(store, part["image"].tolist(), batch_size)
+        text_ND = encoder.encode_texts(part["caption"].tolist())
+        text[rows], image[rows] = text_ND, image_ND
+        total += float((text_ND * image_ND).sum())
+    return text, image, total / len(records)
+
+
 def run(config: Config) -> dict[str, float]:
-    """Write ``models/index/``; returns the number of documents in it, the number of train records left out, and the mean CLIP score."""
+    """Write ``models/index/``.
+
+    Returns:
+        The number of documents in it, the number of train records left out, the mean CLIP score, and the recall of the search.
+    """
     with runs.stage_run("index", config) as run:
         encoder = Encoder.load(paths.ENCODER).to(default_device())
         train = read_manifest(paths.VALIDATED, "train")
         records = multimodal_records(train)
-        image = encoder.encode_refs(ImageStore(paths.RAW), records["image"].tolist(), config.index.batch_size)
-        text = encoder.encode_texts(records["caption"].tolist())
+        check_documents(records)
+        text, image, score = embed(encoder, records, config.index.batch_size)
         bank = MemoryBank.build(records[BANK_COLUMNS], text, image, config.index.kind, encoder.fingerprint)
         bank.save(paths.INDEX)
         metrics = {
             "documents": float(len(bank)),
             "left_out": float(len(train) - len(bank)),
-            "clip_score": float((text * image).sum(axis=1).mean()),
+            "clip_score": score,
+            "recall": bank.settings["recall"],
         }
         run.log_metrics({f"index/{name}": value for name, value in metrics.items()})
     return metrics

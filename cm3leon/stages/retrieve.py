@@ -10,8 +10,9 @@ from cm3leon.config.schema import Config
 from cm3leon.data.manifest import SPLITS, ImageStore, read_manifest
 from cm3leon.models.clip import Encoder
 from cm3leon.retrieval.index import MemoryBank, multimodal_records
-from cm3leon.retrieval.strategy import coverage
+from cm3leon.retrieval.strategy import Coverage
 from cm3leon.retrieval.table import NeighborTable
+from cm3leon.retrieval.vectors import chunks
 from cm3leon.tracking import runs
 from cm3leon.utils.device import default_device
 
@@ -35,12 +36,14 @@ def run(config: Config) -> dict[str, float]:
         encoder = Encoder.load(paths.ENCODER).to(default_device())
         bank = MemoryBank.load(paths.INDEX)
         bank.check_encoder(encoder.fingerprint)
-        table = NeighborTable(bank, encoder.encode_texts, section, config.seed)
         metrics: dict[str, float] = {}
-        for split in SPLITS:
-            records = multimodal_records(read_manifest(paths.VALIDATED, split, ["id", "image", "captions"]))
-            found = table.add(records, *query_vectors(encoder, bank, records))
-            metrics |= {f"{split}_{name}": value for name, value in coverage(found, section).items()}
-        table.save(paths.NEIGHBORS)
+        with NeighborTable(paths.NEIGHBORS, bank, encoder.encode_texts, section, config.seed) as table:
+            for split in SPLITS:
+                records = multimodal_records(read_manifest(paths.VALIDATED, split, ["id", "image", "captions"]))
+                coverage = Coverage(wanted=2 * section.candidates_per_modality)
+                for rows in chunks(len(records)):
+                    part = records.iloc[rows]
+                    coverage.add(table.add(part, *query_vectors(encoder, bank, part)))
+                metrics |= {f"{split}_{name}": value for name, value in coverage.metrics.items()}
         run.log_metrics({f"retrieve/{name}": value for name, value in metrics.items()})
     return metrics

@@ -1,4 +1,4 @@
-"""The memory bank: search compared with exhaustive search, saving, and errors."""
+"""The memory bank: search compared with exhaustive search, saving, memory, and errors."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank, document_vectors, normalize
+from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank
+from cm3leon.retrieval.vectors import document_vectors, normalize
 
 
 def bank_inputs(count: int = 200, width: int = 16, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
@@ -22,7 +23,7 @@ def test_document_vectors_are_normalized_means() -> None:
     assert vectors == pytest.approx(normalize((text + image) / 2), abs=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "least"), [("flat", 1.0), ("hnsw", 0.99), ("ivf", 0.3)])
+@pytest.mark.parametrize(("kind", "least"), [("auto", 1.0), ("flat", 1.0), ("hnsw", 0.99), ("ivf", 0.9)])
 def test_search_finds_the_most_similar(kind: str, least: float) -> None:
     documents, text, image = bank_inputs()
     bank = MemoryBank.build(documents, text, image, kind, "f")
@@ -40,6 +41,30 @@ def test_a_search_for_more_than_there_are_finds_all() -> None:
     bank = MemoryBank.build(*bank_inputs(count=3), "flat", "f")
     _, positions = bank.search(np.ones((2, 16)), 10)
     assert sorted(positions[0]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+def test_a_bank_can_be_saved_where_it_was_loaded_from(kind: str, tmp_path: Path) -> None:
+    MemoryBank.build(*bank_inputs(), kind, "f").save(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    bank = MemoryBank.load(tmp_path)
+    bank.save(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert np.array_equal(bank.search(bank.vectors(np.arange(3)), 1)[1][:, 0], [0, 1, 2])
+
+
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="reads Linux's table of mapped files")
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+def test_index_and_embeddings_of_a_loaded_bank_are_mapped_and_not_read(kind: str, tmp_path: Path) -> None:
+    MemoryBank.build(*bank_inputs(), kind, "f").save(tmp_path)
+    assert str(tmp_path) not in MAPS.read_text()
+    bank = MemoryBank.load(tmp_path)
+    mapped = MAPS.read_text()
+    assert all(str(tmp_path / name) in mapped for name in ("index.faiss", "text_embeddings.npy", "image_embeddings.npy"))
+    assert len(bank) == 200
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from cm3leon.config.schema import RetrieveConfig
 from cm3leon.retrieval import strategy
-from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank, document_vectors, normalize
+from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank
+from cm3leon.retrieval.vectors import document_vectors, normalize
 
 
 def bank_of(count: int, seed: int, spread: float, width: int = 6) -> MemoryBank:
@@ -79,6 +80,33 @@ def test_an_exact_copy_of_the_query_is_skipped() -> None:
     assert len(positions & {1, 5}) == 1  # of two copies of one document one is taken
 
 
+def test_candidates_behind_many_copies_are_found() -> None:
+    """The rules are applied to the first candidates first; these are all copies of the query."""
+    count = 3 * strategy.FIRST_CANDIDATES
+    text, image = np.tile(np.eye(1, 8), (count, 1)), np.tile(np.eye(1, 8, k=4), (count, 1))
+    text[-2:], image[-2:] = np.eye(8)[2:4] + 0.1, np.eye(8)[6:8] + 0.1
+    rows = pd.DataFrame([{**dict.fromkeys(BANK_COLUMNS, "x"), "id": f"doc{i}"} for i in range(count)])
+    bank = MemoryBank.build(rows, normalize(text), normalize(image), "flat", "0")
+    found = strategy.find(bank, RetrieveConfig(), text=np.float32(text[:2]), image=np.float32(image[:2]), own=np.array([0, 1]))
+    assert [{n.position for n in neighbors} for neighbors in found] == [{count - 2, count - 1}] * 2
+
+
+@pytest.mark.parametrize("width", [64, 512])
+def test_queries_are_searched_in_batches_for_which_faiss_multiplies_matrices(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = bank_of(300, 0, 1.0, width)
+    sizes: list[int] = []
+    search = bank.search
+
+    def counted(vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        sizes.append(len(vectors))
+        return search(vectors, k)
+
+    monkeypatch.setattr(bank, "search", counted)
+    queries = np.tile(np.float32(bank.text), (15, 1))[:4200]
+    strategy.find(bank, RetrieveConfig(), text=queries)
+    assert sum(sizes) == 4200 and all(size * width >= 128_000 and size >= 512 for size in sizes[:-1])
+
+
 def test_a_prompt_without_image_gets_text_neighbors() -> None:
     bank = bank_of(30, 0, 1.0)
     found = strategy.find(bank, RetrieveConfig(), text=np.asarray(bank.text[:3], dtype=np.float32))
@@ -113,8 +141,10 @@ def test_dropped_words_differ_by_document() -> None:
     assert len({strategy.drop_words(text, 0.2, 0, str(i)) for i in range(20)}) > 5
 
 
-def test_coverage() -> None:
+def test_coverage_of_parts_is_that_of_the_whole() -> None:
     n = strategy.Neighbor(0, 0.5, "text")
-    metrics = strategy.coverage([[n, n, n, n], [n], [], []], RetrieveConfig())
-    assert metrics == {"complete": 0.25, "empty": 0.5, "neighbors": 1.25, "score": 0.5}
-    assert strategy.coverage([], RetrieveConfig())["neighbors"] == 0
+    coverage = strategy.Coverage(wanted=4)
+    assert coverage.metrics == {"complete": 0, "empty": 0, "neighbors": 0, "score": 0}
+    coverage.add([[n, n, n, n], [n]])
+    coverage.add([[], []])
+    assert coverage.metrics == {"complete": 0.25, "empty": 0.5, "neighbors": 1.25, "score": 0.5}

@@ -18,11 +18,11 @@ from tests_support import make_documents
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, PretrainConfig
-from cm3leon.data.manifest import VALIDATED_SCHEMA
+from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
 from cm3leon.models.clip import Encoder
 from cm3leon.models.super_resolution import target_side
-from cm3leon.retrieval import table
+from cm3leon.retrieval import table, vectors
 from cm3leon.retrieval.index import MemoryBank
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.stages import encoder, index, retrieve, super_resolution
@@ -92,7 +92,30 @@ def test_index_holds_the_multimodal_train_documents(project: tuple[Path, dict[st
     assert bank.documents["id"].tolist() == [f"ab{i:02d}" for i in range(1, TRAIN)]
     assert metrics["index"]["documents"] == TRAIN - 1
     assert metrics["index"]["left_out"] == 1
-    bank.check_encoder(Encoder.load(paths.ENCODER).fingerprint)
+    assert metrics["index"]["recall"] == bank.settings["recall"] == 1
+    assert bank.settings["kind"] == "flat"
+    encoder = Encoder.load(paths.ENCODER)
+    bank.check_encoder(encoder.fingerprint)
+    images = encoder.encode_refs(ImageStore(paths.RAW), [f"images-00000.tar/{number:06d}.png" for number in range(1, TRAIN)])
+    texts = encoder.encode_texts(bank.documents["caption"].tolist())
+    assert np.array_equal(bank.image, images.astype(np.float16)) and np.array_equal(bank.text, texts.astype(np.float16))
+    assert metrics["index"]["clip_score"] == pytest.approx((texts * images).sum(1).mean())
+
+
+def test_a_part_of_the_rows_at_a_time_gives_the_same(
+    project: tuple[Path, dict[str, dict[str, float]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, metrics = project
+    before = pd.read_parquet(paths.NEIGHBORS / table.FILE)
+    monkeypatch.setattr(vectors, "CHUNK", 7)
+    found = {name: STAGES[name].run(CONFIG) for name in ("index", "retrieve")}
+    after = pd.read_parquet(paths.NEIGHBORS / table.FILE)
+    monkeypatch.setattr(vectors, "CHUNK", 1 << 16)
+    for name in found:  # the files that other tests read
+        STAGES[name].run(CONFIG)
+        assert found[name] == pytest.approx(metrics[name], abs=1e-3)  # embeddings of other batches may be rounded otherwise
+    names = ["id", "neighbours", "modalities", "random"]
+    assert after[names].map(list).equals(before[names].map(list))
 
 
 def test_neighbors_come_from_train_and_are_never_the_query(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
