@@ -26,7 +26,7 @@ SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from cm3leon.data.images import fit_square
+from cm3leon.data.loading import Square, default_workers, image_batches
 from cm3leon.data.manifest import ImageStore
+from cm3leon.utils.device import default_device
 from cm3leon.utils.progress import progress
 
 MEMORY = 2 << 30
@@ -34,19 +34,17 @@ class ImageSet:
             return self._pixels[positions]
         return self._read(np.arange(len(self.refs))[positions])
 
-    def _one(self, position: int) -> np.ndarray:
-        return np.asarray(fit_square(self.store.open(self.refs[position]), self.size))
-
     def _read(self, positions: np.ndarray) -> np.ndarray:
-        with ThreadPoolExecutor(2) as pool:
-            images = list(pool.map(self._one, positions.tolist()))
-        return np.stack(images) if images else np.zeros((0, self.size, self.size, 3), dtype=np.uint8)
+        refs = [self.refs[position] for position in positions.tolist()]
+        found = [batch.numpy() for batch in image_batches(self.store, refs, Square(self.size), _CHUNK)]
+        return np.concatenate(found) if found else np.zeros((0, self.size, self.size, 3), dtype=np.uint8)
 
     def _read_all(self) -> np.ndarray:
         pixels = np.empty((len(self.refs), self.size, self.size, 3), dtype=np.uint8)
+        done = 0
         with progress("reading images", len(self.refs), "images") as meter:
-            for start in range(0, len(self.refs), _CHUNK):
-                positions = np.arange(start, min(start + _CHUNK, len(self.refs)))
-                pixels[positions] = self._read(positions)
-                meter.advance(len(positions))
+            for batch in image_batches(self.store, self.refs, Square(self.size), _CHUNK, default_workers(default_device())):
+                pixels[done : done + len(batch)] = batch.numpy()
+                done += len(batch)
+                meter.advance(len(batch))
         return pixels

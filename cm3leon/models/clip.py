@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cm3leon.config.schema import EncoderConfig
-from cm3leon.data.images import fit_square
+from cm3leon.data.loading import Square, default_workers, image_batches
 from cm3leon.data.manifest import ImageStore
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.utils import torchvision_compat
@@ -81,12 +81,6 @@ def trained_settings(config: EncoderConfig, vocabulary: int) -> dict[str, Any]:
     text["heads"] = config.text_width // HEAD_DIM
     model = {"embed_dim": config.embedding_dim, "vision": vision, "text": text}
     return {"kind": "trained", "image_size": config.image_size, "model": model}
-
-
-def to_pixels(images: Sequence[Image.Image], size: int) -> torch.Tensor:
-    """uint8 ``(n, 3, size, size)`` of images resized and center-cropped to a square."""
-    arrays = [np.asarray(fit_square(image, size)) for image in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 def embed_pixels(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -201,25 +195,33 @@ class Encoder:
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """float32 ``(n, d)``, L2-normalized."""
-        batches = []
-        for start in range(0, len(images), BATCH):
-            batch = images[start : start + BATCH]
-            if self._preprocess is None:
-                vectors = embed_pixels(self.model, to_pixels(batch, self.settings["image_size"]).to(self.device))
-            else:
-                pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in batch]).to(self.device)
-                vectors = self.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
-            batches.append(vectors.float().cpu().numpy())
+        parts = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+        batches = [self._embed(torch.stack([self.prepare(image) for image in part])) for part in parts]
         return np.concatenate(batches) if batches else np.zeros((0, self.dimensions), dtype=np.float32)
 
+    def prepare(self, image: Image.Image) -> torch.Tensor:
+        """What the model reads of an image: uint8 ``(size, size, 3)``, or what the pretrained model's own transformation gives."""
+        if self._preprocess is None:
+            return Square(self.settings["image_size"])(image)
+        return self._preprocess(image.convert("RGB"))
+
+    def _embed(self, prepared: torch.Tensor) -> np.ndarray:
+        """Unit vectors of prepared images."""
+        pixels = prepared.to(self.device, non_blocking=True)
+        if self._preprocess is None:
+            vectors = embed_pixels(self.model, pixels.permute(0, 3, 1, 2).contiguous())
+        else:
+            vectors = self.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
+        return vectors.float().cpu().numpy()
+
+    @torch.inference_mode()
     def encode_refs(self, store: ImageStore, refs: Sequence[str], batch_size: int = BATCH) -> np.ndarray:
-        """:meth:`encode_images` of stored images, of which one batch at a time is in memory."""
+        """:meth:`encode_images` of stored images, of which few batches at a time are in memory; they are decoded ahead."""
         batches = []
         with progress("embedding images", len(refs), "images") as meter:
-            for start in range(0, len(refs), batch_size):
-                batch = refs[start : start + batch_size]
-                batches.append(self.encode_images([store.open(ref) for ref in batch]))
-                meter.advance(len(batch))
+            for prepared in image_batches(store, refs, self.prepare, batch_size, default_workers(self.device)):
+                batches.append(self._embed(prepared))
+                meter.advance(len(prepared))
         return np.concatenate(batches) if batches else self.encode_images([])
 
     @torch.inference_mode()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pandas as pd
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
+from cm3leon.data.loading import decoded_per_second, default_workers
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.models.clip import Encoder
 from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank, check_documents, multimodal_records
@@ -39,7 +42,11 @@ def run(config: Config) -> dict[str, float]:
         train = read_manifest(paths.VALIDATED, "train")
         records = multimodal_records(train)
         check_documents(records)
+        start = time.perf_counter()
         text, image, score = embed(encoder, records, config.index.batch_size)
+        seconds = time.perf_counter() - start
+        limit = decoded_per_second(ImageStore(paths.RAW), records["image"].tolist(), encoder.prepare, default_workers(encoder.device))
+        run.log_metrics({"index/documents_per_second": len(records) / seconds, "index/decoded_per_second": limit})
         bank = MemoryBank.build(records[BANK_COLUMNS], text, image, config.index.kind, encoder.fingerprint)
         bank.save(paths.INDEX)
         metrics = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import torch
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
-from cm3leon.data.images import fit_square
+from cm3leon.data.loading import Square, decoded_per_second, default_workers, image_batches
 from cm3leon.data.manifest import SPLITS, ImageStore, read_manifest
 from cm3leon.data.tokens import CONDITION_PREFIX, Document, write_tokens
 from cm3leon.models.vqgan import ImageTokenizer
@@ -22,40 +23,49 @@ from cm3leon.utils.images import to_channels_first
 from cm3leon.utils.progress import Meter, progress
 
 
-def encode_images(refs: Sequence[str], store: ImageStore, tokenizer: ImageTokenizer) -> np.ndarray:
-    """Codes (n, tokens_per_image) of stored images, each cropped and resized to the tokenizer's square."""
-    pixels = np.stack([np.asarray(fit_square(store.open(ref), tokenizer.spec.image_size)) for ref in refs])
-    return tokenizer.encode(to_channels_first(torch.from_numpy(pixels), next(tokenizer.parameters()).device)).cpu().numpy()
+@dataclass(frozen=True)
+class ImageReader:
+    """Codes of stored images, each cropped and resized to the tokenizer's square; images are decoded ahead of the tokenizer."""
+
+    store: ImageStore
+    tokenizer: ImageTokenizer
+    batch_size: int
+    device: torch.device
+    meter: Meter
+
+    def codes(self, refs: Sequence[str]) -> Iterator[np.ndarray]:
+        """The codes (tokens_per_image) of each image."""
+        for pixels in image_batches(self.store, refs, self.square, self.batch_size, default_workers(self.device)):
+            codes = self.tokenizer.encode(to_channels_first(pixels, self.device)).cpu().numpy()
+            self.meter.advance(len(pixels))
+            yield from codes
+
+    @property
+    def square(self) -> Square:
+        """What the tokenizer reads of an image."""
+        return Square(self.tokenizer.spec.image_size)
 
 
-def documents(
-    manifest: pd.DataFrame, store: ImageStore, images: ImageTokenizer, texts: TextTokenizer, batch_size: int, meter: Meter
-) -> Iterator[Document]:
+def documents(manifest: pd.DataFrame, images: ImageReader, texts: TextTokenizer) -> Iterator[Document]:
     """The tokenized documents of a manifest, computed in batches."""
-    for start in range(0, len(manifest), batch_size):
-        batch = manifest.iloc[start : start + batch_size]
-        codes = encode_images(batch["image"].tolist(), store, images)
+    all_codes = images.codes(manifest["image"].tolist())
+    for start in range(0, len(manifest), images.batch_size):
+        batch = manifest.iloc[start : start + images.batch_size]
         encoded = iter(texts.encode_many([caption for captions in batch["captions"] for caption in captions]))
-        for document_id, own_codes, captions in zip(batch["id"], codes, batch["captions"], strict=True):
-            yield Document(document_id, own_codes, [np.asarray(next(encoded), dtype=np.uint32) for _ in captions])
-        meter.advance(len(batch))
+        for document_id, captions in zip(batch["id"], batch["captions"], strict=True):
+            yield Document(document_id, next(all_codes), [np.asarray(next(encoded), dtype=np.uint32) for _ in captions])
 
 
-def condition_documents(
-    manifest: pd.DataFrame, store: ImageStore, images: ImageTokenizer, batch_size: int, meter: Meter
-) -> Iterator[Document]:
-    """The tokenized condition images of the kinds that tasks use, computed in batches."""
+def condition_documents(manifest: pd.DataFrame, images: ImageReader) -> Iterator[Document]:
+    """The tokenized condition images of the kinds that tasks use."""
     found = [
         (condition_key(document_id, item["kind"]), item["image"])
         for document_id, items in zip(manifest["id"], manifest["conditions"], strict=True)
         for item in items
         if item["kind"] in CONDITIONS
     ]
-    for start in range(0, len(found), batch_size):
-        batch = found[start : start + batch_size]
-        for (key, _), codes in zip(batch, encode_images([ref for _, ref in batch], store, images), strict=True):
-            yield Document(key, codes, [])
-        meter.advance(len(batch))
+    for (key, _), codes in zip(found, images.codes([ref for _, ref in found]), strict=True):
+        yield Document(key, codes, [])
 
 
 def run(config: Config) -> dict[str, float]:
@@ -64,18 +74,21 @@ def run(config: Config) -> dict[str, float]:
     Returns:
         The numbers of documents, condition images and image tokens.
     """
-    images, texts = ImageTokenizer.load(paths.IMAGE_TOKENIZER, default_device()), TextTokenizer.load(paths.TEXT_TOKENIZER)
+    device = default_device()
+    tokenizer, texts = ImageTokenizer.load(paths.IMAGE_TOKENIZER, device), TextTokenizer.load(paths.TEXT_TOKENIZER)
     store = ImageStore(paths.RAW)
     manifest = read_manifest(paths.VALIDATED, columns=["id", "image", "captions", "conditions", "split"])
-    batch_size, layout = config.tokenize.batch_size, (images.spec.tokens_per_image, config.tokenize.shard_documents)
+    batch_size, layout = config.tokenize.batch_size, (tokenizer.spec.tokens_per_image, config.tokenize.shard_documents)
     expected = len(manifest) + sum(map(len, manifest["conditions"]))
     written, conditions = 0, 0
     with runs.stage_run("tokenize", config) as run, progress("tokenizing", expected, "images") as meter:
+        images = ImageReader(store, tokenizer, batch_size, device, meter)
         for split in SPLITS:
             rows = manifest[manifest["split"] == split]
-            written += write_tokens(paths.TOKENS, split, documents(rows, store, images, texts, batch_size, meter), *layout)
-            of_conditions = condition_documents(rows, store, images, batch_size, meter)
-            conditions += write_tokens(paths.TOKENS, CONDITION_PREFIX + split, of_conditions, *layout)
-        metrics = {"documents": written, "conditions": conditions, "image_tokens": (written + conditions) * images.spec.tokens_per_image}
+            written += write_tokens(paths.TOKENS, split, documents(rows, images, texts), *layout)
+            conditions += write_tokens(paths.TOKENS, CONDITION_PREFIX + split, condition_documents(rows, images), *layout)
+        limit = decoded_per_second(store, manifest["image"].tolist(), images.square, default_workers(device))
+        run.log_metrics({"tokenize/images_per_second": meter.rate, "tokenize/decoded_per_second": limit})
+        metrics = {"documents": written, "conditions": conditions, "image_tokens": (written + conditions) * tokenizer.spec.tokens_per_image}
         run.log_metrics({f"tokenize/{name}": value for name, value in metrics.items()})
     return {name: float(value) for name, value in metrics.items()}
