@@ -138,6 +138,12 @@ class Decoder(nn.Module):
         return self.shuffle(self.output(self.layers(z_BDhw)))
 
 
+MAX_DISTANCES = 1 << 26
+"""Distances of latents and entries that are in memory at once, 256 MB."""
+LATENTS_PER_ENTRY = 64
+"""Most latents for each entry that the codebook is initialized from."""
+
+
 class Codebook(nn.Module):
     """Nearest-neighbor quantization with entries learned by exponential moving averages (arXiv 1711.00937, appendix A).
 
@@ -172,7 +178,10 @@ class Codebook(nn.Module):
     def nearest(self, z_ND: Tensor) -> Tensor:
         """Codes (N,): index of the entry nearest to each latent."""
         # argmin |z - e|^2 = argmax (z e - |e|^2 / 2), as |z|^2 is the same for all entries.
-        return (z_ND @ self.entries.T - 0.5 * self.entries.square().sum(1)).argmax(-1)
+        halves_E = 0.5 * self.entries.square().sum(1)
+        rows = max(1, MAX_DISTANCES // len(self.entries))
+        codes = [(part @ self.entries.T - halves_E).argmax(-1) for part in z_ND.split(rows)]
+        return codes[0] if len(codes) == 1 else torch.cat(codes)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Entries (..., D) of codes (...)."""
@@ -180,7 +189,12 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def initialize(self, z_ND: Tensor, generator: torch.Generator, iterations: int = 10) -> None:
-        """Set the entries to the centroids of latents: k-means, seeded by k-means++ (Arthur and Vassilvitskii 2007)."""
+        """Set the entries to the centroids of latents: k-means, seeded by k-means++ (Arthur and Vassilvitskii 2007).
+
+        Of more than :data:`LATENTS_PER_ENTRY` latents an entry, a random sample is used.
+        """
+        if len(z_ND) > (most := LATENTS_PER_ENTRY * len(self.entries)):
+            z_ND = z_ND[torch.randperm(len(z_ND), generator=generator)[:most].to(z_ND.device)]
         # 1. k-means++: each entry is a latent, sampled in proportion to its squared distance to the nearest entry so far.
         error_N = torch.full((len(z_ND),), torch.inf)
         weights_N = torch.ones(len(z_ND))

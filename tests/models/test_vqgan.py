@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cm3leon.config.schema import ImageTokenizerConfig
+from cm3leon.models import vqgan
 from cm3leon.models.vqgan import Codebook, ImageTokenizer, reconstruct
 from cm3leon.training.vqgan import ImageTokenizerTrainer, code_statistics, make_spec, psnr, train_image_tokenizer
 from cm3leon.utils.images import to_channels_first
@@ -29,6 +32,39 @@ def test_shapes_and_downsampling(patch, multipliers, factor):
     assert codes.shape == (2, (32 // factor) ** 2) and codes.dtype == torch.int64
     images = model.decode(codes)
     assert images.shape == (2, 3, 32, 32) and images.abs().max() <= 1
+
+
+def test_nearest_entries_are_searched_a_part_of_the_latents_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    codebook, z = Codebook(24, 5), torch.randn(1000, 5)
+    expected = codebook.nearest(z)
+    monkeypatch.setattr(vqgan, "MAX_DISTANCES", 24 * 7)
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            sizes.extend(tensor.numel() for tensor in tree_leaves(found) if isinstance(tensor, torch.Tensor))
+            return found
+
+    with Sizes():
+        assert torch.equal(codebook.nearest(z), expected)
+    assert max(sizes) <= z.numel() < 24 * 1000
+
+
+def test_the_codebook_starts_from_a_sample_of_many_latents(monkeypatch):
+    monkeypatch.setattr(vqgan, "LATENTS_PER_ENTRY", 10)
+    codebook, z = Codebook(4, 2), torch.randn(10_000, 2)
+    read: list[int] = []
+    nearest = Codebook.nearest
+
+    def counted(self, z_ND):
+        read.append(len(z_ND))
+        return nearest(self, z_ND)
+
+    monkeypatch.setattr(Codebook, "nearest", counted)
+    codebook.initialize(z, torch.Generator().manual_seed(0))
+    assert set(read) == {40}
 
 
 def test_codes_are_the_nearest_entries():
