@@ -18,12 +18,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -218,14 +221,43 @@ class Decoder(nn.Module):
         """Normal truncated at three standard deviations; attention output and second feed-forward projection zero (paper, section 3.2)."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                std = self.spec.position_std if module is self.positions else self.spec.init_std
-                nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
-        if self.image_positions is not None:
-            nn.init.zeros_(self.image_positions.weight[:1])
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            nn.init.zeros_(block.attention.out.weight)
-            nn.init.zeros_(block.down.weight)
+                self._initialize(module, module.weight)
+
+    def _initialized(self, module: nn.Linear | nn.Embedding) -> Tensor:
+        """A new weight for one of the decoder's modules."""
+        weight = torch.empty(module.weight.shape)
+        self._initialize(module, weight)
+        return weight
+
+    @torch.no_grad()
+    def _initialize(self, module: nn.Module, weight: Tensor) -> None:
+        """Fill the weight of one of the decoder's modules."""
+        std = self.spec.position_std if module is self.positions else self.spec.init_std
+        nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+        if module is self.image_positions:
+            weight[:1] = 0
+        if any(module in (block.attention.out, block.down) for block in self.blocks if isinstance(block, Block)):
+            weight.zero_()
+
+    def initial_weights(self, read_codebook: Callable[[], Tensor] | None = None, std: float = 0.0) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each parameter as a new decoder of this shape would get it, from the same draws; one at a time is in memory.
+
+        For a decoder on the meta device. The embeddings of tokens come last.
+
+        Args:
+            read_codebook, std: the arguments of :meth:`start_from_codebook`; None: image tokens start like all others.
+        """
+        modules = {name: module for name, module in self.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
+        for module in modules.values():  # their constructors draw, too, before the decoder initializes them
+            out, inputs = module.weight.shape
+            nn.Linear(inputs, out, bias=False) if isinstance(module, nn.Linear) else nn.Embedding(out, inputs)
+        tokens = self._initialized(self.tokens)
+        for name, module in modules.items():
+            if module is not self.tokens:
+                yield f"{name}.weight", self._initialized(module)
+        if read_codebook is not None:
+            tokens[self.vocabulary.image_start : self.vocabulary.text_start] = self._codebook_embeddings(read_codebook(), std)
+        yield "tokens.weight", tokens
 
     @torch.no_grad()
     def start_from_codebook(self, entries_ED: Tensor, std: float) -> None:
@@ -237,12 +269,15 @@ class Decoder(nn.Module):
         Args:
             std: standard deviation of the embeddings' elements.
         """
+        start, stop = self.vocabulary.image_start, self.vocabulary.text_start
+        self.tokens.weight[start:stop] = self._codebook_embeddings(entries_ED, std)
+
+    def _codebook_embeddings(self, entries_ED: Tensor, std: float) -> Tensor:
         centered = entries_ED - entries_ED.mean(0)
         whitened, _, _ = torch.linalg.svd(centered, full_matrices=False)
         projection = nn.init.orthogonal_(torch.empty(whitened.shape[1], self.spec.width))
         vectors = whitened @ projection
-        start, stop = self.vocabulary.image_start, self.vocabulary.text_start
-        self.tokens.weight[start:stop] = vectors * (std / vectors.std())
+        return vectors * (std / vectors.std())
 
     def forward(
         self,
@@ -333,7 +368,7 @@ class Decoder(nn.Module):
 
     @classmethod
     def load(cls, directory: Path, device: str | torch.device = "cpu") -> Decoder:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote; on the device ``meta`` without the weights (:func:`stored_weights`).
 
         Raises:
             FileNotFoundError: if the directory holds no decoder.
@@ -343,7 +378,18 @@ class Decoder(nn.Module):
         if not (directory / WEIGHTS).is_file():
             raise FileNotFoundError(f"{directory}: no decoder here; run the pipeline ({MADE_BY}) or: cm3leon pretrain")
         config = read_file(directory / "config.json", read_json, MADE_BY)
-        model = cls(DecoderSpec(**current_names(config["decoder"], "pretrain.model")), Vocabulary(**config["vocabulary"]))
+        on_meta = torch.device(device).type == "meta"
+        with torch.device("meta") if on_meta else nullcontext():
+            model = cls(DecoderSpec(**current_names(config["decoder"], "pretrain.model")), Vocabulary(**config["vocabulary"]))
+        if on_meta:
+            return model
         tensors = read_file(directory / WEIGHTS, load_file, MADE_BY)
         model.load_state_dict({RENAMED_TENSORS.get(name, name): tensor for name, tensor in tensors.items()})
         return model.to(device).eval()
+
+
+def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each parameter that :meth:`Decoder.save` wrote; one at a time is in memory."""
+    with safe_open(directory / WEIGHTS, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            yield RENAMED_TENSORS.get(name, name), file.get_tensor(name)

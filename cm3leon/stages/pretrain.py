@@ -11,7 +11,7 @@ from cm3leon.data.tokens import TokenStore
 from cm3leon.tracking import runs
 from cm3leon.training.distributed import world
 from cm3leon.training.fingerprint import fingerprint
-from cm3leon.training.pretraining import build_decoder, mask_shares, training_samples, validation_batches
+from cm3leon.training.pretraining import mask_shares, new_decoder, training_samples, validation_batches
 from cm3leon.training.run import make_stream, train
 from cm3leon.training.sample_sheets import sample_sheets
 
@@ -20,7 +20,7 @@ def run(config: Config, resume_from: Path | None = None, *, accept_changes: bool
     """Write ``models/pretrained/``; returns the validation losses, the shares of samples by what is masked, and the parameter count."""
     section = config.pretrain
     with world() as processes, runs.stage_run("pretrain", config) as run:
-        model = build_decoder(section.model, config.seed).to(processes.device)
+        model, weights = new_decoder(section.model, config.seed)
         documents, held_out = TokenStore(paths.TOKENS, ["train"]), TokenStore(paths.TOKENS, ["val"])
         samples = training_samples(documents, model.vocabulary, section, config.seed)
         shares = mask_shares(samples)
@@ -35,8 +35,9 @@ def run(config: Config, resume_from: Path | None = None, *, accept_changes: bool
             paths.PRETRAINED,
             run,
             processes,
-            sample_sheets(run, model, held_out),
+            sample_sheets(run, model, held_out, processes.device),
             fingerprint(config, "pretrain", [paths.TOKENS, paths.NEIGHBORS, paths.IMAGE_TOKENIZER]),
+            weights=weights,
             resume_from=resume_from,
             accept_changes=accept_changes,
         )

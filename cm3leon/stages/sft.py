@@ -7,7 +7,7 @@ from pathlib import Path
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.tokens import TokenStore
-from cm3leon.models.decoder import Decoder
+from cm3leon.models.decoder import Decoder, stored_weights
 from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.tracking import runs
 from cm3leon.training.distributed import world
@@ -21,7 +21,7 @@ def run(config: Config, resume_from: Path | None = None, *, accept_changes: bool
     """Write ``models/finetuned/``; returns the validation losses of the mix and of each task, and each task's number of documents."""
     section = config.sft
     with world() as processes, runs.stage_run("sft", config) as run:
-        model = Decoder.load(paths.PRETRAINED, processes.device)
+        model = Decoder.load(paths.PRETRAINED, "meta")
         held_out = TokenStore(paths.TOKENS, ["val"])
         samples = task_samples("train", TokenStore(paths.TOKENS, ["train"]), model, section, config.seed)
         validation = validation_batches(task_samples("val", held_out, model, section, config.seed), section, config.seed)
@@ -37,9 +37,10 @@ def run(config: Config, resume_from: Path | None = None, *, accept_changes: bool
             paths.FINETUNED,
             run,
             processes,
-            sample_sheets(run, model, held_out),
+            sample_sheets(run, model, held_out, processes.device),
             fingerprint(config, "sft", [paths.TOKENS, paths.NEIGHBORS, paths.PRETRAINED, paths.VALIDATED / "manifest.parquet"]),
             list(TASKS),
+            weights=stored_weights(paths.PRETRAINED),
             resume_from=resume_from,
             accept_changes=accept_changes,
         )

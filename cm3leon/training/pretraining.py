@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from cm3leon.config import paths
 from cm3leon.config.schema import ModelConfig, ObjectiveConfig, PretrainConfig
@@ -41,6 +43,23 @@ def build_decoder(config: ModelConfig, seed: int) -> Decoder:
     if config.codebook_std:
         model.start_from_codebook(ImageTokenizer.load(paths.IMAGE_TOKENIZER).codebook.entries, config.codebook_std)
     return model
+
+
+def new_decoder(config: ModelConfig, seed: int) -> tuple[Decoder, Iterator[tuple[str, Tensor]]]:
+    """:func:`build_decoder` on the meta device, and its weights one by one: no process has the whole of a sharded decoder in memory."""
+    vocabulary = build_vocabulary(config)
+    with torch.device("meta"):
+        model = Decoder(DecoderSpec.from_config(config), vocabulary)
+
+    def read_codebook() -> Tensor:
+        return ImageTokenizer.load(paths.IMAGE_TOKENIZER).codebook.entries
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        torch.manual_seed(seed)
+        ImageTokenizer.load(paths.IMAGE_TOKENIZER)  # its constructor draws before the decoder's, as when the vocabulary is built
+        yield from model.initial_weights(read_codebook if config.codebook_std else None, config.codebook_std)
+
+    return model, weights()
 
 
 def training_samples(store: TokenStore, vocabulary: Vocabulary, section: PretrainConfig, seed: int) -> PretrainingSamples:

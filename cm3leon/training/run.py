@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from cm3leon.config import paths
 from cm3leon.config.schema import TrainConfig
@@ -47,6 +49,7 @@ def train(
     identity: Fingerprint,
     tasks: Sequence[str] = (),
     *,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
     resume_from: Path | None = None,
     accept_changes: bool = False,
 ) -> dict[str, float]:
@@ -54,6 +57,7 @@ def train(
 
     Args:
         stage: name of the parameters' section; the prefix of MLflow's metrics.
+        weights: of a model on the meta device.
         validation, tasks: see :func:`~cm3leon.training.trainer.fit`.
         resume_from: resume from another run, or from one of its checkpoints, in :data:`~cm3leon.config.paths.CHECKPOINTS`.
         accept_changes: although it differs; what does is printed, kept with the checkpoints and in MLflow.
@@ -62,7 +66,7 @@ def train(
         The last validation losses.
     """
     checkpoints = Checkpoints(paths.CHECKPOINTS / stage, identity, section.keep_checkpoints, processes)
-    state = setup(model, section, processes)
+    state = setup(model, section, processes, weights)
     if resume_from is not None:
         state.allocate_optimizer_states()
         checkpoints.adopt(resume_from, accept_changes, state.tensors())
@@ -79,8 +83,12 @@ def train(
         checkpoints,
         tasks,
     )
-    # Gathering shards takes all processes; only the first one writes.
-    tensors = {name: full_tensor(parameter).detach().cpu() for name, parameter in model.named_parameters()}
+    # Gathering shards takes all processes; only the first one keeps and writes them.
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        whole = full_tensor(parameter).detach()
+        if processes.rank == 0:
+            tensors[name] = whole.cpu()
     if processes.rank == 0:
         model.save(output, tensors)
         curve = "".join(f"{step},{loss!r}\n" for step, loss in enumerate(state.losses, 1))

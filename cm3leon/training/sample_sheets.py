@@ -24,7 +24,7 @@ from cm3leon.utils.images import save_captioned, to_pil
 PROMPTS = 12
 
 
-def sample_sheets(run: Run, model: Decoder, held_out: TokenStore) -> Callable[[int], None]:
+def sample_sheets(run: Run, model: Decoder, held_out: TokenStore, device: torch.device) -> Callable[[int], None]:
     """Prepare sheets of the first captions of ``held_out``.
 
     Decoding is plain sampling: temperature 1, no guidance, no retrieval; prompt ``n`` has seed ``n``.
@@ -32,7 +32,7 @@ def sample_sheets(run: Run, model: Decoder, held_out: TokenStore) -> Callable[[i
     Returns:
         A function of the step that generates the images and logs the sheet to MLflow as the image ``prompts`` of the step.
     """
-    image_tokenizer = ImageTokenizer.load(paths.IMAGE_TOKENIZER, model.device)
+    image_tokenizer = ImageTokenizer.load(paths.IMAGE_TOKENIZER, device)
     text_tokenizer = TextTokenizer.load(paths.TEXT_TOKENIZER)
     vocabulary = model.vocabulary
     texts = [held_out[row].captions[0] for row in range(min(PROMPTS, len(held_out)))]
@@ -44,7 +44,7 @@ def sample_sheets(run: Run, model: Decoder, held_out: TokenStore) -> Callable[[i
     def log_sheet(step: int) -> None:
         model.eval()
         codes = generate_images(model, prompts, [[row] for row in range(len(prompts))], sampler)[:, 0]
-        images = to_pil(image_tokenizer.decode(torch.from_numpy(codes).to(model.device)))
+        images = to_pil(image_tokenizer.decode(torch.from_numpy(codes).to(device)))
         with tempfile.TemporaryDirectory() as folder:
             sheet = Path(folder) / "prompts.png"
             save_captioned(images, captions, sheet)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cm3leon.data.batches import Batch, Share, Stream
 from cm3leon.data.prefetch import Shares, prefetched
-from cm3leon.models.decoder import Decoder
+from cm3leon.models.decoder import Decoder, RotaryEmbedding
 from cm3leon.training import distributed
 from cm3leon.training.checkpoint import Checkpoints, generator_states, set_generator_states
 from cm3leon.training.distributed import World
@@ -108,25 +108,53 @@ class State:
         self.model.zero_grad(set_to_none=True)
 
 
-def setup(model: Decoder, config: TrainConfig, world: World | None = None) -> State:
+def setup(model: Decoder, config: TrainConfig, world: World | None = None, weights: Iterable[tuple[str, Tensor]] | None = None) -> State:
     """The state before the first step: the model on its device, sharded if there are several processes, and its optimizers.
+
+    Args:
+        weights: of a model on the meta device; see :func:`materialize`.
 
     Raises:
         UserError: if there are more processes than rows.
     """
-    world = world or World(device=model.device)
+    world = world or (World(device=model.device) if weights is None else World())
     if config.batch_size < world.size:
         raise UserError(f"batch_size is {config.batch_size}: {world.size} processes need a row each; start fewer, or raise it")
     # Sharding replaces the parameters, so the optimizers are made after it.
-    model.to(world.device).train()
+    if weights is None:
+        model.to(world.device)
+    model.train()
     model.recompute = config.activation_checkpointing
     distributed.shard(model, model.blocks, config, world)
+    if weights is not None:
+        materialize(model, weights, world.device)
     if world.size > 1:
         model.compute_dtype = autocast_dtype(config, world.device)
     if config.compile:
         for block in model.blocks:
             block.compile()
     return State(model, make_optimizers(model, config), world)
+
+
+@torch.no_grad()
+def materialize(model: Decoder, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
+    """Give a decoder on the meta device its memory on ``device``, and the weights; of a sharded one to each process its shards.
+
+    Args:
+        weights: whole tensors by name, of which one at a time is in memory.
+    """
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    for name, whole in weights:
+        parameter = parameters.pop(name)
+        parameter.copy_(distributed.shard_like(parameter, whole.to(device)))
+        del whole  # before the next one is made
+    if parameters:
+        raise ValueError(f"no weights for {', '.join(parameters)}")
+    if model.rope is not None:
+        fresh = RotaryEmbedding(model.spec.width // model.spec.heads, model.vocabulary.tokens_per_image, model.spec.context)
+        for name, buffer in model.rope.named_buffers():
+            buffer.copy_(fresh.get_buffer(name))
 
 
 def train_step(state: State, share: Share, config: TrainConfig, name: str) -> Step:

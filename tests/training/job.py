@@ -43,12 +43,13 @@ def main(directory: Path, changes: dict) -> None:
     )
     validation = [SortedStream(samples, len(store), 4, 1)(step) for step in range(3)]
     torch.manual_seed(0)
-    model = Decoder(decoder_spec(2, 32, 2, 160, init_std=0.02, image_positions=True), VOCABULARY)
+    with torch.device("meta"):
+        model = Decoder(decoder_spec(2, 32, 2, 160, init_std=0.02, image_positions=True), VOCABULARY)
     with world() as processes:
         checkpoints = Checkpoints(
             directory / "checkpoints", {"steps": str(config.steps), "data": "one"}, config.keep_checkpoints, processes
         )
-        state = setup(model, config, processes)
+        state = setup(model, config, processes, model.initial_weights())
         drawn: list[int] = []
 
         def draw(step: int) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from cm3leon.config.schema import TrainConfig
 from cm3leon.data.batches import PackedStream, SortedStream, collate
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
-from cm3leon.models.decoder import Decoder
+from cm3leon.models.decoder import Decoder, stored_weights
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.optimizer import learning_rate_at, make_optimizers
@@ -262,3 +263,38 @@ def test_compiled_blocks_learn_the_same(stream, packing):
         return state.losses
 
     assert losses(compile=True) == pytest.approx(losses(), abs=1e-4)
+
+
+@pytest.mark.parametrize("codebook", [None, torch.randn(50, 8, generator=torch.Generator().manual_seed(1))], ids=["plain", "codebook"])
+def test_a_decoder_on_the_meta_device_gets_the_weights_of_a_new_one_with_one_at_a_time_in_memory(codebook):
+    spec = decoder_spec(2, 32, 2, 80, image_positions=True, rope=True, previous_token=True)
+    torch.manual_seed(3)
+    expected = Decoder(spec, VOCABULARY)
+    if codebook is not None:
+        expected.start_from_codebook(codebook, 0.05)
+    with torch.device("meta"):
+        model = Decoder(spec, VOCABULARY)
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def weights():
+        for name, weight in model.initial_weights(codebook if codebook is None else lambda: codebook, 0.05):
+            assert not [earlier for earlier in held if earlier() is not None]
+            held.append(weakref.ref(weight))
+            yield name, weight
+            del weight
+
+    torch.manual_seed(3)
+    found = setup(model, CONFIG, weights=weights()).model
+    for name, tensor in [*expected.named_parameters(), *expected.named_buffers()]:
+        assert torch.equal(dict([*found.named_parameters(), *found.named_buffers()])[name], tensor), name
+
+
+def test_stored_weights_are_read_one_by_one(tmp_path):
+    expected = make_model()
+    expected.save(tmp_path)
+    model = Decoder.load(tmp_path, "meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    found = setup(model, CONFIG, weights=stored_weights(tmp_path)).model
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+    with pytest.raises(ValueError, match="no weights for"):
+        setup(Decoder.load(tmp_path, "meta"), CONFIG, weights=iter([]))
