@@ -122,7 +122,8 @@ def read_prompts(model: Decoder, prompts: Sequence[Prompt], shared: Sequence[int
 class DecodingCache:
     """Keys and values of ``copies`` continuations of each prompt of a :class:`PromptCache`, up to ``room`` tokens each.
 
-    Continuations may differ in length, and tokens may be read again: what is read replaces what was read there before.
+    Where passes read several tokens, continuations may differ in length, and tokens may be read again: what is read replaces what was read
+    there before.
 
     A short prompt is copied into each continuation's cache. A long one is not: attention to it is computed for all its continuations
     together, and its output joins a continuation's own tokens as one more value. Attention to prompt and continuation is exact because the
@@ -154,9 +155,8 @@ class DecodingCache:
 
     def attend(self, layer: int, q_RHTK: Tensor, k_RHTK: Tensor, v_RHTK: Tensor, scale: float) -> Tensor:
         """Attention (R, H, T, K) of each row's new tokens to the row's prompt and continuation; keeps their keys and values."""
-        places_RHTK = (self.first + self.columns)[:, None, :, None].expand_as(k_RHTK)
-        for cache, new_RHTK in ((self.keys[layer], k_RHTK), (self.values[layer], v_RHTK)):
-            cache.scatter_(2, places_RHTK, new_RHTK.to(cache.dtype))
+        self._keep(self.keys[layer], k_RHTK)
+        self._keep(self.values[layer], v_RHTK)
         stop = self.mask.shape[-1]
         q_RHTK, keys, values = q_RHTK.to(self.mask.dtype), self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
         if not self.shared:
@@ -165,6 +165,14 @@ class DecodingCache:
         scores_RHTC = torch.matmul(q_RHTK, keys.mT).mul_(scale).add_(self.mask)
         weights_RHTC = torch.cat([total_RHT1, scores_RHTC], -1).softmax(-1)
         return (weights_RHTC[..., :1] * output_RHTK + torch.matmul(weights_RHTC[..., 1:], values)).to(v_RHTK.dtype)
+
+    def _keep(self, cache_RHCK: Tensor, new_RHTK: Tensor) -> None:
+        """Write keys or values into the columns that the present pass reads."""
+        columns_RT, new_RHTK = self.first + self.columns, new_RHTK.to(cache_RHCK.dtype)
+        if columns_RT.shape[1] == 1:
+            cache_RHCK.index_copy_(2, columns_RT[0], new_RHTK)  # one column for all rows
+        else:
+            cache_RHCK.scatter_(2, columns_RT[:, None, :, None].expand_as(new_RHTK), new_RHTK)
 
     def _attend_to_prompt(self, layer: int, q_RHTK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """The output of each token's attention to its prompt (R, H, T, K), and the log-sum-exp of the scores (R, H, T, 1)."""
@@ -187,7 +195,8 @@ class DecodingCache:
 
         Args:
             image_positions_RT: raster index of each token in its image, from 1; 0 for text.
-            starts_R: the number of tokens of each row's continuation that precede these; all of them have been read.
+            starts_R: the number of tokens of each row's continuation that precede these; all of them have been read. If each row reads
+                one token, this is the same number for all rows.
         """
         self.place(starts_R, tokens_RT.shape[1])
         self.tokens.scatter_(1, 1 + self.columns, tokens_RT)

@@ -1,11 +1,14 @@
 """Prefill and cached decoding: many prompts of different lengths at once, each with several candidates.
 
-Images are decoded by Jacobi iteration (Song et al. 2021, arXiv 2002.03629; for sampling with fixed noise Teng et al. 2024, arXiv
-2410.01699): a pass reads several guessed codes at once and keeps those that turn out right. A prompt is prefilled once for all its candidates, and the retrieved documents that its streams of guidance share once for all of these. A
+A prompt is prefilled once for all its candidates, and the retrieved documents that its streams of guidance share once for all of these. A
 candidate depends on its prompt and its seed, not on what else is in the batch.
 
+Images are decoded by Jacobi iteration: a pass reads several guessed codes at once and keeps those that turn out right (Teng et al. 2024,
+arXiv 2410.01699). With the noise of every code fixed by the seed, this gives the codes that decoding one by one would.
+
 Shapes: S streams of guidance, P prompts, C candidates of each, G = S * P prefilled sequences, R = G * C decoded rows, B sequences, T
-tokens that a pass reads, E codes that are generated, N tokens of all continuations, V tokens that can be sampled, D width. Rows are ordered stream, prompt, candidate.
+tokens that a pass reads, E codes that are generated, N tokens of all continuations, V tokens that can be sampled, D width. Rows are ordered
+stream, prompt, candidate.
 """
 
 from __future__ import annotations

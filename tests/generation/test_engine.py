@@ -76,7 +76,7 @@ def reference_image(model, streams, seed, image_sampler):
 
 
 def read_raggedly(cache, model, following_RE, rng, window=4):
-    """Hidden states (R, E, D) after tokens that are read in windows, each row at its own speed: wrong guesses first, then the right tokens."""
+    """Hidden states (R, E, D) after tokens that are read in windows, each row at its own speed, with wrong guesses."""
     rows, steps = following_RE.shape
     found = torch.empty(rows, steps, model.spec.width)
     done = torch.zeros(rows, dtype=torch.int64)
@@ -204,7 +204,7 @@ def shapes_read(model, monkeypatch):
     [{}, {"guidance": 2.5, "guidance_schedule": "linear"}, {"guidance": 2.5, "contrastive": 0.5}, {"guidance": 4.0, "image_guidance": 1.5}],
 )
 def test_guessed_codes_equal_those_decoded_one_by_one(model, changes, long, monkeypatch):
-    """Bit for bit, in fewer passes, whatever the window: 2 prompts of 2 candidates, 8 seeds, with and without known codes."""
+    """Bit for bit, in fewer passes, whatever the window: 2 prompts of 2 candidates, with and without known codes."""
     monkeypatch.setattr(caches, "MIN_UNCOPIED_PROMPT", long)
     image_sampler = sampler(temperature=0.4, **changes)
     three = [prompt(12, 1, documents=2), prompt(5, 1, documents=2), UNCONDITIONAL]
@@ -213,16 +213,16 @@ def test_guessed_codes_equal_those_decoded_one_by_one(model, changes, long, monk
     known[0, 2:4], known[1, -1] = 13, 7
     given = shapes_read(model, monkeypatch)
     found, passes = {}, {}
-    for window in (1, 2, 3, 8):
+    for window in (1, 2, 8):
         monkeypatch.setattr(engine, "window_length", lambda rows, steps, window=window: min(window, steps))
         given.clear()
         found[window] = [
             generate_images(model, streams, [[seed, seed + 1], [seed + 2, seed + 3]], image_sampler, span, codes)
-            for seed in range(8)
+            for seed in range(3)
             for span, codes in ((None, None), ((1, 8), known))
         ]
         passes[window] = len(given)
-    for window in (2, 3, 8):
+    for window in (2, 8):
         assert all(np.array_equal(one, other) for one, other in zip(found[1], found[window], strict=True))
     assert passes[1] > passes[2] > passes[8]
 
