@@ -35,7 +35,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"contrastive": 1.0, "contrastive_k": 1},
 ]
 """What differs from the defaults of profile small; every prompt has one candidate, and then several."""
-CANDIDATES = (1, 2, 4, 8, 16)
+CANDIDATES = (1, 4, 16, 32)
 WINDOWS = (1, 2, 4, 6, 8, 12, 16)
 
 
@@ -78,14 +78,14 @@ def compare(prompts: int, rounds: int) -> None:
                 engine.window_length = chosen
                 codes, passes, seconds = passes_and_seconds(parts.model, streams, seeds, sampler)
                 taken["jacobi"].append(seconds)
-                engine.window_length = lambda rows, steps: 1
+                engine.window_length = lambda width, rows, steps: 1
                 expected, _, seconds = passes_and_seconds(parts.model, streams, seeds, sampler)
                 taken["single"].append(seconds)
             differing, total = differing + int((codes != expected).sum()), total + codes.size
             jacobi, single = (1e3 * min(taken[way]) for way in ("jacobi", "single"))
             for name, value in (("passes", passes), ("jacobi", jacobi), ("single", single), ("ratio", single / jacobi)):
                 found[name].append(value)
-        window = chosen(len(streams) * candidates, parts.model.vocabulary.tokens_per_image - 1)
+        window = chosen(parts.model.spec.width, len(streams) * candidates, parts.model.vocabulary.tokens_per_image - 1)
         times = f"{shown(found['jacobi'])} | {shown(found['single'])} | {shown(found['ratio'], '.2f')}"
         row = f"{changes or 'as in the profile'} | {candidates} | {window} | {shown(found['passes'], '.0f')} | {times}"
         print(f"| {row} | {differing} of {total} |", flush=True)

@@ -28,8 +28,15 @@ from cm3leon.sequence.grammar import EOSS, PAD, Prompt
 MAX_ROWS = 128
 """Most sequences that callers decode or score together."""
 
-MAX_WINDOW, MAX_WINDOW_TOKENS = 8, 32
-"""A pass reads at most so many tokens of a row, and of all rows together; with more rows than half of these, one token of each."""
+MAX_WINDOW = 8
+"""Most tokens of a row that a pass reads; more are hardly ever accepted."""
+
+MAX_PASS_TOKENS, MAX_PASS_TOKENS_NARROW, MIN_WIDE = 48, 128, 512
+"""Most tokens of all rows that a pass with guesses reads, in decoders from the width :data:`MIN_WIDE` on, and in narrower ones.
+
+Up to about so many a pass costs little more than one of one token a row (``benchmarks/jacobi.py``, on two CPU cores): it takes the time to
+read the weights, or to launch the operations. Beyond, each wrong guess costs its share.
+"""
 
 Continuation = tuple[list[int], int | None]
 """Text-tokenizer ids, and the token that ended them; None if the greatest length did."""
@@ -74,7 +81,7 @@ def generate_images(
     hidden_RTD = hidden_GD.repeat_interleave(candidates, 0)[:, None]
     # 2. Room for each candidate's codes, of which the last is not read.
     cache = decoding_cache(model, prompt_cache, candidates, steps - 1)
-    window = window_length(len(sequences) * candidates, steps - 1)
+    window = window_length(model.spec.width, len(sequences) * candidates, steps - 1)
     # 3. All noise before the loop. With the noise of each code fixed, what is sampled depends on the codes before it alone.
     noise_PCE = uniform_noise([seed for own in seeds for seed in own], steps).view(prompts, candidates, steps).to(model.device)
     codes_PCE = torch.full_like(noise_PCE, -1, dtype=torch.int64)
@@ -110,9 +117,15 @@ def generate_images(
         sampled_PCT = read_PCT + 1
 
 
-def window_length(rows: int, steps: int) -> int:
-    """How many tokens of each row a pass of Jacobi decoding reads, of ``steps`` in all."""
-    return max(1, min(MAX_WINDOW, MAX_WINDOW_TOKENS // rows, steps))
+def window_length(width: int, rows: int, steps: int) -> int:
+    """How many tokens of each row a pass of Jacobi decoding reads, of ``steps`` in all, in a decoder of this width.
+
+    One where processes train together: a pass over a sharded model is one for all of them, and guesses must not decide how many there are.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return 1
+    most = MAX_PASS_TOKENS if width >= MIN_WIDE else MAX_PASS_TOKENS_NARROW
+    return max(1, min(MAX_WINDOW, most // rows, steps))
 
 
 @torch.inference_mode()

@@ -214,7 +214,7 @@ def test_guessed_codes_equal_those_decoded_one_by_one(model, changes, long, monk
     given = shapes_read(model, monkeypatch)
     found, passes = {}, {}
     for window in (1, 2, 8):
-        monkeypatch.setattr(engine, "window_length", lambda rows, steps, window=window: min(window, steps))
+        monkeypatch.setattr(engine, "window_length", lambda width, rows, steps, window=window: min(window, steps))
         given.clear()
         found[window] = [
             generate_images(model, streams, [[seed, seed + 1], [seed + 2, seed + 3]], image_sampler, span, codes)
@@ -236,8 +236,17 @@ def test_known_codes_take_one_pass(model, monkeypatch):
 
 
 def test_windows_are_short_where_many_rows_are_decoded():
-    assert [engine.window_length(rows, 63) for rows in (1, 2, 4, 8, 16, 17, 128)] == [8, 8, 8, 4, 2, 1, 1]
-    assert engine.window_length(1, 3) == 3
+    assert [engine.window_length(96, rows, 63) for rows in (1, 16, 32, 64, 65, 256)] == [8, 8, 4, 2, 1, 1]
+    assert [engine.window_length(1024, rows, 63) for rows in (1, 6, 8, 16, 24, 25)] == [8, 8, 6, 3, 2, 1]
+    assert engine.window_length(96, 1, 3) == 3
+
+
+def test_processes_that_train_together_take_equally_many_passes(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        assert engine.window_length(96, 1, 63) == 1
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_documents_shared_by_all_streams_and_candidates_are_prefilled_once(model, monkeypatch):
@@ -248,7 +257,7 @@ def test_documents_shared_by_all_streams_and_candidates_are_prefilled_once(model
     generate_images(model, [[body, masked]], [list(range(8))], sampler(guidance=3.0))
     shared = shared_prefix([body, masked])
     assert shared == len(body) - 7 >= caches.MIN_SHARED_PREFIX
-    assert given[:2] == [(1, shared), (2, 7)] and len(given) <= 2 + 8 and set(given[2:]) == {(16, engine.window_length(16, 8))}
+    assert given[:2] == [(1, shared), (2, 7)] and len(given) <= 2 + 8 and set(given[2:]) == {(16, engine.window_length(32, 16, 8))}
 
 
 def test_guidance_with_another_stream_changes_the_image(model):
