@@ -1,11 +1,14 @@
 """Speed of image generation, compared with ``OPTForCausalLM`` of the same weights and with the floor that memory bandwidth sets.
 
-    python benchmarks/generation.py                  # the small shape
+    python benchmarks/generation.py                  # profile small's decoder
+    python benchmarks/generation.py --shape plain    # a small one without the options that OPT lacks
     python benchmarks/generation.py --shape 350m     # 350M, vocabulary 65,536, 256 tokens an image
 
 Needs transformers. Eight candidates of one prompt with classifier-free guidance: ours in one call, OPT's through ``generate`` with
 ``guidance_scale``. Both run in this process, alternating; the ratio is of the medians. Before that both decode greedily, and the images
-must be equal. The floor is the time to read the weights that a step needs once, at the memory bandwidth measured here.
+must be equal; profile small's decoder is compared with an OPT of its shape, which lacks its options. Codes are decoded one by one, since
+random weights draw codes that cannot be guessed; ``benchmarks/jacobi.py`` measures guessing. The floor is the time to read the weights that
+a step needs once, at the memory bandwidth measured here.
 On a GPU, in bfloat16, ``--alone`` measures seconds and throughput for 1 to 64 images at once of 1,024 tokens, for 350m, 760m or 7b;
 ``--compiled`` compiles ours.
 """
@@ -17,42 +20,55 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cm3leon.config.schema import DecodingConfig
-from cm3leon.generation.engine import generate_images
+from cm3leon.config.schema import Config, DecodingConfig
+from cm3leon.generation import engine
 from cm3leon.generation.prompts import image_prompt
 from cm3leon.generation.sampling import Sampler
 from cm3leon.models.decoder import Block, Decoder, DecoderSpec
 from cm3leon.models.opt import export_opt
 from cm3leon.sequence.grammar import Prompt, Vocabulary
+from cm3leon.training.planning import vocabulary_of
 from cm3leon.utils.device import default_device
 from cm3leon.utils.torchvision_compat import make_importable
 
 SHAPES = {
-    "small": (4, 128, 4, 2563, 2048, 64),
+    "plain": (4, 128, 4, 2563, 2048, 64),
     "350m": (24, 1024, 16, 65_536, 8192, 256),
     "760m": (24, 1536, 16, 65_536, 8192, 1024),
     "7b": (32, 4096, 32, 65_536, 8192, 1024),
 }
-"""Shape -> layers, width, heads, vocabulary, image codes, tokens an image."""
+"""Shape -> layers, width, heads, vocabulary, image codes, tokens an image; besides these there is profile small's."""
+WITHOUT_OPTIONS = {"qk_norm": False, "image_positions": False, "rope": False, "previous_token": False}
+"""As the paper's decoder, which OPT can express."""
 CANDIDATES, GUIDANCE, PROMPT_TOKENS, SENTINELS = 8, 3.0, 24, 8
 DEVICE = default_device()
 
 
+def shape_of(name: str, tokens: int | None) -> tuple[DecoderSpec, Vocabulary]:
+    """A decoder's shape and its vocabulary, with room for a prompt and ``tokens`` an image; None: the shape's."""
+    if name == "small":
+        config = Config()
+        spec, layout = DecoderSpec.from_config(config.pretrain.model), vocabulary_of(config)
+        return spec, replace(layout, tokens_per_image=tokens or layout.tokens_per_image)
+    layers, width, heads, vocabulary, codes, per_image = SHAPES[name]
+    layout = Vocabulary(vocabulary - 4 - SENTINELS - codes, codes, SENTINELS, tokens or per_image)
+    context = layout.tokens_per_image + 64
+    return DecoderSpec(layers, width, heads, context, init_std=0.02, position_std=0.0002, **WITHOUT_OPTIONS), layout
+
+
 def make_model(shape: str, tokens: int | None) -> Decoder:
     """A decoder with random weights, none of them zero."""
-    layers, width, heads, vocabulary, codes, per_image = SHAPES[shape]
-    tokens = tokens or per_image
-    layout = Vocabulary(vocabulary - 4 - SENTINELS - codes, codes, SENTINELS, tokens)
+    spec, layout = shape_of(shape, tokens)
     torch.manual_seed(0)
     with DEVICE:
-        off = {"qk_norm": False, "image_positions": False, "rope": False, "previous_token": False}  # as the paper's
-        model = Decoder(DecoderSpec(layers, width, heads, tokens + 64, init_std=0.02, position_std=0.0002, **off), layout)
+        model = Decoder(spec, layout)
     for block in model.blocks:
         assert isinstance(block, Block)
         torch.nn.init.normal_(block.attention.out.weight, std=0.02)
@@ -69,14 +85,22 @@ def guidance_streams(model: Decoder) -> list[Prompt]:
 def ours(model: Decoder, candidates: int, **settings: float) -> np.ndarray:
     """Codes (candidates, tokens) of the prompt."""
     sampler = Sampler(DecodingConfig.model_validate({"guidance": GUIDANCE, "top_p": 0.9, "temperature": 1.0, **settings}))
-    return generate_images(model, [guidance_streams(model)], [list(range(candidates))], sampler)[0]
+    engine.window_length = lambda width, rows, steps: 1
+    return engine.generate_images(model, [guidance_streams(model)], [list(range(candidates))], sampler)[0]
+
+
+def has_options(model: Decoder) -> bool:
+    """Whether the decoder has options that OPT lacks."""
+    return replace(model.spec, **WITHOUT_OPTIONS) != model.spec
 
 
 def opt_of(model: Decoder) -> torch.nn.Module:
-    """The same weights in transformers."""
+    """The same weights in transformers; of a decoder with options that OPT lacks, another one of its shape without them."""
     make_importable()
     from transformers import OPTForCausalLM
 
+    if has_options(model):
+        model = Decoder(replace(model.spec, **WITHOUT_OPTIONS), model.vocabulary)
     with tempfile.TemporaryDirectory() as folder:
         export_opt(model, Path(folder) / "opt")
         return OPTForCausalLM.from_pretrained(Path(folder) / "opt", attn_implementation="sdpa").eval()
@@ -133,7 +157,7 @@ def compare(shape: str, tokens: int | None, rounds: int, compiled: bool) -> None
     model = make_model(shape, tokens)
     model.compiled_decoding = compiled
     opt = opt_of(model)
-    same = np.array_equal(ours(model, CANDIDATES, temperature=0.0), theirs(opt, model, CANDIDATES, greedy=True))
+    same = has_options(model) or np.array_equal(ours(model, CANDIDATES, temperature=0.0), theirs(opt, model, CANDIDATES, greedy=True))
     if not same:
         raise SystemExit("the greedy images differ")
     taken: dict[str, list[float]] = {"ours": [], "opt": []}
@@ -166,7 +190,7 @@ def alone(shape: str, tokens: int | None, compiled: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--shape", choices=["small", *SHAPES], default="small")
     parser.add_argument("--tokens", type=int, help="tokens an image; by default the shape's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--alone", action="store_true")

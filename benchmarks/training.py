@@ -1,6 +1,7 @@
 """Speed and memory of training, compared with ``OPTForCausalLM`` of the same shape, optimizer and precision.
 
-    python benchmarks/training.py                # tokens per second at the small shape, alternating steps
+    python benchmarks/training.py                # tokens per second of profile small's decoder, alternating steps
+    python benchmarks/training.py --shape plain  # of a small one without the options that OPT lacks
     python benchmarks/training.py --memory       # peak resident memory of a step for several sizes of vocabulary
 
 Needs transformers. Both take whole steps (forward, backward, AdamW) on the same random tokens. Each has a process of its own, so that
@@ -18,19 +19,22 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 import torch
 
+from cm3leon.config.schema import Config
 from cm3leon.data.batches import Batch
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.hardware import flops_per_token, peak_flops
+from cm3leon.training.planning import vocabulary_of
 from cm3leon.utils.device import default_device
 from cm3leon.utils.torchvision_compat import make_importable
 
-SHAPES = {"small": (4, 128, 4), "350m": (24, 1024, 16), "760m": (24, 1536, 16)}
-"""Layers, width, heads."""
+SHAPES = {"plain": (4, 128, 4), "350m": (24, 1024, 16), "760m": (24, 1536, 16)}
+"""Layers, width, heads; besides these there is profile small's."""
 DEVICE = default_device()
 LEARNING_RATE = 1e-4
 WARM_UP = 3
@@ -38,7 +42,9 @@ WARM_UP = 3
 
 
 def spec_of(shape: str, context: int) -> DecoderSpec:
-    """The paper's decoder, without our additions, which OPT does not have."""
+    """Profile small's decoder; of the other shapes the paper's, without our additions, which OPT does not have."""
+    if shape == "small":
+        return replace(DecoderSpec.from_config(Config().pretrain.model), context=context)
     off = {"qk_norm": False, "image_positions": False, "rope": False, "previous_token": False}
     return DecoderSpec(*SHAPES[shape], context, init_std=0.006, position_std=0.0002, **off)
 
@@ -60,11 +66,11 @@ def step_of_opt(shape: str, context: int, vocabulary: int, tokens_BT: torch.Tens
     make_importable()
     from transformers import OPTConfig, OPTForCausalLM
 
-    layers, width, heads = SHAPES[shape]
+    spec = spec_of(shape, context)
     config = OPTConfig(
-        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, ffn_dim=4 * width, num_attention_heads=heads,
-        max_position_embeddings=context, word_embed_proj_dim=width, dropout=0.0, enable_bias=False, layer_norm_elementwise_affine=False,
-        use_cache=False, attn_implementation="sdpa",
+        vocab_size=vocabulary, hidden_size=spec.width, num_hidden_layers=spec.layers, ffn_dim=4 * spec.width,
+        num_attention_heads=spec.heads, max_position_embeddings=context, word_embed_proj_dim=spec.width, dropout=0.0, enable_bias=False,
+        layer_norm_elementwise_affine=False, use_cache=False, attn_implementation="sdpa",
     )  # fmt: skip
     model = OPTForCausalLM(config).to(DEVICE)
     return _step(model, lambda: model(input_ids=tokens_BT, labels=tokens_BT).loss)
@@ -141,7 +147,7 @@ def peak_megabytes(which: str, batch: int, context: int, vocabulary: int) -> flo
     code = (
         "import resource, sys; sys.path.insert(0, 'benchmarks'); import torch, training; "
         f"tokens = torch.randint({vocabulary}, ({batch}, {context})); "
-        f"step = training.step_of_{which}('small', {context}, {vocabulary}, tokens); "
+        f"step = training.step_of_{which}('plain', {context}, {vocabulary}, tokens); "
         "now = int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize(); step(); step(); "
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - now) / 1e6)"
     )
@@ -150,11 +156,11 @@ def peak_megabytes(which: str, batch: int, context: int, vocabulary: int) -> flo
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--shape", choices=["small", *SHAPES], default="small")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--vocabulary", type=int, default=2563)
+    parser.add_argument("--vocabulary", type=int, default=vocabulary_of(Config()).size, help="by default profile small's")
     parser.add_argument("--rounds", type=int, default=100)
     options = parser.parse_args()
     if options.memory:
@@ -162,7 +168,7 @@ if __name__ == "__main__":
         for size in (2563, 16384, 65536):
             ours, opt = (peak_megabytes(which, options.batch, options.context, size) for which in ("ours", "opt"))
             print(f"| {size} | {ours:,.0f} | {opt:,.0f} | {ours / opt:.2f} |", flush=True)
-    elif options.shape == "small":
+    elif options.shape in ("small", "plain"):
         print("| shape | batch | vocabulary | ours, tokens/s | OPT, tokens/s | ratio |\n|---|---|---|---|---|---|")
         compare(options.shape, options.batch, options.context, options.vocabulary, options.rounds)
     else:

@@ -120,102 +120,127 @@ def read_prompts(model: Decoder, prompts: Sequence[Prompt], shared: Sequence[int
 
 
 class DecodingCache:
-    """Keys and values of ``copies`` continuations of each prompt of a :class:`PromptCache`, up to ``room`` tokens each, all of one length.
+    """Keys and values of ``copies`` continuations of each prompt of a :class:`PromptCache`, up to ``room`` tokens each.
+
+    Where passes read several tokens, continuations may differ in length, and tokens may be read again: what is read replaces what was read
+    there before.
 
     A short prompt is copied into each continuation's cache. A long one is not: attention to it is computed for all its continuations
-    together, and the result joins a continuation's own tokens as one more entry. Attention to prompt and continuation is exact because the
-    softmax over two sets of keys is the mean of the softmax over each, weighted by their sums of exponentials: the entry's value is the
-    attention's output over the prompt, its score the logarithm of the prompt's sum of exponentials. Rounded to bfloat16, that score would
-    shift the weight of the whole prompt by percents: scores, and next to such an entry a continuation's keys and values, are float32.
+    together, and its output joins a continuation's own tokens as one more value. Attention to prompt and continuation is exact because the
+    softmax over two sets of keys is the mean of the softmax over each, weighted by their sums of exponentials: the value is the attention's
+    output over the prompt, its score the logarithm of the prompt's sum of exponentials. Rounded to bfloat16, that score would shift the
+    weight of the whole prompt by percents: scores, and next to such a value a continuation's keys and values, are float32.
+
+    Attributes:
+        tokens: (R, 1 + room), the prompt's last token and those read after it.
+        columns: (R, T), which tokens of the continuation the present pass reads.
+        mask: (R, 1, T, columns that attention covers), added to attention scores.
     """
 
     def __init__(self, prompt: PromptCache, copies: int, room: int) -> None:
         layers, groups, heads, capacity, size = prompt.keys.shape
-        self.prompt, self.copies, self.length = prompt, copies, 0
+        self.prompt, self.copies = prompt, copies
         self.shared = capacity >= MIN_UNCOPIED_PROMPT
-        self.first = 1 if self.shared else capacity
+        self.first = 0 if self.shared else capacity
         shape = (groups * copies, heads, self.first + room, size)
         dtype = torch.float32 if self.shared else prompt.keys.dtype
         self.keys, self.values = ([prompt.keys.new_zeros(shape, dtype=dtype) for _ in range(layers)] for _ in range(2))
-        self.mask = prompt.bias.new_zeros(groups * copies, heads if self.shared else 1, 1, self.first + room, dtype=dtype)
         if not self.shared:
             for layer in range(layers):
                 self.keys[layer][:, :, : self.first] = prompt.keys[layer].repeat_interleave(copies, 0)
                 self.values[layer][:, :, : self.first] = prompt.values[layer].repeat_interleave(copies, 0)
-            self.mask[..., : self.first] = prompt.bias.repeat_interleave(copies, 0)
+        self.bias = prompt.bias[..., : self.first].repeat_interleave(copies, 0).to(dtype)
         self.lengths = prompt.lengths.repeat_interleave(copies)[:, None]
-        self.last = prompt.last.repeat_interleave(copies, 0)
+        self.tokens = F.pad(prompt.last.repeat_interleave(copies, 0), (0, room))
 
-    def attend(self, layer: int, q_RH1K: Tensor, k_RH1K: Tensor, v_RH1K: Tensor, scale: float) -> Tensor:
-        """Attention (R, H, 1, K) of each row's new token to the row's prompt and continuation; keeps its key and value."""
-        stop = self.first + self.length + 1
-        keys, values, mask = self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop], self.mask[..., :stop]
-        keys[:, :, -1:], values[:, :, -1:] = k_RH1K, v_RH1K
-        if self.shared:
-            values[:, :, 0], mask[..., 0] = self._attend_to_prompt(layer, q_RH1K, scale)
-        return F.scaled_dot_product_attention(q_RH1K.to(keys.dtype), keys, values, attn_mask=mask, scale=scale).to(q_RH1K.dtype)
+    def attend(self, layer: int, q_RHTK: Tensor, k_RHTK: Tensor, v_RHTK: Tensor, scale: float) -> Tensor:
+        """Attention (R, H, T, K) of each row's new tokens to the row's prompt and continuation; keeps their keys and values."""
+        self._keep(self.keys[layer], k_RHTK)
+        self._keep(self.values[layer], v_RHTK)
+        stop = self.mask.shape[-1]
+        q_RHTK, keys, values = q_RHTK.to(self.mask.dtype), self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+        if not self.shared:
+            return F.scaled_dot_product_attention(q_RHTK, keys, values, attn_mask=self.mask, scale=scale)
+        output_RHTK, total_RHT1 = self._attend_to_prompt(layer, q_RHTK, scale)
+        scores_RHTC = torch.matmul(q_RHTK, keys.mT).mul_(scale).add_(self.mask)
+        weights_RHTC = torch.cat([total_RHT1, scores_RHTC], -1).softmax(-1)
+        return (weights_RHTC[..., :1] * output_RHTK + torch.matmul(weights_RHTC[..., 1:], values)).to(v_RHTK.dtype)
 
-    def _attend_to_prompt(self, layer: int, q_RH1K: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """The output of each row's attention to its prompt (R, H, K), and the log-sum-exp of the scores (R, H, 1)."""
-        rows, heads, _, size = q_RH1K.shape
-        q_GHCK = q_RH1K.view(rows // self.copies, self.copies, heads, size).transpose(1, 2)
+    def _keep(self, cache_RHCK: Tensor, new_RHTK: Tensor) -> None:
+        """Write keys or values into the columns that the present pass reads."""
+        columns_RT, new_RHTK = self.first + self.columns, new_RHTK.to(cache_RHCK.dtype)
+        if columns_RT.shape[1] == 1:
+            cache_RHCK.index_copy_(2, columns_RT[0], new_RHTK)  # one column for all rows
+        else:
+            cache_RHCK.scatter_(2, columns_RT[:, None, :, None].expand_as(new_RHTK), new_RHTK)
+
+    def _attend_to_prompt(self, layer: int, q_RHTK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The output of each token's attention to its prompt (R, H, T, K), and the log-sum-exp of the scores (R, H, T, 1)."""
+        rows, heads, length, size = q_RHTK.shape
+        groups = rows // self.copies
         keys_GHPK, values_GHPK = self.prompt.keys[layer], self.prompt.values[layer]
-        scores_GHCP = torch.matmul(q_GHCK.float(), keys_GHPK.float().mT).mul_(scale).add_(self.prompt.bias)
-        total_GHC1 = scores_GHCP.logsumexp(-1, keepdim=True)
-        output_GHCK = torch.matmul(scores_GHCP.sub_(total_GHC1).exp_().to(values_GHPK.dtype), values_GHPK)
-        return output_GHCK.transpose(1, 2).reshape(rows, heads, size), total_GHC1.transpose(1, 2).reshape(rows, heads, 1)
+        # The tokens of all continuations of a prompt are the rows of one product.
+        q_GHQK = q_RHTK.view(groups, self.copies, heads, length, size).transpose(1, 2).reshape(groups, heads, -1, size)
+        scores_GHQP = torch.matmul(q_GHQK, keys_GHPK.float().mT).mul_(scale).add_(self.prompt.bias)
+        total_GHQ1 = scores_GHQP.logsumexp(-1, keepdim=True)
+        output_GHQK = torch.matmul(scores_GHQP.sub_(total_GHQ1).exp_().to(values_GHPK.dtype), values_GHPK)
+        output_RHTK, total_RHT1 = (
+            found.view(groups, heads, self.copies, length, -1).transpose(1, 2).reshape(rows, heads, length, -1)
+            for found in (output_GHQK, total_GHQ1)
+        )
+        return output_RHTK, total_RHT1
 
-    def advance(self, model: Decoder, tokens_R: Tensor, image_position: int) -> Tensor:
-        """Append a token to each row; the hidden state after it (R, D).
+    def advance(self, model: Decoder, tokens_RT: Tensor, image_positions_RT: Tensor, starts_R: Tensor) -> Tensor:
+        """Read tokens of each row; the hidden state after each (R, T, D).
 
         Args:
-            image_position: raster index of the tokens in their images, from 1; 0 for text.
+            image_positions_RT: raster index of each token in its image, from 1; 0 for text.
+            starts_R: the number of tokens of each row's continuation that precede these; all of them have been read. If each row reads
+                one token, this is the same number for all rows.
         """
-        image_positions_R1 = torch.full_like(tokens_R[:, None], image_position)
-        hidden_R1D = model(tokens_R[:, None], image_positions_R1, self, self.lengths + self.length, previous_BT=self.last)
-        self.length += 1
-        self.last = tokens_R[:, None]
-        return hidden_R1D[:, 0]
+        self.place(starts_R, tokens_RT.shape[1])
+        self.tokens.scatter_(1, 1 + self.columns, tokens_RT)
+        previous_RT = self.tokens.gather(1, self.columns)
+        return self._read(model, tokens_RT, image_positions_RT, self.lengths + self.columns, previous_RT)
+
+    def place(self, starts_R: Tensor, length: int) -> None:
+        """Set which columns the next pass reads, and what its tokens see: the prompt, earlier columns and themselves."""
+        self.columns = starts_R[:, None] + torch.arange(length, device=starts_R.device)
+        covered = torch.arange(self._covered(int(starts_R.max()) + length), device=starts_R.device)
+        later_R1TC = covered > self.columns[:, None, :, None]
+        own_R1TC = torch.zeros(later_R1TC.shape, dtype=self.bias.dtype, device=starts_R.device).masked_fill_(later_R1TC, -torch.inf)
+        self.mask = torch.cat([self.bias.expand(-1, -1, length, -1), own_R1TC], -1)
+
+    def _covered(self, length: int) -> int:
+        """How many tokens of a continuation attention covers, of which ``length`` are read."""
+        return length
+
+    def _read(self, model: Decoder, tokens_RT: Tensor, image_positions_RT: Tensor, positions_RT: Tensor, previous_RT: Tensor) -> Tensor:
+        return model(tokens_RT, image_positions_RT, self, positions_RT, previous_BT=previous_RT)
 
 
 class CompiledDecodingCache(DecodingCache):
-    """A :class:`DecodingCache` whose steps run compiled: on a GPU as one CUDA graph, instead of hundreds of kernels launched one by one.
+    """A :class:`DecodingCache` whose passes run compiled: on a GPU as one CUDA graph, instead of hundreds of kernels launched one by one.
 
-    For that, shapes stay the same from step to step: attention covers ``bound`` tokens, a multiple of :data:`LENGTH_MULTIPLE`, and a mask
-    hides those that are not filled yet. The first step of each shape takes as long as its compilation.
+    For that, shapes stay the same from pass to pass: with the prompt, attention covers a multiple of :data:`LENGTH_MULTIPLE` tokens, and
+    the mask hides those that are not filled yet. The first pass of each shape takes as long as its compilation.
     """
 
     def __init__(self, prompt: PromptCache, copies: int, room: int) -> None:
         super().__init__(prompt, copies, room)
-        self.mask[..., self.first :] = -torch.inf
-        self.position = torch.tensor([self.first - 1], device=prompt.keys.device)
-        self.bound = 0
-        for tensor in (*self.keys, *self.values, self.mask, self.position, prompt.keys, prompt.values, prompt.bias):
-            torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph would copy its inputs before each step
+        for tensor in (*self.keys, *self.values, prompt.keys, prompt.values, prompt.bias):
+            torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph would copy its inputs before each pass
 
-    def attend(self, layer: int, q_RH1K: Tensor, k_RH1K: Tensor, v_RH1K: Tensor, scale: float) -> Tensor:
-        """As :meth:`DecodingCache.attend`, over ``bound`` tokens."""
-        keys, values, mask = self.keys[layer], self.values[layer], self.mask[..., : self.bound]
-        keys.index_copy_(2, self.position, k_RH1K.to(keys.dtype))
-        values.index_copy_(2, self.position, v_RH1K.to(values.dtype))
-        if self.shared:
-            values[:, :, 0], mask[..., 0] = self._attend_to_prompt(layer, q_RH1K, scale)
-        return F.scaled_dot_product_attention(
-            q_RH1K.to(keys.dtype), keys[:, :, : self.bound], values[:, :, : self.bound], attn_mask=mask, scale=scale
-        ).to(q_RH1K.dtype)
+    def _covered(self, length: int) -> int:
+        capacity = self.keys[0].shape[2]
+        return min(_round_up(self.first + length, LENGTH_MULTIPLE), capacity) - self.first
 
-    def advance(self, model: Decoder, tokens_R: Tensor, image_position: int) -> Tensor:
-        """As :meth:`DecodingCache.advance`."""
-        self.position += 1
-        self.mask.index_fill_(-1, self.position, 0)
-        self.bound = min(_round_up(self.first + self.length + 1, LENGTH_MULTIPLE), self.mask.shape[-1])
-        image_positions_R1 = torch.full_like(tokens_R[:, None], image_position)
+    def _read(self, model: Decoder, tokens_RT: Tensor, image_positions_RT: Tensor, positions_RT: Tensor, previous_RT: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        step = _compiled_step(self.position.device.type)
-        hidden_R1D = step(model, tokens_R[:, None], image_positions_R1, self, self.lengths + self.length, self.last)
-        self.length += 1
-        self.last = tokens_R[:, None]
-        return hidden_R1D[:, 0].clone()  # a graph's output is overwritten when it runs again
+        read = _compiled_read(positions_RT.device.type)
+        return read(
+            model, tokens_RT, image_positions_RT, self, positions_RT, previous_RT
+        ).clone()  # the next run overwrites a graph's output
 
 
 def decoding_cache(model: Decoder, prompt: PromptCache, copies: int, room: int) -> DecodingCache:
@@ -227,13 +252,13 @@ def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _step(
-    model: Decoder, tokens_R1: Tensor, image_positions_R1: Tensor, cache: DecodingCache, positions_R1: Tensor, previous_R1: Tensor
+def _read(
+    model: Decoder, tokens_RT: Tensor, image_positions_RT: Tensor, cache: DecodingCache, positions_RT: Tensor, previous_RT: Tensor
 ) -> Tensor:
-    return model(tokens_R1, image_positions_R1, cache, positions_R1, previous_BT=previous_R1)
+    return model(tokens_RT, image_positions_RT, cache, positions_RT, previous_BT=previous_RT)
 
 
 @functools.cache
-def _compiled_step(device: str) -> Callable[[Decoder, Tensor, Tensor, DecodingCache, Tensor, Tensor], Tensor]:
+def _compiled_read(device: str) -> Callable[[Decoder, Tensor, Tensor, DecodingCache, Tensor, Tensor], Tensor]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_SHAPES)
-    return torch.compile(_step, dynamic=False, fullgraph=True, mode="reduce-overhead" if device == "cuda" else None)
+    return torch.compile(_read, dynamic=False, fullgraph=True, mode="reduce-overhead" if device == "cuda" else None)

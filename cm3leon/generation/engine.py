@@ -3,8 +3,12 @@
 A prompt is prefilled once for all its candidates, and the retrieved documents that its streams of guidance share once for all of these. A
 candidate depends on its prompt and its seed, not on what else is in the batch.
 
+Images are decoded by Jacobi iteration: a pass reads several guessed codes at once and keeps those that turn out right (Teng et al. 2024,
+arXiv 2410.01699). With the noise of every code fixed by the seed, this gives the codes that decoding one by one would.
+
 Shapes: S streams of guidance, P prompts, C candidates of each, G = S * P prefilled sequences, R = G * C decoded rows, B sequences, T
-tokens, N tokens of all continuations, V tokens that can be sampled, D width. Rows are ordered stream, prompt, candidate.
+tokens that a pass reads, E codes that are generated, N tokens of all continuations, V tokens that can be sampled, D width. Rows are ordered
+stream, prompt, candidate.
 """
 
 from __future__ import annotations
@@ -23,6 +27,16 @@ from cm3leon.sequence.grammar import EOSS, PAD, Prompt
 
 MAX_ROWS = 128
 """Most sequences that callers decode or score together."""
+
+MAX_WINDOW = 8
+"""Most tokens of a row that a pass reads; more are hardly ever accepted."""
+
+MAX_PASS_TOKENS, MAX_PASS_TOKENS_NARROW, MIN_WIDE = 48, 128, 512
+"""Most tokens of all rows that a pass with guesses reads, in decoders from the width :data:`MIN_WIDE` on, and in narrower ones.
+
+Up to about so many a pass costs little more than one of one token a row (``benchmarks/jacobi.py``, on two CPU cores): it takes the time to
+read the weights, or to launch the operations. Beyond, each wrong guess costs its share.
+"""
 
 Continuation = tuple[list[int], int | None]
 """Text-tokenizer ids, and the token that ended them; None if the greatest length did."""
@@ -57,33 +71,61 @@ def generate_images(
         PromptTooLongError: if a prompt and what is generated do not fit in the context.
     """
     vocabulary = model.vocabulary
-    start, stop = vocabulary.image_start, vocabulary.text_start
     first, last = span or (0, vocabulary.tokens_per_image)
     steps = last - first
     count, prompts, candidates = len(streams[0]), len(streams), len(seeds[0])
-    # 1. Prefill: the streams of all prompts, stream by stream.
+    # 1. Prefill: the streams of all prompts, stream by stream. All candidates of a stream begin with the same hidden state.
     sequences = [own[number] for number in range(count) for own in streams]
     check_room(model, sequences, steps)
     prompt_cache, hidden_GD = read_prompts(model, sequences, [shared_prefix(own) for own in streams] * count)
-    # 2. Room for each candidate's codes. All candidates of a stream begin with the same hidden state.
-    cache = decoding_cache(model, prompt_cache, candidates, steps)
-    hidden_RD = hidden_GD.repeat_interleave(candidates, 0)
-    # 3. All noise before the loop, on the device: nothing in the loop waits for the CPU.
-    noise = uniform_noise([seed for own in seeds for seed in own], steps).view(prompts, candidates, steps).to(model.device)
-    codes = torch.empty(prompts, candidates, steps, dtype=torch.int64, device=model.device)
-    given = None if known is None else torch.from_numpy(known).to(model.device)
-    for step in range(steps):
-        # 4. Logits over image tokens alone, combined over the streams into one distribution for each candidate.
-        logits_RV = model.logits(hidden_RD, start, stop).float()
-        probabilities_PCV = sampler.probabilities(logits_RV.view(count, prompts, candidates, -1), step / max(1, steps - 1))
-        # 5. Sample a code; one that is given replaces it.
-        sampled = sample(probabilities_PCV, noise[..., step])
-        codes[..., step] = sampled if given is None else torch.where(given[:, step, None] < 0, sampled, given[:, step, None])
-        # 6. Every stream of a candidate reads its code.
-        if step + 1 < steps:
-            chosen_R = (codes[..., step].flatten() + start).repeat(count)
-            hidden_RD = cache.advance(model, chosen_R, image_position=first + step + 1)
-    return codes.cpu().numpy()
+    hidden_RTD = hidden_GD.repeat_interleave(candidates, 0)[:, None]
+    # 2. Room for each candidate's codes, of which the last is not read.
+    cache = decoding_cache(model, prompt_cache, candidates, steps - 1)
+    window = window_length(model.spec.width, len(sequences) * candidates, steps - 1)
+    # 3. All noise before the loop. With the noise of each code fixed, what is sampled depends on the codes before it alone.
+    noise_PCE = uniform_noise([seed for own in seeds for seed in own], steps).view(prompts, candidates, steps).to(model.device)
+    codes_PCE = torch.full_like(noise_PCE, -1, dtype=torch.int64)
+    if known is not None:
+        codes_PCE[:] = torch.from_numpy(known).to(model.device)[:, None]
+    unknown_PCE = codes_PCE < 0
+    indices_E = torch.arange(steps, device=model.device)
+    lengths_PC = torch.zeros(prompts, candidates, dtype=torch.int64, device=model.device)
+    sampled_PCT = lengths_PC[..., None]  # which codes the last pass predicts: at first each candidate's first
+    while True:
+        # 4. Logits over image tokens alone, combined over the streams into one distribution for each code.
+        logits_RTV = model.logits(hidden_RTD, vocabulary.image_start, vocabulary.text_start).float()
+        logits_SPCTV = logits_RTV.view(count, prompts, candidates, *logits_RTV.shape[1:])
+        probabilities_PCTV = sampler.probabilities(logits_SPCTV, sampled_PCT / max(1, steps - 1))
+        # 5. Sample the codes that are not settled. A code is right if it was sampled after right codes: the first of these is, and each
+        #    next one as long as those before it are what was guessed and read.
+        guesses_PCT = codes_PCE.gather(-1, sampled_PCT)
+        open_PCT = (sampled_PCT >= lengths_PC[..., None]) & unknown_PCE.gather(-1, sampled_PCT)
+        found_PCT = torch.where(open_PCT, sample(probabilities_PCTV, noise_PCE.gather(-1, sampled_PCT)), guesses_PCT)
+        codes_PCE.scatter_(-1, sampled_PCT, found_PCT)
+        agreeing_PC = (found_PCT == guesses_PCT).long().cumprod(-1).sum(-1)
+        lengths_PC = sampled_PCT[..., 0] + (agreeing_PC + 1).clamp(max=sampled_PCT.shape[-1])
+        if int(lengths_PC.min()) == steps:
+            return codes_PCE.cpu().numpy()
+        # 6. Codes that no pass has predicted are guessed to be like the last one that was: images have areas of one color.
+        codes_PCE = torch.where(unknown_PCE & (indices_E > sampled_PCT[..., -1:]), found_PCT[..., -1:], codes_PCE)
+        # 7. Every stream of a candidate reads its last right code and the guesses after it; near the end, more right codes before it.
+        starts_PC = (lengths_PC - 1).clamp(max=steps - 1 - window)
+        read_PCT = starts_PC[..., None] + indices_E[:window]
+        tokens_RT = (codes_PCE.gather(-1, read_PCT) + vocabulary.image_start).flatten(0, 1).repeat(count, 1)
+        image_positions_RT = (first + 1 + read_PCT).flatten(0, 1).repeat(count, 1)
+        hidden_RTD = cache.advance(model, tokens_RT, image_positions_RT, starts_PC.flatten().repeat(count))
+        sampled_PCT = read_PCT + 1
+
+
+def window_length(width: int, rows: int, steps: int) -> int:
+    """How many tokens of each row a pass of Jacobi decoding reads, of ``steps`` in all, in a decoder of this width.
+
+    One where processes train together: a pass over a sharded model is one for all of them, and guesses must not decide how many there are.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return 1
+    most = MAX_PASS_TOKENS if width >= MIN_WIDE else MAX_PASS_TOKENS_NARROW
+    return max(1, min(MAX_WINDOW, most // rows, steps))
 
 
 @torch.inference_mode()
@@ -122,7 +164,8 @@ def generate_texts(
         if step + 1 == max_tokens or not open_R.any():
             break
         # 4. All rows read their token: an ended row decodes on, and what it samples is dropped.
-        hidden_RD = cache.advance(model, allowed_V[picked_R], image_position=0)
+        tokens_R1 = allowed_V[picked_R][:, None]
+        hidden_RD = cache.advance(model, tokens_R1, torch.zeros_like(tokens_R1), torch.full_like(picked_R, step))[:, 0]
     return [_continuation(row, vocabulary.text_start) for row in chosen.cpu().numpy()]
 
 

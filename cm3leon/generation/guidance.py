@@ -13,12 +13,12 @@ from torch import Tensor
 Schedule = Literal["constant", "linear", "cosine"]
 
 
-def classifier_free(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def classifier_free(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance, ``l = l_u + scale * (l_c - l_u)`` (arXiv 2309.02591, section 3.1; Gafni et al. 2022, arXiv 2203.13131)."""
     return unconditional.lerp(conditional, scale)
 
 
-def editing(full: Tensor, image: Tensor, unconditional: Tensor, image_scale: float, text_scale: float) -> Tensor:
+def editing(full: Tensor, image: Tensor, unconditional: Tensor, image_scale: float, text_scale: float | Tensor) -> Tensor:
     """Guidance of editing by three streams: image and instruction (full), the image alone (I), and neither (u).
 
     ``l = l_u + s_I * (l_I - l_u) + s_T * (l_full - l_I)`` (InstructPix2Pix, arXiv 2211.09800, equation 3).
@@ -26,7 +26,8 @@ def editing(full: Tensor, image: Tensor, unconditional: Tensor, image_scale: flo
     return unconditional + image_scale * (image - unconditional) + text_scale * (full - image)
 
 
-def scale_at(schedule: Schedule, scale: float, progress: float) -> float:
+def scale_at(schedule: Schedule, scale: float, progress: Tensor) -> float | Tensor:
     """The guidance scale at ``progress`` in [0, 1] of an image: always ``scale``, or rising to it from 1, linearly or by half a cosine."""
-    share = {"constant": 1.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[schedule]
-    return 1 + (scale - 1) * share
+    if schedule == "constant":
+        return scale
+    return 1 + (scale - 1) * (progress if schedule == "linear" else (1 - (math.pi * progress).cos()) / 2)

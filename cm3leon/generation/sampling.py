@@ -1,7 +1,7 @@
 """Sampling the next token: temperature, top-k, top-p, contrastive decoding, and noise that belongs to a row, not to a batch.
 
 Functions take logits or probabilities (..., V) and return the same shape. Shapes: S streams of guidance, P prompts, C candidates of each,
-V image tokens.
+T tokens of each, V image tokens.
 """
 
 from __future__ import annotations
@@ -95,32 +95,32 @@ class Sampler:
         unguided = settings.guidance == 1 and settings.contrastive == 0 and (available < 3 or settings.image_guidance == 1)
         return 1 if unguided else available
 
-    def probabilities(self, logits_SPCV: Tensor, progress: float) -> Tensor:
-        """Probabilities (P, C, V) of the next token; the last ``contrastive`` share of the candidates is sampled by CD-K.
+    def probabilities(self, logits_SPCTV: Tensor, progress_PCT: Tensor) -> Tensor:
+        """Probabilities (P, C, T, V) of tokens; the last ``contrastive`` share of the candidates is sampled by CD-K.
 
         Args:
-            progress: share of the image that is generated, in [0, 1].
+            progress_PCT: share of the image that precedes each token, in [0, 1].
         """
-        settings, candidates = self.settings, logits_SPCV.shape[2]
+        settings, candidates = self.settings, logits_SPCTV.shape[2]
         contrasted = round(settings.contrastive * candidates)
-        guided_SPCV, contrasted_SPCV = logits_SPCV.split([candidates - contrasted, contrasted], dim=2)
+        guided_SPCTV, contrasted_SPCTV = logits_SPCTV.split([candidates - contrasted, contrasted], dim=2)
         groups = []
         if candidates > contrasted:
             # Guidance, temperature, top-k, top-p, in this order.
-            found_PCV = at_temperature(self._guided(guided_SPCV, progress), settings.temperature)
-            found_PCV = found_PCV if settings.top_k is None else keep_top_k(found_PCV, settings.top_k)
-            groups.append(found_PCV if settings.top_p == 1 else keep_top_p(found_PCV, settings.top_p))
+            found_PCTV = at_temperature(self._guided(guided_SPCTV, progress_PCT[:, : candidates - contrasted]), settings.temperature)
+            found_PCTV = found_PCTV if settings.top_k is None else keep_top_k(found_PCTV, settings.top_k)
+            groups.append(found_PCTV if settings.top_p == 1 else keep_top_p(found_PCTV, settings.top_p))
         if contrasted:
             # CD-K has its own threshold of plausibility in place of top-k and top-p.
-            scores_PCV = contrastive(contrasted_SPCV[0], contrasted_SPCV[-1], settings.contrastive_k, settings.contrastive_alpha)
-            groups.append(at_temperature(scores_PCV, settings.temperature))
+            scores_PCTV = contrastive(contrasted_SPCTV[0], contrasted_SPCTV[-1], settings.contrastive_k, settings.contrastive_alpha)
+            groups.append(at_temperature(scores_PCTV, settings.temperature))
         return torch.cat(groups, 1)
 
-    def _guided(self, logits_SPCV: Tensor, progress: float) -> Tensor:
-        """Logits (P, C, V) after guidance."""
-        scale = scale_at(self.settings.guidance_schedule, self.settings.guidance, progress)
-        if len(logits_SPCV) == 1:
-            return logits_SPCV[0]
-        if len(logits_SPCV) == 2:
-            return classifier_free(logits_SPCV[0], logits_SPCV[1], scale)
-        return editing(logits_SPCV[0], logits_SPCV[1], logits_SPCV[2], self.settings.image_guidance, scale)
+    def _guided(self, logits_SPCTV: Tensor, progress_PCT: Tensor) -> Tensor:
+        """Logits (P, C, T, V) after guidance."""
+        scale = scale_at(self.settings.guidance_schedule, self.settings.guidance, progress_PCT.unsqueeze(-1))
+        if len(logits_SPCTV) == 1:
+            return logits_SPCTV[0]
+        if len(logits_SPCTV) == 2:
+            return classifier_free(logits_SPCTV[0], logits_SPCTV[1], scale)
+        return editing(logits_SPCTV[0], logits_SPCTV[1], logits_SPCTV[2], self.settings.image_guidance, scale)

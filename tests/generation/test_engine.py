@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation import cache as caches
+from cm3leon.generation import engine
 from cm3leon.generation.cache import DecodingCache, read_prompts
 from cm3leon.generation.checks import PromptTooLongError
 from cm3leon.generation.engine import generate_images, generate_texts, log_likelihoods, shared_prefix
@@ -69,9 +70,28 @@ def reference_image(model, streams, seed, image_sampler):
         generated = np.array([c + VOCABULARY.image_start for c in codes], dtype=np.int64)
         image_positions = np.arange(1, step + 1)
         rows = [forward(model, np.append(p.tokens, generated), np.append(p.image_positions, image_positions)) for p in streams]
-        logits = torch.stack(rows)[:, None, None, VOCABULARY.image_start : VOCABULARY.text_start]
-        codes.append(int(sample(image_sampler.probabilities(logits, step / 8), noise[:, None, step])))
+        logits = torch.stack(rows)[:, None, None, None, VOCABULARY.image_start : VOCABULARY.text_start]
+        codes.append(int(sample(image_sampler.probabilities(logits, torch.tensor([[[step / 8]]])), noise[:, None, step, None])))
     return codes
+
+
+def read_raggedly(cache, model, following_RE, rng, window=4):
+    """Hidden states (R, E, D) after tokens that are read in windows, each row at its own speed, with wrong guesses."""
+    rows, steps = following_RE.shape
+    found = torch.empty(rows, steps, model.spec.width)
+    done = torch.zeros(rows, dtype=torch.int64)
+    while done.min() < steps:
+        starts = done.clamp(max=steps - window)
+        right = torch.from_numpy(rng.integers(1, window + 1, size=rows)).maximum(done - starts)
+        columns = starts[:, None] + torch.arange(window)
+        tokens, image_positions = following_RE.gather(1, columns), 1 + columns
+        wrong = torch.arange(window) >= right[:, None]
+        tokens[wrong] = VOCABULARY.image_start + torch.from_numpy(rng.integers(20, size=int(wrong.sum())))
+        hidden = cache.advance(model, tokens, image_positions, starts)
+        for row in range(rows):
+            found[row, columns[row, : right[row]]] = hidden[row, : right[row]]
+        done = starts + right
+    return found
 
 
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"image_positions": True}, {"rope": True}, {"previous_token": True}])
@@ -89,14 +109,13 @@ def test_prefill_and_decoding_equal_the_full_pass(options, shared, long, monkeyp
         prompts, hidden = read_prompts(model, rows, [shared, shared, 0])
         cache = DecodingCache(prompts, 3, 9)
         following = torch.from_numpy(rng.integers(20, size=(9, 9)) + VOCABULARY.image_start)  # rows, steps
-        found = [cache.advance(model, following[:, step], step + 1) for step in range(9)]
+        found = read_raggedly(cache, model, following, rng)
         for group, row in enumerate(rows):
             for copy in range(3):
                 tokens = torch.cat([torch.from_numpy(row.tokens), following[3 * group + copy]])[None]
                 expected = model(tokens, torch.from_numpy(VOCABULARY.image_positions(tokens[0].numpy()))[None])[0]
                 torch.testing.assert_close(hidden[group], expected[len(row) - 1], atol=2e-5, rtol=1e-4)
-                got = torch.stack([step[3 * group + copy] for step in found])
-                torch.testing.assert_close(got, expected[len(row) :], atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(found[3 * group + copy], expected[len(row) :], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("long", [0, 1000], ids=["uncopied", "copied"])
@@ -127,16 +146,17 @@ def test_attention_to_a_prompt_held_once_is_as_exact_in_bfloat16_as_pytorchs(spr
     prompt.last = torch.zeros(groups, 1, dtype=torch.int64)
     cache = DecodingCache(prompt, copies, steps)
     keys, values = (held[0].repeat_interleave(copies, 0) for held in (prompt.keys, prompt.values))
-    rows = (groups * copies, heads, 1)
-    for _ in range(steps):
+    for start in range(0, steps, 4):
+        rows = (groups * copies, heads, 4)
         query, key, value = draw(*rows), spread * draw(*rows), draw(*rows)
         keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
-        exact = scaled_dot_product_attention(query.double(), keys.double(), values.double())
+        later = torch.ones(4, length + start + 4, dtype=torch.bool).triu(length + start + 1)
+        exact = scaled_dot_product_attention(query.double(), keys.double(), values.double(), attn_mask=~later)
+        cache.place(torch.full((groups * copies,), start), 4)
         found = cache.attend(0, query, key, value, size**-0.5)
-        cache.length += 1
         assert found.dtype == torch.bfloat16
         errors = [(output.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
-                  for output in (found, scaled_dot_product_attention(query, keys, values))]  # fmt: skip
+                  for output in (found, scaled_dot_product_attention(query, keys, values, attn_mask=~later))]  # fmt: skip
         assert errors[0].max() < 0.01 and errors[0].max() < 2.5 * errors[1].max()
 
 
@@ -165,9 +185,9 @@ def test_three_streams_equal_the_reference(model):
     assert found.tolist() == reference_image(model, streams[0], 3, image_sampler)
 
 
-def test_documents_shared_by_all_streams_and_candidates_are_prefilled_once(model, monkeypatch):
-    """Counted by what the decoder is given: the documents once, each stream's own tokens once, then one token a row."""
-    given = []
+def shapes_read(model, monkeypatch):
+    """The shapes of what the decoder reads from now on."""
+    given: list[tuple[int, ...]] = []
     forward_pass = model.forward
 
     def counted(tokens, *rest, **options):
@@ -175,12 +195,69 @@ def test_documents_shared_by_all_streams_and_candidates_are_prefilled_once(model
         return forward_pass(tokens, *rest, **options)
 
     monkeypatch.setattr(model, "forward", counted)
+    return given
+
+
+@pytest.mark.parametrize("long", [0, 1000], ids=["uncopied", "copied"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"guidance": 2.5, "guidance_schedule": "linear"}, {"guidance": 2.5, "contrastive": 0.5}, {"guidance": 4.0, "image_guidance": 1.5}],
+)
+def test_guessed_codes_equal_those_decoded_one_by_one(model, changes, long, monkeypatch):
+    """Bit for bit, in fewer passes, whatever the window: 2 prompts of 2 candidates, with and without known codes."""
+    monkeypatch.setattr(caches, "MIN_UNCOPIED_PROMPT", long)
+    image_sampler = sampler(temperature=0.4, **changes)
+    three = [prompt(12, 1, documents=2), prompt(5, 1, documents=2), UNCONDITIONAL]
+    streams = [own[: 3 if "image_guidance" in changes else image_sampler.streams_needed(2)] for own in (three, three[1:] + three[:1])]
+    known = np.full((2, 7), -1)
+    known[0, 2:4], known[1, -1] = 13, 7
+    given = shapes_read(model, monkeypatch)
+    found, passes = {}, {}
+    for window in (1, 2, 8):
+        monkeypatch.setattr(engine, "window_length", lambda width, rows, steps, window=window: min(window, steps))
+        given.clear()
+        found[window] = [
+            generate_images(model, streams, [[seed, seed + 1], [seed + 2, seed + 3]], image_sampler, span, codes)
+            for seed in range(3)
+            for span, codes in ((None, None), ((1, 8), known))
+        ]
+        passes[window] = len(given)
+    for window in (2, 8):
+        assert all(np.array_equal(one, other) for one, other in zip(found[1], found[window], strict=True))
+    assert passes[1] > passes[2] > passes[8]
+
+
+def test_known_codes_take_one_pass(model, monkeypatch):
+    """All are known but the last, which the one pass after the prompt's predicts."""
+    given = shapes_read(model, monkeypatch)
+    known = np.array([[*range(8), -1]])
+    [[found]] = generate_images(model, [[prompt(4, 1)]], [[2]], sampler(), (0, 9), known)
+    assert given == [(1, 6), (1, 8)] and found[:8].tolist() == list(range(8))
+
+
+def test_windows_are_short_where_many_rows_are_decoded():
+    assert [engine.window_length(96, rows, 63) for rows in (1, 16, 32, 64, 65, 256)] == [8, 8, 4, 2, 1, 1]
+    assert [engine.window_length(1024, rows, 63) for rows in (1, 6, 8, 16, 24, 25)] == [8, 8, 6, 3, 2, 1]
+    assert engine.window_length(96, 1, 3) == 3
+
+
+def test_processes_that_train_together_take_equally_many_passes(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        assert engine.window_length(96, 1, 63) == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_documents_shared_by_all_streams_and_candidates_are_prefilled_once(model, monkeypatch):
+    """Counted by what the decoder is given: the documents once, each stream's own tokens once, then each row's windows."""
+    given = shapes_read(model, monkeypatch)
     body = prompt(6, 4, documents=3)
     masked = plain([*body.tokens[:-7], VOCABULARY.sentinel(0), BREAK])
     generate_images(model, [[body, masked]], [list(range(8))], sampler(guidance=3.0))
     shared = shared_prefix([body, masked])
     assert shared == len(body) - 7 >= caches.MIN_SHARED_PREFIX
-    assert given == [(1, shared), (2, 7), *[(16, 1)] * 8]
+    assert given[:2] == [(1, shared), (2, 7)] and len(given) <= 2 + 8 and set(given[2:]) == {(16, engine.window_length(32, 16, 8))}
 
 
 def test_guidance_with_another_stream_changes_the_image(model):
@@ -202,8 +279,8 @@ def test_a_span_is_generated_around_known_codes(model):
     for step in (0, 1, 3, 4):
         generated = found[:step] + VOCABULARY.image_start
         logits = forward(model, np.append(start.tokens, generated), np.append(start.image_positions, np.arange(4, 4 + step)))
-        row = logits[None, None, None, VOCABULARY.image_start : VOCABULARY.text_start]
-        assert found[step] == int(sample(sampler().probabilities(row, step / 4), noise[:, None, step]))
+        row = logits[None, None, None, None, VOCABULARY.image_start : VOCABULARY.text_start]
+        assert found[step] == int(sample(sampler().probabilities(row, torch.tensor([[[step / 4]]])), noise[:, None, step, None]))
 
 
 def test_texts_equal_the_reference(model):

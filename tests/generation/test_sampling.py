@@ -11,6 +11,8 @@ from cm3leon.generation.guidance import classifier_free, editing, scale_at
 from cm3leon.generation.sampling import Sampler, at_temperature, contrastive, keep_top_k, keep_top_p, sample, uniform_noise
 
 VALUES = 30
+END = torch.ones(1, 1, 1)
+"""Progress at an image's last token."""
 
 
 def logits(*shape, seed=0):
@@ -77,10 +79,10 @@ def test_guidance_is_its_formula():
 
 def test_schedules_rise_from_one_to_the_scale():
     for schedule in ("linear", "cosine"):
-        scales = [scale_at(schedule, 5.0, step / 10) for step in range(11)]
+        scales = scale_at(schedule, 5.0, torch.arange(11) / 10).tolist()
         assert scales[0] == pytest.approx(1) and scales[-1] == pytest.approx(5) and scales[5] == pytest.approx(3)
         assert scales == sorted(scales)
-    assert {scale_at("constant", 5.0, step / 10) for step in range(11)} == {5.0}
+    assert scale_at("constant", 5.0, torch.arange(11) / 10) == 5.0
 
 
 def settings(**changes):
@@ -88,25 +90,25 @@ def settings(**changes):
 
 
 def test_a_sampler_is_guidance_temperature_top_k_and_top_p_in_this_order():
-    streams = torch.stack([logits(2, 3), logits(2, 3, seed=1)])
+    streams = torch.stack([logits(2, 3, 5), logits(2, 3, 5, seed=1)])
     expected = keep_top_p(keep_top_k(at_temperature(classifier_free(*streams, 3.0), 0.7), 8), 0.9)  # type: ignore[call-arg]
-    torch.testing.assert_close(Sampler(settings(top_k=8)).probabilities(streams, 1.0), expected)
+    torch.testing.assert_close(Sampler(settings(top_k=8)).probabilities(streams, END), expected)
 
 
 def test_half_and_half_samples_the_last_candidates_by_contrastive_decoding():
-    streams = torch.stack([logits(2, 4), logits(2, 4, seed=1)])
-    found = Sampler(settings(contrastive=0.5, contrastive_k=3)).probabilities(streams, 1.0)
-    torch.testing.assert_close(found[:, :2], Sampler(settings()).probabilities(streams, 1.0)[:, :2])
+    streams = torch.stack([logits(2, 4, 5), logits(2, 4, 5, seed=1)])
+    found = Sampler(settings(contrastive=0.5, contrastive_k=3)).probabilities(streams, END)
+    torch.testing.assert_close(found[:, :2], Sampler(settings()).probabilities(streams, END)[:, :2])
     torch.testing.assert_close(found[:, 2:], at_temperature(contrastive(*streams[:, :, 2:], 3, 0.5), 0.7))  # type: ignore[call-arg]
-    all_of_them = Sampler(settings(contrastive=1.0)).probabilities(streams, 1.0)
+    all_of_them = Sampler(settings(contrastive=1.0)).probabilities(streams, END)
     assert all_of_them.shape == found.shape
-    torch.testing.assert_close(all_of_them.sum(-1), torch.ones(2, 4, dtype=all_of_them.dtype))
+    torch.testing.assert_close(all_of_them.sum(-1), torch.ones(2, 4, 5, dtype=all_of_them.dtype))
 
 
 def test_three_streams_are_for_editing():
-    streams = torch.stack([logits(1, 2, seed=seed) for seed in range(3)])
+    streams = torch.stack([logits(1, 2, 5, seed=seed) for seed in range(3)])
     expected = at_temperature(editing(*streams, 1.2, 3.0), 0.7)  # type: ignore[call-arg]
-    torch.testing.assert_close(Sampler(settings(image_guidance=1.2, top_p=1.0)).probabilities(streams, 0.5), expected)
+    torch.testing.assert_close(Sampler(settings(image_guidance=1.2, top_p=1.0)).probabilities(streams, END / 2), expected)
 
 
 def test_streams_that_are_needed():
