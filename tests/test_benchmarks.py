@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -161,15 +160,14 @@ def test_verdicts_follow_from_the_scores(known_study: KnownStudy, claim: str, se
 @pytest.mark.timeout(180)
 def test_the_benchmark_for_gpus_rehearses_on_a_cpu_and_goes_on_where_it_ended(tmp_path: Path) -> None:
     """Without compiling, which takes minutes; compiled training and decoding have their own tests."""
-    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--rehearse", "--out", str(tmp_path)]
-    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
-    none = subprocess.run([*command, "--minutes", "0"], env=environment, capture_output=True, text=True, check=False)
-    assert "not measured yet, for want of time: check losses, check packing" in none.stdout, none.stderr
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--rehearse", "--skip", "compiled", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())["results"]
-    assert not [name for name, found in results.items() if "error" in found]
-    assert len(results) >= 15 and "not measured" not in done.stdout
-    assert all(f"| {name} | " in (tmp_path / "results.md").read_text() for name in results)
-    again = subprocess.run([*command, "--minutes", "0"], env=environment, capture_output=True, text=True, check=False)
-    assert json.loads((tmp_path / "results.json").read_text())["results"] == results and again.returncode == 0
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert not [name for name, found in written["results"].items() if "error" in found]
+    assert len(written["results"]) >= 14 and "not measured" not in done.stdout
+    assert all(f"| {name} | " in (tmp_path / "results.md").read_text() for name in written["results"])
+    del written["results"]["images"]
+    (tmp_path / "results.json").write_text(json.dumps(written))
+    again = subprocess.run([*command, "--minutes", "0"], capture_output=True, text=True, check=False)
+    assert "not measured yet, for want of time: images; the same command goes on" in again.stdout and again.returncode == 0
