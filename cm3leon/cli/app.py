@@ -27,6 +27,14 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 # --- stages ----------------------------------------------------------------------------------------------------------
 
 
+ResumeFromOption = Annotated[
+    Path | None, typer.Option("--resume-from", metavar="DIR", help="another run in models/checkpoints/, or a checkpoint: resume from it")
+]
+AcceptChangesOption = Annotated[
+    bool, typer.Option("--accept-changes", help="resume from it although its parameters, data or code differ; both are recorded")
+]
+
+
 def _stage_command(stage: str) -> Callable[[], None]:
     def command() -> None:
         run_stage(stage)
@@ -34,12 +42,27 @@ def _stage_command(stage: str) -> Callable[[], None]:
     return command
 
 
+def _training_command(stage: str) -> Callable[..., None]:
+    def command(resume_from: ResumeFromOption = None, accept_changes: AcceptChangesOption = False) -> None:
+        if resume_from is None:
+            if accept_changes:
+                raise UsageError("--accept-changes belongs to --resume-from DIR")
+            run_stage(stage)
+            return
+        from cm3leon.training.run import ResumeFrom
+
+        run_stage(stage, resume=ResumeFrom(resume_from, accept_changes))
+
+    return command
+
+
 for _stage, _help in STAGES.items():
     if _stage == "evaluate":
         continue
-    app.command(_stage, help=_help, rich_help_panel="Stages")(_stage_command(_stage))
+    _command = _training_command(_stage) if _stage in ("pretrain", "sft") else _stage_command(_stage)
+    app.command(_stage, help=_help, rich_help_panel="Stages")(_command)
     if "_" in _stage:
-        app.command(_stage.replace("_", "-"), help=_help, hidden=True)(_stage_command(_stage))
+        app.command(_stage.replace("_", "-"), help=_help, hidden=True)(_command)
 
 
 @app.command(help=STAGES["evaluate"], rich_help_panel="Stages")

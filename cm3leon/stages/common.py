@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from cm3leon.config import paths
 
@@ -40,15 +41,15 @@ def peak_megabytes() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
-def run_stage(stage: str) -> None:
-    """Run a stage with ``params.yaml``; its last line is ``metrics: {...}`` (see :data:`METRICS`)."""
+def run_stage(stage: str, **options: Any) -> None:
+    """Run a stage with ``params.yaml`` and options of its own; its last line is ``metrics: {...}`` (see :data:`METRICS`)."""
     from cm3leon.config.loading import load_config
     from cm3leon.services.child import end_with_owner
 
     end_with_owner()
     config = load_config()
     start = time.monotonic()
-    metrics = importlib.import_module(f"cm3leon.stages.{stage}").run(config)
+    metrics = importlib.import_module(f"cm3leon.stages.{stage}").run(config, **options)
     resources = {"seconds": round(time.monotonic() - start, 2), "peak_megabytes": round(peak_megabytes(), 1)}
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several processes
         file = paths.metrics_file(stage)

@@ -11,11 +11,11 @@ from cm3leon.tracking import runs
 from cm3leon.training.distributed import world
 from cm3leon.training.fingerprint import fingerprint
 from cm3leon.training.pretraining import build_decoder, mask_shares, training_samples, validation_batches
-from cm3leon.training.run import make_stream, train
+from cm3leon.training.run import ResumeFrom, make_stream, train
 from cm3leon.training.sample_sheets import sample_sheets
 
 
-def run(config: Config) -> dict[str, float]:
+def run(config: Config, resume: ResumeFrom | None = None) -> dict[str, float]:
     """Write ``models/pretrained/``; returns the validation losses, the shares of samples by what is masked, and the parameter count."""
     section = config.pretrain
     with world() as processes, runs.stage_run("pretrain", config) as run:
@@ -36,5 +36,6 @@ def run(config: Config) -> dict[str, float]:
             processes,
             sample_sheets(run, model, held_out),
             fingerprint(config, "pretrain", [paths.TOKENS, paths.NEIGHBORS, paths.IMAGE_TOKENIZER]),
+            resume=resume,
         )
     return {**metrics, **shares, "parameters": parameters}

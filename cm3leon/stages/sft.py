@@ -11,11 +11,11 @@ from cm3leon.tracking import runs
 from cm3leon.training.distributed import world
 from cm3leon.training.fingerprint import fingerprint
 from cm3leon.training.instruction_tuning import task_samples, trains_masked_prompts, validation_batches
-from cm3leon.training.run import make_stream, train
+from cm3leon.training.run import ResumeFrom, make_stream, train
 from cm3leon.training.sample_sheets import sample_sheets
 
 
-def run(config: Config) -> dict[str, float]:
+def run(config: Config, resume: ResumeFrom | None = None) -> dict[str, float]:
     """Write ``models/finetuned/``; returns the validation losses of the mix and of each task, and each task's number of documents."""
     section = config.sft
     with world() as processes, runs.stage_run("sft", config) as run:
@@ -38,6 +38,7 @@ def run(config: Config) -> dict[str, float]:
             sample_sheets(run, model, held_out),
             fingerprint(config, "sft", [paths.TOKENS, paths.NEIGHBORS, paths.PRETRAINED, paths.VALIDATED / "manifest.parquet"]),
             list(TASKS),
+            resume,
         )
         if processes.rank == 0:
             Training(frozenset(samples.counts), trains_masked_prompts(section, config.pretrain.objective)).write(paths.FINETUNED)

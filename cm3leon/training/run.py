@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from cm3leon.config import paths
 from cm3leon.config.schema import TrainConfig
@@ -11,9 +13,17 @@ from cm3leon.data.batches import Batch, GetSample, PackedStream, SortedStream
 from cm3leon.models.decoder import Decoder
 from cm3leon.tracking.runs import Run
 from cm3leon.training.checkpoint import Checkpoints
+from cm3leon.training.checkpoint_runs import Resumption
 from cm3leon.training.distributed import World, full_tensor
 from cm3leon.training.fingerprint import Fingerprint
 from cm3leon.training.trainer import fit, setup
+
+
+class ResumeFrom(NamedTuple):
+    """The run, or the checkpoint of one, to resume from although it is another run; refused without ``accept_changes``."""
+
+    directory: Path
+    accept_changes: bool
 
 
 def make_stream(get_sample: GetSample, size: int, section: TrainConfig, seed: int, context: int) -> SortedStream | PackedStream:
@@ -46,8 +56,11 @@ def train(
     after_validation: Callable[[int], None],
     identity: Fingerprint,
     tasks: Sequence[str] = (),
+    resume: ResumeFrom | None = None,
 ) -> dict[str, float]:
     """Train a decoder and write it with its ``losses.csv`` to ``output``; resumes if a run with the same ``identity`` was interrupted.
+
+    That it was resumed from another run, now or earlier, is kept in the run's tags and in ``paths.resumed_file(stage)``.
 
     Args:
         stage: name of the parameters' section; the prefix of MLflow's metrics.
@@ -55,9 +68,17 @@ def train(
 
     Returns:
         The last validation losses.
+
+    Raises:
+        UserError: if ``resume`` is refused; see :meth:`~cm3leon.training.checkpoint.Checkpoints.adopt`.
     """
     checkpoints = Checkpoints(paths.CHECKPOINTS / stage, identity, section.keep_checkpoints, processes)
     state = setup(model, section, processes)
+    if resume is not None:
+        state.allocate_optimizer_states()
+        checkpoints.adopt(*resume, state.tensors())
+    if processes.rank == 0:
+        _record_resumptions(stage, checkpoints.record.resumed, run)
     metrics = fit(
         state,
         stream,
@@ -77,3 +98,12 @@ def train(
         (output / "losses.csv").write_text("step,loss\n" + curve)
     processes.wait()
     return metrics
+
+
+def _record_resumptions(stage: str, resumed: Sequence[Resumption], run: Run) -> None:
+    file = paths.resumed_file(stage)
+    file.unlink(missing_ok=True)
+    if resumed:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(resumed, indent=2) + "\n")
+        run.set_tags({"resumed_from": ", ".join(entry["checkpoint"] for entry in resumed), "resumed_differences": json.dumps(resumed)})
