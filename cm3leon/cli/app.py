@@ -40,7 +40,7 @@ def _training_command(stage: str) -> Callable[..., None]:
         accept_changes: Annotated[bool, typer.Option("--accept-changes", help="although its parameters, data or code differ")] = False,
     ) -> None:
         if accept_changes and resume_from is None:
-            raise UsageError("--accept-changes belongs to --resume-from")
+            raise UsageError("--accept-changes belongs to --resume-from DIR")
         run_stage(stage, resume_from, accept_changes=accept_changes)
 
     return command

@@ -19,7 +19,7 @@ SUPER_RESOLUTION = Path("models/super_resolution")
 EVALUATION = Path("models/evaluation")
 
 CHECKPOINTS = Path("models/checkpoints")
-"""``CHECKPOINTS / stage``: checkpoints from which a training stage resumes. Not outputs: DVC deletes those when a stage starts."""
+"""``CHECKPOINTS / stage / run``: checkpoints from which a run of a stage resumes. Not outputs: DVC deletes those when a stage starts."""
 
 RUNS = Path("models/runs")
 """``RUNS / stage``: what tells of the run that made a stage's outputs, as which MLflow run it was, and when. It is not kept with the
@@ -33,6 +33,11 @@ DATA_DOCS = RUNS / "validate" / "data_docs"
 def run_file(stage: str) -> Path:
     """The file that names the MLflow run of ``stage``."""
     return RUNS / stage / "mlflow_run.json"
+
+
+def resumed_file(stage: str) -> Path:
+    """Of a run of ``stage`` that was resumed from checkpoints of other runs: which, at which steps, and how these runs differ."""
+    return RUNS / stage / "resumed.json"
 
 
 def metrics_file(stage: str) -> Path:

@@ -7,7 +7,8 @@
     evaluation/                        record.json, outcomes.parquet and sheets
     training_data.parquet              id, origin, license, attribution, source and size of every training document
     validation.json                    report of the stage validate: counts of records, rejected ones and duplicates, where there is one
-    lineage.json                       git commit, md5 of dvc.lock and of the data, MLflow run of each stage, Prefect flow run
+    lineage.json                       git commit, md5 of dvc.lock and of the data, MLflow run of each stage, from which other runs'
+                                       checkpoints a stage was resumed on request, Prefect flow run
     dvc.lock, params.yaml              as they were, where the project has them: by them DVC finds data and models again
 
 Its identity is :func:`bundle_hash`. Nothing in it is pickled.
@@ -127,7 +128,8 @@ def build_bundle(out: Path, config: Config | None = None) -> Bundle:
     runs = {file.parent.name: json.loads(file.read_text())["run_id"] for file in sorted(paths.RUNS.glob("*/mlflow_run.json"))}
     origin = {"git_commit": lineage.git_commit(), "dvc_lock_md5": lineage.dvc_lock_md5(), "flow_run": os.environ.get(FLOW_RUN_ENV)}
     data = {str(path): lineage.dvc_md5(path) for path in (paths.RAW, paths.VALIDATED, paths.TOKENS)}
-    _write(partial / LINEAGE, {**origin, "data_md5": data, "mlflow_runs": runs})
+    resumed = {file.parent.name: json.loads(file.read_text()) for file in sorted(paths.RUNS.glob("*/resumed.json"))}
+    _write(partial / LINEAGE, {**origin, "data_md5": data, "mlflow_runs": runs} | ({"resumed": resumed} if resumed else {}))
     for file in PROJECT_FILES:  # copies: both are written again in place
         if file.is_file():
             shutil.copyfile(file, partial / file.name)

@@ -7,9 +7,9 @@ that its ``dvc.lock`` names. Entries of the ledger always stay. MLflow and DVC r
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +22,7 @@ from cm3leon.services import dvc_commands, worktree
 from cm3leon.services.disk import tree_size
 from cm3leon.tracking import store
 from cm3leon.tracking.lineage import DVC_LOCK
-from cm3leon.training.checkpoint_runs import run_directories
+from cm3leon.training.checkpoint_runs import remove, run_directories
 from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 KEEP = 5
 """Newest versions that are kept."""
+KEEP_RUN_DAYS = 7
+"""Checkpoints of a training run are kept for this long after the last one was written; those of each stage's last run longer."""
 RUNS_AT_ONCE = 1000
 """Most runs that one call of ``mlflow gc`` names: the system bounds the length of an argument."""
 
@@ -68,20 +70,19 @@ def clean(keep: int = KEEP, dry_run: bool = False) -> Iterator[Garbage]:
         _check_intact(client, kept)
         locks = [lock for version in kept if (lock := _lock(client, version)) is not None]
         yield from _remove_from_mlflow(client, [version for version in versions if version not in kept], dry_run)
-        for checkpoints in _old_checkpoints():
-            size = tree_size(checkpoints)
+        for run in _old_runs():
+            size = tree_size(run)
             if not dry_run:
-                shutil.rmtree(checkpoints)
-            yield Garbage(str(checkpoints), size)
+                remove(run)
+            yield Garbage(f"checkpoints {run}", size)
         if size := dvc_commands.remove_unused([*locks, *running], dry_run):
             yield Garbage("objects of DVC's cache", size)
 
 
-def _old_checkpoints() -> Iterator[Path]:
-    """Checkpoints of each stage's runs but the last, which may be interrupted; and those of earlier versions."""
-    for stage in sorted(path for path in paths.CHECKPOINTS.glob("*") if path.is_dir()):
-        runs = run_directories(stage)
-        yield from sorted(path for path in stage.iterdir() if path.is_dir() and path not in runs[:1])
+def _old_runs() -> list[Path]:
+    """Directories of the training runs whose checkpoints nobody has written or resumed for days, but for each stage's last run."""
+    found = [run for stage in sorted(paths.CHECKPOINTS.glob("*")) for run in run_directories(stage)[1:]]
+    return [run for run in found if time.time() - run.stat().st_mtime > KEEP_RUN_DAYS * 24 * 3600]
 
 
 def kept_versions(versions: Sequence[Version], entries: Sequence[ledger.Entry], keep: int) -> list[Version]:

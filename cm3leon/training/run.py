@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cm3leon.data.batches import Batch, GetSample, PackedStream, SortedStream
 from cm3leon.models.decoder import Decoder
 from cm3leon.tracking.runs import Run
 from cm3leon.training.checkpoint import Checkpoints
+from cm3leon.training.checkpoint_runs import Resumption
 from cm3leon.training.distributed import World, full_tensor
 from cm3leon.training.fingerprint import Fingerprint
 from cm3leon.training.trainer import fit, setup
@@ -60,7 +62,8 @@ def train(
         weights: of a model on the meta device.
         validation, tasks: see :func:`~cm3leon.training.trainer.fit`.
         resume_from: resume from another run, or from one of its checkpoints, in :data:`~cm3leon.config.paths.CHECKPOINTS`.
-        accept_changes: although it differs; what does is printed, kept with the checkpoints and in MLflow.
+        accept_changes: although it differs. What does is printed, and kept with the checkpoints, in the run's tags and in
+            ``paths.resumed_file(stage)``.
 
     Returns:
         The last validation losses.
@@ -70,8 +73,8 @@ def train(
     if resume_from is not None:
         state.allocate_optimizer_states()
         checkpoints.adopt(resume_from, accept_changes, state.tensors())
-    if resumed := checkpoints.record.resumed:
-        run.set_tags({"resumed_from": resumed[-1]["checkpoint"], "resumed_differences": "; ".join(resumed[-1]["differences"])})
+    if processes.rank == 0:
+        _record_resumptions(stage, checkpoints.record.resumed, run)
     metrics = fit(
         state,
         stream,
@@ -95,3 +98,12 @@ def train(
         (output / "losses.csv").write_text("step,loss\n" + curve)
     processes.wait()
     return metrics
+
+
+def _record_resumptions(stage: str, resumed: Sequence[Resumption], run: Run) -> None:
+    file = paths.resumed_file(stage)
+    file.unlink(missing_ok=True)
+    if resumed:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(resumed, indent=2) + "\n")
+        run.set_tags({"resumed_from": resumed[-1]["checkpoint"], "resumed_differences": json.dumps(resumed)})

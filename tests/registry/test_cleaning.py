@@ -12,15 +12,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import torch
 from registry_support import CONFIG, aliases, evaluated, released
 
 from cm3leon.config import paths
 from cm3leon.registry import ledger, registry
-from cm3leon.registry.cleaning import CleaningError, Garbage, clean, kept_versions
+from cm3leon.registry.cleaning import KEEP_RUN_DAYS, CleaningError, Garbage, clean, kept_versions
 from cm3leon.registry.registry import Version, find_bundle
 from cm3leon.services.disk import tree_size
 from cm3leon.services.local import free_port
 from cm3leon.tracking import store
+from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.utils.processes import stop_tree
 
 pytestmark = pytest.mark.slow
@@ -59,30 +61,37 @@ def test_dropped_versions_deleted_runs_and_old_checkpoints_are_gone_and_their_by
     abandoned = client.create_run(experiment).info.run_id
     client.log_text(abandoned, "x" * 10_000, "notes.txt")
     client.delete_run(abandoned)
-    for seconds, name in enumerate(("older", "newest"), 1):
-        step = paths.CHECKPOINTS / "sft" / name / "step-00000001"
-        step.mkdir(parents=True)
-        (step.parent / "run.json").write_text("{}")
-        (step / "state.json").write_text("x" * 4_998)
-        os.utime(step.parent, (seconds, seconds))
+    old, recent, last = (training_run(days) for days in (KEEP_RUN_DAYS + 2, KEEP_RUN_DAYS - 1, 0))
+    alone = training_run(KEEP_RUN_DAYS + 2, stage="pretrain")
     entries = registry_ledger()
 
     before = tree_size(Path("mlruns")) + tree_size(Path("models"))
     planned = list(clean(keep=1, dry_run=True))
-    assert [item.what for item in planned] == ["version 4", "version 2", f"deleted run {abandoned}", "models/checkpoints/sft/older"]
-    assert planned[2:] == [Garbage(f"deleted run {abandoned}", 10_000), Garbage("models/checkpoints/sft/older", 5_000)]
+    assert [item.what for item in planned] == ["version 4", "version 2", f"deleted run {abandoned}", f"checkpoints {old}"]
+    assert planned[2:] == [Garbage(f"deleted run {abandoned}", 10_000), Garbage(f"checkpoints {old}", tree_size(old))]
+    assert tree_size(old) > 5_000
     assert tree_size(Path("mlruns")) + tree_size(Path("models")) == before
     assert len(registry.status()) == 5
 
     assert list(clean(keep=1)) == planned
     assert [version.number for version in registry.status()] == ["5", "3", "1"]
     assert before - tree_size(Path("mlruns")) - tree_size(Path("models")) == sum(item.size for item in planned)
-    assert [run.name for run in (paths.CHECKPOINTS / "sft").iterdir()] == ["newest"]
+    assert [bool(list(run.glob("step-*"))) for run in (old, recent, last, alone)] == [False, True, True, True]
     assert aliases() == {"champion": 3, "previous_champion": 1, "challenger": 5}
     for version in ("1", "3", "5"):
         assert (find_bundle(f"models:/cm3leon/{version}") / "model.safetensors").is_file()
     assert registry_ledger() == entries
     assert list(clean(keep=1)) == []
+
+
+def training_run(days: float, stage: str = "sft") -> Path:
+    """The directory of an unfinished training run that wrote its only checkpoint some days ago."""
+    run = Checkpoints(paths.CHECKPOINTS / stage, {"days": str(days)}, 1)
+    run.open()
+    run.save(1, {"w": torch.ones(1000)}, {"score": None, "text": "x" * 1000})
+    then = time.time() - days * 24 * 3600
+    os.utime(run.directory, (then, then))
+    return run.directory
 
 
 def registry_ledger() -> list[ledger.Entry]:

@@ -33,9 +33,11 @@ def test_a_bundle_has_every_part_and_its_hash_depends_on_its_content_only(stages
     first = bundle_hash(bundle)
     paths.run_file("sft").parent.mkdir(parents=True)
     paths.run_file("sft").write_text('{"run_id": "r1"}')
+    paths.resumed_file("sft").write_text('[{"step": 4}]')
     (paths.EVALUATION / "samples.png").write_bytes(b"another sheet")
     again = build_bundle(Path("elsewhere"), CONFIG).path
-    assert json.loads((again / "lineage.json").read_text())["mlflow_runs"] == {"sft": "r1"}
+    lineage = json.loads((again / "lineage.json").read_text())
+    assert lineage["mlflow_runs"] == {"sft": "r1"} and lineage["resumed"] == {"sft": [{"step": 4}]}
     assert bundle_hash(again) == first
     weights = again / "text_tokenizer" / "tokenizer.json"
     changed = weights.read_bytes() + b"\n"

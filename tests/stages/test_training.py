@@ -1,0 +1,66 @@
+"""The stage ``pretrain`` by its command: how it resumes from another run's checkpoints on request, and what tells of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from typer.testing import CliRunner, Result
+
+from cm3leon.cli import app
+from cm3leon.config import paths
+from cm3leon.config.profiles import configure
+from cm3leon.data.tokens import TokenStore, write_tokens
+from cm3leon.tracking import store
+from cm3leon.utils.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = ["model.layers=1", "model.width=32", "model.context=160", "batch_size=2", "validation_samples=2", "neighbors=none"]
+
+
+@pytest.fixture
+def trained(stages: Path) -> Path:
+    """A project in which ``pretrain`` has run four steps; the directory of its run."""
+    documents = [TokenStore(paths.TOKENS, ["train"])[row] for row in range(2)]
+    write_tokens(paths.TOKENS, "val", documents, len(documents[0].codes), 100)
+    paths.NEIGHBORS.mkdir(parents=True)
+    assert pretrain(4).exit_code == 0
+    [run] = (paths.CHECKPOINTS / "pretrain").iterdir()
+    return run
+
+
+def pretrain(steps: int, *arguments: str) -> Result:
+    changes = [f"pretrain.{change}" for change in [*SMALL, f"steps={steps}", "retrieved_documents=[1.0]"]]
+    configure("tiny", changes, configs=CONFIGS)
+    return CliRunner().invoke(app.app, ["pretrain", *arguments])
+
+
+def losses() -> list[str]:
+    return (paths.PRETRAINED / "losses.csv").read_text().splitlines()[1:]
+
+
+def test_pretraining_resumes_from_another_run_on_request_and_records_it(trained: Path) -> None:
+    first = losses()
+    refused = pretrain(6, "--resume-from", str(trained))
+    assert isinstance(refused.exception, UserError)
+    assert str(refused.exception).endswith("add --accept-changes:\n  pretrain.steps: 4 then, 6 now")
+
+    resumed = pretrain(6, "--resume-from", str(trained), "--accept-changes")
+    assert resumed.exit_code == 0, resumed.exception
+    assert "pretrain.steps: 4 then, 6 now" in resumed.stdout and "pretrain: resuming at step 4 of 6" in resumed.stdout
+    assert losses()[:4] == first and len(losses()) == 6
+    [entry] = json.loads(paths.resumed_file("pretrain").read_text())
+    assert entry == {"checkpoint": f"{trained}/step-00000004", "step": 4, "differences": ["pretrain.steps: 4 then, 6 now"]}
+    run_id = json.loads(paths.run_file("pretrain").read_text())["run_id"]
+    tags = MlflowClient(store.tracking_uri()).get_run(run_id).data.tags
+    assert tags["resumed_from"] == entry["checkpoint"] and json.loads(tags["resumed_differences"]) == [entry]
+
+    again = pretrain(6)  # the run has finished: it starts from the beginning, and depends on no other
+    assert again.exit_code == 0 and "resuming" not in again.stdout
+    assert not paths.resumed_file("pretrain").exists()
+
+
+def test_accept_changes_alone_is_refused(project: Path) -> None:
+    assert str(pretrain(4, "--accept-changes").exception) == "--accept-changes belongs to --resume-from DIR"
