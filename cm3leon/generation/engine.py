@@ -29,7 +29,7 @@ MAX_ROWS = 128
 """Most sequences that callers decode or score together."""
 
 MAX_WINDOW = 8
-"""Most tokens of a row that a pass reads; more are hardly ever accepted."""
+"""Most tokens of a row that a pass reads; at 350M more cost what they save."""
 
 MAX_PASS_TOKENS, MAX_PASS_TOKENS_NARROW, MIN_WIDE = 48, 128, 512
 """Most tokens of all rows that a pass with guesses reads, in decoders from the width :data:`MIN_WIDE` on, and in narrower ones.
@@ -90,31 +90,31 @@ def generate_images(
     unknown_PCE = codes_PCE < 0
     indices_E = torch.arange(steps, device=model.device)
     lengths_PC = torch.zeros(prompts, candidates, dtype=torch.int64, device=model.device)
-    sampled_PCT = lengths_PC[..., None]  # which codes the last pass predicts: at first each candidate's first
+    targets_PCT = lengths_PC[..., None]  # which codes the last pass predicts; the prompt predicts the first
     while True:
         # 4. Logits over image tokens alone, combined over the streams into one distribution for each code.
         logits_RTV = model.logits(hidden_RTD, vocabulary.image_start, vocabulary.text_start).float()
         logits_SPCTV = logits_RTV.view(count, prompts, candidates, *logits_RTV.shape[1:])
-        probabilities_PCTV = sampler.probabilities(logits_SPCTV, sampled_PCT / max(1, steps - 1))
+        probabilities_PCTV = sampler.probabilities(logits_SPCTV, targets_PCT / max(1, steps - 1))
         # 5. Sample the codes that are not settled. A code is right if it was sampled after right codes: the first of these is, and each
         #    next one as long as those before it are what was guessed and read.
-        guesses_PCT = codes_PCE.gather(-1, sampled_PCT)
-        open_PCT = (sampled_PCT >= lengths_PC[..., None]) & unknown_PCE.gather(-1, sampled_PCT)
-        found_PCT = torch.where(open_PCT, sample(probabilities_PCTV, noise_PCE.gather(-1, sampled_PCT)), guesses_PCT)
-        codes_PCE.scatter_(-1, sampled_PCT, found_PCT)
+        guesses_PCT = codes_PCE.gather(-1, targets_PCT)
+        open_PCT = (targets_PCT >= lengths_PC[..., None]) & unknown_PCE.gather(-1, targets_PCT)
+        found_PCT = torch.where(open_PCT, sample(probabilities_PCTV, noise_PCE.gather(-1, targets_PCT)), guesses_PCT)
+        codes_PCE.scatter_(-1, targets_PCT, found_PCT)
         agreeing_PC = (found_PCT == guesses_PCT).long().cumprod(-1).sum(-1)
-        lengths_PC = sampled_PCT[..., 0] + (agreeing_PC + 1).clamp(max=sampled_PCT.shape[-1])
+        lengths_PC = targets_PCT[..., 0] + (agreeing_PC + 1).clamp(max=targets_PCT.shape[-1])
         if int(lengths_PC.min()) == steps:
             return codes_PCE.cpu().numpy()
         # 6. Codes that no pass has predicted are guessed to be like the last one that was: images have areas of one color.
-        codes_PCE = torch.where(unknown_PCE & (indices_E > sampled_PCT[..., -1:]), found_PCT[..., -1:], codes_PCE)
+        codes_PCE = torch.where(unknown_PCE & (indices_E > targets_PCT[..., -1:]), found_PCT[..., -1:], codes_PCE)
         # 7. Every stream of a candidate reads its last right code and the guesses after it; near the end, more right codes before it.
         starts_PC = (lengths_PC - 1).clamp(max=steps - 1 - window)
         read_PCT = starts_PC[..., None] + indices_E[:window]
         tokens_RT = (codes_PCE.gather(-1, read_PCT) + vocabulary.image_start).flatten(0, 1).repeat(count, 1)
         image_positions_RT = (first + 1 + read_PCT).flatten(0, 1).repeat(count, 1)
         hidden_RTD = cache.advance(model, tokens_RT, image_positions_RT, starts_PC.flatten().repeat(count))
-        sampled_PCT = read_PCT + 1
+        targets_PCT = read_PCT + 1
 
 
 def window_length(width: int, rows: int, steps: int) -> int:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_FLIPPED_ROWS = 48
+MIN_FLIPPED_ROWS, MAX_FLIPPED_ROWS = 4, 48
 MIN_FLIPPED_WEIGHT = 1 << 19
-"""Up to this many rows of input, and from this many elements of the weight, :func:`linear` multiplies from the other side."""
+"""For this many rows of input, and from this many elements of the weight, :func:`linear` multiplies from the other side."""
 
 MAX_MATERIALIZED_TOKENS = 256
 """Longest sequence for which attention in bfloat16 on a CPU materializes all scores; longer ones were not measured."""
@@ -25,10 +25,10 @@ MAX_MATERIALIZED_TOKENS = 256
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``: (..., I) and (O, I) to (..., O).
 
-    For a few rows and a large weight on a CPU, as in decoding, ``(weight @ x.T).T`` is a third faster with MKL. The result is then
-    transposed in memory, which is the layout that the next product reads.
+    For a few rows and a large weight on a CPU, as in decoding, ``(weight @ x.T).T`` is a third faster with MKL; for two or three rows it
+    takes twice as long. The result is then transposed in memory, which is the layout that the next product reads.
     """
-    few_rows = x.numel() <= MAX_FLIPPED_ROWS * x.shape[-1]
+    few_rows = MIN_FLIPPED_ROWS * x.shape[-1] <= x.numel() <= MAX_FLIPPED_ROWS * x.shape[-1]
     if x.device.type == "cpu" and few_rows and weight.numel() >= MIN_FLIPPED_WEIGHT and not torch.is_grad_enabled():
         return torch.mm(weight, x.flatten(0, -2).T).T.reshape(*x.shape[:-1], len(weight))
     return F.linear(x, weight)

@@ -166,7 +166,7 @@ def test_compiled_decoding_generates_the_same_images_and_texts(long, monkeypatch
     """Over a multiple of the length that attention covers, so that two lengths are compiled."""
     monkeypatch.setattr(caches, "MIN_UNCOPIED_PROMPT", long)
     monkeypatch.setattr(caches, "LENGTH_MULTIPLE", 6 if long == 0 else 38)
-    monkeypatch.setattr(engine, "MAX_WINDOW", 4)
+    monkeypatch.setattr(engine, "window_length", lambda width, rows, steps: 2)
     model, image_sampler = make(), sampler(guidance=2.5)
     streams = [[p, UNCONDITIONAL] for p in (prompt(3, 1), prompt(11, 2))]
     expected = generate_images(model, streams, [[5, 6], [7, 8]], image_sampler)
