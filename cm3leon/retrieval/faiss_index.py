@@ -21,9 +21,10 @@ Kind = Literal["auto", "flat", "ivf", "hnsw"]
 MIN_APPROXIMATE = 500_000
 """Documents from which ``auto`` tries an approximate index. For so many, exact search by text and by image takes half an hour on two cores
 at 512 dimensions; the time grows with the square of the number."""
-MAX_PROBED = 1 / 64
+MAX_PROBED = 1 / 32
 """Most lists that ``auto`` lets a query search, as a share of all. FAISS compares a query with the vectors of a list one by one; exact
-search multiplies matrices, and takes about a sixtieth of the time for each vector (``benchmarks/retrieval.py``)."""
+search multiplies matrices, and takes a twentieth of the time for each vector, so that from 1/20 of the lists on it is the faster
+(``benchmarks/retrieval.py``)."""
 MIN_RECALL, RECALL_AT, RECALL_DOCUMENTS = 0.95, 10, 1000
 """Least recall@10 against exact search, and the number of documents whose texts and images are the queries that it is measured with."""
 MAX_EF_SEARCH = 4096
