@@ -131,10 +131,11 @@ def _angles(steps_N: Tensor, pairs: int, longest: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias."""
+    """A linear layer without bias; ``zero``: the decoder initializes it with zeros."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, *, zero: bool = False) -> None:
         super().__init__(inputs, outputs, bias=False)
+        self.zero = zero
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight)
@@ -160,7 +161,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.layer, self.qk_norm, self.context = spec.heads, layer, spec.qk_norm, spec.context
         self.qkv = Linear(spec.width, 3 * spec.width)
-        self.out = Linear(spec.width, spec.width)
+        self.out = Linear(spec.width, spec.width, zero=True)
 
     def forward(self, x_BTD: Tensor, cache: Cache | None, cos_sin: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         batch, length, width = x_BTD.shape
@@ -186,7 +187,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(spec, layer)
         self.up = Linear(spec.width, 4 * spec.width)
-        self.down = Linear(4 * spec.width, spec.width)
+        self.down = Linear(4 * spec.width, spec.width, zero=True)
 
     def forward(self, x_BTD: Tensor, cache: Cache | None, cos_sin: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         x_BTD = x_BTD + self.attention(F.layer_norm(x_BTD, x_BTD.shape[-1:]), cache, cos_sin, cu_seqlens)
@@ -236,7 +237,7 @@ class Decoder(nn.Module):
         nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
         if module is self.image_positions:
             weight[:1] = 0
-        if any(module in (block.attention.out, block.down) for block in self.blocks if isinstance(block, Block)):
+        if isinstance(module, Linear) and module.zero:
             weight.zero_()
 
     def initial_weights(self, read_codebook: Callable[[], Tensor] | None = None, std: float = 0.0) -> Iterator[tuple[str, Tensor]]:
