@@ -390,7 +390,11 @@ class Decoder(nn.Module):
 
 
 def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each parameter that :meth:`Decoder.save` wrote; one at a time is in memory."""
-    with safe_open(directory / WEIGHTS, "pt") as file:
+    """Name and value of each parameter that :meth:`Decoder.save` wrote; one at a time is in memory.
+
+    Raises:
+        DamagedFileError: if the file is truncated.
+    """
+    with read_file(directory / WEIGHTS, lambda path: safe_open(path, "pt"), MADE_BY) as file:
         for name in file.keys():  # noqa: SIM118 (no mapping)
             yield RENAMED_TENSORS.get(name, name), file.get_tensor(name)

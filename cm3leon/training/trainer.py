@@ -142,11 +142,16 @@ def materialize(model: Decoder, weights: Iterable[tuple[str, Tensor]], device: t
 
     Args:
         weights: whole tensors by name, of which one at a time is in memory.
+
+    Raises:
+        ValueError: if they are not those of the model.
     """
     model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     for name, whole in weights:
-        parameter = parameters.pop(name)
+        parameter = parameters.pop(name, None)
+        if parameter is None or parameter.shape != whole.shape:
+            raise ValueError(f"the model has no parameter {name} of shape {tuple(whole.shape)}")
         parameter.copy_(distributed.shard_like(parameter, whole.to(device)))
         del whole  # before the next one is made
     if parameters:
