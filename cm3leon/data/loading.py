@@ -58,7 +58,12 @@ def default_workers(device: torch.device) -> int:
     """Worker processes beside ``device``: a process for each core but one with a GPU; none without, where the network uses all cores."""
     if device.type != "cuda":
         return 0
-    return max(1, min(MAX_WORKERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    return max(1, min(MAX_WORKERS, cores() // _local_processes() - 1))
+
+
+def _local_processes() -> int:
+    """Processes of ``torchrun`` on this machine, which share its cores and memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def image_batches(
@@ -66,7 +71,7 @@ def image_batches(
 ) -> Generator[Tensor, None, None]:
     """Images in order, prepared and stacked, ``batch_size`` at a time; see :func:`read_ahead`."""
     batches = [refs[start : start + batch_size] for start in range(0, len(refs), batch_size)]
-    yield from read_ahead(store, batches, prepare, min(workers, len(batches) - 1))
+    yield from read_ahead(store, batches, prepare, min(workers, len(batches)) if len(batches) > 1 else 0)
 
 
 def read_ahead(store: ImageStore, batches: Iterable[Sequence[str]], prepare: Prepare, workers: int = 0) -> Generator[Tensor, None, None]:
@@ -82,9 +87,9 @@ def read_ahead(store: ImageStore, batches: Iterable[Sequence[str]], prepare: Pre
     reader, rest = _Reader(store, prepare), iter(batches)
     first = list(itertools.islice(rest, 1))
     batches = itertools.chain(first, rest)
-    if workers > 0 and first and first[0]:
+    if workers and first and first[0]:
         workers = _fitting_workers(workers, reader.one(first[0][0]).nbytes * len(first[0]))
-    if workers <= 0:
+    if not workers:
         yield from _by_threads(reader, batches)
         return
     loader = DataLoader(
@@ -109,7 +114,7 @@ def _fitting_workers(workers: int, batch_bytes: int) -> int:
     """As many of the workers as have room for their batches in half of the free shared memory; without room a worker is killed."""
     if not SHARED_MEMORY.is_dir():
         return workers
-    fitting = shutil.disk_usage(SHARED_MEMORY).free // (2 * BATCHES_AHEAD * batch_bytes)
+    fitting = shutil.disk_usage(SHARED_MEMORY).free // (2 * _local_processes() * BATCHES_AHEAD * batch_bytes)
     if fitting < workers:
         print(
             f"WARNING: {SHARED_MEMORY} has room for {fitting} of {workers} processes that decode images; "
