@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -418,13 +418,13 @@ class Run:
         images = torch.rand(self.sizes.tokenizer_images, 3, self.sizes.tokenizer.image_size, self.sizes.tokenizer.image_size) * 2 - 1
         images = images.to(self.device)
         found: dict[str, Any] = {}
-        for name in ("fp32", "bf16"):
-            with ExitStack() as stack:
-                stack.enter_context(torch.inference_mode())
-                if name == "bf16":
-                    stack.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
-                codes = model.encode(images)
-                for what, call in (("encoded", lambda: model.encode(images)), ("decoded", lambda codes=codes: model.decode(codes))):
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                codes = model.encode(images, dtype)
+                for what, call in (
+                    ("encoded", lambda dtype=dtype: model.encode(images, dtype)),
+                    ("decoded", lambda codes=codes: model.decode(codes)),
+                ):
                     call()
                     self.synchronize()
                     start = time.perf_counter()

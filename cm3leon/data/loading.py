@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import signal
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore
-from cm3leon.utils.errors import UserError
+from cm3leon.utils.errors import UserError, message_to_user
 
 THREADS = 2
 """Without worker processes; Pillow decodes and resizes without Python's lock."""
@@ -28,6 +32,8 @@ BATCHES_AHEAD = 2
 """Batches that each worker, or the threads, have ready."""
 SAMPLED = 64
 """Images whose decoding is timed."""
+SHARED_MEMORY = Path("/dev/shm")
+"""Through which workers pass their batches, on Linux; 64 MB in a container that is given no more."""
 
 Prepare = Callable[[Image.Image], Tensor]
 """Makes of an image what a network reads; the same shape for all."""
@@ -43,37 +49,59 @@ class Square:
         return torch.from_numpy(np.array(fit_square(image, self.size)))
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has no affinity
+
+
 def default_workers(device: torch.device) -> int:
     """Worker processes beside ``device``: a process for each core but one with a GPU; none without, where the network uses all cores."""
     if device.type != "cuda":
         return 0
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MAX_WORKERS, cores - 1))
+    return max(1, min(MAX_WORKERS, cores() // _local_processes() - 1))
+
+
+def _local_processes() -> int:
+    """Processes of ``torchrun`` on this machine, which share its cores and memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def image_batches(
     store: ImageStore, refs: Sequence[str], prepare: Prepare, batch_size: int, workers: int = 0
 ) -> Generator[Tensor, None, None]:
-    """Images in order, prepared and stacked, ``batch_size`` at a time; the same for any number of workers.
+    """Images in order, prepared and stacked, ``batch_size`` at a time; see :func:`read_ahead`."""
+    batches = [refs[start : start + batch_size] for start in range(0, len(refs), batch_size)]
+    yield from read_ahead(store, batches, prepare, min(workers, len(batches)) if len(batches) > 1 else 0)
+
+
+def read_ahead(store: ImageStore, batches: Iterable[Sequence[str]], prepare: Prepare, workers: int = 0) -> Generator[Tensor, None, None]:
+    """The images of each batch of references, prepared and stacked; in order, and the same for any number of workers.
 
     Args:
+        batches: of nearly one size, perhaps without end; :data:`BATCHES_AHEAD` for each worker are drawn before they are needed.
         workers: processes; 0: threads of this one.
 
     Raises:
         UserError: if a shard or an image is missing or damaged.
     """
-    batches = _Batches(store, [list(refs[start : start + batch_size]) for start in range(0, len(refs), batch_size)], prepare)
-    if not workers or len(batches) < 2:
-        yield from _by_threads(batches)
+    reader, rest = _Reader(store, prepare), iter(batches)
+    first = list(itertools.islice(rest, 1))
+    batches = itertools.chain(first, rest)
+    if workers and first and first[0]:
+        workers = _fitting_workers(workers, reader.one(first[0][0]).nbytes * len(first[0]))
+    if not workers:
+        yield from _by_threads(reader, batches)
         return
     loader = DataLoader(
-        batches,
+        reader,
         batch_size=None,
-        num_workers=min(workers, len(batches)),
+        sampler=batches,
+        num_workers=workers,
         collate_fn=_unchanged,
         prefetch_factor=BATCHES_AHEAD,
         worker_init_fn=_leave_signals,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # from which workers are seeded; by default the program's own, whose state would then depend on them
         multiprocessing_context="fork",
     )
     for found in loader:
@@ -82,49 +110,62 @@ def image_batches(
         yield found
 
 
+def _fitting_workers(workers: int, batch_bytes: int) -> int:
+    """As many of the workers as have room for their batches in half of the free shared memory; without room a worker is killed."""
+    if not SHARED_MEMORY.is_dir():
+        return workers
+    fitting = shutil.disk_usage(SHARED_MEMORY).free // (2 * _local_processes() * BATCHES_AHEAD * batch_bytes)
+    if fitting < workers:
+        print(
+            f"WARNING: {SHARED_MEMORY} has room for {fitting} of {workers} processes that decode images; "
+            "make it larger (docker run --ipc=host, or --shm-size)",
+            file=sys.stderr,
+            flush=True,
+        )
+    return min(workers, fitting)
+
+
 def decoded_per_second(store: ImageStore, refs: Sequence[str], prepare: Prepare, workers: int = 0) -> float:
     """Images a second that this machine decodes: one core's rate on a sample, times the cores that decode; 0 without images."""
     sample = list(refs[:SAMPLED])
     start = time.perf_counter()
     for ref in sample:
         prepare(store.open(ref))
-    cores = min(workers or THREADS, len(os.sched_getaffinity(0)))
-    return len(sample) * cores / max(time.perf_counter() - start, 1e-9)
+    return len(sample) * min(workers or THREADS, cores()) / max(time.perf_counter() - start, 1e-9)
 
 
-def _by_threads(batches: _Batches) -> Iterator[Tensor]:
+@dataclass
+class _Reader(Dataset[Any]):
+    """Batches by the references of their images."""
+
+    store: ImageStore
+    prepare: Prepare
+
+    def one(self, ref: str) -> Tensor:
+        return self.prepare(self.store.open(ref))
+
+    def __getitem__(self, refs: Sequence[str]) -> Tensor | str:
+        """In a worker, where the user's errors are returned as their message."""
+        try:
+            return torch.stack([self.one(ref) for ref in refs])
+        except Exception as error:
+            if (message := message_to_user(error)) is None:
+                raise
+            return message
+
+
+def _by_threads(reader: _Reader, batches: Iterable[Sequence[str]]) -> Iterator[Tensor]:
     ahead: deque[list[Future[Tensor]]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:
         try:
-            for refs in batches.refs:
-                ahead.append([pool.submit(batches.one, ref) for ref in refs])
+            for refs in batches:
+                ahead.append([pool.submit(reader.one, ref) for ref in refs])
                 if len(ahead) > BATCHES_AHEAD:
                     yield torch.stack([future.result() for future in ahead.popleft()])
             while ahead:
                 yield torch.stack([future.result() for future in ahead.popleft()])
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@dataclass
-class _Batches(Dataset[Any]):
-    """The batches by number; in a worker an error is returned as its message."""
-
-    store: ImageStore
-    refs: list[list[str]]
-    prepare: Prepare
-
-    def __len__(self) -> int:
-        return len(self.refs)
-
-    def one(self, ref: str) -> Tensor:
-        return self.prepare(self.store.open(ref))
-
-    def __getitem__(self, number: int) -> Tensor | str:
-        try:
-            return torch.stack([self.one(ref) for ref in self.refs[number]])
-        except UserError as error:
-            return str(error)
 
 
 def _unchanged(batch: Any) -> Any:

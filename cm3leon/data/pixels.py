@@ -1,19 +1,27 @@
-"""Images of one size for training: in memory if they fit, else decoded at each access."""
+"""Images of one size for training: in memory if they fit, else decoded when they are read, by :func:`batches_of` ahead of that."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from cm3leon.data.loading import Square, default_workers, image_batches
+from cm3leon.data.loading import Square, default_workers, image_batches, read_ahead
 from cm3leon.data.manifest import ImageStore
 from cm3leon.utils.device import default_device
 from cm3leon.utils.progress import progress
 
 MEMORY = 2 << 30
 """Most bytes of pixels that are kept in memory."""
-_CHUNK = 256
+_CHUNK = 64
+
+
+class Images(Protocol):
+    """uint8 images (n, H, W, 3) by an array of positions: a numpy array, or an :class:`ImageSet`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, positions: np.ndarray, /) -> np.ndarray: ...
 
 
 class ImageSet:
@@ -27,6 +35,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.refs)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all were decoded at the start."""
+        return self._pixels is not None
 
     def __getitem__(self, positions: np.ndarray | Sequence[int] | slice) -> np.ndarray:
         """uint8 (n, size, size, 3), in the order of ``positions``."""
@@ -48,3 +61,17 @@ class ImageSet:
                 done += len(batch)
                 meter.advance(len(batch))
         return pixels
+
+
+def batches_of(images: Images, positions: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """``images[p]`` for each ``p`` of ``positions``; those of an :class:`ImageSet` that is not in memory are decoded ahead.
+
+    Args:
+        positions: perhaps without end. They are drawn ahead too, so that they must not depend on what is done with the batches.
+    """
+    if not isinstance(images, ImageSet) or images.in_memory:
+        yield from (images[drawn] for drawn in positions)
+        return
+    refs = ([images.refs[position] for position in drawn.tolist()] for drawn in positions)
+    for batch in read_ahead(images.store, refs, Square(images.size), default_workers(default_device())):
+        yield batch.numpy()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from cm3leon.data.pixels import ImageSet
+from cm3leon.data.pixels import ImageSet, batches_of
 from cm3leon.evaluation.restoration import WINDOW, psnr_y, ssim_y
 from cm3leon.models.super_resolution import SuperResolution, reduce
 from cm3leon.utils.images import to_uint8, to_unit
@@ -36,8 +36,9 @@ def restoration_scores(model: SuperResolution, images: ImageSet, batch_size: int
     """
     scores: dict[str, list[float]] = defaultdict(list)
     device = model.head.weight.device
-    for start in range(0, len(images), batch_size):
-        high = torch.from_numpy(images[np.arange(start, min(start + batch_size, len(images)))]).permute(0, 3, 1, 2).to(device)
+    positions = (np.arange(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size))
+    for high_BHW3 in batches_of(images, positions):
+        high = torch.from_numpy(high_BHW3).permute(0, 3, 1, 2).to(device)
         low = to_unit(reduce(high, model.scale))
         bicubic = to_uint8(interpolate(low, scale_factor=model.scale, mode="bicubic", align_corners=False))
         for restored, suffix in ((to_uint8(model(low)), ""), (bicubic, "_bicubic")):

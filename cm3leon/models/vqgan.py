@@ -252,8 +252,12 @@ class ImageTokenizer(nn.Module):
         self.codebook = Codebook(spec.codebook_size, spec.embedding_dim)
 
     @torch.no_grad()
-    def encode(self, images_B3HW: Tensor) -> Tensor:
+    def encode(self, images_B3HW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes (B, h * w), int64.
+
+        Args:
+            dtype: of the encoder's matrix products. Nearest entries are searched in float32, also under autocast: in bfloat16 many entries
+                are equally near.
 
         Raises:
             ValueError: if the images are not (B, 3, image_size, image_size).
@@ -261,8 +265,11 @@ class ImageTokenizer(nn.Module):
         size = self.spec.image_size
         if images_B3HW.ndim != 4 or images_B3HW.shape[1:] != (3, size, size):
             raise ValueError(f"expected images of shape (B, 3, {size}, {size}), found {tuple(images_B3HW.shape)}")
-        z_BhwD = self.encoder(images_B3HW).permute(0, 2, 3, 1)
-        return self.codebook.nearest(z_BhwD.reshape(-1, self.spec.embedding_dim)).view(len(images_B3HW), -1)
+        device = images_B3HW.device.type
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            z_BhwD = self.encoder(images_B3HW).permute(0, 2, 3, 1)
+        with torch.autocast(device, enabled=False):
+            return self.codebook.nearest(z_BhwD.float().reshape(-1, self.spec.embedding_dim)).view(len(images_B3HW), -1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +18,15 @@ from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.sequence.tasks import CONDITIONS, condition_key
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.tracking import runs
+from cm3leon.training.precision import has_native_bf16
 from cm3leon.utils.device import default_device
 from cm3leon.utils.images import to_channels_first
 from cm3leon.utils.progress import Meter, progress
+
+MIN_AGREEMENT = 0.995
+"""Least share of the codes that must be the same for the encoder to compute in bfloat16."""
+COMPARED = 256
+"""Images whose codes are compared."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +37,33 @@ class ImageReader:
     tokenizer: ImageTokenizer
     batch_size: int
     device: torch.device
+    dtype: torch.dtype
     meter: Meter
 
     def codes(self, refs: Sequence[str]) -> Iterator[np.ndarray]:
         """The codes (tokens_per_image) of each image."""
-        for pixels in image_batches(self.store, refs, self.square, self.batch_size, default_workers(self.device)):
-            codes = self.tokenizer.encode(to_channels_first(pixels, self.device)).cpu().numpy()
+        square = Square(self.tokenizer.spec.image_size)
+        for pixels in image_batches(self.store, refs, square, self.batch_size, default_workers(self.device)):
+            codes = self.tokenizer.encode(to_channels_first(pixels, self.device), self.dtype).cpu().numpy()
             self.meter.advance(len(pixels))
             yield from codes
 
-    @property
-    def square(self) -> Square:
-        """What the tokenizer reads of an image."""
-        return Square(self.tokenizer.spec.image_size)
+
+def choose_dtype(tokenizer: ImageTokenizer, pixels: Iterable[torch.Tensor], device: torch.device) -> tuple[torch.dtype, float]:
+    """The dtype of the encoder's matrix products for images like these: bfloat16 if :data:`MIN_AGREEMENT` of their codes stay the same.
+
+    Args:
+        pixels: batches of uint8 ``(B, H, W, 3)``.
+
+    Returns:
+        The dtype, and the share of the codes that are the same in bfloat16 as in float32.
+    """
+    same = []
+    for pixels_BHW3 in pixels:
+        images_B3HW = to_channels_first(pixels_BHW3, device)
+        same.append(tokenizer.encode(images_B3HW, torch.bfloat16) == tokenizer.encode(images_B3HW))
+    share = torch.cat(same).double().mean().item()
+    return (torch.bfloat16 if share >= MIN_AGREEMENT else torch.float32), share
 
 
 def documents(manifest: pd.DataFrame, images: ImageReader, texts: TextTokenizer) -> Iterator[Document]:
@@ -56,14 +76,19 @@ def documents(manifest: pd.DataFrame, images: ImageReader, texts: TextTokenizer)
             yield Document(document_id, next(all_codes), [np.asarray(next(encoded), dtype=np.uint32) for _ in captions])
 
 
-def condition_documents(manifest: pd.DataFrame, images: ImageReader) -> Iterator[Document]:
-    """The tokenized condition images of the kinds that tasks use."""
-    found = [
+def condition_images(manifest: pd.DataFrame) -> list[tuple[str, str]]:
+    """Key and reference of the condition images of the kinds that tasks use."""
+    return [
         (condition_key(document_id, item["kind"]), item["image"])
         for document_id, items in zip(manifest["id"], manifest["conditions"], strict=True)
         for item in items
         if item["kind"] in CONDITIONS
     ]
+
+
+def condition_documents(manifest: pd.DataFrame, images: ImageReader) -> Iterator[Document]:
+    """The tokenized condition images."""
+    found = condition_images(manifest)
     for (key, _), codes in zip(found, images.codes([ref for _, ref in found]), strict=True):
         yield Document(key, codes, [])
 
@@ -79,16 +104,23 @@ def run(config: Config) -> dict[str, float]:
     store = ImageStore(paths.RAW)
     manifest = read_manifest(paths.VALIDATED, columns=["id", "image", "captions", "conditions", "split"])
     batch_size, layout = config.tokenize.batch_size, (tokenizer.spec.tokens_per_image, config.tokenize.shard_documents)
-    expected = len(manifest) + sum(map(len, manifest["conditions"]))
+    refs = [*manifest["image"], *(ref for _, ref in condition_images(manifest))]
+    square, dtype = Square(tokenizer.spec.image_size), torch.float32
     written, conditions = 0, 0
-    with runs.stage_run("tokenize", config) as run, progress("tokenizing", expected, "images") as meter:
-        images = ImageReader(store, tokenizer, batch_size, device, meter)
-        for split in SPLITS:
-            rows = manifest[manifest["split"] == split]
-            written += write_tokens(paths.TOKENS, split, documents(rows, images, texts), *layout)
-            conditions += write_tokens(paths.TOKENS, CONDITION_PREFIX + split, condition_documents(rows, images), *layout)
-        limit = decoded_per_second(store, manifest["image"].tolist(), images.square, default_workers(device))
-        run.log_metrics({"tokenize/images_per_second": meter.rate, "tokenize/decoded_per_second": limit})
+    with runs.stage_run("tokenize", config) as run:
+        if device.type == "cuda" and has_native_bf16(device):
+            compared = refs[:: max(1, len(refs) // COMPARED)][:COMPARED]
+            dtype, share = choose_dtype(tokenizer, image_batches(store, compared, square, batch_size), device)
+            run.log_metrics({"tokenize/bf16_agreement": share})
+        with progress("tokenizing", len(refs), "images") as meter:
+            images = ImageReader(store, tokenizer, batch_size, device, dtype, meter)
+            for split in SPLITS:
+                rows = manifest[manifest["split"] == split]
+                written += write_tokens(paths.TOKENS, split, documents(rows, images, texts), *layout)
+                conditions += write_tokens(paths.TOKENS, CONDITION_PREFIX + split, condition_documents(rows, images), *layout)
+            run.log_metrics({"tokenize/images_per_second": meter.rate})
+        limit = decoded_per_second(store, refs, square, default_workers(device))
+        run.log_metrics({"tokenize/decoded_per_second": limit})
         metrics = {"documents": written, "conditions": conditions, "image_tokens": (written + conditions) * tokenizer.spec.tokens_per_image}
         run.log_metrics({f"tokenize/{name}": value for name, value in metrics.items()})
     return {name: float(value) for name, value in metrics.items()}

@@ -18,14 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm3leon.config.schema import ImageTokenizerConfig
+from cm3leon.data.pixels import Images
 from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec
 from cm3leon.training.muon import Muon
 from cm3leon.training.optimizer import learning_rate_at, set_learning_rate
@@ -33,14 +32,6 @@ from cm3leon.training.vqgan_losses import PatchDiscriminator, PerceptualLoss, ad
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.images import to_channels_first
 from cm3leon.utils.progress import progress
-
-
-class Images(Protocol):
-    """uint8 images (n, H, W, 3) by an array of positions: a numpy array, or an :class:`cm3leon.data.pixels.ImageSet`."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, positions: np.ndarray, /) -> np.ndarray: ...
-
 
 HUBER_BETA = 0.2
 """Errors below this (pixels are in [-1, 1]) are penalized quadratically, larger ones linearly: L1 has noisy gradients for small errors."""

@@ -1,19 +1,29 @@
 """Images decoded ahead: in order, the same for any number of workers, and with errors that say what is wrong."""
 
 import io
+import itertools
 import multiprocessing
+import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from cm3leon.data import pixels
 from cm3leon.data.images import fit_square
-from cm3leon.data.loading import Square, decoded_per_second, image_batches
+from cm3leon.data.loading import BATCHES_AHEAD, Square, decoded_per_second, image_batches, read_ahead
 from cm3leon.data.manifest import ImageStore
-from cm3leon.utils.errors import UserError
+from cm3leon.data.pixels import ImageSet, batches_of
+from cm3leon.utils.errors import UserError, message_to_user
+from cm3leon.utils.processes import has_ended, identity
 
 COUNT = 23
 
@@ -55,11 +65,81 @@ def test_an_error_is_the_same_with_and_without_workers(store, workers):
         list(image_batches(store, [*REFS, "images-00001.tar/0.png"], Square(12), 4, workers))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_system_has_the_same_message(store, workers):
+    def refuse(image):
+        raise PermissionError(13, "Permission denied", "images-00000.tar")
+
+    with pytest.raises((PermissionError, UserError)) as raised:
+        list(image_batches(store, REFS, refuse, 4, workers))
+    assert message_to_user(raised.value) == "[Errno 13] Permission denied: 'images-00000.tar'"
+
+
+def test_workers_leave_the_programs_random_numbers_alone(store):
+    before = torch.get_rng_state()
+    list(image_batches(store, REFS, Square(12), 5, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_without_end_are_drawn_a_few_ahead(store, workers):
+    drawn = itertools.count()
+    with closing(read_ahead(store, (REFS[next(drawn) % 9 :] for _ in itertools.count()), Square(12), workers)) as batches:
+        for start in (0, 1, 2):
+            expected = np.stack([np.asarray(fit_square(store.open(ref), 12)) for ref in REFS[start:]])
+            assert torch.equal(next(batches), torch.from_numpy(expected))
+    assert 3 < next(drawn) <= 3 + BATCHES_AHEAD * max(workers, 1) + 1
+
+
 def test_workers_end_with_their_iterator(store):
     with closing(image_batches(store, REFS * 20, Square(12), 2, 2)) as batches:
         next(batches)
         assert len(multiprocessing.active_children()) == 2
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(("free", "workers"), [(10**9, 2), (2 * BATCHES_AHEAD * 3 * 12 * 12 * 3, 1), (0, 0)])
+def test_only_as_many_workers_start_as_shared_memory_holds(store, monkeypatch, capsys, free, workers):
+    """Docker gives a container 64 MB; a worker that finds no room is killed, and the stage with it."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with closing(image_batches(store, REFS * 20, Square(12), 3, 2)) as batches:
+        assert next(batches).shape == (3, 12, 12, 3)
+        assert len(multiprocessing.active_children()) == workers
+    assert ("--shm-size" in capsys.readouterr().err) == (workers < 2)
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_a_program_that_is_killed(store):
+    program = f"""
+import multiprocessing, time
+from cm3leon.data.loading import Square, image_batches
+from cm3leon.data.manifest import ImageStore
+batches = image_batches(ImageStore({str(store.root)!r}), {REFS * 50}, Square(12), 2, 2)
+next(batches)
+print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        workers = [identity(int(pid)) for pid in process.stdout.readline().split()]
+        process.send_signal(signal.SIGKILL)
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while not all(map(has_ended, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all(map(has_ended, workers))
+
+
+@pytest.mark.parametrize(("memory", "workers"), [(10**6, 0), (0, 0), (0, 2)])
+def test_batches_of_an_image_set_are_its_images(store, monkeypatch, memory, workers):
+    monkeypatch.setattr(pixels, "default_workers", lambda device: workers)
+    images = ImageSet(store, REFS, 12, memory)
+    rng = np.random.default_rng(0)
+    positions = [rng.integers(COUNT, size=4) for _ in range(12)]
+    batches = list(batches_of(images, iter(positions)))
+    assert len(batches) == 12
+    for drawn, batch in zip(positions, batches, strict=True):
+        assert np.array_equal(batch, np.stack([np.asarray(fit_square(store.open(REFS[position]), 12)) for position in drawn]))
+        assert np.array_equal(batch, images[drawn])
 
 
 def test_the_decoders_rate_counts_the_cores_that_decode(store):

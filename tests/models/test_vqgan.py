@@ -67,6 +67,17 @@ def test_the_codebook_starts_from_a_sample_of_many_latents(monkeypatch):
     assert set(read) == {40}
 
 
+def test_nearest_entries_are_searched_in_float32_also_under_autocast():
+    torch.manual_seed(0)
+    model = ImageTokenizer(make_spec(ImageTokenizerConfig(**{**SMALL, "codebook_size": 256}))).eval()
+    images = torch.rand(32, 3, 32, 32) * 2 - 1
+    latents = model.encoder(images).detach().permute(0, 2, 3, 1).reshape(-1, 8)
+    model.codebook.entries.copy_(latents[::2])
+    expected = model.encode(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.encode(images), expected)
+
+
 def test_codes_are_the_nearest_entries():
     codebook = Codebook(16, 4)
     z = torch.randn(50, 4)
