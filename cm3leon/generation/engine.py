@@ -34,8 +34,8 @@ MAX_WINDOW = 8
 MAX_PASS_TOKENS, MAX_PASS_TOKENS_NARROW, MIN_WIDE = 48, 128, 512
 """Most tokens of all rows that a pass with guesses reads, in decoders from the width :data:`MIN_WIDE` on, and in narrower ones.
 
-Up to about so many a pass costs little more than one of one token a row (``benchmarks/jacobi.py``, on two CPU cores): it takes the time to
-read the weights, or to launch the operations. Beyond, each wrong guess costs its share.
+Up to about so many a pass costs less than those that it saves (``benchmarks/jacobi.py``, on two CPU cores): it takes the time to read the
+weights, or to launch the operations. Beyond, each wrong guess costs its share.
 """
 
 Continuation = tuple[list[int], int | None]
