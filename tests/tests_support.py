@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cm3leon.config.schema import DecodingConfig, ObjectiveConfig
 from cm3leon.data.tokens import Document
@@ -31,3 +34,16 @@ def decoding(**changes: Any) -> DecodingConfig:
     """Decoding with guidance and a nucleus, ranked by the CLIP score alone, the same for every task."""
     plain = {"temperature": 0.8, "top_p": 0.9, "guidance": 2.0, "candidates": 4, "likelihood": 0.0, "tasks": {}}
     return DecodingConfig(**{**plain, **changes})
+
+
+class TensorSizes(TorchDispatchMode):
+    """Elements of every tensor that operations return while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.sizes.extend(tensor.numel() for tensor in tree_leaves(found) if isinstance(tensor, torch.Tensor))
+        return found

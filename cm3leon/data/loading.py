@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import signal
 import sys
 import time
 from collections import deque
@@ -19,10 +18,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore
+from cm3leon.data.workers import ahead_by_workers
+from cm3leon.utils.device import cores
 from cm3leon.utils.errors import UserError, message_to_user
 
 THREADS = 2
@@ -47,11 +48,6 @@ class Square:
 
     def __call__(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(np.array(fit_square(image, self.size)))
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has no affinity
 
 
 def default_workers(device: torch.device) -> int:
@@ -92,19 +88,7 @@ def read_ahead(store: ImageStore, batches: Iterable[Sequence[str]], prepare: Pre
     if not workers:
         yield from _by_threads(reader, batches)
         return
-    loader = DataLoader(
-        reader,
-        batch_size=None,
-        sampler=batches,
-        num_workers=workers,
-        collate_fn=_unchanged,
-        prefetch_factor=BATCHES_AHEAD,
-        worker_init_fn=_leave_signals,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # from which workers are seeded; by default the program's own, whose state would then depend on them
-        multiprocessing_context="fork",
-    )
-    for found in loader:
+    for found in ahead_by_workers(reader, workers, BATCHES_AHEAD, batches):
         if isinstance(found, str):  # an exception would come back as one of another type, with the worker's traceback
             raise UserError(found)
         yield found
@@ -166,13 +150,3 @@ def _by_threads(reader: _Reader, batches: Iterable[Sequence[str]]) -> Iterator[T
                 yield torch.stack([future.result() for future in ahead.popleft()])
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _leave_signals(worker: int) -> None:
-    """A worker ends when the stage ends it: Ctrl-C, which reaches both, is the stage's alone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from cm3leon.data.batches import Share, Stream, share_of
+from cm3leon.data.workers import ahead_by_workers
 
 STEPS_AHEAD = 4
 """Steps whose batches are made ahead."""
@@ -35,22 +34,4 @@ class Shares(IterableDataset[Drawn]):
 
 def prefetched(shares: Shares) -> Generator[Drawn, None, None]:
     """Iterate over ``shares`` in a worker process. Close the iterator to end it early."""
-    yield from DataLoader(
-        shares,
-        batch_size=None,
-        num_workers=1,
-        collate_fn=_unchanged,
-        prefetch_factor=STEPS_AHEAD,
-        worker_init_fn=_leave_signals,
-        multiprocessing_context="fork",
-    )
-
-
-def _unchanged(drawn: Any) -> Any:
-    return drawn
-
-
-def _leave_signals(worker: int) -> None:
-    """The worker ends when the training ends it: Ctrl-C, which reaches both, is the training's alone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield from ahead_by_workers(shares, 1, STEPS_AHEAD)

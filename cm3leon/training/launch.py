@@ -24,11 +24,12 @@ def replace_by_torchrun(command: Sequence[str], config: LaunchConfig) -> None:
     """
     if "WORLD_SIZE" in os.environ:
         return
+    from cm3leon.utils.device import cores
+
     processes = _processes(config)
     if processes == 1 and not config.torchrun:
         return
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     os.execv(sys.executable, torchrun_command(command, processes, config.torchrun))
 
 

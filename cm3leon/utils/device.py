@@ -1,4 +1,4 @@
-"""The device of this process."""
+"""The device and the cores of this process."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ import torch
 def default_device() -> torch.device:
     """The GPU of this process (``LOCAL_RANK`` under ``torchrun``) if there is one, else the CPU."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has no affinity

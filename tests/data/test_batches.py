@@ -7,9 +7,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from tests_support import OBJECTIVE, decoder_spec, make_documents
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tests_support import OBJECTIVE, TensorSizes, decoder_spec, make_documents
 
 from cm3leon.data.batches import PackedStream, SortedStream, collate, pack, share_of
 from cm3leon.data.prefetch import Shares, prefetched
@@ -86,18 +84,10 @@ def test_no_tensor_of_a_packed_batch_grows_with_the_square_of_its_tokens(samples
     """A mask of all tokens by all tokens would."""
     model = Decoder(decoder_spec(1, 32, 2, 80, qk_norm=True), VOCABULARY)
     batch = pack([samples(0, row) for row in range(32)])
-    sizes: list[int] = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            found = func(*args, **(kwargs or {}))
-            sizes.extend(tensor.numel() for tensor in tree_leaves(found) if isinstance(tensor, torch.Tensor))
-            return found
-
     tokens = batch.tokens.numel()
-    with Sizes():
+    with TensorSizes() as seen:
         model.losses(batch)[0].backward()
-    assert max(sizes) <= max(tokens * 4 * 32, tokens * VOCABULARY.size) < tokens**2
+    assert max(seen.sizes) <= max(tokens * 4 * 32, tokens * VOCABULARY.size) < tokens**2
 
 
 @pytest.mark.parametrize("kind", [PackedStream, SortedStream])

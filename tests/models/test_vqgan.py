@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tests_support import TensorSizes
 
 from cm3leon.config.schema import ImageTokenizerConfig
 from cm3leon.models import vqgan
@@ -39,17 +38,9 @@ def test_nearest_entries_are_searched_a_part_of_the_latents_at_a_time(monkeypatc
     codebook, z = Codebook(24, 5), torch.randn(1000, 5)
     expected = codebook.nearest(z)
     monkeypatch.setattr(vqgan, "MAX_DISTANCES", 24 * 7)
-    sizes: list[int] = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            found = func(*args, **(kwargs or {}))
-            sizes.extend(tensor.numel() for tensor in tree_leaves(found) if isinstance(tensor, torch.Tensor))
-            return found
-
-    with Sizes():
+    with TensorSizes() as seen:
         assert torch.equal(codebook.nearest(z), expected)
-    assert max(sizes) <= z.numel() < 24 * 1000
+    assert max(seen.sizes) <= z.numel() < 24 * 1000
 
 
 def test_the_codebook_starts_from_a_sample_of_many_latents(monkeypatch):
