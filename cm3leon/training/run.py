@@ -17,6 +17,7 @@ from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.checkpoint_runs import Resumption
 from cm3leon.training.distributed import World, full_tensor
 from cm3leon.training.fingerprint import Fingerprint
+from cm3leon.training.optimizer import allocate_states
 from cm3leon.training.trainer import fit, setup
 
 
@@ -71,7 +72,7 @@ def train(
     checkpoints = Checkpoints(paths.CHECKPOINTS / stage, identity, section.keep_checkpoints, processes)
     state = setup(model, section, processes, weights)
     if resume_from is not None:
-        state.allocate_optimizer_states()
+        allocate_states(state.optimizers)
         checkpoints.adopt(resume_from, accept_changes, state.tensors())
     if processes.rank == 0:
         _record_resumptions(stage, checkpoints.record.resumed, run)
