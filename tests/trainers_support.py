@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from cm3leon.config.schema import EncoderConfig, ImageTokenizerConfig, SuperResolutionConfig
+from cm3leon.models.clip import ClipTokenizer
+from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training import loop, vqgan
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.clip import EncoderTrainer
@@ -56,11 +58,16 @@ class Squares:
         return self.pixels[positions]
 
 
+def tokenizer_of(config: EncoderConfig, images: Squares) -> ClipTokenizer:
+    texts = [caption for own in images.captions for caption in own]
+    return ClipTokenizer(TextTokenizer.train(texts, config.vocabulary_size), config.context_length)
+
+
 def make_trainer(kind: str, processes: World = ALONE, **changes: object) -> loop.Trainer:
     """A trainer with a batch of 7, which divides evenly into nothing."""
     config, images = CONFIGS[kind].model_copy(update=changes), Squares()
     if kind == "encoder":
-        return EncoderTrainer(config, images, images.captions, 0, processes)
+        return EncoderTrainer(config, images, images.captions, tokenizer_of(config, images), 0, processes)
     return {"image_tokenizer": vqgan.ImageTokenizerTrainer, "super_resolution": SuperResolutionTrainer}[kind](config, images, 0, processes)
 
 

@@ -12,6 +12,7 @@ from cm3leon.models.clip import Encoder
 from cm3leon.tracking import runs
 from cm3leon.training import clip
 from cm3leon.training.distributed import World, world
+from cm3leon.training.dry_run import refuse_too_large
 from cm3leon.training.loop import stage_checkpoints
 from cm3leon.utils.errors import ConfigError
 
@@ -35,6 +36,7 @@ def make_encoder(config: Config, processes: World, run: runs.Run) -> Encoder:
         if not section.pretrained_weights:
             raise ConfigError("encoder.pretrained_model needs encoder.pretrained_weights, an open_clip tag or the path of a checkpoint")
         return Encoder.pretrained(section.pretrained_model, section.pretrained_weights)
+    refuse_too_large("encoder", section, clip.step_memory, processes)
     records = captioned("train")
     return clip.train(
         section,

@@ -16,8 +16,9 @@ from cm3leon.models.vqgan import ImageTokenizer, reconstruct
 from cm3leon.sequence.tasks import CONDITIONS
 from cm3leon.tracking import runs
 from cm3leon.training.distributed import World, world
+from cm3leon.training.dry_run import refuse_too_large
 from cm3leon.training.loop import stage_checkpoints
-from cm3leon.training.vqgan import code_statistics, psnr, train_image_tokenizer
+from cm3leon.training.vqgan import code_statistics, psnr, step_memory, train_image_tokenizer
 from cm3leon.utils.images import save_pairs
 
 VALIDATION_IMAGES = 512
@@ -41,6 +42,7 @@ def make_tokenizer(config: Config, processes: World, run: runs.Run) -> ImageToke
     section = config.image_tokenizer
     if section.pretrained:
         return ImageTokenizer.load(Path(section.pretrained), processes.device)
+    refuse_too_large("image_tokenizer", section, step_memory, processes)
     manifest = read_manifest(paths.VALIDATED, "train")
     images = ImageSet(ImageStore(paths.RAW), training_images(manifest, section.condition_share, config.seed), section.image_size)
     weights = [Path(section.perceptual_weights)] if section.perceptual_weights else []

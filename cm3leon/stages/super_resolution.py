@@ -12,8 +12,9 @@ from cm3leon.evaluation.upscaling import restoration_scores
 from cm3leon.models.super_resolution import target_side
 from cm3leon.tracking import runs
 from cm3leon.training.distributed import world
+from cm3leon.training.dry_run import refuse_too_large
 from cm3leon.training.loop import stage_checkpoints
-from cm3leon.training.super_resolution import train
+from cm3leon.training.super_resolution import step_memory, train
 
 VALIDATION_IMAGES = 256
 
@@ -23,6 +24,7 @@ def run(config: Config) -> dict[str, float]:
     section, image_size = config.super_resolution, config.image_tokenizer.image_size
     store = ImageStore(paths.RAW)
     with world() as processes, runs.stage_run("super_resolution", config) as run:
+        refuse_too_large("super_resolution", section, lambda changed, count: step_memory(changed, image_size, count), processes)
         manifest = read_manifest(paths.VALIDATED, columns=["image", "width", "height", "split"])
         records = manifest[manifest["image"].notna()]
         training = records[records["split"] == "train"]

@@ -30,6 +30,7 @@ from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training import loop
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.distributed import ALONE, World, sum_gradients
+from cm3leon.training.dry_run import DryWorld, StepMemory, measure, micro_batch, on_a_gpu
 from cm3leon.training.loop import Log, Metrics
 from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_learning_rate, state_tensors
 from cm3leon.training.precision import autocast
@@ -129,9 +130,13 @@ class Pairs:
     def __getitem__(self, rows: slice) -> Pairs:
         return Pairs(self.positions[rows], self.captions[rows], self.negatives[rows])
 
-    def negatives_before(self, row: int) -> int:
-        """Number of the hard negatives of the captions before ``row``."""
-        return sum(map(len, self.negatives[:row]))
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch on the device: pixels, uint8 (n, 3, size, size), and token ids (n + m, L) of captions and hard negatives."""
+
+    pixels: Tensor
+    ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -156,12 +161,18 @@ class EncoderTrainer:
     Processes exchange their vectors in the same way. A batch that is one micro-batch is embedded once.
     """
 
-    def __init__(self, config: EncoderConfig, images: Images, captions: Sequence[Sequence[str]], seed: int, world: World = ALONE) -> None:
-        every_caption = [caption for own in captions for caption in own]
-        self.config, self.images, self.captions, self.world = config, images, captions, world
-        self.hard_negatives = HardNegatives(every_caption)
-        self.tokenizer = ClipTokenizer(TextTokenizer.train(every_caption, config.vocabulary_size), config.context_length)
-        self.settings = trained_settings(config, self.tokenizer.size)
+    def __init__(
+        self,
+        config: EncoderConfig,
+        images: Images,
+        captions: Sequence[Sequence[str]],
+        tokenizer: ClipTokenizer,
+        seed: int,
+        world: World = ALONE,
+    ) -> None:
+        self.config, self.images, self.captions, self.tokenizer, self.world = config, images, captions, tokenizer, world
+        self.hard_negatives = HardNegatives(_together(captions))
+        self.settings = trained_settings(config, tokenizer.size)
         torch.manual_seed(seed)
         self.model: Any = build_clip(self.settings["model"]).to(world.device).train()
         self.optimizer = _optimizer(self.model, config)
@@ -174,7 +185,7 @@ class EncoderTrainer:
         """One optimization step; see :class:`~cm3leon.training.loop.Trainer`."""
         config, pairs = self.config, self.draw()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.backward(pairs)
+        loss = self.backward(self.parts(pairs), [len(found) for found in pairs.negatives])
         sum_gradients(self.model.parameters(), self.world)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rate = learning_rate_at(number, peak=config.learning_rate, steps=config.steps, warmup_steps=config.warmup_steps)
@@ -193,44 +204,53 @@ class EncoderTrainer:
         found = (self.hard_negatives(text, self.text_generator) for _ in range(self.config.hard_negatives))
         return [negative for negative in found if negative is not None and negative not in own]
 
-    def backward(self, pairs: Pairs) -> Tensor:
-        """Add the gradients of this process's pairs of a batch; returns the batch's loss."""
-        world, rows = self.world, self.world.share(len(pairs))
+    def parts(self, pairs: Pairs) -> list[Part]:
+        """The micro-batches of this process's pairs of a batch."""
+        rows = self.world.share(len(pairs))
         size = self.config.micro_batch_size or len(pairs)
-        starts = range(rows.start, rows.stop, size)
-        parts = [self.read(pairs[start : min(start + size, rows.stop)]) for start in starts]
+        return [self.read(pairs[start : min(start + size, rows.stop)]) for start in range(rows.start, rows.stop, size)]
+
+    def read(self, pairs: Pairs) -> Part:
+        pixels = torch.from_numpy(self.images[pairs.positions]).permute(0, 3, 1, 2)
+        ids = self.tokenizer([*pairs.captions, *_together(pairs.negatives)])
+        return Part(pixels.to(self.world.device), without_padding(ids).to(self.world.device))
+
+    def backward(self, parts: Sequence[Part], negatives: Sequence[int]) -> Tensor:
+        """Add the gradients of this process's micro-batches; returns the loss of the batch.
+
+        Args:
+            negatives: number of hard negatives of each pair of the batch.
+        """
+        world = self.world
         # 1. The vectors of the whole batch; those of a single micro-batch keep their graph.
         alone = len(parts) == 1
         with torch.set_grad_enabled(alone):
-            own = [self.embed(*part) for part in parts]
+            own = [self.embed(part) for part in parts]
         kinds = zip(*(vectors.parts() for vectors in own), strict=True)
         images_nd, texts_nd, negatives_md = (world.concatenate(torch.cat(kind).detach()).requires_grad_() for kind in kinds)
         # 2. The loss, and its gradient at the vectors. Every process computes the same, so the scale's is divided among them.
-        owners = [row for row, found in enumerate(pairs.negatives) for _ in found]
+        owners = [row for row, count in enumerate(negatives) for _ in range(count)]
+        owners_m = torch.tensor(owners, dtype=torch.long, device=world.device)
         scale = self.model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-        loss = contrastive_loss(images_nd, texts_nd, negatives_md, torch.tensor(owners, dtype=torch.long, device=world.device), scale)
+        loss = contrastive_loss(images_nd, texts_nd, negatives_md, owners_m, scale)
         loss.backward()
         self.model.logit_scale.grad /= world.size
         # 3. From the vectors on to the parameters.
-        for start, part, kept in zip(starts, parts, own, strict=True):
-            vectors = kept if alone else self.embed(*part)
-            stop = start + len(vectors.images_nd)
-            hard = slice(pairs.negatives_before(start), pairs.negatives_before(stop))
-            words_md = torch.cat([_gradient(texts_nd)[start:stop], _gradient(negatives_md)[hard]])
-            torch.autograd.backward([vectors.images_nd, vectors.words_md], [_gradient(images_nd)[start:stop], words_md])
+        row = world.share(len(negatives)).start
+        hard = sum(negatives[:row])
+        for part, kept in zip(parts, own, strict=True):
+            vectors = kept if alone else self.embed(part)
+            n, m = len(vectors.images_nd), len(vectors.words_md) - len(vectors.images_nd)
+            words_md = torch.cat([_gradient(texts_nd)[row : row + n], _gradient(negatives_md)[hard : hard + m]])
+            torch.autograd.backward([vectors.images_nd, vectors.words_md], [_gradient(images_nd)[row : row + n], words_md])
+            row, hard = row + n, hard + m
         return loss.detach()
 
-    def read(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Pixels, uint8 (n, 3, size, size), and token ids (n + m, L) of captions and hard negatives, on the device."""
-        pixels = torch.from_numpy(self.images[pairs.positions]).permute(0, 3, 1, 2)
-        ids = self.tokenizer([*pairs.captions, *(negative for found in pairs.negatives for negative in found)])
-        return pixels.to(self.world.device), without_padding(ids).to(self.world.device)
-
-    def embed(self, pixels: Tensor, ids: Tensor) -> Vectors:
+    def embed(self, part: Part) -> Vectors:
         """Vectors, float32, of a micro-batch."""
         with autocast(self.config, self.world.device):
-            words_md = embed_ids(self.model, ids).float()
-            return Vectors(embed_pixels(self.model, pixels).float(), words_md)
+            words_md = embed_ids(self.model, part.ids).float()
+            return Vectors(embed_pixels(self.model, part.pixels).float(), words_md)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -251,6 +271,10 @@ class EncoderTrainer:
         self.order_generator.bit_generator.state = state["order_generator"]
         version, numbers, gauss = state["text_generator"]
         self.text_generator.setstate((version, tuple(numbers), gauss))
+
+
+def _together(texts: Sequence[Sequence[str]]) -> list[str]:
+    return [text for own in texts for text in own]
 
 
 def _gradient(vectors: Tensor) -> Tensor:
@@ -279,9 +303,37 @@ def train(
         raise UserError(f"contrastive training needs two or more images with captions, found {counts}")
     if not all(captions):
         raise ValueError("every image needs a caption; drop images without one before training the encoder")
-    trainer = EncoderTrainer(config, images, captions, seed, world)
+    tokenizer = ClipTokenizer(TextTokenizer.train(_together(captions), config.vocabulary_size), config.context_length)
+    trainer = EncoderTrainer(config, images, captions, tokenizer, seed, world)
     loop.train(trainer, config.steps, "encoder", world, log, checkpoints)
     return Encoder(trainer.model, trainer.settings, trainer.tokenizer)
+
+
+def step_memory(config: EncoderConfig, processes: int) -> StepMemory:
+    """The memory of a step on each of ``processes`` GPUs, with captions of full length."""
+    config = on_a_gpu(config)
+    tokenizer = ClipTokenizer(_Vocabulary(config.vocabulary_size), config.context_length)  # type: ignore[arg-type]
+    trainer = EncoderTrainer(config, np.zeros((2, 1, 1, 3), np.uint8), [], tokenizer, 0, DryWorld(0, processes))
+    share, rows, each = config.batch_size // processes, micro_batch(config, processes), 1 + config.hard_negatives
+
+    def backward() -> None:
+        parts = [
+            Part(
+                torch.empty(rows, 3, config.image_size, config.image_size, dtype=torch.uint8),
+                torch.empty(rows * each, config.context_length, dtype=torch.long),
+            )
+            for _ in range(-(-share // rows))
+        ]
+        trainer.backward(parts, [config.hard_negatives] * (rows * len(parts) * processes))
+
+    return measure(backward, trainer.model.parameters(), trainer.tensors().values())
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """A text tokenizer of which only the size is needed."""
+
+    size: int
 
 
 def validate(encoder: Encoder, store: ImageStore, refs: Sequence[str], captions: Sequence[str]) -> dict[str, float]:

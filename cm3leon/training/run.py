@@ -17,6 +17,8 @@ from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.checkpoint_runs import Resumption
 from cm3leon.training.distributed import World, full_tensor
 from cm3leon.training.fingerprint import Fingerprint
+from cm3leon.training.memory import estimate_memory
+from cm3leon.training.memory_limit import refuse_too_large
 from cm3leon.training.optimizer import allocate_states
 from cm3leon.training.trainer import fit, setup
 
@@ -70,6 +72,12 @@ def train(
         The last validation losses.
     """
     checkpoints = Checkpoints(paths.CHECKPOINTS / stage, identity, section.keep_checkpoints, processes)
+    refuse_too_large(
+        stage,
+        processes.device,
+        lambda: estimate_memory(model, section, processes.size).total,
+        lambda usable: f"lower {stage}.micro_batch_size, or set {stage}.activation_checkpointing=true; cm3leon plan says what fits",
+    )
     state = setup(model, section, processes, weights)
     if resume_from is not None:
         allocate_states(state.optimizers)

@@ -19,6 +19,7 @@ from cm3leon.models.super_resolution import SuperResolution, reduce
 from cm3leon.training import loop
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.distributed import ALONE, World, sum_gradients
+from cm3leon.training.dry_run import DryWorld, StepMemory, measure, micro_batch, on_a_gpu
 from cm3leon.training.loop import Log, Metrics
 from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_learning_rate, state_tensors
 from cm3leon.training.precision import autocast
@@ -133,3 +134,33 @@ def train(
     trainer = SuperResolutionTrainer(config, images, seed, world)
     loop.train(trainer, config.steps, "super_resolution", world, log, checkpoints)
     return trainer.model.eval()
+
+
+def step_memory(config: SuperResolutionConfig, image_size: int, processes: int) -> StepMemory:
+    """The memory of a step on each of ``processes`` GPUs.
+
+    Args:
+        image_size: side of the images that are upscaled, pixels.
+    """
+    config = on_a_gpu(config)
+    trainer = SuperResolutionTrainer(config, _NoImages(image_size * config.scale), 0, DryWorld(0, processes))
+    rows = micro_batch(config, processes)
+    several = min(2 * rows, -(-config.batch_size // processes))  # two micro-batches take as much as any number
+    return measure(
+        lambda: trainer.backward(torch.empty(several, 3, trainer.side, trainer.side, dtype=torch.uint8)),
+        trainer.model.parameters(),
+        trainer.tensors().values(),
+    )
+
+
+@dataclass
+class _NoImages:
+    """Images of which only the size is needed."""
+
+    size: int
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, positions: np.ndarray, /) -> np.ndarray:
+        raise IndexError

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from cm3leon.config.schema import ImageTokenizerConfig
 from cm3leon.models.vqgan import LATENTS_PER_ENTRY, ImageTokenizer, ImageTokenizerSpec
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.distributed import ALONE, World, sum_gradients
+from cm3leon.training.dry_run import DryWorld, StepMemory, measure, micro_batch, on_a_gpu
 from cm3leon.training.loop import Log, Metrics, train
 from cm3leon.training.muon import Muon
 from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_learning_rate, state_tensors
@@ -128,7 +130,8 @@ class ImageTokenizerTrainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.batches = ShuffledBatches(len(images), config.batch_size, lambda count: torch.randperm(count, generator=self.generator))
         self.recent: list[Tensor] = []  # latents (N, D) of the last batches before the codebook is initialized
-        self.perceptual = PerceptualLoss(Path(str(config.perceptual_weights))).to(world.device) if config.perceptual_weight else None
+        weights = config.perceptual_weights
+        self.perceptual = PerceptualLoss(Path(weights) if weights else None).to(world.device) if config.perceptual_weight else None
         self.discriminator = PatchDiscriminator().to(world.device) if config.adversarial_weight else None
         self.discriminator_optimizers: list[torch.optim.Optimizer] = []
         if self.discriminator is not None:
@@ -316,3 +319,19 @@ def train_image_tokenizer(
     trainer = ImageTokenizerTrainer(config, images, seed, world)
     train(trainer, config.steps, "image_tokenizer", world, log, checkpoints)
     return trainer.model.eval()
+
+
+def step_memory(config: ImageTokenizerConfig, processes: int) -> StepMemory:
+    """The memory of a step on each of ``processes`` GPUs, with all losses."""
+    config = on_a_gpu(config).model_copy(update={"perceptual_weights": None})  # weights of any value have the same size
+    trainer = ImageTokenizerTrainer(config, np.zeros((config.batch_size, 1, 1, 3), np.uint8), 0, DryWorld(0, processes))
+    rows = micro_batch(config, processes)
+    several = min(2 * rows, -(-config.batch_size // processes))  # two micro-batches take as much as any number
+    step = max(trainer.first_quantized + 1, config.adversarial_start)
+    step += step % RESTART_EVERY == RESTART_EVERY - 1
+    frozen = trainer.perceptual.parameters() if trainer.perceptual is not None else ()
+    return measure(
+        lambda: trainer.backward(torch.empty(several, config.image_size, config.image_size, 3, dtype=torch.uint8), step),
+        [parameter for network in trainer.networks for parameter in network.parameters()],
+        [*trainer.tensors().values(), *frozen],
+    )

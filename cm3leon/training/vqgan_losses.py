@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
@@ -57,21 +58,18 @@ class PerceptualLoss(nn.Module):
     DEPTHS = (3, 8, 15, 22, 29)
     """Indices of the last ReLU of each of VGG's five blocks."""
 
-    def __init__(self, weights: Path) -> None:
+    def __init__(self, weights: Path | None) -> None:
+        """``weights``: of torchvision's VGG-16, safetensors or a weights-only .pth; None: random ones, which teach nothing."""
         super().__init__()
         from cm3leon.utils.torchvision_compat import make_importable
 
         make_importable()
         from torchvision.models import vgg16
 
-        if weights.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(weights)
-        else:
-            state = torch.load(weights, weights_only=True, map_location="cpu")
         network = vgg16(weights=None).features
-        network.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier")})
+        if weights is not None:
+            state = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True, map_location="cpu")
+            network.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier")})
         self.network = network.eval().requires_grad_(False)
         # Mean and standard deviation of ImageNet's pixels, by which VGG's input is normalized.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))

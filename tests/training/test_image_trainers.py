@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import trainers_support
-from trainers_support import KINDS, STEPS, STOPPED, Squares, make_trainer, run
+from trainers_support import KINDS, STEPS, STOPPED, Squares, make_trainer, run, tokenizer_of
 
 from cm3leon.config.profiles import load_profile
 from cm3leon.config.schema import EncoderConfig
@@ -181,7 +181,7 @@ def test_the_loss_curve_is_the_golden_one(kind, monkeypatch):
         section = section.model_copy(update={"image_tower": "vit", "batch_size": 16})
     trainer = {
         "image_tokenizer": lambda: vqgan.ImageTokenizerTrainer(section, images, 0),
-        "encoder": lambda: clip.EncoderTrainer(section, images, images.captions, 0),
+        "encoder": lambda: clip.EncoderTrainer(section, images, images.captions, tokenizer_of(section, images), 0),
         "super_resolution": lambda: super_resolution.SuperResolutionTrainer(section, images, 0),
     }[kind]()
     loop.train(trainer, section.steps, kind, World(), lambda metrics, step: curve.append(metrics["loss"]))
