@@ -51,7 +51,7 @@ def trial(changes: Sequence[str]) -> str:
     section, store = config.image_tokenizer, ImageStore(paths.RAW)
     images = ImageSet(store, read_manifest(paths.VALIDATED, "train")["image"].tolist(), section.image_size)
     start = time.perf_counter()
-    model = train_image_tokenizer(images, section, config.seed, torch.device("cpu"))
+    model = train_image_tokenizer(images, section, config.seed)
     seconds = time.perf_counter() - start
     held_out = read_manifest(paths.VALIDATED, "val")
     originals = ImageSet(store, held_out["image"].tolist(), section.image_size)[np.arange(len(held_out))]

@@ -131,7 +131,7 @@ def plan(
     tokens: Annotated[float | None, typer.Option(help="tokens to train on; by default those of the profile's steps")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; can be repeated")] = None,
 ) -> None:
-    """Estimate the memory on each GPU, the time and the disk space that pretraining needs; runs without a GPU."""
+    """Estimate what pretraining needs of memory, time and disk, and the memory of every training stage; runs without a GPU."""
     from rich.console import Console
 
     from cm3leon.training import planning

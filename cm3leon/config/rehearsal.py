@@ -38,10 +38,11 @@ SIZES = {
 CHANGES: dict[str, dict[str, Any]] = {
     "ingest": {"source": "shapes"},
     "launch": {"processes": 2},
-    "image_tokenizer": {"pretrained": None, "perceptual_weight": 0.0, "perceptual_weights": None},
+    "image_tokenizer": {"pretrained": None, "perceptual_weight": 0.0, "perceptual_weights": None, "micro_batch_size": 4},
     "encoder": {"pretrained_model": None, "pretrained_weights": None},
     "pretrain": {"micro_batch_size": 2},
     "sft": {"micro_batch_size": 2},
+    "super_resolution": {"micro_batch_size": 2},
     "evaluate": {"inception": None},
 }
 """Section -> its other keys that change: two processes, two micro-batches in each, and nothing that is not in the repository."""
@@ -61,5 +62,6 @@ def rehearsed(config: Config, tiny: Config) -> Config:
         own |= {key: small[key] for key in keys}
     for section, values in CHANGES.items():
         tree[section] |= values
+    tree["encoder"]["micro_batch_size"] = 8 if config.encoder.image_tower == "vit" else None
     tree["profile"] = f"{config.profile}-rehearsal"
     return parse_config(tree, f"the rehearsal of profile {config.profile}")

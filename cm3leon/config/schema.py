@@ -23,6 +23,12 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 """Seeds that NumPy and PyTorch both accept."""
 
 
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16"],
+    Field(description="dtype of matrix products; auto: bf16 where the hardware has it; parameters and optimizer state stay fp32"),
+]
+
+
 class ShapesConfig(Section):
     """The procedural source: scenes of colored shapes with exact ground truth for every task."""
 
@@ -100,7 +106,9 @@ class ImageTokenizerConfig(Section):
     restart_until: float = Field(0.7, ge=0, le=1, description="share of the training after which no code is restarted")
     condition_share: float = Field(0.1, ge=0, lt=1, description="share of condition images among the training images")
     steps: int = Field(900, ge=1, description="optimizer steps")
-    batch_size: int = Field(16, ge=1, description="images per step")
+    batch_size: int = Field(16, ge=1, description="images per step, over all processes")
+    micro_batch_size: int | None = Field(None, ge=1, description="images that a process computes at once; null: all")
+    precision: Precision = "fp32"
     optimizer: Literal["adamw", "muon"] = Field("muon", description="muon: Muon for the convolutions, AdamW for biases and scales")
     learning_rate: float = Field(4e-3, gt=0, description="peak learning rate")
     warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
@@ -159,7 +167,9 @@ class EncoderConfig(Section):
     context_length: int = Field(48, ge=4, description="longest caption read, tokens")
     hard_negatives: int = Field(1, ge=0, description="near misses of its caption that each image is trained to reject")
     steps: int = Field(300, ge=1, description="optimizer steps")
-    batch_size: int = Field(128, ge=2, description="image-caption pairs per step")
+    batch_size: int = Field(128, ge=2, description="image-caption pairs per step, over all processes")
+    micro_batch_size: int | None = Field(None, ge=1, description="pairs that a process computes at once; null: all")
+    precision: Precision = "fp32"
     learning_rate: float = Field(2e-3, gt=0, description="peak learning rate")
     warmup_steps: int = Field(30, ge=0, description="steps of linear warm-up")
 
@@ -168,6 +178,8 @@ class EncoderConfig(Section):
         step = 32 if self.image_tower == "resnet" else self.patch_size
         if not self.pretrained_model and self.image_size % step:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {step}, as a {self.image_tower} needs")
+        if self.image_tower == "resnet" and self.micro_batch_size:
+            raise ValueError("micro_batch_size must be null with image_tower resnet, which normalizes by the whole batch; use vit")
         return self
 
 
@@ -251,9 +263,7 @@ class TrainConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's first and second moment")
     clip: float = Field(1.0, gt=0, description="norm to which the gradient is clipped")
     z_loss: float = Field(0.0, ge=0, description="weight of the z-loss, log(Z)^2 of the output (Chameleon, arXiv 2405.09818: 1e-5)")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="dtype of matrix products; auto: bf16 where the hardware has it; parameters and optimizer state stay fp32"
-    )
+    precision: Precision = "auto"
     compile: bool = Field(False, description="compile the blocks with torch.compile; on a CPU this needs a C++ compiler")
     activation_checkpointing: bool = Field(False, description="recompute the blocks in the backward pass to save memory")
     validate_every: ValidateEvery
@@ -337,7 +347,9 @@ class SuperResolutionConfig(Section):
     blocks: int = Field(2, ge=1, description="residual blocks")
     patch_size: int = Field(32, ge=8, description="side of the low-resolution training crops, pixels")
     steps: int = Field(400, ge=1, description="optimizer steps")
-    batch_size: int = Field(16, ge=1, description="crops per step")
+    batch_size: int = Field(16, ge=1, description="crops per step, over all processes")
+    micro_batch_size: int | None = Field(None, ge=1, description="crops that a process computes at once; null: all")
+    precision: Precision = "fp32"
     learning_rate: float = Field(6e-3, gt=0, description="peak learning rate")
 
 

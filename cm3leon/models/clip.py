@@ -88,13 +88,15 @@ def embed_pixels(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return model.encode_image(to_unit(pixels), normalize=True)  # type: ignore[operator]
 
 
-def embed_ids(model: nn.Module, ids_nL: torch.Tensor) -> torch.Tensor:
-    """Unit vectors ``(n, d)`` of token ids; positions where every row is padding are not computed.
+def without_padding(ids_nL: torch.Tensor) -> torch.Tensor:
+    """The positions up to the last that is not padding in every row: attention is causal, so the others have no effect."""
+    return ids_nL[:, : int((ids_nL != PAD).sum(1).max())]
 
-    The result is exact: attention is causal and the tower pools at the end token, so the padding after it has no effect.
-    """
-    longest = int((ids_nL != PAD).sum(1).max())
-    x_nLW = model.token_embedding(ids_nL[:, :longest]) + model.positional_embedding[:longest]  # type: ignore[operator, index]
+
+def embed_ids(model: nn.Module, ids_nL: torch.Tensor) -> torch.Tensor:
+    """Unit vectors ``(n, d)`` of token ids, which may be :func:`without_padding`: the tower pools at the end token."""
+    longest = ids_nL.shape[1]
+    x_nLW = model.token_embedding(ids_nL) + model.positional_embedding[:longest]  # type: ignore[operator, index]
     x_nLW = model.ln_final(model.transformer(x_nLW, attn_mask=model.attn_mask[:longest, :longest]))  # type: ignore[operator, index]
     pooled_nW = x_nLW[torch.arange(len(x_nLW)), ids_nL.argmax(1)]
     return nn.functional.normalize(pooled_nW @ model.text_projection, dim=-1)
@@ -229,11 +231,11 @@ class Encoder:
         """float32 ``(n, d)``, L2-normalized. Texts longer than the tower's context are truncated."""
         batches = []
         for start in range(0, len(texts), BATCH):
-            ids_nL = self.tokenizer(list(texts[start : start + BATCH])).to(self.device)
+            ids_nL = self.tokenizer(list(texts[start : start + BATCH]))
             if self._preprocess is None:
-                vectors = embed_ids(self.model, ids_nL)
+                vectors = embed_ids(self.model, without_padding(ids_nL).to(self.device))
             else:
-                vectors = self.model.encode_text(ids_nL, normalize=True)  # type: ignore[operator]
+                vectors = self.model.encode_text(ids_nL.to(self.device), normalize=True)  # type: ignore[operator]
             batches.append(vectors.float().cpu().numpy())
         return np.concatenate(batches) if batches else np.zeros((0, self.dimensions), dtype=np.float32)
 

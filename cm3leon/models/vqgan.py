@@ -214,16 +214,19 @@ class Codebook(nn.Module):
         self.usage.copy_(counts_E * len(self.entries) / len(z_ND))
         self.sums.copy_(self.entries * self.usage[:, None])
 
+    def statistics(self, z_ND: Tensor, codes_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Of latents with these codes, how many each entry has, (E,), and their sum, (E, D): what :meth:`update` needs of a batch."""
+        counts_E = torch.zeros_like(self.usage).index_add_(0, codes_N, torch.ones_like(z_ND[:, 0]))
+        return counts_E, torch.zeros_like(self.sums).index_add_(0, codes_N, z_ND)
+
     @torch.no_grad()
-    def update(self, z_ND: Tensor, codes_N: Tensor, decay: float) -> None:
-        """Update the moving averages and the entries by a batch of latents and their codes."""
-        size = self.entries.shape[0]
-        counts_E = torch.bincount(codes_N, minlength=size).to(z_ND.dtype)
-        sums_ED = torch.zeros_like(self.sums).index_add_(0, codes_N, z_ND)
-        self.usage.mul_(decay).add_(counts_E * size / len(z_ND), alpha=1 - decay)
-        self.sums.mul_(decay).add_(sums_ED * size / len(z_ND), alpha=1 - decay)
-        used_E = self.usage > 1e-4  # entries without use keep their value: both averages go to zero
-        self.entries[used_E] = self.sums[used_E] / self.usage[used_E, None]
+    def update(self, counts_E: Tensor, sums_ED: Tensor, decay: float) -> None:
+        """Update the moving averages and the entries by the :meth:`statistics` of a batch."""
+        size, latents = len(self.entries), counts_E.sum()
+        self.usage.mul_(decay).add_(counts_E * size / latents, alpha=1 - decay)
+        self.sums.mul_(decay).add_(sums_ED * size / latents, alpha=1 - decay)
+        used_E1 = self.usage[:, None] > 1e-4  # entries without use keep their value: both averages go to zero
+        self.entries.copy_(torch.where(used_E1, self.sums / self.usage[:, None], self.entries))
 
     @torch.no_grad()
     def restart(self, z_ND: Tensor, below: float, generator: torch.Generator) -> int:

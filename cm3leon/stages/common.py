@@ -8,8 +8,12 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cm3leon.config import paths
+
+if TYPE_CHECKING:
+    from cm3leon.config.schema import Config, LaunchConfig
 
 STAGES = {
     "ingest": "Bring the source into image shards and one manifest.",
@@ -25,8 +29,24 @@ STAGES = {
     "super_resolution": "Train the upscaler.",
     "evaluate": "Evaluate the finished model under a recorded contract.",
 }
-IN_PROCESSES = ("pretrain", "sft")
-"""Stages that can run in several processes."""
+
+
+def launching(stage: str, config: Config) -> LaunchConfig | None:
+    """How the processes of a stage are started; None for one that does not train, or not in several processes.
+
+    The networks of images train on one machine's GPUs, the decoder also on several machines'. A resnet of the encoder needs the whole batch
+    in one process, for its batch normalization.
+    """
+    if stage in ("pretrain", "sft"):
+        return config.launch
+    encoder = config.encoder
+    trains = {
+        "image_tokenizer": not config.image_tokenizer.pretrained,
+        "encoder": not encoder.pretrained_model and encoder.image_tower == "vit",
+        "super_resolution": True,
+    }
+    return config.launch.model_copy(update={"torchrun": ""}) if trains.get(stage) else None
+
 
 METRICS = "metrics: "
 """Prefix of the last line that a stage's command prints: headline metrics, seconds and peak memory as JSON, which the flow reads."""
@@ -54,9 +74,10 @@ def run_stage(stage: str, resume_from: Path | None = None, *, accept_changes: bo
     from cm3leon.training.launch import replace_by_torchrun
 
     config = load_config()
-    if stage in IN_PROCESSES:
+    launch = launching(stage, config)
+    if launch is not None:
         resumption = ["--resume-from", str(resume_from), *(["--accept-changes"] if accept_changes else [])] if resume_from else []
-        replace_by_torchrun([stage, *resumption], config.launch)
+        replace_by_torchrun([stage, *resumption], launch)
     end_with_owner()
     start = time.monotonic()
     options = {"resume_from": resume_from, "accept_changes": accept_changes} if resume_from else {}

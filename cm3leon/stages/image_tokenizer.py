@@ -15,8 +15,10 @@ from cm3leon.data.pixels import ImageSet
 from cm3leon.models.vqgan import ImageTokenizer, reconstruct
 from cm3leon.sequence.tasks import CONDITIONS
 from cm3leon.tracking import runs
-from cm3leon.training.vqgan import code_statistics, psnr, train_image_tokenizer
-from cm3leon.utils.device import default_device
+from cm3leon.training.distributed import World, world
+from cm3leon.training.dry_run import refuse_too_large
+from cm3leon.training.loop import stage_checkpoints
+from cm3leon.training.vqgan import code_statistics, psnr, step_memory, train_image_tokenizer
 from cm3leon.utils.images import save_pairs
 
 VALIDATION_IMAGES = 512
@@ -35,32 +37,47 @@ def training_images(manifest: pd.DataFrame, condition_share: float, seed: int) -
     return images + [conditions[int(number)] for number in chosen]
 
 
+def make_tokenizer(config: Config, processes: World, run: runs.Run) -> ImageTokenizer:
+    """The imported image tokenizer if ``pretrained`` names one, else one that is trained on the train split."""
+    section = config.image_tokenizer
+    if section.pretrained:
+        return ImageTokenizer.load(Path(section.pretrained), processes.device)
+    refuse_too_large("image_tokenizer", section, step_memory, processes)
+    manifest = read_manifest(paths.VALIDATED, "train")
+    images = ImageSet(ImageStore(paths.RAW), training_images(manifest, section.condition_share, config.seed), section.image_size)
+    weights = [Path(section.perceptual_weights)] if section.perceptual_weights else []
+    return train_image_tokenizer(
+        images,
+        section,
+        config.seed,
+        processes,
+        lambda metrics, step: run.log_metrics({f"image_tokenizer/{k}": v for k, v in metrics.items()}, step),
+        stage_checkpoints(config, "image_tokenizer", [paths.RAW, paths.VALIDATED / "manifest.parquet", *weights], processes),
+    )
+
+
 def run(config: Config) -> dict[str, float]:
     """Write ``models/image_tokenizer/`` with ``reconstructions.png``; returns PSNR (dB) on val and the codebook's usage and perplexity."""
-    section = config.image_tokenizer
-    store = ImageStore(paths.RAW)
-    with runs.stage_run("image_tokenizer", config) as run:
+    with world() as processes, runs.stage_run("image_tokenizer", config) as run:
         run.log_dataset(paths.RAW, "raw")
         run.log_dataset(paths.VALIDATED, "validated")
-        if section.pretrained:
-            model = ImageTokenizer.load(Path(section.pretrained), default_device())
-        else:
-            manifest = read_manifest(paths.VALIDATED, "train")
-            images = ImageSet(store, training_images(manifest, section.condition_share, config.seed), section.image_size)
-            model = train_image_tokenizer(
-                images,
-                section,
-                config.seed,
-                default_device(),
-                lambda metrics, step: run.log_metrics({f"image_tokenizer/{k}": v for k, v in metrics.items()}, step),
-            )
-        model.save(paths.IMAGE_TOKENIZER)
-        held_out = read_manifest(paths.VALIDATED, "val")["image"].tolist()[:VALIDATION_IMAGES]
-        originals = torch.from_numpy(ImageSet(store, held_out, model.spec.image_size)[np.arange(len(held_out))])
-        codes, reconstructions = reconstruct(model, originals)
-        metrics = {"psnr": psnr(originals, reconstructions), **code_statistics(codes, model.spec.codebook_size)}
-        run.log_metrics({f"image_tokenizer/val_{k}": v for k, v in metrics.items()})
-        sheet = paths.IMAGE_TOKENIZER / "reconstructions.png"
-        save_pairs(originals[:SHEET_IMAGES].numpy(), reconstructions[:SHEET_IMAGES].numpy(), sheet)
-        run.log_image(sheet, sheet.stem)
+        model = make_tokenizer(config, processes, run)
+        metrics = {}
+        if processes.rank == 0:
+            model.save(paths.IMAGE_TOKENIZER)
+            metrics = evaluate(model, run)
+        processes.wait()
+    return metrics
+
+
+def evaluate(model: ImageTokenizer, run: runs.Run) -> dict[str, float]:
+    """PSNR and use of the codebook on val; writes and logs the sheet."""
+    held_out = read_manifest(paths.VALIDATED, "val")["image"].tolist()[:VALIDATION_IMAGES]
+    originals = torch.from_numpy(ImageSet(ImageStore(paths.RAW), held_out, model.spec.image_size)[np.arange(len(held_out))])
+    codes, reconstructions = reconstruct(model, originals)
+    metrics = {"psnr": psnr(originals, reconstructions), **code_statistics(codes, model.spec.codebook_size)}
+    run.log_metrics({f"image_tokenizer/val_{k}": v for k, v in metrics.items()})
+    sheet = paths.IMAGE_TOKENIZER / "reconstructions.png"
+    save_pairs(originals[:SHEET_IMAGES].numpy(), reconstructions[:SHEET_IMAGES].numpy(), sheet)
+    run.log_image(sheet, sheet.stem)
     return metrics

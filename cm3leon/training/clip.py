@@ -14,19 +14,28 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cm3leon.config.schema import EncoderConfig
 from cm3leon.data.manifest import ImageStore
-from cm3leon.data.pixels import ImageSet
-from cm3leon.models.clip import ClipTokenizer, Encoder, build_clip, embed_ids, embed_pixels, trained_settings
+from cm3leon.data.pixels import Images
+from cm3leon.models.clip import ClipTokenizer, Encoder, build_clip, embed_ids, embed_pixels, trained_settings, without_padding
 from cm3leon.sequence.text_tokenizer import TextTokenizer
-from cm3leon.training.optimizer import learning_rate_at, set_learning_rate
+from cm3leon.training import loop
+from cm3leon.training.checkpoint import Checkpoints
+from cm3leon.training.distributed import ALONE, World, sum_gradients
+from cm3leon.training.dry_run import DryWorld, StepMemory, measure, micro_batch, on_a_gpu
+from cm3leon.training.loop import Log, Metrics
+from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_learning_rate, state_tensors
+from cm3leon.training.precision import autocast
+from cm3leon.training.shuffling import ShuffledBatches
 from cm3leon.utils.errors import UserError
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -73,9 +82,7 @@ class HardNegatives:
         return " ".join(words)
 
 
-def contrastive_loss(
-    images_nd: torch.Tensor, texts_nd: torch.Tensor, negatives_md: torch.Tensor, owners_m: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
+def contrastive_loss(images_nd: Tensor, texts_nd: Tensor, negatives_md: Tensor, owners_m: Tensor, scale: Tensor) -> Tensor:
     """InfoNCE in both directions, with hard negatives for the images.
 
     With unit vectors v_i of images, t_i of texts, and h_j of the hard negatives, inverse temperature s:
@@ -110,30 +117,181 @@ def _optimizer(model: nn.Module, config: EncoderConfig) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6)
 
 
-class _Batches:
-    """Endless shuffled batches of positions; the end of an epoch that does not fill a batch is dropped."""
+@dataclass(frozen=True)
+class Pairs:
+    """A batch: positions of images, a caption of each, and the hard negatives of each caption."""
 
-    def __init__(self, count: int, size: int, seed: int) -> None:
-        self.count, self.size = count, min(size, count)
-        self.rng = np.random.default_rng(seed)
-        self.order = np.zeros(0, dtype=np.int64)
+    positions: np.ndarray
+    captions: list[str]
+    negatives: list[list[str]]
 
-    def next(self) -> np.ndarray:
-        if len(self.order) < self.size:
-            self.order = self.rng.permutation(self.count)
-        batch, self.order = self.order[: self.size], self.order[self.size :]
-        return batch
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, rows: slice) -> Pairs:
+        return Pairs(self.positions[rows], self.captions[rows], self.negatives[rows])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch on the device: pixels, uint8 (n, 3, size, size), and token ids (n + m, L) of captions and hard negatives."""
+
+    pixels: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Unit vectors of images (n, d), and of their captions and these captions' hard negatives together (n + m, d)."""
+
+    images_nd: Tensor
+    words_md: Tensor
+
+    def parts(self) -> list[Tensor]:
+        """Images, captions, hard negatives."""
+        n = len(self.images_nd)
+        return [self.images_nd, self.words_md[:n], self.words_md[n:]]
+
+
+class EncoderTrainer:
+    """One training run: network, optimizer, the order of the images and choice of captions.
+
+    Each image is compared with all captions of the batch, so the loss needs the vectors of the whole batch. That takes the memory of a
+    micro-batch only: vectors are computed without a graph, the loss and its gradient at the vectors follow from all of them, and each
+    micro-batch is embedded again to carry that gradient on to the parameters (gradient caching: Gao et al. 2021, arXiv 2101.06983).
+    Processes exchange their vectors in the same way. A batch that is one micro-batch is embedded once.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        images: Images,
+        captions: Sequence[Sequence[str]],
+        tokenizer: ClipTokenizer,
+        seed: int,
+        world: World = ALONE,
+    ) -> None:
+        self.config, self.images, self.captions, self.tokenizer, self.world = config, images, captions, tokenizer, world
+        self.hard_negatives = HardNegatives(_together(captions))
+        self.settings = trained_settings(config, tokenizer.size)
+        torch.manual_seed(seed)
+        self.model: Any = build_clip(self.settings["model"]).to(world.device).train()
+        self.optimizer = _optimizer(self.model, config)
+        allocate_states([self.optimizer])
+        order = np.random.default_rng(seed)
+        self.order_generator, self.text_generator = order, random.Random(seed)
+        self.batches = ShuffledBatches(len(images), config.batch_size, lambda count: torch.from_numpy(order.permutation(count)))
+
+    def step(self, number: int) -> Metrics:
+        """One optimization step; see :class:`~cm3leon.training.loop.Trainer`."""
+        config, pairs = self.config, self.draw()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.backward(self.parts(pairs), [len(found) for found in pairs.negatives])
+        sum_gradients(self.model.parameters(), self.world)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        rate = learning_rate_at(number, peak=config.learning_rate, steps=config.steps, warmup_steps=config.warmup_steps)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        return {"loss": loss, "gradient_norm": norm}
+
+    def draw(self) -> Pairs:
+        """A batch of images with one caption each, and hard negatives of these captions; the same in every process."""
+        positions = self.batches.next()
+        texts = [self.text_generator.choice(self.captions[position]) for position in positions]
+        return Pairs(positions, texts, [self.negatives(text, self.captions[p]) for text, p in zip(texts, positions, strict=True)])
+
+    def negatives(self, text: str, own: Sequence[str]) -> list[str]:
+        """Up to ``hard_negatives`` of ``text``; those that are captions of the same image, ``own``, are left out."""
+        found = (self.hard_negatives(text, self.text_generator) for _ in range(self.config.hard_negatives))
+        return [negative for negative in found if negative is not None and negative not in own]
+
+    def parts(self, pairs: Pairs) -> list[Part]:
+        """The micro-batches of this process's pairs of a batch."""
+        rows = self.world.share(len(pairs))
+        size = self.config.micro_batch_size or len(pairs)
+        return [self.read(pairs[start : min(start + size, rows.stop)]) for start in range(rows.start, rows.stop, size)]
+
+    def read(self, pairs: Pairs) -> Part:
+        pixels = torch.from_numpy(self.images[pairs.positions]).permute(0, 3, 1, 2)
+        ids = self.tokenizer([*pairs.captions, *_together(pairs.negatives)])
+        return Part(pixels.to(self.world.device), without_padding(ids).to(self.world.device))
+
+    def backward(self, parts: Sequence[Part], negatives: Sequence[int]) -> Tensor:
+        """Add the gradients of this process's micro-batches; returns the loss of the batch.
+
+        Args:
+            negatives: number of hard negatives of each pair of the batch.
+        """
+        world = self.world
+        # 1. The vectors of the whole batch; those of a single micro-batch keep their graph.
+        alone = len(parts) == 1
+        with torch.set_grad_enabled(alone):
+            own = [self.embed(part) for part in parts]
+        kinds = zip(*(vectors.parts() for vectors in own), strict=True)
+        images_nd, texts_nd, negatives_md = (world.concatenate(torch.cat(kind).detach()).requires_grad_() for kind in kinds)
+        # 2. The loss, and its gradient at the vectors. Every process computes the same, so the scale's is divided among them.
+        owners = [row for row, count in enumerate(negatives) for _ in range(count)]
+        owners_m = torch.tensor(owners, dtype=torch.long, device=world.device)
+        scale = self.model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        loss = contrastive_loss(images_nd, texts_nd, negatives_md, owners_m, scale)
+        loss.backward()
+        self.model.logit_scale.grad /= world.size
+        # 3. From the vectors on to the parameters.
+        row = world.share(len(negatives)).start
+        hard = sum(negatives[:row])
+        for part, kept in zip(parts, own, strict=True):
+            vectors = kept if alone else self.embed(part)
+            n, m = len(vectors.images_nd), len(vectors.words_md) - len(vectors.images_nd)
+            words_md = torch.cat([_gradient(texts_nd)[row : row + n], _gradient(negatives_md)[hard : hard + m]])
+            torch.autograd.backward([vectors.images_nd, vectors.words_md], [_gradient(images_nd)[row : row + n], words_md])
+            row, hard = row + n, hard + m
+        return loss.detach()
+
+    def embed(self, part: Part) -> Vectors:
+        """Vectors, float32, of a micro-batch."""
+        with autocast(self.config, self.world.device):
+            words_md = embed_ids(self.model, part.ids).float()
+            return Vectors(embed_pixels(self.model, part.pixels).float(), words_md)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        network = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        return {**network, **state_tensors([self.optimizer], names), "order": self.batches.order}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "position": self.batches.position,
+            "order_generator": self.order_generator.bit_generator.state,
+            "text_generator": self.text_generator.getstate(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.batches.position = state["position"]
+        self.order_generator.bit_generator.state = state["order_generator"]
+        version, numbers, gauss = state["text_generator"]
+        self.text_generator.setstate((version, tuple(numbers), gauss))
+
+
+def _together(texts: Sequence[Sequence[str]]) -> list[str]:
+    return [text for own in texts for text in own]
+
+
+def _gradient(vectors: Tensor) -> Tensor:
+    return torch.zeros_like(vectors) if vectors.grad is None else vectors.grad
 
 
 def train(
     config: EncoderConfig,
-    images: ImageSet,
+    images: Images,
     captions: Sequence[Sequence[str]],
     seed: int,
-    device: torch.device | str = "cpu",
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    world: World = ALONE,
+    log: Log = lambda metrics, step: None,
+    checkpoints: Checkpoints | None = None,
 ) -> Encoder:
-    """Train an encoder on images and their captions, one of each image's at random in every batch.
+    """Train an encoder on images and their captions, one of each image's at random in every batch; see :func:`loop.train`.
 
     The same arguments give the same weights on one machine.
 
@@ -146,46 +304,37 @@ def train(
         raise UserError(f"contrastive training needs two or more images with captions, found {counts}")
     if not all(captions):
         raise ValueError("every image needs a caption; drop images without one before training the encoder")
-    every_caption = [caption for own in captions for caption in own]
-    hard_negatives = HardNegatives(every_caption)
-    tokenizer = ClipTokenizer(TextTokenizer.train(every_caption, config.vocabulary_size), config.context_length)
-    settings = trained_settings(config, tokenizer.size)
-    torch.manual_seed(seed)
-    model = build_clip(settings["model"]).to(device).train()
-    optimizer = _optimizer(model, config)
-    batches, rng = _Batches(len(images), config.batch_size, seed), random.Random(seed)
-    for step in range(config.steps):
-        # 1. A batch of images with one caption each, and hard negatives of these captions.
-        positions = batches.next()
-        texts = [rng.choice(captions[position]) for position in positions]
-        negatives: list[str] = []
-        owners: list[int] = []
-        for owner, position in enumerate(positions):
-            found = _negatives(hard_negatives, texts[owner], captions[position], config.hard_negatives, rng)
-            negatives += found
-            owners += [owner] * len(found)
-        # 2. Embed. Captions and hard negatives go through the text tower together.
-        pixels = torch.from_numpy(images[positions]).permute(0, 3, 1, 2).to(device)
-        vectors = embed_ids(model, tokenizer(texts + negatives).to(device))
-        texts_nd, negatives_md = vectors[: len(texts)], vectors[len(texts) :]
-        owners_m = torch.tensor(owners, dtype=torch.long, device=device)
-        # 3. Loss and update.
-        scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()  # type: ignore[operator]
-        loss = contrastive_loss(embed_pixels(model, pixels), texts_nd, negatives_md, owners_m, scale)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = learning_rate_at(step, peak=config.learning_rate, steps=config.steps, warmup_steps=config.warmup_steps)
-        set_learning_rate(optimizer, rate)
-        optimizer.step()
-        on_step(step, float(loss.detach()))
-    return Encoder(model, settings, tokenizer)
+    tokenizer = ClipTokenizer(TextTokenizer.train(_together(captions), config.vocabulary_size), config.context_length)
+    trainer = EncoderTrainer(config, images, captions, tokenizer, seed, world)
+    loop.train(trainer, config.steps, "encoder", world, log, checkpoints)
+    return Encoder(trainer.model, trainer.settings, trainer.tokenizer)
 
 
-def _negatives(hard_negatives: HardNegatives, text: str, own: Sequence[str], count: int, rng: random.Random) -> list[str]:
-    """Up to ``count`` hard negatives of ``text``; those that are captions of the same image, ``own``, are left out."""
-    found = (hard_negatives(text, rng) for _ in range(count))
-    return [negative for negative in found if negative is not None and negative not in own]
+def step_memory(config: EncoderConfig, processes: int) -> StepMemory:
+    """The memory of a step on each of ``processes`` GPUs, with captions of full length."""
+    config = on_a_gpu(config)
+    tokenizer = ClipTokenizer(_Vocabulary(config.vocabulary_size), config.context_length)  # type: ignore[arg-type]
+    trainer = EncoderTrainer(config, np.zeros((2, 1, 1, 3), np.uint8), [], tokenizer, 0, DryWorld(0, processes))
+    share, rows, each = config.batch_size // processes, micro_batch(config, processes), 1 + config.hard_negatives
+
+    def backward() -> None:
+        parts = [
+            Part(
+                torch.empty(rows, 3, config.image_size, config.image_size, dtype=torch.uint8),
+                torch.empty(rows * each, config.context_length, dtype=torch.long),
+            )
+            for _ in range(-(-share // rows))
+        ]
+        trainer.backward(parts, [config.hard_negatives] * (rows * len(parts) * processes))
+
+    return measure(backward, trainer.model.parameters(), trainer.tensors().values())
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """A text tokenizer of which only the size is needed."""
+
+    size: int
 
 
 def validate(encoder: Encoder, store: ImageStore, refs: Sequence[str], captions: Sequence[str]) -> dict[str, float]:

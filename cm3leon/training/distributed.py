@@ -1,6 +1,7 @@
-"""Training in several processes: FSDP2 under ``torchrun``. A single process runs the same code, with no communication.
+"""Training in several processes under ``torchrun``. A single process runs the same code, with no communication.
 
-Every process computes the loss of its own rows of the batch and holds a shard of the parameters, gradients and optimizer states.
+Every process computes the loss of its own rows of the batch. Of the decoder it holds a shard of the parameters, gradients and optimizer
+states (FSDP2); of the smaller networks all of them, with gradients that are summed over the processes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from cm3leon.training.precision import autocast_dtype
 from cm3leon.utils.device import default_device
+from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:
     from cm3leon.config.schema import TrainConfig
@@ -67,10 +69,47 @@ class World:
         # 3. Remove the padding.
         return [json.loads(bytes(padded[:size].tolist())) for padded, size in zip(received, sizes.tolist(), strict=True)]
 
+    def share(self, count: int) -> slice:
+        """This process's part of ``count`` rows: consecutive ones, as evenly divided as can be.
+
+        Raises:
+            UserError: if there are fewer rows than processes.
+        """
+        if count < self.size:
+            raise UserError(f"a batch of {count} cannot be divided among {self.size} processes: start fewer, or raise batch_size")
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the processes, in place and on its device; returns it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def concatenate(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in order of rank; each may have another number of them."""
+        if self.size == 1:
+            return rows
+        counts = self.gather(len(rows))
+        sent = rows.new_zeros(max(counts), *rows.shape[1:])
+        sent[: len(rows)] = rows
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(received, sent)
+        return torch.cat([padded[:count] for padded, count in zip(received, counts, strict=True)])
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the values of the first one, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
     def wait(self) -> None:
         """Return when all processes have called this (a barrier)."""
         if self.size > 1:
             dist.barrier()
+
+
+ALONE = World()
+"""A single process on the CPU."""
 
 
 @contextmanager
@@ -92,6 +131,15 @@ def world() -> Iterator[World]:
         yield World(dist.get_rank(), size, device)
     finally:
         dist.destroy_process_group()
+
+
+def sum_gradients(parameters: Iterable[Tensor], world: World) -> None:
+    """Sum the gradients, where there are any, over the processes, each of which has the whole network; in one message."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if world.size > 1 and gradients:
+        summed = world.add(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, summed.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], config: TrainConfig, world: World) -> None:

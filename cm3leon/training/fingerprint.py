@@ -21,8 +21,15 @@ Fingerprint = dict[str, str]
 """Name of a parameter, an input or a part of the code, and its value or hash."""
 
 PACKAGE = Path(__file__).parents[1]
-STARTS = ("training/trainer.py", "data/sequences.py", "data/task_samples.py")
-"""Modules that compute a step and make its samples."""
+DECODER = ("training/trainer.py", "data/sequences.py", "data/task_samples.py")
+STARTS = {
+    "pretrain": DECODER,
+    "sft": DECODER,
+    "image_tokenizer": ("training/vqgan.py", "data/pixels.py"),
+    "encoder": ("training/clip.py", "data/pixels.py"),
+    "super_resolution": ("training/super_resolution.py", "data/pixels.py"),
+}
+"""Training stage -> the modules that compute a step and make its samples."""
 ROOMS = ("models", "sequence", "data", "training")
 """Rooms whose code decides what a step computes. Parameters are in the fingerprint by value, so ``config`` is not followed; neither are
 ``tracking`` and ``utils``, which only record and convert."""
@@ -50,15 +57,17 @@ def data_hash(path: Path) -> str:
     return _hash_of(zip(names, hashes, strict=True))
 
 
-def training_modules(package: Path = PACKAGE) -> list[Path]:
+def training_modules(stage: str = "pretrain", package: Path = PACKAGE) -> list[Path]:
     """The modules that decide what a training step computes: :data:`STARTS` and all they import from :data:`ROOMS`."""
     rooms = [package / room for room in ROOMS]
-    return import_closure([package / start for start in STARTS], package.parent, lambda file: any(room in file.parents for room in rooms))
+    return import_closure(
+        [package / start for start in STARTS[stage]], package.parent, lambda file: any(room in file.parents for room in rooms)
+    )
 
 
-def code_hash(package: Path = PACKAGE) -> str:
+def code_hash(stage: str = "pretrain", package: Path = PACKAGE) -> str:
     """A hash of the names of :func:`training_modules` and their code, without comments, docstrings and layout."""
-    return _hash_of((file.relative_to(package).as_posix(), _code(file)) for file in training_modules(package))
+    return _hash_of((file.relative_to(package).as_posix(), _code(file)) for file in training_modules(stage, package))
 
 
 def _code(file: Path) -> str:
@@ -81,14 +90,14 @@ def fingerprint(config: Config, stage: str, inputs: Sequence[Path]) -> Fingerpri
     """The fingerprint of a training stage.
 
     Args:
-        stage: ``pretrain`` or ``sft``, the section of the parameters.
+        stage: one of :data:`STARTS`, the name of its section of the parameters too.
         inputs: files and directories that the stage reads.
     """
     from cm3leon.tracking.runs import flatten  # not on a bare machine, which trains without a project
 
     section = {name: value for name, value in getattr(config, stage).model_dump().items() if name not in NEUTRAL}
     parameters = {f"{stage}.{name}": value for name, value in flatten(section).items()} | {"seed": str(config.seed)}
-    return parameters | {str(path): data_hash(path) for path in inputs} | {"code": code_hash(), "torch": torch.__version__}
+    return parameters | {str(path): data_hash(path) for path in inputs} | {"code": code_hash(stage), "torch": torch.__version__}
 
 
 def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

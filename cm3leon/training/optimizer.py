@@ -7,10 +7,11 @@ The paper does not publish its optimizer. AdamW is the usual choice; Muon for th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cm3leon.training.muon import Muon
 from cm3leon.training.precision import autocast_dtype
@@ -47,6 +48,34 @@ def learning_rate_at(step: int, *, peak: float, steps: int, warmup_steps: int, f
         return peak * (step + 1) / warmup_steps
     progress = min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0)
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def allocate_states(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Give every parameter the optimizer state that it has before its first step, so that there is one to load a checkpoint into."""
+    for optimizer in optimizers:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        set_learning_rate(optimizer, 0.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+
+
+def state_tensors(optimizers: Sequence[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The states of optimizers by name, for a checkpoint: ``optimizer0.PARAMETER.KEY``.
+
+    Args:
+        names: of the parameters.
+    """
+    return {
+        f"optimizer{number}.{names[parameter]}.{key}": tensor
+        for number, optimizer in enumerate(optimizers)
+        for parameter, states in optimizer.state.items()
+        for key, tensor in states.items()
+    }
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

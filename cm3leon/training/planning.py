@@ -1,6 +1,7 @@
-"""Plan a pretraining run: its parameters, memory on each GPU, time and disk. Nothing is trained, and no GPU is needed.
+"""Plan a run: memory, time and disk of pretraining, and the memory of every training stage. Nothing is trained, and no GPU is needed.
 
-``cm3leon plan --profile cm3leon-7b --gpus 64`` prints a plan. Memory is estimated (``training/memory.py``); for speed the MFU is assumed.
+``cm3leon plan --profile cm3leon-7b --gpus 64`` prints a plan. Memory is estimated (``training/memory.py`` for the decoder,
+``training/dry_run.py`` for the other networks); for speed the MFU is assumed.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.hardware import DEVICES, Device, flops_per_token
 from cm3leon.training.memory import FP32, Memory, Parameters, count, estimate_memory, optimizer_bytes, rows_at_once
+from cm3leon.training.memory_limit import USABLE
+from cm3leon.training.stage_plans import show_stages, stage_plans
 from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-USABLE = 0.9
-"""Share of a device's memory that a plan may fill; the rest is for CUDA, NCCL and the allocator's fragmentation."""
 
 
 def vocabulary_of(config: Config) -> Vocabulary:
@@ -245,7 +245,7 @@ def tables(plan: Plan) -> list[Table]:
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print the plan, and the advice if it does not fit."""
+    """Print the plan, the advice if it does not fit, and the memory of all training stages."""
     for table in tables(plan):
         console.print(table)
     if plan.config.pretrain.precision == "fp32":
@@ -257,3 +257,4 @@ def show(plan: Plan, console: Console) -> None:
                 console.print(f"  {change}", highlight=False, soft_wrap=True)
         else:
             console.print("It fits with no micro-batch and no number of GPUs: use a device with more memory.")
+    show_stages(stage_plans(plan.config, meta_decoder(plan.config), plan.gpus, plan.usable), plan.usable, console)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from cm3leon.config.schema import TrainConfig
+
+class HasPrecision(Protocol):
+    """A section of the parameters that says in which precision it is computed."""
+
+    @property
+    def precision(self) -> str: ...
 
 
 def has_native_bf16(device: torch.device) -> bool:
@@ -19,13 +23,13 @@ def has_native_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+def autocast_dtype(config: HasPrecision, device: torch.device) -> torch.dtype:
     """The dtype of matrix products under ``config.precision``; ``auto`` is bfloat16 on devices with native support for it."""
     bf16 = has_native_bf16(device) if config.precision == "auto" else config.precision == "bf16"
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
+def autocast(config: HasPrecision, device: torch.device) -> AbstractContextManager[object]:
     """Autocast to :func:`autocast_dtype`; no autocast at all for float32."""
     dtype = autocast_dtype(config, device)
     return torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else nullcontext()

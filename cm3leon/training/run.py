@@ -17,6 +17,9 @@ from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.checkpoint_runs import Resumption
 from cm3leon.training.distributed import World, full_tensor
 from cm3leon.training.fingerprint import Fingerprint
+from cm3leon.training.memory import estimate_memory
+from cm3leon.training.memory_limit import refuse_too_large
+from cm3leon.training.optimizer import allocate_states
 from cm3leon.training.trainer import fit, setup
 
 
@@ -69,9 +72,15 @@ def train(
         The last validation losses.
     """
     checkpoints = Checkpoints(paths.CHECKPOINTS / stage, identity, section.keep_checkpoints, processes)
+    refuse_too_large(
+        stage,
+        processes.device,
+        lambda: estimate_memory(model, section, processes.size).total,
+        lambda usable: f"lower {stage}.micro_batch_size, or set {stage}.activation_checkpointing=true; cm3leon plan says what fits",
+    )
     state = setup(model, section, processes, weights)
     if resume_from is not None:
-        state.allocate_optimizer_states()
+        allocate_states(state.optimizers)
         checkpoints.adopt(resume_from, accept_changes, state.tensors())
     if processes.rank == 0:
         _record_resumptions(stage, checkpoints.record.resumed, run)

@@ -5,29 +5,122 @@ Shapes: B batch, h w low resolution, H W high resolution.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
 from cm3leon.config.schema import SuperResolutionConfig
-from cm3leon.data.pixels import ImageSet
+from cm3leon.data.pixels import Images
 from cm3leon.models.super_resolution import SuperResolution, reduce
-from cm3leon.training.optimizer import learning_rate_at, set_learning_rate
+from cm3leon.training import loop
+from cm3leon.training.checkpoint import Checkpoints
+from cm3leon.training.distributed import ALONE, World, sum_gradients
+from cm3leon.training.dry_run import DryWorld, StepMemory, measure, micro_batch, on_a_gpu
+from cm3leon.training.loop import Log, Metrics
+from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_learning_rate, state_tensors
+from cm3leon.training.precision import autocast
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.images import to_unit
 
 
+class SizedImages(Images, Protocol):
+    """Square images of ``size`` pixels."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square of an image, rotated by quarter turns and flipped or not: one of the eight orientations."""
+
+    top: int
+    left: int
+    rotation: int
+    flipped: int
+
+    def of(self, image: np.ndarray, side: int) -> np.ndarray:
+        """The crop of an image (H, W, 3): (side, side, 3)."""
+        rotated = np.rot90(image[self.top : self.top + side, self.left : self.left + side], self.rotation)
+        return rotated[:, ::-1] if self.flipped else rotated
+
+
+class SuperResolutionTrainer:
+    """One training run: network, optimizer, and the random crops of a step."""
+
+    def __init__(self, config: SuperResolutionConfig, images: SizedImages, seed: int, world: World = ALONE) -> None:
+        self.config, self.images, self.world = config, images, world
+        # Crops are patch_size pixels wide in the input, or the whole image where that is smaller.
+        self.side = min(config.patch_size * config.scale, images.size // config.scale * config.scale)
+        torch.manual_seed(seed)
+        network = SuperResolution(config.scale, config.channels, config.blocks).to(world.device).train()
+        self.model = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        allocate_states([self.optimizer])
+        self.generator = np.random.default_rng(seed)
+
+    def step(self, number: int) -> Metrics:
+        """One optimization step; see :class:`~cm3leon.training.loop.Trainer`."""
+        config = self.config
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.world.add(self.backward(self.draw()))
+        sum_gradients(self.model.parameters(), self.world)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        rate = learning_rate_at(number, peak=config.learning_rate, steps=config.steps, warmup_steps=config.steps // 10)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        return {"loss": loss, "gradient_norm": norm}
+
+    def draw(self) -> Tensor:
+        """This process's part of a batch of crops of random images, uint8 (B, 3, H, W). All processes draw the same batch."""
+        count, room = self.config.batch_size, self.images.size - self.side + 1
+        positions = self.generator.integers(len(self.images), size=count)
+        crops = [Crop(*[int(self.generator.integers(choices)) for choices in (room, room, 4, 2)]) for _ in positions]
+        own = self.world.share(count)
+        pixels = [crop.of(image, self.side) for crop, image in zip(crops[own], self.images[positions[own]], strict=True)]
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+
+    def backward(self, high_B3HW: Tensor) -> Tensor:
+        """Add the gradients of this process's crops, uint8; returns their part of the batch's loss."""
+        total = torch.zeros((), device=self.world.device)
+        for part in high_B3HW.split(self.config.micro_batch_size or len(high_B3HW)):
+            target_B3HW = part.to(self.world.device)
+            low_B3hw = reduce(target_B3HW, self.config.scale)
+            with autocast(self.config, self.world.device):
+                output_B3HW = self.model(to_unit(low_B3hw)).float()
+            loss = l1_loss(output_B3HW, to_unit(target_B3HW)) * (len(part) / self.config.batch_size)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        found = {f"model.{name}": parameter for parameter, name in names.items()} | state_tensors([self.optimizer], names)
+        # Views in the order of channels_last, which is that in memory: safetensors has no other.
+        return {name: tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor for name, tensor in found.items()}
+
+    def state(self) -> dict[str, Any]:
+        return {"generator": self.generator.bit_generator.state}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.generator.bit_generator.state = state["generator"]
+
+
 def train(
     config: SuperResolutionConfig,
-    images: ImageSet,
+    images: SizedImages,
     seed: int,
-    device: torch.device | str = "cpu",
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    world: World = ALONE,
+    log: Log = lambda metrics, step: None,
+    checkpoints: Checkpoints | None = None,
 ) -> SuperResolution:
-    """Train on random crops, rotated and flipped, with an L1 loss (as EDSR, arXiv 1707.02921, section 4.2).
+    """Train on random crops, rotated and flipped, with an L1 loss (as EDSR, arXiv 1707.02921, section 4.2); see :func:`loop.train`.
 
     The same arguments give the same weights on one machine.
 
@@ -36,35 +129,38 @@ def train(
     """
     if not len(images):
         raise UserError("super-resolution has no images to train on")
-    # Crops are patch_size pixels wide in the input, or the whole image where that is smaller.
-    side = min(config.patch_size * config.scale, images.size // config.scale * config.scale)
-    if side < config.scale:
+    if images.size < config.scale:
         raise UserError(f"images of {images.size} pixels are too small for a scale of {config.scale}")
-    torch.manual_seed(seed)
-    model = SuperResolution(config.scale, config.channels, config.blocks).to(device).train()
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    rng = np.random.default_rng(seed)
-    for step in range(config.steps):
-        rate = learning_rate_at(step, peak=config.learning_rate, steps=config.steps, warmup_steps=config.steps // 10)
-        set_learning_rate(optimizer, rate)
-        high_B3HW = torch.from_numpy(_crops(images, config.batch_size, side, rng)).permute(0, 3, 1, 2).to(device)
-        low_B3hw = reduce(high_B3HW, config.scale)
-        loss = l1_loss(model(to_unit(low_B3hw)), to_unit(high_B3HW))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        on_step(step, float(loss.detach()))
-    return model.eval()
+    trainer = SuperResolutionTrainer(config, images, seed, world)
+    loop.train(trainer, config.steps, "super_resolution", world, log, checkpoints)
+    return trainer.model.eval()
 
 
-def _crops(images: ImageSet, count: int, side: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 (count, side, side, 3): random crops of random images, each in one of the eight orientations of a square."""
-    crops = []
-    for image in images[rng.integers(len(images), size=count)]:
-        top = rng.integers(image.shape[0] - side + 1)
-        left = rng.integers(image.shape[1] - side + 1)
-        rotated = np.rot90(image[top : top + side, left : left + side], int(rng.integers(4)))
-        crops.append(rotated[:, ::-1] if rng.integers(2) else rotated)
-    return np.stack(crops)
+def step_memory(config: SuperResolutionConfig, image_size: int, processes: int) -> StepMemory:
+    """The memory of a step on each of ``processes`` GPUs.
+
+    Args:
+        image_size: side of the images that are upscaled, pixels.
+    """
+    config = on_a_gpu(config)
+    trainer = SuperResolutionTrainer(config, _NoImages(image_size * config.scale), 0, DryWorld(0, processes))
+    rows = micro_batch(config, processes)
+    several = min(2 * rows, -(-config.batch_size // processes))  # two micro-batches take as much as any number
+    return measure(
+        lambda: trainer.backward(torch.empty(several, 3, trainer.side, trainer.side, dtype=torch.uint8)),
+        trainer.model.parameters(),
+        trainer.tensors().values(),
+    )
+
+
+@dataclass
+class _NoImages:
+    """Images of which only the size is needed."""
+
+    size: int
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, positions: np.ndarray, /) -> np.ndarray:
+        raise IndexError

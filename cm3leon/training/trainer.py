@@ -12,9 +12,8 @@ Shapes: B rows, T tokens.
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,8 @@ from cm3leon.training.checkpoint import Checkpoints, generator_states, set_gener
 from cm3leon.training.distributed import World
 from cm3leon.training.hardware import flops_per_token, peak_flops
 from cm3leon.training.interruption import interruption
-from cm3leon.training.optimizer import learning_rate_at, make_optimizers, set_learning_rate
+from cm3leon.training.loop import DivergenceError, Log, leave, naming_last_checkpoint
+from cm3leon.training.optimizer import allocate_states, learning_rate_at, make_optimizers, set_learning_rate, state_tensors
 from cm3leon.training.precision import autocast, autocast_dtype
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.progress import progress
@@ -37,15 +37,8 @@ from cm3leon.utils.progress import progress
 if TYPE_CHECKING:
     from cm3leon.config.schema import TrainConfig
 
-Log = Callable[[dict[str, float], int], None]
-"""Takes metrics by name, and the step they are of."""
-
 LOG_EVERY = 10
 """Steps."""
-
-
-class DivergenceError(UserError):
-    """The loss or the gradient is no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -91,21 +84,7 @@ class State:
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and optimizer states by name; this process's shards of them if the model is sharded."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        found: dict[str, Tensor] = {f"model.{name}": parameter for parameter, name in names.items()}
-        for number, optimizer in enumerate(self.optimizers):
-            for parameter, states in optimizer.state.items():
-                found |= {f"optimizer{number}.{names[parameter]}.{key}": tensor for key, tensor in states.items()}
-        return found
-
-    def allocate_optimizer_states(self) -> None:
-        """Take a step with zero gradients and learning rate, so that the states that a checkpoint is loaded into exist."""
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0
-            optimizer.step()
-        self.model.zero_grad(set_to_none=True)
+        return {f"model.{name}": parameter for parameter, name in names.items()} | state_tensors(self.optimizers, names)
 
 
 def setup(model: Decoder, config: TrainConfig, world: World | None = None, weights: Iterable[tuple[str, Tensor]] | None = None) -> State:
@@ -281,7 +260,7 @@ def resume(state: State, stream: Stream, checkpoints: Checkpoints) -> bool:
     name = checkpoints.newest()
     if name is None:
         return False
-    state.allocate_optimizer_states()
+    allocate_states(state.optimizers)
     found = checkpoints.load(name, state.tensors())
     state.step, state.tokens, state.losses, state.best = found["step"], found["tokens"], found["losses"], found["best"]
     stream.load_state(found["data"])
@@ -345,7 +324,7 @@ def fit(
     ahead = closing(prefetched(shares)) if world.device.type == "cuda" else nullcontext(shares)
     with (
         ahead as draws,
-        _naming_last(checkpoints),
+        naming_last_checkpoint(checkpoints),
         progress(name, config.steps, "steps", done=state.step, shown=world.rank == 0) as meter,
         interruption() as interrupted,
     ):
@@ -372,8 +351,7 @@ def fit(
                 read_losses(state, name)
                 save(state, data, checkpoints, score)
             if number and state.step < config.steps:
-                say(f"{name}: interrupted by {signal.Signals(number).name} at step {state.step}{_last_checkpoint(checkpoints)}")
-                raise SystemExit(128 + number)
+                leave(name, number, state.step, checkpoints, world)
     if validation and not metrics:  # the run before was killed after its last checkpoint
         metrics = measure()
     if checkpoints is not None:
@@ -404,17 +382,3 @@ def _validate_all(state: State, validation: Mapping[str, Sequence[Batch]], confi
         prefix = f"val_{name}_" if name else "val_"
         metrics |= {f"{prefix}{key}": loss for key, loss in validate(state, batches, config).items()}
     return metrics
-
-
-@contextmanager
-def _naming_last(checkpoints: Checkpoints | None) -> Iterator[None]:
-    """Add the last checkpoint to the message of a :class:`DivergenceError`."""
-    try:
-        yield
-    except DivergenceError as error:
-        raise DivergenceError(f"{error}{_last_checkpoint(checkpoints)}") from None
-
-
-def _last_checkpoint(checkpoints: Checkpoints | None) -> str:
-    names = checkpoints.names() if checkpoints is not None else []
-    return f"; the last checkpoint is {checkpoints.directory / names[-1]}" if checkpoints is not None and names else ""

@@ -16,22 +16,29 @@ Shapes: B batch, H W pixels, h w tokens of an image, N = B * h * w latents, D th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm3leon.config.schema import ImageTokenizerConfig
 from cm3leon.data.pixels import Images
-from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec
+from cm3leon.models.vqgan import LATENTS_PER_ENTRY, ImageTokenizer, ImageTokenizerSpec
+from cm3leon.training.checkpoint import Checkpoints
+from cm3leon.training.distributed import ALONE, World, sum_gradients
+from cm3leon.training.dry_run import DryWorld, StepMemory, measure, micro_batch, on_a_gpu
+from cm3leon.training.loop import Log, Metrics, train
 from cm3leon.training.muon import Muon
-from cm3leon.training.optimizer import learning_rate_at, set_learning_rate
-from cm3leon.training.vqgan_losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss
-from cm3leon.utils.errors import UserError
+from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_learning_rate, state_tensors
+from cm3leon.training.precision import autocast
+from cm3leon.training.shuffling import ShuffledBatches
+from cm3leon.training.vqgan_losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss, last_layer_gradients
 from cm3leon.utils.images import to_channels_first
-from cm3leon.utils.progress import progress
 
 HUBER_BETA = 0.2
 """Errors below this (pixels are in [-1, 1]) are penalized quadratically, larger ones linearly: L1 has noisy gradients for small errors."""
@@ -39,7 +46,6 @@ RESTART_EVERY = 20
 """Steps between restarts of unused codebook entries."""
 RECENT_BATCHES = 32
 """Batches whose latents the codebook is initialized from."""
-LOG_EVERY = 20
 WEIGHT_DECAY = 1e-4
 FINAL_LEARNING_RATE = 0.05
 """Share of the peak learning rate at the last step."""
@@ -59,10 +65,13 @@ def make_optimizers(model: nn.Module, config: ImageTokenizerConfig) -> list[torc
 
 def code_statistics(codes: Tensor, size: int) -> dict[str, float]:
     """Share of the codebook's entries in use, and perplexity of their use: ``exp(-sum p log p)``, at most ``size``."""
-    p = torch.bincount(codes.flatten(), minlength=size).double()
-    p = p / p.sum()
-    entropy = -(p[p > 0] * p[p > 0].log()).sum()
-    return {"codebook_usage": float((p > 0).double().mean()), "codebook_perplexity": float(entropy.exp())}
+    return {name: float(value) for name, value in use_statistics(torch.bincount(codes.flatten(), minlength=size)).items()}
+
+
+def use_statistics(counts_E: Tensor) -> dict[str, Tensor]:
+    """:func:`code_statistics` of each entry's number of uses."""
+    p = counts_E.double() / counts_E.sum()
+    return {"codebook_usage": (p > 0).double().mean(), "codebook_perplexity": torch.special.entr(p).sum().exp()}
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> float:
@@ -86,129 +95,244 @@ def make_spec(config: ImageTokenizerConfig) -> ImageTokenizerSpec:
     )
 
 
-class ImageTokenizerTrainer:
-    """One training run: networks, optimizers, and the losses of a step."""
+@dataclass(frozen=True)
+class Losses:
+    """Of a micro-batch, means over its images. ``generator``, the generator's adversarial loss, is zero before the adversarial training."""
 
-    def __init__(self, config: ImageTokenizerConfig, seed: int, device: torch.device) -> None:
+    images_B3HW: Tensor
+    output_B3HW: Tensor
+    reconstruction: Tensor
+    commitment: Tensor
+    generator: Tensor
+
+    @property
+    def competing(self) -> tuple[Tensor, Tensor]:
+        """The two that the adaptive weight balances."""
+        return self.reconstruction, self.generator
+
+    @property
+    def l1(self) -> Tensor:
+        """Mean absolute error."""
+        return (self.output_B3HW - self.images_B3HW).abs().mean()
+
+
+class ImageTokenizerTrainer:
+    """One training run: networks, optimizers, the order of the images, and the losses of a step.
+
+    The images of a step are divided among the processes, and those of a process into micro-batches. Gradients are sums over all of them,
+    and the codebook follows all their latents, so that the result is that of the whole batch but for rounding.
+    """
+
+    def __init__(self, config: ImageTokenizerConfig, images: Images, seed: int, world: World = ALONE) -> None:
         torch.manual_seed(seed)
-        self.config, self.device = config, device
-        self.model = ImageTokenizer(make_spec(config)).to(device)
+        self.images, self.config, self.world = images, config, world
+        self.model = ImageTokenizer(make_spec(config)).to(world.device).train()
         self.optimizers = make_optimizers(self.model, config)
         self.generator = torch.Generator().manual_seed(seed)
+        self.batches = ShuffledBatches(len(images), config.batch_size, lambda count: torch.randperm(count, generator=self.generator))
         self.recent: list[Tensor] = []  # latents (N, D) of the last batches before the codebook is initialized
-        self.perceptual = PerceptualLoss(Path(str(config.perceptual_weights))).to(device) if config.perceptual_weight else None
-        self.discriminator = PatchDiscriminator().to(device) if config.adversarial_weight else None
+        weights = config.perceptual_weights
+        self.perceptual = PerceptualLoss(Path(weights) if weights else None).to(world.device) if config.perceptual_weight else None
+        self.discriminator = PatchDiscriminator().to(world.device) if config.adversarial_weight else None
+        self.discriminator_optimizers: list[torch.optim.Optimizer] = []
         if self.discriminator is not None:
-            self.discriminator_optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=config.learning_rate, betas=(0.5, 0.9))
+            parameters = self.discriminator.parameters()
+            self.discriminator_optimizers = [torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.5, 0.9))]
+        allocate_states([*self.optimizers, *self.discriminator_optimizers])
 
-    def quantize(self, z_BDhw: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize latents with a straight-through gradient, and update the codebook.
+    @property
+    def first_quantized(self) -> int:
+        """The first step that quantizes. Before it the autoencoder learns without: it needs to before it can use a codebook."""
+        return round(self.config.continuous_share * self.config.steps)
 
-        Returns:
-            Quantized latents (B, D, h, w), commitment loss, and codes (N,).
-        """
-        codebook, config = self.model.codebook, self.config
-        z_BhwD = z_BDhw.permute(0, 2, 3, 1)
-        z_ND = z_BhwD.reshape(-1, config.embedding_dim)
-        detached_ND = z_ND.detach()
-        # 1. For the first share of the steps there is no quantization: the autoencoder learns before it needs a codebook.
-        first_quantized = round(config.continuous_share * config.steps)
-        if step < first_quantized:
-            self.recent = [*self.recent[1 - RECENT_BATCHES :], detached_ND]
-            return z_BDhw, z_ND.new_zeros(()), codebook.nearest(detached_ND)
-        # 2. Then the codebook is initialized from the latents of the last batches.
-        if step == first_quantized:
-            codebook.initialize(torch.cat([*self.recent, detached_ND]), self.generator)
-            self.recent = []
-        # 3. The codebook follows the latents by moving averages, with restarts until a share of the steps.
-        codes_N = codebook.nearest(detached_ND)
-        codebook.update(detached_ND, codes_N, config.codebook_decay)
-        if step % RESTART_EVERY == RESTART_EVERY - 1 and step < config.restart_until * config.steps:
-            codebook.restart(detached_ND, config.restart_below, self.generator)
-        # 4. Straight-through estimator: the value is z_q, the gradient passes to z unchanged.
-        quantized_ND = codebook.lookup(codes_N)
+    def step(self, number: int) -> Metrics:
+        """One optimization step; see :class:`~cm3leon.training.loop.Trainer`."""
+        positions = self.batches.next()[self.world.share(self.batches.size)]
+        pixels_BHW3 = torch.from_numpy(self.images[positions]).to(self.world.device)
+        for network in self.networks:
+            network.zero_grad(set_to_none=True)
+        metrics = self.backward(pixels_BHW3, number)
+        return {**metrics, "gradient_norm": self.update(number)}
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [self.model, self.discriminator] if self.discriminator is not None else [self.model]
+
+    def backward(self, pixels_BHW3: Tensor, step: int) -> Metrics:
+        """Add the gradients of all losses of this process's images, uint8; update the codebook."""
+        config, world = self.config, self.world
+        parts = pixels_BHW3.split(config.micro_batch_size or len(pixels_BHW3))
+        shares = [len(part) / self.batches.size for part in parts]
+        adversarial = self.discriminator is not None and step >= config.adversarial_start
+        # 1. The latents of the whole batch, which the codebook follows. Those of a single micro-batch keep their graph; of several, each is
+        #    encoded again when its gradients are computed.
+        alone = len(parts) == 1
+        with torch.set_grad_enabled(alone):
+            latents = [self.encode(part) for part in parts]
+        codes, metrics = self.update_codebook(torch.cat([as_rows(z).detach() for z in latents]), step)
+
+        def losses_of(index: int, z_BDhw: Tensor) -> Losses:
+            chosen = None if codes is None else codes.view(len(pixels_BHW3), -1).split([len(part) for part in parts])[index]
+            return self.losses(parts[index], z_BDhw, chosen, adversarial)
+
+        only = losses_of(0, latents[0]) if alone else None
+        # 2. The weight of the adversarial loss balances gradients of the whole batch.
+        weight = torch.zeros((), device=world.device)
+        if adversarial:
+            last_layer = self.model.decoder.output.weight
+            gradients = torch.zeros(2, *last_layer.shape, device=world.device)
+            for index, share in enumerate(shares):
+                gradients += share * last_layer_gradients(*(only or losses_of(index, latents[index])).competing, last_layer)
+            weight = adaptive_weight(*world.add(gradients)) * config.adversarial_weight
+        # 3. The gradients of each micro-batch.
+        total = torch.zeros(5, device=world.device)
+        for index, share in enumerate(shares):
+            found = only or losses_of(index, self.encode(parts[index]))
+            loss = found.reconstruction + config.commitment * found.commitment + weight * found.generator
+            (loss * share).backward(inputs=list(self.model.parameters()))
+            discriminator = self.discriminator_backward(found, share) if adversarial else found.generator
+            total += share * torch.stack([loss, found.l1, found.commitment, found.generator, discriminator]).detach()
+            del found, loss, discriminator  # and their graph, before the next one is made
+        names = ["loss", "l1", "commitment", *(["generator_loss", "discriminator_loss"] if adversarial else [])]
+        return dict(zip(names, world.add(total), strict=False)) | metrics
+
+    def encode(self, pixels_BHW3: Tensor) -> Tensor:
+        """Latents (B, D, h, w), float32, of uint8 images."""
+        with autocast(self.config, self.world.device):
+            return self.model.encoder(to_channels_first(pixels_BHW3, self.world.device)).float()
+
+    def losses(self, pixels_BHW3: Tensor, z_BDhw: Tensor, codes: Tensor | None, adversarial: bool) -> Losses:
+        """Losses of uint8 images by their latents and, once these are quantized, their codes (B, h * w)."""
+        config, zero = self.config, z_BDhw.new_zeros(())
+        images_B3HW = to_channels_first(pixels_BHW3, self.world.device)
+        quantized, commitment = (z_BDhw, zero) if codes is None else self.quantize(z_BDhw, codes)
+        with autocast(config, self.world.device):
+            output_B3HW = self.model.decoder(quantized).float()
+            reconstruction = F.smooth_l1_loss(output_B3HW, images_B3HW, beta=HUBER_BETA)
+            if self.perceptual is not None:
+                reconstruction = reconstruction + config.perceptual_weight * self.perceptual(images_B3HW, output_B3HW).float()
+            generator = -self.discriminator(output_B3HW).float().mean() if self.discriminator is not None and adversarial else zero
+        return Losses(images_B3HW, output_B3HW, reconstruction, commitment, generator)
+
+    def quantize(self, z_BDhw: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantized latents (B, D, h, w), whose gradient passes to the latents unchanged (straight-through), and the commitment loss."""
+        z_ND = as_rows(z_BDhw)
+        quantized_ND = self.model.codebook.lookup(codes.flatten())
         commitment = F.mse_loss(z_ND, quantized_ND.detach())
         straight_through_ND = z_ND + (quantized_ND - z_ND).detach()
-        return straight_through_ND.view_as(z_BhwD).permute(0, 3, 1, 2).contiguous(), commitment, codes_N
+        B, _, h, w = z_BDhw.shape
+        return straight_through_ND.view(B, h, w, -1).permute(0, 3, 1, 2).contiguous(), commitment
 
-    def step(self, images_B3HW: Tensor, step: int) -> dict[str, float]:
-        """One optimization step on images in [-1, 1]; returns the losses and the codebook's statistics.
+    def update_codebook(self, z_ND: Tensor, step: int) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Update the codebook by the latents of this process's images, with those of the others.
 
-        Raises:
-            UserError: if the loss is not finite.
+        Returns:
+            Codes (N,) of this process's latents, None before the first step that quantizes; how much of the codebook is in use.
         """
+        codebook, config, world = self.model.codebook, self.config, self.world
+        # 1. The codebook is initialized from the latents of the last batches that were not quantized.
+        if step < self.first_quantized:
+            self.recent = [*self.recent[1 - RECENT_BATCHES :], self.sample(world.concatenate(z_ND))]
+        if step == self.first_quantized:
+            codebook.initialize(torch.cat([*self.recent, self.sample(world.concatenate(z_ND))]), self.generator)
+            world.copy_first(codebook.buffers())
+            self.recent = []
+        # 2. It follows the latents by moving averages, with restarts until a share of the steps.
+        codes_N = codebook.nearest(z_ND)
+        counts_E, sums_ED = map(world.add, codebook.statistics(z_ND, codes_N))
+        if step < self.first_quantized:
+            return None, use_statistics(counts_E)
+        codebook.update(counts_E, sums_ED, config.codebook_decay)
+        if step % RESTART_EVERY == RESTART_EVERY - 1 and step < config.restart_until * config.steps:
+            codebook.restart(world.concatenate(z_ND), config.restart_below, self.generator)
+            world.copy_first(codebook.buffers())
+        return codes_N, use_statistics(counts_E)
+
+    def sample(self, z_ND: Tensor) -> Tensor:
+        """Of a batch's latents as many as are kept until the codebook is initialized from :data:`LATENTS_PER_ENTRY` for each entry."""
+        batches = 1 + min(RECENT_BATCHES, self.first_quantized)
+        return z_ND[:: max(1, len(z_ND) * batches // (LATENTS_PER_ENTRY * self.config.codebook_size))].clone()
+
+    def discriminator_backward(self, found: Losses, share: float) -> Tensor:
+        """Add the gradients of the discriminator's hinge loss; returns the loss."""
+        assert self.discriminator is not None
+        with autocast(self.config, self.world.device):
+            loss = hinge_loss(self.discriminator, found.images_B3HW, found.output_B3HW.detach())
+        (loss * share).backward()
+        return loss
+
+    def update(self, step: int) -> Tensor:
+        """Update encoder and decoder, and the discriminator from its start on; returns the norm of the gradient of the former."""
         config = self.config
-        # 1. Reconstruction and commitment losses.
-        latents, commitment, codes = self.quantize(self.model.encoder(images_B3HW), step)
-        output_B3HW = self.model.decoder(latents)
-        reconstruction = F.smooth_l1_loss(output_B3HW, images_B3HW, beta=HUBER_BETA)
-        if self.perceptual is not None:
-            reconstruction = reconstruction + config.perceptual_weight * self.perceptual(images_B3HW, output_B3HW)
-        loss = reconstruction + config.commitment * commitment
-        metrics = {
-            "l1": (output_B3HW - images_B3HW).abs().mean().item(),
-            "commitment": commitment.item(),
-            **code_statistics(codes.cpu(), config.codebook_size),
-        }
-        # 2. Adversarial loss, once the reconstructions are worth discriminating.
-        adversarial = self.discriminator is not None and step >= config.adversarial_start
-        if adversarial and self.discriminator is not None:
-            generator_loss = -self.discriminator(output_B3HW).mean()
-            weight = adaptive_weight(reconstruction, generator_loss, self.model.decoder.output.weight) * config.adversarial_weight
-            loss = loss + weight * generator_loss
-            metrics["generator_loss"] = generator_loss.item()
-        # 3. Update encoder and decoder.
-        self.model.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for network in self.networks:
+            sum_gradients(network.parameters(), self.world)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rate = learning_rate_at(
             step, peak=config.learning_rate, steps=config.steps, warmup_steps=config.warmup_steps, final=FINAL_LEARNING_RATE
         )
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, rate)
             optimizer.step()
-        # 4. Update the discriminator, on the reconstructions from before the update.
-        if adversarial:
-            metrics["discriminator_loss"] = self.discriminator_step(images_B3HW, output_B3HW.detach())
-        if not math.isfinite(loss.item()):
-            raise UserError(f"image tokenizer diverged at step {step}: loss {loss.item()}; lower image_tokenizer.learning_rate")
-        return {"loss": loss.item(), **metrics}
+        for optimizer in self.discriminator_optimizers:
+            set_learning_rate(optimizer, config.learning_rate)
+            optimizer.step()
+        return norm
 
-    def discriminator_step(self, images_B3HW: Tensor, output_B3HW: Tensor) -> float:
-        """One optimization step of the discriminator; returns its hinge loss."""
-        assert self.discriminator is not None
-        loss = hinge_loss(self.discriminator, images_B3HW, output_B3HW)
-        self.discriminator_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.discriminator_optimizer.step()
-        return loss.item()
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = {"model": self.model} | ({"discriminator": self.discriminator} if self.discriminator is not None else {})
+        parameters = {f"{part}.{name}": tensor for part, network in parts.items() for name, tensor in network.named_parameters()}
+        names: dict[Tensor, str] = {tensor: name for name, tensor in parameters.items()}
+        codebook = {f"codebook.{name}": tensor for name, tensor in self.model.codebook.named_buffers()}
+        recent = {f"recent.{number}": z_ND for number, z_ND in enumerate(self.recent)}
+        states = state_tensors([*self.optimizers, *self.discriminator_optimizers], names)
+        return {**parameters, **codebook, **recent, **states, "order": self.batches.order}
+
+    def state(self) -> dict[str, Any]:
+        recent = [list(z_ND.shape) for z_ND in self.recent]
+        return {"position": self.batches.position, "generator": self.generator.get_state().tolist(), "recent": recent}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.batches.position = state["position"]
+        self.recent = [torch.empty(shape, device=self.world.device) for shape in state["recent"]]
+        self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
+
+
+def as_rows(z_BDhw: Tensor) -> Tensor:
+    """Latents (B, D, h, w) as (N, D)."""
+    return z_BDhw.permute(0, 2, 3, 1).reshape(-1, z_BDhw.shape[1])
 
 
 def train_image_tokenizer(
     images: Images,
     config: ImageTokenizerConfig,
     seed: int,
-    device: torch.device,
-    log: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
+    world: World = ALONE,
+    log: Log = lambda metrics, step: None,
+    checkpoints: Checkpoints | None = None,
 ) -> ImageTokenizer:
-    """Train on uint8 images (n, image_size, image_size, 3); ``log`` receives metrics and the step every :data:`LOG_EVERY` steps.
+    """Train on uint8 images (n, image_size, image_size, 3); see :func:`cm3leon.training.loop.train`.
 
     Raises:
         UserError: if the loss is not finite.
     """
-    trainer = ImageTokenizerTrainer(config, seed, device)
-    trainer.model.train()
-    order = torch.randperm(len(images), generator=trainer.generator)
-    position = 0
-    with progress("image tokenizer", config.steps, "steps") as meter:
-        for step in range(config.steps):
-            if position + config.batch_size > len(order):  # the end of an epoch that does not fill a batch is dropped
-                order = torch.randperm(len(images), generator=trainer.generator)
-                position = 0
-            batch_BHW3 = torch.from_numpy(images[order[position : position + config.batch_size].numpy()])
-            position += config.batch_size
-            metrics = trainer.step(to_channels_first(batch_BHW3, device), step)
-            if step % LOG_EVERY == 0 or step == config.steps - 1:
-                log(metrics, step)
-            meter.advance(1, f"L1 {metrics['l1']:.4f}, codes used {metrics['codebook_usage']:.0%}")
+    trainer = ImageTokenizerTrainer(config, images, seed, world)
+    train(trainer, config.steps, "image_tokenizer", world, log, checkpoints)
     return trainer.model.eval()
+
+
+def step_memory(config: ImageTokenizerConfig, processes: int) -> StepMemory:
+    """The memory of a step on each of ``processes`` GPUs, with all losses."""
+    config = on_a_gpu(config).model_copy(update={"perceptual_weights": None})  # weights of any value have the same size
+    trainer = ImageTokenizerTrainer(config, np.zeros((config.batch_size, 1, 1, 3), np.uint8), 0, DryWorld(0, processes))
+    rows = micro_batch(config, processes)
+    several = min(2 * rows, -(-config.batch_size // processes))  # two micro-batches take as much as any number
+    step = max(trainer.first_quantized + 1, config.adversarial_start)
+    step += step % RESTART_EVERY == RESTART_EVERY - 1
+    frozen = trainer.perceptual.parameters() if trainer.perceptual is not None else ()
+    return measure(
+        lambda: trainer.backward(torch.empty(several, config.image_size, config.image_size, 3, dtype=torch.uint8), step),
+        [parameter for network in trainer.networks for parameter in network.parameters()],
+        [*trainer.tensors().values(), *frozen],
+    )

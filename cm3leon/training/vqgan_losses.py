@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
@@ -34,17 +35,21 @@ class PatchDiscriminator(nn.Module):
 def hinge_loss(discriminator: nn.Module, images: Tensor, reconstructions: Tensor) -> Tensor:
     """The discriminator's loss: ``(mean(max(0, 1 - D(x))) + mean(max(0, 1 + D(x_hat)))) / 2`` (arXiv 1705.02894)."""
     real, fake = discriminator(images), discriminator(reconstructions)
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
 
-def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:
+def last_layer_gradients(reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:
+    """The gradients of both losses at the decoder's last layer L, stacked: (2, ...). The losses' graph is kept."""
+    losses = (reconstruction_loss, generator_loss)
+    return torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in losses])
+
+
+def adaptive_weight(reconstruction_gradient: Tensor, generator_gradient: Tensor) -> Tensor:
     """Weight that gives both losses gradients of the same norm at the decoder's last layer L (arXiv 2012.09841, equation 7).
 
     ``|d reconstruction_loss / d L| / (|d generator_loss / d L| + 1e-4)``, at most 10^4.
     """
-    [reconstruction_gradient] = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
-    [generator_gradient] = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
-    return (reconstruction_gradient.norm() / (generator_gradient.norm() + 1e-4)).clamp(0, 1e4).detach()
+    return (reconstruction_gradient.norm() / (generator_gradient.norm() + 1e-4)).clamp(0, 1e4)
 
 
 class PerceptualLoss(nn.Module):
@@ -53,21 +58,18 @@ class PerceptualLoss(nn.Module):
     DEPTHS = (3, 8, 15, 22, 29)
     """Indices of the last ReLU of each of VGG's five blocks."""
 
-    def __init__(self, weights: Path) -> None:
+    def __init__(self, weights: Path | None) -> None:
+        """``weights``: of torchvision's VGG-16, safetensors or a weights-only .pth; None: random ones, which teach nothing."""
         super().__init__()
         from cm3leon.utils.torchvision_compat import make_importable
 
         make_importable()
         from torchvision.models import vgg16
 
-        if weights.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(weights)
-        else:
-            state = torch.load(weights, weights_only=True, map_location="cpu")
         network = vgg16(weights=None).features
-        network.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier")})
+        if weights is not None:
+            state = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True, map_location="cpu")
+            network.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier")})
         self.network = network.eval().requires_grad_(False)
         # Mean and standard deviation of ImageNet's pixels, by which VGG's input is normalized.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))

@@ -94,7 +94,7 @@ def test_moving_averages_bring_entries_to_the_mean_of_their_latents():
     codebook.sums.copy_(codebook.entries)
     z = torch.tensor([[0.8, 0.0, 0.6], [0.6, 0.0, 0.8]]).repeat(5, 1)
     for _ in range(200):
-        codebook.update(z, codebook.nearest(z), decay=0.9)
+        codebook.update(*codebook.statistics(z, codebook.nearest(z)), decay=0.9)
     torch.testing.assert_close(codebook.entries[0], torch.tensor([0.7, 0.0, 0.7]))
     torch.testing.assert_close(codebook.entries[1], torch.tensor([0.0, 1.0, 0.0]))
 
@@ -108,7 +108,7 @@ def test_a_collapsed_codebook_recovers_by_restarts():
     before = code_statistics(codebook.nearest(z), 32)["codebook_perplexity"]
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
-        codebook.update(z, codebook.nearest(z), decay=0.5)
+        codebook.update(*codebook.statistics(z, codebook.nearest(z)), decay=0.5)
         codebook.restart(z, 0.05, generator)
     after = code_statistics(codebook.nearest(z), 32)["codebook_perplexity"]
     assert before < 2 and after > 24
@@ -127,7 +127,7 @@ def test_kmeans_initialization_finds_well_separated_clusters():
 def test_training_reconstructs_and_is_deterministic(optimizer, rate):
     images = flat_images(64)
     config = ImageTokenizerConfig(**SMALL, steps=60, batch_size=16, optimizer=optimizer, learning_rate=rate)
-    first, second = (train_image_tokenizer(images, config, 0, CPU) for _ in range(2))
+    first, second = (train_image_tokenizer(images, config, 0) for _ in range(2))
     codes, reconstructions = reconstruct(first, torch.from_numpy(images))
     gray = torch.full_like(reconstructions, 128)
     assert psnr(torch.from_numpy(images), reconstructions) > psnr(torch.from_numpy(images), gray) + 5
@@ -150,17 +150,16 @@ def test_with_kernel_1_a_code_depends_on_its_own_patch_only(kernel, local):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_of_the_tokenizer_is_in_an_optimizer_once(optimizer):
-    trainer = ImageTokenizerTrainer(ImageTokenizerConfig(**SMALL, optimizer=optimizer), 0, CPU)
+    trainer = ImageTokenizerTrainer(ImageTokenizerConfig(**SMALL, optimizer=optimizer), flat_images(8), 0)
     grouped = [p for each in trainer.optimizers for group in each.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, trainer.model.parameters()))
 
 
 def test_adversarial_training_updates_the_discriminator_from_its_start():
     config = ImageTokenizerConfig(**SMALL, steps=10, adversarial_weight=0.5, adversarial_start=2)
-    trainer = ImageTokenizerTrainer(config, 0, CPU)
-    images = to_channels_first(torch.from_numpy(flat_images(8)), CPU)
+    trainer = ImageTokenizerTrainer(config, flat_images(8), 0)
     before = [p.detach().clone() for p in trainer.discriminator.parameters()]
-    metrics = [trainer.step(images, step) for step in range(4)]
+    metrics = [trainer.step(step) for step in range(4)]
     assert "discriminator_loss" not in metrics[1] and metrics[2]["discriminator_loss"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.discriminator.parameters(), strict=True))
 

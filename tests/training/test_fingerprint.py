@@ -28,13 +28,13 @@ def test_attention_rope_and_the_objective_are_among_the_modules_of_a_step():
     [("models/kernels.py", True), ("sequence/cm3.py", True), ("training/muon.py", True), ("cli/app.py", False), ("models/opt.py", False)],
 )
 def test_only_an_edit_of_these_modules_changes_the_hash_of_the_code(package, file, changes):
-    before, source = code_hash(package), (package / file).read_text()
+    before, source = code_hash(package=package), (package / file).read_text()
     (package / file).write_text(source + "AN_EDIT = 1\n")
-    assert (code_hash(package) != before) == changes
+    assert (code_hash(package=package) != before) == changes
     (package / file).write_text('"""Another docstring."""\n' + source.partition('"""\n')[2] + "\n# a comment\n")
-    assert code_hash(package) == before
+    assert code_hash(package=package) == before
     (package / file).write_text(source)
-    assert code_hash(package) == before == code_hash()
+    assert code_hash(package=package) == before == code_hash()
 
 
 def test_any_byte_and_any_name_changes_the_hash_of_the_data(tmp_path):

@@ -126,7 +126,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["plan", "--profile", "cm3leon-7b", "--gpus", "64", "--device", "H100", "--mfu", "0.4", "--tokens", "2.4e12"]
     result = CliRunner().invoke(app.app, arguments)
     assert result.exit_code == 0, result.output
-    for text in ("6,727,663,616 (6.73 B)", "64 x h100", "fits", "│ yes", "80.73 GB", "286,102"):
+    for text in ("6,727,663,616 (6.73 B)", "64 x h100", "fits", "│ yes", "80.73 GB", "286,102", "image_tokenizer", "imported", "12 of 96"):
         assert text in result.output
     too_large = CliRunner().invoke(app.app, ["plan", "--profile", "cm3leon-7b", "--gpus", "2", "--device", "l40s"])
     assert "It would fit with one of:" in too_large.output

@@ -17,8 +17,9 @@ from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.models.decoder import Decoder, stored_weights
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.checkpoint import Checkpoints
+from cm3leon.training.loop import DivergenceError
 from cm3leon.training.optimizer import learning_rate_at, make_optimizers
-from cm3leon.training.trainer import LOG_EVERY, DivergenceError, fit, setup, validate
+from cm3leon.training.trainer import LOG_EVERY, fit, setup, validate
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
 CONFIG = TrainConfig(
