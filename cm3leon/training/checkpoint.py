@@ -41,12 +41,14 @@ class Checkpoints:
 
     Attributes:
         root: directory of the stage, which holds a directory for each run.
+        adopting: the stage's command can resume from another run (:meth:`adopt`).
     """
 
     root: Path
     fingerprint: Fingerprint
     keep: int
     world: World = field(default_factory=World)
+    adopting: bool = False
 
     @property
     def directory(self) -> Path:
@@ -64,7 +66,7 @@ class Checkpoints:
         """Prepare the directory for saving and loading.
 
         Runs that have finished lose their checkpoints: this one, which then starts from the beginning, and others. Those of unfinished
-        runs stay; where this run has none, standard error says how the newest of them differs, and how to resume from it all the same.
+        runs stay; where this run has none, standard error says how the newest of them differs, and with ``adopting`` how to resume from it.
         """
         if self.world.rank == 0:
             self._prepare()
@@ -78,9 +80,10 @@ class Checkpoints:
         others = [run for run in run_directories(self.root) if run != self.directory and checkpoint_names(run)]
         if others and not self.names():
             lines = "\n  ".join(differences(RunRecord.read(others[0]).fingerprint, self.fingerprint))
+            advice = f" To resume from them all the same, start with: --resume-from {others[0]} --accept-changes" if self.adopting else ""
             _warn(
                 f"starting from the beginning: the newest checkpoints, in {others[0]}, are of a run that differs:\n  {lines}\n"
-                f"They are kept. To resume from them all the same, start with: --resume-from {others[0]} --accept-changes"
+                f"They are kept.{advice}"
             )
         self.directory.mkdir(parents=True, exist_ok=True)
         for part in [*self.root.glob("*.part"), *self.directory.glob("*.part")]:

@@ -11,10 +11,11 @@ Shapes: n images of a batch, m hard negatives, d dimensions.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from cm3leon.config.schema import EncoderConfig
 from cm3leon.data.manifest import ImageStore
-from cm3leon.data.pixels import Images
+from cm3leon.data.pixels import Images, batches_of
 from cm3leon.models.clip import ClipTokenizer, Encoder, build_clip, embed_ids, embed_pixels, trained_settings, without_padding
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training import loop
@@ -35,7 +36,7 @@ from cm3leon.training.dry_run import DryWorld, StepMemory, measure, micro_batch,
 from cm3leon.training.loop import Log, Metrics
 from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_learning_rate, state_tensors
 from cm3leon.training.precision import autocast
-from cm3leon.training.shuffling import ShuffledBatches
+from cm3leon.training.shuffling import shuffled_batches
 from cm3leon.utils.errors import UserError
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -119,17 +120,17 @@ def _optimizer(model: nn.Module, config: EncoderConfig) -> torch.optim.Optimizer
 
 @dataclass(frozen=True)
 class Pairs:
-    """A batch: positions of images, a caption of each, and the hard negatives of each caption."""
+    """A batch: this process's images, and the captions of all images with their hard negatives.
 
-    positions: np.ndarray
+    Attributes:
+        pixels: uint8 (n, H, W, 3), those of ``rows``.
+        negatives: of each caption.
+    """
+
+    pixels: np.ndarray
+    rows: slice
     captions: list[str]
     negatives: list[list[str]]
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, rows: slice) -> Pairs:
-        return Pairs(self.positions[rows], self.captions[rows], self.negatives[rows])
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Vectors:
 
 
 class EncoderTrainer:
-    """One training run: network, optimizer, the order of the images and choice of captions.
+    """One training run: network, optimizer, and the choice of captions.
 
     Each image is compared with all captions of the batch, so the loss needs the vectors of the whole batch. That takes the memory of a
     micro-batch only: vectors are computed without a graph, the loss and its gradient at the vectors follow from all of them, and each
@@ -171,22 +172,28 @@ class EncoderTrainer:
         seed: int,
         world: World = ALONE,
     ) -> None:
-        self.config, self.images, self.captions, self.tokenizer, self.world = config, images, captions, tokenizer, world
+        self.config, self.images, self.captions, self.tokenizer, self.seed, self.world = config, images, captions, tokenizer, seed, world
         self.hard_negatives = HardNegatives(_together(captions))
         self.settings = trained_settings(config, tokenizer.size)
         torch.manual_seed(seed)
         self.model: Any = build_clip(self.settings["model"]).to(world.device).train()
         self.optimizer = _optimizer(self.model, config)
         allocate_states([self.optimizer])
-        order = np.random.default_rng(seed)
-        self.order_generator, self.text_generator = order, random.Random(seed)
-        self.batches = ShuffledBatches(len(images), config.batch_size, lambda count: torch.from_numpy(order.permutation(count)))
 
-    def step(self, number: int) -> Metrics:
+    def batches(self, first: int) -> Generator[Pairs, None, None]:
+        """The pairs of each step; see :class:`~cm3leon.training.loop.Trainer`."""
+        size = min(self.config.batch_size, len(self.images))
+        rows = self.world.share(size)
+        drawn, again = itertools.tee(shuffled_batches(len(self.images), size, self.seed, first))
+        read = batches_of(self.images, (positions[rows] for positions in again))
+        for step, positions, pixels in zip(itertools.count(first), drawn, read, strict=False):
+            yield Pairs(pixels, rows, *self.draw(step, positions))
+
+    def step(self, number: int, batch: Pairs) -> Metrics:
         """One optimization step; see :class:`~cm3leon.training.loop.Trainer`."""
-        config, pairs = self.config, self.draw()
+        config = self.config
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.backward(self.parts(pairs), [len(found) for found in pairs.negatives])
+        loss = self.backward(self.parts(batch), [len(found) for found in batch.negatives])
         sum_gradients(self.model.parameters(), self.world)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rate = learning_rate_at(number, peak=config.learning_rate, steps=config.steps, warmup_steps=config.warmup_steps)
@@ -194,27 +201,27 @@ class EncoderTrainer:
         self.optimizer.step()
         return {"loss": loss, "gradient_norm": norm}
 
-    def draw(self) -> Pairs:
-        """A batch of images with one caption each, and hard negatives of these captions; the same in every process."""
-        positions = self.batches.next()
-        texts = [self.text_generator.choice(self.captions[position]) for position in positions]
-        return Pairs(positions, texts, [self.negatives(text, self.captions[p]) for text, p in zip(texts, positions, strict=True)])
+    def draw(self, step: int, positions: np.ndarray) -> tuple[list[str], list[list[str]]]:
+        """One caption of each image, and their hard negatives; the same in every process."""
+        rng = random.Random(f"{self.seed} {step}")
+        texts = [rng.choice(self.captions[position]) for position in positions]
+        return texts, [self.negatives(text, self.captions[position], rng) for text, position in zip(texts, positions, strict=True)]
 
-    def negatives(self, text: str, own: Sequence[str]) -> list[str]:
+    def negatives(self, text: str, own: Sequence[str], rng: random.Random) -> list[str]:
         """Up to ``hard_negatives`` of ``text``; those that are captions of the same image, ``own``, are left out."""
-        found = (self.hard_negatives(text, self.text_generator) for _ in range(self.config.hard_negatives))
+        found = (self.hard_negatives(text, rng) for _ in range(self.config.hard_negatives))
         return [negative for negative in found if negative is not None and negative not in own]
 
-    def parts(self, pairs: Pairs) -> list[Part]:
-        """The micro-batches of this process's pairs of a batch."""
-        rows = self.world.share(len(pairs))
-        size = self.config.micro_batch_size or len(pairs)
-        return [self.read(pairs[start : min(start + size, rows.stop)]) for start in range(rows.start, rows.stop, size)]
+    def parts(self, batch: Pairs) -> list[Part]:
+        """The micro-batches of this process's pairs."""
+        captions, negatives = batch.captions[batch.rows], batch.negatives[batch.rows]
+        size = self.config.micro_batch_size or len(captions)
+        chosen = [slice(start, start + size) for start in range(0, len(captions), size)]
+        return [self.part(batch.pixels[rows], captions[rows], negatives[rows]) for rows in chosen]
 
-    def read(self, pairs: Pairs) -> Part:
-        pixels = torch.from_numpy(self.images[pairs.positions]).permute(0, 3, 1, 2)
-        ids = self.tokenizer([*pairs.captions, *_together(pairs.negatives)])
-        return Part(pixels.to(self.world.device), without_padding(ids).to(self.world.device))
+    def part(self, pixels: np.ndarray, captions: Sequence[str], negatives: Sequence[Sequence[str]]) -> Part:
+        ids = self.tokenizer([*captions, *_together(negatives)])
+        return Part(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.world.device), without_padding(ids).to(self.world.device))
 
     def backward(self, parts: Sequence[Part], negatives: Sequence[int]) -> Tensor:
         """Add the gradients of this process's micro-batches; returns the loss of the batch.
@@ -258,20 +265,13 @@ class EncoderTrainer:
     def tensors(self) -> dict[str, Tensor]:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         network = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        return {**network, **state_tensors([self.optimizer], names), "order": self.batches.order}
+        return {**network, **state_tensors([self.optimizer], names)}
 
     def state(self) -> dict[str, Any]:
-        return {
-            "position": self.batches.position,
-            "order_generator": self.order_generator.bit_generator.state,
-            "text_generator": self.text_generator.getstate(),
-        }
+        return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.batches.position = state["position"]
-        self.order_generator.bit_generator.state = state["order_generator"]
-        version, numbers, gauss = state["text_generator"]
-        self.text_generator.setstate((version, tuple(numbers), gauss))
+        """Nothing: captions follow from the step."""
 
 
 def _together(texts: Sequence[Sequence[str]]) -> list[str]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from cm3leon.utils.progress import progress
 if TYPE_CHECKING:
     from cm3leon.config.schema import Config
 
+Batch = TypeVar("Batch")
 Metrics = dict[str, Tensor]
 """Scalars by name, on the device."""
 Log = Callable[[dict[str, float], int], None]
@@ -44,10 +45,13 @@ class DivergenceError(UserError):
     """The loss or the gradient is no longer finite."""
 
 
-class Trainer(Protocol):
+class Trainer(Protocol[Batch]):
     """All that a run changes, and the step that changes it."""
 
-    def step(self, number: int) -> Metrics:
+    def batches(self, first: int) -> Generator[Batch, None, None]:
+        """What each step from ``first`` on reads, without end; read ahead, so it depends on nothing that steps change."""
+
+    def step(self, number: int, batch: Batch) -> Metrics:
         """Take a step, counted from 0; its metrics, over all processes, include ``loss`` and ``gradient_norm``."""
 
     def tensors(self) -> dict[str, Tensor]:
@@ -61,7 +65,7 @@ class Trainer(Protocol):
 
 
 def train(
-    trainer: Trainer,
+    trainer: Trainer[Batch],
     steps: int,
     name: str,
     world: World,
@@ -99,11 +103,12 @@ def train(
     with (
         naming_last_checkpoint(checkpoints),
         progress(name, steps, "steps", done=first, shown=world.rank == 0) as meter,
+        closing(trainer.batches(first)) as batches,
         interruption() as interrupted,
     ):
-        for step in range(first, steps):
+        for step, batch in zip(range(first, steps), batches, strict=False):
             # 2. Take a step.
-            unread.append(trainer.step(step))
+            unread.append(trainer.step(step, batch))
             meter.advance(1, f"loss {logged[-1][1]['loss']:.4f}" if logged else "")
             # 3. Log.
             if step % LOG_EVERY == 0 or step == steps - 1:

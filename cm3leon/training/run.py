@@ -71,7 +71,7 @@ def train(
     Returns:
         The last validation losses.
     """
-    checkpoints = Checkpoints(paths.CHECKPOINTS / stage, identity, section.keep_checkpoints, processes)
+    checkpoints = Checkpoints(paths.CHECKPOINTS / stage, identity, section.keep_checkpoints, processes, adopting=True)
     refuse_too_large(
         stage,
         processes.device,

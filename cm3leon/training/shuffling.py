@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
-from torch import Tensor
 
 
-class ShuffledBatches:
-    """Endless shuffled batches of positions; the end of an epoch that does not fill a batch is dropped.
+def shuffled_batches(count: int, size: int, seed: int, first: int = 0) -> Iterator[np.ndarray]:
+    """The positions of each step's batch from step ``first`` on, without end.
 
-    Attributes:
-        order: (count,), of the present epoch.
-        position: where in it the next batch begins.
+    A batch depends on the seed and its step alone. Each epoch has an order of its own; its end that does not fill a batch is dropped.
+
+    Args:
+        count: images; batches are smaller than ``size`` if there are fewer.
     """
-
-    def __init__(self, count: int, size: int, shuffle: Callable[[int], Tensor]) -> None:
-        """``shuffle`` makes a random order of ``count`` positions; batches are smaller than ``size`` if there are fewer images."""
-        self.size, self._shuffle = min(size, count), shuffle
-        self.order, self.position = shuffle(count), 0
-
-    def next(self) -> np.ndarray:
-        """The positions of the next batch."""
-        if self.position + self.size > len(self.order):
-            self.order.copy_(self._shuffle(len(self.order)))
-            self.position = 0
-        self.position += self.size
-        return self.order[self.position - self.size : self.position].numpy()
+    size = min(size, count)
+    epoch, batch = divmod(first, count // size)
+    for number in itertools.count(epoch):
+        order = np.random.default_rng((seed, number)).permutation(count)
+        for start in range(size * batch, count - size + 1, size):
+            yield order[start : start + size]
+        batch = 0

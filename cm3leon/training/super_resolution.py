@@ -5,7 +5,8 @@ Shapes: B batch, h w low resolution, H W high resolution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
 from cm3leon.config.schema import SuperResolutionConfig
-from cm3leon.data.pixels import Images
+from cm3leon.data.pixels import Images, batches_of
 from cm3leon.models.super_resolution import SuperResolution, reduce
 from cm3leon.training import loop
 from cm3leon.training.checkpoint import Checkpoints
@@ -50,10 +51,10 @@ class Crop:
 
 
 class SuperResolutionTrainer:
-    """One training run: network, optimizer, and the random crops of a step."""
+    """One training run: network, optimizer, and the random crops of each step."""
 
     def __init__(self, config: SuperResolutionConfig, images: SizedImages, seed: int, world: World = ALONE) -> None:
-        self.config, self.images, self.world = config, images, world
+        self.config, self.images, self.seed, self.world = config, images, seed, world
         # Crops are patch_size pixels wide in the input, or the whole image where that is smaller.
         self.side = min(config.patch_size * config.scale, images.size // config.scale * config.scale)
         torch.manual_seed(seed)
@@ -61,28 +62,33 @@ class SuperResolutionTrainer:
         self.model = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
         allocate_states([self.optimizer])
-        self.generator = np.random.default_rng(seed)
 
-    def step(self, number: int) -> Metrics:
+    def batches(self, first: int) -> Generator[Tensor, None, None]:
+        """This process's crops of each step, uint8 (B, 3, H, W); see :class:`~cm3leon.training.loop.Trainer`."""
+        own = self.world.share(self.config.batch_size)
+        drawn, again = itertools.tee(self.draw(step, own) for step in itertools.count(first))
+        for (_, crops), images in zip(drawn, batches_of(self.images, (positions for positions, _ in again)), strict=False):
+            pixels = [crop.of(image, self.side) for crop, image in zip(crops, images, strict=True)]
+            yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+
+    def draw(self, step: int, rows: slice) -> tuple[np.ndarray, Sequence[Crop]]:
+        """Positions of random images, and a random crop of each: ``rows`` of a batch, which is the same in every process."""
+        rng, count, room = np.random.default_rng((self.seed, step)), self.config.batch_size, self.images.size - self.side + 1
+        positions = rng.integers(len(self.images), size=count)
+        crops = [Crop(*rng.integers([room, room, 4, 2]).tolist()) for _ in positions]
+        return positions[rows], crops[rows]
+
+    def step(self, number: int, batch: Tensor) -> Metrics:
         """One optimization step; see :class:`~cm3leon.training.loop.Trainer`."""
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.world.add(self.backward(self.draw()))
+        loss = self.world.add(self.backward(batch))
         sum_gradients(self.model.parameters(), self.world)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rate = learning_rate_at(number, peak=config.learning_rate, steps=config.steps, warmup_steps=config.steps // 10)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         return {"loss": loss, "gradient_norm": norm}
-
-    def draw(self) -> Tensor:
-        """This process's part of a batch of crops of random images, uint8 (B, 3, H, W). All processes draw the same batch."""
-        count, room = self.config.batch_size, self.images.size - self.side + 1
-        positions = self.generator.integers(len(self.images), size=count)
-        crops = [Crop(*[int(self.generator.integers(choices)) for choices in (room, room, 4, 2)]) for _ in positions]
-        own = self.world.share(count)
-        pixels = [crop.of(image, self.side) for crop, image in zip(crops[own], self.images[positions[own]], strict=True)]
-        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
     def backward(self, high_B3HW: Tensor) -> Tensor:
         """Add the gradients of this process's crops, uint8; returns their part of the batch's loss."""
@@ -106,10 +112,10 @@ class SuperResolutionTrainer:
         return {name: tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor for name, tensor in found.items()}
 
     def state(self) -> dict[str, Any]:
-        return {"generator": self.generator.bit_generator.state}
+        return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.generator.bit_generator.state = state["generator"]
+        """Nothing: crops follow from the step."""
 
 
 def train(

@@ -16,7 +16,7 @@ Shapes: B batch, H W pixels, h w tokens of an image, N = B * h * w latents, D th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm3leon.config.schema import ImageTokenizerConfig
-from cm3leon.data.pixels import Images
+from cm3leon.data.pixels import Images, batches_of
 from cm3leon.models.vqgan import LATENTS_PER_ENTRY, ImageTokenizer, ImageTokenizerSpec
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.distributed import ALONE, World, sum_gradients
@@ -36,7 +36,7 @@ from cm3leon.training.loop import Log, Metrics, train
 from cm3leon.training.muon import Muon
 from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_learning_rate, state_tensors
 from cm3leon.training.precision import autocast
-from cm3leon.training.shuffling import ShuffledBatches
+from cm3leon.training.shuffling import shuffled_batches
 from cm3leon.training.vqgan_losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss, last_layer_gradients
 from cm3leon.utils.images import to_channels_first
 
@@ -117,7 +117,7 @@ class Losses:
 
 
 class ImageTokenizerTrainer:
-    """One training run: networks, optimizers, the order of the images, and the losses of a step.
+    """One training run: networks, optimizers, and the losses of a step.
 
     The images of a step are divided among the processes, and those of a process into micro-batches. Gradients are sums over all of them,
     and the codebook follows all their latents, so that the result is that of the whole batch but for rounding.
@@ -125,11 +125,11 @@ class ImageTokenizerTrainer:
 
     def __init__(self, config: ImageTokenizerConfig, images: Images, seed: int, world: World = ALONE) -> None:
         torch.manual_seed(seed)
-        self.images, self.config, self.world = images, config, world
+        self.images, self.config, self.seed, self.world = images, config, seed, world
+        self.batch_size = min(config.batch_size, len(images))
         self.model = ImageTokenizer(make_spec(config)).to(world.device).train()
         self.optimizers = make_optimizers(self.model, config)
         self.generator = torch.Generator().manual_seed(seed)
-        self.batches = ShuffledBatches(len(images), config.batch_size, lambda count: torch.randperm(count, generator=self.generator))
         self.recent: list[Tensor] = []  # latents (N, D) of the last batches before the codebook is initialized
         weights = config.perceptual_weights
         self.perceptual = PerceptualLoss(Path(weights) if weights else None).to(world.device) if config.perceptual_weight else None
@@ -145,13 +145,16 @@ class ImageTokenizerTrainer:
         """The first step that quantizes. Before it the autoencoder learns without: it needs to before it can use a codebook."""
         return round(self.config.continuous_share * self.config.steps)
 
-    def step(self, number: int) -> Metrics:
+    def batches(self, first: int) -> Generator[np.ndarray, None, None]:
+        """This process's images of each step, uint8 (B, H, W, 3); see :class:`~cm3leon.training.loop.Trainer`."""
+        own = self.world.share(self.batch_size)
+        yield from batches_of(self.images, (drawn[own] for drawn in shuffled_batches(len(self.images), self.batch_size, self.seed, first)))
+
+    def step(self, number: int, batch: np.ndarray) -> Metrics:
         """One optimization step; see :class:`~cm3leon.training.loop.Trainer`."""
-        positions = self.batches.next()[self.world.share(self.batches.size)]
-        pixels_BHW3 = torch.from_numpy(self.images[positions]).to(self.world.device)
         for network in self.networks:
             network.zero_grad(set_to_none=True)
-        metrics = self.backward(pixels_BHW3, number)
+        metrics = self.backward(torch.from_numpy(batch).to(self.world.device), number)
         return {**metrics, "gradient_norm": self.update(number)}
 
     @property
@@ -162,7 +165,7 @@ class ImageTokenizerTrainer:
         """Add the gradients of all losses of this process's images, uint8; update the codebook."""
         config, world = self.config, self.world
         parts = pixels_BHW3.split(config.micro_batch_size or len(pixels_BHW3))
-        shares = [len(part) / self.batches.size for part in parts]
+        shares = [len(part) / self.batch_size for part in parts]
         adversarial = self.discriminator is not None and step >= config.adversarial_start
         # 1. The latents of the whole batch, which the codebook follows. Those of a single micro-batch keep their graph; of several, each is
         #    encoded again when its gradients are computed.
@@ -287,14 +290,13 @@ class ImageTokenizerTrainer:
         codebook = {f"codebook.{name}": tensor for name, tensor in self.model.codebook.named_buffers()}
         recent = {f"recent.{number}": z_ND for number, z_ND in enumerate(self.recent)}
         states = state_tensors([*self.optimizers, *self.discriminator_optimizers], names)
-        return {**parameters, **codebook, **recent, **states, "order": self.batches.order}
+        return {**parameters, **codebook, **recent, **states}
 
     def state(self) -> dict[str, Any]:
         recent = [list(z_ND.shape) for z_ND in self.recent]
-        return {"position": self.batches.position, "generator": self.generator.get_state().tolist(), "recent": recent}
+        return {"generator": self.generator.get_state().tolist(), "recent": recent}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.batches.position = state["position"]
         self.recent = [torch.empty(shape, device=self.world.device) for shape in state["recent"]]
         self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
 

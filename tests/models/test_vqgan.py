@@ -159,7 +159,7 @@ def test_adversarial_training_updates_the_discriminator_from_its_start():
     config = ImageTokenizerConfig(**SMALL, steps=10, adversarial_weight=0.5, adversarial_start=2)
     trainer = ImageTokenizerTrainer(config, flat_images(8), 0)
     before = [p.detach().clone() for p in trainer.discriminator.parameters()]
-    metrics = [trainer.step(step) for step in range(4)]
+    metrics = [trainer.step(step, batch) for step, batch in zip(range(4), trainer.batches(0), strict=False)]
     assert "discriminator_loss" not in metrics[1] and metrics[2]["discriminator_loss"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.discriminator.parameters(), strict=True))
 

@@ -41,17 +41,17 @@ def real_step(kind: str, precision: str) -> tuple[int, int]:
     arguments: tuple[Any, ...]
     if kind == "encoder":
         trainer = EncoderTrainer(config, images, images.captions, tokenizer_of(config, images), 0)
-        pairs = trainer.draw()
-        full = torch.randint(1, 250, (len(pairs) * 3, config.context_length))
+        pairs = next(trainer.batches(0))
+        full = torch.randint(1, 250, (len(pairs.captions) * 3, config.context_length))
         full[:, -1] = trainer.tokenizer.end
         part = clip.Part(trainer.parts(pairs)[0].pixels, full)
-        networks, arguments = [trainer.model], ([part], [2] * len(pairs))
+        networks, arguments = [trainer.model], ([part], [2] * len(pairs.captions))
     elif kind == "image_tokenizer":
         trainer = vqgan.ImageTokenizerTrainer(config, images, 0)
         networks, arguments = trainer.networks, (torch.from_numpy(images.pixels[:8]), 6)
     else:
         trainer = super_resolution.SuperResolutionTrainer(config, images, 0)
-        networks, arguments = [trainer.model], (trainer.draw(),)
+        networks, arguments = [trainer.model], (next(trainer.batches(0)),)
     # The scratch space of oneDNN's convolutions, on top of that, is small at these sizes.
     trainer.backward(*arguments)  # once before, because the first time also makes what is kept
     for network in networks:

@@ -1,4 +1,4 @@
-"""Loss curves of 50 steps of profile ``tiny`` on synthetic documents, kept in ``golden.json``: no change of training goes unnoticed.
+"""Loss curves of profile ``tiny``, on made-up documents and images, kept in ``golden.json``: no change of training goes unnoticed.
 
 ``python tests/training/test_golden.py`` writes the curves again, after a change that is meant to change them.
 """
@@ -6,6 +6,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests_support import make_documents
+from trainers_support import KINDS, Squares, every_step, tokenizer_of
 
 from cm3leon.config.profiles import load_profile
 from cm3leon.data.batches import PackedStream, SortedStream
@@ -20,7 +22,12 @@ from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.sequence.grammar import Vocabulary
+from cm3leon.training import loop
+from cm3leon.training.clip import EncoderTrainer
+from cm3leon.training.distributed import World
+from cm3leon.training.super_resolution import SuperResolutionTrainer
 from cm3leon.training.trainer import fit, setup
+from cm3leon.training.vqgan import ImageTokenizerTrainer
 
 GOLDEN = Path(__file__).with_name("golden.json")
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -49,6 +56,21 @@ def curve(directory: Path, packing: bool) -> list[float]:
     return state.losses
 
 
+def image_curve(kind: str) -> list[float]:
+    config: Any = getattr(load_profile("tiny", configs=CONFIGS), kind)
+    if kind == "encoder":
+        config = config.model_copy(update={"image_tower": "vit", "batch_size": 16})
+    images, losses = Squares(70, 32), []
+    trainer: Any = {
+        "image_tokenizer": lambda: ImageTokenizerTrainer(config, images, 0),
+        "encoder": lambda: EncoderTrainer(config, images, images.captions, tokenizer_of(config, images), 0),
+        "super_resolution": lambda: SuperResolutionTrainer(config, images, 0),
+    }[kind]()
+    with every_step():
+        loop.train(trainer, config.steps, kind, World(), lambda metrics, step: losses.append(metrics["loss"]))
+    return losses
+
+
 @pytest.mark.parametrize("packing", [False, True], ids=["sorted", "packed"])
 def test_the_loss_curve_is_the_golden_one(tmp_path, packing):
     expected = json.loads(GOLDEN.read_text())["packed" if packing else "sorted"]
@@ -58,9 +80,14 @@ def test_the_loss_curve_is_the_golden_one(tmp_path, packing):
     assert found[-1] < found[0] - 0.3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_curve_of_an_image_trainer_is_the_golden_one(kind):
+    assert image_curve(kind) == pytest.approx(json.loads(GOLDEN.read_text())[kind], abs=TOLERANCE)
+
+
 if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-        curves = {"sorted": curve(Path(one), False), "packed": curve(Path(two), True)}
+        curves = {"sorted": curve(Path(one), False), "packed": curve(Path(two), True)} | {kind: image_curve(kind) for kind in KINDS}
     GOLDEN.write_text(json.dumps({name: [round(loss, 6) for loss in losses] for name, losses in curves.items()}) + "\n")

@@ -1,26 +1,30 @@
 """The trainers of image tokenizer, encoder and upscaler: resumed to the same bits, and the same run however a batch is divided."""
 
+import io
+import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import tarfile
 
 import pytest
 import torch
 import trainers_support
-from trainers_support import KINDS, STEPS, STOPPED, Squares, make_trainer, run, tokenizer_of
+from PIL import Image
+from trainers_support import KINDS, STEPS, STOPPED, Squares, make_trainer, run
 
-from cm3leon.config.profiles import load_profile
 from cm3leon.config.schema import EncoderConfig
-from cm3leon.training import clip, loop, super_resolution, vqgan
+from cm3leon.data import pixels
+from cm3leon.data.manifest import ImageStore
+from cm3leon.data.pixels import ImageSet
+from cm3leon.training import loop
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.distributed import World
+from cm3leon.training.shuffling import shuffled_batches
 from cm3leon.utils.errors import UserError
-
-GOLDEN = json.loads(Path(__file__).with_name("golden_images.json").read_text())
-"""Losses of profile ``tiny`` on made-up images, by step: no change of training goes unnoticed."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,10 +69,10 @@ def test_killed_at_a_step_and_started_again_it_ends_with_the_same_bits(kind, ste
     killed = make_trainer(kind)
     take = killed.step
 
-    def die(number):
+    def die(number, batch):
         if number == step:
             raise KilledError
-        return take(number)
+        return take(number, batch)
 
     monkeypatch.setattr(killed, "step", die)
     with pytest.raises(KilledError):
@@ -171,18 +175,42 @@ def test_a_resnet_takes_no_micro_batches():
         EncoderConfig(image_tower="resnet", micro_batch_size=4)
 
 
+@pytest.mark.parametrize(("count", "size", "first"), [(20, 7, 0), (20, 7, 1), (20, 7, 5), (6, 3, 4), (3, 8, 2)])
+def test_a_batch_depends_on_its_step_and_every_epoch_has_each_image_at_most_once(count, size, first):
+    batches = [batch.tolist() for batch in itertools.islice(shuffled_batches(count, size, 1), 40)]
+    assert [batch.tolist() for batch in itertools.islice(shuffled_batches(count, size, 1, first), 40 - first)] == batches[first:]
+    steps = max(1, count // size)
+    for start in range(0, 40 - steps, steps):
+        epoch = list(itertools.chain(*batches[start : start + steps]))
+        assert len(set(epoch)) == len(epoch) == min(size, count) * steps
+    assert {position for batch in batches for position in batch} == set(range(count))
+    assert batches[0] != next(shuffled_batches(count, size, 2)).tolist()
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_curve_is_the_golden_one(kind, monkeypatch):
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
-    config = load_profile("tiny", configs=Path(__file__).parents[2] / "configs")
-    section, curve = getattr(config, kind), []
-    images = Squares(70, 32)
-    if kind == "encoder":
-        section = section.model_copy(update={"image_tower": "vit", "batch_size": 16})
-    trainer = {
-        "image_tokenizer": lambda: vqgan.ImageTokenizerTrainer(section, images, 0),
-        "encoder": lambda: clip.EncoderTrainer(section, images, images.captions, tokenizer_of(section, images), 0),
-        "super_resolution": lambda: super_resolution.SuperResolutionTrainer(section, images, 0),
-    }[kind]()
-    loop.train(trainer, section.steps, kind, World(), lambda metrics, step: curve.append(metrics["loss"]))
-    assert curve == pytest.approx(GOLDEN[kind], abs=5e-3)
+def test_images_that_workers_decode_ahead_give_the_same_run(kind, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(pixels, "default_workers", lambda device: 2)
+    refs = []
+    with tarfile.open(tmp_path / "images-00000.tar", "w") as shard:
+        for number, image in enumerate(Squares().pixels):
+            data = io.BytesIO()
+            Image.fromarray(image).save(data, "PNG")
+            entry = tarfile.TarInfo(f"{number}.png")
+            entry.size = len(data.getvalue())
+            shard.addfile(entry, io.BytesIO(data.getvalue()))
+            refs.append(f"images-00000.tar/{number}.png")
+    trainer = make_trainer(kind)
+    trainer.images = ImageSet(ImageStore(tmp_path), refs, 16, memory=0)
+    expected, curve = uninterrupted(kind)
+    assert run(trainer) == curve
+    assert same(trainer, expected)
+    assert not multiprocessing.active_children()
+
+
+def test_the_advice_to_resume_from_another_run_is_given_where_the_command_has_the_option(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(make_trainer("super_resolution"), tmp_path, stop=3)
+    for adopting in (False, True):
+        Checkpoints(tmp_path, {"kind": "other"}, 2, adopting=adopting).open()
+        warning = capsys.readouterr().err
+        assert "are of a run that differs" in warning and ("--resume-from" in warning) == adopting

@@ -143,7 +143,7 @@ WEIGHTS = {"model.w": torch.ones(2, 3)}
 
 def started(root, step=None, tensors=WEIGHTS, **fingerprint):
     """A run that has begun, and written a checkpoint of ``step``."""
-    checkpoints = Checkpoints(root, fingerprint, 2)
+    checkpoints = Checkpoints(root, fingerprint, 2, adopting=True)
     checkpoints.open()
     if step is not None:
         checkpoints.save(step, tensors, {"step": step, "score": None})
