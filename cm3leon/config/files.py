@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from cm3leon.config import paths
 from cm3leon.config.schema import DOWNLOAD, Config
 from cm3leon.utils.errors import ConfigError
 
@@ -22,7 +24,14 @@ def named_files(config: Config) -> dict[str, str]:
 
 
 def check_files(config: Config) -> None:
-    """Raise :class:`ConfigError` if parameters name files that are not there."""
-    missing = [f"{name} {path}" for name, path in named_files(config).items() if not Path(path).exists()]
+    """Raise :class:`ConfigError` if parameters name files that are not there, or lie where DVC would not notice that they change."""
+    named = named_files(config)
+    missing = [f"{name} {path}" for name, path in named.items() if not Path(path).exists()]
     if missing:
         raise ConfigError(f"not there: {'; '.join(missing)}. Put the files there, or set other paths by: cm3leon configure")
+    # DVC follows links in the directory, so what counts is where the name lies and not the file.
+    place = Path.cwd() / paths.WEIGHTS
+    outside = [f"{name} {path}" for name, path in named.items() if place not in Path(os.path.normpath(Path.cwd() / path)).parents]
+    if outside:
+        where = f"{paths.WEIGHTS}, the only place in which stages notice that weights change"
+        raise ConfigError(f"not in {where}: {'; '.join(outside)}. Move the files there, or link to them, and name that path")

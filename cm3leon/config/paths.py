@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 RAW = Path("data/raw")
+WEIGHTS = Path("data/weights")
+"""What parameters name of others: a dependency of the stages that read it."""
 VALIDATED = Path("data/validated")
 TOKENS = Path("data/tokens")
 NEIGHBORS = Path("data/neighbours")

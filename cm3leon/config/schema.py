@@ -113,10 +113,12 @@ class ImageTokenizerConfig(Section):
     learning_rate: float = Field(4e-3, gt=0, description="peak learning rate")
     warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
     perceptual_weight: float = Field(0.0, ge=0, description="weight of the VGG-16 perceptual loss; needs perceptual_weights")
-    perceptual_weights: str | None = Field(None, description="path of torchvision's VGG-16 features (safetensors, or a weights-only .pth)")
+    perceptual_weights: str | None = Field(
+        None, description="torchvision's VGG-16 features in data/weights: safetensors, or a weights-only .pth"
+    )
     adversarial_weight: float = Field(0.0, ge=0, description="weight of the hinge patch-GAN loss")
     adversarial_start: int = Field(0, ge=0, description="first step with the adversarial loss")
-    pretrained: str | None = Field(None, description="directory of an image tokenizer to import instead of training one")
+    pretrained: str | None = Field(None, description="directory of an image tokenizer to import instead of training one, in data/weights")
 
     @property
     def downsampling(self) -> int:
@@ -154,7 +156,7 @@ class EncoderConfig(Section):
     """The frozen CLIP bi-encoder for retrieval and ranking: pretrained weights, or a small model trained here."""
 
     pretrained_model: str | None = Field(None, description="open_clip architecture, such as ViT-B-32; null: train one of the sizes below")
-    pretrained_weights: str | None = Field(None, description="open_clip tag, such as laion2b_s34b_b79k, or a checkpoint's path")
+    pretrained_weights: str | None = Field(None, description="open_clip tag, such as laion2b_s34b_b79k, or a checkpoint in data/weights")
     image_size: int = Field(64, ge=8, description="side of the image tower's input, pixels")
     image_tower: Literal["resnet", "vit"] = Field("resnet", description="image tower to train; resnet needs far fewer images")
     patch_size: int = Field(8, ge=1, description="patch side of a vit, pixels")
@@ -412,7 +414,8 @@ class EvaluateConfig(Section):
     questions: int = Field(400, ge=1, description="held-out questions to answer")
     tasks: int = Field(100, ge=1, description="held-out samples of each other task")
     inception: str | None = Field(
-        None, description="weights of the FID Inception network: a path, or download; null: distances of the encoder's features alone"
+        None,
+        description="weights of the FID Inception network in data/weights, or download; null: distances of the encoder's features alone",
     )
     sheet: int = Field(24, ge=1, description="samples on each contact sheet")
     seed: Seed = Field(0, description="the same seed chooses the same samples and generates the same images")

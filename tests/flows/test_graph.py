@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cm3leon.config import paths
+from cm3leon.config.files import named_files
 from cm3leon.config.schema import Config
 from cm3leon.stages.common import STAGES
 from cm3leon.utils.imports import import_closure
@@ -88,6 +90,22 @@ def test_a_changed_stage_and_all_that_depend_on_it_are_stale(tmp_path: Path, mon
     assert stale_stages(stage_order()) == ["b", "d"]
 
 
+def test_weights_that_change_make_stale_what_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_project(tmp_path, {"a": []}, ["a"])
+    written = yaml.safe_load((tmp_path / "dvc.yaml").read_text())
+    written["stages"]["a"] |= {"cmd": "mkdir -p out && touch out/a", "deps": [str(paths.WEIGHTS)]}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump(written))
+    (tmp_path / "elsewhere").write_text("old weights")
+    paths.WEIGHTS.mkdir(parents=True)
+    (paths.WEIGHTS / "README.md").write_text("what belongs here")
+    (paths.WEIGHTS / "linked").symlink_to(tmp_path / "elsewhere")
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], check=True)
+    assert stale_stages(stage_order()) == []
+    (tmp_path / "elsewhere").write_text("new weights")
+    assert stale_stages(stage_order()) == ["a"]
+
+
 @pytest.mark.slow
 def test_a_run_waits_while_another_holds_dvcs_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By itself DVC gives up after three seconds."""
@@ -138,6 +156,18 @@ def test_declared_code_is_what_the_stage_imports(stage: str) -> None:
     assert not missing, f"add to the deps of {stage} in dvc.yaml: {missing}"
     unused = sorted(dep for dep in declared if not any(file == dep or file.startswith(f"{dep}/") for file in files))
     assert not unused, f"{stage} does not import {unused}"
+
+
+def test_stages_depend_on_the_weights_that_their_parameters_name() -> None:
+    parameters = {
+        "image_tokenizer": {"pretrained": "data/weights/a", "perceptual_weights": "data/weights/b", "perceptual_weight": 1.0},
+        "encoder": {"pretrained_model": "ViT-B-32", "pretrained_weights": "data/weights/c"},
+        "evaluate": {"inception": "data/weights/d"},
+    }
+    named = named_files(Config.model_validate(parameters))
+    assert len(named) == 4
+    for parameter in named:
+        assert str(paths.WEIGHTS) in graph()[parameter.partition(".")[0]]["deps"]
 
 
 @pytest.mark.parametrize("stage", ["image_tokenizer", "encoder", "super_resolution"])
