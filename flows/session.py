@@ -22,6 +22,7 @@ from cm3leon.services.exclusive import BusyError, alone_in_directory
 from cm3leon.services.leftovers import FLOW_RUNS, abandoned, end_leftover_processes
 from cm3leon.services.local import temporary_prefect
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.garbage import collect_rarely
 
 
 @contextmanager
@@ -96,6 +97,7 @@ class _CtrlC:
 
 def until_interrupted(main: Callable[[], int]) -> int:
     """The exit status of ``main``; 2 after a user's error, 128 plus the number after Ctrl-C, SIGTERM or SIGHUP, with one line."""
+    collect_rarely()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     ctrl_c = _CtrlC()

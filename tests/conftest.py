@@ -12,8 +12,10 @@ from cm3leon.config import paths
 from cm3leon.config.schema import Config, EncoderConfig
 from cm3leon.tracking import runs, store
 from cm3leon.utils import telemetry
+from cm3leon.utils.garbage import collect_rarely
 
 telemetry.turn_off()
+collect_rarely()
 if "PYTEST_XDIST_WORKER" in os.environ:  # all cores test: threads would wait for each other, those of programs they start too
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

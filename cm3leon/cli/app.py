@@ -18,6 +18,7 @@ from cm3leon.cli import convert, data, model
 from cm3leon.cli.options import UsageError
 from cm3leon.stages.common import STAGES, run_stage
 from cm3leon.utils.errors import message_to_user
+from cm3leon.utils.garbage import collect_rarely
 
 HELP = "Train, evaluate, version and serve a CM3leon model on your own licensed image-text collection."
 
@@ -422,6 +423,7 @@ def plain_errors() -> Iterator[None]:
 
 def main() -> None:
     """Entry point of the command."""
+    collect_rarely()
     with plain_errors():
         app()
 
