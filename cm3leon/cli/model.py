@@ -27,6 +27,7 @@ from cm3leon.cli.options import (
     decoding_changes,
     former,
     image_command,
+    names_image,
     notice,
     numbered,
     open_image,
@@ -213,7 +214,7 @@ def interleave(
 
     check_out(out)
     settings = decoding_changes(changes, {"temperature": temperature, "top_p": top_p, "top_k": top_k})
-    document = [open_image(Path(part)) if Path(part).is_file() else part for part in parts]
+    document = [open_image(Path(part)) if names_image(part) else part for part in parts]
     [whole] = shared.load_generator(model).interleave([document], segments, seed=seed, **settings)
     count = 0
     for part in whole[len(parts) :]:

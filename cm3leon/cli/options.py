@@ -166,6 +166,17 @@ def load_generator(model: str) -> Generator:
     return Generator.from_bundle(find_bundle(model))
 
 
+def names_image(argument: str) -> bool:
+    """Whether an argument that may be a text or an image is a file, or is called as an image file is."""
+    from cm3leon.data.images import SUFFIXES
+
+    path = Path(argument)
+    try:
+        return path.is_file() or (path.suffix.lower() in SUFFIXES and " " not in argument.strip())
+    except OSError:  # too long for a name
+        return False
+
+
 def open_image(path: Path) -> Image.Image:
     """An image file as RGB.
 

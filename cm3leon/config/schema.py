@@ -43,12 +43,13 @@ class ShapesConfig(Section):
 
 
 class FolderConfig(Section):
-    """A directory of images with a CSV or Parquet manifest."""
+    """A directory of images with a CSV, TSV, JSON Lines or parquet manifest."""
 
     manifest: str = Field("manifest.csv", description="manifest file, relative to ingest.path")
     columns: dict[str, str] = Field(
         default_factory=dict, description="manifest column -> column of the file; a name that is not given maps to itself"
     )
+    merge: Literal["image", "none"] = Field("image", description="image: rows of one image path become one record; none: each row is one")
     license: str | None = Field(None, description="license (SPDX identifier) of rows that state none")
     attribution: str | None = Field(None, description="attribution of rows that state none")
     source: str = Field("folder", description="source name of rows that state none")

@@ -1,19 +1,31 @@
-"""Encoded image files to RGB: a decoder that limits the size and detects truncated files, and resizing to a square."""
+"""Encoded image files to RGB: a decoder that limits the size and detects damage, and resizing to a square."""
 
 from __future__ import annotations
 
 import io
+import math
+import struct
+import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cm3leon.utils.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Formats that are decoded; others (EPS, PDF, ICNS ...) start other programs or are not raster images, and are ``unreadable``."""
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".jp2")
+"""How files of these formats are usually called."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_END = b"IEND\xaeB`\x82"
+DEEP_RANGES = (1.0, 255.0, 65_535.0)
+"""Largest values of gray images of floats or 32-bit integers: black is 0, and white the smallest of these that no pixel exceeds."""
+
+LANCZOS_SUPPORT = 3
+"""Pixels on each side, of the smaller scale, on which a resized pixel depends."""
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, of which :func:`decode` and its callers would not know
 
 
 class ImageError(UserError):
@@ -25,16 +37,47 @@ class ImageError(UserError):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB pixels of any mode: EXIF orientation applied, transparency composited on white, 16-bit gray scaled to 8 bits."""
+    """RGB pixels of any mode: EXIF orientation applied, transparency composited on white, deep gray scaled to 8 bits.
+
+    ``info["note"]`` of the result says how values were scaled, if that had to be guessed.
+
+    Raises:
+        ValueError: if gray values are negative, not finite, or above 65,535.
+    """
     if image.mode == "RGB" and not image.getexif() and "transparency" not in image.info:
         return image
+    note = None
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray((np.clip(np.asarray(image, dtype=np.int64), 0, 65_535) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image, note = _eight_bit_gray(image)
+    if image.mode == "La":
+        image = image.convert("LA")  # Pillow converts it to nothing else
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
+    image = image.convert("RGB")
+    if note:
+        image.info["note"] = note
+    return image
+
+
+def _eight_bit_gray(image: Image.Image) -> tuple[Image.Image, str | None]:
+    """An image of mode ``L``, or ``LA`` if one gray stands for transparency, and a note if the range of its values is a guess."""
+    values = np.asarray(image, dtype=np.float64)
+    white, note = 65_535.0, None
+    if not image.mode.startswith("I;16") and image.format not in ("PNG", "PPM"):  # those have 16 bits by definition
+        low, high = float(values.min()), float(values.max())
+        ranges = DEEP_RANGES if image.mode == "F" else DEEP_RANGES[1:]
+        if not (np.isfinite(values).all() and low >= 0 and high <= ranges[-1]):
+            raise ValueError(f"gray values from {low:g} to {high:g}: images of mode {image.mode} are read from 0 to {ranges[-1]:,.0f}")
+        white = next(most for most in ranges if high <= most)
+        note = f"gray values from {low:g} to {high:g} were scaled from 0 to {white:,.0f}"
+    scaled = values.astype(np.int64) >> 8 if white == 65_535 else np.rint(values * (255 / white))
+    gray = Image.fromarray(scaled.astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        gray.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return gray, note
 
 
 def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
@@ -43,26 +86,63 @@ def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
     The size in the header is compared with ``max_pixels`` before any pixel is decoded.
 
     Raises:
-        ImageError: ``decompression_bomb`` for an image that is too large, ``unreadable`` for one that is truncated or not decodable.
+        ImageError: ``decompression_bomb`` for an image that is too large, ``unreadable`` for one that is damaged or not decodable.
     """
     try:
+        if data.startswith(PNG_SIGNATURE):
+            data = _checked_png(data)
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if max_pixels is not None and width * height > max_pixels:
             raise ImageError("decompression_bomb", f"{width}x{height} pixels, {max_pixels} allowed")
-        # Pillow decodes a PNG whose last chunks are missing without an error.
-        if data.startswith(PNG_SIGNATURE) and data.rfind(PNG_END) < 0:
-            raise ImageError("unreadable", f"truncated PNG: {len(data)} bytes without an end marker")
+        # Of 16-bit colors Pillow keeps the upper eight bits, but not of the transparent one.
+        deep_colors = any("16B" in str(tile[3]) for tile in image.tile)
         image.load()
+        clear = image.info.get("transparency")
+        if deep_colors and isinstance(clear, tuple):
+            image.info["transparency"] = tuple(value >> 8 for value in clear)
         return to_rgb(image)
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:
-        raise ImageError("decompression_bomb", str(error)) from None
     except UnidentifiedImageError:
         raise ImageError("unreadable", f"{len(data)} bytes that are no {', '.join(FORMATS)} file") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ... on damaged files
         raise ImageError("unreadable", f"{type(error).__name__}: {error}") from None
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[int, bytes, bool]]:
+    """Offset, name and whether the checksum is right, of each chunk to the end of the image (PNG specification, section 5.3)."""
+    position = len(PNG_SIGNATURE)
+    while position + 12 <= len(data):
+        size, name = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + size
+        if end > len(data):
+            return
+        yield position, name, zlib.crc32(memoryview(data)[position + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
+        position = end
+        if name == b"IEND":
+            return
+
+
+def _checked_png(data: bytes) -> bytes:
+    """A PNG without the damaged chunks of which its pixels do not depend. Pillow checks no pixels' checksums, and reads a truncated file.
+
+    Raises:
+        ImageError: ``unreadable`` if it is truncated, or a chunk that its pixels need is damaged.
+    """
+    last, damaged = b"", []
+    for position, name, intact in _png_chunks(data):
+        last = name
+        if not intact and (name[:1].isupper() or name == b"tRNS"):  # capital: critical
+            raise ImageError("unreadable", f"damaged PNG: wrong checksum of chunk {name.decode('latin-1')} at byte {position}")
+        if not intact:
+            damaged.append(position)
+    if last != b"IEND":
+        raise ImageError("unreadable", f"truncated PNG: {len(data)} bytes without an end marker")
+    for position in reversed(damaged):
+        (size,) = struct.unpack_from(">I", data, position)
+        data = data[:position] + data[position + 12 + size :]
+    return data
 
 
 def encode(pixels: np.ndarray) -> bytes:
@@ -79,7 +159,12 @@ def fit_square(image: Image.Image, size: int) -> Image.Image:
     if width == height == size:
         return image
     scale = size / min(width, height)
-    width, height = max(size, round(width * scale)), max(size, round(height * scale))
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    across, down = max(size, round(width * scale)), max(size, round(height * scale))
+    # Only what the square and the filter's support need is resized: a picture much longer than wide is never enlarged whole.
+    margin = math.ceil(LANCZOS_SUPPORT * max(1.0, scale))
+    left, top = (across - size) // 2, (down - size) // 2
+    x0, x1 = max(0, left - margin), min(across, left + size + margin)
+    y0, y1 = max(0, top - margin), min(down, top + size + margin)
+    box = (x0 * width / across, y0 * height / down, x1 * width / across, y1 * height / down)
+    resized = image.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS, box=box)
+    return resized.crop((left - x0, top - y0, left - x0 + size, top - y0 + size))

@@ -23,6 +23,7 @@ from cm3leon.config.paths import VALIDATED
 from cm3leon.data.images import decode
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.files import read_file
+from cm3leon.utils.texts import is_blank
 
 SPLITS = ("train", "val", "test")
 
@@ -83,9 +84,9 @@ class Problem:
 class SourceRow:
     """One record as a source yields it, before images are packed.
 
-    ``image`` and the values of ``conditions`` are encoded image files (PNG, JPEG ...). ``key`` names the row in its source, and
-    ``edited_from`` is the key of the row of which it is an edit. ``problem`` has reason codes, separated by commas, if the source found an
-    error in the row, and ``detail`` describes it; ``image`` is None if there is no file to read.
+    ``image`` and the values of ``conditions`` are encoded image files (PNG, JPEG ...). ``key`` names the row in its source, ``other_keys``
+    those that were merged into it, and ``edited_from`` is the key of the row of which it is an edit. ``problem`` has reason codes,
+    separated by commas, if the source found an error in the row, and ``detail`` describes it; ``image`` is None if there is no file.
     """
 
     key: str
@@ -107,6 +108,7 @@ class SourceRow:
     conditions: dict[str, bytes] = field(default_factory=dict)
     text_in_image: str | None = None
     detail: str | None = None
+    other_keys: list[str] = field(default_factory=list)
 
 
 class ManifestError(UserError):
@@ -115,7 +117,7 @@ class ManifestError(UserError):
 
 def first_caption(captions: Iterable[str]) -> str:
     """The first caption that is not blank; "" if there is none, as in no record that ``validate`` has accepted."""
-    return next((text for text in map(str, captions) if text.strip()), "")
+    return next((text for text in map(str, captions) if not is_blank(text)), "")
 
 
 def records_of(manifest: pd.DataFrame) -> list[dict[str, Any]]:

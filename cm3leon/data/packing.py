@@ -62,11 +62,11 @@ class ShardWriter:
 def pack(rows: Iterable[SourceRow], directory: Path, shard_megabytes: float) -> dict[str, float]:
     """Write the rows to ``directory``, in place of the files of an earlier run; the manifest appears last.
 
-    ``edited_from``, a key of the source, becomes the id of the first row with that key; if there is none, the record has the problem
-    ``unknown_original``. The same rows give the same bytes.
+    ``edited_from``, a key of the source, becomes the id of the row with that key; if there is none, the record has the problem
+    ``unknown_original``, and if rows of several images have it ``ambiguous_original``. The same rows give the same bytes.
 
     Returns:
-        Counts: rows, images (conditions included), problems, shards, megabytes.
+        Counts: rows, how many others were merged into them, images (conditions included), problems, shards, megabytes.
     """
     directory.mkdir(parents=True, exist_ok=True)
     final, draft = directory / "manifest.parquet", directory / "manifest.draft.parquet"
@@ -74,25 +74,30 @@ def pack(rows: Iterable[SourceRow], directory: Path, shard_megabytes: float) -> 
         old.unlink(missing_ok=True)
     shards = ShardWriter(directory, shard_megabytes)
     ids: dict[str, str] = {}  # by key of the source
-    count = 0
+    ambiguous: set[str] = set()
+    count = merged = 0
     batch: list[dict[str, Any]] = []
     try:
         with pq.ParquetWriter(draft, MANIFEST_SCHEMA) as writer:
             for count, row in enumerate(rows, 1):
                 batch.append(_record(row, count - 1, shards))
-                ids.setdefault(row.key, batch[-1]["id"])
+                merged += len(row.other_keys)
+                for key in (row.key, *row.other_keys):
+                    if ids.setdefault(key, batch[-1]["id"]) != batch[-1]["id"]:
+                        ambiguous.add(key)
                 if len(batch) == BATCH_ROWS:
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=MANIFEST_SCHEMA))
                     batch = []
             if batch:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=MANIFEST_SCHEMA))
         shards.close()
-        problems = _resolve_edits(draft, final, ids)
+        problems = _resolve_edits(draft, final, ids, ambiguous)
     finally:
         shards.close()
         draft.unlink(missing_ok=True)
     megabytes = round(shards.bytes / 1e6, 3)
-    return {"rows": count, "images": shards.images, "problems": problems, "shards": shards.shards, "megabytes": megabytes}
+    counts = {"rows": count, "merged_rows": merged, "images": shards.images, "problems": problems}
+    return {**counts, "shards": shards.shards, "megabytes": megabytes}
 
 
 def _record(row: SourceRow, number: int, shards: ShardWriter) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _resolve_edits(draft: Path, final: Path, ids: dict[str, str]) -> int:
+def _resolve_edits(draft: Path, final: Path, ids: dict[str, str], ambiguous: set[str]) -> int:
     """Copy the draft with ids for the keys in ``edited_from``; returns the number of records with a problem."""
     problems = 0
     partial = final.with_suffix(".part")
@@ -130,9 +135,11 @@ def _resolve_edits(draft: Path, final: Path, ids: dict[str, str]) -> int:
             if any(key is not None for key in keys):
                 problem, detail = columns["problem"].to_pylist(), columns["detail"].to_pylist()
                 for row, key in enumerate(keys):
-                    if key is not None and key not in ids:
-                        problem[row] = ",".join(filter(None, [problem[row], "unknown_original"]))
-                        detail[row] = "; ".join(filter(None, [detail[row], f"edited_from: no row has the key {key!r}"]))
+                    if key is None or (key in ids and key not in ambiguous):
+                        continue
+                    reason, found = ("ambiguous_original", "several rows have") if key in ambiguous else ("unknown_original", "no row has")
+                    problem[row] = ",".join(filter(None, [problem[row], reason]))
+                    detail[row] = "; ".join(filter(None, [detail[row], f"edited_from: {found} the key {key!r}"]))
                 columns["edited_from"] = pa.array([ids.get(key) if key is not None else None for key in keys], pa.string())
                 columns["problem"], columns["detail"] = pa.array(problem, pa.string()), pa.array(detail, pa.string())
             problems += len(batch) - columns["problem"].null_count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cm3leon.data.cells import parse_json, shown
 from cm3leon.data.sources import SourceError
 
 Row = tuple[str, dict[str, Any], str | None]
@@ -18,18 +18,6 @@ Row = tuple[str, dict[str, Any], str | None]
 
 CELL_CHARACTERS = 16 << 20
 """Most characters in a cell of a CSV file."""
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Parse JSON.
-
-    Raises:
-        ValueError: also for half of a surrogate pair, which UTF-8 cannot encode.
-    """
-    value = json.loads(text)
-    if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
 
 
 def read_table(path: Path) -> tuple[list[str], Iterator[Row]]:
@@ -100,7 +88,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 continue
             try:
                 cells = parse_json(line)
-                fault = None if isinstance(cells, dict) else f"expected a JSON object, found {line[:60]!r}"
+                fault = None if isinstance(cells, dict) else f"expected a JSON object, found {shown(line.decode(errors='replace'))}"
             except ValueError as error:
                 cells, fault = {}, f"not JSON: {error}"
             yield f"line {number}", cells if isinstance(cells, dict) else {}, fault

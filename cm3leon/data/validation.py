@@ -19,6 +19,7 @@ from cm3leon.data.images import ImageError, decode
 from cm3leon.data.manifest import ImageStore, records_of
 from cm3leon.data.thumbnails import thumbnail_of
 from cm3leon.utils.progress import progress
+from cm3leon.utils.texts import is_blank
 
 CHUNK = 64
 """Images that a thread decodes before it reports progress."""
@@ -30,6 +31,7 @@ RULES = {
     "path_outside_root": "the image path is outside of ingest.path: move the file into it",
     "malformed_row": "a cell cannot be parsed: correct it, or the mapping ingest.folder.columns",
     "unknown_original": "edited_from names no row: correct the key",
+    "ambiguous_original": "rows of several images have the key that edited_from names: make the keys unique",
     "unreadable": "truncated, or not an image: replace the file",
     "decompression_bomb": "more pixels than validate.max_pixels: reduce the image",
     "too_small": "a side shorter than validate.min_side: replace the image",
@@ -54,6 +56,7 @@ class Profile:
         thumbnail: see :func:`cm3leon.data.thumbnails.thumbnail_of`; empty if the image cannot be read.
         reason: reason code if the image cannot be read.
         detail: for the message, as ``reason``.
+        note: what had to be guessed to read the image.
         bad_condition: kind of a condition image that cannot be read, and why.
     """
 
@@ -63,6 +66,7 @@ class Profile:
     thumbnail: bytes = b""
     reason: str | None = None
     detail: str | None = None
+    note: str | None = None
     bad_condition: str | None = None
 
 
@@ -73,6 +77,7 @@ def profile_image(store: ImageStore, ref: str | None, conditions: Sequence[dict[
         try:
             image = decode(store.read(ref), max_pixels)
             profile.width, profile.height = image.size
+            profile.note = image.info.get("note")
             profile.pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
             profile.thumbnail = thumbnail_of(image)
         except ImageError as error:
@@ -140,7 +145,7 @@ def _check_record(record: dict[str, Any], profile: Profile, config: ValidateConf
         yield profile.reason, profile.detail or ""
     if profile.pixels and min(profile.width, profile.height) < config.min_side:
         yield "too_small", f"{profile.width}x{profile.height} pixels, {config.min_side} a side needed"
-    lengths = [len(caption.strip()) for caption in record["captions"] if caption]
+    lengths = [len(caption.strip()) for caption in record["captions"] if caption and not is_blank(caption)]
     # The captions of a malformed row may only look empty because they could not be parsed.
     if not any(lengths) and "malformed_row" not in (record["problem"] or ""):
         yield "empty_caption", f"{len(record['captions'])} captions, none with text"

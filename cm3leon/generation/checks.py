@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cm3leon.config.renamed import current_name
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.texts import is_blank
 
 if TYPE_CHECKING:
     from cm3leon.config.schema import DecodingConfig
@@ -52,9 +53,9 @@ def check_same_length(one: str, values: Sequence[Any], other: str, others: Seque
 
 
 def check_not_blank(what: str, texts: Sequence[str]) -> None:
-    """Raises :class:`BadInputError` if one of ``texts`` is empty or only white space."""
+    """Raises :class:`BadInputError` if nothing of one of ``texts`` can be seen."""
     for number, text in enumerate(texts):
-        if not text.strip():
+        if is_blank(text):
             raise BadInputError(f"{what} {number} is empty")
 
 

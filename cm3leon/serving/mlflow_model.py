@@ -33,6 +33,7 @@ from cm3leon.serving.errors import ApiError, from_validation
 from cm3leon.serving.requests import REQUESTS
 from cm3leon.serving.responses import png
 from cm3leon.serving.schemas import ImageRequest, TextRequest
+from cm3leon.utils.texts import is_blank
 
 if TYPE_CHECKING:
     from cm3leon.generation.generator import Generator
@@ -98,7 +99,7 @@ def call_of(number: int, record: Any, settings: RequestSettings, generator: Gene
         raise ValueError(f"row {number}: expected a mapping with {', '.join(REQUEST_COLUMNS)}, found {type(record).__name__}")
     if unknown := sorted(map(str, set(record) - set(REQUEST_COLUMNS))):
         raise ValueError(f"row {number}: unknown column {unknown[0]!r}; known are {', '.join(REQUEST_COLUMNS)}")
-    row = {str(name): value for name, value in record.items() if isinstance(value, str) and value.strip()}
+    row = {str(name): value for name, value in record.items() if isinstance(value, str) and not is_blank(value)}
     task = row.pop("task", "text_to_image")
     if task in FORMER_NAMES:
         warnings.warn(f"row {number}: the task {task} is now called {FORMER_NAMES[task]}", stacklevel=2)

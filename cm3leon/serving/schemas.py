@@ -14,6 +14,7 @@ from cm3leon.generation.generator import Generator
 from cm3leon.generation.settings import decoding_field
 from cm3leon.serving.calls import Call
 from cm3leon.serving.errors import ApiError
+from cm3leon.utils.texts import is_blank
 
 MAX_BODY = 32 * 2**20
 MAX_CHARACTERS = 4000
@@ -25,8 +26,8 @@ MAX_GENERATED = 64
 
 
 def not_blank(text: str) -> str:
-    """The text, unless it is empty or only white space."""
-    if not text.strip():
+    """The text, unless nothing of it can be seen."""
+    if is_blank(text):
         raise ValueError("must not be empty")
     return text
 

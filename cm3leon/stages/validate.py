@@ -26,6 +26,7 @@ from cm3leon.data.manifest import MANIFEST_SCHEMA, SPLITS, VALIDATED_SCHEMA, Ima
 from cm3leon.data.validation import RULES, Findings, Profile, check_rows, profile_images
 from cm3leon.tracking import runs
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.texts import is_blank
 
 _RAW_FIELDS = [field for field in MANIFEST_SCHEMA if field.name != "detail"]
 REJECTED_SCHEMA = pa.schema([*_RAW_FIELDS, ("reasons", pa.list_(pa.string())), ("detail", pa.string())])
@@ -82,6 +83,7 @@ def validate(raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: 
 
     # 3. Split and clean the accepted records, unless the error would be about too few of them.
     accepted = frame[good].reset_index(drop=True)
+    accepted["detail"] = [profile.note for profile, passed in zip(profiles, good, strict=True) if passed]
     frames = {"counts": pd.DataFrame([{name: report[name] for name in ("read", "accepted", "rejected", "rejected_rate", "unaccounted")}])}
     if not problems:
         components, report["parts"] = _components(frame, profiles, good, config)
@@ -179,7 +181,7 @@ def _clean(accepted: pd.DataFrame, frame: pd.DataFrame, good: np.ndarray) -> tup
     An ``edited_from`` that names a rejected record becomes the id of the accepted record with the same pixels (a duplicate's original),
     else null; the edit itself stays.
     """
-    captions = [[text.strip() for text in texts if text and text.strip()] for texts in accepted["captions"]]
+    captions = [[text.strip() for text in texts if text and not is_blank(text)] for texts in accepted["captions"]]
     blank = sum(map(len, accepted["captions"])) - sum(map(len, captions))
     kept = set(accepted["id"])
     by_pixels = dict(zip(accepted["pixels"], accepted["id"], strict=True))

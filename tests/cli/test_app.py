@@ -257,6 +257,8 @@ def test_documents_texts_and_scores(generator: Recorder) -> None:
     Image.new("RGB", (40, 30), "red").save("a.png")
     status, out, _ = call("interleave", "a red circle", "--segments", "1")
     assert (status, out) == (0, "out.png: seed 0\n") and Image.open("out.png").size == (32, 32)
+    long = "a red circle above a blue square and " * 8 + "a ring.png"
+    assert call("interleave", long, "--segments", "1")[2].startswith("error: ")  # too long for the context, and no name of a file
     assert call("infill_text", "a ___ circle", "--image", "a.png")[1].startswith("a ")
     _, out, _ = call("score", "a.png", "a ring", "a red circle")
     assert re.fullmatch(r"(a ring|a red circle): text given image -\d+\.\d{3}, image given text -\d+\.\d{3}", out.splitlines()[1])
@@ -273,6 +275,8 @@ def test_documents_texts_and_scores(generator: Recorder) -> None:
     (["layout_to_image", "x", "--object", "dog"], "error: --object dog: write it as label=left,top,right,bottom"),
     (["layout_to_image", "x", "--object", "dog=1,2"], "error: --object dog: '1,2': write it as left,top,right,bottom"),
     (["infill", "missing.png", "1,2,3,4", "x"], "missing.png"),
+    (["interleave", "a circle", "nope.png"], "No such file or directory: 'nope.png'"),
+    (["text-to-image", "\u200b\ufeff"], "error: prompt 0 is empty"),
     (["infill", "missing.png", "1,2,3", "x"], "error: box '1,2,3'"),
     (["caption", "missing.png"], "missing.png"),
     (["caption", "text.png"], "error: text.png: unreadable"),

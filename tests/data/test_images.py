@@ -1,13 +1,15 @@
 """The decoder accepts any mode and refuses damaged, truncated and huge files."""
 
 import io
+import struct
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from cm3leon.data.images import ImageError, decode, fit_square, to_rgb
+from cm3leon.data.images import PNG_SIGNATURE, ImageError, decode, fit_square, to_rgb
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -66,6 +68,8 @@ def test_a_large_image_is_refused_before_it_is_decoded() -> None:
     with pytest.raises(ImageError) as caught:
         decode(bytes(data), max_pixels=1_000_000)
     assert caught.value.reason == "decompression_bomb"
+    with pytest.raises(ImageError, match="unreadable"):  # Pillow's own limit is lower
+        decode(bytes(data), max_pixels=400_000_000)
     assert decode(encode(noise(10, 10)), max_pixels=100).size == (10, 10)
     with pytest.raises(ImageError, match="11x10"):
         decode(encode(noise(11, 10)), max_pixels=100)
@@ -96,3 +100,104 @@ def test_fit_square_is_idempotent_and_takes_any_mode() -> None:
     assert np.array_equal(np.asarray(fit_square(image, 32)), np.asarray(image))
     assert fit_square(Image.new("L", (9, 9), 7), 4).getpixel((0, 0)) == (7, 7, 7)
     assert to_rgb(Image.new("CMYK", (2, 2))).mode == "RGB"
+
+
+@pytest.mark.parametrize(("width", "height", "size"), [(64, 148, 71), (200, 30, 16), (31, 300, 8), (5, 60, 24), (90, 80, 90)])
+def test_fit_square_is_what_resizing_the_whole_image_gives(width: int, height: int, size: int) -> None:
+    smooth = np.asarray(noise(4, 4).resize((width, height), Image.Resampling.BICUBIC))
+    scale = size / min(width, height)
+    across, down = max(size, round(width * scale)), max(size, round(height * scale))
+    left, top = (across - size) // 2, (down - size) // 2
+    whole = Image.fromarray(smooth).resize((across, down), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
+    found = np.asarray(fit_square(Image.fromarray(smooth), size), dtype=int)
+    assert np.abs(found - np.asarray(whole)).max() <= 2
+
+
+@pytest.mark.parametrize("shape", [(1, 3_000_000), (3_000_000, 1)])
+def test_a_picture_much_longer_than_wide_is_not_enlarged_whole(shape: tuple[int, int]) -> None:
+    """It would take 590 GB; Pillow refuses that much."""
+    assert fit_square(Image.new("RGB", shape, (1, 2, 3)), 256).getpixel((200, 50)) == (1, 2, 3)
+
+
+def gray(values: list[float], dtype: str, **options: object) -> Image.Image:
+    return decode(encode(Image.fromarray(np.array([values], dtype=dtype)), "TIFF", **options))
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "expected", "white"),
+    [
+        ([0, 0.5, 0.98], "float32", [0, 128, 250], "1"),
+        ([0, 128, 250], "float32", [0, 128, 250], "255"),
+        ([0, 32_768, 65_535], "float32", [0, 128, 255], "65,535"),
+        ([0, 1, 250], "int32", [0, 1, 250], "255"),
+        ([0, 32_768, 65_535], "int32", [0, 128, 255], "65,535"),
+    ],
+)
+def test_deep_gray_is_scaled_by_its_range_which_is_noted(values: list[float], dtype: str, expected: list[int], white: str) -> None:
+    image = gray(values, dtype)
+    assert [pixel[0] for pixel in np.asarray(image)[0]] == expected
+    assert image.info["note"] == f"gray values from 0 to {max(values):g} were scaled from 0 to {white}"
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"), [([0, -1], "float32"), ([0, 1e6], "int32"), ([0, np.nan], "float32"), ([0, np.inf], "float32")]
+)
+def test_deep_gray_of_an_unknown_range_is_unreadable(values: list[float], dtype: str) -> None:
+    with pytest.raises(ImageError, match=r"unreadable: ValueError: gray values from .* are read from 0 to 65,535"):
+        gray(values, dtype)
+
+
+def test_sixteen_bits_and_a_transparent_color_are_kept() -> None:
+    """A PNG's transparent gray or color has as many bits as its pixels."""
+    clear = Image.fromarray(np.array([[0, 0x1234, 0x1235]], dtype=np.uint16))
+    assert [pixel[0] for pixel in np.asarray(decode(encode(clear, transparency=0x1234)))[0]] == [0, 255, 0x12]
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" + struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0, 0, 0))
+    parts = [(b"IHDR", header), (b"tRNS", struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)), (b"IDAT", pixels), (b"IEND", b"")]
+    image = decode(PNG_SIGNATURE + b"".join(chunk(*part) for part in parts))
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 0)]
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+MODES = ["1", "CMYK", "F", "HSV", "I", "I;16", "I;16B", "L", "LA", "La", "LAB", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_mode_is_clipped_to_black_or_white(mode: str) -> None:
+    """Bright and dark halves stay apart, as bright as they were."""
+    plain = Image.new("L", (8, 1), 40)
+    plain.paste(200, (4, 0, 8, 1))
+    if mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(plain).astype(np.uint16) * 257).astype(">u2" if mode.endswith("B") else "<u2"))
+    elif mode in ("La", "RGBa"):
+        image = plain.convert(mode.upper()).convert(mode)
+    elif mode in ("HSV", "LAB", "YCbCr", "CMYK", "RGBX"):
+        image = plain.convert("RGB").convert(mode)
+    else:
+        image = plain.convert("P").convert("PA") if mode == "PA" else plain.convert(mode)
+    dark, bright = (to_rgb(image).getpixel((x, 0)) for x in (1, 6))
+    assert max(dark) == min(dark) == 0 if mode == "1" else all(abs(value - 40) <= 6 for value in dark)
+    assert all(abs(value - (255 if mode == "1" else 200)) <= 6 for value in bright)
+
+
+def test_any_flipped_bit_of_a_pngs_pixels_is_found() -> None:
+    data = encode(noise(24, 24))
+    start = data.index(b"IDAT")
+    rng = np.random.default_rng(0)
+    for position in rng.integers(start, len(data) - 16, size=300):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        with pytest.raises(ImageError, match="PNG"):
+            decode(bytes(damaged))
+
+
+def test_damaged_metadata_is_no_reason_to_lose_a_picture() -> None:
+    image = noise(9, 9)
+    information = PngInfo()
+    information.add_text("Comment", "a picture")
+    data = bytearray(encode(image, pnginfo=information))
+    data[data.index(b"tEXt") + 6] ^= 1
+    assert np.array_equal(np.asarray(decode(bytes(data))), np.asarray(image))

@@ -67,6 +67,23 @@ def test_edits_name_originals_before_and_after_them(tmp_path: Path) -> None:
     assert pq.read_schema(tmp_path / "manifest.parquet").equals(MANIFEST_SCHEMA)
 
 
+def test_a_key_of_several_images_names_no_original(tmp_path: Path) -> None:
+    """The first was taken without a word."""
+
+    def edits() -> Iterator[SourceRow]:
+        for row, key, original in zip(rows(4), ["a", "a", "b", "c"], [None, None, "a", "b"], strict=True):
+            row.key, row.edited_from = key, original
+            row.other_keys = ["b"] if key == "b" else []
+            yield row
+
+    counts = pack(edits(), tmp_path, 32)
+    frame = read_manifest(tmp_path)
+    assert frame["edited_from"].tolist()[3] == frame["id"][2]
+    assert frame["problem"].tolist() == [None, None, "ambiguous_original", None]
+    assert frame["detail"][2] == "edited_from: several rows have the key 'a'"
+    assert (counts["problems"], counts["merged_rows"]) == (1, 1)
+
+
 def test_lists_structs_and_conditions_are_read_back(tmp_path: Path) -> None:
     full = SourceRow(
         "a", "line 1", b"image", ["one", "two"], "MIT", "me", "test", objects=[("cat", (0.5, 1, 2, 3))], questions=[("q?", ["yes", "y"])],

@@ -1,20 +1,26 @@
 """The folder source: a directory of images with a CSV, TSV, JSON Lines or parquet manifest, one record a row.
 
 Columns of the file are named as ours, or mapped in ``ingest.folder.columns`` (``{captions: title}``: our column -> the file's). Required:
-``image`` (path relative to ``ingest.path``), ``captions`` (text, or a JSON list of texts) and ``licence``, unless ``ingest.folder.license``
-states one for all. In text files, lists and mappings are JSON. A row with an error is yielded with its ``problem``, never dropped.
+``image`` (path relative to ``ingest.path``), ``captions`` (text, or a list of texts) and ``licence``, unless ``ingest.folder.license``
+states one for all. In text files, lists and mappings are JSON. A row with an error is yielded with its ``problem``, never dropped. Rows of
+the same image, as in collections with a row for each caption, become one record.
 """
 
 from __future__ import annotations
 
+import os
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cm3leon.config.schema import FolderConfig
-from cm3leon.data.manifest import Problem, SourceRow
+from cm3leon.data.cells import RowProblem, captions_of, malformed, objects_of, questions_of, reasoning_of, structure_of, text_of
+from cm3leon.data.manifest import SourceRow
+from cm3leon.data.merging import merge_rows
 from cm3leon.data.sources import SourceError
-from cm3leon.data.tables import parse_json, read_table
+from cm3leon.data.tables import read_table
 
 MANIFEST_COLUMNS = (
     "image", "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions", "reasoning",
@@ -25,34 +31,64 @@ ALIASES = {"captions": ("captions", "caption"), "licence": ("licence", "license"
 """Columns of the file that are read, in this order, for one of ours that no mapping names."""
 
 
-class _RowProblem(ValueError):
-    """An error in one row: a reason code and a detail."""
+class _Cells(NamedTuple):
+    """The cells of a row by our columns, where the row is, and what is wrong with its syntax."""
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+    values: dict[str, Any]
+    origin: str
+    fault: str | None
 
 
 def rows(config: FolderConfig, path: Path) -> Iterator[SourceRow]:
-    """Every row of the manifest ``path / config.manifest``, with its image files read.
+    """Every row of the manifest ``path / config.manifest``, with its image files read; with ``merge``, one for each image path.
 
     Problems found here: ``missing`` (no image is named, or no such file), ``path_outside_root`` (absolute, through ``..`` or a symbolic
     link), ``unreadable`` (the file cannot be read), ``malformed_row`` (a cell cannot be parsed).
 
     Raises:
-        SourceError: if the manifest does not exist, lacks a required column, or has no rows.
+        SourceError: if the manifest does not exist, lies outside of ``path``, lacks a required column, or has no rows.
     """
     manifest = path / config.manifest
-    found, table_rows = read_table(manifest)
-    mapping = _mapping(config, manifest, found)
     root = path.resolve()
+    if not Path(os.path.normpath(path.absolute() / config.manifest)).is_relative_to(os.path.normpath(path.absolute())):
+        raise SourceError(
+            f"ingest.folder.manifest {config.manifest} lies outside of ingest.path {path}, the only place in which ingest notices that "
+            f"files change; move it there, or let ingest.path name the directory above both"
+        )
+    found, _ = read_table(manifest)
+    mapping = _mapping(config, manifest, found)
+    counts = _images(manifest, mapping["image"]) if config.merge == "image" else Counter()
+    waiting: dict[str, list[_Cells]] = {}
     empty = True
-    for location, table_cells, fault in table_rows:
+    for location, table_cells, fault in read_table(manifest)[1]:
         empty = False
-        cells = {ours: table_cells.get(theirs) for ours, theirs in mapping.items()}
-        yield _row(cells, f"{config.manifest} {location}", fault, root, config)
+        cells = _Cells({ours: table_cells.get(theirs) for ours, theirs in mapping.items()}, f"{config.manifest} {location}", fault)
+        name = _image_name(cells.values)
+        if name is None or counts[name] < 2:
+            yield _row(cells, root, config)
+            continue
+        own = waiting.setdefault(name, [])
+        own.append(cells)
+        if len(own) == counts[name]:
+            first, *others = waiting.pop(name)
+            row = _row(first, root, config)
+            yield from merge_rows([row, *(_row(other, root, config, read=row.image is None) for other in others)])
     if empty:
         raise SourceError(f"{manifest} has columns ({', '.join(found)}) but no rows; add one row for each image")
+
+
+def _images(manifest: Path, column: str) -> Counter[str]:
+    """The number of rows of each image path."""
+    names = (_image_name({"image": cells.get(column)}) for _, cells, _ in read_table(manifest)[1])
+    return Counter(name for name in names if name is not None)
+
+
+def _image_name(cells: dict[str, Any]) -> str | None:
+    try:
+        name = text_of(cells.get("image"))
+    except RowProblem:
+        return None
+    return name and os.path.normpath(name)
 
 
 def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str, str]:
@@ -83,48 +119,46 @@ def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str
     return mapping
 
 
-def _row(cells: dict[str, Any], origin: str, fault: str | None, root: Path, config: FolderConfig) -> SourceRow:
-    """One row with its problems, and with every cell that could be parsed."""
-    problems = [_RowProblem("malformed_row", fault)] if fault else []
+def _row(cells: _Cells, root: Path, config: FolderConfig, read: bool = True) -> SourceRow:
+    """One row with its problems, and with every cell that could be parsed; without its image if it is not to be read."""
+    values, origin, fault = cells
+    problems = [RowProblem("malformed_row", fault)] if fault else []
 
-    def attempt(column: str, parse: Any, default: Any) -> Any:
+    def attempt(column: str, parse: Any, default: Any = None) -> Any:
         try:
-            return parse(cells.get(column))
-        except _RowProblem as problem:
-            problems.append(_RowProblem(problem.reason, f"{column}: {problem.detail}"))
+            return parse(values.get(column))
+        except RowProblem as problem:
+            problems.append(RowProblem(problem.reason, f"{column}: {problem.detail}"))
             return default
 
-    name = _text(cells.get("image"))
-    image = attempt("image", lambda cell: _read(root, _text(cell)), None)
+    def text(column: str) -> str | None:
+        found: str | None = attempt(column, text_of)
+        return found
+
+    name = _image_name(values)
     row = SourceRow(
-        key=_text(cells.get("key")) or name or origin,
+        key=text("key") or name or origin,
         origin=origin,
-        image=image,
+        image=attempt("image", lambda cell: _read(root, text_of(cell))) if read else None,
         extension=_extension(name),
-        captions=attempt("captions", _captions, []),
-        licence=_text(cells.get("licence")) or config.license,
-        attribution=_text(cells.get("attribution")) or config.attribution,
-        source=_text(cells.get("source")) or config.source,
-        group=_text(cells.get("group")),
-        long_caption=_text(cells.get("long_caption")),
-        objects=attempt("objects", _objects, []),
-        questions=attempt("questions", _questions, []),
-        reasoning=attempt("reasoning", _reasoning, []),
-        instruction=_text(cells.get("instruction")),
-        edited_from=_text(cells.get("edited_from")),
+        captions=attempt("captions", captions_of, []),
+        licence=text("licence") or config.license,
+        attribution=text("attribution") or config.attribution,
+        source=text("source") or config.source,
+        group=text("group"),
+        long_caption=text("long_caption"),
+        objects=attempt("objects", objects_of, []),
+        questions=attempt("questions", questions_of, []),
+        reasoning=attempt("reasoning", reasoning_of, []),
+        instruction=text("instruction"),
+        edited_from=text("edited_from"),
         conditions=attempt("conditions", lambda cell: _conditions(root, cell), {}),
-        text_in_image=_text(cells.get("text_in_image")),
+        text_in_image=text("text_in_image"),
     )
     if problems:
         row.problem = ",".join(dict.fromkeys(problem.reason for problem in problems))
         row.detail = "; ".join(problem.detail for problem in problems)
     return row
-
-
-def _text(cell: Any) -> str | None:
-    """Text without surrounding blanks; None for an empty cell."""
-    text = "" if cell is None or cell != cell else str(cell).strip()  # NaN is an empty cell of a parquet file
-    return text or None
 
 
 def _extension(name: str | None) -> str:
@@ -135,104 +169,31 @@ def _extension(name: str | None) -> str:
 def _read(root: Path, name: str | None) -> bytes:
     """The bytes of a file under ``root``."""
     if name is None:
-        raise _RowProblem("missing", "the cell is empty")
-    try:
-        file = (root / name).resolve()
-        if not file.is_relative_to(root):
-            raise _RowProblem("path_outside_root", name)
-        return file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise _RowProblem("missing", f"{name} is no file") from None
-    except (OSError, RuntimeError) as error:
-        raise _RowProblem("unreadable", f"{name}: {getattr(error, 'strerror', None) or error}") from None
-    except _RowProblem:
-        raise
-    except ValueError as error:  # a null byte in the name
-        raise _RowProblem("malformed_row", f"{name!r}: {error}") from None
-
-
-def _json(cell: Any, expected: str) -> Any:
-    """A list or mapping: unchanged from parquet and JSON Lines, parsed from a text cell; None for an empty cell."""
-    if not isinstance(cell, str):
-        return None if cell is None or (isinstance(cell, float) and cell != cell) else cell
-    if not cell.strip():
-        return None
-    try:
-        return parse_json(cell)
-    except ValueError as error:
-        raise _RowProblem("malformed_row", f"expected {expected}, {error} in {cell[:60]!r}") from None
-
-
-def _captions(cell: Any) -> list[str]:
-    value = cell
-    if isinstance(cell, str):
-        value = [cell]
-        if cell.lstrip().startswith("["):
-            try:
-                parsed = parse_json(cell)
-                value = parsed if isinstance(parsed, list) else value
-            except ValueError:
-                if cell.lstrip().startswith('["'):  # else it is a caption that begins with a bracket
-                    raise _RowProblem("malformed_row", f"the JSON list is broken: {cell[:60]!r}") from None
-    value = [] if value is None or value != value else value
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise _RowProblem("malformed_row", f"expected text or a list of texts, found {str(cell)[:60]!r}")
-    return [item.strip() for item in value]
-
-
-def _objects(cell: Any) -> list[tuple[str, tuple[float, float, float, float]]]:
-    expected = 'a JSON list of {"label": ..., "box": [x0, y0, x1, y1]}'
-    value = _json(cell, expected)
-    try:
-        objects = [(_text(item["label"]) or "", tuple(float(number) for number in item["box"])) for item in value or []]
-    except (KeyError, TypeError, ValueError):
-        raise _RowProblem("malformed_row", f"expected {expected}, found {str(cell)[:60]!r}") from None
-    if any(len(box) != 4 for _, box in objects):
-        raise _RowProblem("malformed_row", f"a box has other than four numbers: {str(cell)[:60]!r}")
-    if not all(label for label, _ in objects):
-        raise _RowProblem("malformed_row", f"an object's label is empty: {str(cell)[:60]!r}")
-    return objects  # type: ignore[return-value]
-
-
-def _questions(cell: Any) -> list[tuple[str, list[str]]]:
-    expected = 'a JSON list of {"question": ..., "answers": [...]}'
-    value = _json(cell, expected)
-    questions = []
-    try:
-        for item in value or []:
-            answers = item["answers"] if "answers" in item else item["answer"]
-            texts = [_text(answer) or "" for answer in ([answers] if isinstance(answers, str) else answers)]
-            questions.append((_text(item["question"]) or "", texts))
-    except (KeyError, TypeError):
-        raise _RowProblem("malformed_row", f"expected {expected}, found {str(cell)[:60]!r}") from None
-    if any(not question or not answers or "" in answers for question, answers in questions):
-        raise _RowProblem("malformed_row", f"a question, its list of answers or an answer is empty: {str(cell)[:60]!r}")
-    return questions
-
-
-def _reasoning(cell: Any) -> list[Problem]:
-    expected = (
-        'a JSON list of {"question": ..., "options": two or more, "answer": one of them, "explanation": ..., "context": may be left out}'
-    )
-    value = _json(cell, expected)
-    problems = []
-    try:
-        for item in value or []:
-            texts = {name: _text(item[name]) or "" for name in ("question", "answer", "explanation")}
-            options = [_text(option) or "" for option in item["options"]]
-            if "" in [*texts.values(), *options] or texts["answer"] not in options or len(options) < 2:
-                raise ValueError
-            problems.append(Problem(options=options, context=_text(item.get("context")) or "", **texts))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise _RowProblem("malformed_row", f"expected {expected}, found {str(cell)[:60]!r}") from None
-    return problems
+        raise RowProblem("missing", "the cell is empty")
+    # A name with accents may have been composed by one program, and decomposed by another (Unicode's forms NFC and NFD).
+    for form in dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]):
+        try:
+            file = (root / form).resolve()
+            if not file.is_relative_to(root):
+                raise RowProblem("path_outside_root", name)
+            return file.read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            continue
+        except (OSError, RuntimeError) as error:
+            raise RowProblem("unreadable", f"{name}: {getattr(error, 'strerror', None) or error}") from None
+        except RowProblem:
+            raise
+        except ValueError as error:  # a null byte in the name
+            raise RowProblem("malformed_row", f"{name!r}: {error}") from None
+    raise RowProblem("missing", f"{name} is no file")
 
 
 def _conditions(root: Path, cell: Any) -> dict[str, bytes]:
     expected = 'a JSON mapping of kind to image path, {"edges": "edges/1.png"}'
-    value = _json(cell, expected)
+    value = structure_of(cell, expected)
     if isinstance(value, list) and all(isinstance(item, dict) and {"kind", "image"} <= set(item) for item in value):
-        value = {item["kind"]: item["image"] for item in value}
+        value = {text_of(item["kind"]): item["image"] for item in value}
     if value is not None and not isinstance(value, dict):
-        raise _RowProblem("malformed_row", f"expected {expected}, found {str(cell)[:60]!r}")
-    return {str(kind): _read(root, _text(name)) for kind, name in (value or {}).items() if _text(name)}
+        raise malformed(expected, cell)
+    names = {kind: text_of(name) for kind, name in (value or {}).items()}
+    return {str(kind): _read(root, name) for kind, name in names.items() if kind and name}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,21 @@ def test_only_files_under_the_root_are_read(tmp_path: Path, image: str, problem:
         {"caption": '["a", '},
         {"caption": "[1, 2]"},
         {"caption": '["\\ud800"]'},
+        {"caption": "['a cat' 5]"},
+        {"caption": "[['a cat', 'the cat'], ['a dog']]"},
+        {"caption": "array(['a cat', 'the cat'], dtype=object)"},
+        {"caption": "['a cat' ... 'the cat']"},
+        {"caption": "['a cat"},
+        {"caption": '{"text": "a cat"}'},
+        {"caption": "[" * 100_000},
+        {"objects": '[{"label": ["cat", "dog"], "box": [0, 0, 1, 1]}]'},
+        {"objects": '[{"label": {"id": 3}, "box": [0, 0, 1, 1]}]'},
+        {"objects": '[{"label": "x", "box": [0, 0, 1, 1' + "0" * 400 + "]}]"},
+        {"questions": '[{"question": "What?", "answers": [{"text": "net"}]}]'},
+        {"questions": '[{"question": ["What?"], "answers": ["net"]}]'},
+        {"questions": "[" * 100_000},
+        {"reasoning": '[{"question": "Which?", "options": [["a"], "b"], "answer": "b", "explanation": "x"}]'},
+        {"conditions": '{"edges": ["images/a.png"]}'},
     ],
 )
 def test_a_broken_cell_is_a_problem_of_its_row(tmp_path: Path, cells: dict[str, str]) -> None:
@@ -116,6 +132,124 @@ def test_a_broken_cell_is_a_problem_of_its_row(tmp_path: Path, cells: dict[str, 
     assert row.problem == "malformed_row"
     assert next(iter(cells))[:5] in (row.detail or "")
     assert row.image == b"picture"
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ("['a cat', 'the cat']", ["a cat", "the cat"]),
+        ('["a cat", "the cat"]', ["a cat", "the cat"]),
+        ("['a cat' \"the cat's\"\n 'a dog']", ["a cat", "the cat's", "a dog"]),
+        ("('a cat', 'the cat')", ["a cat", "the cat"]),
+        ("('a cat',)", ["a cat"]),
+        (" [ 'a \\'fat\\' cat' ] ", ["a 'fat' cat"]),
+        ("[]", []),
+        ("\u200b\ufeff", []),
+        ("\ufeffa cat", ["a cat"]),
+        ("[Photo] a cat", ["[Photo] a cat"]),
+        ("(a cat)", ["(a cat)"]),
+        ('("a cat")', ['("a cat")']),
+        ("{a cat}", ["{a cat}"]),
+        ("'a cat' and 'a dog'", ["'a cat' and 'a dog'"]),
+    ],
+)
+def test_captions_are_read_as_programs_write_lists(tmp_path: Path, cell: str, expected: list[str]) -> None:
+    row = one(tmp_path, caption=cell)
+    assert (row.problem, row.captions) == (None, expected)
+
+
+def test_structures_are_never_turned_into_text(tmp_path: Path) -> None:
+    answers = [{"answer": "net", "answer_id": 1}, {"answer": 3, "answer_id": 2}]
+    objects = [{"label": {"id": 17, "name": "cat"}, "box": [0, 0, 1, 1]}]
+    record = {"image": "images/a.png", "caption": "a cat", "licence": "MIT", "objects": objects}
+    record["questions"] = [{"question": "What?", "answers": answers}, {"question": "Who?", "answers": answers[0]}]
+    row = next(rows(FolderConfig(manifest="manifest.jsonl"), collection(tmp_path, [record], "manifest.jsonl")))
+    assert row.problem is None, row.detail
+    assert row.questions == [("What?", ["net", "3"]), ("Who?", ["net"])] and row.objects == [("cat", (0, 0, 1, 1))]
+    for column in ("licence", "attribution", "source", "id", "group", "long_caption", "instruction", "edited_from", "text_in_image"):
+        for wrong in ({"a": 1}, ["a"]):
+            bad = {**record, column: wrong}
+            row = next(rows(FolderConfig(manifest="manifest.jsonl"), collection(tmp_path, [bad], "manifest.jsonl")))
+            assert row.problem == "malformed_row" and f"{column.replace('id', 'key')}: expected text" in (row.detail or "")
+
+
+def test_a_name_is_found_however_its_accents_are_encoded(tmp_path: Path) -> None:
+    collection(tmp_path, [])
+    composed, decomposed = (unicodedata.normalize(form, "images/caf\u00e9.png") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    (tmp_path / decomposed).write_bytes(b"one")
+    assert one(tmp_path, image=composed).image == b"one"
+    (tmp_path / composed).write_bytes(b"two")
+    assert [one(tmp_path, image=name).image for name in (composed, decomposed)] == [b"two", b"one"]
+
+
+def pictures(root: Path, records: list[dict[str, Any]]) -> list[SourceRow]:
+    """The rows of a manifest of images ``a``, ``b`` ..., each of which holds its name."""
+    collection(root, [])
+    for record in records:
+        (root / "images" / f"{record['image']}.png").write_bytes(record["image"].encode())
+    named = [{"licence": "MIT", **record, "image": f"images/{record['image']}.png"} for record in records]
+    with (root / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(named[0]))
+        writer.writeheader()
+        writer.writerows(named)
+    return list(rows(FolderConfig(), root))
+
+
+def test_rows_of_one_image_become_one_record(tmp_path: Path) -> None:
+    """As in Flickr8k and exports of COCO: a row for each caption."""
+    records = [{"image": name, "caption": f"{name} {number}", "id": f"{name}#{number}"} for number in range(5) for name in "abc"]
+    records.append({"image": "d", "caption": "d", "id": "d"})
+    found = pictures(tmp_path, records)
+    assert {row.image: row.captions for row in found} == {
+        b"d": ["d"],
+        **{name.encode(): [f"{name} {number}" for number in range(5)] for name in "abc"},
+    }
+    assert all(row.problem is None for row in found)
+    first = next(row for row in found if row.image == b"a")
+    assert (first.key, first.other_keys) == ("a#0", ["a#1", "a#2", "a#3", "a#4"])
+    assert first.origin == "manifest.csv line 2, 5, 8, 11, 14"
+    assert len(found) + sum(len(row.other_keys) for row in found) == len(records)
+    single = list(rows(FolderConfig(merge="none"), tmp_path))
+    assert len(single) == len(records) and all(row.image for row in single)
+
+
+def test_rows_that_contradict_each_other_stay_apart(tmp_path: Path) -> None:
+    found = pictures(
+        tmp_path,
+        [
+            {"image": "a", "caption": "one", "attribution": "me", "objects": ""},
+            {"image": "a", "caption": "two", "attribution": "", "objects": '[{"label": "cat", "box": [0, 0, 1, 1]}]'},
+            {"image": "a", "caption": "three", "attribution": "you", "objects": ""},
+            {"image": "a", "caption": "four", "attribution": "me", "objects": "[{"},
+            {"image": "a", "caption": "one", "attribution": "me", "objects": ""},
+        ],
+    )
+    assert [(row.captions, row.attribution, row.problem) for row in found] == [
+        (["one", "two"], "me", None),
+        (["three"], "you", None),
+        (["four"], "me", "malformed_row"),
+    ]
+    assert found[0].objects == [("cat", (0, 0, 1, 1))]
+    assert all(row.image == b"a" for row in found)
+
+
+def test_every_row_of_a_missing_image_is_told(tmp_path: Path) -> None:
+    records = [{"image": "images/gone.png", "caption": f"caption {number}", "licence": "MIT"} for number in range(3)]
+    found = list(rows(FolderConfig(), collection(tmp_path, records)))
+    assert [row.problem for row in found] == ["missing"] * 3
+
+
+@pytest.mark.parametrize("manifest", ["../labels.csv", "images/../../labels.csv", "{outside}/labels.csv"])
+def test_a_manifest_outside_of_the_collection_is_refused(tmp_path: Path, manifest: str) -> None:
+    """DVC tracks ingest.path alone, and would not notice that the manifest has changed."""
+    root = collection(tmp_path / "root", [])
+    (tmp_path / "labels.csv").write_text("image,caption,licence\nimages/a.png,x,MIT\n")
+    with pytest.raises(SourceError, match=r"lies outside of ingest\.path .*, the only place in which ingest notices"):
+        list(rows(FolderConfig(manifest=manifest.format(outside=tmp_path)), root))
+    (root / "inside.csv").write_text("image,caption,licence\nimages/a.png,x,MIT\n")
+    for inside in ("images/../inside.csv", str(root / "inside.csv")):
+        assert [row.captions for row in rows(FolderConfig(manifest=inside), root)] == [["x"]]
 
 
 def test_a_row_has_all_its_problems(tmp_path: Path) -> None:

@@ -1,0 +1,13 @@
+"""Texts of people: what of them can be seen."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_INVISIBLE = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+"""Letters and symbols without a glyph: fillers of Hangul, and the empty Braille pattern."""
+
+
+def is_blank(text: str) -> bool:
+    """True if nothing of a text can be seen: blanks, control and zero-width characters, byte order marks, marks without a letter."""
+    return all(character in _INVISIBLE or unicodedata.category(character)[0] in "CZM" for character in text)
