@@ -66,6 +66,11 @@ def is_empty(cell: Any) -> bool:
 
 def text_of(cell: Any) -> str | None:
     """Text without surrounding blanks; None for an empty cell. A number is its digits."""
+    if isinstance(cell, bytes):
+        try:
+            cell = cell.decode()
+        except UnicodeDecodeError:
+            raise malformed("text in UTF-8", cell) from None
     if is_empty(cell):
         return None
     if not isinstance(cell, (str, int, float)):
@@ -78,8 +83,8 @@ def captions_of(cell: Any) -> list[str]:
     if is_empty(cell):
         return []
     value = _written_list(cell) if isinstance(cell, str) else cell
-    if isinstance(value, str):
-        return [_trimmed(value)]
+    if isinstance(value, (str, int, float, bytes)):
+        return [text_of(value) or ""]
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
         raise malformed("text or a list of texts", cell)
     return [_trimmed(item) for item in value]

@@ -1,9 +1,9 @@
 """The folder source: a directory of images with a CSV, TSV, JSON Lines or parquet manifest, one record a row.
 
 Columns of the file are named as ours, or mapped in ``ingest.folder.columns`` (``{captions: title}``: our column -> the file's). Required:
-``image`` (path relative to ``ingest.path``), ``captions`` (text, or a list of texts) and ``licence``, unless ``ingest.folder.license``
-states one for all. In text files, lists and mappings are JSON. A row with an error is yielded with its ``problem``, never dropped. Rows of
-the same image, as in collections with a row for each caption, become one record.
+``image`` (path relative to ``ingest.path``; in parquet files also an encoded image), ``captions`` (text, or a list of texts) and
+``licence``, unless ``ingest.folder.license`` states one for all. In text files, lists and mappings are JSON. A row with an error is yielded
+with its ``problem``, never dropped. Rows of the same image, as in collections with a row for each caption, become one record.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def rows(config: FolderConfig, path: Path) -> Iterator[SourceRow]:
         )
     found, _ = read_table(manifest)
     mapping = _mapping(config, manifest, found)
-    counts = _images(manifest, mapping["image"]) if config.merge == "image" else Counter()
+    counts = _images(manifest, mapping["image"]) if config.merge == "image" else Counter[str]()
     waiting: dict[str, list[_Cells]] = {}
     empty = True
     for location, table_cells, fault in read_table(manifest)[1]:
@@ -84,8 +84,12 @@ def _images(manifest: Path, column: str) -> Counter[str]:
 
 
 def _image_name(cells: dict[str, Any]) -> str | None:
+    """The path of a row's image; None if it has none, or holds the image itself."""
+    cell = cells.get("image")
+    if isinstance(cell, dict):
+        cell = None if cell.get("bytes") else cell.get("path")
     try:
-        name = text_of(cells.get("image"))
+        name = None if isinstance(cell, bytes) else text_of(cell)
     except RowProblem:
         return None
     return name and os.path.normpath(name)
@@ -105,7 +109,7 @@ def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str
     # 2. The other columns by their known names, the first that the file has.
     mapping = dict(config.columns)
     for ours in MANIFEST_COLUMNS:
-        known = next((name for name in ALIASES.get(ours, (ours,)) if name in found), None)
+        known = next((name for alias in ALIASES.get(ours, (ours,)) for name in found if name.lower() == alias), None)
         if ours not in mapping and known is not None:
             mapping[ours] = known
     # 3. A license may come from the parameters instead, the same for all rows.
@@ -139,7 +143,7 @@ def _row(cells: _Cells, root: Path, config: FolderConfig, read: bool = True) -> 
     row = SourceRow(
         key=text("key") or name or origin,
         origin=origin,
-        image=attempt("image", lambda cell: _read(root, text_of(cell))) if read else None,
+        image=attempt("image", lambda cell: _image(root, cell)) if read else None,
         extension=_extension(name),
         captions=attempt("captions", captions_of, []),
         licence=text("licence") or config.license,
@@ -166,6 +170,14 @@ def _extension(name: str | None) -> str:
     return suffix if suffix.isascii() and suffix.isalnum() and len(suffix) <= 5 else "bin"
 
 
+def _image(root: Path, cell: Any) -> bytes:
+    """The bytes of an image: of the file that a cell names, or the cell's own, as Hugging Face's ``datasets`` writes parquet files."""
+    given = cell.get("bytes") if isinstance(cell, dict) else cell
+    if isinstance(given, bytes) and given:
+        return given
+    return _read(root, text_of(cell.get("path") if isinstance(cell, dict) else cell))
+
+
 def _read(root: Path, name: str | None) -> bytes:
     """The bytes of a file under ``root``."""
     if name is None:
@@ -185,6 +197,8 @@ def _read(root: Path, name: str | None) -> bytes:
             raise
         except ValueError as error:  # a null byte in the name
             raise RowProblem("malformed_row", f"{name!r}: {error}") from None
+    if "://" in name:
+        raise RowProblem("missing", f"{name} is a URL: download the images, and name their files")
     raise RowProblem("missing", f"{name} is no file")
 
 

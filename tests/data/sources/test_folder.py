@@ -283,9 +283,35 @@ def test_errors_of_the_configuration_and_the_file_are_named(tmp_path: Path) -> N
         (b"image,caption,licence\n", "no rows"),
         (b"", "is empty"),
         (b"image,caption,caption\n", "names a column twice: caption"),
-        (b"image,caption,licence\na,\xff,MIT\n", "not UTF-8"),
+        (b"image,caption,licence\na,\xff,MIT\n", "line 2, is not UTF-8"),
         (b'image,caption,licence\na,"open,MIT\n', "begins on line 2"),
     ]:
         (tmp_path / "manifest.csv").write_bytes(content)
         with pytest.raises(SourceError, match=message):
             list(rows(FolderConfig(), tmp_path))
+
+
+def test_a_parquet_file_may_hold_the_images(tmp_path: Path) -> None:
+    """As Hugging Face's ``datasets`` writes them: bytes and path, of which either may be null; paths repeat in the parts of a data set."""
+    collection(tmp_path, [])
+    images = [
+        {"bytes": b"one", "path": "0.png"},
+        {"bytes": b"two", "path": "0.png"},
+        {"bytes": None, "path": "images/a.png"},
+        {"bytes": None, "path": None},
+    ]
+    pd.DataFrame({"image": images, "caption": ["a", "b", "c", "d"], "licence": "MIT"}).to_parquet(tmp_path / "m.parquet")
+    found = list(rows(FolderConfig(manifest="m.parquet"), tmp_path))
+    assert [(row.image, row.captions, row.problem) for row in found] == [
+        (b"one", ["a"], None), (b"two", ["b"], None), (b"picture", ["c"], None), (None, ["d"], "missing"),
+    ]  # fmt: skip
+    pd.DataFrame({"image": [b"one"], "caption": [7], "licence": [b"MIT"]}).to_parquet(tmp_path / "m.parquet")
+    [row] = rows(FolderConfig(manifest="m.parquet"), tmp_path)
+    assert (row.image, row.captions, row.licence, row.problem) == (b"one", ["7"], "MIT", None)
+
+
+def test_headers_are_found_in_any_case_and_a_url_is_told(tmp_path: Path) -> None:
+    collection(tmp_path, [{"Image": "https://example.org/a.png", "Caption": "a cat", "License": "MIT"}])
+    [row] = rows(FolderConfig(), tmp_path)
+    assert (row.captions, row.licence, row.problem) == (["a cat"], "MIT", "missing")
+    assert "is a URL: download the images" in (row.detail or "")
