@@ -53,6 +53,7 @@ class FolderConfig(Section):
     license: str | None = Field(None, description="license (SPDX identifier) of rows that state none")
     attribution: str | None = Field(None, description="attribution of rows that state none")
     source: str = Field("folder", description="source name of rows that state none")
+    max_file_megabytes: float = Field(200.0, gt=0, description="a larger image file is not read: its row is rejected as file_too_large")
 
 
 class IngestConfig(Section):
@@ -78,6 +79,8 @@ class ValidateConfig(Section):
     )
     min_side: int = Field(32, ge=1, description="images with a shorter side are rejected as too_small, pixels")
     max_pixels: int = Field(50_000_000, ge=1, description="images with more pixels are rejected unread as decompression_bomb")
+    max_seconds: float = Field(20.0, gt=0, description="a record whose images take longer to read is rejected as too_expensive")
+    max_megabytes: float = Field(1000.0, gt=0, description="so is one that takes more memory, MB (on Linux)")
     max_caption_characters: int = Field(1000, ge=1, description="records with a longer caption are rejected")
     max_rejected_rate: float = Field(0.2, ge=0, le=1, description="the stage fails if a larger share of the records is rejected")
     near_duplicate_distance: float = Field(

@@ -53,8 +53,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "La":
         image = image.convert("LA")  # Pillow converts it to nothing else
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
     image = image.convert("RGB")
     if note:
         image.info["note"] = note
@@ -102,7 +103,7 @@ def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
         if deep_colors and isinstance(clear, tuple):
             image.info["transparency"] = tuple(value >> 8 for value in clear)
         return to_rgb(image)
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
         raise ImageError("unreadable", f"{len(data)} bytes that are no {', '.join(FORMATS)} file") from None

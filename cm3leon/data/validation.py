@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from cm3leon.config.schema import ValidateConfig
+from cm3leon.data.bounded import bounded_map
 from cm3leon.data.images import ImageError, decode
 from cm3leon.data.manifest import ImageStore, records_of
 from cm3leon.data.thumbnails import thumbnail_of
 from cm3leon.utils.progress import progress
 from cm3leon.utils.texts import is_blank
 
-CHUNK = 64
-"""Images that a thread decodes before it reports progress."""
+NOTED, NOTE_CHARACTERS = 3, 500
+"""Most warnings about an image that are kept, and characters of them."""
 BOX_TOLERANCE = 1.0
 """Pixels by which a box may lie outside of its image, because annotations are rounded."""
 
@@ -34,6 +34,8 @@ RULES = {
     "ambiguous_original": "rows of several images have the key that edited_from names: make the keys unique",
     "unreadable": "truncated, or not an image: replace the file",
     "decompression_bomb": "more pixels than validate.max_pixels: reduce the image",
+    "too_expensive": "reading it takes more than validate.max_seconds or max_megabytes: save it anew, or raise the limit",
+    "file_too_large": "a file of more than ingest.folder.max_file_megabytes: reduce the image, or raise the limit",
     "too_small": "a side shorter than validate.min_side: replace the image",
     "empty_caption": "no caption with text: add one, or map the column with ingest.folder.columns",
     "caption_too_long": "a caption longer than validate.max_caption_characters: shorten it",
@@ -78,7 +80,9 @@ def profile_image(store: ImageStore, ref: str | None, conditions: Sequence[dict[
             image = decode(store.read(ref), max_pixels)
             profile.width, profile.height = image.size
             profile.note = image.info.get("note")
-            profile.pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+            content = hashlib.sha256(f"{image.size}".encode())
+            content.update(image.tobytes())
+            profile.pixels = content.hexdigest()
             profile.thumbnail = thumbnail_of(image)
         except ImageError as error:
             profile.reason, profile.detail = error.reason, error.detail
@@ -90,22 +94,24 @@ def profile_image(store: ImageStore, ref: str | None, conditions: Sequence[dict[
     return profile
 
 
-def profile_images(store: ImageStore, frame: pd.DataFrame, max_pixels: int, workers: int) -> list[Profile]:
-    """Profiles of all records of a raw manifest, in order.
+def profile_images(store: ImageStore, frame: pd.DataFrame, config: ValidateConfig) -> list[Profile]:
+    """Profiles of all records of a raw manifest, in order, by ``config.workers`` processes.
 
-    Decoding releases the interpreter's lock, so ``workers`` threads decode in parallel.
+    A record whose images take longer than ``config.max_seconds``, or more memory than ``config.max_megabytes``, is ``too_expensive``. What
+    Pillow and the libraries that decode warn of is noted.
     """
     rows = list(zip(frame["image"], frame["conditions"], strict=True))
-    chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
 
-    def profile_chunk(chunk: list[tuple[str | None, list[dict[str, str]]]]) -> list[Profile]:
-        return [profile_image(store, ref, conditions, max_pixels) for ref, conditions in chunk]
+    def profile(row: tuple[str | None, list[dict[str, str]]]) -> Profile:
+        return profile_image(store, *row, config.max_pixels)
 
     profiles: list[Profile] = []
-    with ThreadPoolExecutor(workers) as pool, progress("validate: decoding", len(rows), "images") as meter:
-        for profiled in pool.map(profile_chunk, chunks):
-            profiles += profiled
-            meter.advance(len(profiled))
+    with progress("validate: decoding", len(rows), "images") as meter:
+        for done in bounded_map(profile, rows, config.workers, config.max_seconds, config.max_megabytes):
+            found = done.result or Profile(reason="too_expensive", detail=f"took {done.excess}")
+            told = "; ".join(filter(None, [found.note, *done.warnings[:NOTED]]))
+            profiles.append(replace(found, note=told[:NOTE_CHARACTERS] or None))
+            meter.advance(1)
     return profiles
 
 

@@ -66,13 +66,14 @@ def validate(raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: 
     """
     # 1. Profile every image, and apply the rules.
     frame = read_manifest(raw)
-    profiles = profile_images(ImageStore(raw), frame, config.max_pixels, config.workers)
+    profiles = profile_images(ImageStore(raw), frame, config)
     findings = check_rows(frame, profiles, config)
     frame["pixels"] = [profile.pixels for profile in profiles]
     good = np.array([not found for found in findings], dtype=bool)
     frame["width"] = np.array([profile.width for profile in profiles], dtype=np.int32)
     frame["height"] = np.array([profile.height for profile in profiles], dtype=np.int32)
     report = _report(frame, findings, good)
+    report["noted"] = sum(1 for profile, passed in zip(profiles, good, strict=True) if passed and profile.note)
 
     # 2. Quarantine. The files that later stages read are removed first, so that none trains on data that failed validation.
     output.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,8 @@ def validate(raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: 
 
     # 3. Split and clean the accepted records, unless the error would be about too few of them.
     accepted = frame[good].reset_index(drop=True)
-    accepted["detail"] = [profile.note for profile, passed in zip(profiles, good, strict=True) if passed]
+    notes = [profile.note for profile, passed in zip(profiles, good, strict=True) if passed]
+    accepted["detail"] = pd.Series(notes, dtype=object)
     frames = {"counts": pd.DataFrame([{name: report[name] for name in ("read", "accepted", "rejected", "rejected_rate", "unaccounted")}])}
     if not problems:
         components, report["parts"] = _components(frame, profiles, good, config)
@@ -201,6 +203,8 @@ def _print(report: dict[str, Any]) -> None:
     table = Table("metric", "records", title=f"validate: {paths.VALIDATED}")
     for name in ("read", "accepted", "rejected"):
         table.add_row(name, f"{report[name]:,}")
+    if report["noted"]:
+        table.add_row("accepted, with a note in detail", f"{report['noted']:,}")
     for title in ("reasons", "splits", "parts", "cleaned"):
         for name, count in report[title].items():
             table.add_row(f"{title}: {name}", f"{count:,}")

@@ -6,6 +6,8 @@ import json
 import os
 import random
 import re
+import time
+import warnings
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,10 +19,12 @@ import pytest
 from PIL import Image
 
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, IngestConfig, ShapesConfig, ValidateConfig
+from cm3leon.config.schema import Config, FolderConfig, IngestConfig, ShapesConfig, ValidateConfig
+from cm3leon.data import images, validation
 from cm3leon.data.expectations import check, flat_frame
 from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.packing import pack
+from cm3leon.data.sources import folder
 from cm3leon.data.thumbnails import read_thumbnails
 from cm3leon.stages import ingest
 from cm3leon.stages import validate as validate_stage
@@ -301,3 +305,29 @@ def test_real_collections_pass(tmp_path: Path, name: str, accepted: int, rejecte
     if name == "photos":
         assert {len(captions) for captions in frame["captions"]} == {5}
         assert sum(map(len, frame["objects"])) > 100
+
+
+def test_expensive_images_are_quarantined_and_warnings_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A progressive JPEG of a thousand scans took 39 s; warnings that named no row were most of a log."""
+    records = good_rows(tmp_path, 12)
+    write(tmp_path, records)
+    slow, odd = ((tmp_path / records[row]["image"]).read_bytes() for row in (3, 5))
+    plain = images.decode
+
+    def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
+        if data == slow:
+            time.sleep(60)
+        if data == odd:
+            warnings.warn("Corrupt EXIF data", stacklevel=1)
+            os.write(2, b"TIFFFetchNormalTag: incompatible type\n")
+        return plain(data, max_pixels)
+
+    monkeypatch.setattr(validation, "decode", decode)
+    pack(folder.rows(FolderConfig(), tmp_path), tmp_path / "raw", 32)
+    config = ValidateConfig(max_seconds=1.0, licenses=["CC0-1.0", "MIT"])
+    report = validate(tmp_path / "raw", tmp_path / "validated", tmp_path / "docs", config, 0)
+    assert (report["accepted"], report["reasons"], report["noted"]) == (11, {"too_expensive": 1}, 1)
+    [rejected] = pd.read_parquet(tmp_path / "validated/rejected.parquet").to_dict("records")
+    assert rejected["detail"] == "took more than 1 seconds" and rejected["origin"] == "manifest.csv line 5"
+    details = read_manifest(tmp_path / "validated")["detail"].tolist()
+    assert [detail for detail in details if detail] == ["Corrupt EXIF data; TIFFFetchNormalTag: incompatible type"]

@@ -9,9 +9,11 @@ with its ``problem``, never dropped. Rows of the same image, as in collections w
 from __future__ import annotations
 
 import os
+import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,13 +45,13 @@ def rows(config: FolderConfig, path: Path) -> Iterator[SourceRow]:
     """Every row of the manifest ``path / config.manifest``, with its image files read; with ``merge``, one for each image path.
 
     Problems found here: ``missing`` (no image is named, or no such file), ``path_outside_root`` (absolute, through ``..`` or a symbolic
-    link), ``unreadable`` (the file cannot be read), ``malformed_row`` (a cell cannot be parsed).
+    link), ``file_too_large``, ``unreadable`` (the file cannot be read), ``malformed_row`` (a cell cannot be parsed).
 
     Raises:
         SourceError: if the manifest does not exist, lies outside of ``path``, lacks a required column, or has no rows.
     """
     manifest = path / config.manifest
-    root = path.resolve()
+    files = _Files(path.resolve(), config.max_file_megabytes)
     if not Path(os.path.normpath(path.absolute() / config.manifest)).is_relative_to(os.path.normpath(path.absolute())):
         raise SourceError(
             f"ingest.folder.manifest {config.manifest} lies outside of ingest.path {path}, the only place in which ingest notices that "
@@ -65,14 +67,14 @@ def rows(config: FolderConfig, path: Path) -> Iterator[SourceRow]:
         cells = _Cells({ours: table_cells.get(theirs) for ours, theirs in mapping.items()}, f"{config.manifest} {location}", fault)
         name = _image_name(cells.values)
         if name is None or counts[name] < 2:
-            yield _row(cells, root, config)
+            yield _row(cells, files, config)
             continue
         own = waiting.setdefault(name, [])
         own.append(cells)
         if len(own) == counts[name]:
             first, *others = waiting.pop(name)
-            row = _row(first, root, config)
-            yield from merge_rows([row, *(_row(other, root, config, read=row.image is None) for other in others)])
+            row = _row(first, files, config)
+            yield from merge_rows([row, *(_row(other, files, config, read=row.image is None) for other in others)])
     if empty:
         raise SourceError(f"{manifest} has columns ({', '.join(found)}) but no rows; add one row for each image")
 
@@ -123,7 +125,7 @@ def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str
     return mapping
 
 
-def _row(cells: _Cells, root: Path, config: FolderConfig, read: bool = True) -> SourceRow:
+def _row(cells: _Cells, files: _Files, config: FolderConfig, read: bool = True) -> SourceRow:
     """One row with its problems, and with every cell that could be parsed; without its image if it is not to be read."""
     values, origin, fault = cells
     problems = [RowProblem("malformed_row", fault)] if fault else []
@@ -143,7 +145,7 @@ def _row(cells: _Cells, root: Path, config: FolderConfig, read: bool = True) -> 
     row = SourceRow(
         key=text("key") or name or origin,
         origin=origin,
-        image=attempt("image", lambda cell: _image(root, cell)) if read else None,
+        image=attempt("image", files.image) if read else None,
         extension=_extension(name),
         captions=attempt("captions", captions_of, []),
         licence=text("licence") or config.license,
@@ -156,7 +158,7 @@ def _row(cells: _Cells, root: Path, config: FolderConfig, read: bool = True) -> 
         reasoning=attempt("reasoning", reasoning_of, []),
         instruction=text("instruction"),
         edited_from=text("edited_from"),
-        conditions=attempt("conditions", lambda cell: _conditions(root, cell), {}),
+        conditions=attempt("conditions", files.conditions, {}),
         text_in_image=text("text_in_image"),
     )
     if problems:
@@ -170,44 +172,59 @@ def _extension(name: str | None) -> str:
     return suffix if suffix.isascii() and suffix.isalnum() and len(suffix) <= 5 else "bin"
 
 
-def _image(root: Path, cell: Any) -> bytes:
-    """The bytes of an image: of the file that a cell names, or the cell's own, as Hugging Face's ``datasets`` writes parquet files."""
-    given = cell.get("bytes") if isinstance(cell, dict) else cell
-    if isinstance(given, bytes) and given:
-        return given
-    return _read(root, text_of(cell.get("path") if isinstance(cell, dict) else cell))
+@dataclass(frozen=True)
+class _Files:
+    """The files of a collection, which lie under ``root``; those of more than ``megabytes`` are not read."""
 
+    root: Path
+    megabytes: float
 
-def _read(root: Path, name: str | None) -> bytes:
-    """The bytes of a file under ``root``."""
-    if name is None:
-        raise RowProblem("missing", "the cell is empty")
-    # A name with accents may have been composed by one program, and decomposed by another (Unicode's forms NFC and NFD).
-    for form in dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]):
-        try:
-            file = (root / form).resolve()
-            if not file.is_relative_to(root):
-                raise RowProblem("path_outside_root", name)
-            return file.read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            continue
-        except (OSError, RuntimeError) as error:
-            raise RowProblem("unreadable", f"{name}: {getattr(error, 'strerror', None) or error}") from None
-        except RowProblem:
-            raise
-        except ValueError as error:  # a null byte in the name
-            raise RowProblem("malformed_row", f"{name!r}: {error}") from None
-    if "://" in name:
-        raise RowProblem("missing", f"{name} is a URL: download the images, and name their files")
-    raise RowProblem("missing", f"{name} is no file")
+    def image(self, cell: Any) -> bytes:
+        """The image of a cell: the file that it names, or the cell's own, as Hugging Face's ``datasets`` writes parquet files."""
+        given = cell.get("bytes") if isinstance(cell, dict) else cell
+        if isinstance(given, bytes) and given:
+            self._check_size("the image", len(given))
+            return given
+        return self.read(text_of(cell.get("path") if isinstance(cell, dict) else cell))
 
+    def conditions(self, cell: Any) -> dict[str, bytes]:
+        """The condition images that a cell names, by kind."""
+        expected = 'a JSON mapping of kind to image path, {"edges": "edges/1.png"}'
+        value = structure_of(cell, expected)
+        if isinstance(value, list) and all(isinstance(item, dict) and {"kind", "image"} <= set(item) for item in value):
+            value = {text_of(item["kind"]): item["image"] for item in value}
+        if value is not None and not isinstance(value, dict):
+            raise malformed(expected, cell)
+        names = {kind: text_of(name) for kind, name in (value or {}).items()}
+        return {str(kind): self.read(name) for kind, name in names.items() if kind and name}
 
-def _conditions(root: Path, cell: Any) -> dict[str, bytes]:
-    expected = 'a JSON mapping of kind to image path, {"edges": "edges/1.png"}'
-    value = structure_of(cell, expected)
-    if isinstance(value, list) and all(isinstance(item, dict) and {"kind", "image"} <= set(item) for item in value):
-        value = {text_of(item["kind"]): item["image"] for item in value}
-    if value is not None and not isinstance(value, dict):
-        raise malformed(expected, cell)
-    names = {kind: text_of(name) for kind, name in (value or {}).items()}
-    return {str(kind): _read(root, name) for kind, name in names.items() if kind and name}
+    def read(self, name: str | None) -> bytes:
+        """The bytes of a file."""
+        if name is None:
+            raise RowProblem("missing", "the cell is empty")
+        # A name with accents may have been composed by one program, and decomposed by another (Unicode's forms NFC and NFD).
+        for form in dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]):
+            try:
+                file = (self.root / form).resolve()
+                if not file.is_relative_to(self.root):
+                    raise RowProblem("path_outside_root", name)
+                status = file.stat()
+                if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                    continue
+                self._check_size(name, status.st_size)
+                return file.read_bytes()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                continue
+            except (OSError, RuntimeError) as error:
+                raise RowProblem("unreadable", f"{name}: {getattr(error, 'strerror', None) or error}") from None
+            except RowProblem:
+                raise
+            except ValueError as error:  # a null byte in the name
+                raise RowProblem("malformed_row", f"{name!r}: {error}") from None
+        if "://" in name:
+            raise RowProblem("missing", f"{name} is a URL: download the images, and name their files")
+        raise RowProblem("missing", f"{name} is no file")
+
+    def _check_size(self, name: str, size: int) -> None:
+        if size > self.megabytes * 1e6:
+            raise RowProblem("file_too_large", f"{name} has {size / 1e6:,.0f} MB, {self.megabytes:,g} allowed")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,17 @@ def test_a_manifest_outside_of_the_collection_is_refused(tmp_path: Path, manifes
     (root / "inside.csv").write_text("image,caption,licence\nimages/a.png,x,MIT\n")
     for inside in ("images/../inside.csv", str(root / "inside.csv")):
         assert [row.captions for row in rows(FolderConfig(manifest=inside), root)] == [["x"]]
+
+
+def test_pipes_and_large_files_are_not_read(tmp_path: Path) -> None:
+    collection(tmp_path, [])
+    os.mkfifo(tmp_path / "images" / "pipe.png")
+    assert one(tmp_path, image="images/pipe.png").problem == "missing"
+    with (tmp_path / "images" / "large.png").open("wb") as file:
+        file.truncate(3 << 30)  # takes no space
+    row = one(tmp_path, image="images/large.png")
+    assert (row.problem, row.image) == ("file_too_large", None)
+    assert row.detail == "image: images/large.png has 3,221 MB, 200 allowed"
 
 
 def test_a_row_has_all_its_problems(tmp_path: Path) -> None:
