@@ -151,9 +151,9 @@ def setup() -> None:
 
 @app.command(rich_help_panel="Project")
 def ui(
-    mlflow_port: Annotated[int, typer.Option(help="port to listen on; the next free one if it is in use")] = 5000,
-    prefect_port: int = 4200,
-    docs_port: int = 8000,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65_535, help="port to listen on; the next free one if it is in use")] = 5000,
+    prefect_port: Annotated[int, typer.Option(min=1, max=65_535)] = 4200,
+    docs_port: Annotated[int, typer.Option(min=1, max=65_535)] = 8000,
 ) -> None:
     """MLflow, Prefect and the Data Docs on 127.0.0.1, until Ctrl-C."""
     from cm3leon.services.local import serve
@@ -163,8 +163,8 @@ def ui(
 
 @app.command(rich_help_panel="Project")
 def up(
-    mlflow_port: Annotated[int, typer.Option(help="port to listen on; the next free one if it is in use")] = 5000,
-    prefect_port: int = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65_535, help="port to listen on; the next free one if it is in use")] = 5000,
+    prefect_port: Annotated[int, typer.Option(min=1, max=65_535)] = 4200,
 ) -> None:
     """MLflow, Prefect, a worker and the deployments on 127.0.0.1, in the background, behind a password; safe to repeat."""
     from cm3leon.services import stack

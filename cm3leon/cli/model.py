@@ -252,7 +252,7 @@ former("reason", "reasoning", reasoning)
 def serve(
     model: Model = CHAMPION,
     host: Annotated[str, typer.Option(help="address to listen on; there is no authentication")] = "127.0.0.1",
-    port: int = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65_535)] = 8000,
     precision: Annotated[
         Literal["float32", "bfloat16", "int8"] | None,
         typer.Option(help="of the weights; by default bfloat16 on a GPU, else float32"),

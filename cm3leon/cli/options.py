@@ -12,7 +12,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,6 +89,9 @@ class ImageCall:
             upscale([image for images in results for image in images], generator)
         save(results, self.out, show_retrieved_documents)
 
+
+OWN_OPTIONS = frozenset(field.name.replace("_", "-") for field in fields(ImageCall) if field.name != "settings")
+"""Options of commands that are no decoding settings."""
 
 # --- registering commands --------------------------------------------------------------------------------------------
 
@@ -212,6 +215,8 @@ def decoding_changes(changes: list[str] | None, named: dict[str, Any]) -> dict[s
         name, equals, value = change.partition("=")
         if not equals:
             raise UsageError(f"--set {change}: write it as name=value")
+        if (option := name.replace("_", "-")) in OWN_OPTIONS:
+            raise UsageError(f"--set {change}: that is an option of its own: --{option} {value}")
         try:
             found[name] = json.loads(value)
         except ValueError:

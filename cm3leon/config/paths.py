@@ -28,6 +28,9 @@ RUNS = Path("models/runs")
 artifacts, so that they depend on data, parameters and code alone, and a stage that gives the same bytes again leaves later stages up to
 date."""
 
+OUTPUTS = (RAW, VALIDATED, TOKENS, NEIGHBORS, Path("models"))
+"""What stages write, and what holds it."""
+
 DATA_DOCS = RUNS / "validate" / "data_docs"
 """Great Expectations' pages of ``validate``, which bear the time of the run; ``index.html`` is the first."""
 

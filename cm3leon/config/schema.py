@@ -8,9 +8,13 @@ Lengths are in tokens, sizes of images in pixels. "Paper" is CM3leon, arXiv 2309
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cm3leon.config import paths
 
 
 class Section(BaseModel):
@@ -68,6 +72,18 @@ class IngestConfig(Section):
     extract_share: float = Field(0.1, ge=0, le=1, description="share of the images for which they are computed")
     shapes: ShapesConfig = ShapesConfig()
     folder: FolderConfig = FolderConfig()
+
+    @field_validator("path")
+    @classmethod
+    def _is_a_place_of_its_own(cls, path: str) -> str:
+        """DVC would take what the stages write for a change of the collection."""
+        place = Path(os.path.normpath(Path.cwd() / path))
+        held = [out for out in paths.OUTPUTS if (Path.cwd() / out).is_relative_to(place) or place.is_relative_to(Path.cwd() / out)]
+        if held:
+            raise ValueError(
+                f"{path!r} holds or is what stages write ({held[0]}): give the collection a directory of its own, as data/source"
+            )
+        return path
 
 
 class ValidateConfig(Section):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from cm3leon.sequence.grammar import Tokens
 from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.utils.device import default_device
+from cm3leon.utils.files import read_file, read_json
 from cm3leon.utils.images import to_channels_first, to_pil
 
 if TYPE_CHECKING:
@@ -161,7 +161,11 @@ def load_bundle(path: Path, device: str | None = None, precision: Precision | No
     """
     if not (path / "decoding.json").is_file():
         raise FileNotFoundError(f"{path} is not a bundle: it has no decoding.json")
-    decoding = current_names(json.loads((path / "decoding.json").read_text()), "decoding")
+
+    def settings(file: Path) -> Any:
+        return read_file(file, read_json, "cm3leon register (or download the bundle anew)")
+
+    decoding = current_names(settings(path / "decoding.json"), "decoding")
     upscaler, retrieval = path / "super_resolution", path / "retrieval.json"
     return load_parts(
         model=path,
@@ -172,7 +176,7 @@ def load_bundle(path: Path, device: str | None = None, precision: Precision | No
         memory_bank=path / "memory_bank",
         tokens=path / "memory_bank" / "tokens",
         super_resolution=upscaler if upscaler.is_dir() else None,
-        retrieval=RetrieveConfig.model_validate_json(retrieval.read_text()) if retrieval.is_file() else None,
+        retrieval=RetrieveConfig.model_validate(settings(retrieval)) if retrieval.is_file() else None,
         device=device,
         precision=precision,
         compiled=compiled,

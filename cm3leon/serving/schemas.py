@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Len
 from PIL import Image
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from cm3leon.data.images import ImageError, decode
 from cm3leon.generation.generator import Generator
@@ -48,7 +48,8 @@ def read_image(value: str, param: str) -> Image.Image:
         ApiError: naming ``param``, if it is not base64, not an image, or too large.
     """
     try:
-        data = base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
+        text = value.partition(",")[2] if value.startswith("data:") else value
+        data = base64.b64decode("".join(text.split()), validate=True)  # lines of 76 characters are base64 too (RFC 2045)
     except ValueError as error:
         raise ApiError(
             400, f"{param}: not base64 ({error}); send the bytes of an image file in base64", param=param, code="image"
@@ -72,6 +73,12 @@ class TaskRequest(BaseModel):
     """Other fields that are no settings of the generator's method."""
 
     model: str | None = Field(None, description="the served model's id; may be left out")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        """Clients that are generated from OpenAI's specification send null for what was not given."""
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     def item(self) -> tuple[Any, ...]:
         """One element for each list that the generator's method takes."""

@@ -89,10 +89,14 @@ def validate(raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: 
     frames = {"counts": pd.DataFrame([{name: report[name] for name in ("read", "accepted", "rejected", "rejected_rate", "unaccounted")}])}
     if not problems:
         components, report["parts"] = _components(frame, profiles, good, config)
-        accepted["split"] = splits.assign_splits(accepted["id"].tolist(), components, seed, config.val_fraction, config.test_fraction)
-        report["splits"] = {name: int((accepted["split"] == name).sum()) for name in SPLITS}
-        accepted, report["cleaned"] = _clean(accepted, frame, good)
-        frames["accepted_rows"] = expectations.flat_frame(accepted, components)
+        try:
+            accepted["split"] = splits.assign_splits(accepted["id"].tolist(), components, seed, config.val_fraction, config.test_fraction)
+        except UserError as error:
+            problems = str(error)
+        else:
+            report["splits"] = {name: int((accepted["split"] == name).sum()) for name in SPLITS}
+            accepted, report["cleaned"] = _clean(accepted, frame, good)
+            frames["accepted_rows"] = expectations.flat_frame(accepted, components)
 
     # 4. The Great Expectations gate, a second look at the result by other code, and the report.
     failed = expectations.check(frames, config, docs)

@@ -269,6 +269,8 @@ def test_documents_texts_and_scores(generator: Recorder) -> None:
     (["text-to-image", "x", "--out", "out.jpg"], "error: --out out.jpg: images are written as PNG"),
     (["text-to-image", "x", "--out", "no/out.png"], "error: --out no/out.png: there is no directory no"),
     (["text-to-image", "x", "--top-p", "2"], "error: top_p: Input should be less than or equal to 1"),
+    (["text-to-image", "x", "--set", "seed=3"], "error: --set seed=3: that is an option of its own: --seed 3"),
+    (["text-to-image", "x", "--set", "num-images=3"], "error: --set num-images=3: that is an option of its own: --num-images 3"),
     (["text-to-image", "x", "--set", "topk=2"], "error: topk: Extra inputs are not permitted"),
     (["text-to-image", "x", "--set", "topk"], "error: --set topk: write it as name=value"),
     (["text-to-image", "x", "--guidance", "51"], "error: guidance: Input should be less than or equal to 50"),

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from cm3leon.config.loading import all_keys, load_config, parse_config, section_class
 from cm3leon.config.profiles import load_profile
-from cm3leon.config.schema import TASK_NAMES, Config, Section
+from cm3leon.config.schema import TASK_NAMES, Config, IngestConfig, Section
 from cm3leon.sequence.tasks import TASKS
 from cm3leon.utils.errors import ConfigError
 
@@ -122,3 +123,14 @@ def test_broken_files_are_one_line(content: bytes, message: str, tmp_path: Path)
 def test_a_missing_file_says_how_to_write_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cm3leon configure small"):
         load_config(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("path", [".", "data", "./data/", "models", "models/mine", "data/raw", "data/../data/tokens/x", ".."])
+def test_a_collection_lies_apart_from_what_stages_write(path: str) -> None:
+    with pytest.raises(ValidationError, match=r"holds or is what stages write .*: give the collection a directory of its own"):
+        IngestConfig(path=path)
+
+
+@pytest.mark.parametrize("path", ["data/source", "data/mine", "photos", "../photos", "/srv/photos", "data/raw2"])
+def test_any_other_place_will_do(path: str) -> None:
+    assert IngestConfig(path=path).path == path

@@ -15,6 +15,7 @@ from cm3leon.registry import registry
 from cm3leon.registry.bundle import BundleError, IncompleteRecordError, build_bundle, bundle_hash
 from cm3leon.registry.registry import CHALLENGER
 from cm3leon.tracking import runs
+from cm3leon.utils.files import DamagedFileError
 
 
 def test_a_bundle_has_every_part_and_its_hash_depends_on_its_content_only(stages):
@@ -45,6 +46,15 @@ def test_a_bundle_has_every_part_and_its_hash_depends_on_its_content_only(stages
     weights.write_bytes(changed)
     assert bundle_hash(again) != first
     assert weights.resolve() != (paths.TEXT_TOKENIZER / "tokenizer.json").resolve()
+
+
+@pytest.mark.parametrize("content", ["", '{"temperature": ', "no JSON"])
+def test_damaged_settings_of_a_bundle_are_named(stages, content):
+    bundle = build_bundle(Path("bundle"), CONFIG).path
+    (bundle / "decoding.json").unlink()
+    (bundle / "decoding.json").write_text(content)
+    with pytest.raises(DamagedFileError, match=r"bundle/decoding\.json is damaged \(.*\); remove it and run again: cm3leon register"):
+        Generator.from_bundle(bundle, device="cpu")
 
 
 def test_a_model_is_not_bundled_with_the_scores_of_another(stages):

@@ -41,6 +41,18 @@ def test_images_are_those_of_the_generator_with_their_retrieved_documents(server
         assert json.loads(opened(found["b64_json"]).text["cm3leon"])["prompt"] == "a red circle"
 
 
+def test_null_is_absent_and_base64_may_have_lines(server):
+    """As clients send that are generated from OpenAI's specification, and as the program ``base64`` writes."""
+    plain = server.client.post(IMAGES_ROUTE, json={"prompt": "x"}).json()["data"]
+    nulls = dict.fromkeys(("n", "response_format", "seed", "size", "top_p", "model"))
+    assert server.client.post(IMAGES_ROUTE, json={"prompt": "x", **nulls}).json()["data"] == plain
+    answer = server.client.post(IMAGES_ROUTE, json={"prompt": None})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
+    lines = "\r\n".join(RED_PNG[start : start + 76] for start in range(0, len(RED_PNG), 76))
+    for image in (lines, f"data:image/png;base64,{lines}\n"):
+        assert server.client.post("/v1/tasks/upscale", json={"image": image}).status_code == 200
+
+
 def test_the_larger_size_is_the_upscalers(server, generator):
     small, large = (
         [opened(server.client.post(IMAGES_ROUTE, json={"prompt": "x", "size": size}).json()["data"][0]["b64_json"])]

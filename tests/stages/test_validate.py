@@ -331,3 +331,14 @@ def test_expensive_images_are_quarantined_and_warnings_are_noted(tmp_path: Path,
     assert rejected["detail"] == "took more than 1 seconds" and rejected["origin"] == "manifest.csv line 5"
     details = read_manifest(tmp_path / "validated")["detail"].tolist()
     assert [detail for detail in details if detail] == ["Corrupt EXIF data; TIFFFetchNormalTag: incompatible type"]
+
+
+def test_where_splits_cannot_be_formed_the_report_is_written_all_the_same(tmp_path: Path) -> None:
+    records = [{**record, "group": "one"} for record in good_rows(tmp_path, 6)]
+    write(tmp_path, records)
+    pack(folder.rows(FolderConfig(), tmp_path), tmp_path / "raw", 32)
+    with pytest.raises(ValidationError, match="group"):
+        validate(tmp_path / "raw", tmp_path / "validated", tmp_path / "docs", ValidateConfig(), 0)
+    report = json.loads((tmp_path / "validated/report.json").read_text())
+    assert (report["accepted"], report["parts"]["count"]) == (6, 1)
+    assert not (tmp_path / "validated/manifest.parquet").exists()
