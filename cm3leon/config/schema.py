@@ -91,7 +91,7 @@ class ValidateConfig(Section):
 
     licenses: list[str] = Field(
         ["CC0-1.0", "CC-BY-4.0", "CC-BY-3.0", "CC-BY-2.0", "Apache-2.0", "MIT"],
-        description="licenses that are accepted, SPDX identifiers",
+        description="licenses that are accepted: SPDX identifiers, or commercial or research for all that allow it",
     )
     min_side: int = Field(32, ge=1, description="images with a shorter side are rejected as too_small, pixels")
     max_pixels: int = Field(50_000_000, ge=1, description="images with more pixels are rejected unread as decompression_bomb")

@@ -13,6 +13,7 @@ import pandas as pd
 
 from cm3leon.config.schema import ValidateConfig
 from cm3leon.data import data_docs
+from cm3leon.data.licenses import allowed
 from cm3leon.data.manifest import SPLITS
 from cm3leon.utils import telemetry
 
@@ -55,7 +56,7 @@ def _expectations(config: ValidateConfig) -> dict[str, list[Any]]:
     rows += [gxe.ExpectColumnValuesToBeUnique(column=name) for name in ("id", "pixels")]
     rows += [
         gxe.ExpectColumnValuesToBeNull(column="problem"),
-        gxe.ExpectColumnValuesToBeInSet(column="licence", value_set=config.licenses),
+        gxe.ExpectColumnValuesToBeInSet(column="licence", value_set=sorted(allowed(config.licenses))),
         gxe.ExpectColumnValuesToBeInSet(column="split", value_set=list(SPLITS)),
         gxe.ExpectColumnDistinctValuesToContainSet(column="split", value_set=list(SPLITS)),
         gxe.ExpectColumnValuesToBeBetween(column="shortest_side", min_value=config.min_side),

@@ -16,6 +16,7 @@ import pandas as pd
 from cm3leon.config.schema import ValidateConfig
 from cm3leon.data.bounded import bounded_map
 from cm3leon.data.images import ImageError, decode
+from cm3leon.data.licenses import TERMS, allowed
 from cm3leon.data.manifest import ImageStore, records_of
 from cm3leon.data.thumbnails import thumbnail_of
 from cm3leon.utils.progress import progress
@@ -40,6 +41,7 @@ RULES = {
     "empty_caption": "no caption with text: add one, or map the column with ingest.folder.columns",
     "caption_too_long": "a caption longer than validate.max_caption_characters: shorten it",
     "licence_not_allowed": "no license, or one that is not in validate.licenses: state it, or add it there",
+    "attribution_missing": "the license asks to name the author: fill the column attribution, or set ingest.folder.attribution",
     "box_outside_image": "an object's box is empty or extends outside of the image: correct the box",
     "unreadable_condition": "a condition image is truncated, too large, or not an image: replace the file",
     "duplicate": "the same pixels as an earlier accepted record: remove one",
@@ -157,8 +159,10 @@ def _check_record(record: dict[str, Any], profile: Profile, config: ValidateConf
         yield "empty_caption", f"{len(record['captions'])} captions, none with text"
     if max(lengths, default=0) > config.max_caption_characters:
         yield "caption_too_long", f"{max(lengths)} characters, {config.max_caption_characters} allowed"
-    if record["licence"] not in config.licenses:
+    if record["licence"] not in allowed(config.licenses):
         yield "licence_not_allowed", record["licence"] or "none stated"
+    elif (terms := TERMS.get(record["licence"])) and terms.attribution and is_blank(record["attribution"] or ""):
+        yield "attribution_missing", f"{record['licence']} asks to name the author"
     if profile.pixels:
         for item in record["objects"]:
             if not _inside(item["box"], profile.width, profile.height):

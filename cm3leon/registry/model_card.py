@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from cm3leon.data.licenses import TERMS, obligation
 from cm3leon.evaluation.record import Record
 from cm3leon.registry.bundle import TRAINING_DATA
 from cm3leon.registry.gate import LOWER_IS_BETTER
@@ -17,21 +18,6 @@ MAX_DESCRIPTION = 4900
 BASELINES = ("other_captions", "other_images", "other_layouts", "majority", "unchanged", "left_out", "guess", "bicubic")
 CEILINGS = ("real", "reconstructions", "real_halves", "one_reference")
 """Ends of the names of calibrations; what comes before is the score that they calibrate."""
-
-OBLIGATIONS = (
-    ("CC0", "none"),
-    ("CC-BY-NC", "name the author, link the license, state changes; no commercial use"),
-    ("CC-BY-SA", "name the author, link the license, state changes; share derivatives under the same license"),
-    ("CC-BY", "name the author, link the license, state changes"),
-    ("Apache", "keep license and notices, state changes"),
-    ("MIT", "keep license and copyright notice"),
-)
-"""Beginning of an SPDX identifier, and what the license asks of whoever passes the material on; the first that fits holds."""
-
-
-def obligation(license_id: str) -> str:
-    """What a license, an SPDX identifier, asks for in short."""
-    return next((text for start, text in OBLIGATIONS if license_id.startswith(start)), "read the license")
 
 
 def calibrations_of(record: Record, score: str, ends: Sequence[str]) -> dict[str, float]:
@@ -68,6 +54,15 @@ def limits(record: Record) -> Iterator[str]:
             yield f"{name}: not shown to be better than the baseline ({', '.join(below)})"
 
 
+def flags(licenses: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """What concerns whoever uses or passes on the model, as markdown: licenses that forbid commercial use, or ask for the same license."""
+    for name, what in (("non_commercial", "allow no commercial use"), ("share_alike", "ask for the same license of changed works")):
+        found = [row for row in licenses if getattr(TERMS.get(row["license"]), name, False)]
+        if found:
+            count, names = sum(row["documents"] for row in found), ", ".join(row["license"] for row in found)
+            yield from ("", f"**{count:,} documents {what}** ({names}). Whether this binds the model is for a lawyer to say.")
+
+
 def model_card(number: str, found: Mapping[str, Any], record: Record, lineage: Mapping[str, Any]) -> str:
     """The model card of a version, as markdown."""
     prompts = record.contract.get("counts", {}).get("prompts", "an unknown number of")
@@ -100,6 +95,7 @@ def model_card(number: str, found: Mapping[str, Any], record: Record, lineage: M
         "| license | documents | attributions | sources | obligation |",
         "|---|---:|---:|---|---|",
         *(f"| {' | '.join(cells)} |" for cells in licenses),
+        *flags(found["licenses"]),
         "",
         "## Evaluation",
         "",

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, ValidateConfig
-from cm3leon.data import data_docs, expectations, splits, thumbnails
+from cm3leon.data import data_docs, expectations, licenses, splits, thumbnails
 from cm3leon.data.manifest import MANIFEST_SCHEMA, SPLITS, VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.validation import RULES, Findings, Profile, check_rows, profile_images
 from cm3leon.tracking import runs
@@ -66,6 +66,7 @@ def validate(raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: 
     """
     # 1. Profile every image, and apply the rules.
     frame = read_manifest(raw)
+    frame["licence"] = pd.Series([licenses.identifier_of(stated) or stated for stated in frame["licence"]], dtype=object)
     profiles = profile_images(ImageStore(raw), frame, config)
     findings = check_rows(frame, profiles, config)
     frame["pixels"] = [profile.pixels for profile in profiles]
@@ -140,6 +141,10 @@ def _report(frame: pd.DataFrame, findings: list[Findings], good: np.ndarray) -> 
         "unaccounted": read - accepted - rejected,
         "reasons": dict(sorted(reasons.items())),
         "licences": {"read": counts(frame["licence"]), "accepted": counts(frame["licence"][good])},
+        "obligations": {
+            str(name): {"accepted": len(rows), "asks": licenses.obligation(str(name)), "examples": rows["origin"].tolist()[:EXAMPLES]}
+            for name, rows in frame[good].groupby("licence")
+        },
         "sources": {"read": counts(frame["source"]), "accepted": counts(frame["source"][good])},
     }
 

@@ -97,18 +97,12 @@ def test_a_score_that_reaches_its_baseline_is_a_limit() -> None:
     assert table[2].startswith("| cider | 3.5 | 3.3") and table[2].endswith(" | other images 0.2 |  |")
 
 
-@pytest.mark.parametrize(
-    ("license_id", "part"),
-    [
-        ("CC0-1.0", "none"),
-        ("CC-BY-SA-4.0", "same license"),
-        ("CC-BY-NC-4.0", "no commercial use"),
-        ("CC-BY-3.0", "name the author"),
-        ("Odd-1", "read"),
-    ],
-)
-def test_obligations_by_license(license_id: str, part: str) -> None:
-    assert part in model_card.obligation(license_id)
+def test_licenses_that_bind_the_model_are_flagged() -> None:
+    rows = [{"license": name, "documents": 10} for name in ("CC0-1.0", "CC-BY-SA-4.0", "CC-BY-NC-SA-2.0", "LicenseRef-mine")]
+    non_commercial, share_alike = list(filter(None, model_card.flags(rows)))
+    assert non_commercial.startswith("**10 documents allow no commercial use** (CC-BY-NC-SA-2.0)")
+    assert share_alike.startswith("**20 documents ask for the same license of changed works** (CC-BY-SA-4.0, CC-BY-NC-SA-2.0)")
+    assert list(model_card.flags(rows[:1])) == []
 
 
 def test_html_in_markdown_is_shown_and_not_obeyed() -> None:

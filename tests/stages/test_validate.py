@@ -342,3 +342,22 @@ def test_where_splits_cannot_be_formed_the_report_is_written_all_the_same(tmp_pa
     report = json.loads((tmp_path / "validated/report.json").read_text())
     assert (report["accepted"], report["parts"]["count"]) == (6, 1)
     assert not (tmp_path / "validated/manifest.parquet").exists()
+
+
+def test_licenses_are_normalized_and_an_author_is_named_where_the_license_asks(tmp_path: Path) -> None:
+    records = good_rows(tmp_path, 12)
+    stated = ["CC BY 4.0", "https://creativecommons.org/licenses/by-sa/3.0/", "cc0", "CC BY-NC 2.0", "mine", "CC-BY-4.0"]
+    for record, licence in zip(records, stated, strict=False):
+        record.update(licence=licence, attribution="" if licence == "CC-BY-4.0" else "me")
+    write(tmp_path, records)
+    pack(folder.rows(FolderConfig(), tmp_path), tmp_path / "raw", 32)
+    config = ValidateConfig(licenses=["commercial"], max_rejected_rate=0.5)
+    report = validate(tmp_path / "raw", tmp_path / "validated", tmp_path / "docs", config, 0)
+    assert report["reasons"] == {"attribution_missing": 1, "licence_not_allowed": 2}
+    assert report["licences"]["accepted"] == {"CC-BY-4.0": 1, "CC-BY-SA-3.0": 1, "CC0-1.0": 1, "MIT": 6}
+    assert report["obligations"]["CC-BY-SA-3.0"] == {
+        "accepted": 1,
+        "asks": "name the author, link the license, state changes; share changed works under the same license",
+        "examples": ["manifest.csv line 3"],
+    }
+    assert set(read_manifest(tmp_path / "validated")["licence"]) == {"CC-BY-4.0", "CC-BY-SA-3.0", "CC0-1.0", "MIT"}
