@@ -46,24 +46,54 @@ class ShapesConfig(Section):
     conditions: float = Field(0.12, ge=0, le=1, description="share of the scenes that come with condition images of all kinds")
 
 
-class FolderConfig(Section):
-    """A directory of images with a CSV, TSV, JSON Lines or parquet manifest."""
+class CollectionConfig(Section):
+    """What every format of a collection has."""
 
-    manifest: str = Field("manifest.csv", description="manifest file, relative to ingest.path")
     columns: dict[str, str] = Field(
         default_factory=dict, description="manifest column -> column of the file; a name that is not given maps to itself"
     )
+    license: str | None = Field(None, description="license of records that state none")
+    attribution: str | None = Field(None, description="attribution of records that state none")
+    source: str = Field("", description="source name of records that state none")
+    max_file_megabytes: float = Field(200.0, gt=0, description="a larger image file is not read: its record is rejected as file_too_large")
+
+
+class FolderConfig(CollectionConfig):
+    """A directory of images with a CSV, TSV, JSON Lines or parquet manifest."""
+
+    manifest: str = Field("manifest.csv", description="manifest file, relative to ingest.path")
     merge: Literal["image", "none"] = Field("image", description="image: rows of one image path become one record; none: each row is one")
-    license: str | None = Field(None, description="license (SPDX identifier) of rows that state none")
-    attribution: str | None = Field(None, description="attribution of rows that state none")
-    source: str = Field("folder", description="source name of rows that state none")
-    max_file_megabytes: float = Field(200.0, gt=0, description="a larger image file is not read: its row is rejected as file_too_large")
+    source: str = Field("folder", description="source name of records that state none")
+
+
+class WebdatasetConfig(CollectionConfig):
+    """Tar shards in which files of one name are a record, as img2dataset writes them: KEY.jpg, KEY.txt, KEY.json."""
+
+    source: str = Field("webdataset", description="source name of records that state none")
+
+
+class SidecarConfig(CollectionConfig):
+    """A directory of images with a text file of captions beside each: NAME.png, NAME.txt."""
+
+    source: str = Field("sidecar", description="source name of records that state none")
+
+
+class CocoConfig(CollectionConfig):
+    """Annotations of COCO: captions and boxes."""
+
+    images: str = Field("images", description="directory of the images, relative to ingest.path")
+    annotations: list[str] = Field(
+        ["annotations/captions.json"], description="annotation files, captions and instances in any order, relative to ingest.path"
+    )
+    source: str = Field("coco", description="source name of records that state none")
 
 
 class IngestConfig(Section):
     """Reads any source into image shards and one manifest."""
 
-    source: Literal["shapes", "folder"] = Field("shapes", description="shapes: painted here; folder: your own collection")
+    source: Literal["shapes", "folder", "webdataset", "sidecar", "coco"] = Field(
+        "shapes", description="shapes: painted here; the others: your own collection, in the format of that name"
+    )
     path: str = Field("data/source", description="root directory of the collection; DVC tracks it as an input")
     shard_megabytes: float = Field(32.0, gt=0, description="size at which a tar shard of images is closed, MB")
     extract: list[Literal["canny edge", "hed", "children's scribbles", "M-LSD lines"]] = Field(
@@ -72,6 +102,9 @@ class IngestConfig(Section):
     extract_share: float = Field(0.1, ge=0, le=1, description="share of the images for which they are computed")
     shapes: ShapesConfig = ShapesConfig()
     folder: FolderConfig = FolderConfig()
+    webdataset: WebdatasetConfig = WebdatasetConfig()
+    sidecar: SidecarConfig = SidecarConfig()
+    coco: CocoConfig = CocoConfig()
 
     @field_validator("path")
     @classmethod

@@ -16,12 +16,18 @@ from cm3leon.config.schema import Config, IngestConfig
 from cm3leon.data.images import ImageError, decode, encode
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.packing import pack
-from cm3leon.data.sources import folder
+from cm3leon.data.sources import coco, folder, sidecar, webdataset
 from cm3leon.scenes import source as shapes
 from cm3leon.tracking import runs
 from cm3leon.utils.progress import track
 
-SOURCES: dict[str, Callable[[Any, Path], Iterator[SourceRow]]] = {"shapes": shapes.rows, "folder": folder.rows}
+SOURCES: dict[str, Callable[[Any, Path], Iterator[SourceRow]]] = {
+    "shapes": shapes.rows,
+    "folder": folder.rows,
+    "webdataset": webdataset.rows,
+    "sidecar": sidecar.rows,
+    "coco": coco.rows,
+}
 """The sources by name; the section ``ingest.NAME`` has the parameters of each."""
 MAX_PIXELS = 50_000_000
 """Larger images get no condition images; validate rejects images by its own limit."""

@@ -17,7 +17,8 @@ from PIL import Image
 from cm3leon.config.schema import FolderConfig, ValidateConfig
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.packing import pack
-from cm3leon.data.sources.folder import MANIFEST_COLUMNS, rows
+from cm3leon.data.sources.folder import rows
+from cm3leon.data.sources.records import MANIFEST_COLUMNS
 from cm3leon.data.validation import RULES, check_rows, profile_images
 
 SCALARS = (

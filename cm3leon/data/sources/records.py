@@ -1,0 +1,158 @@
+"""A record of files: its cells by our columns, and the image files that they name."""
+
+from __future__ import annotations
+
+import os
+import stat
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cm3leon.config.schema import CollectionConfig
+from cm3leon.data.cells import RowProblem, captions_of, malformed, objects_of, questions_of, reasoning_of, structure_of, text_of
+from cm3leon.data.manifest import SourceRow
+
+MANIFEST_COLUMNS = (
+    "image", "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions", "reasoning",
+    "instruction", "edited_from", "conditions", "text_in_image",
+)  # fmt: skip
+
+
+ALIASES = {"captions": ("captions", "caption"), "licence": ("licence", "license"), "key": ("key", "id")}
+"""Columns of a file that are read, in this order, for one of ours that no mapping names."""
+
+
+class Cells(NamedTuple):
+    """The cells of a row by our columns, where the row is, and what is wrong with its syntax."""
+
+    values: dict[str, Any]
+    origin: str
+    fault: str | None
+
+
+def mapped(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of a record by our columns: those that ``columns`` names (ours -> theirs), and others by their known names."""
+    names = {name.lower(): name for name in fields}
+    known = {ours: next((names[alias] for alias in ALIASES.get(ours, (ours,)) if alias in names), None) for ours in MANIFEST_COLUMNS}
+    return {ours: fields[theirs] for ours, theirs in {**known, **columns}.items() if theirs is not None and theirs in fields}
+
+
+def row_of(cells: Cells, files: Files, config: CollectionConfig, read: bool = True) -> SourceRow:
+    """One row with its problems, and with every cell that could be parsed; without its image if it is not to be read."""
+    values, origin, fault = cells
+    problems = [RowProblem("malformed_row", fault)] if fault else []
+
+    def attempt(column: str, parse: Any, default: Any = None) -> Any:
+        try:
+            return parse(values.get(column))
+        except RowProblem as problem:
+            problems.append(RowProblem(problem.reason, f"{column}: {problem.detail}"))
+            return default
+
+    def text(column: str) -> str | None:
+        found: str | None = attempt(column, text_of)
+        return found
+
+    name = image_name(values)
+    row = SourceRow(
+        key=text("key") or name or origin,
+        origin=origin,
+        image=attempt("image", files.image) if read else None,
+        extension=_extension(values.get("image")),
+        captions=attempt("captions", captions_of, []),
+        licence=text("licence") or config.license,
+        attribution=text("attribution") or config.attribution,
+        source=text("source") or config.source,
+        group=text("group"),
+        long_caption=text("long_caption"),
+        objects=attempt("objects", objects_of, []),
+        questions=attempt("questions", questions_of, []),
+        reasoning=attempt("reasoning", reasoning_of, []),
+        instruction=text("instruction"),
+        edited_from=text("edited_from"),
+        conditions=attempt("conditions", files.conditions, {}),
+        text_in_image=text("text_in_image"),
+    )
+    if problems:
+        row.problem = ",".join(dict.fromkeys(problem.reason for problem in problems))
+        row.detail = "; ".join(problem.detail for problem in problems)
+    return row
+
+
+def image_name(cells: dict[str, Any]) -> str | None:
+    """The path of a row's image; None if it has none, or holds the image itself."""
+    cell = cells.get("image")
+    if isinstance(cell, dict):
+        cell = None if cell.get("bytes") else cell.get("path")
+    try:
+        name = None if isinstance(cell, bytes) else text_of(cell)
+    except RowProblem:
+        return None
+    return name and os.path.normpath(name)
+
+
+def _extension(cell: Any) -> str:
+    """The suffix of the file's name in an image cell; "bin" without one."""
+    name = cell.get("path") if isinstance(cell, dict) else cell
+    suffix = Path(name).suffix[1:].lower() if isinstance(name, str) else ""
+    return suffix if suffix.isascii() and suffix.isalnum() and len(suffix) <= 5 else "bin"
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a collection, which lie under ``root``; those of more than ``megabytes`` are not read."""
+
+    root: Path
+    megabytes: float
+
+    def image(self, cell: Any) -> bytes:
+        """The image of a cell: the file that it names, or the cell's own, as Hugging Face's ``datasets`` writes parquet files."""
+        given = cell.get("bytes") if isinstance(cell, dict) else cell
+        if isinstance(given, bytes) and given:
+            self._check_size("the image", len(given))
+            return given
+        return self.read(text_of(cell.get("path") if isinstance(cell, dict) else cell))
+
+    def conditions(self, cell: Any) -> dict[str, bytes]:
+        """The condition images that a cell names, by kind."""
+        expected = 'a JSON mapping of kind to image path, {"edges": "edges/1.png"}'
+        value = structure_of(cell, expected)
+        if isinstance(value, list) and all(isinstance(item, dict) and {"kind", "image"} <= set(item) for item in value):
+            value = {text_of(item["kind"]): item["image"] for item in value}
+        if value is not None and not isinstance(value, dict):
+            raise malformed(expected, cell)
+        names = {kind: text_of(name) for kind, name in (value or {}).items()}
+        return {str(kind): self.read(name) for kind, name in names.items() if kind and name}
+
+    def read(self, name: str | None) -> bytes:
+        """The bytes of a file."""
+        if name is None:
+            raise RowProblem("missing", "the cell is empty")
+        # A name with accents may have been composed by one program, and decomposed by another (Unicode's forms NFC and NFD).
+        for form in dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]):
+            try:
+                file = (self.root / form).resolve()
+                if not file.is_relative_to(self.root):
+                    raise RowProblem("path_outside_root", name)
+                status = file.stat()
+                if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                    continue
+                self._check_size(name, status.st_size)
+                return file.read_bytes()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                continue
+            except (OSError, RuntimeError) as error:
+                raise RowProblem("unreadable", f"{name}: {getattr(error, 'strerror', None) or error}") from None
+            except RowProblem:
+                raise
+            except ValueError as error:  # a null byte in the name
+                raise RowProblem("malformed_row", f"{name!r}: {error}") from None
+        if "://" in name:
+            raise RowProblem("missing", f"{name} is a URL: download the images, and name their files")
+        raise RowProblem("missing", f"{name} is no file")
+
+    def _check_size(self, name: str, size: int) -> None:
+        if size > self.megabytes * 1e6:
+            raise RowProblem("file_too_large", f"{name} has {size / 1e6:,.0f} MB, {self.megabytes:,g} allowed")

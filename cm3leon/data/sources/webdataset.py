@@ -1,0 +1,97 @@
+"""The webdataset source: tar shards in which files that share a name are one record, as img2dataset writes them.
+
+    00000.tar: 000000000.jpg, 000000000.txt, 000000000.json, 000000001.jpg ...
+
+The image is the member with the suffix of an image format, captions are the lines of the ``.txt``, and other columns the fields of the
+``.json`` that are called as ours are (``license`` and ``caption`` too), or mapped in ``ingest.webdataset.columns``. Nothing is extracted.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cm3leon.config.schema import WebdatasetConfig
+from cm3leon.data.cells import parse_json
+from cm3leon.data.images import SUFFIXES
+from cm3leon.data.manifest import SourceRow
+from cm3leon.data.sources import SourceError
+from cm3leon.data.sources.records import Cells, Files, mapped, row_of
+
+TEXT_BYTES = 16 << 20
+"""Most bytes of a text or JSON member."""
+
+
+def rows(config: WebdatasetConfig, path: Path) -> Iterator[SourceRow]:
+    """Every record of the shards ``path / **.tar``, in the order of their names.
+
+    Members that are no files (links, devices) or whose names leave the archive make their record ``malformed_row``.
+
+    Raises:
+        SourceError: if there are no shards or records, or a shard is damaged.
+    """
+    shards = sorted(path.rglob("*.tar"))
+    if not shards:
+        raise SourceError(f"{path} holds no tar shards; ingest.path names their directory")
+    files = Files(path.resolve(), config.max_file_megabytes)
+    empty = True
+    for shard in shards:
+        for key, members, fault in _groups(shard, config.max_file_megabytes * 1e6):
+            empty = False
+            values, problem = _values(members, config)
+            yield row_of(Cells(values, f"{shard.relative_to(path)} {key}", fault or problem), files, config)
+    if empty:
+        raise SourceError(f"{path}: the tar shards hold no records")
+
+
+def _groups(shard: Path, most_bytes: float) -> Iterator[tuple[str, dict[str, bytes], str | None]]:
+    """Key, content by suffix, and what is wrong, of each run of members that share a name up to its first dot."""
+    key, fault = "", None
+    members: dict[str, bytes] = {}
+    try:
+        with tarfile.open(shard, "r|*") as archive:
+            for member in archive:
+                if member.isdir():
+                    continue
+                name = PurePosixPath(member.name)
+                own, suffix = str(name.parent / name.name.partition(".")[0]), "." + name.name.partition(".")[2].lower()
+                if own != key:
+                    if members or fault:
+                        yield key, members, fault
+                    key, members, fault = own, {}, None
+                if not member.isfile() or name.is_absolute() or ".." in name.parts:
+                    fault = f"{member.name} is a link, a device, or outside of the archive"
+                elif member.size > (TEXT_BYTES if suffix in (".txt", ".json") else most_bytes):
+                    fault = f"{member.name} has {member.size / 1e6:,.0f} MB"
+                else:
+                    content = archive.extractfile(member)
+                    assert content is not None  # of a regular file it is not
+                    members[suffix] = content.read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise SourceError(f"{shard} is damaged after {key or 'its beginning'} ({error}); write or download it again") from None
+    if members or fault:
+        yield key, members, fault
+
+
+def _values(members: dict[str, bytes], config: WebdatasetConfig) -> tuple[dict[str, Any], str | None]:
+    """The cells of a record by our columns, and what is wrong with its files."""
+    fields: Any = {}
+    try:
+        if ".json" in members:
+            fields = parse_json(members[".json"])
+        lines = members.get(".txt", b"").decode().splitlines()
+    except ValueError as error:
+        return {"image": _image(members)}, f".json or .txt: {error}"
+    if not isinstance(fields, dict):
+        return {"image": _image(members)}, ".json holds no object"
+    values = mapped(fields, config.columns)
+    if any(line.strip() for line in lines):
+        values["captions"] = [line for line in lines if line.strip()]
+    return {**values, "image": _image(members)}, None
+
+
+def _image(members: dict[str, bytes]) -> dict[str, Any] | None:
+    suffix = next((suffix for suffix in members if suffix in SUFFIXES), None)
+    return None if suffix is None else {"bytes": members[suffix], "path": f"image{suffix}"}

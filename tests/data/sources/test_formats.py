@@ -1,0 +1,152 @@
+"""Collections in other formats: webdataset shards, images with text files beside them, COCO's annotations."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cm3leon.config.schema import CocoConfig, SidecarConfig, WebdatasetConfig
+from cm3leon.data.sources import SourceError, coco, sidecar, webdataset
+
+
+def shard(path: Path, members: dict[str, bytes], links: dict[str, str] | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+        for name, target in (links or {}).items():
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = tarfile.SYMTYPE, target
+            archive.addfile(entry)
+
+
+def test_webdataset_shards_are_read_as_img2dataset_writes_them(tmp_path: Path) -> None:
+    fields = {"caption": "from json", "license": "CC BY 4.0", "author": "me", "url": "https://example.org/0.jpg", "key": "k0"}
+    shard(tmp_path / "00000.tar", {
+        "000000000.jpg": b"zero", "000000000.txt": b"a cat\nthe cat\n", "000000000.json": json.dumps(fields).encode(),
+        "000000001.webp": b"one", "000000001.json": json.dumps(fields | {"key": "k1"}).encode(),
+    })  # fmt: skip
+    shard(tmp_path / "more" / "00001.tar", {"x/2.txt": b"a dog", "x/2.png": b"two", "x/2.cls": b"7"})
+    config = WebdatasetConfig(columns={"attribution": "author"}, license="MIT")
+    found = list(webdataset.rows(config, tmp_path))
+    assert [row.problem for row in found] == [None] * 3
+    assert [(row.image, row.captions, row.licence, row.attribution) for row in found] == [
+        (b"zero", ["a cat", "the cat"], "CC BY 4.0", "me"),
+        (b"one", ["from json"], "CC BY 4.0", "me"),
+        (b"two", ["a dog"], "MIT", None),
+    ]
+    assert [(row.key, row.extension) for row in found] == [("k0", "jpg"), ("k1", "webp"), ("more/00001.tar x/2", "png")]
+    assert found[2].origin == "more/00001.tar x/2"
+
+
+def test_links_and_names_that_leave_a_shard_are_refused(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", {"../0.png": b"out", "1.png": b"one", "1.txt": b"one"}, {"2.png": "/etc/passwd", "3.png": "1.png"})
+    found = {row.origin: row for row in webdataset.rows(WebdatasetConfig(license="MIT"), tmp_path)}
+    assert [(row.image, "malformed_row" in (row.problem or "")) for row in found.values()] == [
+        (None, True), (b"one", False), (None, True), (None, True),
+    ]  # fmt: skip
+    assert "outside of the archive" in (found["a.tar ../0"].detail or "")
+
+
+def test_a_records_broken_files_are_its_own_fault(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", {
+        "0.png": b"0", "0.json": b"{", "1.png": b"1", "1.json": b"[1]", "2.png": b"2", "2.txt": b"caf\xe9", "3.txt": b"no image",
+        "4.png": b"4", "4.txt": b"x",
+    })  # fmt: skip
+    found = list(webdataset.rows(WebdatasetConfig(license="MIT"), tmp_path))
+    assert [row.problem for row in found] == ["malformed_row", "malformed_row", "malformed_row", "missing", None]
+    assert [row.image for row in found] == [b"0", b"1", b"2", None, b"4"]
+
+
+def test_shards_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="holds no tar shards"):
+        list(webdataset.rows(WebdatasetConfig(), tmp_path))
+    shard(tmp_path / "a.tar", {"0.png": bytes(50_000), "1.png": b"1"})
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:20_000])
+    with pytest.raises(SourceError, match=r"a\.tar is damaged after 0"):
+        list(webdataset.rows(WebdatasetConfig(), tmp_path))
+    shard(tmp_path / "a.tar", {})
+    with pytest.raises(SourceError, match="hold no records"):
+        list(webdataset.rows(WebdatasetConfig(), tmp_path))
+
+
+def test_captions_lie_beside_the_images(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name, content in {
+        "a/1.png": "one", "a/1.txt": "\ufeffa cat\n\n the cat \n", "a/1.json": json.dumps({"licence": "CC0-1.0", "group": "g"}),
+        "2.JPG": "two", "3.png": "three", "3.txt": "x", "3.json": "{", "note.txt": "no image",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    found = {row.origin: row for row in sidecar.rows(SidecarConfig(license="MIT", attribution="me"), tmp_path)}
+    assert list(found) == ["2.JPG", "3.png", "a/1.png"]
+    first = found["a/1.png"]
+    assert (first.image, first.captions, first.licence, first.attribution, first.group) == (
+        b"one",
+        ["a cat", "the cat"],
+        "CC0-1.0",
+        "me",
+        "g",
+    )
+    assert (found["2.JPG"].captions, found["2.JPG"].problem) == ([], None)
+    assert found["3.png"].problem == "malformed_row"
+    with pytest.raises(SourceError, match="holds no images"):
+        list(sidecar.rows(SidecarConfig(), tmp_path / "none"))
+
+
+def write_coco(root: Path, **changes: Any) -> None:
+    (root / "annotations").mkdir(exist_ok=True)
+    (root / "images").mkdir(exist_ok=True)
+    images = [
+        {"id": number, "file_name": f"{number}.jpg", "license": number, "flickr_url": f"https://example.org/{number}"} for number in (1, 2)
+    ]
+    licenses = [{"id": 1, "url": "http://creativecommons.org/licenses/by/2.0/", "name": "Attribution License"}]
+    captions = [{"id": 7, "image_id": image, "caption": text} for image, text in ((1, "a cat"), (2, "a dog"), (1, "the cat"))]
+    (root / "annotations/captions.json").write_text(
+        json.dumps({"images": images, "licenses": licenses, "annotations": captions, **changes})
+    )
+    boxes = [
+        {"id": 8, "image_id": 1, "category_id": 17, "bbox": [10, 20, 30.5, 5]},
+        {"id": 9, "image_id": 2, "category_id": 99, "bbox": [0, 0, 1, 1]},
+    ]
+    instances = {"images": images, "annotations": boxes, "categories": [{"id": 17, "name": "cat"}]}
+    (root / "annotations/instances.json").write_text(json.dumps(instances))
+    for image in images:
+        (root / "images" / str(image["file_name"])).write_bytes(str(image["id"]).encode())
+
+
+def test_captions_and_instances_of_coco_are_joined(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    both = CocoConfig(annotations=["annotations/captions.json", "annotations/instances.json"])
+    one, two = coco.rows(both, tmp_path)
+    assert (one.image, one.captions, one.licence) == (b"1", ["a cat", "the cat"], "http://creativecommons.org/licenses/by/2.0/")
+    assert (one.attribution, one.objects, one.problem) == ("https://example.org/1", [("cat", (10, 20, 40.5, 25))], None)
+    assert (two.captions, two.licence, two.problem) == (["a dog"], None, "malformed_row")  # a category that is not listed
+    assert two.origin == "annotations/captions.json image 2"
+    [alone, _] = coco.rows(CocoConfig(), tmp_path)
+    assert alone.objects == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": None}, "is no annotation file of COCO: it has no list 'images'"),
+        ({"images": [{"id": 1}]}, "an entry of 'images' has no 'id' or no 'file_name'"),
+        ({"annotations": [{"image_id": 5, "caption": "x"}]}, "annotation 0 names image 5, which no file lists"),
+    ],
+)
+def test_a_file_that_is_not_cocos_is_told_by_what_is_missing(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    write_coco(tmp_path, **changes)
+    with pytest.raises(SourceError, match=message):
+        list(coco.rows(CocoConfig(), tmp_path))
+    (tmp_path / "annotations/captions.json").write_text("{")
+    with pytest.raises(SourceError, match="is not JSON"):
+        list(coco.rows(CocoConfig(), tmp_path))
+    with pytest.raises(SourceError, match=r"does not exist; ingest\.coco\.annotations names"):
+        list(coco.rows(CocoConfig(annotations=["gone.json"]), tmp_path))
