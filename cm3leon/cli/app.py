@@ -20,6 +20,10 @@ from cm3leon.stages.common import STAGES, run_stage
 from cm3leon.utils.errors import message_to_user
 from cm3leon.utils.garbage import collect_rarely
 
+SOURCES_HELP = (
+    "ingest.source names the format: shapes (painted here), folder (images and a CSV, TSV, JSON Lines or parquet manifest), "
+    "webdataset (tar shards), sidecar (a text file of captions beside each image), coco (annotations)."
+)
 HELP = "Train, evaluate, version and serve a CM3leon model on your own licensed image-text collection."
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
@@ -47,8 +51,34 @@ def _training_command(stage: str) -> Callable[..., None]:
     return command
 
 
+def _ingest_command() -> Callable[..., None]:
+    def command(
+        check: Annotated[int | None, typer.Option(min=1, help="show what is made of the first CHECK records, and write nothing")] = None,
+    ) -> None:
+        if check is None:
+            run_stage("ingest")
+            return
+        import itertools
+
+        from rich.console import Console
+
+        from cm3leon.config.loading import load_config
+        from cm3leon.data.preview import show
+        from cm3leon.data.sources import folder
+        from cm3leon.stages.ingest import source_rows
+
+        config = load_config().ingest
+        rows = list(itertools.islice(source_rows(config), check))
+        show(rows, folder.mapping_of(config.folder, Path(config.path)) if config.source == "folder" else {}, Console())
+
+    return command
+
+
 for _stage, _help in STAGES.items():
     if _stage == "evaluate":
+        continue
+    if _stage == "ingest":
+        app.command(_stage, help=f"{_help} {SOURCES_HELP}", rich_help_panel="Stages")(_ingest_command())
         continue
     if _stage in ("pretrain", "sft"):
         app.command(_stage, help=_help, rich_help_panel="Stages")(_training_command(_stage))

@@ -32,15 +32,10 @@ def rows(config: FolderConfig, path: Path) -> Iterator[SourceRow]:
     Raises:
         SourceError: if the manifest does not exist, lies outside of ``path``, lacks a required column, or has no rows.
     """
-    manifest = path / config.manifest
+    manifest = manifest_of(config, path)
     files = Files(path.resolve(), config.max_file_megabytes)
-    if not Path(os.path.normpath(path.absolute() / config.manifest)).is_relative_to(os.path.normpath(path.absolute())):
-        raise SourceError(
-            f"ingest.folder.manifest {config.manifest} lies outside of ingest.path {path}, the only place in which ingest notices that "
-            f"files change; move it there, or let ingest.path name the directory above both"
-        )
     found, _ = read_table(manifest)
-    mapping = _mapping(config, manifest, found)
+    mapping = mapping_of(config, path)
     counts = _images(manifest, mapping["image"]) if config.merge == "image" else Counter[str]()
     waiting: dict[str, list[Cells]] = {}
     empty = True
@@ -61,14 +56,26 @@ def rows(config: FolderConfig, path: Path) -> Iterator[SourceRow]:
         raise SourceError(f"{manifest} has columns ({', '.join(found)}) but no rows; add one row for each image")
 
 
+def manifest_of(config: FolderConfig, path: Path) -> Path:
+    """The manifest; SourceError if it lies outside of the collection."""
+    if not Path(os.path.normpath(path.absolute() / config.manifest)).is_relative_to(os.path.normpath(path.absolute())):
+        raise SourceError(
+            f"ingest.folder.manifest {config.manifest} lies outside of ingest.path {path}, the only place in which ingest notices that "
+            f"files change; move it there, or let ingest.path name the directory above both"
+        )
+    return path / config.manifest
+
+
 def _images(manifest: Path, column: str) -> Counter[str]:
     """The number of rows of each image path."""
     names = (image_name({"image": cells.get(column)}) for _, cells, _ in read_table(manifest)[1])
     return Counter(name for name in names if name is not None)
 
 
-def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str, str]:
-    """Our column -> the file's, for the columns that the file has."""
+def mapping_of(config: FolderConfig, path: Path) -> dict[str, str]:
+    """Our column -> the manifest's, for the columns that the manifest has; SourceError as :func:`rows`."""
+    manifest = manifest_of(config, path)
+    found, _ = read_table(manifest)
     listing = ", ".join(found) or "none"
     # 1. What the parameters say has to exist on both sides: a typo must not lose a column in silence.
     for ours, theirs in config.columns.items():

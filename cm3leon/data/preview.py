@@ -1,0 +1,84 @@
+"""What a source makes of the first records of a collection, shown before anything is written: ``cm3leon ingest --check N``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from cm3leon.data.images import ImageError, decode, fit_square
+from cm3leon.data.manifest import SourceRow
+from cm3leon.data.validation import RULES
+from cm3leon.sequence.tasks import TASKS, available
+
+EXAMPLES = 3
+CELLS = 12
+"""Width and height of a thumbnail; a character is two cells high."""
+SHOWN_CHARACTERS = 200
+FIELDS = (
+    "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions", "reasoning", "instruction",
+    "edited_from", "text_in_image",
+)  # fmt: skip
+
+
+def tasks_of(rows: Sequence[SourceRow]) -> dict[str, int]:
+    """Task -> the number of records that have what it needs, for tasks that any record has."""
+    counts = Counter(name for row in rows if not row.problem for name in available(vars(row)))
+    return {name: counts[name] for name in TASKS if name in counts}
+
+
+def show(rows: Sequence[SourceRow], mapping: dict[str, str], console: Console) -> None:
+    """Print how columns were understood, the tasks that the records allow, the problems found, and examples with thumbnails.
+
+    Args:
+        mapping: our column -> the file's, for sources that have columns.
+    """
+    merged = sum(len(row.other_keys) for row in rows)
+    console.print(f"{len(rows):,} records read, nothing written" + (f"; {merged:,} rows more were merged into them" if merged else ""))
+    filled = {name: sum(bool(getattr(row, name)) for row in rows) for name in ("image", *FIELDS, "conditions")}
+    table = Table("column", "read from", "records that have it")
+    for name, count in filled.items():
+        theirs = mapping.get(name, "")
+        if count or theirs:
+            table.add_row(name, theirs, f"{count:,}")
+    console.print(table)
+    tasks = Table("task", "records that allow it")
+    for name, count in tasks_of(rows).items():
+        tasks.add_row(name, f"{count:,}")
+    console.print(tasks)
+    reasons = Counter(reason for row in rows for reason in (row.problem or "").split(",") if reason)
+    if reasons:
+        problems = Table("problem", "records", "what to do", "first")
+        for reason, count in reasons.most_common():
+            first = next(row for row in rows if reason in (row.problem or "").split(","))
+            problems.add_row(reason, f"{count:,}", RULES[reason], f"{first.origin}: {first.detail}")
+        console.print(problems)
+    for row in [row for row in rows if row.image and not row.problem][:EXAMPLES]:
+        console.print(_example(row))
+
+
+def _example(row: SourceRow) -> Group:
+    lines = [f"{name}: {str(getattr(row, name))[:SHOWN_CHARACTERS]}" for name in FIELDS if getattr(row, name)]
+    if row.conditions:
+        lines.append(f"conditions: {', '.join(row.conditions)}")
+    table = Table.grid(padding=(0, 2))
+    table.add_row(_thumbnail(row.image or b""), Text("\n".join(lines)))
+    return Group(Text(f"\n{row.origin}"), table)
+
+
+def _thumbnail(data: bytes) -> Text:
+    """A picture in characters, each of which is an upper and a lower cell."""
+    try:
+        small = fit_square(decode(data), CELLS)
+    except ImageError as error:
+        return Text(str(error)[:SHOWN_CHARACTERS])
+    text = Text()
+    for y in range(0, CELLS, 2):
+        for x in range(CELLS):
+            above, below = (small.getpixel((x, y + step)) for step in (0, 1))
+            text.append("\u2580", f"rgb{above} on rgb{below}".replace(" ", "").replace("onrgb", " on rgb"))
+        text.append("\n")
+    return text
