@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from cm3leon.utils.errors import UserError
 
@@ -37,17 +37,17 @@ class ImageError(UserError):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB pixels of any mode: EXIF orientation applied, transparency composited on white, deep gray scaled to 8 bits.
+    """sRGB pixels of any mode: EXIF orientation and color profile applied, transparency composited on white, deep gray scaled to 8 bits.
 
     ``info["note"]`` of the result says how values were scaled, if that had to be guessed.
 
     Raises:
         ValueError: if gray values are negative, not finite, or above 65,535.
     """
-    if image.mode == "RGB" and not image.getexif() and "transparency" not in image.info:
+    if image.mode == "RGB" and not image.getexif() and not image.info.keys() & {"transparency", "icc_profile"}:
         return image
     note = None
-    image = ImageOps.exif_transpose(image)
+    image = _in_srgb(ImageOps.exif_transpose(image))
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image, note = _eight_bit_gray(image)
     if image.mode == "La":
@@ -60,6 +60,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if note:
         image.info["note"] = note
     return image
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """An image with the colors that its profile stands for; as it is if it has none, or one that does not fit its mode."""
+    embedded = image.info.get("icc_profile")
+    if not embedded or image.mode.startswith("I") or image.mode == "F":
+        return image
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        found = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image
+    if found is None:
+        return image
+    found.info.pop("icc_profile", None)
+    return found
 
 
 def _eight_bit_gray(image: Image.Image) -> tuple[Image.Image, str | None]:

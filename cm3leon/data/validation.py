@@ -128,7 +128,8 @@ def check_rows(frame: pd.DataFrame, profiles: list[Profile], config: ValidateCon
     """
     # 1. The rules that need one record.
     records = records_of(frame)
-    findings = [list(_check_record(record, profile, config)) for record, profile in zip(records, profiles, strict=True)]
+    licenses = allowed(config.licenses)
+    findings = [list(_check_record(record, profile, config, licenses)) for record, profile in zip(records, profiles, strict=True)]
 
     # 2. Duplicates. A record that breaks a rule does not make its copies duplicates, else no copy would be left.
     kept: dict[str, str] = {}  # hash of the pixels -> origin of the record that is kept
@@ -142,7 +143,7 @@ def check_rows(frame: pd.DataFrame, profiles: list[Profile], config: ValidateCon
     return findings
 
 
-def _check_record(record: dict[str, Any], profile: Profile, config: ValidateConfig) -> Iterator[tuple[str, str]]:
+def _check_record(record: dict[str, Any], profile: Profile, config: ValidateConfig, licenses: set[str]) -> Iterator[tuple[str, str]]:
     """The rules that need no other record."""
     if record["problem"]:
         for problem in record["problem"].split(","):
@@ -159,7 +160,7 @@ def _check_record(record: dict[str, Any], profile: Profile, config: ValidateConf
         yield "empty_caption", f"{len(record['captions'])} captions, none with text"
     if max(lengths, default=0) > config.max_caption_characters:
         yield "caption_too_long", f"{max(lengths)} characters, {config.max_caption_characters} allowed"
-    if record["licence"] not in allowed(config.licenses):
+    if record["licence"] not in licenses:
         yield "licence_not_allowed", record["licence"] or "none stated"
     elif (terms := TERMS.get(record["licence"])) and terms.attribution and is_blank(record["attribution"] or ""):
         yield "attribution_missing", f"{record['licence']} asks to name the author"

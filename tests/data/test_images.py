@@ -201,3 +201,41 @@ def test_damaged_metadata_is_no_reason_to_lose_a_picture() -> None:
     data = bytearray(encode(image, pnginfo=information))
     data[data.index(b"tEXt") + 6] ^= 1
     assert np.array_equal(np.asarray(decode(bytes(data))), np.asarray(image))
+
+
+def profile(red: tuple[float, float, float], green: tuple[float, float, float], blue: tuple[float, float, float]) -> bytes:
+    """An ICC profile (version 2) of a display with these primaries (XYZ, D50) and a linear response."""
+    fixed = [b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(value * 65536)) for value in color) for color in (red, green, blue)]
+    white = b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)
+    linear = b"curv\0\0\0\0" + struct.pack(">I", 0)
+    names = [b"rXYZ", b"gXYZ", b"bXYZ", b"wtpt", b"rTRC", b"gTRC", b"bTRC"]
+    contents = [*fixed, white, linear, linear, linear]
+    offset, table, data = 128 + 4 + 12 * len(names), b"", b""
+    for name, content in zip(names, contents, strict=True):
+        table += name + struct.pack(">II", offset + len(data), len(content))
+        data += content
+    size = offset + len(data)
+    header = struct.pack(">I4sI4s4s4s", size, b"\0\0\0\0", 0x02400000, b"mntr", b"RGB ", b"XYZ ") + bytes(12) + b"acsp" + bytes(28)
+    header += struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + struct.pack(">I", len(names)) + table + data
+
+
+SRGB = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
+"""The primaries of sRGB, adapted to D50."""
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_color_profile_is_applied(mode: str) -> None:
+    """One in which red and blue have changed places, and that is linear: the middle is brighter in sRGB."""
+    red, green, blue = SRGB
+    image = Image.new("RGB", (4, 4), (255, 0, 0)).convert(mode)
+    turned = decode(encode(image, icc_profile=profile(blue, green, red))).getpixel((0, 0))
+    assert all(abs(value - expected) <= 2 for value, expected in zip(turned, (0, 0, 255), strict=True))
+    gray = decode(encode(Image.new("RGB", (4, 4), (128, 128, 128)), icc_profile=profile(red, green, blue))).getpixel((0, 0))
+    assert all(abs(value - 188) <= 2 for value in gray)
+
+
+def test_a_profile_that_does_not_fit_is_left_out() -> None:
+    for broken in (b"no profile", profile(*SRGB)[:200]):
+        assert decode(encode(Image.new("RGB", (4, 4), (9, 8, 7)), icc_profile=broken)).getpixel((0, 0)) == (9, 8, 7)
+    assert decode(encode(Image.new("L", (4, 4), 9), icc_profile=profile(*SRGB))).getpixel((0, 0)) == (9, 9, 9)
