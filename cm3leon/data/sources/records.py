@@ -20,8 +20,14 @@ MANIFEST_COLUMNS = (
 )  # fmt: skip
 
 
-ALIASES = {"captions": ("captions", "caption"), "licence": ("licence", "license"), "key": ("key", "id")}
-"""Columns of a file that are read, in this order, for one of ours that no mapping names."""
+ALIASES = {
+    "image": ("image", "file_name", "filename", "image_name", "image_path"),
+    "captions": ("captions", "caption", "text", "comment"),
+    "licence": ("licence", "license"),
+    "key": ("key", "id"),
+}
+"""Columns of a file that are read, in this order, for one of ours that no mapping names: those of Hugging Face's ``imagefolder`` and of
+Flickr30k too."""
 
 
 class Cells(NamedTuple):

@@ -327,3 +327,18 @@ def test_headers_are_found_in_any_case_and_a_url_is_told(tmp_path: Path) -> None
     [row] = rows(FolderConfig(), tmp_path)
     assert (row.captions, row.licence, row.problem) == (["a cat"], "MIT", "missing")
     assert "is a URL: download the images" in (row.detail or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "file_name,text\na.png,a cat\na.png,the cat\n"),  # the layout imagefolder
+        ("results.csv", "image_name| comment_number| comment\na.png| 0| a cat\na.png| 1| the cat\n"),  # Flickr30k
+        ("captions.csv", "image,caption\na.png,a cat\na.png,the cat\n"),  # Flickr8k
+    ],
+)
+def test_known_layouts_need_no_mapping(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / "a.png").write_bytes(b"picture")
+    (tmp_path / name).write_text(content)
+    [row] = rows(FolderConfig(manifest=name, license="MIT"), tmp_path)
+    assert (row.image, row.captions, row.problem) == (b"picture", ["a cat", "the cat"], None)
