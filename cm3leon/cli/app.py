@@ -22,7 +22,8 @@ from cm3leon.utils.garbage import collect_rarely
 
 SOURCES_HELP = (
     "ingest.source names the format: shapes (painted here), folder (images and a CSV, TSV, JSON Lines or parquet manifest), "
-    "webdataset (tar shards), sidecar (a text file of captions beside each image), coco (annotations)."
+    "webdataset (tar shards), sidecar (a text file of captions beside each image), coco (annotations), "
+    "instruct_pix2pix (parquet files of edits)."
 )
 HELP = "Train, evaluate, version and serve a CM3leon model on your own licensed image-text collection."
 

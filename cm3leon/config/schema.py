@@ -88,10 +88,16 @@ class CocoConfig(CollectionConfig):
     source: str = Field("coco", description="source name of records that state none")
 
 
+class InstructPix2PixConfig(CollectionConfig):
+    """Parquet files of pairs: an image, an instruction, and the edited image."""
+
+    source: str = Field("instruct_pix2pix", description="source name of records that state none")
+
+
 class IngestConfig(Section):
     """Reads any source into image shards and one manifest."""
 
-    source: Literal["shapes", "folder", "webdataset", "sidecar", "coco"] = Field(
+    source: Literal["shapes", "folder", "webdataset", "sidecar", "coco", "instruct_pix2pix"] = Field(
         "shapes", description="shapes: painted here; the others: your own collection, in the format of that name"
     )
     path: str = Field("data/source", description="root directory of the collection; DVC tracks it as an input")
@@ -105,6 +111,7 @@ class IngestConfig(Section):
     webdataset: WebdatasetConfig = WebdatasetConfig()
     sidecar: SidecarConfig = SidecarConfig()
     coco: CocoConfig = CocoConfig()
+    instruct_pix2pix: InstructPix2PixConfig = InstructPix2PixConfig()
 
     @field_validator("path")
     @classmethod

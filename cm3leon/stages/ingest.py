@@ -16,7 +16,7 @@ from cm3leon.config.schema import Config, IngestConfig
 from cm3leon.data.images import ImageError, decode, encode
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.packing import pack
-from cm3leon.data.sources import coco, folder, sidecar, webdataset
+from cm3leon.data.sources import coco, folder, instruct_pix2pix, sidecar, webdataset
 from cm3leon.scenes import source as shapes
 from cm3leon.tracking import runs
 from cm3leon.utils.progress import track
@@ -27,6 +27,7 @@ SOURCES: dict[str, Callable[[Any, Path], Iterator[SourceRow]]] = {
     "webdataset": webdataset.rows,
     "sidecar": sidecar.rows,
     "coco": coco.rows,
+    "instruct_pix2pix": instruct_pix2pix.rows,
 }
 """The sources by name; the section ``ingest.NAME`` has the parameters of each."""
 MAX_PIXELS = 50_000_000

@@ -8,10 +8,11 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from cm3leon.config.schema import CocoConfig, SidecarConfig, WebdatasetConfig
-from cm3leon.data.sources import SourceError, coco, sidecar, webdataset
+from cm3leon.config.schema import CocoConfig, InstructPix2PixConfig, SidecarConfig, WebdatasetConfig
+from cm3leon.data.sources import SourceError, coco, instruct_pix2pix, sidecar, webdataset
 
 
 def shard(path: Path, members: dict[str, bytes], links: dict[str, str] | None = None) -> None:
@@ -150,3 +151,25 @@ def test_a_file_that_is_not_cocos_is_told_by_what_is_missing(tmp_path: Path, cha
         list(coco.rows(CocoConfig(), tmp_path))
     with pytest.raises(SourceError, match=r"does not exist; ingest\.coco\.annotations names"):
         list(coco.rows(CocoConfig(annotations=["gone.json"]), tmp_path))
+
+
+def test_pairs_of_instruct_pix2pix_become_an_image_and_its_edit(tmp_path: Path) -> None:
+    pairs = [
+        {
+            "original_image": {"bytes": f"{number}".encode(), "path": None}, "original_prompt": f"a cat {number}",
+            "edit_prompt": "make it a dog",
+            "edited_image": {"bytes": f"{number} edited".encode(), "path": None}, "edited_prompt": f"a dog {number}",
+        }
+        for number in range(2)
+    ]  # fmt: skip
+    pd.DataFrame(pairs).to_parquet(tmp_path / "train-0.parquet")
+    found = list(instruct_pix2pix.rows(InstructPix2PixConfig(license="MIT"), tmp_path))
+    assert [(row.image, row.captions, row.instruction, row.problem) for row in found[:2]] == [
+        (b"0", ["a cat 0"], None, None),
+        (b"0 edited", ["a dog 0"], "make it a dog", None),
+    ]
+    assert [(row.edited_from, row.licence) for row in found] == [(None, "MIT"), (found[0].key, "MIT"), (None, "MIT"), (found[2].key, "MIT")]
+    assert len({row.key for row in found}) == 4
+    pd.DataFrame(pairs).drop(columns=["edited_image", "edited_prompt"]).to_parquet(tmp_path / "train-0.parquet")
+    with pytest.raises(SourceError, match="has no column 'edited_image' and no column 'edited_prompt'; its columns are: original_image"):
+        list(instruct_pix2pix.rows(InstructPix2PixConfig(), tmp_path))
