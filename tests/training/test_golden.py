@@ -59,7 +59,7 @@ def curve(directory: Path, packing: bool) -> list[float]:
 def image_curve(kind: str) -> list[float]:
     config: Any = getattr(load_profile("tiny", configs=CONFIGS), kind)
     if kind == "encoder":
-        config = config.model_copy(update={"image_tower": "vit", "batch_size": 16})
+        config = config.model_copy(update={"image_tower": "vit", "width": 64, "batch_size": 16})
     images, losses = Squares(70, 32), []
     trainer: Any = {
         "image_tokenizer": lambda: ImageTokenizerTrainer(config, images, 0),
