@@ -1,0 +1,190 @@
+"""Each format from its files to a batch of instruction tuning, with the tasks that it enables; and files that are damaged in every way."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cm3leon.config import paths
+from cm3leon.config.schema import Config
+from cm3leon.data.batches import collate
+from cm3leon.data.manifest import read_manifest
+from cm3leon.data.sequences import PretrainingSamples
+from cm3leon.data.task_samples import TaskSamples
+from cm3leon.data.tokens import TokenStore
+from cm3leon.models.decoder import Decoder
+from cm3leon.sequence.text_tokenizer import TextTokenizer
+from cm3leon.stages import ingest, tokenize, validate
+from cm3leon.training.instruction_tuning import UNMASKED
+
+COUNT = 40
+CAPTION = "a red circle"
+STATED = {"license": "MIT", "attribution": "me"}
+
+
+def picture(number: int, kind: str = "PNG", side: int = 40) -> bytes:
+    """A picture unlike those of other numbers."""
+    data = io.BytesIO()
+    coarse = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((side, side), Image.Resampling.NEAREST).save(data, kind)
+    return data.getvalue()
+
+
+def folder(root: Path) -> dict[str, Any]:
+    names = [f"{number}.png" for number in range(COUNT)]
+    for number, name in enumerate(names):
+        (root / name).write_bytes(picture(number))
+    questions = json.dumps([{"question": "What?", "answers": ["a circle"]}])
+    pd.DataFrame({"image": names, "caption": CAPTION, "questions": questions}).to_csv(root / "manifest.csv", index=False)
+    return {"folder": STATED}
+
+
+def parquet(root: Path) -> dict[str, Any]:
+    images = [{"bytes": picture(number), "path": None} for number in range(COUNT)]
+    pd.DataFrame({"image": images, "text": CAPTION}).to_parquet(root / "train.parquet")
+    return {"folder": {**STATED, "manifest": "train.parquet"}}
+
+
+def webdataset(root: Path) -> dict[str, Any]:
+    with tarfile.open(root / "00000.tar", "w") as archive:
+        for number in range(COUNT):
+            for suffix, content in (("jpg", picture(number, "JPEG")), ("txt", CAPTION.encode())):
+                entry = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    return {"webdataset": STATED}
+
+
+def sidecar(root: Path) -> dict[str, Any]:
+    for number in range(COUNT):
+        (root / f"{number}.webp").write_bytes(picture(number, "WEBP"))
+        (root / f"{number}.txt").write_text(f"{CAPTION}\nthe same circle\n")
+    return {"sidecar": STATED}
+
+
+def coco(root: Path) -> dict[str, Any]:
+    (root / "images").mkdir()
+    for number in range(COUNT):
+        (root / "images" / f"{number}.png").write_bytes(picture(number))
+    images = [{"id": number, "file_name": f"{number}.png"} for number in range(COUNT)]
+    captions = [{"image_id": number, "caption": CAPTION} for number in range(COUNT)]
+    boxes = [{"image_id": number, "category_id": 1, "bbox": [5, 5, 20, 20]} for number in range(COUNT)]
+    content = {"images": images, "annotations": captions + boxes, "categories": [{"id": 1, "name": "circle"}]}
+    (root / "all.json").write_text(json.dumps(content))
+    return {"coco": {**STATED, "annotations": ["all.json"]}}
+
+
+def instruct_pix2pix(root: Path) -> dict[str, Any]:
+    columns = {"original_prompt": CAPTION, "edit_prompt": "make it blue", "edited_prompt": "a blue circle"}
+    images = {
+        name: [picture(start + number) for number in range(COUNT)] for name, start in (("original_image", 0), ("edited_image", COUNT))
+    }
+    pd.DataFrame({**images, **columns}).to_parquet(root / "train.parquet")
+    return {"instruct_pix2pix": STATED}
+
+
+COMMON = {"text_to_image", "caption"}
+
+
+@pytest.mark.parametrize(
+    ("write", "tasks"),
+    [
+        (folder, COMMON | {"vqa"}),
+        (parquet, COMMON),
+        (webdataset, COMMON),
+        (sidecar, COMMON),
+        (coco, COMMON | {"layout_to_image"}),
+        (instruct_pix2pix, COMMON | {"edit"}),
+    ],
+)
+def test_a_format_becomes_a_batch_with_its_tasks(write: Callable[[Path], dict[str, Any]], tasks: set[str], stages: Path) -> None:
+    source = Path("collection")
+    source.mkdir()
+    section = write(source)
+    found = {"source": next(iter(section)), "path": str(source), **section}
+    config = Config.model_validate({"profile": "test", "ingest": found, "validate": {"licenses": ["MIT"], "max_rejected_rate": 0.0}})
+    assert ingest.run(config)["problems"] == 0
+    counts = validate.run(config)
+    assert counts["accepted"] == counts["read"] == (2 * COUNT if write is instruct_pix2pix else COUNT)
+    tokenize.run(config)
+    model, store = Decoder.load(paths.FINETUNED), TokenStore(paths.TOKENS, ["train"])
+    pretraining = PretrainingSamples(store, store, {}, model.vocabulary, UNMASKED, [1.0], model.spec.context, 0)
+    samples = TaskSamples(pretraining, read_manifest(paths.VALIDATED, "train"), TextTokenizer.load(paths.TEXT_TOKENIZER), config.sft)
+    assert set(samples.rows) == tasks
+    batch = collate([samples(0, number) for number in range(16)])
+    assert len(batch.targets) > 16 and batch.tokens.max() < model.vocabulary.size
+
+
+def hostile(root: Path) -> int:
+    """Files that are damaged in every way; returns their number."""
+    rng = np.random.default_rng(0)
+    files: list[bytes] = [b"", b"\0" * 1000, b"GIF89a", b"\x89PNG\r\n\x1a\n", b"%PDF-1.4", b"<svg/>", rng.bytes(5000)]
+    for number, kind in enumerate(("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")):
+        whole = picture(number, kind, 64)
+        files += [whole[: round(len(whole) * share)] for share in (0.2, 0.5, 0.8, 0.99)]
+        for _ in range(6):
+            damaged = bytearray(whole)
+            for position in rng.integers(8, len(whole), size=4):
+                damaged[position] ^= 1 << int(rng.integers(8))
+            files.append(bytes(damaged))
+    header = bytearray(picture(99))
+    header[16:24] = struct.pack(">II", 60_000, 60_000)
+    header[29:33] = struct.pack(">I", zlib.crc32(header[12:29]))
+    files.append(bytes(header))
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I", "F", "I;16", "YCbCr", "LAB", "HSV"):
+        data = io.BytesIO()
+        image = Image.new("I;16", (40, 40), 9) if mode == "I;16" else Image.new("RGB", (40, 40), (9, 8, 7)).convert(mode)
+        image.save(data, "PNG" if mode in ("1", "L", "LA", "P", "RGBA", "I;16") else "TIFF") if mode != "HSV" else data.write(b"")
+        files.append(data.getvalue())
+    data = io.BytesIO()
+    Image.new("L", (1, 200_000)).save(data, "PNG")
+    files.append(data.getvalue())
+    for number, content in enumerate(files):
+        (root / f"{number:03d}.png").write_bytes(content)
+        (root / f"{number:03d}.txt").write_text(f"picture {number}")
+    return len(files)
+
+
+PROGRAM = """
+import json, resource
+from pathlib import Path
+from cm3leon.config.schema import SidecarConfig, ValidateConfig
+from cm3leon.data.manifest import read_manifest
+from cm3leon.data.packing import pack
+from cm3leon.data.sources import sidecar
+from cm3leon.data.manifest import ImageStore
+from cm3leon.data.validation import check_rows, profile_images
+config = ValidateConfig(licenses=["MIT"])
+counts = pack(sidecar.rows(SidecarConfig(license="MIT"), Path("files")), Path("raw"), 32)
+frame = read_manifest("raw")
+findings = check_rows(frame, profile_images(ImageStore("raw"), frame, config), config)
+peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+print(json.dumps({"read": counts["rows"], "found": [[reason for reason, _ in found] for found in findings], "megabytes": peak / 1024}))
+"""
+
+
+def test_hostile_files_are_all_accounted_for_in_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    count = hostile(tmp_path / "files")
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" or "validate: decoding" in done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["read"] == len(result["found"]) == count
+    reasons = {reason for found in result["found"] for reason in found}
+    assert {"unreadable", "decompression_bomb"} <= reasons <= {"unreadable", "decompression_bomb", "duplicate", "too_small"}
+    assert sum(not found for found in result["found"]) >= 10  # modes that are not common are no damage
+    assert result["megabytes"] < 600
