@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,12 +32,14 @@ class Done(Generic[Result]):
         result: None if it was too expensive.
         excess: what it took too much of; else None.
         error: the message of a user's error that ended the work, which is not the item's fault; else None.
+        failure: the traceback of any other error; else None.
         warnings: what Python and the libraries in C warned of, each once.
     """
 
     result: Result | None
     excess: str | None = None
     error: str | None = None
+    failure: str | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -51,6 +54,7 @@ def bounded_map(
 
     Raises:
         UserError: that ``work`` has raised.
+        RuntimeError: with the traceback of any other error of ``work``.
     """
     pool: list[_Worker] = [_Worker(work, items, megabytes) for _ in range(min(workers, len(items)))]
     waiting = iter(range(len(items)))
@@ -67,6 +71,8 @@ def bounded_map(
             done = found.pop(number)
             if done.error is not None:
                 raise UserError(done.error)
+            if done.failure is not None:
+                raise RuntimeError(done.failure)
             yield done
     finally:
         for worker in pool:
@@ -84,7 +90,7 @@ def _collect(pool: Sequence[_Worker], found: dict[int, Done[Any]], seconds: floa
         try:
             found[number] = worker.connection.recv()
             worker.number = None
-        except EOFError:
+        except (EOFError, OSError):
             worker.restart()
             found[number] = Done(None, f"the process that read it ended with status {worker.status}")
     for worker in busy.values():
@@ -152,7 +158,7 @@ def _serve(
 
 
 def _done(work: Callable[[Any], Any], item: Any, megabytes: float, errors: Any) -> Done[Any]:
-    result, excess, message = None, None, None
+    result, excess, message, failure = None, None, None, None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -161,10 +167,10 @@ def _done(work: Callable[[Any], Any], item: Any, megabytes: float, errors: Any) 
             excess = f"more than {megabytes:g} MB of memory"
         except Exception as error:
             if (message := message_to_user(error)) is None:
-                raise
+                failure = traceback.format_exc()
     errors.seek(0)
     lines = errors.read().decode(errors="replace").splitlines()
     errors.seek(0)
     errors.truncate()
     told = dict.fromkeys([*(str(warning.message) for warning in caught), *filter(None, map(str.strip, lines))])
-    return Done(result, excess, message, tuple(told))
+    return Done(result, excess, message, failure, tuple(told))

@@ -43,7 +43,7 @@ def show(rows: Sequence[SourceRow], mapping: dict[str, str], console: Console) -
     for name, count in filled.items():
         theirs = mapping.get(name, "")
         if count or theirs:
-            table.add_row(name, theirs, f"{count:,}")
+            table.add_row(name, Text(theirs), f"{count:,}")  # no markup: names may have brackets
     console.print(table)
     tasks = Table("task", "records that allow it")
     for name, count in tasks_of(rows).items():
@@ -54,7 +54,7 @@ def show(rows: Sequence[SourceRow], mapping: dict[str, str], console: Console) -
         problems = Table("problem", "records", "what to do", "first")
         for reason, count in reasons.most_common():
             first = next(row for row in rows if reason in (row.problem or "").split(","))
-            problems.add_row(reason, f"{count:,}", RULES[reason], f"{first.origin}: {first.detail}")
+            problems.add_row(reason, f"{count:,}", RULES[reason], Text(f"{first.origin}: {first.detail}"))
         console.print(problems)
     for row in [row for row in rows if row.image and not row.problem][:EXAMPLES]:
         console.print(_example(row))

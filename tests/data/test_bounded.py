@@ -31,6 +31,8 @@ def work(what: str) -> str:
         os.write(2, b"TIFFReadDirectory: unknown tag 1.\n" * 2)
     elif what == "wrong":
         raise UserError("image shard is truncated")
+    elif what == "bug":
+        raise KeyError("a name")
     return what
 
 
@@ -67,6 +69,11 @@ def test_a_users_error_ends_the_work() -> None:
     with pytest.raises(UserError, match="image shard is truncated"):
         list(bounded_map(work, ["a", "wrong", "b"], 2, 60, 1000))
     assert not multiprocessing.active_children()
+
+
+def test_any_other_error_is_a_failure_with_its_traceback_and_not_the_items_fault() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in work.*KeyError: 'a name'"):
+        list(bounded_map(work, ["a", "bug", "b"], 2, 60, 1000))
 
 
 def test_processes_end_with_the_iterator() -> None:

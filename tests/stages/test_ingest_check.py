@@ -24,7 +24,7 @@ def test_columns_tasks_problems_and_examples_are_shown(tmp_path: Path, monkeypat
     records: list[dict[str, object]] = [
         {"file": "a.png", "title": "a red circle", "questions": [{"question": "What?", "answers": ["a circle"]}]},
         {"file": "a.png", "title": "the red circle"},
-        {"file": "gone.png", "title": "x"},
+        {"file": "[/gone].png", "title": "x"},
     ]
     (tmp_path / "photos/m.jsonl").write_text("".join(json.dumps({**record, "licence": "MIT"}) + "\n" for record in records))
     columns = "ingest.folder.columns={image: file, captions: title}"
@@ -34,7 +34,7 @@ def test_columns_tasks_problems_and_examples_are_shown(tmp_path: Path, monkeypat
     assert "2 records read, nothing written; 1 rows more were merged into them" in shown
     lines = [[cell.strip() for cell in line.strip("\u2502").split("\u2502")] for line in shown.splitlines() if line.startswith("\u2502")]
     assert ["captions", "title", "2"] in lines and ["image", "file", "1"] in lines and ["vqa", "1"] in lines
-    assert any(line[:2] == ["missing", "1"] and line[3] == "m.jsonl line 3: image: gone.png is no file" for line in lines)
+    assert any(line[:2] == ["missing", "1"] and line[3] == "m.jsonl line 3: image: [/gone].png is no file" for line in lines)
     assert "captions: ['a red circle', 'the red circle']" in shown
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -17,7 +17,7 @@ from cm3leon.config.schema import FolderConfig
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.merging import merge_rows
 from cm3leon.data.sources import SourceError
-from cm3leon.data.sources.records import ALIASES, MANIFEST_COLUMNS, Cells, Files, image_name, row_of
+from cm3leon.data.sources.records import MANIFEST_COLUMNS, Cells, Files, image_name, known_columns, row_of
 from cm3leon.data.tables import read_table
 
 REQUIRED = ("image", "captions", "licence")
@@ -34,12 +34,12 @@ def rows(config: FolderConfig, path: Path) -> Iterator[SourceRow]:
     """
     manifest = manifest_of(config, path)
     files = Files(path.resolve(), config.max_file_megabytes)
-    found, _ = read_table(manifest)
-    mapping = mapping_of(config, path)
+    found, table_rows = read_table(manifest)
+    mapping = _mapping(config, manifest, found)
     counts = _images(manifest, mapping["image"]) if config.merge == "image" else Counter[str]()
     waiting: dict[str, list[Cells]] = {}
     empty = True
-    for location, table_cells, fault in read_table(manifest)[1]:
+    for location, table_cells, fault in table_rows:
         empty = False
         cells = Cells({ours: table_cells.get(theirs) for ours, theirs in mapping.items()}, f"{config.manifest} {location}", fault)
         name = image_name(cells.values)
@@ -67,15 +67,24 @@ def manifest_of(config: FolderConfig, path: Path) -> Path:
 
 
 def _images(manifest: Path, column: str) -> Counter[str]:
-    """The number of rows of each image path."""
-    names = (image_name({"image": cells.get(column)}) for _, cells, _ in read_table(manifest)[1])
-    return Counter(name for name in names if name is not None)
+    """The number of rows of each image path; none of a manifest that holds the images itself, which is not read twice."""
+    counts: Counter[str] = Counter()
+    for _, cells, _ in read_table(manifest)[1]:
+        name = image_name({"image": cells.get(column)})
+        if name is not None:
+            counts[name] += 1
+        elif isinstance(cells.get(column), (bytes, dict)):
+            return Counter()
+    return counts
 
 
 def mapping_of(config: FolderConfig, path: Path) -> dict[str, str]:
     """Our column -> the manifest's, for the columns that the manifest has; SourceError as :func:`rows`."""
     manifest = manifest_of(config, path)
-    found, _ = read_table(manifest)
+    return _mapping(config, manifest, read_table(manifest)[0])
+
+
+def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str, str]:
     listing = ", ".join(found) or "none"
     # 1. What the parameters say has to exist on both sides: a typo must not lose a column in silence.
     for ours, theirs in config.columns.items():
@@ -86,11 +95,7 @@ def mapping_of(config: FolderConfig, path: Path) -> dict[str, str]:
         if theirs not in found:
             raise SourceError(f"ingest.folder.columns.{ours}: {manifest} has no column {theirs!r}; its columns are: {listing}")
     # 2. The other columns by their known names, the first that the file has.
-    mapping = dict(config.columns)
-    for ours in MANIFEST_COLUMNS:
-        known = next((name for alias in ALIASES.get(ours, (ours,)) for name in found if name.lower() == alias), None)
-        if ours not in mapping and known is not None:
-            mapping[ours] = known
+    mapping = {**known_columns(found), **config.columns}
     # 3. A license may come from the parameters instead, the same for all rows.
     for ours in REQUIRED:
         if ours not in mapping and not (ours == "licence" and config.license):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +18,6 @@ MANIFEST_COLUMNS = (
     "image", "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions", "reasoning",
     "instruction", "edited_from", "conditions", "text_in_image",
 )  # fmt: skip
-
-
 ALIASES = {
     "image": ("image", "file_name", "filename", "image_name", "image_path"),
     "captions": ("captions", "caption", "text", "comment"),
@@ -38,11 +36,16 @@ class Cells(NamedTuple):
     fault: str | None
 
 
+def known_columns(names: Iterable[str]) -> dict[str, str]:
+    """Our column -> the one of ``names`` that is called so, in any case, or as one of :data:`ALIASES`."""
+    theirs = {name.lower(): name for name in names}
+    found = ((ours, [theirs[alias] for alias in ALIASES.get(ours, (ours,)) if alias in theirs]) for ours in MANIFEST_COLUMNS)
+    return {ours: known[0] for ours, known in found if known}
+
+
 def mapped(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The fields of a record by our columns: those that ``columns`` names (ours -> theirs), and others by their known names."""
-    names = {name.lower(): name for name in fields}
-    known = {ours: next((names[alias] for alias in ALIASES.get(ours, (ours,)) if alias in names), None) for ours in MANIFEST_COLUMNS}
-    return {ours: fields[theirs] for ours, theirs in {**known, **columns}.items() if theirs is not None and theirs in fields}
+    return {ours: fields[theirs] for ours, theirs in {**known_columns(fields), **columns}.items() if theirs in fields}
 
 
 def row_of(cells: Cells, files: Files, config: CollectionConfig, read: bool = True) -> SourceRow:
