@@ -6,10 +6,10 @@ import atexit
 import gc
 
 THRESHOLDS = (50_000, 20, 100)
-"""Objects made before a collection of the youngest; Python's own 700 cost a quarter of the time in which torch and MLflow are imported."""
+"""Objects made before a collection of the youngest, and collections before one of the older; with Python's own, imports take longer."""
 
 
 def collect_rarely() -> None:
-    """Collect less often, and at the end of the process nothing: that took up to three seconds for objects that are given up anyway."""
+    """Collect less often, and at the end of the process nothing: all objects are given up then anyway."""
     gc.set_threshold(*THRESHOLDS)
     atexit.register(gc.freeze)
