@@ -23,6 +23,7 @@ class Terms:
         share_alike: changed works must have the same license.
         non_commercial: only for non-commercial use.
         no_derivatives: changed works may not be passed on.
+        state_changes: what was changed must be said, where that is not part of the attribution.
     """
 
     attribution: bool = False
@@ -30,6 +31,7 @@ class Terms:
     share_alike: bool = False
     non_commercial: bool = False
     no_derivatives: bool = False
+    state_changes: bool = False
 
     def allow(self, use: str) -> bool:
         """Whether they allow one of :data:`USES`, of changed works: a model makes new works of what it was trained on."""
@@ -41,6 +43,7 @@ class Terms:
         asked = {
             "name the author, link the license, state changes": self.attribution,
             "keep license and notices": self.notices,
+            "state changes": self.state_changes,
             "share changed works under the same license": self.share_alike,
             "no commercial use": self.non_commercial,
             "no changed works": self.no_derivatives,
@@ -57,7 +60,8 @@ TERMS: dict[str, Terms] = {
         for version in _VERSIONS
     },
     **dict.fromkeys(("CC0-1.0", "CC-PDM-1.0", "CC-PDDC", "PDDL-1.0", "Unlicense", "0BSD", "MIT-0"), Terms()),
-    **dict.fromkeys(("MIT", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "OFL-1.1"), Terms(notices=True)),
+    **dict.fromkeys(("MIT", "BSD-2-Clause", "BSD-3-Clause", "ISC", "OFL-1.1"), Terms(notices=True)),
+    "Apache-2.0": Terms(notices=True, state_changes=True),
     "ODC-By-1.0": Terms(attribution=True),
     "ODbL-1.0": Terms(attribution=True, share_alike=True),
     **dict.fromkeys(

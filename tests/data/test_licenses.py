@@ -62,4 +62,5 @@ def test_obligations_are_those_of_the_deeds() -> None:
     assert obligation("CC0-1.0") == "none"
     assert obligation("LicenseRef-mine") == "read the license"
     assert "no commercial use" in obligation("CC-BY-NC-SA-4.0") and "same license" in obligation("CC-BY-NC-SA-4.0")
+    assert obligation("Apache-2.0") == "keep license and notices; state changes"
     assert obligation("CC-BY-2.0") == "name the author, link the license, state changes"
