@@ -7,6 +7,8 @@ from pathlib import Path
 RAW = Path("data/raw")
 WEIGHTS = Path("data/weights")
 """What parameters name of others: a dependency of the stages that read it."""
+EXCLUDED = Path("data/excluded")
+"""What must not be trained on."""
 VALIDATED = Path("data/validated")
 TOKENS = Path("data/tokens")
 NEIGHBORS = Path("data/neighbours")

@@ -11,9 +11,13 @@ import re
 import warnings
 from typing import Any
 
-from cm3leon.data.manifest import Problem
+from cm3leon.data.manifest import SPLITS, Problem
 from cm3leon.utils.texts import is_blank
 
+SPLIT_NAMES = {
+    **{name: name for name in SPLITS}, "training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test",
+}  # fmt: skip
+"""How people call the splits, in lower case, and how they are called here."""
 Box = tuple[float, float, float, float]
 
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
@@ -88,6 +92,14 @@ def captions_of(cell: Any) -> list[str]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
         raise malformed("text or a list of texts", cell)
     return [_trimmed(item) for item in value]
+
+
+def split_of(cell: Any) -> str | None:
+    """The split that a cell states: train, val or test; None for an empty cell."""
+    stated = text_of(cell)
+    if stated is not None and stated.lower() not in SPLIT_NAMES:
+        raise malformed(f"one of {', '.join(SPLIT_NAMES)}", cell)
+    return stated and SPLIT_NAMES[stated.lower()]
 
 
 def _trimmed(text: str) -> str:

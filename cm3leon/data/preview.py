@@ -20,7 +20,7 @@ CELLS = 12
 SHOWN_CHARACTERS = 200
 FIELDS = (
     "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions", "reasoning", "instruction",
-    "edited_from", "text_in_image",
+    "edited_from", "text_in_image", "split",
 )  # fmt: skip
 
 

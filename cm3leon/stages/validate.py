@@ -22,7 +22,9 @@ from rich.table import Table
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, ValidateConfig
 from cm3leon.data import data_docs, expectations, licenses, splits, thumbnails
+from cm3leon.data.excluded import Excluded
 from cm3leon.data.manifest import MANIFEST_SCHEMA, SPLITS, VALIDATED_SCHEMA, ImageStore, read_manifest
+from cm3leon.data.near_duplicates import Likeness, near_duplicate_groups
 from cm3leon.data.validation import RULES, Findings, Profile, check_rows, profile_images
 from cm3leon.tracking import runs
 from cm3leon.utils.errors import UserError
@@ -47,7 +49,7 @@ def run(config: Config) -> dict[str, float]:
     """
     with runs.stage_run("validate", config) as stage:
         stage.log_dataset(paths.RAW, "raw")
-        report = validate(paths.RAW, paths.VALIDATED, paths.DATA_DOCS, config.validate_, config.seed)
+        report = validate(paths.RAW, paths.VALIDATED, paths.DATA_DOCS, config.validate_, config.seed, paths.EXCLUDED)
         metrics = {name: float(report[name]) for name in ("read", "accepted", "rejected")}
         stage.log_metrics({f"validate/{name}": value for name, value in metrics.items()})
         stage.log_artifact(paths.VALIDATED / "report.json")
@@ -55,8 +57,11 @@ def run(config: Config) -> dict[str, float]:
     return metrics
 
 
-def validate(raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: int) -> dict[str, Any]:
+def validate(raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: int, excluded: Path | None = None) -> dict[str, Any]:
     """The stage without tracking, from directory ``raw`` to directory ``output``, with Data Docs in ``docs``.
+
+    Args:
+        excluded: directory with what to keep out (:mod:`cm3leon.data.excluded`); None: nothing.
 
     Returns:
         The content of ``report.json``.
@@ -68,7 +73,7 @@ def validate(raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: 
     frame = read_manifest(raw)
     frame["licence"] = pd.Series([licenses.identifier_of(stated) or stated for stated in frame["licence"]], dtype=object)
     profiles = profile_images(ImageStore(raw), frame, config)
-    findings = check_rows(frame, profiles, config)
+    findings = check_rows(frame, profiles, config, Excluded.read(excluded, config.max_pixels) if excluded else Excluded())
     frame["pixels"] = [profile.pixels for profile in profiles]
     good = np.array([not found for found in findings], dtype=bool)
     frame["width"] = np.array([profile.width for profile in profiles], dtype=np.int32)
@@ -91,11 +96,17 @@ def validate(raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: 
     if not problems:
         components, report["parts"] = _components(frame, profiles, good, config)
         try:
-            accepted["split"] = splits.assign_splits(accepted["id"].tolist(), components, seed, config.val_fraction, config.test_fraction)
+            stated = accepted["split"].tolist()
+            fractions = (config.val_fraction, config.test_fraction)
+            accepted["split"] = splits.assign_splits(accepted["id"].tolist(), components, stated, seed, *fractions)
         except UserError as error:
             problems = str(error)
         else:
             report["splits"] = {name: int((accepted["split"] == name).sum()) for name in SPLITS}
+            stated_by_some = set(filter(None, stated))  # records are drawn for the other splits
+            report["parts"]["moved_from_stated_split"] = sum(
+                name is not None and name != own and own in stated_by_some for name, own in zip(stated, accepted["split"], strict=True)
+            )
             accepted, report["cleaned"] = _clean(accepted, frame, good)
             frames["accepted_rows"] = expectations.flat_frame(accepted, components)
 
@@ -179,7 +190,7 @@ def _components(
     Rejected records take part: two accepted edits of a rejected original are still linked through it.
     """
     rows = np.flatnonzero(good)
-    near = splits.near_duplicate_groups(thumbnails.stack([profiles[row].thumbnail for row in rows]), config.near_duplicate_distance)
+    near = near_duplicate_groups(thumbnails.stack([profiles[row].thumbnail for row in rows]), Likeness.of(config))
     components = splits.linked_rows([*splits.links_of(frame), (rows, near)], len(frame))[good]
     sizes = np.bincount(np.unique(components, return_inverse=True)[1])
     in_near = np.bincount(near)[near] > 1

@@ -1,4 +1,4 @@
-"""Texts of people: what of them can be seen."""
+"""Texts of people: what of them can be seen, and when two are the same."""
 
 from __future__ import annotations
 
@@ -11,3 +11,9 @@ _INVISIBLE = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 def is_blank(text: str) -> bool:
     """True if nothing of a text can be seen: blanks, control and zero-width characters, byte order marks, marks without a letter."""
     return all(character in _INVISIBLE or unicodedata.category(character)[0] in "CZM" for character in text)
+
+
+def folded(text: str) -> str:
+    """A text as it is compared word for word: without case, accents' encodings, punctuation, and all but single spaces between words."""
+    characters = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join("".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in characters).split())
