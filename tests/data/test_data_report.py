@@ -6,6 +6,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -166,25 +167,28 @@ def test_what_has_changed_since_the_last_accepted_manifest(tmp_path: Path) -> No
     assert "None was accepted" in report_of(root, rows, last), "a damaged summary stops nothing"
 
 
-def test_where_images_lie_is_no_change(tmp_path: Path) -> None:
-    frame = pd.DataFrame({"id": ["a", "b"], "width": 1, "height": 1} | {name: [None, None] for name in last_accepted.CONTENT})
-    frame["captions"] = [["x"], ["y"]]
-    frame["conditions"] = [[{"kind": "depth", "image": "images-00000.tar/1.png"}], []]
-    moved = frame.assign(conditions=[[{"kind": "depth", "image": "images-00001.tar/7.png"}], []])
-    old, new = last_accepted.summary_of(frame), last_accepted.summary_of(moved.iloc[::-1])
-    assert last_accepted.changes_between(old, new) == last_accepted.Changes(0, 0, 0, {})
-    other = last_accepted.summary_of(frame.assign(captions=[["x", "z"], ["y"]], conditions=[[], []]))
+def records(**columns: Any) -> pd.DataFrame:
+    """Two accepted records."""
+    plain = dict.fromkeys(last_accepted.CONTENT, [None, None]) | {"captions": [["four"], ["y"]], "conditions": [[], []]}
+    return pd.DataFrame({"id": ["a", "b"], "width": 1, "height": 2, **plain, **columns})
+
+
+def test_where_images_lie_is_no_change() -> None:
+    lying = [[[{"kind": "depth", "image": f"images-00000.tar/{number}.png"}], []] for number in (1, 7)]
+    old, new = (last_accepted.summary_of(records(conditions=conditions)) for conditions in lying)
+    assert last_accepted.changes_between(old, new.iloc[::-1]) == last_accepted.Changes(0, 0, 0, {})
+    other = last_accepted.summary_of(records(captions=[["four", "z"], ["y"]]))
     assert last_accepted.changes_between(old, other) == last_accepted.Changes(0, 0, 1, {"captions": 1, "conditions": 1})
 
 
 def test_a_summary_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert last_accepted.read(tmp_path / "none.parquet") is None
-    frame = pd.DataFrame({"id": ["a"], "width": 1, "height": 2} | {name: ["x"] for name in last_accepted.CONTENT})
-    summary = last_accepted.summary_of(frame.assign(captions=[["four"]], conditions=[[]]))
+    summary = last_accepted.summary_of(records())
     last_accepted.write(tmp_path / "new" / "last.parquet", summary)
     found = last_accepted.read(tmp_path / "new" / "last.parquet")
+    assert found is not None
     pd.testing.assert_frame_equal(found[summary.columns.tolist()], summary, check_dtype=False)
-    assert found["caption_length"].tolist() == [4]
+    assert found["caption_length"].tolist() == [4, 1]
     summary.drop(columns="width").to_parquet(tmp_path / "old.parquet")
     assert last_accepted.read(tmp_path / "old.parquet") is None, "of another version of the program"
 
@@ -199,7 +203,7 @@ def test_the_stage_on_shapes_keeps_the_page_and_the_summary_where_they_belong(tm
     assert "Passed" in text
     inspect(text)
     assert f'href="{data_report.FILE}"' in (paths.DATA_DOCS / "index.html").read_text()
-    assert len(last_accepted.read(paths.LAST_ACCEPTED)) == len(read_manifest(paths.VALIDATED))
+    assert len(pd.read_parquet(paths.LAST_ACCEPTED)) == len(read_manifest(paths.VALIDATED))
     strict = config.model_copy(update={"validate_": ValidateConfig(min_side=1000)})
     with pytest.raises(ValidationError, match=str(paths.DATA_REPORT)):
         validate_stage.run(strict)
