@@ -169,7 +169,7 @@ def test_what_has_changed_since_the_last_accepted_manifest(tmp_path: Path) -> No
 
 def records(**columns: Any) -> pd.DataFrame:
     """Two accepted records."""
-    plain = dict.fromkeys(last_accepted.CONTENT, [None, None]) | {"captions": [["four"], ["y"]], "conditions": [[], []]}
+    plain = {name: [None, None] for name in last_accepted.CONTENT} | {"captions": [["four"], ["y"]], "conditions": [[], []]}
     return pd.DataFrame({"id": ["a", "b"], "width": 1, "height": 2, **plain, **columns})
 
 
