@@ -38,6 +38,9 @@ from cm3leon.cli.options import (
 )
 from cm3leon.cli.options import app as app  # explicit, because cli/app.py adds model.app
 
+TOGETHER = 32
+"""Images that are opened and described at a time: those before one that cannot be read are printed, and few are in memory."""
+
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
@@ -157,11 +160,14 @@ def long_caption(images: ImageFiles, temperature: Temperature = 0.0, seed: Seed 
 
 
 def describe(task: str, images: list[Path], temperature: float, seed: int, model: str) -> None:
-    """Print a caption of each image, after the file's name if there are several."""
-    opened = [open_image(path) for path in images]
-    captions = getattr(shared.load_generator(model), task)(opened, temperature=temperature, seed=seed)
-    for path, found in zip(images, captions, strict=True):
-        print(found.text if len(images) == 1 else f"{path}: {found.text}")
+    """Print a caption of each image, after the file's name if there are several; those of :data:`TOGETHER` at a time."""
+    generator = None
+    for start in range(0, len(images), TOGETHER):
+        paths = images[start : start + TOGETHER]
+        opened = [open_image(path) for path in paths]
+        generator = generator or shared.load_generator(model)
+        for path, found in zip(paths, getattr(generator, task)(opened, temperature=temperature, seed=seed), strict=True):
+            print(found.text if len(images) == 1 else f"{path}: {found.text}", flush=True)
 
 
 @text_command

@@ -20,7 +20,7 @@ from PIL import Image
 from tests_support import decoding
 from typer.testing import CliRunner
 
-from cm3leon.cli import app, options
+from cm3leon.cli import app, model, options
 from cm3leon.config.loading import load_config
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.checks import PromptTooLongError
@@ -369,6 +369,18 @@ def test_captions_and_answers(generator: Recorder) -> None:
     assert call("reasoning", "b.png", "Which?", "--option", "a", "--option", "b")[0] == 0
     assert call("vqa", "b.png", "What color?") == (0, f"{told.text}\n", "")
     assert len(call("vqa", "b.png", "What color?", "How many?")[1].splitlines()) == 2
+
+
+def test_captions_of_images_before_one_that_cannot_be_read_are_printed(generator: Recorder) -> None:
+    names = [f"{number:02d}.png" for number in range(model.TOGETHER + 2)]
+    for number, name in enumerate(names):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(name)
+    whole = call("caption", *names)[1].splitlines()
+    assert [line.partition(":")[0] for line in whole] == names
+    Path(names[-1]).write_text("no image")
+    status, out, err = call("caption", *names)
+    assert (status, out.splitlines()) == (2, whole[: model.TOGETHER])
+    assert err.startswith(f"error: {names[-1]}: unreadable")
 
 
 CHOICE = ["a.png", "Which?", "--option", "a", "--option", "b"]
