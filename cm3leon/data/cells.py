@@ -12,7 +12,7 @@ import warnings
 from typing import Any
 
 from cm3leon.data.manifest import SPLITS, Problem
-from cm3leon.utils.texts import is_blank
+from cm3leon.utils.texts import is_blank, is_unicode
 
 SPLIT_NAMES = {
     **{name: name for name in SPLITS}, "training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test",
@@ -118,7 +118,7 @@ def _written_list(text: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # a backslash that escapes nothing
             strings = [ast.literal_eval(string) for string in re.findall(_STRING, content, re.DOTALL)]
-        if not any("\ud800" <= character <= "\udfff" for string in strings for character in string):  # half of a surrogate pair
+        if all(map(is_unicode, strings)):
             return strings
     if _LIST_BEGINS.match(content):
         raise malformed("text or a list of texts", text)

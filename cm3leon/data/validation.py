@@ -179,7 +179,8 @@ def _check_record(record: dict[str, Any], profile: Profile, config: ValidateConf
     if profile.pixels:
         for item in record["objects"]:
             if not _inside(item["box"], profile.width, profile.height):
-                yield "box_outside_image", f"{item['label']} {item['box']} in {profile.width}x{profile.height}"
+                box = ", ".join(f"{side:g}" for side in item["box"])
+                yield "box_outside_image", f"{item['label']} [{box}] in {profile.width}x{profile.height}"
                 break
     if profile.bad_condition:
         yield "unreadable_condition", profile.bad_condition

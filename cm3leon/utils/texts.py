@@ -13,6 +13,19 @@ def is_blank(text: str) -> bool:
     return all(character in _INVISIBLE or unicodedata.category(character)[0] in "CZM" for character in text)
 
 
+def is_unicode(text: str) -> bool:
+    """False if some of a text is no Unicode: bytes of an argument or a file's name that are not UTF-8, or half of a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def as_unicode(text: str) -> str:
+    """A text in which what is no Unicode is spelled out: bytes as ``\\xe9``, half of a surrogate pair as ``\\ud800``."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
+
+
 def folded(text: str) -> str:
     """A text as it is compared word for word: without case, accents' encodings, punctuation, and all but single spaces between words."""
     characters = unicodedata.normalize("NFKC", text).casefold()
