@@ -1,4 +1,4 @@
-"""Fidelity of generated images: Fréchet and kernel distance (FID and KID if the features are Inception's), precision and recall.
+"""Fidelity of generated images: Fréchet and kernel distance (FID and KID if the features are Inception's), coverage.
 
 All compare two sets of image features. Scores are comparable only if the feature network, the reference images, the preprocessing (size,
 resize filter, file format) and the numbers of images are the same, so the evaluation record states them.
@@ -122,47 +122,31 @@ def _row_blocks(rows: np.ndarray, columns: int) -> Iterator[np.ndarray]:
         yield rows[start : start + step]
 
 
-def precision_recall(real: np.ndarray, generated: np.ndarray, neighbors: int = 3) -> tuple[float, float]:
-    """Precision and recall of generated images (Kynkäänniemi et al. 2019), each 0 to 1; higher is better.
+def covered(real: np.ndarray, generated: np.ndarray, neighbors: int = 5) -> np.ndarray:
+    """Which real features have a generated one within the distance of their ``neighbors``-th nearest other real one, boolean ``(n,)``.
 
-    Precision is the fraction of generated features in the manifold of the real ones; recall is the fraction of real features in the
-    manifold of the generated ones. A set's manifold is the union of balls around its members, with the distance to the ``neighbors``-th
-    nearest other member as radius (the paper takes 3, and equal numbers of both). Low precision means images unlike any real one, low
-    recall kinds of images that are never generated. Computed in float64 in bounded memory; the time grows with the product of the counts.
+    The mean is the coverage of Naeem et al. (2020, arXiv 2002.09797): 1 if there are generated images like every real one, 0 for images
+    unlike any. The precision of Kynkäänniemi et al. (2019) is not computed: the balls around the outermost of a few hundred real images
+    hold noise and black pictures too. Computed in float64 in bounded memory; the time grows with the product of the counts.
 
     Args:
         real: ``(n, d)``.
         generated: ``(m, d)``.
-        neighbors: at least 1, fewer than ``n`` and ``m``.
+        neighbors: at least 1, fewer than ``n``.
 
     Raises:
         ValueError: for too few rows, different widths, or NaN or infinite values.
     """
-    precise, recalled = within_manifolds(real, generated, neighbors)
-    return float(precise.mean()), float(recalled.mean())
-
-
-def within_manifolds(real: np.ndarray, generated: np.ndarray, neighbors: int) -> tuple[np.ndarray, np.ndarray]:
-    """The outcomes whose means are precision and recall (:func:`precision_recall`).
-
-    Returns:
-        Which generated features lie in the manifold of the real ones, boolean ``(m,)``, and the reverse, ``(n,)``.
-    """
     real, generated = _check(real, generated, ("real", "generated"))
-    for name, features in (("real", real), ("generated", generated)):
-        if not 1 <= neighbors < len(features):
-            raise ValueError(f"neighbors {neighbors} must be at least 1 and less than the {len(features)} rows of {name}")
+    if not 1 <= neighbors < len(real):
+        raise ValueError(f"neighbors {neighbors} must be at least 1 and less than the {len(real)} rows of real")
     center = real.mean(0)  # squared distances by |a|^2 - 2 a.b + |b|^2 lose fewer digits near the origin
     real, generated = real - center, generated - center
-    return _covered(generated, real, neighbors), _covered(real, generated, neighbors)
-
-
-def _covered(queries: np.ndarray, members: np.ndarray, neighbors: int) -> np.ndarray:
-    """Which of ``queries`` lie in the manifold of ``members``."""
     # The nearest member, position 0, is the member itself, so position k is its k-th nearest neighbor.
-    radii = [np.partition(squared, neighbors, axis=1)[:, neighbors] for squared in _squared_distances(members, members)]
-    squared_radii = np.concatenate(radii)
-    return np.concatenate([(squared <= squared_radii).any(axis=1) for squared in _squared_distances(queries, members)])
+    radii = [np.partition(squared, neighbors, axis=1)[:, neighbors] for squared in _squared_distances(real, real)]
+    nearest = [squared.min(axis=1) for squared in _squared_distances(real, generated)]
+    found: np.ndarray = np.concatenate(nearest) <= np.concatenate(radii)
+    return found
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[np.ndarray]:

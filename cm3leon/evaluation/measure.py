@@ -16,14 +16,14 @@ from PIL import Image
 from cm3leon.evaluation import captions as caption_metrics
 from cm3leon.evaluation import vqa
 from cm3leon.evaluation.alignment import ImageEncoder, TextImageEncoder
-from cm3leon.evaluation.fidelity import frechet_distance, kernel_distance, precision_recall, within_manifolds
+from cm3leon.evaluation.fidelity import covered, frechet_distance, kernel_distance
 from cm3leon.evaluation.record import Outcomes, Record, keyed
 from cm3leon.scenes import composition
 
 Images = Sequence[Image.Image]
 
-NEIGHBORS = 3
-"""The neighbor whose distance is the radius of a manifold's balls, for precision and recall."""
+NEIGHBORS = 5
+"""The neighbor whose distance is the radius within which a real image is covered."""
 SUBSET, SUBSETS = 1000, 20
 """Images in a subset for the kernel distance, and the number of subsets that are averaged."""
 
@@ -112,7 +112,7 @@ def measure_fidelity(
     resamples: int,
     seed: int,
 ) -> None:
-    """Fréchet and kernel distance (lower is better), precision and recall on the features of a network, whose name ends the scores' names.
+    """Fréchet and kernel distance (lower is better) and coverage on the features of a network, whose name ends the scores' names.
 
     The kernel distance is unbiased, which matters where there are too few images for a Fréchet distance. Intervals of distances are over
     resampled generated images, for features no wider than :data:`WIDEST`. Calibration: reconstructions, and one half of the originals
@@ -139,16 +139,14 @@ def measure_fidelity(
         low, high = record.intervals[f"fd_{extractor}"]
         record.intervals[f"fd_{extractor}"] = (max(low, 0.0), high)
 
-    # 2. Precision, recall and the distance between halves, which need enough originals.
+    # 2. Coverage and the distance between halves, which need enough originals.
     if len(real) > 2 * NEIGHBORS:
-        for name, inside in zip(("precision", "recall"), within_manifolds(real, found, NEIGHBORS), strict=True):
-            record.add(f"{name}_{extractor}", keyed(ids, inside), resamples, seed, share=True)
+        record.add(f"coverage_{extractor}", keyed(ids, covered(real, found, NEIGHBORS)), resamples, seed, share=True)
         half = len(real) // 2
         record.calibration[f"fd_{extractor}_real_halves"] = frechet_distance(real[:half], real[half:])
         record.calibration[f"kd_{extractor}_real_halves"] = kernel_distance(real[:half], real[half:], SUBSETS, half, seed)
-        precision, recall = precision_recall(real, copies, NEIGHBORS)
-        record.calibration[f"precision_{extractor}_reconstructions"] = precision
-        record.calibration[f"recall_{extractor}_reconstructions"] = recall
+        record.calibration[f"coverage_{extractor}_reconstructions"] = float(covered(real, copies, NEIGHBORS).mean())
+        record.calibration[f"coverage_{extractor}_real_halves"] = float(covered(real[:half], real[half:], NEIGHBORS).mean())
 
 
 def measure_captions(

@@ -5,7 +5,7 @@ import pytest
 from scipy import linalg
 
 from cm3leon.evaluation import fidelity
-from cm3leon.evaluation.fidelity import frechet_distance, gaussian_distance, kernel_distance, precision_recall
+from cm3leon.evaluation.fidelity import covered, frechet_distance, gaussian_distance, kernel_distance
 
 
 def features(seed: int, n: int, d: int, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:
@@ -108,26 +108,21 @@ def test_kernel_distance_is_unbiased_and_grows_with_shift() -> None:
     assert 0 < near < far
 
 
-def manifold_share_by_loop(queries: np.ndarray, members: np.ndarray, neighbors: int) -> float:
-    radii = [sorted(np.linalg.norm(x - y) for j, y in enumerate(members) if j != i)[neighbors - 1] for i, x in enumerate(members)]
-    return float(np.mean([any(np.linalg.norm(q - x) <= radius for x, radius in zip(members, radii)) for q in queries]))
-
-
 @pytest.mark.parametrize("neighbors", [1, 3, 5])
-def test_precision_recall_agrees_with_a_loop(neighbors: int) -> None:
+def test_coverage_agrees_with_a_loop(neighbors: int) -> None:
     real, generated = features(0, 60, 4), features(1, 45, 4, shift=0.7, scale=0.8)
-    precision, recall = precision_recall(real, generated, neighbors)
-    assert precision == manifold_share_by_loop(generated, real, neighbors)
-    assert recall == manifold_share_by_loop(real, generated, neighbors)
-    assert 0 < recall < 1 and 0 < precision < 1
+    radii = [sorted(np.linalg.norm(x - y) for j, y in enumerate(real) if j != i)[neighbors - 1] for i, x in enumerate(real)]
+    expected = [min(np.linalg.norm(x - y) for y in generated) <= radius for x, radius in zip(real, radii)]
+    assert covered(real, generated, neighbors).tolist() == expected
+    assert 0 < np.mean(expected) < 1
 
 
-def test_precision_recall_of_equal_and_of_distant_sets() -> None:
+def test_coverage_of_equal_and_of_distant_sets() -> None:
     real = features(0, 80, 16) + 1000
-    assert precision_recall(real, real[::-1]) == (1, 1)
+    assert covered(real, real[::-1]).all()
     once = features(1, 13, 333)
-    assert precision_recall(np.repeat(once, 4, axis=0), once) == (1, 1)  # balls of radius 0 hold their centers
-    assert precision_recall(real, real + 100) == (0, 0)
+    assert covered(np.repeat(once, 6, axis=0), once).all()  # balls of radius 0 hold their centers
+    assert not covered(real, real + 100).any()
 
 
 def test_equal_rows_have_exactly_zero_distance() -> None:
@@ -137,26 +132,25 @@ def test_equal_rows_have_exactly_zero_distance() -> None:
     np.testing.assert_allclose(np.diag(squared[:, :39:-1]), 333 * 0.01**2, rtol=1e-8)
 
 
-def test_mode_collapse_lowers_recall_and_outliers_lower_precision() -> None:
+def test_mode_collapse_lowers_coverage_and_images_unlike_any_do_not_raise_it() -> None:
     def modes(seed: int, *centers: float) -> np.ndarray:
         return np.concatenate([features(seed + int(center), 100, 6, shift=center) for center in centers])
 
     real = modes(0, 0, 20)
-    good = precision_recall(real, modes(50, 0, 20))
-    collapsed = precision_recall(real, modes(50, 0))
-    junk = precision_recall(real, modes(50, 0, 20, 40))
-    assert min(good) > 0.7
-    assert collapsed[0] > 0.7 and collapsed[1] == pytest.approx(good[1] / 2, abs=0.1)
-    assert junk[0] == pytest.approx(good[0] * 2 / 3, abs=1e-12) and junk[1] == good[1]
+    good = covered(real, modes(50, 0, 20)).mean()
+    assert good > 0.9
+    assert covered(real, modes(50, 0)).mean() == pytest.approx(good / 2, abs=0.05)
+    assert covered(real, modes(50, 0, 20, 40)).mean() == good
+    assert covered(real, np.repeat(real[:1], 200, axis=0)).mean() < 0.1  # one image again and again
 
 
 def test_scores_do_not_depend_on_the_size_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = features(0, 50, 5), features(1, 40, 5, shift=0.4)
-    distance, fractions = kernel_distance(a, b, 1, 50, 0), precision_recall(a, b)
+    distance, found = kernel_distance(a, b, 1, 50, 0), covered(a, b)
     for pairs in (1, 7 * 40):  # one row in a block; blocks that do not divide the rows
         monkeypatch.setattr(fidelity, "MAX_PAIRS", pairs)
         assert kernel_distance(a, b, 1, 50, 0) == pytest.approx(distance, rel=1e-10)
-        assert precision_recall(a, b) == fractions
+        assert np.array_equal(covered(a, b), found)
 
 
 def test_impossible_subsets_and_neighbors_are_an_error() -> None:
@@ -166,8 +160,8 @@ def test_impossible_subsets_and_neighbors_are_an_error() -> None:
             kernel_distance(good, good, subsets, size, 0)
     with pytest.raises(ValueError, match="different widths"):
         kernel_distance(good, good[:, :3], 1, 10, 0)
-    for neighbors in (0, 5):
-        with pytest.raises(ValueError, match=f"neighbors {neighbors} must .* the 5 rows of generated|neighbors 0"):
-            precision_recall(good, good[:5], neighbors)
+    for neighbors in (0, 10):
+        with pytest.raises(ValueError, match=f"neighbors {neighbors} must .* the 10 rows of real"):
+            covered(good, good[:5], neighbors)
     with pytest.raises(ValueError, match="generated has NaN or infinite values"):
-        precision_recall(good, np.full((5, 4), np.nan))
+        covered(good, np.full((5, 4), np.nan))
