@@ -61,6 +61,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("edited_from", pa.string()),  # id of the record of which this one is an edit
         ("conditions", pa.list_(CONDITION)),
         ("text_in_image", pa.string()),
+        ("weight", pa.float32()),  # how often the record is seen in training, relative to one of weight 1; above 0, and null is 1
     ]
 )
 """Columns of ``data/raw/manifest.parquet``."""
@@ -87,6 +88,7 @@ class SourceRow:
     ``image`` and the values of ``conditions`` are encoded image files (PNG, JPEG ...). ``key`` names the row in its source, ``other_keys``
     those that were merged into it, and ``edited_from`` is the key of the row of which it is an edit. ``problem`` has reason codes,
     separated by commas, if the source found an error in the row, and ``detail`` describes it; ``image`` is None if there is no file.
+    ``weight`` says how often the record is seen in training, relative to one of weight 1.
     """
 
     key: str
@@ -109,6 +111,7 @@ class SourceRow:
     text_in_image: str | None = None
     detail: str | None = None
     other_keys: list[str] = field(default_factory=list)
+    weight: float = 1.0
 
 
 class ManifestError(UserError):
