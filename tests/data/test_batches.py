@@ -56,7 +56,8 @@ def test_a_stream_has_a_document_as_often_as_its_weight_says(samples, kind):
     ids = samples.store.ids
     weights = Weights.of_documents(ids, {name: 2.0 if row < 10 else 0.25 for row, name in enumerate(ids)}, 0)
     weighted = stream(weights)
-    counts, steps = Counter(), 0
+    counts: Counter[str] = Counter()
+    steps = 0
     while steps < 16 or (kind is SortedStream and steps % SORT_BATCHES):
         counts.update(sample.documents[-1] for sample in weighted.samples(steps))
         steps += 1

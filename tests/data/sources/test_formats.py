@@ -138,7 +138,7 @@ def test_captions_and_instances_of_coco_are_joined(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"images": None}, "is no annotation file of COCO: it has no list 'images'"),
-        ({"images": [{"id": 1}]}, "an entry of 'images' has no 'id' or no 'file_name'"),
+        ({"images": [{"id": 1}]}, "'images': entry 0 has no 'file_name'"),
         ({"annotations": [{"image_id": 5, "caption": "x"}]}, "annotation 0 names image 5, which no file lists"),
     ],
 )
