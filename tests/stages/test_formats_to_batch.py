@@ -191,6 +191,7 @@ def test_a_format_becomes_a_batch_with_its_tasks(write: Callable[[Path], dict[st
     pretraining = PretrainingSamples(store, store, {}, model.vocabulary, UNMASKED, [1.0], model.spec.context, 0)
     conditions = TokenStore(paths.TOKENS, ["conditions-train"]) if TokenStore.holds(paths.TOKENS, "conditions-train") else None
     manifest, tokenizer = read_manifest(paths.VALIDATED, "train"), TextTokenizer.load(paths.TEXT_TOKENIZER)
+    assert set(manifest["weight"]) == {2.0 if write is vqa_with_captions else 1.0}
     samples = TaskSamples(pretraining, manifest, tokenizer, config.sft, conditions)
     assert set(samples.rows) == tasks
     batch = collate([samples(0, number) for number in range(16)])

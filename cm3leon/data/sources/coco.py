@@ -36,7 +36,7 @@ def rows(config: CocoConfig, path: Path) -> Iterator[SourceRow]:
         labels = {item["id"]: item["name"] for item in content["categories"]}
         for image in content["images"]:
             author = image.get("flickr_url") or image.get("coco_url")
-            found = {"file_name": image["file_name"], "licence": licenses.get(image.get("license")), "attribution": author}
+            found = {"file_name": image["file_name"], "licence": _known(licenses, image.get("license")), "attribution": author}
             records.setdefault(image["id"], {**found, "captions": [], "objects": [], "origin": f"{name} image {image['id']}"})
         for number, item in enumerate(content["annotations"]):
             record = records.get(item["image_id"])
@@ -45,7 +45,7 @@ def rows(config: CocoConfig, path: Path) -> Iterator[SourceRow]:
             if "caption" in item:
                 record["captions"].append(item["caption"])
             if "bbox" in item:
-                record["objects"].append({"label": labels.get(item.get("category_id")), "box": _corners(item["bbox"])})
+                record["objects"].append({"label": _known(labels, item.get("category_id")), "box": _corners(item["bbox"])})
             if "segments_info" in item:
                 record["panoptic"] = (item.get("file_name"), item["segments_info"], labels)
     files = Files(path.resolve(), config.max_file_megabytes)
@@ -68,8 +68,13 @@ def _read(path: Path) -> dict[str, Any]:
     missing = [name for name in ("images", "annotations") if not isinstance(content, dict) or not isinstance(content.get(name), list)]
     if missing:
         raise SourceError(f"{path} is no annotation file of COCO: it has no list {' and no list '.join(map(repr, missing))}")
-    fields = {"images": ("id", "file_name"), "annotations": ("image_id",), "licenses": ("id",), "categories": ("id", "name")}
-    return {name: entries(content.get(name) or [], f"{path}: {name!r}", needed) for name, needed in fields.items()}
+    names = {"images": ("id", "file_name"), "annotations": ("image_id",), "licenses": ("id",), "categories": ("id", "name")}
+    return {name: entries(content.get(name) or [], f"{path}: {name!r}", needed) for name, needed in names.items()}
+
+
+def _known(table: Mapping[Any, Any], key: Any) -> Any:
+    """What a table has for an id; None if it has none, as for a list in its place."""
+    return table.get(key) if isinstance(key, (int, str)) else None
 
 
 def _corners(box: Any) -> Any:

@@ -30,7 +30,7 @@ def rows(config: ImageParagraphsConfig, path: Path) -> Iterator[SourceRow]:
     """
     content = load_json(path / config.annotations, "ingest.image_paragraphs.annotations")
     paragraphs: dict[str, list[object]] = {}
-    for item in entries(content, str(path / config.annotations), ("image_id", "paragraph")):
+    for item in entries(content, str(path / config.annotations), ["image_id"], ["paragraph"]):
         paragraphs.setdefault(str(item["image_id"]), []).append(item["paragraph"])
     files = Files(path.resolve(), config.max_file_megabytes)
     for image, texts in paragraphs.items():

@@ -29,22 +29,24 @@ def load_json(path: Path, key: str) -> Any:
         raise SourceError(f"{path} is not JSON ({error}); download it again") from None
 
 
-def entries(found: Any, what: str, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """A list of objects that have ``fields``; those called ``id`` or ``..._id`` are numbers or texts.
+def entries(found: Any, what: str, names: Sequence[str], fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """A list of objects.
 
     Args:
         what: the list's name for errors, such as ``"questions.json: 'questions'"``.
+        names: fields that each object has, numbers or texts: ids and names of files.
+        fields: further ones, with any values.
 
     Raises:
         SourceError: if it is another thing.
     """
     if not isinstance(found, list):
-        raise SourceError(f"{what} is no list of objects with {', '.join(fields)}, but {shown(found)}")
+        raise SourceError(f"{what} is no list of objects with {', '.join([*names, *fields])}, but {shown(found)}")
     for number, item in enumerate(found):
-        missing = [name for name in fields if not isinstance(item, dict) or name not in item]
+        missing = [name for name in (*names, *fields) if not isinstance(item, dict) or name not in item]
         if missing:
             raise SourceError(f"{what}: entry {number} has no {' and no '.join(map(repr, missing))}")
-        for name in fields:
-            if (name == "id" or name.endswith("_id")) and not isinstance(item[name], (int, str)):
+        for name in names:
+            if not isinstance(item[name], (int, str)):
                 raise SourceError(f"{what}: entry {number} has a {name!r} that is no number or text, but {shown(item[name])}")
     return found

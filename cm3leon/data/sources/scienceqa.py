@@ -23,7 +23,7 @@ from cm3leon.data.sources import SourceError, tell
 from cm3leon.data.sources.json_files import entries, load_json
 from cm3leon.data.sources.records import Cells, Files, row_of
 
-FIELDS = ("question", "choices", "answer", "image", "split")
+FIELDS = ("question", "choices", "answer", "image")
 
 
 def rows(config: ScienceQAConfig, path: Path) -> Iterator[SourceRow]:
@@ -36,7 +36,7 @@ def rows(config: ScienceQAConfig, path: Path) -> Iterator[SourceRow]:
     content = load_json(file, "ingest.scienceqa.problems")
     if not isinstance(content, dict):
         raise SourceError(f"{file} is no map of a problem's number to the problem")
-    entries(list(content.values()), str(file), FIELDS)
+    entries(list(content.values()), str(file), ["split"], FIELDS)
     captions = _captions(path / config.captions) if config.captions else {}
     pictured = {number: item for number, item in content.items() if not is_empty(item["image"])}
     explained = {number: item for number, item in pictured.items() if _explanation(item)}

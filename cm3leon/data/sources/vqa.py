@@ -62,23 +62,23 @@ def _two_files(config: VqaConfig, path: Path) -> list[Asked]:
         raise SourceError(
             f"{path / config.questions} is a list, as VizWiz has it: set ingest.vqa.annotations to null, and images to images/{{image_id}}"
         )
-    found = load_json(path / str(config.annotations), "ingest.vqa.annotations")
-    answers = {item["question_id"]: _answers(item["answers"]) for item in _listed(found, path / str(config.annotations), "answers")}
-    asked = _listed(questions, path / config.questions, "image_id", "question")
+    file = path / str(config.annotations)
+    given = _listed(load_json(file, "ingest.vqa.annotations"), file, "annotations", ["question_id"], "answers")
+    answers = {item["question_id"]: _answers(item["answers"]) for item in given}
+    asked = _listed(questions, path / config.questions, "questions", ["question_id", "image_id"], "question")
     return [Asked(item["image_id"], item["question"], answers.get(item["question_id"], [])) for item in asked]
 
 
-def _listed(content: Any, path: Path, *fields: str) -> list[dict[str, Any]]:
-    """The list ``annotations`` of a file of answers, and ``questions`` of another one."""
-    name = "annotations" if "answers" in fields else "questions"
+def _listed(content: Any, path: Path, name: str, names: list[str], field: str) -> list[dict[str, Any]]:
+    """The list ``name`` of a file, whose entries have ``names`` and ``field``."""
     if not isinstance(content, dict) or name not in content:
         raise SourceError(f"{path} has no list {name!r}, as VQA v2 has it")
-    return entries(content[name], f"{path}: {name!r}", ("question_id", *fields))
+    return entries(content[name], f"{path}: {name!r}", names, [field])
 
 
 def _one_file(config: VqaConfig, path: Path) -> list[Asked]:
     file = path / config.questions
-    found = entries(load_json(file, "ingest.vqa.questions"), str(file), ("image", "question"))
+    found = entries(load_json(file, "ingest.vqa.questions"), str(file), ["image"], ["question"])
     return [Asked(str(item["image"]), item["question"], _answers(item.get("answers"))) for item in found]
 
 

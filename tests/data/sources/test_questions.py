@@ -132,7 +132,7 @@ def test_wrong_files_of_scienceqa_are_told_by_what_is_missing(tmp_path: Path) ->
     with pytest.raises(SourceError, match=r"problems\.json does not exist; ingest\.scienceqa\.problems names it"):
         list(scienceqa.rows(ScienceQAConfig(), tmp_path))
     write(tmp_path / "problems.json", {"1": {name: value for name, value in PROBLEM.items() if name not in ("choices", "split")}})
-    with pytest.raises(SourceError, match="entry 0 has no 'choices' and no 'split'"):
+    with pytest.raises(SourceError, match="entry 0 has no 'split' and no 'choices'"):
         list(scienceqa.rows(ScienceQAConfig(), tmp_path))
     write(tmp_path / "problems.json", [PROBLEM])
     with pytest.raises(SourceError, match="is no map of a problem's number to the problem"):
