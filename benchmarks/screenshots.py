@@ -260,6 +260,7 @@ def all_pages(project: Project, scratch: Path, reports: bool) -> Iterator[Page]:
         yield from prefect_pages(servers["Prefect"])
         yield Page("data-docs", f"{servers['Data Docs']}/index.html", "Data Docs", (1200, 620))
         yield Page("data-docs-rows", f"{servers['Data Docs']}/index.html", "Data Docs", (1200, 900), first_row)
+        yield Page("data-report", f"{servers['Data Docs']}/data_report.html", "Data report", (1200, 900), whole=True)
         for log in sorted((project.root / LOGS).glob("*.log")):
             report(log.name, errors_of(log))
     if reports:

@@ -20,7 +20,7 @@ from flows.stage import StageResult, metrics_text
 
 STYLES = {"Completed": "green", "Cached": "cyan", "Skipped": "dim", "Failed": "bold red", "NotRun": "yellow"}
 SAMPLES = paths.EVALUATION / "samples.png"
-DATA_DOCS = paths.DATA_DOCS / "index.html"
+DATA_PAGES = {"data report": paths.DATA_REPORT, "data docs": paths.DATA_DOCS / "index.html"}
 
 
 def _memory(result: StageResult) -> str:
@@ -50,9 +50,9 @@ def show_table(results: Sequence[StageResult], verdict: str, run: Run, console: 
             console.print(f"[bold red]{escape(result.error)}[/]", highlight=False)
     console.print(f"[bold]{escape(verdict)}[/]", highlight=False)
     for what, where in links(run, str):
-        console.print(f"{what:<10} {where}", highlight=False, soft_wrap=True)
+        console.print(f"{what:<11} {where}", highlight=False, soft_wrap=True)
     if not ui_servers():
-        console.print(f"{'browse':<10} make ui   (MLflow, Prefect, Data Docs)", highlight=False)
+        console.print(f"{'browse':<11} make ui   (MLflow, Prefect, Data Docs)", highlight=False)
 
 
 def links(run: Run, local: Callable[[Path], str]) -> list[tuple[str, str]]:
@@ -67,11 +67,12 @@ def links(run: Run, local: Callable[[Path], str]) -> list[tuple[str, str]]:
     if own_page := mlflow_page(run):
         found.append(("MLflow run", own_page))
     if SAMPLES.is_file():
-        evaluated = json.loads(file.read_text()) if (file := paths.run_file("evaluate")).is_file() else {}
+        evaluated = json.loads(run_file.read_text()) if (run_file := paths.run_file("evaluate")).is_file() else {}
         page = f"{mlflow}/#/experiments/{evaluated.get('experiment_id')}/runs/{evaluated.get('run_id')}/artifacts"
         found.append(("samples", page if mlflow and evaluated.get("run_id") else local(SAMPLES)))
-    if DATA_DOCS.is_file():
-        found.append(("data docs", f"{servers['Data Docs']}/index.html" if "Data Docs" in servers else local(DATA_DOCS)))
+    for what, file in DATA_PAGES.items():
+        if file.is_file():
+            found.append((what, f"{servers['Data Docs']}/{file.name}" if "Data Docs" in servers else local(file)))
     return found
 
 

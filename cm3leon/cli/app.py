@@ -6,8 +6,9 @@ standard error and exit status 2; anything else is a traceback and status 1.
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ from cm3leon.cli.options import UsageError
 from cm3leon.stages.common import STAGES, run_stage
 from cm3leon.utils.errors import message_to_user
 from cm3leon.utils.garbage import collect_rarely
+from cm3leon.utils.texts import as_unicode, is_unicode
 
 SOURCES_HELP = (
     "ingest.source names the format: shapes (painted here), folder (images and a CSV, TSV, JSON Lines or parquet manifest), "
@@ -439,6 +441,13 @@ app.add_typer(convert.app)
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
+def check_encoding(arguments: Sequence[str]) -> None:
+    """Raises :class:`UsageError` for an argument that is not UTF-8, unless it is the name of a file: those may have any bytes."""
+    for number, argument in enumerate(arguments, 1):
+        if not is_unicode(argument) and not Path(argument).exists():
+            raise UsageError(f"argument {number}, '{as_unicode(argument)}', is not UTF-8, and no file has this name; write it in UTF-8")
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Print users' errors as ``error: MESSAGE`` on standard error and exit with status 2, instead of a traceback."""
@@ -454,7 +463,11 @@ def plain_errors() -> Iterator[None]:
 def main() -> None:
     """Entry point of the command."""
     collect_rarely()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name of a file or a text that the terminal cannot show ends no command
+            stream.reconfigure(errors="backslashreplace")
     with plain_errors():
+        check_encoding(sys.argv[1:])
         app()
 
 

@@ -27,6 +27,7 @@ from cm3leon.cli.options import (
     decoding_changes,
     former,
     image_command,
+    keeping,
     names_image,
     notice,
     numbered,
@@ -36,6 +37,9 @@ from cm3leon.cli.options import (
     text_command,
 )
 from cm3leon.cli.options import app as app  # explicit, because cli/app.py adds model.app
+
+TOGETHER = 32
+"""Images that are opened and described at a time: those before one that cannot be read are printed, and few are in memory."""
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
@@ -156,11 +160,14 @@ def long_caption(images: ImageFiles, temperature: Temperature = 0.0, seed: Seed 
 
 
 def describe(task: str, images: list[Path], temperature: float, seed: int, model: str) -> None:
-    """Print a caption of each image, after the file's name if there are several."""
-    opened = [open_image(path) for path in images]
-    captions = getattr(shared.load_generator(model), task)(opened, temperature=temperature, seed=seed)
-    for path, found in zip(images, captions, strict=True):
-        print(found.text if len(images) == 1 else f"{path}: {found.text}")
+    """Print a caption of each image, after the file's name if there are several; those of :data:`TOGETHER` at a time."""
+    generator = None
+    for start in range(0, len(images), TOGETHER):
+        paths = images[start : start + TOGETHER]
+        opened = [open_image(path) for path in paths]
+        generator = generator or shared.load_generator(model)
+        for path, found in zip(paths, getattr(generator, task)(opened, temperature=temperature, seed=seed), strict=True):
+            print(found.text if len(images) == 1 else f"{path}: {found.text}", flush=True)
 
 
 @text_command
@@ -209,22 +216,30 @@ def interleave(
     changes: Changes = None,
     model: Model = CHAMPION,
 ) -> None:
-    """Continue a document of texts and images in turn."""
+    """Continue a document of texts and images in turn. Each is printed or written as soon as it is there."""
     from cm3leon.generation.results import GeneratedImage
 
     check_out(out)
     settings = decoding_changes(changes, {"temperature": temperature, "top_p": top_p, "top_k": top_k})
     document = [open_image(Path(part)) if names_image(part) else part for part in parts]
-    [whole] = shared.load_generator(model).interleave([document], segments, seed=seed, **settings)
-    count = 0
-    for part in whole[len(parts) :]:
-        if not isinstance(part, GeneratedImage):
-            print(part)
-            continue
-        count += 1
-        file = numbered(out, count)
-        part.save(file)
-        print(f"{file}: seed {part.seed}")
+    generator = shared.load_generator(model)
+    files: list[str] = []
+    texts = 0
+    with keeping(lambda: _generated_before(files, texts)):
+        for part in generator.continued(document, segments, seed=seed, **settings):
+            if not isinstance(part, GeneratedImage):
+                print(part, flush=True)
+                texts += 1
+                continue
+            file = numbered(out, len(files) + 1)
+            part.save(file)
+            files.append(str(file))
+            print(f"{file}: seed {part.seed}", flush=True)
+
+
+def _generated_before(files: list[str], texts: int) -> str:
+    found = ", ".join([*files, *(["what is printed above"] if texts else [])])
+    return f"generated before: {found}" if found else ""
 
 
 @text_command

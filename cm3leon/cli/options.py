@@ -11,7 +11,8 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +22,7 @@ import typer
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.generation.checks import checked_settings
 from cm3leon.generation.settings import SETTINGS, bounds_of, decoding_type, description_of
-from cm3leon.utils.errors import UserError
+from cm3leon.utils.errors import UserError, message_to_user
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,7 +87,8 @@ class ImageCall:
         if self.upscale:
             from cm3leon.serving.calls import upscale
 
-            upscale([image for images in results for image in images], generator)
+            with keeping(lambda: f"not enlarged: {', '.join(map(str, save(results, self.out, show_retrieved_documents)))}"):
+                upscale([image for images in results for image in images], generator)
         save(results, self.out, show_retrieved_documents)
 
 
@@ -243,16 +245,41 @@ def numbered(out: Path, number: int, prefix: str = "") -> Path:
     return out if number == 1 and not prefix else out.with_name(f"{out.stem}-{prefix}{number}{out.suffix}")
 
 
-def save(results: list[list[GeneratedImage]], out: Path, show_retrieved_documents: bool) -> None:
-    """Write images as PNG, with their record in the metadata, and print a line for each; those of several prompts as ``out-p1.png`` ..."""
+@contextmanager
+def keeping(kept: Callable[[], str]) -> Iterator[None]:
+    """What was made before is not lost where the block fails: the error says where it is.
+
+    Args:
+        kept: writes it, if need be, and says where; "" if there is nothing.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (where := kept()):
+            raise
+        if (message := message_to_user(error)) is None:
+            error.add_note(where)
+            raise
+        raise UsageError(f"{message}; {where}") from None
+
+
+def save(results: list[list[GeneratedImage]], out: Path, show_retrieved_documents: bool) -> list[Path]:
+    """Write images as PNG, with their record in the metadata, and print a line for each; those of several prompts as ``out-p1.png`` ...
+
+    Returns:
+        The files.
+    """
+    files: list[Path] = []
     for prompt, images in enumerate(results, 1):
         first = out if len(results) == 1 else numbered(out, prompt, "p")
         for rank, image in enumerate(images, 1):
             file = numbered(first, rank)
             image.save(file)
+            files.append(file)
             print(f"{file}: seed {image.seed}" + ("" if image.score is None else f", CLIP score {image.score:.3f}"))
         for document in images[0].retrieved_documents:
             credit = ", ".join(str(document[key]) for key in ("licence", "attribution") if document.get(key))
             print(f"retrieved: {document['id']} ({credit})")
             if show_retrieved_documents:
                 print(f"    {document['caption']!r}, score {document['score']:.3f}, source {document['source']}")
+    return files

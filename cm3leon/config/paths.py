@@ -7,6 +7,8 @@ from pathlib import Path
 RAW = Path("data/raw")
 WEIGHTS = Path("data/weights")
 """What parameters name of others: a dependency of the stages that read it."""
+EXCLUDED = Path("data/excluded")
+"""What must not be trained on."""
 VALIDATED = Path("data/validated")
 TOKENS = Path("data/tokens")
 NEIGHBORS = Path("data/neighbours")
@@ -33,6 +35,12 @@ OUTPUTS = (RAW, VALIDATED, TOKENS, NEIGHBORS, Path("models"))
 
 DATA_DOCS = RUNS / "validate" / "data_docs"
 """Great Expectations' pages of ``validate``, which bear the time of the run; ``index.html`` is the first."""
+
+DATA_REPORT = DATA_DOCS / "data_report.html"
+"""The page that says in words and pictures what ``validate`` has found; with the Data Docs, so that ``cm3leon ui`` serves it too."""
+
+LAST_ACCEPTED = Path(".cache/validate/accepted.parquet")
+"""What the last manifest held that ``validate`` has accepted (:mod:`cm3leon.data.last_accepted`). No output, as :data:`CHECKPOINTS`."""
 
 
 def run_file(stage: str) -> Path:

@@ -13,7 +13,7 @@ from cm3leon.config.schema import Config
 
 SIZES = {
     "ingest": ("shapes",),
-    "validate": ("min_side", "val_fraction", "test_fraction", "workers"),
+    "validate": ("min_side", "near_duplicate_bits", "val_fraction", "test_fraction", "workers"),
     "image_tokenizer": (
         "image_size", "patch", "channels", "multipliers", "blocks", "embedding_dim", "codebook_size", "codebook_decay", "steps",
         "batch_size", "learning_rate", "warmup_steps", "adversarial_start",
@@ -31,7 +31,7 @@ SIZES = {
     "sft": ("steps", "batch_size", "learning_rate", "warmup_steps", "validate_every", "validation_samples", "checkpoint_every"),
     "super_resolution": ("channels", "blocks", "patch_size", "steps", "batch_size", "learning_rate"),
     "decoding": ("candidates", "max_text_tokens"),
-    "evaluate": ("prompts", "captions", "questions", "tasks", "sheet", "bootstrap"),
+    "evaluate": ("prompts", "captions", "questions", "tasks", "max_training_similarity", "sheet", "bootstrap"),
 }  # fmt: skip
 """Section -> its keys whose values are those of profile ``tiny``."""
 

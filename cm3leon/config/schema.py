@@ -73,6 +73,8 @@ class ShapesConfig(Section):
     letters: float = Field(0.04, ge=0, le=1, description="share of the scenes that show a letter")
     edits: float = Field(0.4, ge=0, le=1, description="share of the scenes that also come edited, with the instruction")
     conditions: float = Field(0.12, ge=0, le=1, description="share of the scenes that come with condition images of all kinds")
+    val_fraction: float = Field(0.03, ge=0, lt=0.5, description="share of what captions say that only the validation split shows")
+    test_fraction: float = Field(0.05, ge=0, lt=0.5, description="share of what captions say that only the test split shows")
 
 
 class CollectionConfig(Section):
@@ -272,8 +274,11 @@ class ValidateConfig(Section):
     near_duplicate_distance: float = Field(
         0.01, ge=0, description="images whose 8x8 RGB thumbnails differ by less (root mean square, values 0-1) share a split"
     )
-    val_fraction: float = Field(0.03, gt=0, lt=0.5, description="share of the records in the validation split")
-    test_fraction: float = Field(0.05, gt=0, lt=0.5, description="share of the records in the test split")
+    near_duplicate_bits: int | None = Field(
+        None, ge=1, le=12, description="so do images whose difference hashes, of 112 bits, differ in no more; null: not compared"
+    )
+    val_fraction: float = Field(0.03, gt=0, lt=0.5, description="share of the validation split, if no record states to be in it")
+    test_fraction: float = Field(0.05, gt=0, lt=0.5, description="share of the test split, if no record states to be in it")
     workers: int = Field(2, ge=1, description="processes that read images")
 
 
@@ -603,6 +608,9 @@ class EvaluateConfig(Section):
     inception: str | None = Field(
         None,
         description="weights of the FID Inception network in data/weights, or download; null: distances of the encoder's features alone",
+    )
+    max_training_similarity: float | None = Field(
+        None, gt=0, le=1, description="test images with a higher cosine of embeddings to one of training are left out; null: none"
     )
     sheet: int = Field(24, ge=1, description="samples on each contact sheet")
     seed: Seed = Field(0, description="the same seed chooses the same samples and generates the same images")

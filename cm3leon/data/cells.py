@@ -11,9 +11,13 @@ import re
 import warnings
 from typing import Any
 
-from cm3leon.data.manifest import Problem
-from cm3leon.utils.texts import is_blank
+from cm3leon.data.manifest import SPLITS, Problem
+from cm3leon.utils.texts import is_blank, is_unicode
 
+SPLIT_NAMES = {
+    **{name: name for name in SPLITS}, "training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test",
+}  # fmt: skip
+"""How people call the splits, in lower case, and how they are called here."""
 Box = tuple[float, float, float, float]
 
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
@@ -90,6 +94,14 @@ def captions_of(cell: Any) -> list[str]:
     return [_trimmed(item) for item in value]
 
 
+def split_of(cell: Any) -> str | None:
+    """The split that a cell states: train, val or test; None for an empty cell."""
+    stated = text_of(cell)
+    if stated is not None and stated.lower() not in SPLIT_NAMES:
+        raise malformed(f"one of {', '.join(SPLIT_NAMES)}", cell)
+    return stated and SPLIT_NAMES[stated.lower()]
+
+
 def _trimmed(text: str) -> str:
     return text.strip("\ufeff").strip()
 
@@ -106,7 +118,7 @@ def _written_list(text: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # a backslash that escapes nothing
             strings = [ast.literal_eval(string) for string in re.findall(_STRING, content, re.DOTALL)]
-        if not any("\ud800" <= character <= "\udfff" for string in strings for character in string):  # half of a surrogate pair
+        if all(map(is_unicode, strings)):
             return strings
     if _LIST_BEGINS.match(content):
         raise malformed("text or a list of texts", text)

@@ -85,13 +85,14 @@ def make_self_contained(docs: Path, checked: datetime) -> None:
     shutil.rmtree(docs / "static", ignore_errors=True)
 
 
-def add_counts(docs: Path, title: str, counts: dict[str, int]) -> None:
-    """Insert a table of ``counts`` before the other tables of the index page."""
+def add_counts(docs: Path, title: str, counts: dict[str, int], more: str) -> None:
+    """Insert a table of ``counts``, and a link to ``more`` about them, before the other tables of the index page."""
     body = "".join(f"<tr><td>{escape(name)}</td><td>{count:,}</td></tr>" for name, count in counts.items())
-    table = f'<table class="table-sm"><thead><tr><th>{escape(title)}</th><th></th></tr></thead><tbody>{body}</tbody></table><br>\n'
+    table = f'<table class="table-sm"><thead><tr><th>{escape(title)}</th><th></th></tr></thead><tbody>{body}</tbody></table>\n'
+    link = f'<p><a href="{escape(more)}">examples of each, with pictures</a></p><br>\n'
     page = docs / "index.html"
     before, tag, after = page.read_text(encoding="utf-8").partition("<table")
-    page.write_text(before + table + tag + after, encoding="utf-8")
+    page.write_text(before + table + link + tag + after, encoding="utf-8")
 
 
 def _titled(html: str, what: str, when: str) -> str:

@@ -61,12 +61,13 @@ MANIFEST_SCHEMA = pa.schema(
         ("edited_from", pa.string()),  # id of the record of which this one is an edit
         ("conditions", pa.list_(CONDITION)),
         ("text_in_image", pa.string()),
+        ("split", pa.string()),  # as the source states it: train, val or test; null: validate draws one
         ("weight", pa.float32()),  # how often the record is seen in training, relative to one of weight 1; above 0, and null is 1
     ]
 )
 """Columns of ``data/raw/manifest.parquet``."""
 
-VALIDATED_SCHEMA = pa.schema([*MANIFEST_SCHEMA, ("width", pa.int32()), ("height", pa.int32()), ("split", pa.string())])
+VALIDATED_SCHEMA = pa.schema([*MANIFEST_SCHEMA, ("width", pa.int32()), ("height", pa.int32())])
 """Columns of ``data/validated/manifest.parquet``; width and height are those of the image that :meth:`ImageStore.open` returns, pixels."""
 
 
@@ -109,6 +110,7 @@ class SourceRow:
     edited_from: str | None = None
     conditions: dict[str, bytes] = field(default_factory=dict)
     text_in_image: str | None = None
+    split: str | None = None
     detail: str | None = None
     other_keys: list[str] = field(default_factory=list)
     weight: float = 1.0

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from cm3leon.data.manifest import SourceRow
 
-TEXTS = ("licence", "attribution", "source", "group", "long_caption", "instruction", "edited_from", "text_in_image")
+TEXTS = ("licence", "attribution", "source", "group", "long_caption", "instruction", "edited_from", "text_in_image", "split")
 """What a record has one of. Rows that state different ones are not merged."""
 LISTS = ("captions", "objects", "questions", "reasoning")
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cm3leon.data.manifest import MANIFEST_SCHEMA, SourceRow
+from cm3leon.utils.texts import as_unicode
 
 BATCH_ROWS = 2048
 """Records of a row group of the manifest."""
@@ -105,6 +106,7 @@ def _record(row: SourceRow, number: int, shards: ShardWriter) -> dict[str, Any]:
     converted = ("id", "row", "image", "objects", "questions", "reasoning", "conditions")
     record: dict[str, Any] = {name: getattr(row, name) for name in MANIFEST_SCHEMA.names if name not in converted}
     record["row"] = number
+    record.update(origin=as_unicode(row.origin), detail=row.detail and as_unicode(row.detail))  # names of files may be no Unicode
     record["objects"] = [{"label": label, "box": list(box)} for label, box in row.objects]
     record["reasoning"] = [asdict(problem) for problem in row.reasoning]
     record["questions"] = [{"question": question, "answers": list(answers)} for question, answers in row.questions]

@@ -17,7 +17,7 @@ from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import folder, mixture
 from cm3leon.data.sources.mixture import Sources
 from cm3leon.data.validation import RULES
-from cm3leon.sequence.tasks import TASKS, available
+from cm3leon.sequence.tasks import counts_of_tasks
 
 EXAMPLES = 3
 CELLS = 12
@@ -25,14 +25,8 @@ CELLS = 12
 SHOWN_CHARACTERS = 200
 FIELDS = (
     "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions", "reasoning", "instruction",
-    "edited_from", "text_in_image",
+    "edited_from", "text_in_image", "split",
 )  # fmt: skip
-
-
-def tasks_of(rows: Sequence[SourceRow]) -> dict[str, int]:
-    """Task -> the number of records that have what it needs, for tasks that any record has."""
-    counts = Counter(name for row in rows if not row.problem for name in available(vars(row)))
-    return {name: counts[name] for name in TASKS if name in counts}
 
 
 def show_collection(config: IngestConfig, sources: Sources, count: int, console: Console) -> None:
@@ -74,7 +68,7 @@ def show(rows: Sequence[SourceRow], mapping: dict[str, str], console: Console) -
             table.add_row(name, Text(theirs), f"{count:,}")  # no markup: names may have brackets
     console.print(table)
     tasks = Table("task", "records that allow it")
-    for name, count in tasks_of(rows).items():
+    for name, count in counts_of_tasks(vars(row) for row in rows if not row.problem).items():
         tasks.add_row(name, f"{count:,}")
     console.print(tasks)
     reasons = Counter(reason for row in rows for reason in (row.problem or "").split(",") if reason)

@@ -15,9 +15,11 @@ import pandas as pd
 
 from cm3leon.config.schema import ValidateConfig
 from cm3leon.data.bounded import bounded_map
+from cm3leon.data.excluded import Excluded
 from cm3leon.data.images import ImageError, decode
 from cm3leon.data.licenses import TERMS, allowed
 from cm3leon.data.manifest import ImageStore, records_of
+from cm3leon.data.near_duplicates import Likeness
 from cm3leon.data.thumbnails import thumbnail_of
 from cm3leon.utils.progress import progress
 from cm3leon.utils.texts import is_blank
@@ -44,6 +46,7 @@ RULES = {
     "attribution_missing": "the license asks to name the author: fill the column attribution, or set ingest.folder.attribution",
     "box_outside_image": "an object's box is empty or extends outside of the image: correct the box",
     "unreadable_condition": "a condition image is truncated, too large, or not an image: replace the file",
+    "excluded": "like an image or a caption in data/excluded, which keeps it out: to accept it, remove that one",
     "duplicate": "the same pixels as an earlier accepted record: remove one",
 }
 """Reason code -> its meaning and what to do. A source may add codes of its own."""
@@ -117,11 +120,12 @@ def profile_images(store: ImageStore, frame: pd.DataFrame, config: ValidateConfi
     return profiles
 
 
+NOTHING = Excluded()
 Findings = list[tuple[str, str]]
 """Reason code and detail of each rule that a record breaks."""
 
 
-def check_rows(frame: pd.DataFrame, profiles: list[Profile], config: ValidateConfig) -> list[Findings]:
+def check_rows(frame: pd.DataFrame, profiles: list[Profile], config: ValidateConfig, excluded: Excluded = NOTHING) -> list[Findings]:
     """Every rule that each record of a raw manifest breaks.
 
     Among records with the same pixels the first that breaks no rule is kept, and those after it are each a ``duplicate``.
@@ -131,7 +135,15 @@ def check_rows(frame: pd.DataFrame, profiles: list[Profile], config: ValidateCon
     licenses = allowed(config.licenses)
     findings = [list(_check_record(record, profile, config, licenses)) for record, profile in zip(records, profiles, strict=True)]
 
-    # 2. Duplicates. A record that breaks a rule does not make its copies duplicates, else no copy would be left.
+    # 2. What is to be kept out.
+    like = excluded.images_like([profile.thumbnail for profile in profiles], Likeness.of(config))
+    for found, file, captions in zip(findings, like, frame["captions"], strict=True):
+        if line := excluded.caption_of(captions):
+            found.append(("excluded", f"the caption in {line}"))
+        if file:
+            found.append(("excluded", f"like {file}"))
+
+    # 3. Duplicates. A record that breaks a rule does not make its copies duplicates, else no copy would be left.
     kept: dict[str, str] = {}  # hash of the pixels -> origin of the record that is kept
     for found, profile, origin in zip(findings, profiles, frame["origin"], strict=True):
         if profile.pixels is None:
@@ -167,7 +179,8 @@ def _check_record(record: dict[str, Any], profile: Profile, config: ValidateConf
     if profile.pixels:
         for item in record["objects"]:
             if not _inside(item["box"], profile.width, profile.height):
-                yield "box_outside_image", f"{item['label']} {item['box']} in {profile.width}x{profile.height}"
+                box = ", ".join(f"{side:g}" for side in item["box"])
+                yield "box_outside_image", f"{item['label']} [{box}] in {profile.width}x{profile.height}"
                 break
     if profile.bad_condition:
         yield "unreadable_condition", profile.bad_condition

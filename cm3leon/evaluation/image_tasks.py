@@ -36,7 +36,7 @@ OUTLINED_SIDE = 320
 
 
 def text_to_image(e: Evaluation, ids: list[str], refs: list[str], prompts: list[str], inception: Inception | None) -> Pictures:
-    """Text to image: composition, CLIP score and fidelity. Returns the generated images, one for each prompt.
+    """Text to image: composition, CLIP score and fidelity of prompts that do not stand in training. Returns an image for each prompt.
 
     Calibration: those of the measurements (``measure.py``); and composition and CLIP score with a single candidate, which is not ranked.
 
@@ -57,6 +57,14 @@ def text_to_image(e: Evaluation, ids: list[str], refs: list[str], prompts: list[
         e.record.calibration["composition_one_candidate"] = composition.score(prompts, unranked)["composition"]
     if inception:
         measure.measure_fidelity(e.record, "inception", inception, ids, generated, reconstructions, originals, *resampling)
+    return generated
+
+
+def seen_prompts(e: Evaluation, ids: list[str], prompts: list[str]) -> Pictures:
+    """Text to image of prompts that stand in training: composition and CLIP score. Returns an image for each prompt."""
+    generated = e.text_to_image(prompts)
+    e.add_composition("composition_seen_prompts", ids, prompts, generated)
+    e.add("clip_score_seen_prompts", ids, clip_score(e.encoder, generated, prompts))
     return generated
 
 

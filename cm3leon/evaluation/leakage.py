@@ -1,30 +1,42 @@
-"""Evaluation refuses test records that the model may have seen, by id or as near-duplicates, in training or in the memory bank."""
+"""What the model may have seen of the test records.
+
+- :func:`check` refuses records that occur, by id or as near-duplicates, in training or in the memory bank.
+- :func:`like_training` finds those whose embeddings are too close to one of training.
+- :func:`known_prompts` and :func:`choose_prompt` tell prompts that stand in training from others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
-from cm3leon.data.splits import near_duplicate_groups
+import numpy as np
+
+from cm3leon.data.manifest import first_caption
+from cm3leon.data.near_duplicates import Likeness, near_duplicate_groups
 from cm3leon.data.thumbnails import read_thumbnails
+from cm3leon.scenes import composition
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.texts import folded, is_blank
 
 EXAMPLES = 3
 """Most records that an error names."""
+CHUNK = 65_536
+"""Training embeddings that are searched at once."""
 
 
 class LeakageError(UserError):
     """Test records are known to the model, so its scores would not be of unseen data."""
 
 
-def check(test: Sequence[str], train: Sequence[str], memory: Sequence[str], validated: Path, distance: float) -> None:
+def check(test: Sequence[str], train: Sequence[str], memory: Sequence[str], validated: Path, likeness: Likeness) -> None:
     """Compare the ids of the test records with those of the training records and of the memory bank.
 
     No image is decoded: near-duplicates are found by the thumbnails that ``validate`` left.
 
     Args:
         validated: directory of the validated manifest and its thumbnails.
-        distance: below which two images are near-duplicates (``validate.near_duplicate_distance``).
+        likeness: when two images are near-duplicates.
 
     Raises:
         LeakageError: naming some of the test records that are known.
@@ -36,7 +48,7 @@ def check(test: Sequence[str], train: Sequence[str], memory: Sequence[str], vali
             raise LeakageError(_message(len(both), f"are also in {where}", both))
 
     # 2. Near-duplicates of training images. Groups are numbered alike for test and training records.
-    groups = near_duplicate_groups(read_thumbnails(validated, [*test, *train]), distance).tolist()
+    groups = near_duplicate_groups(read_thumbnails(validated, [*test, *train]), likeness).tolist()
     test_groups, train_groups = groups[: len(test)], groups[len(test) :]
     training_record = dict(zip(train_groups, train, strict=True))
     pairs = [
@@ -46,19 +58,55 @@ def check(test: Sequence[str], train: Sequence[str], memory: Sequence[str], vali
         raise LeakageError(_message(len(pairs), "are near-duplicates of training images", pairs))
 
 
-def seen(test: Sequence[str], collection: Sequence[str], known: Sequence[str], validated: Path, distance: float) -> list[str]:
+def seen(test: Sequence[str], collection: Sequence[str], known: Sequence[str], validated: Path, likeness: Likeness) -> list[str]:
     """Ids of the test records that a model of other data has seen in training, by id or as near-duplicates.
 
     Args:
         collection: ids of all records of the present manifest.
         known: ids of the model's training records. Those that are no longer in the collection have no thumbnails, so that near-duplicates
             of them are not found.
-        validated, distance: see :func:`check`.
+        validated, likeness: see :func:`check`.
     """
     trained = sorted(set(known) & set(collection))
-    groups = near_duplicate_groups(read_thumbnails(validated, [*test, *trained]), distance).tolist()
+    groups = near_duplicate_groups(read_thumbnails(validated, [*test, *trained]), likeness).tolist()
     test_groups, known_groups = groups[: len(test)], set(groups[len(test) :])
     return [test_id for test_id, group in zip(test, test_groups, strict=True) if group in known_groups]
+
+
+def like_training(test_ND: np.ndarray, training_MD: np.ndarray, similarity: float) -> np.ndarray:
+    """Which test images have an embedding whose cosine to one of training is greater than ``similarity``, bool (N,).
+
+    Args:
+        test_ND, training_MD: image embeddings of unit length; those of training may be memory-mapped, in any float type.
+    """
+    import faiss
+
+    found = np.zeros(len(test_ND), dtype=bool)
+    queries_ND = np.ascontiguousarray(test_ND, dtype=np.float32)
+    for start in range(0, len(training_MD), CHUNK):
+        index = faiss.IndexFlatIP(queries_ND.shape[1])
+        index.add(np.ascontiguousarray(training_MD[start : start + CHUNK], dtype=np.float32))
+        limits, _, _ = index.range_search(queries_ND, similarity)
+        found |= np.diff(limits.astype(np.int64)) > 0
+    return found
+
+
+def known_prompts(captions: Iterable[Sequence[str]]) -> set[Hashable]:
+    """What the captions of training records say, each as :func:`_said`."""
+    return {_said(text) for texts in captions for text in texts}
+
+
+def choose_prompt(captions: Sequence[str], known: set[Hashable]) -> tuple[str, bool]:
+    """The first caption of a test record that does not stand in training, or the first if all do; and whether it stands there."""
+    own = [text for text in map(str, captions) if not is_blank(text)]
+    unseen = next((text for text in own if _said(text) not in known), None)
+    return (first_caption(captions), True) if unseen is None else (unseen, False)
+
+
+def _said(caption: str) -> Hashable:
+    """What two captions that say the same have in common: the words, or of a caption of a scene its content, in whichever words."""
+    statement = composition.parse_caption(caption)
+    return (statement and composition.content(statement)) or folded(caption)
 
 
 def _message(count: int, problem: str, examples: Sequence[str]) -> str:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
 from cm3leon.config import paths
 from cm3leon.config.schema import DOWNLOAD, Config
-from cm3leon.data.manifest import ImageStore, first_caption, read_manifest
+from cm3leon.data.images import fit_square
+from cm3leon.data.manifest import ImageStore, read_manifest
+from cm3leon.data.near_duplicates import Likeness
 from cm3leon.data.pixels import ImageSet
 from cm3leon.evaluation import leakage
 from cm3leon.evaluation.context import Evaluation, Sheet, sample_rows
-from cm3leon.evaluation.image_tasks import infill, text_to_image
+from cm3leon.evaluation.image_tasks import infill, seen_prompts, text_to_image
 from cm3leon.evaluation.inception import Inception, fetch_weights
+from cm3leon.evaluation.pictures import Pictures
 from cm3leon.evaluation.record import TOLERANCE, Record, digest
 from cm3leon.evaluation.tasks import MEASURES
 from cm3leon.evaluation.text_tasks import Asked, answer_vqa, caption, sample_questions, training_answers
@@ -26,6 +30,7 @@ from cm3leon.evaluation.upscaling import restoration_scores
 from cm3leon.generation.generator import Generator
 from cm3leon.models.clip import Encoder
 from cm3leon.models.super_resolution import target_side
+from cm3leon.retrieval.index import MemoryBank
 from cm3leon.scenes import composition
 from cm3leon.tracking.lineage import content_hash
 from cm3leon.utils.device import default_device
@@ -34,6 +39,8 @@ from cm3leon.utils.images import save_captioned
 
 CONFUSIONS = "confusions.csv"
 """Table of the attributes that prompts state and images show (:func:`cm3leon.scenes.composition.confusions`)."""
+SEEN = 0.25
+"""Prompts that stand in training, as a share of those that do not."""
 SECTIONS = ("evaluate", "decoding", "retrieve")
 """Sections of the parameters on which scores of the stages' outputs depend; the record repeats them."""
 MODELS = (
@@ -71,21 +78,21 @@ def contract(
     What belongs to the model is not in it, such as decoding settings and the rules of retrieval: they are what is compared.
 
     Args:
-        rows: records whose first captions are the prompts.
+        rows: records with their prompts, and whether these stand in training, as columns ``prompt`` and ``seen``.
         captioned: records whose images are captioned.
         image_size: side of the generated images, pixels.
         side: side of the images on which the upscaler is measured, pixels.
         encoder, inception: fingerprints of the networks that measure.
     """
-    prompts = [first_caption(captions) for captions in rows["captions"]]
+    counts = {"prompts": len(rows), "seen_prompts": int(rows["seen"].sum()), "captioned": len(captioned), "questions": len(asked)}
     references = [list(texts) for texts in captioned["captions"]]
     return {
         "images": digest(rows["id"].tolist()),
-        "prompts": digest(prompts),
+        "prompts": digest(rows[["prompt", "seen"]].to_numpy().tolist()),
         "captioned": digest(captioned["id"].tolist()),
         "references": digest(references),
         "questions": digest([[item.key, item.question, item.answers] for item in asked]),
-        "counts": {"prompts": len(prompts), "captioned": len(captioned), "questions": len(asked)},
+        "counts": counts,
         "seed": config.evaluate.seed,
         "image_path": f"fit_square to {image_size} px, Lanczos, no file format between",
         "super_resolution": f"bicubic reductions of images of {side} px; Y without a border as wide as the scale",
@@ -140,17 +147,19 @@ def evaluate(config: Config, output: Path, model: Generator | None = None) -> Re
     store = ImageStore(paths.RAW)
     test, train = read_manifest(paths.VALIDATED, "test"), read_manifest(paths.VALIDATED, "train")
     test_ids, known = test["id"].tolist(), generator.memory.bank.documents["id"].tolist()
-    distance, seen = config.validate_.near_duplicate_distance, []
+    likeness, seen = Likeness.of(config.validate_), []
     if model:
         collection = read_manifest(paths.VALIDATED, columns=["id"])["id"].tolist()
-        seen = leakage.seen(test_ids, collection, known, paths.VALIDATED, distance)
+        seen = leakage.seen(test_ids, collection, known, paths.VALIDATED, likeness)
     else:
-        leakage.check(test_ids, train["id"].tolist(), known, paths.VALIDATED, distance)
+        leakage.check(test_ids, train["id"].tolist(), known, paths.VALIDATED, likeness)
+    if section.max_training_similarity is not None:
+        test = _unlike_training(test, store, encoder, generator.image_size, section.max_training_similarity)
 
     # 3. What is asked: it is fixed by the seed, and its digests are the contract.
-    rows = sample_rows(test, section.prompts, section.seed)
+    prompted = sample_prompts(test, leakage.known_prompts(train["captions"]), section.prompts, section.seed)
+    rows = pd.concat(prompted.values())
     captioned = sample_rows(test, section.captions, section.seed)
-    prompts = [generator.shorten(first_caption(captions)) for captions in rows["captions"]]
     asked = sample_questions(test, section.questions, section.seed)
     side = target_side(rows, generator.image_size, generator.super_resolution.scale)
     networks = (encoder.fingerprint, inception.fingerprint if inception else None)
@@ -167,9 +176,7 @@ def evaluate(config: Config, output: Path, model: Generator | None = None) -> Re
     measure_upscaler(evaluation, ids, refs, side)
     sheets: dict[str, Sheet] = {}
     if "text_to_image" in generator.trained_tasks:
-        generated = text_to_image(evaluation, ids, refs, prompts, inception)
-        sheets["samples"] = list(zip(generated[: section.sheet], prompts, strict=False))
-        confusions = composition.confusions(prompts, generated)
+        sheets["samples"], confusions = _measure_prompts(evaluation, prompted, inception)
     if "caption" in generator.trained_tasks:
         sheets["captions"] = caption(evaluation, captioned)
     if asked and "vqa" in generator.trained_tasks:
@@ -188,6 +195,57 @@ def evaluate(config: Config, output: Path, model: Generator | None = None) -> Re
     if "samples" in sheets:
         (output / CONFUSIONS).write_text(confusions)
     return record
+
+
+def _unlike_training(test: pd.DataFrame, store: ImageStore, encoder: Encoder, size: int, similarity: float) -> pd.DataFrame:
+    """The test records whose images are not too similar to one of training, by the embeddings in the memory bank of this project."""
+    bank = MemoryBank.load(paths.INDEX)
+    pictures = Pictures(len(test), lambda part: [fit_square(store.open(ref), size) for ref in test["image"].iloc[part]])
+    like = leakage.like_training(encoder.encode_images(pictures), bank.image, similarity)
+    if like.all():
+        raise UserError(
+            f"all {len(test)} test images are like one of training: the cosine of their embeddings is above "
+            f"evaluate.max_training_similarity {similarity}; raise it, or set it to null"
+        )
+    print(f"{like.sum()} of {len(like)} test records are left out: their images are like one of training", flush=True)
+    return test[~like].reset_index(drop=True)
+
+
+def sample_prompts(test: pd.DataFrame, known: set[Hashable], count: int, seed: int) -> dict[bool, pd.DataFrame]:
+    """Records whose captions are prompts, with the columns ``prompt`` and ``seen``.
+
+    Args:
+        known: what stands in training (:func:`cm3leon.evaluation.leakage.known_prompts`).
+
+    Returns:
+        False: up to ``count`` records whose prompt does not stand in training. True: :data:`SEEN` times as many whose prompt does, or
+        ``count`` if there are no others.
+    """
+    chosen = [leakage.choose_prompt(captions, known) for captions in test["captions"]]
+    table = test.assign(prompt=[text for text, _ in chosen], seen=np.array([seen for _, seen in chosen], dtype=bool))
+    unseen, seen = table[~table["seen"]], table[table["seen"]]
+    return {False: sample_rows(unseen, count, seed), True: sample_rows(seen, math.ceil(count * SEEN) if len(unseen) else count, seed)}
+
+
+def _measure_prompts(e: Evaluation, prompted: dict[bool, pd.DataFrame], inception: Inception | None) -> tuple[Sheet, str]:
+    """Text to image of the prompts that do not stand in training, which give the main scores, and of those that do.
+
+    Returns:
+        Images for a sheet, and the table of confusions, of the former; of the latter if there are no others.
+    """
+    if prompted[False].empty:
+        print("text_to_image: every prompt stands in training, so there are scores of seen prompts only", flush=True)
+    shown: Sheet = []
+    confusions = ""
+    for seen, rows in prompted.items():
+        if rows.empty:
+            continue
+        ids, prompts = rows["id"].tolist(), [e.generator.shorten(text) for text in rows["prompt"]]
+        generated = seen_prompts(e, ids, prompts) if seen else text_to_image(e, ids, rows["image"].tolist(), prompts, inception)
+        if not shown:
+            shown = list(zip(generated[: e.config.evaluate.sheet], prompts, strict=False))
+            confusions = composition.confusions(prompts, generated)
+    return shown, confusions
 
 
 def headline(record: Record) -> dict[str, float]:

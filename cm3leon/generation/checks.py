@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cm3leon.config.renamed import current_name
 from cm3leon.utils.errors import UserError
-from cm3leon.utils.texts import is_blank
+from cm3leon.utils.texts import as_unicode, is_blank, is_unicode
 
 if TYPE_CHECKING:
     from cm3leon.config.schema import DecodingConfig
@@ -53,8 +53,10 @@ def check_same_length(one: str, values: Sequence[Any], other: str, others: Seque
 
 
 def check_not_blank(what: str, texts: Sequence[str]) -> None:
-    """Raises :class:`BadInputError` if nothing of one of ``texts`` can be seen."""
+    """Raises :class:`BadInputError` if nothing of one of ``texts`` can be seen, or some of it is no Unicode."""
     for number, text in enumerate(texts):
+        if not is_unicode(text):
+            raise BadInputError(f"{what} {number}, '{as_unicode(text)}', is not UTF-8 throughout; write it in UTF-8")
         if is_blank(text):
             raise BadInputError(f"{what} {number} is empty")
 

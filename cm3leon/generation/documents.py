@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -14,7 +14,7 @@ from cm3leon.generation.image_requests import Query
 from cm3leon.generation.parts import Parts
 from cm3leon.generation.prompts import image_prompt
 from cm3leon.generation.rerank import caption_log_likelihoods
-from cm3leon.generation.results import DocumentPart, GeneratedImage, GeneratedText, PairScore
+from cm3leon.generation.results import GeneratedImage, GeneratedText, PairScore
 from cm3leon.generation.sampling import Sampler
 from cm3leon.generation.texts import continue_prompts
 from cm3leon.sequence.grammar import BREAK, EOS, Prompt, build_body
@@ -23,8 +23,8 @@ from cm3leon.sequence.tasks import SegmentTokens
 
 def continue_document(
     parts: Parts, document: Sequence[str | Image.Image], segments: int, seed: int, settings: DecodingConfig
-) -> list[DocumentPart]:
-    """A document and up to ``segments`` more texts and images in turn; see :meth:`~cm3leon.generation.generator.Generator.interleave`.
+) -> Iterator[GeneratedText | GeneratedImage]:
+    """Up to ``segments`` more texts and images in turn; see :meth:`~cm3leon.generation.generator.Generator.interleave`.
 
     Segment ``n`` of those that are new has the seed ``seed + n``.
     """
@@ -33,7 +33,6 @@ def continue_document(
     check_not_blank("text", [part for part in document if isinstance(part, str)])
     model, vocabulary = parts.model, parts.model.vocabulary
     used = settings.model_dump()
-    whole: list[DocumentPart] = list(document)
     body: list[SegmentTokens] = []
     for part in document:
         if isinstance(part, str):
@@ -49,17 +48,16 @@ def continue_document(
             [image] = parts.decode_images(codes[None])
             caption = parts.text_tokenizer.decode((ids - vocabulary.text_start).tolist())
             body.append(("image", vocabulary.image(codes)))
-            whole.append(GeneratedImage(image, caption, seed + number, codes, settings=used, task="interleave"))
+            yield GeneratedImage(image, caption, seed + number, codes, settings=used, task="interleave")
             continue
         # After an image a text, up to the <break> before the next image or the document's <eos>.
         check_room(model, [prompt], 1, "a document")
         [(text, end)] = continue_prompts(model, [prompt], seed + number, settings, (BREAK, EOS))
         if text:
             body.append(("text", vocabulary.text(text)))
-            whole.append(GeneratedText(parts.text_tokenizer.decode(text).strip(), seed + number, text, used, "interleave"))
+            yield GeneratedText(parts.text_tokenizer.decode(text).strip(), seed + number, text, used, "interleave")
         if end == EOS or not text:
             break
-    return whole
 
 
 def score_pairs(parts: Parts, images: Sequence[Image.Image], texts: Sequence[str]) -> list[PairScore]:

@@ -10,7 +10,7 @@ its candidates (``candidates``). Tasks that generate text are in ``texts``, docu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -341,8 +341,18 @@ class Generator:
             BadInputError: for an empty document or text.
             PromptTooLongError: if a document does not fit in the context with what follows.
         """
+        return [[*document, *self.continued(document, segments, seed=seed, **settings)] for document in documents]
+
+    def continued(
+        self, document: Sequence[str | Image.Image], segments: int = 2, *, seed: int = 0, **settings: Any
+    ) -> Iterator[GeneratedText | GeneratedImage]:
+        """What :meth:`interleave` adds to a document, each text and image as soon as it is generated.
+
+        Raises:
+            BadInputError, PromptTooLongError: as :meth:`interleave`; also after some of them.
+        """
         used = checked_settings(self.decoding, {**settings, **UNGUIDED, "candidates": 1})
-        return [continue_document(self.parts, document, segments, seed, used) for document in documents]
+        return continue_document(self.parts, document, segments, seed, used)
 
     def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[PairScore]:
         """How likely the model finds each image and text together, nats: the text given the image, and the image given the text.

@@ -17,9 +17,8 @@ import numpy as np
 import pandas as pd
 
 from cm3leon.config.schema import DriftConfig
+from cm3leon.data.distances import RARE, chance_of_distance, distance, share_distance
 
-RARE = 0.001
-"""How often chance may exceed what is added to the limits."""
 SHRINKAGE = 0.1
 """Part of the covariance's mean variance that is added to its diagonal, so that it can be inverted with few records."""
 
@@ -98,8 +97,7 @@ def shifts_between(config: DriftConfig, old: Data, new: Data, seed: int) -> list
     auc = separability(old.embeddings, new.embeddings, seed)
     by_chance = chance_of_auc(len(old.embeddings), len(new.embeddings))
     told = f"a classifier tells new documents from old ones with AUC {auc:.2f}"
-    lengths, shares = distance(old.lengths, new.lengths), [data.licenses.value_counts(normalize=True) for data in (old, new)]
-    other = float(shares[0].sub(shares[1], fill_value=0).abs().sum() / 2)
+    lengths, other = distance(old.lengths, new.lengths), share_distance(old.licenses, new.licenses)
     named = ", ".join(sorted(map(str, set(new.licenses) - set(old.licenses))))
     licenses = f"{other:.0%} of the documents have another license than before{f'; new: {named}' if named else ''}"
     lost = 1 - len(set(old.ids) & set(new.ids)) / len(old.ids)
@@ -160,13 +158,6 @@ def features(text_nd: np.ndarray, image_nd: np.ndarray) -> np.ndarray:
     return np.concatenate([text_nd, image_nd, text_nd * image_nd], axis=1)
 
 
-def distance(old: np.ndarray, new: np.ndarray) -> float:
-    """Kolmogorov-Smirnov distance: the largest difference of two cumulative distributions, 0 to 1."""
-    from scipy.stats import ks_2samp
-
-    return float(ks_2samp(old, new).statistic)
-
-
 def separability(old_ND: np.ndarray, new_ND: np.ndarray, seed: int) -> float:
     """Area under the ROC curve of a linear discriminant between two samples: 0.5 if they are alike, 1 if they can be told apart.
 
@@ -199,5 +190,4 @@ def chance_of_auc(old: int, new: int) -> float:
 
 
 def _chance(old: Data, new: Data) -> float:
-    """The distance that samples of one distribution and of these sizes exceed in :data:`RARE` cases (Smirnov 1939)."""
-    return math.sqrt(-math.log(RARE / 2) / 2 * (1 / len(old.lengths) + 1 / len(new.lengths)))
+    return chance_of_distance(len(old.lengths), len(new.lengths))

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from cm3leon.scenes.reading import read_scene
-from cm3leon.scenes.scene import BACKGROUNDS, COLORS, LETTERS, SHAPES, SIZES, Object, Scene
+from cm3leon.scenes.scene import BACKGROUNDS, COLORS, LETTERS, SHAPES, SIZES, Content, Object, Scene
 
 ATTRIBUTES = ("background", "count", "color", "shape", "size", "relation", "text")
 MOST_OBJECTS = 6
@@ -110,6 +110,14 @@ def parse_caption(text: str) -> Statement | None:
             return None
         mentions += found
     return Statement(mentions, background) if len(mentions) <= MOST_OBJECTS else None
+
+
+def content(statement: Statement) -> Content | None:
+    """The content of the scenes that a statement describes, as :attr:`Scene.content`; None if it leaves out a color or the background."""
+    named = [(item.letter or item.shape, item.color) for item in statement.objects if item.color is not None]
+    if statement.background is None or len(named) < len(statement.objects):
+        return None
+    return statement.background, tuple(sorted(named))
 
 
 def _holds(relation: str, first: Object, second: Object) -> bool:

@@ -2,29 +2,54 @@
 
 The background is the border's dominant color; objects are connected regions that differ from it; an object's color is the nearest named
 color of the region's core; its soft mask tells how far each pixel lies between background and that color; its shape, size and letter are
-those of the template that has the highest intersection over union with the mask. It works on images of 48 pixels a side and more, also
-if they are blurred, noisy or vector-quantized.
+those of the template that has the highest intersection over union with the mask. Then what was read is rendered and compared with the
+image: where they differ the image has a flaw. An object with a flaw has the shape ``"unknown"``, and a flaw beside the objects is an
+object more, so that neither is taken for what a caption states. It works on images of 48 pixels a side and more, also if they are blurred,
+noisy or vector-quantized. How many broken pictures it takes for right: ``benchmarks/reader.py``.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from cm3leon.scenes.scene import BACKGROUNDS, COLORS, EXTENTS, LETTERS, SHAPES, SIZES, Object, Scene, letter_distance, letter_extent
+from cm3leon.scenes.scene import (
+    BACKGROUNDS,
+    COLORS,
+    EXTENTS,
+    LETTERS,
+    SHAPES,
+    SIZES,
+    Distance,
+    Object,
+    Scene,
+    letter_distance,
+    letter_extent,
+)
 
-LARGEST_SIDE = 128
-"""Larger images are downsampled to this side first, pixels."""
+SMALLEST_SIDE, LARGEST_SIDE = 64, 128
+"""Other images are resized to one of these sides first, pixels."""
 FOREGROUND = 22.0
 """Least CIELAB distance between a pixel of an object and the background."""
 SMALLEST_AREA = 0.006
 """Smaller regions are ignored as artifacts, fraction of the image's area; the smallest object of the vocabulary has 0.021."""
-LEAST_OVERLAP = 0.6
-"""Least intersection over union with a template; a region that has less with all of them has the shape ``"unknown"``."""
+LEAST_OVERLAP, LEAST_RING_OVERLAP = 0.86, 0.72
+"""Least intersection over union with the template of a shape; a region that has less with all of them has the shape ``"unknown"``. Of a
+ring, which is thin, a slight blur takes more."""
+LEAST_LETTER_OVERLAP = 0.6
+"""The same of a letter."""
+FLAWS = ((10.0, 1.5, 0.003), (16.0, 1.0, 0.004), (5.0, 1.5, 0.015))
+"""A flaw is a region in which image and rendering differ by at least so much (CIELAB), outside of so many 64ths of the side around edges,
+of so large a fraction of the image's area."""
+SMOOTHING = 3 / 64
+"""Side of the window over which differences are averaged, fraction of the side."""
+FARTHEST_COLOR = 22.0
+"""Largest CIELAB distance of an object or the background to its named color; beyond it the color is ``"unknown"``."""
 SECOND_COLOR = 0.3
 """A region is divided by color if a second named color covers at least this fraction of its core."""
 BLUR = 1 / 64
@@ -71,19 +96,33 @@ def _nearest_names(lab: np.ndarray) -> np.ndarray:
     return np.argmin((named**2).sum(1) - 2 * lab @ named.T, axis=1)
 
 
+def _polygon(corners: int, turn: float) -> Distance:
+    """A regular polygon with the first corner at the top, turned by an angle; as those of the scenes (:data:`SHAPES`)."""
+    normals = [turn + math.pi / 2 + math.pi * (2 * i + 1) / corners for i in range(corners)]
+    inner = math.cos(math.pi / corners)
+    return lambda x, y: np.maximum.reduce([-x * math.cos(a) - y * math.sin(a) - inner for a in normals])
+
+
+# Shapes that look like those of the scenes and are none: what fits one of these better is unknown.
+_OTHERS = {"pentagon": _polygon(5, 0.0), "hexagon": _polygon(6, 0.0), "hexagon on a side": _polygon(6, math.pi / 6)}
+_TEMPLATES = SHAPES | _OTHERS
+
+
 @cache
-def _shape_moments(shape: str) -> tuple[float, float, float]:
-    """Area and centroid (x, y) of a shape, in units of its radius, by counting grid points."""
-    grid = (np.arange(400) + 0.5) / 400 * 3 - 1.5
+def _template_size(shape: str) -> tuple[float, float, float, tuple[float, float, float, float]]:
+    """Area, centroid (x, y) and bounding box x0, y0, x1, y1 of a template, in units of its radius, by counting grid points."""
+    grid = (np.arange(600) + 0.5) / 600 * 3 - 1.5
     x, y = np.meshgrid(grid, grid)
-    inside = SHAPES[shape](x, y) < 0
-    return inside.mean() * 9, x[inside].mean(), y[inside].mean()
+    inside = _TEMPLATES[shape](x, y) < 0
+    box = (x[inside].min(), y[inside].min(), x[inside].max(), y[inside].max()) if shape in _OTHERS else EXTENTS[shape]
+    return inside.mean() * 9, x[inside].mean(), y[inside].mean(), box
 
 
 def read_scene(image: Image.Image | np.ndarray) -> Scene:
     """Read the scene that an image shows.
 
-    Any named color can be read as the background, also those of objects. An object's shape can be :data:`UNKNOWN`.
+    Any named color can be read as the background, also those of objects. Shape and color of an object and the color of the background can
+    be :data:`UNKNOWN`.
 
     Args:
         image: a PIL image, or RGB as uint8 (h, w, 3).
@@ -106,32 +145,114 @@ def read_scene(image: Image.Image | np.ndarray) -> Scene:
 
     # 3. Objects: connected regions of the foreground that are large enough.
     labels, _ = ndimage.label(foreground)
-    objects = []
+    found: list[_Found] = []
     least = SMALLEST_AREA * foreground.size
     for index, window in enumerate(ndimage.find_objects(labels), start=1):
         mask = labels[window] == index
         if mask.sum() >= least:
-            objects += _read_region(pixels, lab, contrast, ground, mask, window, least)
-    return Scene(NAMES[background], tuple(objects))
+            found += _read_region(pixels, lab, contrast, ground, mask, window, least)
+
+    # 4. What the image shows besides.
+    objects = _with_flaws(_difference(lab, ground, found), found)
+    return Scene(_color_name(ground, NAMES[background]), tuple(objects))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An object, and the template that fits it.
+
+    Attributes:
+        color: RGB of its core.
+        radius: unit of the template, pixels; ``x`` and ``y``, its center, likewise.
+        template: name of the shape.
+    """
+
+    item: Object
+    color: np.ndarray
+    template: str
+    radius: float
+    x: float
+    y: float
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Bounding box x0, y0, x1, y1, pixels."""
+        e = letter_extent(self.item.letter) if self.item.letter else _template_size(self.template)[3]
+        return self.x + self.radius * e[0], self.y + self.radius * e[1], self.x + self.radius * e[2], self.y + self.radius * e[3]
+
+    def distance(self, height: int, width: int) -> np.ndarray:
+        """Signed distance of each pixel's center to the template's outline, pixels (height, width)."""
+        x, y = (np.arange(width)[None] + 0.5 - self.x) / self.radius, (np.arange(height)[:, None] + 0.5 - self.y) / self.radius
+        distance = letter_distance(self.item.letter, x, y) if self.item.letter else _TEMPLATES[self.template](x, y)
+        return distance * self.radius
+
+
+def _difference(lab: np.ndarray, ground: np.ndarray, found: list[_Found]) -> np.ndarray:
+    """Where the image differs from a rendering of what was found, in any of the ways of :data:`FLAWS`: bool (h, w)."""
+    height, width = lab.shape[:2]
+    side = math.sqrt(height * width)
+    rendered = np.empty(lab.shape, np.float32)
+    rendered[:] = ground
+    edge = np.full((height, width), np.inf)
+    for one in found:
+        distance = one.distance(height, width)
+        rendered += np.clip(0.5 - distance, 0, 1)[..., None] * (one.color - rendered)
+        edge = np.minimum(edge, np.abs(distance))
+    difference = lab - to_lab(np.clip(rendered + 0.5, 0, 255).astype(np.uint8))
+    window = max(3, round(SMOOTHING * side))
+    flawed = np.zeros((height, width), bool)
+    for contrast, margin, area in FLAWS:
+        away = difference * (edge > margin * side / 64)[..., None]
+        smooth = ndimage.uniform_filter(away, (window, window, 0))
+        labels, _ = ndimage.label(np.sqrt((smooth**2).sum(-1)) > contrast)
+        large = np.bincount(labels.ravel()) >= area * labels.size
+        large[0] = False
+        flawed |= large[labels]
+    return flawed
+
+
+def _with_flaws(flawed: np.ndarray, found: list[_Found]) -> list[Object]:
+    """The objects: those with a flaw in their box have an unknown shape; flaws beside all boxes are unknown objects."""
+    height, width = flawed.shape
+    labels, count = ndimage.label(flawed)
+    objects = [one.item for one in found]
+    for label in range(1, count + 1):
+        own = labels == label
+        y, x = (positions + 0.5 for positions in np.nonzero(own))
+        inside = [((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)).mean() for x0, y0, x1, y1 in (one.box for one in found)]
+        if inside and max(inside) >= 0.5:
+            position = int(np.argmax(inside))
+            objects[position] = replace(objects[position], shape=UNKNOWN, letter=None)
+        else:
+            radius = math.sqrt(own.mean() / math.pi)
+            size = "small" if radius < SIZE_LIMIT else "large"
+            objects.append(Object(UNKNOWN, UNKNOWN, size, float(x.mean()) / width, float(y.mean()) / height))
+    return objects
+
+
+def _color_name(color: np.ndarray, name: str) -> str:
+    """The name, or :data:`UNKNOWN` if the color (RGB) is too far from that of the name."""
+    lab = to_lab(np.clip(color + 0.5, 0, 255).astype(np.uint8)[None])[0]
+    return name if np.linalg.norm(lab - _named_lab()[NAMES.index(name)]) <= FARTHEST_COLOR else UNKNOWN
 
 
 def _as_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """RGB, uint8 (h, w, 3), at most :data:`LARGEST_SIDE` a side."""
+    """RGB, uint8 (h, w, 3), with the longer side from :data:`SMALLEST_SIDE` to :data:`LARGEST_SIDE`."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected a uint8 array (height, width, 3), got {image.dtype} {image.shape}")
-        if max(image.shape[:2]) <= LARGEST_SIDE:
-            return image
         image = Image.fromarray(image)
-    if max(image.size) > LARGEST_SIDE:
-        factor = LARGEST_SIDE / max(image.size)
-        image = image.convert("RGB").resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BOX)
+    side = min(max(*image.size, SMALLEST_SIDE), LARGEST_SIDE)
+    if side != max(image.size):
+        method = Image.Resampling.BOX if side == LARGEST_SIDE else Image.Resampling.BICUBIC
+        factor = side / max(image.size)
+        image = image.convert("RGB").resize((round(image.width * factor), round(image.height * factor)), method)
     return np.asarray(image.convert("RGB"))
 
 
 def _read_region(
     pixels: np.ndarray, lab: np.ndarray, contrast: np.ndarray, ground: np.ndarray, mask: np.ndarray, window: tuple[slice, ...], least: float
-) -> list[Object]:
+) -> list[_Found]:
     """Read the objects of a connected region: one, or several if objects of different colors touch.
 
     Args:
@@ -162,13 +283,14 @@ def _read_region(
 
 
 def _read_object(
-    pixels: np.ndarray, ground: np.ndarray, mask: np.ndarray, core: np.ndarray, window: tuple[slice, ...], color: str
-) -> Object:
+    pixels: np.ndarray, ground: np.ndarray, mask: np.ndarray, core: np.ndarray, window: tuple[slice, ...], name: str
+) -> _Found:
     """Fit the templates to one region; ``mask`` and ``core`` are its pixels within ``window``."""
     # 1. A window two pixels wider, and a mask one pixel wider: an antialiased or blurred edge extends beyond the region.
     height, width = pixels.shape[:2]
     side = math.sqrt(height * width)
-    color_difference = np.median(pixels[window][core], axis=0) - ground
+    color = np.median(pixels[window][core], axis=0)
+    color_difference = color - ground
     top, left = max(window[0].start - 2, 0), max(window[1].start - 2, 0)
     bottom, right = min(window[0].stop + 2, height), min(window[1].stop + 2, width)
     wide = np.zeros((bottom - top, right - left), bool)
@@ -182,12 +304,15 @@ def _read_object(
     # 3. The best template of all shapes, and of letters if the region is as high as one.
     x, y = np.arange(left, right) + 0.5, np.arange(top, bottom) + 0.5
     shape, overlap, radius, cx, cy = _fit_shapes(alpha, x, y, side)
+    name = _color_name(color, name)
     if window[0].stop - window[0].start >= LETTER_HEIGHT * height:
-        letter, letter_overlap, mx, my = _fit_letters(alpha, x, y)
-        if letter_overlap > overlap and letter_overlap >= LEAST_OVERLAP:
-            return Object("letter", color, "large", mx / width, my / height, letter)
+        letter, letter_overlap, half, mx, my = _fit_letters(alpha, x, y)
+        if letter_overlap > overlap and letter_overlap >= LEAST_LETTER_OVERLAP:
+            return _Found(Object("letter", name, "large", mx / width, my / height, letter), color, "letter", half, mx, my)
     size = "small" if radius < SIZE_LIMIT * side else "large"
-    return Object(shape if overlap >= LEAST_OVERLAP else UNKNOWN, color, size, cx / width, cy / height)
+    known = shape in SHAPES and overlap >= (LEAST_RING_OVERLAP if shape == "ring" else LEAST_OVERLAP)
+    item = Object(shape if known else UNKNOWN, name, size, cx / width, cy / height)
+    return _Found(item, color, shape, radius, cx, cy)
 
 
 def _overlap(alpha: np.ndarray, templates: np.ndarray) -> np.ndarray:
@@ -219,10 +344,9 @@ def _fit_shapes(alpha: np.ndarray, x: np.ndarray, y: np.ndarray, side: float) ->
     mx, my = float((alpha.sum(0) * x).sum() / area), float((alpha.sum(1) * y).sum() / area)
     x0, y0, x1, y1 = _box(alpha, x, y)
     fits, templates = [], []
-    for shape, distance in SHAPES.items():
-        unit_area, ux, uy = _shape_moments(shape)
+    for shape, distance in _TEMPLATES.items():
+        unit_area, ux, uy, e = _template_size(shape)
         by_area = math.sqrt(area / unit_area)
-        e = EXTENTS[shape]
         by_box = math.sqrt(max((x1 - x0) * (y1 - y0), 1) / ((e[2] - e[0]) * (e[3] - e[1])))
         box_x, box_y = (x0 + x1 - by_box * (e[0] + e[2])) / 2, (y0 + y1 - by_box * (e[1] + e[3])) / 2
         for radius, cx, cy in ((by_area, mx - by_area * ux, my - by_area * uy), (by_box, box_x, box_y)):
@@ -238,16 +362,16 @@ def _fit_shapes(alpha: np.ndarray, x: np.ndarray, y: np.ndarray, side: float) ->
     return shape, float(overlaps[best]), radius, cx, cy
 
 
-def _fit_letters(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[str, float, float, float]:
-    """Fit every letter to the bounding box of a soft mask; returns letter, overlap and center x, y of the best fit, pixels."""
+def _fit_letters(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[str, float, float, float, float]:
+    """Fit every letter to the bounding box of a soft mask; returns letter, overlap, half the height and center x, y of the best, pixels."""
     x0, y0, x1, y1 = _box(alpha, x, y)
-    centers, templates = [], []
+    fits, templates = [], []
     for letter in LETTERS:
         e = letter_extent(letter)
         half = (y1 - y0) / (e[3] - e[1])
         cx, cy = (x0 + x1 - half * (e[0] + e[2])) / 2, (y0 + y1 - half * (e[1] + e[3])) / 2
-        centers.append((cx, cy))
+        fits.append((half, cx, cy))
         templates.append(letter_distance(letter, (x[None] - cx) / half, (y[:, None] - cy) / half) * -half)
     overlaps = _overlap(alpha, np.clip(np.stack(templates) + 0.5, 0, 1))
     best = int(overlaps.argmax())
-    return list(LETTERS)[best], float(overlaps[best]), *centers[best]
+    return list(LETTERS)[best], float(overlaps[best]), *fits[best]

@@ -135,6 +135,10 @@ def letter_extent(letter: str) -> tuple[float, float, float, float]:
     return min(xs) - STROKE, min(ys) - STROKE, max(xs) + STROKE, max(ys) + STROKE
 
 
+Content = tuple[str, tuple[tuple[str, str], ...]]
+"""A background, and shape (or letter) and color of each object, in order."""
+
+
 @dataclass(frozen=True)
 class Object:
     """A shape, or a letter (``shape`` is then ``"letter"``), with its center (x, y) in fractions of the image's side."""
@@ -196,6 +200,11 @@ class Scene:
     def signature(self) -> tuple[Any, ...]:
         """A key that is equal for scenes that look the same: the order of the objects does not matter."""
         return self.background, tuple(sorted((o.label, round(o.x, 4), round(o.y, 4)) for o in self.objects))
+
+    @property
+    def content(self) -> Content:
+        """What captions say of the scene whatever words they take, without sizes and positions: no caption leaves out more."""
+        return self.background, tuple(sorted((item.letter or item.shape, item.color) for item in self.objects))
 
     def render(self, side: int) -> np.ndarray:
         """Paint the scene: RGB, uint8 (side, side, 3)."""

@@ -2,7 +2,8 @@
 
 ``python -m cm3leon.scenes.source OUT.png`` writes a contact sheet.
 
-The rows are a function of ``config``, which includes the seed; no two rows show the same image.
+The rows are a function of ``config``, which includes the seed; no two rows show the same image. A part of what captions say (background,
+shapes and colors) is held out: no scene of train shows it, so that no prompt made of it stands in training, in whichever words.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def rows(config: ShapesConfig, path: Path) -> Iterator[SourceRow]:
         rng = random.Random(f"{config.seed}/{number}")
         scene = _unique_scene(rng, config, seen)
         row = _row(scene, f"scene-{number:07d}", f"scene {number}", config, rng)
+        row.split = split_of(scene, config)
         edited = edit(scene, rng, config, seen) if rng.random() < config.edits else None
         row.group = row.key if edited else None  # a group stays in one split
         yield row
@@ -53,7 +55,14 @@ def rows(config: ShapesConfig, path: Path) -> Iterator[SourceRow]:
             seen.add(after.signature)
             second = _row(after, f"{row.key}-edited", f"scene {number}, edited", config, rng)
             second.group, second.edited_from, second.instruction = row.key, row.key, instruction
+            second.split = row.split
             yield second
+
+
+def split_of(scene: Scene, config: ShapesConfig) -> str:
+    """The split that shows scenes of this content: train, val or test."""
+    number = random.Random(f"{config.seed}/{scene.content}").random()
+    return "val" if number < config.val_fraction else "test" if number < config.val_fraction + config.test_fraction else "train"
 
 
 def _unique_scene(rng: random.Random, config: ShapesConfig, seen: set[tuple[Any, ...]]) -> Scene:
@@ -97,13 +106,18 @@ def _pixel_box(item: Object, side: int) -> tuple[float, float, float, float]:
 
 
 def edit(scene: Scene, rng: random.Random, config: ShapesConfig, seen: set[tuple[Any, ...]]) -> tuple[str, Scene] | None:
-    """Sample an edit: an instruction, and the scene after it. None if no edit was found that gives a valid scene not in ``seen``."""
+    """Sample an edit: an instruction, and the scene after it. None if no edit was found that gives a valid scene not in ``seen``.
+
+    What is held out is shown only as the edit of a scene of the same split.
+    """
+    allowed = ("train", split_of(scene, config))
     for _ in range(TRIES):
         sampled = _sample_edit(scene, rng, config)
         if sampled is None:
             continue
         _, after = sampled
-        if is_valid(after) and after.signature not in seen and after.signature != scene.signature:
+        is_new = after.signature not in seen and after.signature != scene.signature
+        if is_valid(after) and is_new and split_of(after, config) in allowed:
             return sampled
     return None
 

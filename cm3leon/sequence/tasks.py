@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,12 @@ def is_filled(value: Any) -> bool:
 def available(row: Row) -> list[str]:
     """Names of the tasks whose columns are filled in a manifest row."""
     return [name for name, task in TASKS.items() if all(is_filled(row.get(column)) for column in task.columns)]
+
+
+def counts_of_tasks(rows: Iterable[Row]) -> dict[str, int]:
+    """Task -> the number of manifest rows that have what it needs, for tasks that any row has."""
+    counts = Counter(name for row in rows for name in available(row))
+    return {name: counts[name] for name in TASKS if name in counts}
 
 
 # --- texts -------------------------------------------------------------------------------------------------------------------------------

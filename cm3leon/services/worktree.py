@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cm3leon.config.paths import EXCLUDED
 from cm3leon.services import dvc_commands
 from cm3leon.services.environment import git_problem
 from cm3leon.services.exclusive import BusyError, alone_in_directory
@@ -109,11 +110,15 @@ def _link_collection(root: Path, tree: Path) -> None:
 
 
 def _link_named_files(root: Path, tree: Path) -> None:
-    """Link what parameters name and git does not have, such as weights."""
+    """Link what parameters name and git does not have, such as weights, and what must not be trained on."""
     from cm3leon.config.files import named_files
     from cm3leon.config.loading import load_config
 
-    for name in named_files(load_config(tree / "params.yaml")).values():
+    for link in (tree / EXCLUDED).rglob("*"):
+        if link.is_symlink() and not link.exists():  # removed from the project since
+            link.unlink()
+    excluded = [file.relative_to(root).as_posix() for file in (root / EXCLUDED).rglob("*") if file.is_file()]
+    for name in (*named_files(load_config(tree / "params.yaml")).values(), *excluded):
         if (root / name).exists() and not (tree / name).exists():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).symlink_to(root / name)

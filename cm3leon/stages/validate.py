@@ -1,14 +1,15 @@
 """``validate``: decode every image once, quarantine what breaks a rule, pass a Great Expectations gate, divide into splits.
 
 Writes to ``data/validated/``: ``manifest.parquet`` (accepted records), ``rejected.parquet`` (the others, with ``reasons`` and ``detail``),
-``thumbnails.parquet`` (of the accepted ones) and ``report.json`` (counts). Every record read is either accepted or rejected. The Data Docs
-are ``models/runs/validate/data_docs/index.html``.
+``thumbnails.parquet`` (of the accepted ones) and ``report.json`` (counts). Every record read is either accepted or rejected. Pages for a
+person are ``models/runs/validate/data_docs/index.html``, the Data Docs, and ``data_report.html`` next to it.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from rich.table import Table
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, ValidateConfig
-from cm3leon.data import data_docs, expectations, licenses, splits, thumbnails
+from cm3leon.data import data_docs, data_report, expectations, last_accepted, licenses, splits, thumbnails
+from cm3leon.data.excluded import Excluded
 from cm3leon.data.manifest import MANIFEST_SCHEMA, SPLITS, VALIDATED_SCHEMA, ImageStore, read_manifest
-from cm3leon.data.validation import RULES, Findings, Profile, check_rows, profile_images
+from cm3leon.data.near_duplicates import Likeness, near_duplicate_groups
+from cm3leon.data.validation import RULES, Findings, check_rows, profile_images
 from cm3leon.tracking import runs
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.texts import is_blank
@@ -42,12 +45,18 @@ def run(config: Config) -> dict[str, float]:
     """Validate ``data/raw``; returns how many records were read, accepted and rejected.
 
     Raises:
-        ValidationError: if too many records are rejected, none is accepted, or an expectation fails. ``rejected.parquet``, ``report.json``
-            and the Data Docs are written first.
+        ValidationError: if too many records are rejected, none is accepted, or an expectation fails. ``rejected.parquet``, ``report.json``,
+            the Data Docs and the data report are written first.
     """
     with runs.stage_run("validate", config) as stage:
         stage.log_dataset(paths.RAW, "raw")
-        report = validate(paths.RAW, paths.VALIDATED, paths.DATA_DOCS, config.validate_, config.seed)
+        paths.DATA_REPORT.unlink(missing_ok=True)
+        try:
+            directories = (paths.RAW, paths.VALIDATED, paths.DATA_DOCS)
+            report = validate(*directories, config.validate_, config.seed, paths.EXCLUDED, paths.LAST_ACCEPTED)
+        finally:
+            if paths.DATA_REPORT.is_file():
+                stage.log_artifact(paths.DATA_REPORT)
         metrics = {name: float(report[name]) for name in ("read", "accepted", "rejected")}
         stage.log_metrics({f"validate/{name}": value for name, value in metrics.items()})
         stage.log_artifact(paths.VALIDATED / "report.json")
@@ -55,8 +64,15 @@ def run(config: Config) -> dict[str, float]:
     return metrics
 
 
-def validate(raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: int) -> dict[str, Any]:
-    """The stage without tracking, from directory ``raw`` to directory ``output``, with Data Docs in ``docs``.
+def validate(
+    raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: int, excluded: Path | None = None, last: Path | None = None
+) -> dict[str, Any]:
+    """The stage without tracking, from directory ``raw`` to directory ``output``, with Data Docs and the data report in ``docs``.
+
+    Args:
+        excluded: directory with what to keep out (:mod:`cm3leon.data.excluded`); None: nothing.
+        last: file with the summary of the last accepted manifest (:mod:`cm3leon.data.last_accepted`), with which this one is compared, and
+            which it replaces if it is accepted; None: no comparison.
 
     Returns:
         The content of ``report.json``.
@@ -68,8 +84,8 @@ def validate(raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: 
     frame = read_manifest(raw)
     frame["licence"] = pd.Series([licenses.identifier_of(stated) or stated for stated in frame["licence"]], dtype=object)
     profiles = profile_images(ImageStore(raw), frame, config)
-    findings = check_rows(frame, profiles, config)
-    frame["pixels"] = [profile.pixels for profile in profiles]
+    findings = check_rows(frame, profiles, config, Excluded.read(excluded, config.max_pixels) if excluded else Excluded())
+    frame["pixels"] = pd.Series([profile.pixels for profile in profiles], dtype=object)
     good = np.array([not found for found in findings], dtype=bool)
     frame["width"] = np.array([profile.width for profile in profiles], dtype=np.int32)
     frame["height"] = np.array([profile.height for profile in profiles], dtype=np.int32)
@@ -87,33 +103,45 @@ def validate(raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: 
     accepted = frame[good].reset_index(drop=True)
     notes = [profile.note for profile, passed in zip(profiles, good, strict=True) if passed]
     accepted["detail"] = pd.Series(notes, dtype=object)
+    accepted["thumbnail"] = pd.Series([profile.thumbnail for profile, passed in zip(profiles, good, strict=True) if passed], dtype=object)
+    accepted["near"] = np.arange(len(accepted))
     frames = {"counts": pd.DataFrame([{name: report[name] for name in ("read", "accepted", "rejected", "rejected_rate", "unaccounted")}])}
     if not problems:
-        components, report["parts"] = _components(frame, profiles, good, config)
+        components, accepted["near"], report["parts"] = _components(frame, accepted, good, config)
         try:
-            accepted["split"] = splits.assign_splits(accepted["id"].tolist(), components, seed, config.val_fraction, config.test_fraction)
+            stated = accepted["split"].tolist()
+            fractions = (config.val_fraction, config.test_fraction)
+            accepted["split"] = splits.assign_splits(accepted["id"].tolist(), components, stated, seed, *fractions)
         except UserError as error:
             problems = str(error)
         else:
             report["splits"] = {name: int((accepted["split"] == name).sum()) for name in SPLITS}
+            stated_by_some = set(filter(None, stated))  # records are drawn for the other splits
+            report["parts"]["moved_from_stated_split"] = sum(
+                name is not None and name != own and own in stated_by_some for name, own in zip(stated, accepted["split"], strict=True)
+            )
             accepted, report["cleaned"] = _clean(accepted, frame, good)
             frames["accepted_rows"] = expectations.flat_frame(accepted, components)
 
     # 4. The Great Expectations gate, a second look at the result by other code, and the report.
     failed = expectations.check(frames, config, docs)
     rejected = {f"rejected: {reason}": count for reason, count in report["reasons"].items()}
-    data_docs.add_counts(docs, "Rows", {name: report[name] for name in ("read", "accepted", "rejected")} | rejected)
+    data_docs.add_counts(docs, "Rows", {name: report[name] for name in ("read", "accepted", "rejected")} | rejected, data_report.FILE)
     (output / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    if failed and not problems:
+        problems = f"expectations failed (see {docs / 'index.html'}):\n  " + "\n  ".join(failed)
+    result = data_report.Found(report, accepted, frame[~good], [found for found in findings if found], problems)
+    now, before = last_accepted.summary_of(accepted), last_accepted.read(last) if last else None
+    data_report.write(docs / data_report.FILE, result, now, before, ImageStore(raw), config, datetime.now(UTC))
     if problems:
         raise ValidationError(problems)
-    if failed:
-        raise ValidationError(f"expectations failed (see {docs / 'index.html'}):\n  " + "\n  ".join(failed))
 
     # 5. What later stages read.
-    kept = [profile.thumbnail for profile, passed in zip(profiles, good, strict=True) if passed]
-    thumbnails.write_thumbnails(output, accepted["id"].tolist(), kept)
+    thumbnails.write_thumbnails(output, accepted["id"].tolist(), accepted["thumbnail"].tolist())
     records = accepted[VALIDATED_SCHEMA.names].to_dict("records")
     pq.write_table(pa.Table.from_pylist(records, schema=VALIDATED_SCHEMA), output / "manifest.parquet")
+    if last:
+        last_accepted.write(last, now)
     return report
 
 
@@ -168,22 +196,22 @@ def _gate_failures(report: dict[str, Any], frame: pd.DataFrame, findings: list[F
         lines += [f"    {example}" for example in examples[reason]]
     lines.append("Correct the records, change the parameter that a rule names, or raise validate.max_rejected_rate in params.yaml.")
     lines.append("All rejected records with their reasons are in data/validated/rejected.parquet.")
+    lines.append(f"Examples of each, with pictures: {paths.DATA_REPORT}")
     return "\n".join(lines)
 
 
 def _components(
-    frame: pd.DataFrame, profiles: list[Profile], good: np.ndarray, config: ValidateConfig
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Component number of each accepted record, and counts.
+    frame: pd.DataFrame, accepted: pd.DataFrame, good: np.ndarray, config: ValidateConfig
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """Component number of each accepted record, the number of its group of near-duplicates, and counts.
 
     Rejected records take part: two accepted edits of a rejected original are still linked through it.
     """
-    rows = np.flatnonzero(good)
-    near = splits.near_duplicate_groups(thumbnails.stack([profiles[row].thumbnail for row in rows]), config.near_duplicate_distance)
-    components = splits.linked_rows([*splits.links_of(frame), (rows, near)], len(frame))[good]
+    near = near_duplicate_groups(thumbnails.stack(accepted["thumbnail"].tolist()), Likeness.of(config))
+    components = splits.linked_rows([*splits.links_of(frame), (np.flatnonzero(good), near)], len(frame))[good]
     sizes = np.bincount(np.unique(components, return_inverse=True)[1])
     in_near = np.bincount(near)[near] > 1
-    return components, {"count": len(sizes), "largest": int(sizes.max()), "rows_with_near_duplicates": int(in_near.sum())}
+    return components, near, {"count": len(sizes), "largest": int(sizes.max()), "rows_with_near_duplicates": int(in_near.sum())}
 
 
 def _clean(accepted: pd.DataFrame, frame: pd.DataFrame, good: np.ndarray) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -217,5 +245,5 @@ def _print(report: dict[str, Any]) -> None:
     for title in ("reasons", "splits", "parts", "cleaned"):
         for name, count in report[title].items():
             table.add_row(f"{title}: {name}", f"{count:,}")
-    table.caption = f"Data Docs: {paths.DATA_DOCS / 'index.html'}"
+    table.caption = f"data report: {paths.DATA_REPORT}\nData Docs: {paths.DATA_DOCS / 'index.html'}"
     Console().print(table)

@@ -17,11 +17,11 @@ h2 { margin-top: 2.2rem; border-bottom: 1px solid #d5dbe3 }
 """
 
 
-def page(title: str, body: str) -> str:
-    """A whole HTML page that loads nothing."""
+def page(title: str, body: str, style: str = "") -> str:
+    """A whole HTML page that loads nothing; ``style`` is added to :data:`STYLE`."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"<style>{STYLE}{style}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
 
 
@@ -33,6 +33,6 @@ def from_markdown(text: str) -> str:
     return rendered
 
 
-def image_tag(png: bytes, alternative: str) -> str:
-    """An image that is part of the page."""
-    return f'<img alt="{html.escape(alternative)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def image_tag(data: bytes, alternative: str, kind: str = "png") -> str:
+    """An image that is part of the page, from its file of a ``kind`` that browsers show."""
+    return f'<img alt="{html.escape(alternative)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 import yaml
@@ -18,10 +20,12 @@ from PIL import Image
 from tests_support import decoding
 from typer.testing import CliRunner
 
-from cm3leon.cli import app, options
+from cm3leon.cli import app, model, options
 from cm3leon.config.loading import load_config
 from cm3leon.config.schema import DecodingConfig
+from cm3leon.generation.checks import PromptTooLongError
 from cm3leon.generation.generator import Generator
+from cm3leon.generation.results import GeneratedImage
 from cm3leon.generation.settings import SETTINGS, bounds_of
 from cm3leon.generation.task_names import GENERATOR_TASKS
 from cm3leon.stages.common import METRICS, STAGES
@@ -265,6 +269,67 @@ def test_documents_texts_and_scores(generator: Recorder) -> None:
     assert call("upscale", "a.png", "--out", "big.png")[1] == "big.png: 80 x 60\n"
 
 
+def program(*arguments: bytes, folder: Path) -> tuple[int, bytes, bytes]:
+    """Exit status, standard output and standard error of the command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "cm3leon", *arguments], cwd=folder, capture_output=True, check=False, env=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [
+    [b"generate", b"caf\xe9"], [b"text-to-image", b"a ring", b"caf\xe9"], [b"interleave", b"caf\xe9"], [b"edit", b"a.png", b"caf\xe9"],
+    [b"vqa", b"caf\xe9", b"What?"], [b"configure", b"tiny", b"--set", b"ingest.path=caf\xe9"], [b"promote", b"--reason", b"caf\xe9"],
+    [b"caption", b"a.png", b"--model", b"caf\xe9"], [b"caf\xe9"],
+])  # fmt: skip
+def test_an_argument_that_is_not_utf_8_is_named_in_one_line(arguments: list[bytes], tmp_path: Path) -> None:
+    status, out, err = program(*arguments, folder=tmp_path)
+    number = next(number for number, argument in enumerate(arguments, 1) if b"\xe9" in argument)
+    shown = arguments[number - 1].decode("utf-8", "backslashreplace")
+    assert (status, out) == (2, b"")
+    assert err.decode() == f"error: argument {number}, '{shown}', is not UTF-8, and no file has this name; write it in UTF-8\n"
+
+
+def test_a_file_may_have_any_name(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_text("no image")
+    status, out, err = program(b"caption", b"caf\xe9.png", folder=tmp_path)
+    assert (status, out) == (2, b"")
+    assert err.startswith(b"error: caf\\udce9.png: unreadable") and err.count(b"\n") == 1
+
+
+def test_texts_that_are_no_unicode_are_bad_input(generator: Recorder) -> None:
+    for arguments in (["text-to-image", "caf\udce9"], ["interleave", "caf\udce9"], ["write", "\ud800"]):
+        status, _, err = call(*arguments)
+        assert status == 2 and re.fullmatch(r"error: (prompt|text) 0, '(caf\\xe9|\\ud800)', is not UTF-8 throughout; .*\n", err)
+
+
+def test_interleave_keeps_what_it_has_generated_where_it_cannot_go_on(generator: Recorder) -> None:
+    made: list[Any] = []
+    with pytest.raises(PromptTooLongError) as caught:
+        made.extend(generator.generator.continued(["a red circle"], 40, seed=1))
+    status, out, err = call("interleave", "a red circle", "--segments", "40", "--seed", "1")
+    pictures = [part for part in made if isinstance(part, GeneratedImage)]
+    files = [f"out{'' if number == 1 else f'-{number}'}.png" for number in range(1, len(pictures) + 1)]
+    assert status == 2 and files
+    for file, picture in zip(files, pictures, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(picture.image))
+        assert f"{file}: seed {picture.seed}\n" in out
+    printed = ", what is printed above" if len(made) > len(pictures) else ""
+    assert err == f"error: {caught.value}; generated before: {', '.join(files)}{printed}\n"
+    assert call("interleave", "a red circle " * 40)[2].endswith("fewer retrieved documents\n"), "nothing was generated before"
+
+
+def test_images_are_kept_where_they_cannot_be_enlarged(
+    tiny_parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = Generator.from_parts(**{name: path for name, path in tiny_parts.items() if name != "super_resolution"}, decoding=decoding())
+    monkeypatch.setattr(options, "load_generator", lambda model: plain)
+    status, out, err = call("text-to-image", "a ring", "--upscale", "--num-images", "2")
+    assert status == 2 and [Image.open(file).size for file in ("out.png", "out-2.png")] == [(32, 32)] * 2
+    assert [line.partition(":")[0] for line in out.splitlines()] == ["out.png", "out-2.png"]
+    assert re.fullmatch(r"error: .*; not enlarged: out\.png, out-2\.png\n", err)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["text-to-image", "x", "--out", "out.jpg"], "error: --out out.jpg: images are written as PNG"),
     (["text-to-image", "x", "--out", "no/out.png"], "error: --out no/out.png: there is no directory no"),
@@ -304,6 +369,18 @@ def test_captions_and_answers(generator: Recorder) -> None:
     assert call("reasoning", "b.png", "Which?", "--option", "a", "--option", "b")[0] == 0
     assert call("vqa", "b.png", "What color?") == (0, f"{told.text}\n", "")
     assert len(call("vqa", "b.png", "What color?", "How many?")[1].splitlines()) == 2
+
+
+def test_captions_of_images_before_one_that_cannot_be_read_are_printed(generator: Recorder) -> None:
+    names = [f"{number:02d}.png" for number in range(model.TOGETHER + 2)]
+    for number, name in enumerate(names):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(name)
+    whole = call("caption", *names)[1].splitlines()
+    assert [line.partition(":")[0] for line in whole] == names
+    Path(names[-1]).write_text("no image")
+    status, out, err = call("caption", *names)
+    assert (status, out.splitlines()) == (2, whole[: model.TOGETHER])
+    assert err.startswith(f"error: {names[-1]}: unreadable")
 
 
 CHOICE = ["a.png", "Which?", "--option", "a", "--option", "b"]

@@ -1,26 +1,16 @@
 """The decoder accepts any mode and refuses damaged, truncated and huge files."""
 
-import io
 import struct
 import sys
 import zlib
 
 import numpy as np
 import pytest
+from images_support import CHANNELS, DEPTHS, MODES, SRGB, encode, icc_profile, in_mode, noise, png_chunks, png_of
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from cm3leon.data.images import PNG_SIGNATURE, ImageError, decode, fit_square, is_heic, size_of, to_rgb
-
-
-def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, **options)
-    return buffer.getvalue()
-
-
-def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8))
+from cm3leon.data.images import ImageError, decode, fit_square, is_heic, size_of, to_rgb
 
 
 def test_transparency_is_composited_on_white() -> None:
@@ -154,16 +144,9 @@ def test_sixteen_bits_and_a_transparent_color_are_kept() -> None:
     assert [pixel[0] for pixel in np.asarray(decode(encode(clear, transparency=0x1234)))[0]] == [0, 255, 0x12]
     header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
     pixels = zlib.compress(b"\0" + struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0, 0, 0))
-    parts = [(b"IHDR", header), (b"tRNS", struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)), (b"IDAT", pixels), (b"IEND", b"")]
-    image = decode(PNG_SIGNATURE + b"".join(chunk(*part) for part in parts))
+    clear_color = struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)
+    image = decode(png_of([(b"IHDR", header), (b"tRNS", clear_color), (b"IDAT", pixels), (b"IEND", b"")]))
     assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 0)]
-
-
-def chunk(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-
-MODES = ["1", "CMYK", "F", "HSV", "I", "I;16", "I;16B", "L", "LA", "La", "LAB", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -171,17 +154,28 @@ def test_no_mode_is_clipped_to_black_or_white(mode: str) -> None:
     """Bright and dark halves stay apart, as bright as they were."""
     plain = Image.new("L", (8, 1), 40)
     plain.paste(200, (4, 0, 8, 1))
-    if mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(plain).astype(np.uint16) * 257).astype(">u2" if mode.endswith("B") else "<u2"))
-    elif mode in ("La", "RGBa"):
-        image = plain.convert(mode.upper()).convert(mode)
-    elif mode in ("HSV", "LAB", "YCbCr", "CMYK", "RGBX"):
-        image = plain.convert("RGB").convert(mode)
-    else:
-        image = plain.convert("P").convert("PA") if mode == "PA" else plain.convert(mode)
+    image = in_mode(plain, mode)
     dark, bright = (to_rgb(image).getpixel((x, 0)) for x in (1, 6))
     assert max(dark) == min(dark) == 0 if mode == "1" else all(abs(value - 40) <= 6 for value in dark)
     assert all(abs(value - (255 if mode == "1" else 200)) <= 6 for value in bright)
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(("color", "depth"), [(color, depth) for color, depths in DEPTHS.items() for depth in depths])
+def test_every_kind_of_png_is_read(color: int, depth: int, interlaced: bool) -> None:
+    """Pixels as the PNG specification defines them, without Pillow."""
+    chunks = png_chunks(color, depth, interlaced, side=19, seed=color * 100 + depth)
+    colors = min(2**depth, 256) if color == 3 else 2**depth
+    values = np.random.default_rng(color * 100 + depth).integers(0, colors, (19, 19, CHANNELS[color]))
+    if color == 3:
+        palette = np.frombuffer(dict(chunks)[b"PLTE"], dtype=np.uint8).reshape(-1, 3)
+        expected = palette[values[..., 0]].astype(float)
+    else:
+        scaled = values * 255 / (2**depth - 1)
+        opaque, alpha = (scaled[..., :-1], scaled[..., -1:] / 255) if color in (4, 6) else (scaled, 1.0)
+        expected = np.broadcast_to(opaque * alpha + 255 * (1 - np.asarray(alpha)), (19, 19, 3))
+    tolerance = 3 if color in (4, 6) and depth == 16 else 1  # of 16 bits the upper eight are kept, of colors and of their transparency
+    assert np.abs(np.asarray(decode(png_of(chunks)), dtype=float) - expected).max() <= tolerance
 
 
 def test_any_flipped_bit_of_a_pngs_pixels_is_found() -> None:
@@ -204,42 +198,21 @@ def test_damaged_metadata_is_no_reason_to_lose_a_picture() -> None:
     assert np.array_equal(np.asarray(decode(bytes(data))), np.asarray(image))
 
 
-def profile(red: tuple[float, float, float], green: tuple[float, float, float], blue: tuple[float, float, float]) -> bytes:
-    """An ICC profile (version 2) of a display with these primaries (XYZ, D50) and a linear response."""
-    fixed = [b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(value * 65536)) for value in color) for color in (red, green, blue)]
-    white = b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)
-    linear = b"curv\0\0\0\0" + struct.pack(">I", 0)
-    names = [b"rXYZ", b"gXYZ", b"bXYZ", b"wtpt", b"rTRC", b"gTRC", b"bTRC"]
-    contents = [*fixed, white, linear, linear, linear]
-    offset, table, data = 128 + 4 + 12 * len(names), b"", b""
-    for name, content in zip(names, contents, strict=True):
-        table += name + struct.pack(">II", offset + len(data), len(content))
-        data += content
-    size = offset + len(data)
-    header = struct.pack(">I4sI4s4s4s", size, b"\0\0\0\0", 0x02400000, b"mntr", b"RGB ", b"XYZ ") + bytes(12) + b"acsp" + bytes(28)
-    header += struct.pack(">3i", 63190, 65536, 54061)
-    return header.ljust(128, b"\0") + struct.pack(">I", len(names)) + table + data
-
-
-SRGB = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
-"""The primaries of sRGB, adapted to D50."""
-
-
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_a_color_profile_is_applied(mode: str) -> None:
     """One in which red and blue have changed places, and that is linear: the middle is brighter in sRGB."""
     red, green, blue = SRGB
     image = Image.new("RGB", (4, 4), (255, 0, 0)).convert(mode)
-    turned = decode(encode(image, icc_profile=profile(blue, green, red))).getpixel((0, 0))
+    turned = decode(encode(image, icc_profile=icc_profile(blue, green, red))).getpixel((0, 0))
     assert all(abs(value - expected) <= 2 for value, expected in zip(turned, (0, 0, 255), strict=True))
-    gray = decode(encode(Image.new("RGB", (4, 4), (128, 128, 128)), icc_profile=profile(red, green, blue))).getpixel((0, 0))
+    gray = decode(encode(Image.new("RGB", (4, 4), (128, 128, 128)), icc_profile=icc_profile(red, green, blue))).getpixel((0, 0))
     assert all(abs(value - 188) <= 2 for value in gray)
 
 
 def test_a_profile_that_does_not_fit_is_left_out() -> None:
-    for broken in (b"no profile", profile(*SRGB)[:200]):
+    for broken in (b"no profile", icc_profile(*SRGB)[:200]):
         assert decode(encode(Image.new("RGB", (4, 4), (9, 8, 7)), icc_profile=broken)).getpixel((0, 0)) == (9, 8, 7)
-    assert decode(encode(Image.new("L", (4, 4), 9), icc_profile=profile(*SRGB))).getpixel((0, 0)) == (9, 9, 9)
+    assert decode(encode(Image.new("L", (4, 4), 9), icc_profile=icc_profile(*SRGB))).getpixel((0, 0)) == (9, 9, 9)
 
 
 def box(brand: bytes, *compatible: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import os
 import random
 import tarfile
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from cm3leon.config.schema import SidecarConfig
 from cm3leon.data.manifest import MANIFEST_SCHEMA, ImageStore, ManifestError, SourceRow, read_manifest
 from cm3leon.data.packing import pack
+from cm3leon.data.sources import sidecar
 
 
 def rows(count: int, seed: int = 0) -> Iterator[SourceRow]:
@@ -117,3 +121,17 @@ def test_references_to_missing_members_and_shards_are_errors(tmp_path: Path) -> 
         read_manifest(tmp_path / "nowhere")
     with pytest.raises(ManifestError, match="no split 'dev'"):
         read_manifest(tmp_path, "dev")
+
+
+def test_names_of_files_may_have_any_bytes(tmp_path: Path) -> None:
+    root, name = tmp_path / "collection", os.fsdecode(b"caf\xe9")
+    root.mkdir()
+    Image.new("RGB", (40, 40)).save(root / f"{name}.png")
+    (root / f"{name}.txt").write_text("a picture")
+    (root / os.fsdecode(b"\xff.png")).write_bytes(b"no image")
+    (root / os.fsdecode(b"\xff.txt")).write_bytes(b"caf\xe9")
+    pack(sidecar.rows(SidecarConfig(), root), tmp_path / "raw", 32)
+    frame = read_manifest(tmp_path / "raw")
+    assert frame["origin"].tolist() == ["caf\\xe9.png", "\\xff.png"]
+    assert frame["captions"][0] == ["a picture"] and ImageStore(tmp_path / "raw").open(frame["image"][0]).size == (40, 40)
+    assert frame["problem"][1] == "malformed_row" and "\\xff.txt" in frame["detail"][1]

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cm3leon.data.near_duplicates import Likeness
 from cm3leon.data.thumbnails import ThumbnailError, thumbnail_of, write_thumbnails
-from cm3leon.evaluation.leakage import LeakageError, check
+from cm3leon.evaluation import leakage
+from cm3leon.evaluation.leakage import LeakageError, check, choose_prompt, known_prompts, like_training
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def validated(images, tmp_path, monkeypatch):
 
 
 def test_unseen_records_pass_and_no_image_is_decoded(validated):
-    check(["p0", "p1"], ["p2", "p3"], ["p2"], validated, 0.01)
+    check(["p0", "p1"], ["p2", "p3"], ["p2"], validated, Likeness(0.01))
 
 
 @pytest.mark.parametrize(
@@ -40,17 +42,39 @@ def test_unseen_records_pass_and_no_image_is_decoded(validated):
 )
 def test_a_known_record_is_refused(validated, train, memory, message):
     with pytest.raises(LeakageError, match=message):
-        check(["p0", "p1"], train, memory, validated, 0.01)
+        check(["p0", "p1"], train, memory, validated, Likeness(0.01))
 
 
 def test_a_near_duplicate_is_refused(validated):
     with pytest.raises(LeakageError, match=r"1 test records are near-duplicates of training images, for example p0 \(like copy\)"):
-        check(["p0", "p1"], ["p2", "copy"], [], validated, 0.02)
-    check(["p0", "p1"], ["p2", "copy"], [], validated, 0.0)
+        check(["p0", "p1"], ["p2", "copy"], [], validated, Likeness(0.02))
+    check(["p0", "p1"], ["p2", "copy"], [], validated, Likeness(0.0))
 
 
 def test_missing_thumbnails_are_an_error_that_names_the_command(validated, tmp_path):
     with pytest.raises(ThumbnailError, match="lacks 1 records of the manifest, for example p9; run validate again: cm3leon validate"):
-        check(["p9"], ["p2"], [], validated, 0.01)
+        check(["p9"], ["p2"], [], validated, Likeness(0.01))
     with pytest.raises(ThumbnailError, match=r"thumbnails\.parquet does not exist; run validate again.*cm3leon validate"):
-        check(["p0"], ["p2"], [], tmp_path / "elsewhere", 0.01)
+        check(["p0"], ["p2"], [], tmp_path / "elsewhere", Likeness(0.01))
+
+
+def test_embeddings_too_like_one_of_training_are_found_in_every_part_of_training(monkeypatch):
+    monkeypatch.setattr(leakage, "CHUNK", 7)
+    rng = np.random.default_rng(0)
+    test, training = (
+        vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (rng.normal(size=(30, 4)), rng.normal(size=(50, 4)))
+    )
+    found = like_training(test, training.astype(np.float16), 0.95)
+    assert found.tolist() == ((test @ training.astype(np.float16).astype(np.float64).T).max(1) > 0.95).tolist()
+    assert 0 < found.sum() < 30
+
+
+def test_prompts_are_told_from_those_that_stand_in_training():
+    known = known_prompts([["A dog, on a beach.", "two dogs"], ["a small red circle on white", "a cat"]])
+    assert choose_prompt(["a dog on a BEACH"], known) == ("a dog on a BEACH", True)
+    assert choose_prompt(["a cat", "the cat"], known) == ("the cat", False)  # the first that does not
+    assert choose_prompt([" ", "a dog\u2014on a beach"], known) == ("a dog\u2014on a beach", True)
+    # Scenes are known by what is said of them, whichever the words.
+    assert choose_prompt(["A white background with a large red circle"], known)[1]
+    assert not choose_prompt(["a red circle on gray"], known)[1]
+    assert not choose_prompt(["a red circle"], known)[1]

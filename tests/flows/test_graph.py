@@ -25,6 +25,8 @@ INFRASTRUCTURE = {
     "config/schema",
     "config/yaml_file",
     "config/paths",
+    "data/data_report",
+    "data/last_accepted",
     "tracking/runs",
     "tracking/store",
     "tracking/sqlite",

@@ -22,8 +22,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The MLflow run of a pipeline whose outputs can be looked at."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for path in (paths.EVALUATION / "samples.png", paths.DATA_DOCS / "index.html", paths.run_file("evaluate")):
-        path.parent.mkdir(parents=True)
+    for path in (paths.EVALUATION / "samples.png", paths.DATA_DOCS / "index.html", paths.DATA_REPORT, paths.run_file("evaluate")):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"run_id": "e1", "experiment_id": "1"}))
     return Run(None, "p1", "1")
 
@@ -53,6 +53,7 @@ def test_links_lead_to_the_pages_of_servers_that_run(run: Run) -> None:
     assert "[MLflow run](http://127.0.0.1:5001/#/experiments/1/runs/p1?workflowType=machine_learning)" in text
     assert "[samples](http://127.0.0.1:5001/#/experiments/1/runs/e1/artifacts)" in text
     assert "[data docs](http://127.0.0.1:8000/index.html)" in text
+    assert "[data report](http://127.0.0.1:8000/data_report.html)" in text
 
 
 def test_links_lead_to_files_where_no_server_runs(run: Run, tmp_path: Path) -> None:
@@ -60,6 +61,7 @@ def test_links_lead_to_files_where_no_server_runs(run: Run, tmp_path: Path) -> N
     text = markdown(RESULTS, "done", run)
     assert f"[samples]({tmp_path.as_uri()}/models/evaluation/samples.png)" in text
     assert f"[data docs]({tmp_path.as_uri()}/models/runs/validate/data_docs/index.html)" in text
+    assert f"[data report]({tmp_path.as_uri()}/models/runs/validate/data_docs/data_report.html)" in text
     assert "http://" not in text
 
 

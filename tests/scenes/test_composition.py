@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from cm3leon.scenes.composition import Mention, Statement, check, check_images, parse_caption, score, summarize
-from cm3leon.scenes.reading import read_scene
+from cm3leon.scenes.reading import UNKNOWN, read_scene
 from cm3leon.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Object, Scene, sample_scene
 from cm3leon.scenes.text import captions
 
@@ -115,12 +115,14 @@ def test_touching_objects_are_separated_by_color() -> None:
     assert sorted((o.color, o.shape) for o in read_scene(image).objects) == [("green", "square"), ("red", "square")]
 
 
-def test_small_artifacts_are_ignored_and_those_of_an_objects_size_are_not() -> None:
+def test_single_pixels_are_ignored_and_dots_are_objects_more() -> None:
     image = Scene("white", (RED,)).render(64)
-    image[50:53, 50:53] = COLORS["green"]
+    image[50, 50] = COLORS["green"]
     assert len(read_scene(image).objects) == 1
+    image[50:53, 50:53] = COLORS["green"]
+    assert [o.shape for o in read_scene(image).objects] == ["circle", UNKNOWN]
     image[50:58, 50:58] = COLORS["green"]
-    assert len(read_scene(image).objects) == 2
+    assert [o.shape for o in read_scene(image).objects] == ["circle", "square"]
 
 
 @pytest.mark.parametrize("value", [0, 90, 255])

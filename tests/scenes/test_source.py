@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from cm3leon.config.schema import ShapesConfig
-from cm3leon.scenes.composition import check, parse_caption
+from cm3leon.scenes.composition import check, content, parse_caption
 from cm3leon.scenes.reading import read_scene
 from cm3leon.scenes.scene import Scene
 from cm3leon.scenes.source import rows
@@ -124,3 +124,23 @@ def test_frequency_of_letters_and_conditions() -> None:
         if row.conditions:
             assert row.conditions.keys() == set(CONDITIONS)
             assert all(decode(data).shape == (CONFIG.size, CONFIG.size, 3) for data in row.conditions.values())
+
+
+def test_what_captions_of_val_and_test_say_is_never_said_in_training() -> None:
+    config = ShapesConfig(count=3000, edits=0.4, val_fraction=0.1, test_fraction=0.2)
+    found = list(rows(config, Path()))
+    said = {name: set[object]() for name in ("train", "val", "test")}
+    for row in found:
+        contents = {content(statement) for caption in row.captions if (statement := parse_caption(caption))}
+        assert len(contents) == 1 and None not in contents  # every caption states all of it
+        said[row.split] |= contents
+    scenes = [row for row in found if row.edited_from is None]
+    shares = {name: sum(row.split == name for row in scenes) / len(scenes) for name in said}
+    assert abs(shares["val"] - 0.1) < 0.04 and abs(shares["test"] - 0.2) < 0.05
+    # An edit of a held-out scene may show what training shows; no other row may.
+    for name in ("val", "test"):
+        own = {content(parse_caption(row.captions[0])) for row in scenes if row.split == name}
+        assert not own & said["train"]
+    assert not {content(parse_caption(row.captions[0])) for row in scenes if row.split == "val"} & said["test"]
+    splits = {row.key: row.split for row in found}
+    assert all(row.split == splits[row.edited_from] for row in found if row.edited_from)

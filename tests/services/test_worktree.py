@@ -11,6 +11,7 @@ import pytest
 import yaml
 from flows_support import make_toy
 
+from cm3leon.config.paths import EXCLUDED
 from cm3leon.services import dvc_commands, worktree
 from cm3leon.services.environment import child_path
 from cm3leon.services.exclusive import BusyError, alone_in_directory
@@ -57,6 +58,15 @@ def test_weights_that_parameters_name_are_there_although_git_does_not_have_them(
     (toy / weights).write_text("weights")
     for _ in range(2):
         assert (prepare(toy) / weights).read_text() == "weights"
+
+
+def test_what_must_not_be_trained_on_is_there_as_long_as_it_is_in_the_project(toy: Path) -> None:
+    listed = EXCLUDED / "benchmarks" / "captions.txt"
+    (toy / listed).parent.mkdir(parents=True)
+    (toy / listed).write_text("a dog")
+    assert (prepare(toy) / listed).read_text() == "a dog"
+    (toy / listed).unlink()
+    assert not list((prepare(toy) / EXCLUDED).rglob("*.txt"))
 
 
 def test_it_has_the_last_commit_and_leaves_the_project_alone(toy: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import tarfile
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, ShapesConfig
+from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.packing import pack
 from cm3leon.data.thumbnails import thumbnail_of, write_thumbnails
@@ -26,6 +28,9 @@ from cm3leon.evaluation.record import Record
 from cm3leon.evaluation.tasks import MEASURES
 from cm3leon.generation.checks import PromptTooLongError
 from cm3leon.generation.generator import Generator
+from cm3leon.models.clip import Encoder
+from cm3leon.models.vqgan import ImageTokenizer
+from cm3leon.retrieval.index import MemoryBank
 from cm3leon.scenes import source as shapes
 from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.stages import evaluate
@@ -58,7 +63,7 @@ def collection(tmp_path, monkeypatch, tiny_models):
     for name in ("models", "data"):
         shutil.copytree(tiny_models / name, tmp_path / name)
 
-    def write(count: int) -> None:
+    def write(count: int, training: Sequence[str] = ("a red ring",)) -> None:
         rng, rows = np.random.default_rng(0), []
         paths.RAW.mkdir(parents=True, exist_ok=True)
         with tarfile.open(paths.RAW / "images-00000.tar", "w") as archive:
@@ -73,8 +78,9 @@ def collection(tmp_path, monkeypatch, tiny_models):
                 rows.append(
                     dict.fromkeys(VALIDATED_SCHEMA.names)
                     | {"id": f"id{number}", "image": f"images-00000.tar/{member.name}", "questions": questions, "width": 36, "height": 40}
-                    | {"captions": ["a blue square"] if number > 1 else ["  ", TOO_LONG], "split": "test" if number else "train"}
+                    | {"captions": ["  ", TOO_LONG] if number == 1 else ["a blue square"], "split": "test"}
                 )
+        rows[0] |= {"captions": list(training), "split": "train"}
         write_validated(rows)
 
     return write
@@ -87,7 +93,7 @@ def test_captions_and_questions_that_are_too_long_are_cut(collection):
     assert {"clip_score", "fd_encoder", "cider", "vqa_accuracy", "super_resolution_psnr_rgb"} <= set(record.scores)
     assert {"vqa_accuracy_other_images", "super_resolution_psnr_rgb_bicubic"} <= set(record.calibration)
     assert record.scores["super_resolution_psnr_rgb"] == pytest.approx(record.calibration["super_resolution_psnr_rgb_bicubic"], abs=1)
-    assert record.contract["counts"] == {"prompts": 3, "captioned": 2, "questions": 6}
+    assert record.contract["counts"] == {"prompts": 3, "seen_prompts": 0, "captioned": 2, "questions": 6}
     assert record.settings["retrieve"]["max_score"] == CONFIG.retrieve.max_score  # part of the model, not of the contract
     assert not {"retrieval", "decoding"} & record.contract.keys()
     assert set(record.outcomes["clip_score"]) == set(read_manifest(paths.VALIDATED, "test")["id"]) and not record.seen
@@ -176,6 +182,55 @@ def test_test_records_that_are_also_in_training_are_refused(scenes):
         evaluate.run(CONFIG)
 
 
+def test_prompts_that_stand_in_training_have_scores_of_their_own(scenes):
+    frame = read_manifest(paths.VALIDATED)
+    test = frame[frame["split"] == "test"].index
+    known = frame.loc[test[:4], "captions"].sum()
+    frame.at[frame.index[-1], "captions"] = known  # of the training record
+    write_validated(frame[VALIDATED_SCHEMA.names].to_dict("records"))
+    section = CONFIG.evaluate.model_copy(update={"prompts": 40})
+    evaluate.run(CONFIG.model_copy(update={"evaluate": section}))
+    record = Record.read(paths.EVALUATION)
+    seen, unseen = (set(record.outcomes[name]) for name in ("clip_score_seen_prompts", "clip_score"))
+    assert seen and unseen and not seen & unseen and seen <= set(frame.loc[test, "id"])
+    assert set(frame.loc[test[:4], "id"]) & unseen == set()
+    counts = record.contract["counts"]
+    assert (counts["prompts"], counts["seen_prompts"]) == (len(seen) + len(unseen), len(seen)) and record.scores[
+        "composition/prompts"
+    ] == len(unseen)
+    assert set(record.outcomes["composition_seen_prompts"]) == seen
+
+
+def test_where_every_prompt_stands_in_training_there_are_scores_of_seen_prompts_only(collection, capsys):
+    collection(3, training=["A blue square.", TOO_LONG])
+    evaluate.run(CONFIG)
+    record = Record.read(paths.EVALUATION)
+    assert len(record.outcomes["clip_score_seen_prompts"]) == 3 and "clip_score" not in record.scores
+    assert "every prompt stands in training" in capsys.readouterr().out
+    assert (paths.EVALUATION / "samples.png").is_file()
+
+
+def test_test_images_like_one_of_training_are_left_out(collection):
+    collection(6)
+    encoder, bank = Encoder.load(paths.ENCODER), MemoryBank.load(paths.INDEX)
+    test = read_manifest(paths.VALIDATED, "test")
+    images = [
+        fit_square(ImageStore(paths.RAW).open(ref), ImageTokenizer.load(paths.IMAGE_TOKENIZER).spec.image_size) for ref in test["image"]
+    ]
+    nearest = (encoder.encode_images(images) @ bank.image.astype(np.float32).T).max(1)
+    limit = float(np.sort(nearest)[2:4].mean())
+    assert nearest.min() < limit < nearest.max()
+
+    def evaluated(limit: float) -> Record:
+        section = CONFIG.evaluate.model_copy(update={"max_training_similarity": limit, "prompts": 6})
+        evaluate.run(CONFIG.model_copy(update={"evaluate": section}))
+        return Record.read(paths.EVALUATION)
+
+    assert set(evaluated(limit).outcomes["clip_score"]) == set(test["id"][nearest <= limit])
+    with pytest.raises(UserError, match=r"all 6 test images are like one of training.*evaluate\.max_training_similarity"):
+        evaluated(float(nearest.min()) - 0.01)
+
+
 def test_a_single_test_record_is_measured(collection):
     collection(1)
     evaluate.run(CONFIG)
@@ -187,7 +242,7 @@ def test_a_single_test_record_is_measured(collection):
 def test_the_contract_covers_what_was_captioned():
     def contract(ids: list[str], references: list[list[str]]) -> dict:
         captioned = pd.DataFrame({"id": ids, "captions": references})
-        rows = pd.DataFrame({"id": ["a"], "captions": [["p"]]})
+        rows = pd.DataFrame({"id": ["a"], "prompt": ["p"], "seen": [False]})
         return evaluation.contract(CONFIG, rows, captioned, [], 32, 64, "encoder", None)
 
     base = contract(["a", "b"], [["x"], ["y"]])

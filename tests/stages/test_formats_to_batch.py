@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-import struct
 import subprocess
 import sys
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
+from images_support import encode, hostile_files, squares
 from PIL import Image
 
 from cm3leon.config import paths
@@ -35,12 +33,9 @@ CAPTION = "a red circle"
 STATED = {"license": "MIT", "attribution": "me"}
 
 
-def picture(number: int, kind: str = "PNG", side: int = 40) -> bytes:
+def picture(number: int, kind: str = "PNG") -> bytes:
     """A picture unlike those of other numbers."""
-    data = io.BytesIO()
-    coarse = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize((side, side), Image.Resampling.NEAREST).save(data, kind)
-    return data.getvalue()
+    return encode(squares(number), kind)
 
 
 def folder(root: Path) -> dict[str, Any]:
@@ -200,31 +195,10 @@ def test_a_format_becomes_a_batch_with_its_tasks(write: Callable[[Path], dict[st
 
 def hostile(root: Path) -> int:
     """Files that are damaged in every way; returns their number."""
-    rng = np.random.default_rng(0)
-    files: list[bytes] = [b"", b"\0" * 1000, b"GIF89a", b"\x89PNG\r\n\x1a\n", b"%PDF-1.4", b"<svg/>", rng.bytes(5000)]
-    for number, kind in enumerate(("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")):
-        whole = picture(number, kind, 64)
-        files += [whole[: round(len(whole) * share)] for share in (0.2, 0.5, 0.8, 0.99)]
-        for _ in range(6):
-            damaged = bytearray(whole)
-            for position in rng.integers(8, len(whole), size=4):
-                damaged[position] ^= 1 << int(rng.integers(8))
-            files.append(bytes(damaged))
-    header = bytearray(picture(99))
-    header[16:24] = struct.pack(">II", 60_000, 60_000)
-    header[29:33] = struct.pack(">I", zlib.crc32(header[12:29]))
-    files.append(bytes(header))
-    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I", "F", "I;16", "YCbCr", "LAB", "HSV"):
-        data = io.BytesIO()
-        image = Image.new("I;16", (40, 40), 9) if mode == "I;16" else Image.new("RGB", (40, 40), (9, 8, 7)).convert(mode)
-        image.save(data, "PNG" if mode in ("1", "L", "LA", "P", "RGBA", "I;16") else "TIFF") if mode != "HSV" else data.write(b"")
-        files.append(data.getvalue())
-    data = io.BytesIO()
-    Image.new("L", (1, 200_000)).save(data, "PNG")
-    files.append(data.getvalue())
+    files = list(hostile_files(flips=6))
     for number, content in enumerate(files):
-        (root / f"{number:03d}.png").write_bytes(content)
-        (root / f"{number:03d}.txt").write_text(f"picture {number}")
+        (root / f"{number:04d}.png").write_bytes(content)
+        (root / f"{number:04d}.txt").write_text(f"picture {number}")
     return len(files)
 
 

@@ -220,7 +220,7 @@ def test_near_duplicates_share_a_split_and_the_outputs_are_deterministic(tmp_pat
     assert len(one) >= 240
     assert (split[one] == split[other]).all()
     np.testing.assert_array_equal(read_thumbnails(tmp_path / "one" / "out", accepted["id"].tolist()) / 255, small)
-    assert report["parts"] == {"count": 60, "largest": 2, "rows_with_near_duplicates": 120}
+    assert report["parts"] == {"count": 60, "largest": 2, "rows_with_near_duplicates": 120, "moved_from_stated_split": 0}
     assert set(split) == {"train", "val", "test"}
 
 
@@ -361,3 +361,41 @@ def test_licenses_are_normalized_and_an_author_is_named_where_the_license_asks(t
         "examples": ["manifest.csv line 3"],
     }
     assert set(read_manifest(tmp_path / "validated")["licence"]) == {"CC-BY-4.0", "CC-BY-SA-3.0", "CC0-1.0", "MIT"}
+
+
+def test_what_is_excluded_is_rejected_and_says_what_it_is_like(tmp_path: Path) -> None:
+    root, excluded = tmp_path / "collection", tmp_path / "excluded"
+    records = good_rows(root)
+    write(root, records)
+    excluded.mkdir()
+    Image.open(root / records[3]["image"]).convert("RGB").resize((200, 200)).save(excluded / "benchmark.webp", lossless=True)
+    (excluded / "captions.txt").write_text(f"{records[5]['caption'].upper()}!\n")
+    ingest_folder(root, tmp_path / "raw")
+    report = validate(tmp_path / "raw", tmp_path / "out", tmp_path / "docs", ValidateConfig(), 0, excluded)
+    rejected = read_manifest(tmp_path / "out" / "rejected.parquet")
+    by_caption = [number for number, record in enumerate(records) if record["caption"] == records[5]["caption"]]
+    assert sorted(rejected["row"]) == sorted({3, *by_caption})
+    assert report["reasons"] == {"excluded": len(rejected)}
+    details = dict(zip(rejected["row"], rejected["detail"], strict=True))
+    assert details[3].endswith("like benchmark.webp") and details[5] == "the caption in captions.txt line 1"
+
+
+def test_splits_that_the_manifest_states_are_kept(tmp_path: Path) -> None:
+    root = tmp_path / "collection"
+    records = good_rows(root)
+    names = ["Training", "validation", "test", ""]
+    for number, record in enumerate(records):
+        record["split"] = names[number % 4]
+    write(root, records)
+    ingest_folder(root, tmp_path / "raw")
+    report = validate(tmp_path / "raw", tmp_path / "out", tmp_path / "docs", ValidateConfig(near_duplicate_distance=0), 0)
+    accepted = read_manifest(tmp_path / "out")
+    assert accepted["split"].tolist() == [["train", "val", "test", "train"][row % 4] for row in accepted["row"]]
+    assert report["parts"]["moved_from_stated_split"] == 0
+    records[0]["split"] = "trian"
+    write(root, records)
+    ingest_folder(root, tmp_path / "raw")
+    validate(tmp_path / "raw", tmp_path / "out", tmp_path / "docs", ValidateConfig(), 0)
+    rejected = read_manifest(tmp_path / "out" / "rejected.parquet")
+    assert rejected["reasons"].tolist() == [["malformed_row"]]
+    assert rejected["detail"][0].startswith("split: expected one of train, val, test, training")

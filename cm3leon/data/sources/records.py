@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cm3leon.config.schema import CollectionConfig
-from cm3leon.data.cells import RowProblem, captions_of, malformed, objects_of, questions_of, reasoning_of, structure_of, text_of
+from cm3leon.data.cells import RowProblem, captions_of, malformed, objects_of, questions_of, reasoning_of, split_of, structure_of, text_of
 from cm3leon.data.manifest import SourceRow
 
 MANIFEST_COLUMNS = (
     "image", "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions", "reasoning",
-    "instruction", "edited_from", "conditions", "text_in_image",
+    "instruction", "edited_from", "conditions", "text_in_image", "split",
 )  # fmt: skip
 ALIASES = {
     "image": ("image", "file_name", "filename", "image_name", "image_path"),
@@ -83,6 +83,7 @@ def row_of(cells: Cells, files: Files, config: CollectionConfig, read: bool = Tr
         edited_from=text("edited_from"),
         conditions=attempt("conditions", files.conditions, {}),
         text_in_image=text("text_in_image"),
+        split=attempt("split", split_of),
     )
     add_problems(row, problems)
     return row

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from images_support import encode
 from PIL import Image
 
 from cm3leon.config.schema import CocoConfig, OpenImagesConfig
@@ -33,9 +33,7 @@ b,train,https://example.org/b,https://creativecommons.org/licenses/by/2.0/,,
 
 
 def picture(width: int, height: int, **options: Any) -> bytes:
-    data = io.BytesIO()
-    Image.new("RGB", (width, height), "red").save(data, "JPEG", **options)
-    return data.getvalue()
+    return encode(Image.new("RGB", (width, height), "red"), "JPEG", **options)
 
 
 def write_open_images(root: Path) -> None:

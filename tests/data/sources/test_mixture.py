@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from images_support import encode, squares
 
 from cm3leon.config.loading import parse_config
 from cm3leon.config.schema import IngestConfig
@@ -24,10 +23,7 @@ from cm3leon.utils.errors import ConfigError
 
 
 def picture(number: int) -> bytes:
-    data = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(data, "PNG")
-    return data.getvalue()
+    return encode(squares(number))
 
 
 def write_captions(root: Path, numbers: range, **changes: Any) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""What must not be trained on is found by image and by caption, and a list that cannot be read is an error."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from cm3leon.data.excluded import Excluded, ExcludedError
+from cm3leon.data.near_duplicates import Likeness
+from cm3leon.data.thumbnails import thumbnail_of
+from cm3leon.utils.texts import folded
+
+PIXELS = 1_000_000
+
+
+def picture(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(20, 200, (12, 12, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((96, 96), Image.Resampling.BICUBIC)
+
+
+def test_images_and_captions_below_the_directory_are_found(tmp_path: Path) -> None:
+    (tmp_path / "coco" / "val").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("what belongs here")
+    picture(0).save(tmp_path / "coco" / "val" / "0.JPG", quality=80)
+    (tmp_path / "coco" / "captions.txt").write_bytes("\ufeffA dog, on a beach.\r\n\r\nTwo  cats\n".encode())
+    excluded = Excluded.read(tmp_path, PIXELS)
+    same, gray, other = picture(0), ImageEnhance.Brightness(picture(0)).enhance(0.8), picture(1)
+    thumbnails = [thumbnail_of(other), b"", thumbnail_of(same.resize((50, 50))), thumbnail_of(gray)]
+    assert excluded.images_like(thumbnails, Likeness(0.02, 6)) == [None, None, "coco/val/0.JPG", "coco/val/0.JPG"]
+    assert excluded.images_like(thumbnails, Likeness(0.02)) == [None, None, "coco/val/0.JPG", None]
+    assert excluded.caption_of(["a bird", "a dog on a beach"]) == "coco/captions.txt line 1"
+    assert excluded.caption_of(["TWO CATS!"]) == "coco/captions.txt line 3"
+    assert excluded.caption_of(["", "a dog"]) is None
+
+
+def test_nothing_is_excluded_without_a_list(tmp_path: Path) -> None:
+    nothing = Excluded.read(tmp_path / "none", PIXELS)
+    assert nothing == Excluded()
+    assert nothing.images_like([thumbnail_of(picture(0)), b""], Likeness(0.02)) == [None, None]
+    assert nothing.caption_of(["", "a dog"]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cut.png", b"\x89PNG\r\n\x1a\n", r"cut\.png cannot be read \(unreadable.*replace or remove it"),
+        ("latin.txt", "café".encode("latin-1"), r"latin\.txt cannot be read \(.*utf-8.*replace or remove it"),
+        ("captions.csv", b"caption", r"captions\.csv is neither an image \(\.png.* nor a \.txt of captions"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_an_error_and_not_left_out(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ExcludedError, match=message):
+        Excluded.read(tmp_path, PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("A dog.", "a dog"), ("a dog\u2014black", "a dog, black"), ("STRASSE", "stra\u00dfe"), ("cafe\u0301", "CAF\u00c9"),
+        ("\ufb01sh", "fish"), (" a\u00a0\tdog ", "a dog"), ("it's", "it s"),
+    ],
+)  # fmt: skip
+def test_texts_that_differ_in_case_punctuation_and_encoding_are_the_same(one: str, other: str) -> None:
+    assert folded(one) == folded(other) != ""
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("a dog", "a dogs"), ("2 dogs", "3 dogs"), ("re\u0301sume\u0301", "resume"), ("\u4e00", "\u4e8c")]
+)
+def test_other_words_are_other_texts(one: str, other: str) -> None:
+    assert folded(one) != folded(other)
