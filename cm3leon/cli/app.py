@@ -24,8 +24,9 @@ from cm3leon.utils.texts import as_unicode, is_unicode
 
 SOURCES_HELP = (
     "ingest.source names the format: shapes (painted here), folder (images and a CSV, TSV, JSON Lines or parquet manifest), "
-    "webdataset (tar shards), sidecar (a text file of captions beside each image), coco (annotations), "
-    "instruct_pix2pix (parquet files of edits)."
+    "webdataset (tar shards), sidecar (a text file of captions beside each image), coco (annotations of COCO, Objects365 and others), "
+    "localized_narratives and image_paragraphs (long captions), vqa (VQA v2, OK-VQA, VizWiz), scienceqa, open_images (boxes), "
+    "instruct_pix2pix (parquet files of edits), mixture (several of these)."
 )
 HELP = "Train, evaluate, version and serve a CM3leon model on your own licensed image-text collection."
 
@@ -56,23 +57,21 @@ def _training_command(stage: str) -> Callable[..., None]:
 
 def _ingest_command() -> Callable[..., None]:
     def command(
-        check: Annotated[int | None, typer.Option(min=1, help="show what is made of the first CHECK records, and write nothing")] = None,
+        check: Annotated[
+            int | None,
+            typer.Option(min=1, help="show what is made of the first CHECK records, of a mixture of each part's, and write nothing"),
+        ] = None,
     ) -> None:
         if check is None:
             run_stage("ingest")
             return
-        import itertools
-
         from rich.console import Console
 
         from cm3leon.config.loading import load_config
-        from cm3leon.data.preview import show
-        from cm3leon.data.sources import folder
-        from cm3leon.stages.ingest import source_rows
+        from cm3leon.data.preview import show_collection
+        from cm3leon.stages.ingest import SOURCES
 
-        config = load_config().ingest
-        rows = list(itertools.islice(source_rows(config), check))
-        show(rows, folder.mapping_of(config.folder, Path(config.path)) if config.source == "folder" else {}, Console())
+        show_collection(load_config().ingest, SOURCES, check, Console())
 
     return command
 

@@ -16,7 +16,7 @@ from cm3leon.data.tokens import TokenStore
 from cm3leon.sequence.cm3 import Masked
 from cm3leon.sequence.grammar import SPECIALS, GrammarError, Segment, Vocabulary, check_grammar
 from cm3leon.sequence.text_tokenizer import TextTokenizer
-from cm3leon.training.pretraining import build_vocabulary, training_samples
+from cm3leon.training.pretraining import build_vocabulary, training_samples, training_weights
 from cm3leon.training.run import make_stream
 from cm3leon.utils.errors import UserError
 
@@ -205,7 +205,7 @@ def show_row(step: int, row: int, console: Console, config: Config) -> None:
         raise UserError(f"there is no step {step}: steps are 0 to {section.steps - 1}")
     store = TokenStore(paths.TOKENS, ["train"])
     source = training_samples(store, build_vocabulary(section.model), section, config.seed)
-    stream = make_stream(source, len(store), section, config.seed, section.model.context)
+    stream = make_stream(source, len(store), section, config.seed, section.model.context, training_weights(store, config.seed))
     # Packing is sequential: what a step leaves of its budget is added to the next one's.
     for number in range(step + 1) if section.packing else [step]:
         samples = stream.samples(number)

@@ -94,6 +94,8 @@ def summary(section: type[Section]) -> str:
 
 def flow(value: Any) -> str:
     """A value as YAML on one line, numbers without exponents."""
+    if isinstance(value, Section):
+        value = value.model_dump(mode="json", by_alias=True)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -155,6 +157,8 @@ def _type(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation in names:
         return names[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"map of {', '.join(annotation.model_fields)}"
     if origin is Literal:
         return " or ".join(f"`{flow(value)}`" for value in arguments)
     if origin is Annotated:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm3leon.data.epochs import Epochs, Weights
 from cm3leon.data.sequences import Sample
 from cm3leon.sequence.grammar import PAD
 
@@ -24,7 +25,8 @@ SORT_BATCHES = 16
 """Batches whose samples are sorted by length together, to pad little."""
 
 GetSample = Callable[[int, int], Sample]
-"""``get_sample(epoch, index)`` returns a sample; the same arguments give the same sample."""
+"""``get_sample(epoch, index)`` returns a sample; the same arguments give the same sample. With a weight other than 1, ``epoch`` is how
+often the sample was seen before."""
 
 
 @dataclass(frozen=True)
@@ -169,32 +171,32 @@ def share_of(stream: Stream, step: int, rank: int, processes: int, most_rows: in
     return Share(own, weight, tokens, 1 - tokens / computed, sum(length**2 for length in lengths) / tokens)
 
 
-class _Epochs:
-    """The samples of endless epochs, each a permutation derived from (seed, epoch)."""
+class _Samples:
+    """The samples of endless epochs, whose orders derive from (seed, epoch)."""
 
-    def __init__(self, get_sample: GetSample, size: int, seed: int) -> None:
+    def __init__(self, get_sample: GetSample, size: int, seed: int, weights: Weights | None) -> None:
         if size < 1:
             raise ValueError("there are no samples to train on")
-        self.get_sample, self.size, self.seed = get_sample, size, seed
-        self._orders: dict[int, np.ndarray] = {}
+        self.get_sample, self.epochs = get_sample, Epochs(weights or Weights.equal(size), seed, 1)
 
     def __getitem__(self, position: int) -> Sample:
-        epoch, index = divmod(position, self.size)
-        if epoch not in self._orders:
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
-            self._orders[epoch] = np.random.default_rng((self.seed, 1, epoch)).permutation(self.size)
-        return self.get_sample(epoch, int(self._orders[epoch][index]))
+        seen = self.epochs[position]
+        return self.get_sample(seen.earlier, seen.row)
 
 
 class SortedStream:
     """Each sample has a row. The samples of a step depend on ``(seed, step)`` alone: steps can be asked for in any order.
 
     The samples of :data:`SORT_BATCHES` batches are sorted by length, divided into batches, and these are shuffled.
+
+    Args:
+        size: number of samples.
+        weights: of the samples; None: each is seen once in an epoch.
     """
 
-    def __init__(self, get_sample: GetSample, size: int, batch_size: int, seed: int) -> None:
+    def __init__(self, get_sample: GetSample, size: int, batch_size: int, seed: int, weights: Weights | None = None) -> None:
         self.batch_size, self.seed = batch_size, seed
-        self._epochs = _Epochs(get_sample, size, seed)
+        self._samples = _Samples(get_sample, size, seed, weights)
         self._group = -1
         self._batches: list[list[Sample]] = []
 
@@ -210,7 +212,7 @@ class SortedStream:
 
     def _make_group(self, group: int) -> list[list[Sample]]:
         first = group * SORT_BATCHES * self.batch_size
-        samples = [self._epochs[position] for position in range(first, first + SORT_BATCHES * self.batch_size)]
+        samples = [self._samples[position] for position in range(first, first + SORT_BATCHES * self.batch_size)]
         samples.sort(key=length_of)
         batches = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
         order = np.random.default_rng((self.seed, 2, group)).permutation(len(batches))
@@ -243,12 +245,13 @@ class PackedStream:
     in order.
 
     Args:
+        size, weights: see :class:`SortedStream`.
         length: at least that of the longest sample.
     """
 
-    def __init__(self, get_sample: GetSample, size: int, batch_size: int, seed: int, length: int) -> None:
+    def __init__(self, get_sample: GetSample, size: int, batch_size: int, seed: int, length: int, weights: Weights | None = None) -> None:
         self.batch_size, self.length = batch_size, length
-        self._epochs = _Epochs(get_sample, size, seed)
+        self._samples = _Samples(get_sample, size, seed, weights)
         self._read = self._left = 0  # samples read, and tokens left of the budget
         self._next: Sample | None = None  # the one that did not fit in them
 
@@ -256,7 +259,7 @@ class PackedStream:
         self._left += self.batch_size * self.length
         taken: list[Sample] = []
         while True:
-            sample = self._next or self._epochs[self._read]
+            sample = self._next or self._samples[self._read]
             if length_of(sample) > self.length:
                 raise ValueError(f"a sample of {length_of(sample)} tokens does not fit in rows of {self.length}")
             if length_of(sample) > self._left:

@@ -9,15 +9,20 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from cm3leon.utils.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Formats that are decoded; others (EPS, PDF, ICNS ...) start other programs or are not raster images, and are ``unreadable``."""
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".jp2")
-"""How files of these formats are usually called."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".jp2", ".heic", ".heif")
+"""How files of these formats, and of HEIC, are usually called."""
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+HEIF_BRANDS = (b"mif1", b"msf1")
+"""Major brands of HEIF files (ISO/IEC 23008-12): images in HEVC, and in any codec, of which AVIF is one."""
+MAX_PIXELS = 50_000_000
+"""Most pixels of an image that ``ingest`` decodes; ``validate`` rejects images by its own limit."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DEEP_RANGES = (1.0, 255.0, 65_535.0)
 """Largest values of gray images of floats or 32-bit integers: black is 0, and white the smallest of these that no pixel exceeds."""
@@ -111,7 +116,7 @@ def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
     try:
         if data.startswith(PNG_SIGNATURE):
             data = _checked_png(data)
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = _opened(data)
         width, height = image.size
         if max_pixels is not None and width * height > max_pixels:
             raise ImageError("decompression_bomb", f"{width}x{height} pixels, {max_pixels} allowed")
@@ -128,6 +133,47 @@ def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
         raise ImageError("unreadable", f"{len(data)} bytes that are no {', '.join(FORMATS)} file") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ... on damaged files
         raise ImageError("unreadable", f"{type(error).__name__}: {error}") from None
+
+
+def _opened(data: bytes) -> ImageFile.ImageFile:
+    """An image of which the header was read.
+
+    Raises:
+        ImageError: ``unreadable`` for a HEIC file without the library that decodes it.
+    """
+    if not is_heic(data):
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ImageError("unreadable", "a HEIC file; to read these: pip install 'cm3leon[heic]'") from None
+    pillow_heif.register_heif_opener()
+    return Image.open(io.BytesIO(data), formats=("HEIF",))
+
+
+def is_heic(data: bytes) -> bool:
+    """True for a HEIC or another HEIF file that is no AVIF, as the brands in its first box say."""
+    if data[4:8] != b"ftyp":
+        return False
+    brand, compatible = data[8:12], data[16 : min(int.from_bytes(data[:4]), 256)]
+    return brand in HEIC_BRANDS or (brand in HEIF_BRANDS and b"avif" not in compatible and b"avis" not in compatible)
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Width and height of the decoded image, pixels, of which no pixel is decoded.
+
+    Raises:
+        ImageError: ``unreadable`` if the header cannot be read.
+    """
+    try:
+        image = _opened(data)
+        width, height = image.size
+        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # a TIFF has its turned size
+    except ImageError:
+        raise
+    except Exception as error:  # as in :func:`decode`
+        raise ImageError("unreadable", f"{type(error).__name__}: {error}") from None
+    return (height, width) if turned else (width, height)
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[int, bytes, bool]]:

@@ -62,6 +62,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("conditions", pa.list_(CONDITION)),
         ("text_in_image", pa.string()),
         ("split", pa.string()),  # as the source states it: train, val or test; null: validate draws one
+        ("weight", pa.float32()),  # how often the record is seen in training, relative to one of weight 1; above 0, and null is 1
     ]
 )
 """Columns of ``data/raw/manifest.parquet``."""
@@ -88,6 +89,7 @@ class SourceRow:
     ``image`` and the values of ``conditions`` are encoded image files (PNG, JPEG ...). ``key`` names the row in its source, ``other_keys``
     those that were merged into it, and ``edited_from`` is the key of the row of which it is an edit. ``problem`` has reason codes,
     separated by commas, if the source found an error in the row, and ``detail`` describes it; ``image`` is None if there is no file.
+    ``weight`` says how often the record is seen in training, relative to one of weight 1.
     """
 
     key: str
@@ -111,6 +113,7 @@ class SourceRow:
     split: str | None = None
     detail: str | None = None
     other_keys: list[str] = field(default_factory=list)
+    weight: float = 1.0
 
 
 class ManifestError(UserError):

@@ -1,10 +1,12 @@
-"""Rows of one image become one record: many collections have a row for each caption."""
+"""Rows of one image become one record: many collections have a row for each caption, and several tell of the same images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import IO, Any
 
 from cm3leon.data.manifest import SourceRow
 
@@ -46,10 +48,68 @@ def _joined(one: SourceRow, other: SourceRow) -> SourceRow:
     changes: dict[str, Any] = {name: getattr(one, name) if getattr(one, name) is not None else getattr(other, name) for name in TEXTS} | {
         name: [*getattr(one, name), *(item for item in getattr(other, name) if item not in getattr(one, name))] for name in LISTS
     }
+    file, _, place = other.origin.rpartition(" ")  # "manifest.csv line 3" and "manifest.csv line 5": "manifest.csv line 3, 5"
     return replace(
         one,
         **changes,
         conditions={**other.conditions, **one.conditions},
-        origin=f"{one.origin}, {other.origin.rpartition(' ')[2]}",
-        other_keys=[*one.other_keys, other.key],
+        origin=f"{one.origin}, {place if file and one.origin.startswith(f'{file} ') else other.origin}",
+        other_keys=[*one.other_keys, other.key, *other.other_keys],
+        weight=max(one.weight, other.weight),
     )
+
+
+# --- rows of the same image anywhere in a collection -----------------------------------------------------------------
+
+
+def merge_images(read: Callable[[], Iterable[SourceRow]]) -> Iterator[SourceRow]:
+    """The rows of a collection, of which those with the same image file, byte for byte, are merged by :func:`merge_rows`.
+
+    Two passes: the first keeps the rows whose image an earlier row has, without their images; the second yields each image's first row,
+    merged with these. The ``source`` of a record is that of its first row.
+
+    Args:
+        read: reads the rows from the first one; the same ones each time.
+    """
+    seen: set[bytes] = set()
+    later: dict[bytes, list[_Stripped]] = {}
+    with tempfile.TemporaryFile() as conditions:
+        for row in read():
+            if row.image is None:
+                continue
+            content = _digest(row.image)
+            if content in seen:
+                later.setdefault(content, []).append(_Stripped.of(row, conditions))
+            seen.add(content)
+        for row in read():
+            if row.image is None:
+                yield row
+                continue
+            content = _digest(row.image)
+            if content in seen:  # its first row
+                seen.remove(content)
+                yield from merge_rows([row, *(other.restored(conditions, row.source) for other in later.pop(content, []))])
+
+
+def _digest(image: bytes) -> bytes:
+    return hashlib.sha256(image).digest()
+
+
+@dataclass(frozen=True)
+class _Stripped:
+    """A row without the bytes of its image; those of its condition images are in a file: offset and size by kind."""
+
+    row: SourceRow
+    places: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, row: SourceRow, file: IO[bytes]) -> _Stripped:
+        places = {kind: (file.tell(), file.write(image)) for kind, image in row.conditions.items()}
+        return cls(replace(row, image=None, conditions={}), places)
+
+    def restored(self, file: IO[bytes], source: str) -> SourceRow:
+        conditions = {}
+        for kind, (offset, size) in self.places.items():
+            file.seek(offset)
+            conditions[kind] = file.read(size)
+        return replace(self.row, conditions=conditions, source=source)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from cm3leon.config.schema import FolderConfig, IngestConfig, Section
 from cm3leon.data.images import ImageError, decode, fit_square
 from cm3leon.data.manifest import SourceRow
+from cm3leon.data.sources import folder, mixture
+from cm3leon.data.sources.mixture import Sources
 from cm3leon.data.validation import RULES
 from cm3leon.sequence.tasks import counts_of_tasks
 
@@ -22,6 +27,29 @@ FIELDS = (
     "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions", "reasoning", "instruction",
     "edited_from", "text_in_image", "split",
 )  # fmt: skip
+
+
+def show_collection(config: IngestConfig, sources: Sources, count: int, console: Console) -> None:
+    """Print what is made of the first ``count`` records of the source, of a mixture those of each part: see :func:`show`.
+
+    Raises:
+        SourceError: if a collection cannot be read as configured.
+    """
+    root = Path(config.path)
+    if config.source != "mixture":
+        options = getattr(config, config.source)
+        show(list(itertools.islice(sources[config.source](options, root), count)), _mapping(options, root), console)
+        return
+    for number, part in enumerate(config.mixture):
+        found = list(itertools.islice(mixture.rows_of_part(config.mixture, number, root, sources), count))
+        place = root / part.path
+        console.print(Text(f"\nmixture.{number}: {part.source} in {place}, weight {part.weight:g}", style="bold"))
+        show(found, _mapping(config.options_of(part), place), console)
+
+
+def _mapping(options: Section, path: Path) -> dict[str, str]:
+    """Our column -> the file's, of the source with a manifest."""
+    return folder.mapping_of(options, path) if isinstance(options, FolderConfig) else {}
 
 
 def show(rows: Sequence[SourceRow], mapping: dict[str, str], console: Console) -> None:

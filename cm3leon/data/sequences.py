@@ -39,9 +39,9 @@ class Sample(NamedTuple):
     task: int = 0
 
 
-def sample_rng(seed: int, epoch: int, document_id: str) -> np.random.Generator:
-    """The random generator of one document in one epoch."""
-    return np.random.default_rng((seed, epoch, int(document_id, 16)))
+def sample_rng(seed: int, epoch: int, document_id: str, repeat: int = 0) -> np.random.Generator:
+    """The random generator of one document in one epoch; ``repeat`` is how often the epoch had it before."""
+    return np.random.default_rng((seed, epoch, int(document_id, 16), *([repeat] if repeat else [])))
 
 
 def read_neighbors(directory: Path, choice: NeighborChoice = "paper") -> dict[str, list[str]]:

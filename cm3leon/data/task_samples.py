@@ -7,7 +7,7 @@ samples (paper, section 4.1: 0.3 and 3).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from cm3leon.config.schema import SFTConfig
+from cm3leon.data.epochs import Epochs, Weights
 from cm3leon.data.manifest import records_of
 from cm3leon.data.sequences import PretrainingSamples, Sample, fit_body, kept_documents, sample_rng
 from cm3leon.data.tokens import Document, TokenStore
@@ -33,6 +34,7 @@ class TaskSamples:
         pretraining: the documents, how they are retrieved, and the context's length.
         manifest: rows with the documents' task columns.
         conditions: codes of their condition images.
+        weights: of the documents, in the order of the store; None: all 1.
 
     Raises:
         UserError: if no document allows a task of the mix.
@@ -43,6 +45,7 @@ class TaskSamples:
     tokenizer: TextTokenizer
     config: SFTConfig
     conditions: TokenStore | None = None
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -54,12 +57,16 @@ class TaskSamples:
             )
 
     def __len__(self) -> int:
-        """Samples in an epoch: the number of documents that allow a task of the mix."""
+        """Samples in an epoch: the number of documents that allow a task of the mix, or the sum of their weights."""
         return self._size
 
     @cached_property
     def _size(self) -> int:
-        return len(np.unique(np.concatenate(list(self.rows.values()))))
+        return max(1, round(self._amount(np.unique(np.concatenate(list(self.rows.values()))))))
+
+    def _amount(self, rows: np.ndarray) -> float:
+        """The sum of the weights of some documents."""
+        return float(len(rows)) if self.weights is None else float(self.weights[rows].values.sum())
 
     @cached_property
     def _values(self) -> dict[str, dict[str, Any]]:
@@ -92,9 +99,7 @@ class TaskSamples:
 
     def only(self, task: str) -> TaskSamples:
         """The samples of one task of the mix."""
-        return TaskSamples(
-            self.pretraining, self.manifest, self.tokenizer, self.config.model_copy(update={"tasks": {task: 1.0}}), self.conditions
-        )
+        return replace(self, config=self.config.model_copy(update={"tasks": {task: 1.0}}))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -104,12 +109,13 @@ class TaskSamples:
     @cached_property
     def shares(self) -> dict[str, float]:
         """Share of each task in the mix."""
-        return bounded_shares(self.counts, self.config.tasks, self.config.downsampling, self.config.upsampling)
+        amounts = {name: self._amount(rows) for name, rows in self.rows.items()}
+        return bounded_shares(amounts, self.config.tasks, self.config.downsampling, self.config.upsampling)
 
     def __call__(self, epoch: int, number: int) -> Sample:
-        name, row = self._locate(epoch, number)
+        name, row, repeat = self._locate(epoch, number)
         task, document = TASKS[name], self.pretraining.store[row]
-        rng = sample_rng(self.pretraining.seed + 1 + list(TASKS).index(name), epoch, document.id)
+        rng = sample_rng(self.pretraining.seed + 1 + list(TASKS).index(name), epoch, document.id, repeat)
         sampled = task.sample_fields(self._values[document.id], rng)
         template = task.templates[int(rng.integers(len(task.templates)))]
         if task.generates_image:
@@ -131,25 +137,21 @@ class TaskSamples:
         """First sample of each task in an epoch, and the end of the last."""
         return np.concatenate([[0], np.round(np.cumsum(list(self.shares.values())) * len(self)).astype(int)])
 
-    def _locate(self, epoch: int, number: int) -> tuple[str, int]:
-        """Task and row of a sample. A task uses every document once before it uses one again, across epochs."""
+    def _locate(self, epoch: int, number: int) -> tuple[str, int, int]:
+        """Task and row of a sample, and how often the task's pass over its documents had the row before.
+
+        A task uses every document once, or as often as its weight says, before it uses one again, across epochs.
+        """
         which = int(np.searchsorted(self._bounds, number, side="right")) - 1
         name, quota = list(self.shares)[which], int(self._bounds[which + 1] - self._bounds[which])
-        cycle, index = divmod(epoch * quota + number - int(self._bounds[which]), len(self.rows[name]))
-        return name, int(self.rows[name][self._order(name, cycle)[index]])
-
-    def _order(self, task: str, cycle: int) -> np.ndarray:
-        """Permutation of a task's documents in its ``cycle``-th pass over them; the last two are cached."""
-        held = self._orders.setdefault(task, {})
-        if cycle not in held:
-            seeds = (self.pretraining.seed, 3, list(TASKS).index(task), cycle)
-            held[cycle] = np.random.default_rng(seeds).permutation(len(self.rows[task]))
-            self._orders[task] = dict(list(held.items())[-2:])
-        return self._orders[task][cycle]
+        seen = self._passes[name][epoch * quota + number - int(self._bounds[which])]
+        return name, int(self.rows[name][seen.row]), seen.repeat
 
     @cached_property
-    def _orders(self) -> dict[str, dict[int, np.ndarray]]:
-        return {}
+    def _passes(self) -> dict[str, Epochs]:
+        """The endless passes of each task over its documents."""
+        weights = self.weights or Weights.equal(len(self.pretraining.store))
+        return {name: Epochs(weights[rows], self.pretraining.seed, 3, list(TASKS).index(name)) for name, rows in self.rows.items()}
 
     def _image_sample(self, document: Document, task: Task, template: str, values: Fields, rng: np.random.Generator) -> Sample:
         """A sample of a task that generates an image.
@@ -201,13 +203,13 @@ class TaskSamples:
         return Sample(masked, weight, (document.id,))
 
 
-def bounded_shares(counts: Mapping[str, int], weights: Mapping[str, float], least: float, most: float) -> dict[str, float]:
+def bounded_shares(counts: Mapping[str, float], weights: Mapping[str, float], least: float, most: float) -> dict[str, float]:
     """Shares of the tasks in the mix, which sum to 1.
 
     ``share = clip(scale * weight, least * available, most * available)``, with the scale, found by bisection, at which the shares sum to 1.
 
     Args:
-        counts: available samples of each task; ``available`` is a task's share of them.
+        counts: available samples of each task, or the sum of their weights; ``available`` is a task's share of them.
     """
     available_shares = np.array(list(counts.values())) / sum(counts.values())
     wanted = np.array([weights[name] for name in counts])

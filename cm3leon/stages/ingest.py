@@ -13,10 +13,22 @@ from rich.table import Table
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, IngestConfig
-from cm3leon.data.images import ImageError, decode, encode
+from cm3leon.data.images import MAX_PIXELS, ImageError, decode, encode
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.packing import pack
-from cm3leon.data.sources import coco, folder, instruct_pix2pix, sidecar, webdataset
+from cm3leon.data.sources import (
+    coco,
+    folder,
+    image_paragraphs,
+    instruct_pix2pix,
+    localized_narratives,
+    mixture,
+    open_images,
+    scienceqa,
+    sidecar,
+    vqa,
+    webdataset,
+)
 from cm3leon.scenes import source as shapes
 from cm3leon.tracking import runs
 from cm3leon.utils.progress import track
@@ -27,11 +39,14 @@ SOURCES: dict[str, Callable[[Any, Path], Iterator[SourceRow]]] = {
     "webdataset": webdataset.rows,
     "sidecar": sidecar.rows,
     "coco": coco.rows,
+    "localized_narratives": localized_narratives.rows,
+    "image_paragraphs": image_paragraphs.rows,
+    "vqa": vqa.rows,
+    "scienceqa": scienceqa.rows,
+    "open_images": open_images.rows,
     "instruct_pix2pix": instruct_pix2pix.rows,
 }
-"""The sources by name; the section ``ingest.NAME`` has the parameters of each."""
-MAX_PIXELS = 50_000_000
-"""Larger images get no condition images; validate rejects images by its own limit."""
+"""The sources of one collection by name; the section ``ingest.NAME`` has the parameters of each."""
 EXTRACTED_SIDE = 512
 """Condition images are computed from images reduced to at most this side, pixels."""
 
@@ -62,6 +77,8 @@ def source_rows(config: IngestConfig) -> Iterator[SourceRow]:
     Raises:
         SourceError: if the collection cannot be read as configured.
     """
+    if config.source == "mixture":
+        return mixture.rows(config.mixture, Path(config.path), SOURCES)
     return SOURCES[config.source](getattr(config, config.source), Path(config.path))
 
 

@@ -11,7 +11,7 @@ from cm3leon.data.tokens import TokenStore
 from cm3leon.tracking import runs
 from cm3leon.training.distributed import world
 from cm3leon.training.fingerprint import fingerprint
-from cm3leon.training.pretraining import mask_shares, new_decoder, training_samples, validation_batches
+from cm3leon.training.pretraining import mask_shares, new_decoder, training_samples, training_weights, validation_batches
 from cm3leon.training.run import make_stream, train
 from cm3leon.training.sample_sheets import sample_sheets
 
@@ -29,14 +29,14 @@ def run(config: Config, resume_from: Path | None = None, *, accept_changes: bool
         metrics = train(
             "pretrain",
             model,
-            make_stream(samples, len(documents), section, config.seed, section.model.context),
+            make_stream(samples, len(documents), section, config.seed, section.model.context, training_weights(documents, config.seed)),
             section,
             validation_batches(replace(samples, store=held_out), section),
             paths.PRETRAINED,
             run,
             processes,
             sample_sheets(run, model, held_out, processes.device),
-            fingerprint(config, "pretrain", [paths.TOKENS, paths.NEIGHBORS, paths.IMAGE_TOKENIZER]),
+            fingerprint(config, "pretrain", [paths.TOKENS, paths.NEIGHBORS, paths.IMAGE_TOKENIZER, paths.VALIDATED / "manifest.parquet"]),
             weights=weights,
             resume_from=resume_from,
             accept_changes=accept_changes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cm3leon.config import paths
 from cm3leon.config.schema import ObjectiveConfig, SFTConfig
 from cm3leon.data.batches import Batch
+from cm3leon.data.epochs import Weights, read_weights
 from cm3leon.data.manifest import read_manifest
 from cm3leon.data.sequences import PretrainingSamples, read_neighbors
 from cm3leon.data.task_samples import TaskSamples
@@ -21,7 +22,9 @@ UNMASKED = ObjectiveConfig(mean_masks=0, segment_rate=0)
 
 
 def task_samples(split: str, store: TokenStore, model: Decoder, section: SFTConfig, seed: int) -> TaskSamples:
-    """Samples of the task mix over the documents of a split; retrieved documents are always of the train split.
+    """Samples of the task mix over the documents of a split, those of ``train`` as often as their weights say.
+
+    Retrieved documents are always of the train split.
 
     Raises:
         UserError: if no document of the split allows a task of the mix.
@@ -39,7 +42,8 @@ def task_samples(split: str, store: TokenStore, model: Decoder, section: SFTConf
     shard = CONDITION_PREFIX + split
     conditions = TokenStore(paths.TOKENS, [shard]) if TokenStore.holds(paths.TOKENS, shard) else None
     tokenizer = TextTokenizer.load(paths.TEXT_TOKENIZER)
-    return TaskSamples(pretraining, read_manifest(paths.VALIDATED, split), tokenizer, section, conditions)
+    weights = Weights.of_documents(store.ids, read_weights(paths.VALIDATED), seed) if split == "train" else None
+    return TaskSamples(pretraining, read_manifest(paths.VALIDATED, split), tokenizer, section, conditions, weights)
 
 
 def validation_batches(samples: TaskSamples, section: SFTConfig, seed: int) -> dict[str, list[Batch]]:

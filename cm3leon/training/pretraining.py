@@ -12,6 +12,7 @@ from torch import Tensor
 from cm3leon.config import paths
 from cm3leon.config.schema import ModelConfig, ObjectiveConfig, PretrainConfig
 from cm3leon.data.batches import Batch
+from cm3leon.data.epochs import Weights, read_weights
 from cm3leon.data.sequences import PretrainingSamples, read_neighbors
 from cm3leon.data.tokens import TokenStore
 from cm3leon.models.decoder import Decoder, DecoderSpec
@@ -69,6 +70,11 @@ def training_samples(store: TokenStore, vocabulary: Vocabulary, section: Pretrai
     return PretrainingSamples(
         store, pool, neighbors, vocabulary, section.objective, section.retrieved_documents, section.model.context, seed
     )
+
+
+def training_weights(store: TokenStore, seed: int) -> Weights:
+    """How often each document of the train split is seen: the weights of the manifest."""
+    return Weights.of_documents(store.ids, read_weights(paths.VALIDATED), seed)
 
 
 def validation_batches(samples: PretrainingSamples, section: PretrainConfig) -> dict[str, list[Batch]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cm3leon.config import paths
 from cm3leon.config.schema import TrainConfig
 from cm3leon.data.batches import Batch, GetSample, PackedStream, SortedStream
+from cm3leon.data.epochs import Weights
 from cm3leon.models.decoder import Decoder
 from cm3leon.tracking.runs import Run
 from cm3leon.training.checkpoint import Checkpoints
@@ -23,15 +24,18 @@ from cm3leon.training.optimizer import allocate_states
 from cm3leon.training.trainer import fit, setup
 
 
-def make_stream(get_sample: GetSample, size: int, section: TrainConfig, seed: int, context: int) -> SortedStream | PackedStream:
+def make_stream(
+    get_sample: GetSample, size: int, section: TrainConfig, seed: int, context: int, weights: Weights | None = None
+) -> SortedStream | PackedStream:
     """The training samples of a stage: under ``packing`` as many as fill ``context`` tokens a row, else one a row.
 
     Args:
-        size: samples in an epoch.
+        size: number of samples.
+        weights: of the samples; None: each is seen once in an epoch.
     """
     if section.packing:
-        return PackedStream(get_sample, size, section.batch_size, seed, context)
-    return SortedStream(get_sample, size, section.batch_size, seed)
+        return PackedStream(get_sample, size, section.batch_size, seed, context, weights)
+    return SortedStream(get_sample, size, section.batch_size, seed, weights)
 
 
 def first_batches(get_sample: GetSample, size: int, section: TrainConfig, seed: int) -> list[Batch]:

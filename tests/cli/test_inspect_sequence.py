@@ -28,7 +28,7 @@ CONFIG = Config.model_validate({"pretrain": PACKED})
 
 @pytest.fixture
 def project(tiny_models, tmp_path, monkeypatch):
-    for path in (paths.TEXT_TOKENIZER, paths.IMAGE_TOKENIZER, paths.TOKENS):
+    for path in (paths.TEXT_TOKENIZER, paths.IMAGE_TOKENIZER, paths.TOKENS, paths.VALIDATED):
         shutil.copytree(tiny_models / path, tmp_path / path)
     monkeypatch.chdir(tmp_path)
     document = TokenStore(paths.TOKENS)[0]

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from collections import Counter
 from contextlib import closing
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 from tests_support import OBJECTIVE, TensorSizes, decoder_spec, make_documents
 
-from cm3leon.data.batches import PackedStream, SortedStream, collate, pack, share_of
+from cm3leon.data.batches import SORT_BATCHES, PackedStream, SortedStream, collate, pack, share_of
+from cm3leon.data.epochs import Weights
 from cm3leon.data.prefetch import Shares, prefetched
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
@@ -40,9 +42,29 @@ def tokens_of(samples):
 def test_every_sample_is_used_once_whole_and_in_order(samples):
     stream = packed(samples)
     found = [tokens for step in range(10) for tokens in tokens_of(stream.samples(step))]
-    assert found == tokens_of(stream._epochs[position] for position in range(len(found)))
+    assert found == tokens_of(stream._samples[position] for position in range(len(found)))
     for tokens in found:
         check_grammar(np.array(tokens), VOCABULARY)
+
+
+@pytest.mark.parametrize("kind", [PackedStream, SortedStream])
+def test_a_stream_has_a_document_as_often_as_its_weight_says(samples, kind):
+    def stream(weights):
+        size, length = len(samples), [LENGTH] if kind is PackedStream else []
+        return kind(samples, size, 10, 0, *length, weights)
+
+    ids = samples.store.ids
+    weights = Weights.of_documents(ids, {name: 2.0 if row < 10 else 0.25 for row, name in enumerate(ids)}, 0)
+    weighted = stream(weights)
+    counts: Counter[str] = Counter()
+    steps = 0
+    while steps < 16 or (kind is SortedStream and steps % SORT_BATCHES):
+        counts.update(sample.documents[-1] for sample in weighted.samples(steps))
+        steps += 1
+    seen = sum(counts.values()) / weights.values.sum()  # epochs
+    assert all(abs(counts[name] - seen * weight) < 1 + weight for name, weight in zip(ids, weights.values, strict=True))
+    ones, plain = stream(Weights.of_documents(ids, dict.fromkeys(ids, 1.0), 0)), stream(None)
+    assert [tokens_of(ones.samples(step)) for step in range(20)] == [tokens_of(plain.samples(step)) for step in range(20)]
 
 
 def test_steps_use_up_their_budget_of_tokens(samples):

@@ -1,6 +1,7 @@
 """The decoder accepts any mode and refuses damaged, truncated and huge files."""
 
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -9,7 +10,7 @@ from images_support import CHANNELS, DEPTHS, MODES, SRGB, encode, icc_profile, i
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from cm3leon.data.images import ImageError, decode, fit_square, to_rgb
+from cm3leon.data.images import ImageError, decode, fit_square, is_heic, size_of, to_rgb
 
 
 def test_transparency_is_composited_on_white() -> None:
@@ -212,3 +213,47 @@ def test_a_profile_that_does_not_fit_is_left_out() -> None:
     for broken in (b"no profile", icc_profile(*SRGB)[:200]):
         assert decode(encode(Image.new("RGB", (4, 4), (9, 8, 7)), icc_profile=broken)).getpixel((0, 0)) == (9, 8, 7)
     assert decode(encode(Image.new("L", (4, 4), 9), icc_profile=icc_profile(*SRGB))).getpixel((0, 0)) == (9, 9, 9)
+
+
+def box(brand: bytes, *compatible: bytes) -> bytes:
+    """The beginning of a file of ISO's base media format, with zeros after it."""
+    content = b"ftyp" + brand + bytes(4) + b"".join(compatible)
+    return struct.pack(">I", 4 + len(content)) + content + bytes(100)
+
+
+def test_heic_is_told_by_its_bytes_and_not_by_its_name() -> None:
+    assert all(is_heic(box(brand)) for brand in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"))
+    assert is_heic(box(b"mif1", b"mif1", b"heic"))
+    assert not is_heic(box(b"mif1", b"mif1", b"avif")) and not is_heic(box(b"avif", b"mif1"))
+    assert not is_heic(encode(noise(8, 8), "AVIF")) and not is_heic(encode(noise(8, 8))) and not is_heic(b"") and not is_heic(b"ftyp")
+
+
+def test_without_its_library_a_heic_file_says_which_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    for read in (decode, size_of):
+        with pytest.raises(ImageError, match=r"^unreadable: a HEIC file; to read these: pip install 'cm3leon\[heic\]'$"):
+            read(box(b"heic", b"mif1"))
+    assert decode(encode(noise(8, 8), "AVIF")).size == (8, 8)
+
+
+def test_heic_is_decoded_within_the_limit_of_pixels() -> None:
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    image = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    data = encode(image, "HEIF", quality=100)
+    assert is_heic(data) and size_of(data) == decode(data).size == (96, 64)
+    assert np.abs(np.asarray(decode(data)).astype(int) - np.asarray(image)).mean() < 3
+    with pytest.raises(ImageError, match="decompression_bomb"):
+        decode(data, 96 * 64 - 1)
+    with pytest.raises(ImageError, match="unreadable"):
+        decode(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_an_image_is_that_of_the_decoded_one(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF", "AVIF"):
+        data = encode(noise(12, 8), kind, exif=exif)
+        assert size_of(data) == decode(data).size
+    with pytest.raises(ImageError, match="unreadable"):
+        size_of(b"no image")

@@ -1,6 +1,7 @@
 """Instruction-tuning templates: what a sample looks like, and that the prompt at inference is the sample's beginning."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,7 @@ import pytest
 from tests_support import OBJECTIVE, make_documents
 
 from cm3leon.config.schema import SFTConfig
+from cm3leon.data.epochs import Weights
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.task_samples import TaskSamples, bounded_shares
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
@@ -247,6 +249,24 @@ def test_every_document_of_a_task_comes_before_one_comes_again(samples):
     assert len(edits) == 60 and all(
         sorted(edits[start : start + 20]) == sorted(sampled.pretraining.store.ids[1::2]) for start in (0, 20, 40)
     )
+
+
+def test_a_pass_of_a_task_has_a_document_as_often_as_its_weight_says(samples):
+    plain = samples({"caption": 1.0, "vqa": 1.0})
+    ids = plain.pretraining.store.ids
+    weights = Weights.of_documents(ids, {name: 3.0 if row % 2 else 0.5 for row, name in enumerate(ids)}, 0)
+    weighted = replace(plain, weights=weights)
+    assert len(plain) == 40 and len(weighted) == 20 * 3.0 + 20 * 0.5
+    found = [weighted(*divmod(number, 70)) for number in range(20 * 70)]
+    counts = Counter(sample.documents[0] for sample in found)
+    assert all(abs(counts[name] - 20 * weight) <= 5 for name, weight in zip(ids, weights.values, strict=True))
+    only = weighted.only("vqa")
+    kinds = {tuple(sample.masked.tokens.tolist()) for number in range(70) if (sample := only(0, number)).documents == (ids[1],)}
+    assert len(kinds) > 1  # a document that a pass has three times is no copy
+    ones = replace(plain, weights=Weights.of_documents(ids, dict.fromkeys(ids, 1.0), 0))
+    for number in range(120):
+        one, other = plain(*divmod(number, 40)), ones(*divmod(number, 40))
+        assert one.masked.tokens.tolist() == other.masked.tokens.tolist() and one.documents == other.documents
 
 
 def test_documents_without_a_task_are_no_samples(samples):

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from images_support import encode, hostile_files, squares
+from PIL import Image
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
@@ -69,16 +70,78 @@ def sidecar(root: Path) -> dict[str, Any]:
     return {"sidecar": STATED}
 
 
-def coco(root: Path) -> dict[str, Any]:
-    (root / "images").mkdir()
+def write_pictures(root: Path, name: str = "{}.png", kind: str = "PNG") -> None:
+    """The pictures in ``root / images``."""
     for number in range(COUNT):
-        (root / "images" / f"{number}.png").write_bytes(picture(number))
+        file = root / "images" / name.format(number)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture(number, kind))
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content))
+
+
+def coco(root: Path) -> dict[str, Any]:
+    write_pictures(root)
+    (root / "panoptic").mkdir()
+    for number in range(COUNT):
+        Image.new("RGB", (40, 40), (number + 1, 1, 0)).save(root / f"panoptic/{number}.png")
     images = [{"id": number, "file_name": f"{number}.png"} for number in range(COUNT)]
     captions = [{"image_id": number, "caption": CAPTION} for number in range(COUNT)]
     boxes = [{"image_id": number, "category_id": 1, "bbox": [5, 5, 20, 20]} for number in range(COUNT)]
-    content = {"images": images, "annotations": captions + boxes, "categories": [{"id": 1, "name": "circle"}]}
-    (root / "all.json").write_text(json.dumps(content))
+    segments = [
+        {"image_id": number, "file_name": f"{number}.png", "segments_info": [{"id": number + 257, "category_id": 1}]}
+        for number in range(COUNT)
+    ]
+    content = {"images": images, "annotations": captions + boxes + segments, "categories": [{"id": 1, "name": "circle"}]}
+    write_json(root / "all.json", content)
     return {"coco": {**STATED, "annotations": ["all.json"]}}
+
+
+def localized_narratives(root: Path) -> dict[str, Any]:
+    write_pictures(root, "{:012d}.png")
+    records = [{"image_id": str(number), "caption": CAPTION, "annotator_id": 1} for number in range(COUNT)]
+    (root / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return {"localized_narratives": {**STATED, "annotations": ["train.jsonl"], "images": "images/{image_id:012d}.png"}}
+
+
+def image_paragraphs(root: Path) -> dict[str, Any]:
+    write_pictures(root, "{}.jpg", "JPEG")
+    write_json(root / "paragraphs_v1.json", [{"image_id": number, "paragraph": f"{CAPTION}. It is red."} for number in range(COUNT)])
+    return {"image_paragraphs": STATED}
+
+
+def scienceqa(root: Path) -> dict[str, Any]:
+    write_pictures(root, "train/{}/image.png")
+    problem = {"question": "Is it red?", "choices": ["yes", "no"], "answer": 0, "image": "image.png", "lecture": "Look.", "split": "train"}
+    write_json(root / "problems.json", {str(number): problem for number in range(COUNT)})
+    write_json(root / "captions.json", {"captions": {str(number): CAPTION for number in range(COUNT)}})
+    return {"scienceqa": {**STATED, "captions": "captions.json"}}
+
+
+def vqa_with_captions(root: Path) -> dict[str, Any]:
+    """VQA v2 has no captions: those of the same images come from files beside them."""
+    write_pictures(root / "vqa", "COCO_train2014_{:012d}.jpg", "JPEG")
+    questions = [{"question_id": number, "image_id": number, "question": "Is it red?"} for number in range(COUNT)]
+    annotations = [{"question_id": number, "image_id": number, "answers": [{"answer": "yes"}]} for number in range(COUNT)]
+    write_json(root / "vqa/questions.json", {"questions": questions})
+    write_json(root / "vqa/annotations.json", {"annotations": annotations})
+    write_pictures(root / "captions", "{}.jpg", "JPEG")
+    for number in range(COUNT):
+        (root / f"captions/images/{number}.txt").write_text(CAPTION)
+    sidecar = {"source": "sidecar", "path": "captions", "options": STATED}
+    return {"mixture": [{"source": "vqa", "path": "vqa", "weight": 2.0}, sidecar]}
+
+
+def open_images_with_narratives(root: Path) -> dict[str, Any]:
+    """Both are of the same images, in the same directory."""
+    narratives = localized_narratives(root)["localized_narratives"]
+    lines = [f"{number},/m/1,0.1,0.6,0.2,0.7" for number in range(COUNT)]
+    (root / "boxes.csv").write_text("\n".join(["ImageID,LabelName,XMin,XMax,YMin,YMax", *lines]))
+    (root / "class-descriptions.csv").write_text("/m/1,circle\n/m/2,square\n")
+    boxes = {"source": "open_images", "options": {"images": narratives["images"]}}
+    return {"mixture": [boxes, {"source": "localized_narratives", "options": narratives}]}
 
 
 def instruct_pix2pix(root: Path) -> dict[str, Any]:
@@ -100,7 +163,12 @@ COMMON = {"text_to_image", "caption"}
         (parquet, COMMON),
         (webdataset, COMMON),
         (sidecar, COMMON),
-        (coco, COMMON | {"layout_to_image"}),
+        (coco, COMMON | {"layout_to_image", "condition_to_image"}),
+        (localized_narratives, COMMON | {"long_caption"}),
+        (image_paragraphs, COMMON | {"long_caption"}),
+        (scienceqa, COMMON | {"reasoning"}),
+        (vqa_with_captions, COMMON | {"vqa"}),
+        (open_images_with_narratives, COMMON | {"long_caption", "layout_to_image"}),
         (instruct_pix2pix, COMMON | {"edit"}),
     ],
 )
@@ -116,7 +184,10 @@ def test_a_format_becomes_a_batch_with_its_tasks(write: Callable[[Path], dict[st
     tokenize.run(config)
     model, store = Decoder.load(paths.FINETUNED), TokenStore(paths.TOKENS, ["train"])
     pretraining = PretrainingSamples(store, store, {}, model.vocabulary, UNMASKED, [1.0], model.spec.context, 0)
-    samples = TaskSamples(pretraining, read_manifest(paths.VALIDATED, "train"), TextTokenizer.load(paths.TEXT_TOKENIZER), config.sft)
+    conditions = TokenStore(paths.TOKENS, ["conditions-train"]) if TokenStore.holds(paths.TOKENS, "conditions-train") else None
+    manifest, tokenizer = read_manifest(paths.VALIDATED, "train"), TextTokenizer.load(paths.TEXT_TOKENIZER)
+    assert set(manifest["weight"]) == {2.0 if write is vqa_with_captions else 1.0}
+    samples = TaskSamples(pretraining, manifest, tokenizer, config.sft, conditions)
     assert set(samples.rows) == tasks
     batch = collate([samples(0, number) for number in range(16)])
     assert len(batch.targets) > 16 and batch.tokens.max() < model.vocabulary.size

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cm3leon.config.schema import IngestConfig
+from cm3leon.config.schema import IngestConfig, SourceName
 from cm3leon.data.conditions import EXTRACTORS
 from cm3leon.data.images import encode
 from cm3leon.data.manifest import SourceRow
@@ -41,6 +41,6 @@ def test_large_images_are_reduced_and_damaged_ones_are_left_to_validate():
 
 
 def test_every_source_of_the_parameters_is_listed(tmp_path):
-    assert tuple(SOURCES) == get_args(IngestConfig.model_fields["source"].annotation)
+    assert tuple(SOURCES) == get_args(SourceName)
     assert all(name in IngestConfig.model_fields for name in SOURCES)
     assert next(source_rows(IngestConfig(path=str(tmp_path)))).licence == "CC0-1.0"

@@ -39,6 +39,25 @@ def test_columns_tasks_problems_and_examples_are_shown(tmp_path: Path, monkeypat
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_of_a_mixture_the_first_records_of_each_part_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    for part, color in (("one", "red"), ("two", "blue")):
+        (tmp_path / "data/mine" / part).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (40, 30 + number), color).save(f"data/mine/{part}/{number}.png")
+            (tmp_path / f"data/mine/{part}/{number}.txt").write_text(f"{color} {number}")
+    (tmp_path / "data/mine/two/m.csv").write_text("image,title,licence\n0.png,a blue circle,MIT\n")
+    options = "{manifest: m.csv, columns: {captions: title}}"
+    mixture = f"[{{source: sidecar, path: one}}, {{source: folder, path: two, weight: 2, options: {options}}}]"
+    configure("tiny", ["ingest.source=mixture", "ingest.path=data/mine", f"ingest.mixture={mixture}"], configs=CONFIGS)
+    shown = CliRunner().invoke(app, ["ingest", "--check", "3"]).output
+    first, second = shown.split("mixture.1: folder in data/mine/two, weight 2")
+    assert "mixture.0: sidecar in data/mine/one, weight 1\n3 records read, nothing written" in first
+    assert "captions: ['red 0']" in first and "blue" not in first
+    assert "1 records read, nothing written" in second and "captions: ['a blue circle']" in second and "title" in second
+
+
 def test_the_help_lists_all_formats() -> None:
     shown = CliRunner().invoke(app, ["ingest", "--help"]).output
-    assert all(source in shown for source in SOURCES)
+    assert all(source in shown for source in (*SOURCES, "mixture"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner, Result
@@ -12,8 +14,12 @@ from typer.testing import CliRunner, Result
 from cm3leon.cli import app
 from cm3leon.config import paths
 from cm3leon.config.profiles import configure
+from cm3leon.config.schema import SFTConfig
+from cm3leon.data.manifest import VALIDATED_SCHEMA
 from cm3leon.data.tokens import TokenStore, write_tokens
+from cm3leon.models.decoder import Decoder
 from cm3leon.tracking import store
+from cm3leon.training.instruction_tuning import task_samples
 from cm3leon.utils.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -60,6 +66,30 @@ def test_pretraining_resumes_from_another_run_on_request_and_records_it(trained:
     again = pretrain(6)  # the run has finished: it starts from the beginning, and depends on no other
     assert again.exit_code == 0 and "resuming" not in again.stdout
     assert not paths.resumed_file("pretrain").exists()
+
+
+def write_weights(**weights: float) -> None:
+    """Set the column ``weight`` of the manifest; 1 for the documents that are not named."""
+    file = paths.VALIDATED / "manifest.parquet"
+    rows = [{**row, "weight": weights.get(row["id"], 1.0)} for row in pq.read_table(file).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=VALIDATED_SCHEMA), file)
+
+
+def test_training_sees_documents_as_often_as_the_manifest_says(trained: Path) -> None:
+    first = losses()
+    write_weights()
+    assert pretrain(4).exit_code == 0 and losses() == first
+    write_weights(a=0.01, b=20.0)
+    assert pretrain(4).exit_code == 0 and losses() != first
+
+    tokens, model, section = TokenStore(paths.TOKENS, ["train"]), Decoder.load(paths.FINETUNED), SFTConfig(neighbors="none")
+    weights = task_samples("train", tokens, model, section, 0).weights
+    assert weights is not None
+    assert dict(zip(tokens.ids, weights.values.tolist(), strict=True)) == pytest.approx({"a": 0.01, "b": 20.0, "c": 1.0, "d": 1.0})
+    rows = [{**row, "split": "val"} for row in pq.read_table(paths.VALIDATED / "manifest.parquet").to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=VALIDATED_SCHEMA), paths.VALIDATED / "manifest.parquet")
+    held_out = task_samples("val", TokenStore(paths.TOKENS, ["val"]), model, section, 0)
+    assert held_out.weights is None and len(held_out) == 2
 
 
 def test_accept_changes_alone_is_refused(project: Path) -> None:

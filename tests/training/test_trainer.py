@@ -78,7 +78,7 @@ def test_the_total_is_weighted_by_token(stream):
 @pytest.mark.parametrize("packing", [False, True])
 def test_each_tasks_loss_is_the_mean_over_its_tokens_since_it_was_last_logged(stream, packing):
     """With a learning rate of almost zero: compared with the losses of each sample alone."""
-    get_sample = stream._epochs.get_sample
+    get_sample = stream._samples.get_sample
 
     def with_task(epoch, row):
         sample = get_sample(epoch, row)
@@ -175,7 +175,7 @@ def test_divergence_names_the_last_checkpoint(stream, tmp_path):
                 state.model.tokens.weight.data[:] = float("nan")
             return super().samples(step)
 
-    broken = Broken(stream._epochs.get_sample, 16, 8, 0)
+    broken = Broken(stream._samples.get_sample, 16, 8, 0)
     with pytest.raises(DivergenceError, match=r"step 6.*the last checkpoint is .*step-00000004"):
         fit(state, broken, config, {}, "test", checkpoints=checkpoints)
     assert checkpoints.newest() == "step-00000004"
@@ -259,7 +259,7 @@ def test_compiled_blocks_learn_the_same(stream, packing):
     def losses(**changes):
         config = CONFIG.model_copy(update={"steps": 2, "batch_size": 2, **changes})
         state = setup(make_model(), config)
-        get_sample = stream._epochs.get_sample
+        get_sample = stream._samples.get_sample
         fit(state, PackedStream(get_sample, 16, 2, 0, 80) if packing else SortedStream(get_sample, 16, 2, 0), config, {}, "test")
         return state.losses
 

@@ -6,8 +6,16 @@
 
 from __future__ import annotations
 
+import functools
+
 from cm3leon.utils.errors import UserError
 
 
 class SourceError(UserError):
     """A collection cannot be read as configured."""
+
+
+@functools.cache
+def tell(message: str) -> None:
+    """Print what a person should know of a collection, once: a mixture reads its parts twice."""
+    print(message, flush=True)

@@ -1,25 +1,30 @@
-"""The COCO source: captions and boxes of annotation files in COCO's format (cocodataset.org/#format-data).
+"""The COCO source: annotation files in COCO's format (cocodataset.org/#format-data), of COCO and of others, such as Objects365.
 
 ``images`` of all files are joined by ``id``; ``annotations`` with a ``caption`` are captions, those with a ``bbox`` (x, y, width, height)
-objects, labeled by ``categories``. A license is that of the file's ``licenses``, and the author's page, as far as it is given, the
-attribution. Each file is held in memory.
+objects, labeled by ``categories``, and of those with ``segments_info`` (panoptic) the PNG becomes the condition ``segmentation map``. A
+license is that of the file's ``licenses``, and the author's page, as far as it is given, the attribution. Each file is held in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cm3leon.config.schema import CocoConfig
-from cm3leon.data.cells import parse_json
+from cm3leon.data.cells import RowProblem, malformed
 from cm3leon.data.manifest import SourceRow
+from cm3leon.data.segmentation import SEGMENTATION_MAP, segmentation_map
 from cm3leon.data.sources import SourceError
-from cm3leon.data.sources.records import Cells, Files, row_of
+from cm3leon.data.sources.json_files import entries, load_json
+from cm3leon.data.sources.records import Cells, Files, add_problems, row_of
 
 
 def rows(config: CocoConfig, path: Path) -> Iterator[SourceRow]:
     """Every image of the annotation files, in their order.
+
+    Problems found here: ``missing`` or ``unreadable_condition`` (the PNG of a panoptic annotation), ``malformed_row`` (a segment or a box
+    has no category that is listed).
 
     Raises:
         SourceError: if a file is missing, damaged, or lacks a part of the format.
@@ -27,42 +32,49 @@ def rows(config: CocoConfig, path: Path) -> Iterator[SourceRow]:
     records: dict[Any, dict[str, Any]] = {}  # by the image's id
     for name in config.annotations:
         content = _read(path / name)
-        licenses = {item.get("id"): item.get("url") or item.get("name") for item in content.get("licenses", [])}
-        labels = {item["id"]: item["name"] for item in content.get("categories", [])}
+        licenses = {item["id"]: item.get("url") or item.get("name") for item in content["licenses"]}
+        labels = {item["id"]: item["name"] for item in content["categories"]}
         for image in content["images"]:
             author = image.get("flickr_url") or image.get("coco_url")
-            found = {"file_name": image["file_name"], "licence": licenses.get(image.get("license")), "attribution": author}
+            found = {"file_name": image["file_name"], "licence": _known(licenses, image.get("license")), "attribution": author}
             records.setdefault(image["id"], {**found, "captions": [], "objects": [], "origin": f"{name} image {image['id']}"})
         for number, item in enumerate(content["annotations"]):
-            record = records.get(item.get("image_id"))
+            record = records.get(item["image_id"])
             if record is None:
-                raise SourceError(f"{path / name}: annotation {number} names image {item.get('image_id')!r}, which no file lists")
+                raise SourceError(f"{path / name}: annotation {number} names image {item['image_id']!r}, which no file lists")
             if "caption" in item:
                 record["captions"].append(item["caption"])
             if "bbox" in item:
-                record["objects"].append({"label": labels.get(item.get("category_id")), "box": _corners(item["bbox"])})
+                record["objects"].append({"label": _known(labels, item.get("category_id")), "box": _corners(item["bbox"])})
+            if "segments_info" in item:
+                record["panoptic"] = (item.get("file_name"), item["segments_info"], labels)
     files = Files(path.resolve(), config.max_file_megabytes)
     for record in records.values():
         values = {name: record[name] for name in ("licence", "attribution", "captions", "objects")}
         image = Path(config.images, str(record["file_name"])).as_posix()
-        yield row_of(Cells({**values, "image": image}, record["origin"], None), files, config)
+        row = row_of(Cells({**values, "image": image}, record["origin"], None), files, config)
+        if "panoptic" in record:
+            name, segments, labels = record["panoptic"]
+            try:
+                row.conditions[SEGMENTATION_MAP] = _segmentation(name, segments, labels, config, files)
+            except RowProblem as problem:
+                add_problems(row, [problem])
+        yield row
 
 
 def _read(path: Path) -> dict[str, Any]:
     """An annotation file with the parts that are needed."""
-    if not path.is_file():
-        raise SourceError(f"{path} does not exist; ingest.coco.annotations names annotation files, relative to ingest.path")
-    try:
-        content = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise SourceError(f"{path} is not JSON ({error}); download it again") from None
+    content = load_json(path, "ingest.coco.annotations")
     missing = [name for name in ("images", "annotations") if not isinstance(content, dict) or not isinstance(content.get(name), list)]
     if missing:
         raise SourceError(f"{path} is no annotation file of COCO: it has no list {' and no list '.join(map(repr, missing))}")
-    if not all(isinstance(image, dict) and {"id", "file_name"} <= image.keys() for image in content["images"]):
-        raise SourceError(f"{path}: an entry of 'images' has no 'id' or no 'file_name'")
-    found: dict[str, Any] = content
-    return found
+    names = {"images": ("id", "file_name"), "annotations": ("image_id",), "licenses": ("id",), "categories": ("id", "name")}
+    return {name: entries(content.get(name) or [], f"{path}: {name!r}", needed) for name, needed in names.items()}
+
+
+def _known(table: Mapping[Any, Any], key: Any) -> Any:
+    """What a table has for an id; None if it has none, as for a list in its place."""
+    return table.get(key) if isinstance(key, (int, str)) else None
 
 
 def _corners(box: Any) -> Any:
@@ -70,3 +82,14 @@ def _corners(box: Any) -> Any:
     if isinstance(box, list) and len(box) == 4 and all(isinstance(number, (int, float)) for number in box):
         return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
     return box
+
+
+def _segmentation(name: Any, segments: Any, labels: Mapping[Any, str], config: CocoConfig, files: Files) -> bytes:
+    """The segmentation map of a panoptic annotation: its PNG, and the category of each segment."""
+    try:
+        categories = {int(segment["id"]): labels[segment["category_id"]] for segment in segments}
+    except (KeyError, TypeError, ValueError):
+        raise malformed('segments_info with "id" and a "category_id" that is listed', segments) from None
+    if not isinstance(name, str):
+        raise malformed('a "file_name" of the panoptic PNG', name)
+    return segmentation_map(files.read(Path(config.panoptic, name).as_posix()), categories)

@@ -85,10 +85,16 @@ def row_of(cells: Cells, files: Files, config: CollectionConfig, read: bool = Tr
         text_in_image=text("text_in_image"),
         split=attempt("split", split_of),
     )
-    if problems:
-        row.problem = ",".join(dict.fromkeys(problem.reason for problem in problems))
-        row.detail = "; ".join(problem.detail for problem in problems)
+    add_problems(row, problems)
     return row
+
+
+def add_problems(row: SourceRow, problems: Iterable[RowProblem]) -> None:
+    """Record the problems in a row, after those that it has."""
+    for problem in problems:
+        reasons = [*(row.problem or "").split(","), problem.reason]
+        row.problem = ",".join(dict.fromkeys(filter(None, reasons)))
+        row.detail = "; ".join(filter(None, [row.detail, problem.detail]))
 
 
 def image_name(cells: dict[str, Any]) -> str | None:

@@ -138,7 +138,10 @@ def test_captions_and_instances_of_coco_are_joined(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"images": None}, "is no annotation file of COCO: it has no list 'images'"),
-        ({"images": [{"id": 1}]}, "an entry of 'images' has no 'id' or no 'file_name'"),
+        ({"images": [{"id": 1}]}, "'images': entry 0 has no 'file_name'"),
+        ({"images": [{"id": [1], "file_name": "x"}]}, r"entry 0 has a 'id' that is no number or text, but \[1\]"),
+        ({"images": [{"id": 1, "file_name": None}]}, "entry 0 has a 'file_name' that is no number or text, but None"),
+        ({"categories": [{"id": 1}]}, "'categories': entry 0 has no 'name'"),
         ({"annotations": [{"image_id": 5, "caption": "x"}]}, "annotation 0 names image 5, which no file lists"),
     ],
 )
@@ -151,6 +154,16 @@ def test_a_file_that_is_not_cocos_is_told_by_what_is_missing(tmp_path: Path, cha
         list(coco.rows(CocoConfig(), tmp_path))
     with pytest.raises(SourceError, match=r"does not exist; ingest\.coco\.annotations names"):
         list(coco.rows(CocoConfig(annotations=["gone.json"]), tmp_path))
+
+
+def test_ids_of_licenses_and_categories_that_are_structures_are_unknown(tmp_path: Path) -> None:
+    write_coco(
+        tmp_path,
+        images=[{"id": 1, "file_name": "1.jpg", "license": {"id": 1}}],
+        annotations=[{"image_id": 1, "bbox": [0, 0, 1, 1], "category_id": [1]}],
+    )
+    [row] = coco.rows(CocoConfig(), tmp_path)
+    assert (row.licence, row.problem) == (None, "malformed_row")
 
 
 def test_pairs_of_instruct_pix2pix_become_an_image_and_its_edit(tmp_path: Path) -> None:
