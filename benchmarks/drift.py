@@ -22,8 +22,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from cm3leon.config import paths
+from cm3leon.config.ingest_schema import FolderConfig
 from cm3leon.config.profiles import load_profile
-from cm3leon.config.schema import Config, FolderConfig
+from cm3leon.config.schema import Config
 from cm3leon.data.manifest import ImageStore, SourceRow, read_manifest
 from cm3leon.data.packing import pack
 from cm3leon.data.pixels import ImageSet

@@ -31,7 +31,8 @@ POLL_SECONDS = 0.05
 PROGRAM = """
 import json, time
 from pathlib import Path
-from cm3leon.config.schema import SidecarConfig, ValidateConfig
+from cm3leon.config.ingest_schema import SidecarConfig
+from cm3leon.config.schema import ValidateConfig
 from cm3leon.data.packing import pack
 from cm3leon.data.sources import sidecar
 from cm3leon.stages.validate import validate

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from cm3leon.config.renamed import renamed_keys
-from cm3leon.config.schema import Config, Section
+from cm3leon.config.schema import Config
+from cm3leon.config.section import Section
 from cm3leon.config.yaml_file import read_yaml
 from cm3leon.utils.errors import ConfigError
 

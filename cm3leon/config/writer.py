@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from cm3leon.config.schema import Config, Section
+from cm3leon.config.schema import Config
+from cm3leon.config.section import Section
 
 WIDTH = 140
 """Longest line, characters."""

@@ -11,7 +11,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from cm3leon.config.schema import FolderConfig, IngestConfig, Section
+from cm3leon.config.ingest_schema import FolderConfig, IngestConfig
+from cm3leon.config.section import Section
 from cm3leon.data.images import ImageError, decode, fit_square
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import folder, mixture

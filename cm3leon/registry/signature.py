@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError
 
 from cm3leon.config.renamed import current_names
-from cm3leon.config.schema import DecodingConfig, Section
+from cm3leon.config.schema import DecodingConfig
+from cm3leon.config.section import Section
 from cm3leon.generation.settings import decoding_field
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from cm3leon.config.schema import ShapesConfig
+from cm3leon.config.ingest_schema import ShapesConfig
 from cm3leon.data.images import encode
 from cm3leon.data.manifest import SourceRow
 from cm3leon.scenes import text as scene_text

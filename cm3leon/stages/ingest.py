@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, IngestConfig
+from cm3leon.config.ingest_schema import IngestConfig
+from cm3leon.config.schema import Config
 from cm3leon.data.images import MAX_PIXELS, ImageError, decode, encode
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.packing import pack

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from cm3leon.config.ingest_schema import IngestConfig
 from cm3leon.config.loading import all_keys, load_config, parse_config, section_class
 from cm3leon.config.profiles import load_profile
-from cm3leon.config.schema import TASK_NAMES, Config, IngestConfig, Section
+from cm3leon.config.schema import TASK_NAMES, Config
+from cm3leon.config.section import Section
 from cm3leon.sequence.tasks import TASKS
 from cm3leon.utils.errors import ConfigError
 

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, FolderConfig, IngestConfig, ShapesConfig, ValidateConfig
+from cm3leon.config.ingest_schema import FolderConfig, IngestConfig, ShapesConfig
+from cm3leon.config.schema import Config, ValidateConfig
 from cm3leon.data import data_report, last_accepted
 from cm3leon.data.manifest import read_manifest
 from cm3leon.data.packing import pack

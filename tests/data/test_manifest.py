@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cm3leon.config.schema import SidecarConfig
+from cm3leon.config.ingest_schema import SidecarConfig
 from cm3leon.data.manifest import MANIFEST_SCHEMA, ImageStore, ManifestError, SourceRow, read_manifest
 from cm3leon.data.packing import pack
 from cm3leon.data.sources import sidecar

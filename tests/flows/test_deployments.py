@@ -22,7 +22,8 @@ import yaml
 from flows_support import ROOT, Webhook, events, make_toy, webhook
 
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, ShapesConfig
+from cm3leon.config.ingest_schema import ShapesConfig
+from cm3leon.config.schema import Config
 from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.packing import pack
 from cm3leon.data.thumbnails import FEATURES, thumbnail_of, write_thumbnails

@@ -23,6 +23,8 @@ INFRASTRUCTURE = {
     "config/loading",
     "config/renamed",
     "config/schema",
+    "config/ingest_schema",
+    "config/section",
     "config/yaml_file",
     "config/paths",
     "data/data_report",

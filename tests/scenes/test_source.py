@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cm3leon.config.schema import ShapesConfig
+from cm3leon.config.ingest_schema import ShapesConfig
 from cm3leon.scenes.composition import check, content, parse_caption
 from cm3leon.scenes.reading import read_scene
 from cm3leon.scenes.scene import Scene

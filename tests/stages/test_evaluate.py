@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, ShapesConfig
+from cm3leon.config.ingest_schema import ShapesConfig
+from cm3leon.config.schema import Config
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.packing import pack

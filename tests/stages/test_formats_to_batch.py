@@ -205,7 +205,8 @@ def hostile(root: Path) -> int:
 PROGRAM = """
 import json, resource
 from pathlib import Path
-from cm3leon.config.schema import SidecarConfig, ValidateConfig
+from cm3leon.config.ingest_schema import SidecarConfig
+from cm3leon.config.schema import ValidateConfig
 from cm3leon.data.manifest import read_manifest
 from cm3leon.data.packing import pack
 from cm3leon.data.sources import sidecar

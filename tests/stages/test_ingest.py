@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cm3leon.config.schema import IngestConfig, SourceName
+from cm3leon.config.ingest_schema import IngestConfig, SourceName
 from cm3leon.data.conditions import EXTRACTORS
 from cm3leon.data.images import encode
 from cm3leon.data.manifest import SourceRow

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, ImageTokenizerConfig, IngestConfig, ShapesConfig
+from cm3leon.config.ingest_schema import IngestConfig, ShapesConfig
+from cm3leon.config.schema import Config, ImageTokenizerConfig
 from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec
 from cm3leon.stages import image_tokenizer, ingest, validate
 from cm3leon.tracking import runs

@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from cm3leon.config import paths
-from cm3leon.config.schema import Config, FolderConfig, IngestConfig, ShapesConfig, ValidateConfig
+from cm3leon.config.ingest_schema import FolderConfig, IngestConfig, ShapesConfig
+from cm3leon.config.schema import Config, ValidateConfig
 from cm3leon.data import images, validation
 from cm3leon.data.expectations import check, flat_frame
 from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest

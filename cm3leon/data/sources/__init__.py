@@ -1,7 +1,7 @@
 """Sources of records: one module for each source, with a function ``rows(config, path) -> Iterator[SourceRow]``.
 
-``config`` is the section ``ingest.NAME`` of the parameters (its class is in ``config/schema.py``) and ``path`` is the collection's root,
-``ingest.path``. ``stages/ingest.py`` lists the sources by name; the procedural one is ``scenes/source.py``.
+``config`` is the section ``ingest.NAME`` of the parameters (its class is in ``config/ingest_schema.py``) and ``path`` is the collection's
+root, ``ingest.path``. ``stages/ingest.py`` lists the sources by name; the procedural one is ``scenes/source.py``.
 """
 
 from __future__ import annotations

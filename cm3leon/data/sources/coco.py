@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cm3leon.config.schema import CocoConfig
+from cm3leon.config.ingest_schema import CocoConfig
 from cm3leon.data.cells import RowProblem, malformed
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.segmentation import SEGMENTATION_MAP, segmentation_map

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from cm3leon.config.schema import FolderConfig
+from cm3leon.config.ingest_schema import FolderConfig
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.merging import merge_rows
 from cm3leon.data.sources import SourceError

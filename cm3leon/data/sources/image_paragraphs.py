@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from cm3leon.config.schema import ImageParagraphsConfig
+from cm3leon.config.ingest_schema import ImageParagraphsConfig
 from cm3leon.data.cells import text_of
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources.image_paths import image_path

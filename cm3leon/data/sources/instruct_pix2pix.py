@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from cm3leon.config.schema import InstructPix2PixConfig
+from cm3leon.config.ingest_schema import InstructPix2PixConfig
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import SourceError
 from cm3leon.data.sources.records import Cells, Files, row_of

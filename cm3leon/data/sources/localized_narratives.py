@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from cm3leon.config.schema import LocalizedNarrativesConfig
+from cm3leon.config.ingest_schema import LocalizedNarrativesConfig
 from cm3leon.data.cells import shown
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import SourceError

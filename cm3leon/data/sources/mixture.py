@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cm3leon.config.schema import IngestConfig, MixturePart
+from cm3leon.config.ingest_schema import IngestConfig, MixturePart
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.merging import merge_images
 from cm3leon.data.sources import SourceError

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from cm3leon.config.schema import OpenImagesConfig
+from cm3leon.config.ingest_schema import OpenImagesConfig
 from cm3leon.data.cells import RowProblem
 from cm3leon.data.images import ImageError, size_of
 from cm3leon.data.manifest import SourceRow

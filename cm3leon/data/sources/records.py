@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cm3leon.config.schema import CollectionConfig
+from cm3leon.config.ingest_schema import CollectionConfig
 from cm3leon.data.cells import RowProblem, captions_of, malformed, objects_of, questions_of, reasoning_of, split_of, structure_of, text_of
 from cm3leon.data.manifest import SourceRow
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cm3leon.config.schema import ScienceQAConfig
+from cm3leon.config.ingest_schema import ScienceQAConfig
 from cm3leon.data.cells import is_empty
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.merging import merge_images

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cm3leon.config.schema import SidecarConfig
+from cm3leon.config.ingest_schema import SidecarConfig
 from cm3leon.data.cells import parse_json
 from cm3leon.data.images import SUFFIXES
 from cm3leon.data.manifest import SourceRow

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cm3leon.config.schema import VqaConfig
+from cm3leon.config.ingest_schema import VqaConfig
 from cm3leon.data.cells import is_empty
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import SourceError, tell

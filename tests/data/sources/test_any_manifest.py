@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cm3leon.config.schema import FolderConfig, ValidateConfig
+from cm3leon.config.ingest_schema import FolderConfig
+from cm3leon.config.schema import ValidateConfig
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.packing import pack
 from cm3leon.data.sources.folder import rows

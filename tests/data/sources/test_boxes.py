@@ -11,7 +11,7 @@ import pytest
 from images_support import encode
 from PIL import Image
 
-from cm3leon.config.schema import CocoConfig, OpenImagesConfig
+from cm3leon.config.ingest_schema import CocoConfig, OpenImagesConfig
 from cm3leon.data.images import decode
 from cm3leon.data.segmentation import SEGMENTATION_MAP, category_color
 from cm3leon.data.sources import SourceError, coco, open_images

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from cm3leon.config.schema import FolderConfig
+from cm3leon.config.ingest_schema import FolderConfig
 from cm3leon.data.manifest import Problem, SourceRow
 from cm3leon.data.sources import SourceError
 from cm3leon.data.sources.folder import rows

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from cm3leon.config.schema import CocoConfig, InstructPix2PixConfig, SidecarConfig, WebdatasetConfig
+from cm3leon.config.ingest_schema import CocoConfig, InstructPix2PixConfig, SidecarConfig, WebdatasetConfig
 from cm3leon.data.sources import SourceError, coco, instruct_pix2pix, sidecar, webdataset
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cm3leon.config.schema import ImageParagraphsConfig, LocalizedNarrativesConfig
+from cm3leon.config.ingest_schema import ImageParagraphsConfig, LocalizedNarrativesConfig
 from cm3leon.data.sources import SourceError, image_paragraphs, localized_narratives
 from cm3leon.data.sources.image_paths import image_path
 

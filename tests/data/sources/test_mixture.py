@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from images_support import encode, squares
 
+from cm3leon.config.ingest_schema import IngestConfig
 from cm3leon.config.loading import parse_config
-from cm3leon.config.schema import IngestConfig
 from cm3leon.data.manifest import SourceRow, read_manifest
 from cm3leon.data.merging import merge_images
 from cm3leon.data.packing import pack

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cm3leon.config.schema import ScienceQAConfig, VqaConfig
+from cm3leon.config.ingest_schema import ScienceQAConfig, VqaConfig
 from cm3leon.data.manifest import Problem
 from cm3leon.data.sources import SourceError, scienceqa, vqa
 
