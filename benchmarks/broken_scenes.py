@@ -1,6 +1,7 @@
 """Pictures of scenes that are broken: with another shape, a part missing or in another color, or something that nobody named.
 
-Each function of :data:`KINDS` samples a scene and paints it broken.
+Each function of :data:`KINDS` samples a scene and paints it broken. ``python -m benchmarks.broken_scenes OUT.png`` writes a sheet with one
+of each kind.
 """
 
 from __future__ import annotations
@@ -8,12 +9,16 @@ from __future__ import annotations
 import functools
 import math
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from cm3leon.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Distance, Object, Point, Scene, sample_scene
+from cm3leon.utils.images import save_captioned
 
 SIDE, GRID = 64, 8
 """Side of a picture, pixels, and steps of the grid of objects' centers."""
@@ -217,3 +222,8 @@ KINDS: dict[str, Callable[[random.Random], Broken]] = {
     "an object at 50 % opacity": faint_object,
     "a background of two colors": background_of_two_colors,
 }
+
+
+if __name__ == "__main__":
+    images = [Image.fromarray(make(random.Random(0))[1]) for make in KINDS.values()]
+    save_captioned(images, list(KINDS), Path(sys.argv[1]))

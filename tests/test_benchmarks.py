@@ -1,5 +1,6 @@
 """The benchmark scripts load, and the functions of their own are right."""
 
+import ast
 import importlib.util
 import json
 import math
@@ -171,3 +172,10 @@ def test_the_benchmark_for_gpus_rehearses_on_a_cpu_and_goes_on_where_it_ended(tm
     (tmp_path / "results.json").write_text(json.dumps(written))
     again = subprocess.run([*command, "--minutes", "0"], capture_output=True, text=True, check=False)
     assert "not measured yet, for want of time: images; the same command goes on" in again.stdout and again.returncode == 0
+
+
+def test_no_script_looks_at_the_test_split() -> None:
+    """Settings are chosen on val; only the stage ``evaluate`` measures on test."""
+    for script in sorted((ROOT / "benchmarks").rglob("*.py")):
+        constants = {node.value for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Constant)}
+        assert "test" not in constants, script
