@@ -258,8 +258,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_every_score_of_images_moves_when_the_pictures_are_broken(broken):
+def test_every_score_of_images_moves_when_the_pictures_are_broken(broken, monkeypatch):
     """The encoder is a fixed one of mean colors and edges; a text has those of the picture that it describes."""
+    monkeypatch.setattr(measure, "DISTANCE_RESAMPLES", 2)
     rng = np.random.default_rng(0)
     scenes = [sample_scene(random.Random(number), 3, 8, 0.0) for number in range(60)]
     prompts = [text.caption(scene, random.Random(number)) for number, scene in enumerate(scenes)]
