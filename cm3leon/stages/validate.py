@@ -245,5 +245,6 @@ def _print(report: dict[str, Any]) -> None:
     for title in ("reasons", "splits", "parts", "cleaned"):
         for name, count in report[title].items():
             table.add_row(f"{title}: {name}", f"{count:,}")
-    table.caption = f"data report: {paths.DATA_REPORT}\nData Docs: {paths.DATA_DOCS / 'index.html'}"
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(f"data report: {paths.DATA_REPORT}\nData Docs:   {paths.DATA_DOCS / 'index.html'}", soft_wrap=True, highlight=False)
