@@ -12,10 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from cm3leon.config.schema import ValidateConfig
+from cm3leon.data.links import Link, components, linked_rows
 from cm3leon.data.thumbnails import SIDE
 
 BLOCK, STRIPE = 1024, 8192
@@ -59,18 +58,7 @@ def near_duplicate_groups(thumbnails_ND: np.ndarray, likeness: Likeness) -> np.n
     labels = _close_groups(thumbnails_ND, likeness.distance)
     if likeness.bits is None or len(thumbnails_ND) < 2:
         return labels
-    rows, alike = _same_hash_groups(thumbnails_ND, likeness.bits)
-    # A node for each image, for each group of close thumbnails, and for each group of like hashes.
-    count, nodes = len(thumbnails_ND), len(thumbnails_ND) + int(labels.max()) + 1
-    first = np.concatenate([np.arange(count), rows])
-    second = np.concatenate([count + labels, nodes + alike])
-    return components(first, second, nodes + int(alike.max(initial=-1)) + 1)[:count]
-
-
-def components(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
-    """Component number of each of ``count`` nodes joined by the edges ``first[i]`` - ``second[i]``."""
-    graph = coo_matrix((np.ones(len(first), dtype=np.float32), (first, second)), shape=(count, count))
-    return connected_components(graph, directed=False)[1]
+    return linked_rows([(np.arange(len(labels)), labels), _same_hash_groups(thumbnails_ND, likeness.bits)], len(labels))
 
 
 def difference_hashes(thumbnails_ND: np.ndarray) -> np.ndarray:
@@ -85,7 +73,7 @@ def difference_hashes(thumbnails_ND: np.ndarray) -> np.ndarray:
     return np.packbits(np.concatenate([across.reshape(-1, HASH_BITS // 2), down.reshape(-1, HASH_BITS // 2)], axis=1), axis=1)
 
 
-def _same_hash_groups(thumbnails_ND: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def _same_hash_groups(thumbnails_ND: np.ndarray, bits: int) -> Link:
     """Rows with a hash, and for each the number of the component of hashes that differ in at most ``bits`` bits.
 
     Exact: of ``bits + 1`` parts of two such hashes at least one is equal, and FAISS compares all hashes that share a part.

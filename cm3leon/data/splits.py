@@ -1,7 +1,7 @@
 """Splits that share nothing: records linked by group, by an edit, or by near-identical images are in one split.
 
 1. :func:`links_of` and :mod:`cm3leon.data.near_duplicates` say which records are linked.
-2. :func:`linked_rows` joins them into the connected components of the graph of links.
+2. :func:`cm3leon.data.links.linked_rows` joins them into the connected components of the graph of links.
 3. :func:`assign_splits` assigns whole components, to the split that their records state or by a hash.
 """
 
@@ -13,31 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from cm3leon.data.links import Link
 from cm3leon.data.manifest import SPLITS
-from cm3leon.data.near_duplicates import components
 from cm3leon.utils.errors import UserError
-
-Link = tuple[np.ndarray, np.ndarray]
-"""Row numbers, and for each the number of the group that it belongs to; rows of one group are linked. A row may occur several times."""
 
 
 class SplitError(UserError):
     """The records cannot be divided into train, val and test."""
-
-
-def linked_rows(links: list[Link], count: int) -> np.ndarray:
-    """Component number (count,) of rows that any of the links joins, directly or through others.
-
-    The graph has a node for each row and one for each group of each link, and edges from rows to their groups: as many edges as rows that
-    are linked, however large the groups.
-    """
-    first, second, nodes = [], [], count
-    for rows, groups in links:
-        first.append(rows)
-        second.append(nodes + groups)
-        nodes += int(groups.max()) + 1 if len(groups) else 0
-    empty = np.zeros(0, dtype=np.int64)
-    return components(np.concatenate([empty, *first]), np.concatenate([empty, *second]), nodes)[:count]
 
 
 def links_of(frame: pd.DataFrame) -> list[Link]:

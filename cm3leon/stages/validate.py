@@ -24,6 +24,7 @@ from cm3leon.config import paths
 from cm3leon.config.schema import Config, ValidateConfig
 from cm3leon.data import data_docs, data_report, expectations, last_accepted, licenses, splits, thumbnails
 from cm3leon.data.excluded import Excluded
+from cm3leon.data.links import linked_rows
 from cm3leon.data.manifest import MANIFEST_SCHEMA, SPLITS, VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.near_duplicates import Likeness, near_duplicate_groups
 from cm3leon.data.validation import RULES, Findings, check_rows, profile_images
@@ -208,7 +209,7 @@ def _components(
     Rejected records take part: two accepted edits of a rejected original are still linked through it.
     """
     near = near_duplicate_groups(thumbnails.stack(accepted["thumbnail"].tolist()), Likeness.of(config))
-    components = splits.linked_rows([*splits.links_of(frame), (np.flatnonzero(good), near)], len(frame))[good]
+    components = linked_rows([*splits.links_of(frame), (np.flatnonzero(good), near)], len(frame))[good]
     sizes = np.bincount(np.unique(components, return_inverse=True)[1])
     in_near = np.bincount(near)[near] > 1
     return components, near, {"count": len(sizes), "largest": int(sizes.max()), "rows_with_near_duplicates": int(in_near.sum())}

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from cm3leon.data import splits
+from cm3leon.data.links import linked_rows
 
 
 def same_partition(one: np.ndarray, other: np.ndarray) -> bool:
@@ -21,7 +22,7 @@ def test_links_join_groups_edits_and_equal_images() -> None:
             "pixels": ["1", "2", "3", "4", "5", None, "3", None],
         }
     )
-    found = splits.linked_rows(splits.links_of(frame), 8)
+    found = linked_rows(splits.links_of(frame), 8)
     assert same_partition(found, np.array([0, 0, 1, 0, 2, 2, 1, 3]))
 
 
