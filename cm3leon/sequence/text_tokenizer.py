@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -53,11 +51,6 @@ class TextTokenizer:
         """Write ``directory/tokenizer.json``."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(str(Path(directory) / FILE))
-
-    def to_json(self) -> dict[str, Any]:
-        """What :meth:`save` writes, in the format of ``tokenizers``."""
-        state: dict[str, Any] = json.loads(self._tokenizer.to_str())
-        return state
 
     @property
     def size(self) -> int:

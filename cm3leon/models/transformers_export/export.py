@@ -38,7 +38,7 @@ RENAMED = {"codebook.entries": "codebook.weight"}
 
 
 class ExportError(UserError):
-    """Parts that do not belong together, or a text tokenizer that has a special token's name among its texts."""
+    """Parts of a model that do not belong together."""
 
 
 def export_transformers(
@@ -53,13 +53,13 @@ def export_transformers(
         ExportError: if the tokenizers are not those of the decoder.
     """
     _check_parts(model.vocabulary, image_tokenizer, text_tokenizer)
-    tokenizer = _tokenizer(text_tokenizer, model.vocabulary)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     special = {"pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": [EOS, EOSS]}
     _write(directory / CONFIG, {**_config(model, image_tokenizer), **special})
     _write(directory / GENERATION_CONFIG, {**special, "max_new_tokens": model.vocabulary.tokens_per_image, **_sampling(decoding)})
-    _write(directory / TOKENIZER, tokenizer)
+    text_tokenizer.save(directory)
+    _write(directory / TOKENIZER, _with_special_tokens(json.loads((directory / TOKENIZER).read_text()), model.vocabulary))
     _write(directory / TOKENIZER_CONFIG, _tokenizer_config(model.spec.context))
     for name in MODULES:
         shutil.copyfile(Path(__file__).with_name(name), directory / name)
@@ -119,7 +119,7 @@ def _weights(model: Decoder, image_tokenizer: ImageTokenizer) -> dict[str, Tenso
     return {name: weight.detach().cpu().contiguous() for name, weight in (model.state_dict() | pictures).items()}
 
 
-def _tokenizer(text_tokenizer: TextTokenizer, vocabulary: Vocabulary) -> dict[str, Any]:
+def _with_special_tokens(tokenizer: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
     """``tokenizer.json`` with the ids of the whole vocabulary: special tokens, masks and image codes are added tokens."""
     names = [
         *SPECIALS,
@@ -127,16 +127,12 @@ def _tokenizer(text_tokenizer: TextTokenizer, vocabulary: Vocabulary) -> dict[st
         *(f"<reserved:{number}>" for number in range(vocabulary.reserved)),
         *(f"<image:{code}>" for code in range(vocabulary.image_size)),
     ]
-    state = text_tokenizer.to_json()
-    texts: dict[str, int] = state["model"]["vocab"]
-    if taken := sorted(set(names) & set(texts)):
-        raise ExportError(f"the text tokenizer has learned {taken[0]} as a text, which is the name of a special token here")
-    state["model"]["vocab"] = {name: id_ for id_, name in enumerate(names)} | {
-        text: vocabulary.text_start + id_ for text, id_ in texts.items()
-    }
+    # No text token has such a name: byte-level BPE merges nothing across letters and punctuation.
+    special = {name: id_ for id_, name in enumerate(names)}
+    texts = {text: vocabulary.text_start + id_ for text, id_ in tokenizer["model"]["vocab"].items()}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    state["added_tokens"] = [{"id": id_, "content": name, **plain} for id_, name in enumerate(names)]
-    return state
+    added = [{"id": id_, "content": name, **plain} for name, id_ in special.items()]
+    return {**tokenizer, "added_tokens": added, "model": {**tokenizer["model"], "vocab": special | texts}}
 
 
 def _tokenizer_config(context: int) -> dict[str, Any]:

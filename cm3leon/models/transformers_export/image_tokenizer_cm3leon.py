@@ -106,4 +106,4 @@ class ImageTokenizer(nn.Module):
         """Images of codes, on the CPU."""
         z_BDhw = self.codebook(codes).unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2).contiguous()
         pixels_B3HW = self.decoder(z_BDhw).float().clamp(-1, 1)
-        return pixels_B3HW.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        return pixels_B3HW.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
