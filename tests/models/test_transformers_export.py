@@ -6,6 +6,7 @@ import ast
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests_support import decoder_spec, decoding
 from cm3leon.generation.engine import generate_images, generate_texts
 from cm3leon.generation.prompts import answer_prompt, image_prompt
 from cm3leon.generation.sampling import Sampler
-from cm3leon.models.decoder import Decoder
+from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.models.transformers_export import export
 from cm3leon.models.transformers_export.export import ExportError, export_transformers
 from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec
@@ -111,6 +112,10 @@ def padded(prompts: list[Prompt]) -> dict[str, torch.Tensor]:
 # --- the decoder -----------------------------------------------------------------------------------------------------
 
 
+def test_every_option_of_the_decoder_is_tried() -> None:
+    assert set(ALL) == {field.name for field in fields(DecoderSpec) if field.type == "bool"}
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "paper")
 @torch.no_grad()
 def test_logits_are_the_decoders(options: dict[str, bool], load: Any) -> None:
@@ -185,6 +190,16 @@ def test_greedy_images_are_the_generators(options: dict[str, bool], guidance: fl
     ours = generate_images(model, streams, [[0]] * 3, sampler)[:, 0]
     assert len(np.unique(ours)) > 3
     theirs = load(model).generate(**padded(prompts), do_sample=False, guidance_scale=guidance)
+    assert theirs[:, -9:].sub(VOCABULARY.image_start).tolist() == ours.tolist()
+
+
+def test_each_row_may_have_a_negative_prompt_of_its_own(load: Any) -> None:
+    model, prompts = make(seed=3, **ALL), prompts_of(CAPTIONS)
+    others = [*prompts[1:], prompts[0]]
+    sampler = Sampler(decoding(temperature=0.0, top_p=1.0, guidance=3.0))
+    ours = generate_images(model, list(zip(prompts, others, strict=True)), [[0]] * 3, sampler)[:, 0]
+    negative = {f"negative_prompt_{name.removeprefix('input_')}": value for name, value in padded(others).items()}
+    theirs = load(model).generate(**padded(prompts), **negative, do_sample=False, guidance_scale=3.0)
     assert theirs[:, -9:].sub(VOCABULARY.image_start).tolist() == ours.tolist()
 
 
