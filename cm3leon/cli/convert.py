@@ -17,13 +17,21 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-class Format(StrEnum):
-    """Formats of decoders other than this package's own."""
+class ExportFormat(StrEnum):
+    """Formats that are written."""
+
+    opt = "opt"
+    transformers = "transformers"
+
+
+class ImportFormat(StrEnum):
+    """Formats that are read."""
 
     opt = "opt"
 
 
-CheckpointFormat = Annotated[Format, typer.Option("--format", help="opt: Hugging Face's OPTForCausalLM, in safetensors")]
+OPT = "opt: Hugging Face's OPTForCausalLM, in safetensors"
+TRANSFORMERS = "transformers: any decoder, with both tokenizers and their code, for AutoModelForCausalLM"
 
 
 def check_unused(directory: Path) -> None:
@@ -58,25 +66,33 @@ def described(decoder: Decoder) -> str:
 @app.command(rich_help_panel=PANEL)
 def export(
     directory: Annotated[Path, typer.Argument(help="new directory to write")],
-    format_: CheckpointFormat = Format.opt,
+    format_: Annotated[ExportFormat, typer.Option("--format", help=f"{OPT}; {TRANSFORMERS}")] = ExportFormat.opt,
     model: Annotated[str, typer.Option(help="a registered model (models:/NAME@ALIAS), or the directory of a bundle or decoder")] = CHAMPION,
 ) -> None:
-    """Export a model's decoder as a checkpoint of another format."""
+    """Export a model for other software: its decoder as OPT, or all that transformers needs to generate."""
     from cm3leon.registry.registry import find_bundle
 
     check_unused(directory)
-    decoder = load_decoder(find_bundle(model))
-    from cm3leon.models.opt import export_opt
+    source = find_bundle(model)
+    decoder = load_decoder(source)
+    if format_ == ExportFormat.transformers:
+        from cm3leon.registry.transformers_export import export_model
 
-    export_opt(decoder, directory)
-    print(f"{directory}: {described(decoder)}; read it with transformers.OPTForCausalLM.from_pretrained")
+        export_model(decoder, source, directory)
+        how = f"{directory / 'README.md'} says how to generate"
+    else:
+        from cm3leon.models.opt import export_opt
+
+        export_opt(decoder, directory)
+        how = "read it with transformers.OPTForCausalLM.from_pretrained"
+    print(f"{directory}: {described(decoder)}; {how}")
 
 
 @app.command("import", rich_help_panel=PANEL)
 def import_(
     directory: Annotated[Path, typer.Argument(help="the checkpoint: config.json and safetensors")],
     out: Annotated[Path, typer.Argument(help="new directory to write, in the format of models/pretrained")],
-    format_: CheckpointFormat = Format.opt,
+    format_: Annotated[ImportFormat, typer.Option("--format", help=OPT)] = ImportFormat.opt,
     vocabulary: Annotated[
         Path | None,
         typer.Option(help="directory of a decoder with the same vocabulary; not needed for this package's own exports"),

@@ -128,8 +128,11 @@ def _check_expressible(spec: DecoderSpec) -> None:
     on = [field.name for field in fields(spec) if getattr(spec, field.name) is True]
     if on:
         found = ", ".join(f"{name}=true" for name in on)
-        needed = ", ".join(f"pretrain.model.{name}=false" for name in on)
-        raise OPTFormatError(f"OPT cannot express a decoder with {found}; train one with {needed}")
+        needed = " ".join(f"--set pretrain.model.{name}=false" for name in on)
+        raise OPTFormatError(
+            f"OPT cannot express a decoder with {found}; export it with --format transformers, or train one without: "
+            f"cm3leon configure PROFILE {needed}"
+        )
 
 
 def _check_config(config: dict[str, Any], vocabulary: Vocabulary | None, path: Path) -> tuple[DecoderSpec, Vocabulary]:

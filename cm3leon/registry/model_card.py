@@ -65,17 +65,25 @@ def flags(licenses: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 def model_card(number: str, found: Mapping[str, Any], record: Record, lineage: Mapping[str, Any]) -> str:
     """The model card of a version, as markdown."""
-    prompts = record.contract.get("counts", {}).get("prompts", "an unknown number of")
-    licenses = [
-        (row["license"], f"{row['documents']:,}", f"{row['attributions']:,}", ", ".join(row["sources"]), obligation(row["license"]))
-        for row in found["licenses"]
-    ]
     lines = [
         f"# cm3leon, version {number}",
         "",
         f"A retrieval-augmented decoder of {found['parameters']:,} parameters over text and image tokens.",
         f"It generates and reads images of {found['image_size']} pixels.",
         "",
+        *card_sections(found, record, lineage),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def card_sections(found: Mapping[str, Any], record: Record, lineage: Mapping[str, Any]) -> list[str]:
+    """The lines of a model card's sections: intended use, limits, training data, evaluation, lineage."""
+    prompts = record.contract.get("counts", {}).get("prompts", "an unknown number of")
+    licenses = [
+        (row["license"], f"{row['documents']:,}", f"{row['attributions']:,}", ", ".join(row["sources"]), obligation(row["license"]))
+        for row in found["licenses"]
+    ]
+    return [
         "## Intended use",
         "",
         f"Tasks it was tuned for: {', '.join(found['tasks']) or 'none, it was pretrained only'}; inpainting is learned in pretraining.",
@@ -105,7 +113,6 @@ def model_card(number: str, found: Mapping[str, Any], record: Record, lineage: M
         "",
         *(f"- {name.replace('_', ' ')}: `{value}`" for name, value in _flat(lineage)),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _flat(lineage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -170,7 +170,7 @@ def test_a_saved_output_matrix_that_is_tied_is_ignored(exported: Path) -> None:
     ({"rope": True}, "rope=true", "pretrain.model.rope=false"),
     ({"previous_token": True}, "previous_token=true", "pretrain.model.previous_token=false"),
     ({"qk_norm": True}, "qk_norm=true", "pretrain.model.qk_norm=false"),
-    ({"qk_norm": True, "image_positions": True}, "qk_norm=true, image_positions=true", "pretrain.model.qk_norm=false, pretrain.model.im"),
+    ({"qk_norm": True, "rope": True}, "qk_norm=true, rope=true", "--set pretrain.model.qk_norm=false --set pretrain.model.rope=false"),
 ])  # fmt: skip
 def test_options_that_opt_lacks_are_named(options: dict[str, bool], found: str, needed: str, tmp_path: Path) -> None:
     with pytest.raises(OPTFormatError) as caught:
