@@ -11,7 +11,7 @@ import torch
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, EncoderConfig
 from cm3leon.tracking import runs, store
-from cm3leon.utils import telemetry
+from cm3leon.utils import telemetry, torchvision_compat
 from cm3leon.utils.garbage import collect_rarely
 
 telemetry.turn_off()
@@ -58,6 +58,21 @@ def project(prepared_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(prepared_store, tmp_path / "mlflow.db")
     return tmp_path
+
+
+@pytest.fixture
+def tiny_architecture(monkeypatch):
+    """The name of an architecture that open_clip knows for the time of a test: a small ViT of 4 x 4 patches, at 32 pixels."""
+    torchvision_compat.make_importable()
+    import open_clip
+
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-test", config)
+    return "tiny-test"
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,9 @@ class ValidateConfig(Section):
     near_duplicate_bits: int | None = Field(
         None, ge=1, le=12, description="so do images whose difference hashes, of 112 bits, differ in no more; null: not compared"
     )
+    near_duplicate_similarity: float | None = Field(
+        None, gt=0, lt=1, description="so do images whose embeddings by the pretrained encoder have a higher cosine; null: not compared"
+    )
     val_fraction: float = Field(0.03, gt=0, lt=0.5, description="share of the validation split, if no record states to be in it")
     test_fraction: float = Field(0.05, gt=0, lt=0.5, description="share of the test split, if no record states to be in it")
     workers: int = Field(2, ge=1, description="processes that read images")
@@ -136,6 +139,8 @@ class EncoderConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> EncoderConfig:
+        if self.pretrained_model and not self.pretrained_weights:
+            raise ValueError("pretrained_model needs pretrained_weights, an open_clip tag or the path of a checkpoint")
         step = 32 if self.image_tower == "resnet" else self.patch_size
         if not self.pretrained_model and self.image_size % step:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {step}, as a {self.image_tower} needs")
@@ -459,6 +464,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.validate_.near_duplicate_similarity is not None and not self.encoder.pretrained_model:
+            raise ValueError(
+                "validate.near_duplicate_similarity needs encoder.pretrained_model, because an encoder that is trained here reads the "
+                "splits: name one, or set validate.near_duplicate_similarity=null"
+            )
         images, context = self.image_tokenizer, self.pretrain.model.context
         if images.pretrained is None and context < images.tokens_per_image + TEXT_ROOM:
             raise ValueError(

@@ -236,7 +236,8 @@ def _pairs(found: Found, copies: list[Pair], alike: list[Pair], pictures: dict[s
     same = f"Rejected because an earlier record has the same pixels: {_number(exact, 'record')}."
     nearly = (
         f"Accepted, but nearly the same as another one: {_number(near, 'record')}. Such records share a split, so that none is tested on "
-        "what it was trained on. If records that differ enough are among them, lower <code>validate.near_duplicate_distance</code>."
+        "what it was trained on. If records that differ enough are among them, lower <code>validate.near_duplicate_distance</code> or "
+        "<code>near_duplicate_bits</code>, or raise <code>near_duplicate_similarity</code>."
     )
     copied = f"<p>{same}{' On the left what was kept:' if copies else ''}</p>{cards(copies) if copies else ''}"
     return copied + f"<p>{nearly}{' The least alike pairs:' if alike else ''}</p>{cards(alike) if alike else ''}"

@@ -1,10 +1,11 @@
-"""Near-duplicates among images, found by their thumbnails.
+"""Near-duplicates among images, found by their thumbnails or embeddings.
 
 Two images are near-duplicates if their thumbnails are closer than a distance: the same picture in another size or file format. With hashes,
 they also are if few bits of these differ: the same picture made brighter, darker, or of another contrast. The hash is the difference hash
-(Krawetz, "Kind of Like That", hackerfactor.com, 2013) of all neighbors in a row and in a column of the thumbnail.
+(Krawetz, "Kind of Like That", hackerfactor.com, 2013) of all neighbors in a row and in a column of the thumbnail. Embeddings find what both
+miss, such as mirrored and cropped copies.
 
-Shapes: N thumbnails, U of them different, D values of each, H bytes of a hash.
+Shapes: N images, U of them with different thumbnails, D values of a thumbnail or an embedding, H bytes of a hash.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cm3leon.data.links import Link, components, linked_rows
 from cm3leon.data.thumbnails import SIDE
 
 BLOCK, STRIPE = 1024, 8192
-"""Thumbnails compared at a time: a block of rows of the distance matrix, of which a stripe of columns is computed."""
+"""Images compared at a time: a block of rows of the distance matrix, of which a stripe of columns is computed."""
 MAX_EDGES = 2_000_000
 """Edges kept before they are replaced by a spanning forest."""
 HASH_BITS = 2 * SIDE * (SIDE - 1)
@@ -47,7 +48,7 @@ class Likeness:
 
 
 def near_duplicate_groups(thumbnails_ND: np.ndarray, likeness: Likeness) -> np.ndarray:
-    """Connected components of the graph that joins any two near-duplicates.
+    """Connected components of the graph that joins any two near-duplicates by thumbnails or hashes.
 
     Args:
         thumbnails_ND: uint8, of :func:`cm3leon.data.thumbnails.thumbnail_of`.
@@ -55,10 +56,22 @@ def near_duplicate_groups(thumbnails_ND: np.ndarray, likeness: Likeness) -> np.n
     Returns:
         Component number of each thumbnail, (N,).
     """
-    labels = _close_groups(thumbnails_ND, likeness.distance)
+    labels = _close_thumbnails(thumbnails_ND, likeness.distance)
     if likeness.bits is None or len(thumbnails_ND) < 2:
         return labels
     return linked_rows([(np.arange(len(labels)), labels), _same_hash_groups(thumbnails_ND, likeness.bits)], len(labels))
+
+
+def similar_groups(embeddings_ND: np.ndarray, similarity: float) -> np.ndarray:
+    """Connected components of the graph that joins any two images whose embeddings have a cosine greater than ``similarity``.
+
+    Args:
+        embeddings_ND: float32, of unit length, so that the cosine c of two is 1 - |a - b|^2 / 2.
+
+    Returns:
+        Component number of each image, (N,).
+    """
+    return _close_groups(embeddings_ND, 2 - 2 * similarity)
 
 
 def difference_hashes(thumbnails_ND: np.ndarray) -> np.ndarray:
@@ -96,48 +109,55 @@ def _same_hash_groups(thumbnails_ND: np.ndarray, bits: int) -> Link:
     return rows, edges.components()[inverse]
 
 
-def _close_groups(thumbnails_ND: np.ndarray, distance: float) -> np.ndarray:
+def _close_thumbnails(thumbnails_ND: np.ndarray, distance: float) -> np.ndarray:
     """Component numbers, (N,): connected components of the graph that joins any two thumbnails closer than ``distance``.
 
-    The result is exact, as if all pairs were compared: a projection onto a unit vector is never longer than the vector itself, so that
-    pairs further apart along the first principal component need no comparison (sweep over a sorted projection), and products of centered
-    bytes are whole numbers that float32 holds.
+    Equal thumbnails are one point. The result is exact: products of centered bytes are whole numbers that float32 holds.
     """
-    # 1. Equal thumbnails are one point.
-    unique_UD, inverse = np.unique(thumbnails_ND, axis=0, return_inverse=True)
-    inverse = inverse.reshape(-1)
-    count, features = unique_UD.shape
-    squared_limit = (distance * 255) ** 2 * features
-    if squared_limit <= 0:
+    if distance <= 0:
         return np.arange(len(thumbnails_ND))
+    unique_UD, inverse = np.unique(thumbnails_ND, axis=0, return_inverse=True)
+    squared_limit = (distance * 255) ** 2 * unique_UD.shape[1]
+    return _close_groups(unique_UD.astype(np.float32) - 128, squared_limit)[inverse.reshape(-1)]
+
+
+def _close_groups(points_ND: np.ndarray, squared_limit: float) -> np.ndarray:
+    """Component numbers, (N,): connected components of the graph that joins any two points of a squared distance below ``squared_limit``.
+
+    The result is as if all pairs were compared: a projection onto a unit vector is never longer than the vector itself, so that pairs
+    further apart along the first principal component need no comparison (sweep over a sorted projection).
+
+    Args:
+        points_ND: float32.
+    """
+    count = len(points_ND)
     if count < 2:
-        return inverse
+        return np.arange(count)
 
-    # 2. Sort the points by their projection onto the first principal component, along which they differ most.
-    points_UD = unique_UD.astype(np.float32) - 128
-    centered_UD = points_UD - points_UD.mean(axis=0)
-    projection = points_UD @ np.linalg.eigh(centered_UD.T @ centered_UD)[1][:, -1]
+    # 1. Sort the points by their projection onto the first principal component, along which they differ most.
+    centered_ND = points_ND - points_ND.mean(axis=0)
+    projection = points_ND @ np.linalg.eigh(centered_ND.T @ centered_ND)[1][:, -1]
     order = np.argsort(projection, kind="stable")
-    points_UD, projection = points_UD[order], projection[order]
+    points_ND, projection = points_ND[order], projection[order]
 
-    # 3. Compare each block with the points from its own start to the last one within reach, |a - b|^2 = |a|^2 + |b|^2 - 2ab.
-    squares = (points_UD**2).sum(axis=1)
-    reach = float(np.sqrt(squared_limit)) * 1.001 + 0.1  # the projection is rounded
+    # 2. Compare each block with the points from its own start to the last one within reach, |a - b|^2 = |a|^2 + |b|^2 - 2ab.
+    squares = (points_ND**2).sum(axis=1)
+    reach = 1.001 * squared_limit**0.5 + 1e-4 * float(squares.max()) ** 0.5  # the projection is rounded
     edges = _Edges(count)
     for start in range(0, count, BLOCK):
         stop = min(start + BLOCK, count)
         last = int(np.searchsorted(projection, projection[stop - 1] + reach, side="right"))
         for left in range(start, last, STRIPE):
             right = min(left + STRIPE, last)
-            products = points_UD[start:stop] @ points_UD[left:right].T
+            products = points_ND[start:stop] @ points_ND[left:right].T
             squared_distances = squares[start:stop, None] + squares[None, left:right] - 2 * products
             one, other = np.nonzero(squared_distances < squared_limit)
             edges.add(one + start, other + left)
 
-    # 4. Connected components, in the order of the thumbnails.
+    # 3. Connected components, in the order of the points.
     labels = np.empty(count, dtype=np.int64)
     labels[order] = edges.components()
-    return labels[inverse]
+    return labels
 
 
 class _Edges:

@@ -63,7 +63,8 @@ def assign_splits(
         raise SplitError(
             f"{len(ids)} accepted records form {len(table)} unrelated components (by group, edits and near-duplicates), of which "
             f"{len(free)} are left for {', '.join(['train', *drawn])}; each of these needs one. Add records, correct the column split, or "
-            "lower validate.near_duplicate_distance if images that differ enough were joined"
+            "lower validate.near_duplicate_distance or near_duplicate_bits, or raise near_duplicate_similarity, if images that differ "
+            "enough were joined"
         )
 
     # 2. Hash each other component to a number in [0, 1), of which val and test each own an interval. A component with more than half of

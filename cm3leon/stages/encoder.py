@@ -14,7 +14,6 @@ from cm3leon.training import clip
 from cm3leon.training.distributed import World, world
 from cm3leon.training.dry_run import refuse_too_large
 from cm3leon.training.loop import stage_checkpoints
-from cm3leon.utils.errors import ConfigError
 
 VALIDATION_RECORDS = 256
 
@@ -26,15 +25,10 @@ def captioned(split: str) -> pd.DataFrame:
 
 
 def make_encoder(config: Config, processes: World, run: runs.Run) -> Encoder:
-    """Pretrained open_clip weights if ``pretrained_model`` is set, else a model trained on the train split.
-
-    Raises:
-        ConfigError: if a pretrained model has no ``pretrained_weights``.
-    """
+    """Pretrained open_clip weights if ``pretrained_model`` is set, else a model trained on the train split."""
     section = config.encoder
     if section.pretrained_model:
-        if not section.pretrained_weights:
-            raise ConfigError("encoder.pretrained_model needs encoder.pretrained_weights, an open_clip tag or the path of a checkpoint")
+        assert section.pretrained_weights
         return Encoder.pretrained(section.pretrained_model, section.pretrained_weights)
     refuse_too_large("encoder", section, clip.step_memory, processes)
     records = captioned("train")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from cm3leon.data import data_docs, data_report, expectations, last_accepted, li
 from cm3leon.data.excluded import Excluded
 from cm3leon.data.links import linked_rows
 from cm3leon.data.manifest import MANIFEST_SCHEMA, SPLITS, VALIDATED_SCHEMA, ImageStore, read_manifest
-from cm3leon.data.near_duplicates import Likeness, near_duplicate_groups
+from cm3leon.data.near_duplicates import Likeness, near_duplicate_groups, similar_groups
 from cm3leon.data.validation import RULES, Findings, check_rows, profile_images
 from cm3leon.tracking import runs
 from cm3leon.utils.errors import UserError
@@ -36,6 +37,8 @@ _RAW_FIELDS = [field for field in MANIFEST_SCHEMA if field.name != "detail"]
 REJECTED_SCHEMA = pa.schema([*_RAW_FIELDS, ("reasons", pa.list_(pa.string())), ("detail", pa.string())])
 EXAMPLES = 3
 """Most records that an error names for a rule."""
+Embed = Callable[[ImageStore, Sequence[str]], np.ndarray]
+"""Unit vectors of stored images, float32 (n, d), as :meth:`cm3leon.models.clip.Encoder.encode_refs` makes them."""
 
 
 class ValidationError(UserError):
@@ -48,13 +51,14 @@ def run(config: Config) -> dict[str, float]:
     Raises:
         ValidationError: if too many records are rejected, none is accepted, or an expectation fails. ``rejected.parquet``, ``report.json``,
             the Data Docs and the data report are written first.
+        ConfigError: if images are to be compared by embeddings and the encoder cannot be loaded; no image is read before.
     """
     with runs.stage_run("validate", config) as stage:
         stage.log_dataset(paths.RAW, "raw")
         paths.DATA_REPORT.unlink(missing_ok=True)
         try:
-            directories = (paths.RAW, paths.VALIDATED, paths.DATA_DOCS)
-            report = validate(*directories, config.validate_, config.seed, paths.EXCLUDED, paths.LAST_ACCEPTED)
+            directories, embed = (paths.RAW, paths.VALIDATED, paths.DATA_DOCS), _embed(config)
+            report = validate(*directories, config.validate_, config.seed, paths.EXCLUDED, paths.LAST_ACCEPTED, embed)
         finally:
             if paths.DATA_REPORT.is_file():
                 stage.log_artifact(paths.DATA_REPORT)
@@ -65,8 +69,27 @@ def run(config: Config) -> dict[str, float]:
     return metrics
 
 
+def _embed(config: Config) -> Embed | None:
+    """The pretrained encoder's embedding of images if they are to be compared by it. Else nothing of it is imported."""
+    if config.validate_.near_duplicate_similarity is None:
+        return None
+    from cm3leon.models.clip import Encoder
+    from cm3leon.utils.device import default_device
+
+    section = config.encoder
+    assert section.pretrained_model and section.pretrained_weights
+    return Encoder.pretrained(section.pretrained_model, section.pretrained_weights).to(default_device()).encode_refs
+
+
 def validate(
-    raw: Path, output: Path, docs: Path, config: ValidateConfig, seed: int, excluded: Path | None = None, last: Path | None = None
+    raw: Path,
+    output: Path,
+    docs: Path,
+    config: ValidateConfig,
+    seed: int,
+    excluded: Path | None = None,
+    last: Path | None = None,
+    embed: Embed | None = None,
 ) -> dict[str, Any]:
     """The stage without tracking, from directory ``raw`` to directory ``output``, with Data Docs and the data report in ``docs``.
 
@@ -74,6 +97,7 @@ def validate(
         excluded: directory with what to keep out (:mod:`cm3leon.data.excluded`); None: nothing.
         last: file with the summary of the last accepted manifest (:mod:`cm3leon.data.last_accepted`), with which this one is compared, and
             which it replaces if it is accepted; None: no comparison.
+        embed: for ``config.near_duplicate_similarity``; not called where that is None.
 
     Returns:
         The content of ``report.json``.
@@ -108,7 +132,8 @@ def validate(
     accepted["near"] = np.arange(len(accepted))
     frames = {"counts": pd.DataFrame([{name: report[name] for name in ("read", "accepted", "rejected", "rejected_rate", "unaccounted")}])}
     if not problems:
-        components, accepted["near"], report["parts"] = _components(frame, accepted, good, config)
+        accepted["near"] = near = _near_duplicates(ImageStore(raw), accepted, config, embed)
+        components, report["parts"] = _components(frame, near, good)
         try:
             stated = accepted["split"].tolist()
             fractions = (config.val_fraction, config.test_fraction)
@@ -201,18 +226,30 @@ def _gate_failures(report: dict[str, Any], frame: pd.DataFrame, findings: list[F
     return "\n".join(lines)
 
 
-def _components(
-    frame: pd.DataFrame, accepted: pd.DataFrame, good: np.ndarray, config: ValidateConfig
-) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Component number of each accepted record, the number of its group of near-duplicates, and counts.
+def _near_duplicates(store: ImageStore, accepted: pd.DataFrame, config: ValidateConfig, embed: Embed | None) -> np.ndarray:
+    """The number of each accepted record's group of near-duplicates: by thumbnails, hashes and embeddings."""
+    near = near_duplicate_groups(thumbnails.stack(accepted["thumbnail"].tolist()), Likeness.of(config))
+    if config.near_duplicate_similarity is None:
+        return near
+    assert embed is not None
+    similar = similar_groups(embed(store, accepted["image"].tolist()), config.near_duplicate_similarity)
+    rows = np.arange(len(near))
+    return linked_rows([(rows, near), (rows, similar)], len(near))
+
+
+def _components(frame: pd.DataFrame, near: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+    """Component number of each accepted record, and counts.
 
     Rejected records take part: two accepted edits of a rejected original are still linked through it.
+
+    Args:
+        near: group of near-duplicates of each accepted record.
+        good: which records of ``frame`` are accepted.
     """
-    near = near_duplicate_groups(thumbnails.stack(accepted["thumbnail"].tolist()), Likeness.of(config))
     components = linked_rows([*splits.links_of(frame), (np.flatnonzero(good), near)], len(frame))[good]
     sizes = np.bincount(np.unique(components, return_inverse=True)[1])
     in_near = np.bincount(near)[near] > 1
-    return components, near, {"count": len(sizes), "largest": int(sizes.max()), "rows_with_near_duplicates": int(in_near.sum())}
+    return components, {"count": len(sizes), "largest": int(sizes.max()), "rows_with_near_duplicates": int(in_near.sum())}
 
 
 def _clean(accepted: pd.DataFrame, frame: pd.DataFrame, good: np.ndarray) -> tuple[pd.DataFrame, dict[str, int]]:

@@ -106,6 +106,18 @@ def test_the_context_must_hold_an_image_and_text() -> None:
     parse_config({"image_tokenizer": {"image_size": 256, "pretrained": "elsewhere"}}, "here.yaml")  # its own size counts
 
 
+def test_a_pretrained_encoder_has_weights_and_only_with_one_are_images_compared_by_embeddings() -> None:
+    similarity, encoder = {"near_duplicate_similarity": 0.95}, {"pretrained_model": "ViT-B-32", "pretrained_weights": "laion2b_s34b_b79k"}
+    parse_config({"validate": similarity, "encoder": encoder}, "here.yaml")
+    for wrong, message in (
+        ({"validate": similarity}, r"validate\.near_duplicate_similarity needs encoder\.pretrained_model"),
+        ({"encoder": {"pretrained_model": "ViT-B-32"}}, r"encoder: .*pretrained_model needs pretrained_weights"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            parse_config(wrong, "here.yaml")
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("content", "message"), [
     (b"a: [1", r"params\.yaml is not YAML, line 1: expected ',' or ']'"),
     (b"seed: 1\npretrain:\n  steps: 3\nseed: 2\n", r"params\.yaml, line 4: seed is named twice, first in line 1; keep one of the two"),

@@ -8,7 +8,7 @@ from PIL import Image, ImageEnhance
 from scipy.sparse.csgraph import connected_components
 
 from cm3leon.data import near_duplicates
-from cm3leon.data.near_duplicates import HASH_BITS, LEAST_BITS, Likeness, difference_hashes, near_duplicate_groups
+from cm3leon.data.near_duplicates import HASH_BITS, LEAST_BITS, Likeness, difference_hashes, near_duplicate_groups, similar_groups
 from cm3leon.data.thumbnails import SIDE, stack, thumbnail_of
 
 
@@ -36,6 +36,18 @@ def test_components_are_those_of_comparing_all_pairs(distance: float, monkeypatc
     expected = brute_force(points, distance)
     assert same_partition(found, expected)
     assert 1 < len(set(expected.tolist())) <= 400
+
+
+@pytest.mark.parametrize("similarity", [0.5, 0.8, 0.95, 0.999])
+def test_groups_of_embeddings_are_those_of_comparing_all_pairs(similarity: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_duplicates, "BLOCK", 37)
+    monkeypatch.setattr(near_duplicates, "STRIPE", 53)
+    rng = np.random.default_rng(2)
+    vectors = rng.normal(size=(40, 32))[rng.integers(0, 40, 400)] + rng.normal(size=(400, 32)) * rng.uniform(0, 0.7, (400, 1))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    expected = connected_components(vectors @ vectors.T > similarity, directed=False)[1]
+    assert same_partition(similar_groups(vectors.astype(np.float32), similarity), expected)
+    assert 1 < len(set(expected.tolist())) < 400
 
 
 def test_a_distance_of_zero_joins_nothing() -> None:

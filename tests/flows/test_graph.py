@@ -172,6 +172,7 @@ def test_stages_depend_on_the_weights_that_their_parameters_name() -> None:
     assert len(named) == 4
     for parameter in named:
         assert str(paths.WEIGHTS) in graph()[parameter.partition(".")[0]]["deps"]
+    assert str(paths.WEIGHTS) in graph()["validate"]["deps"], "with near_duplicate_similarity it reads the encoder's"
 
 
 @pytest.mark.parametrize("stage", ["image_tokenizer", "encoder", "super_resolution"])

@@ -103,20 +103,13 @@ def test_saving_and_loading(halves: Halves, encoder: Encoder, tmp_path: Path) ->
     assert loaded.fingerprint != encoder.fingerprint
 
 
-def test_pretrained_weights_from_a_checkpoint(halves: Halves, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_weights_from_a_checkpoint(halves: Halves, tmp_path: Path, tiny_architecture: str) -> None:
     """A checkpoint of an open_clip architecture is read, saved, and loaded again when the checkpoint is gone."""
-    torchvision_compat.make_importable()
     import open_clip
     from safetensors.torch import save_file
 
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-test", config)
-    save_file(open_clip.create_model("tiny-test").state_dict(), tmp_path / "weights.safetensors")
-    encoder = Encoder.pretrained("tiny-test", str(tmp_path / "weights.safetensors"))
+    save_file(open_clip.create_model(tiny_architecture).state_dict(), tmp_path / "weights.safetensors")
+    encoder = Encoder.pretrained(tiny_architecture, str(tmp_path / "weights.safetensors"))
     encoder.save(tmp_path / "saved")
     (tmp_path / "weights.safetensors").unlink()
     loaded = Encoder.load(tmp_path / "saved")
@@ -126,7 +119,7 @@ def test_pretrained_weights_from_a_checkpoint(halves: Halves, tmp_path: Path, mo
     with pytest.raises(ValueError, match="no such architecture"):
         Encoder.pretrained("nothing-like-it", "x")
     with pytest.raises(ValueError, match="neither a file nor a tag"):
-        Encoder.pretrained("tiny-test", str(tmp_path / "absent.pt"))
+        Encoder.pretrained(tiny_architecture, str(tmp_path / "absent.pt"))
 
 
 def test_every_published_weight_is_refused_or_built_with_the_activation_it_was_trained_with() -> None:

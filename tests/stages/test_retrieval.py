@@ -193,9 +193,3 @@ def test_the_side_of_the_targets() -> None:
     assert target_side(sizes, 64, 2) == 128  # upscaled outputs are not larger
     assert target_side(sizes, 500, 3) == 480
     assert target_side(sizes.assign(width=65), 64, 4) == 64
-
-
-def test_pretrained_model_needs_weights(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
-    section = CONFIG.encoder.model_copy(update={"pretrained_model": "ViT-B-32"})
-    with pytest.raises(ValueError, match="pretrained_weights"):
-        encoder.run(CONFIG.model_copy(update={"encoder": section}))

@@ -122,7 +122,8 @@ def test_every_stage_of_a_profile_fits_one_gpu_of_80_gb(profile: str) -> None:
 
 
 def test_a_plan_that_does_not_fit_names_the_change() -> None:
-    config = read_config("tiny", ("encoder.pretrained_model=ViT-B-32",), CONFIGS_DIRECTORY)
+    pretrained = ("encoder.pretrained_model=ViT-B-32", "encoder.pretrained_weights=laion2b_s34b_b79k")
+    config = read_config("tiny", pretrained, CONFIGS_DIRECTORY)
     usable = 0.9 * vqgan.step_memory(config.image_tokenizer, 2).total
     tokenizer, encoder, upscaler, *_ = stage_plans.stage_plans(config, meta_decoder(config), 2, usable)
     assert (tokenizer.gpus, tokenizer.at_once) == (2, "8 of 16")
