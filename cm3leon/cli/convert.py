@@ -66,10 +66,10 @@ def described(decoder: Decoder) -> str:
 @app.command(rich_help_panel=PANEL)
 def export(
     directory: Annotated[Path, typer.Argument(help="new directory to write")],
-    format_: Annotated[ExportFormat, typer.Option("--format", help=f"{OPT}; {TRANSFORMERS}")] = ExportFormat.opt,
+    format_: Annotated[ExportFormat, typer.Option("--format", help=f"{TRANSFORMERS}; {OPT}")] = ExportFormat.transformers,
     model: Annotated[str, typer.Option(help="a registered model (models:/NAME@ALIAS), or the directory of a bundle or decoder")] = CHAMPION,
 ) -> None:
-    """Export a model for other software: its decoder as OPT, or all that transformers needs to generate."""
+    """Export a model for other software: all that transformers needs to generate, or its decoder as OPT."""
     from cm3leon.registry.registry import find_bundle
 
     check_unused(directory)

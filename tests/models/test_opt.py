@@ -307,7 +307,7 @@ def test_export_takes_the_decoder_of_a_registered_model(
     asked = []
     make().save(tmp_path / "bundle")
     monkeypatch.setattr(registry, "fetch_bundle", lambda uri: asked.append(uri) or tmp_path / "bundle")  # type: ignore[func-returns-value]
-    assert call(capsys, "export", tmp_path / "opt")[0] == 0
+    assert call(capsys, "export", "--format", "opt", tmp_path / "opt")[0] == 0
     assert asked == [CHAMPION]
     assert same(import_opt(tmp_path / "opt"), make())
 
@@ -325,7 +325,7 @@ def test_export_without_a_champion(tmp_path: Path, capsys: pytest.CaptureFixture
     (["export", "full/file", "--model", "ours"], "error: full/file is a file; name a directory"),
     (["export", "new", "--model", "nowhere"], "error: nowhere: no decoder here"),
     (["export", "new", "--model", "opt"], "error: opt holds another kind of model"),
-    (["export", "new", "--model", "norm"], "error: OPT cannot express a decoder with qk_norm=true"),
+    (["export", "new", "--format", "opt", "--model", "norm"], "error: OPT cannot express a decoder with qk_norm=true"),
     (["import", "opt", "full"], "error: full is not empty; name a new directory"),
     (["import", "nowhere", "new"], "error: nowhere: no OPT checkpoint here"),
     (["import", "ours", "new"], "error: ours/config.json: model_type is null"),

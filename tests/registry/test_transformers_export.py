@@ -76,7 +76,7 @@ def test_the_examples_run_with_transformers_and_pillow(exported: Path) -> None:
 def test_a_bundle_brings_its_card_its_data_and_its_settings(stages: Path) -> None:
     bundle = evaluated(0.5).path
     Training(frozenset({"text_to_image", "vqa"}), masked_prompts=False).write(bundle)
-    done = CliRunner().invoke(app.app, ["export", "out", "--format", "transformers", "--model", str(bundle)])
+    done = CliRunner().invoke(app.app, ["export", "out", "--model", str(bundle)])
     assert done.exit_code == 0, done.output
     assert "out/README.md says how to generate" in done.output
     text = Path("out/README.md").read_text()
