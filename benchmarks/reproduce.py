@@ -37,12 +37,13 @@ def environment_of(project: Path) -> dict[str, str]:
     return environment | {"PYTHONPATH": str(project), "PATH": os.pathsep.join(search)}
 
 
-def clone(to: Path, commit: str, profile: str) -> dict[str, str]:
-    """Clone a commit and write its parameters from the profile; returns the environment for its commands."""
+def clone(to: Path, commit: str, profile: str, *changes: str) -> dict[str, str]:
+    """Clone a commit and write its parameters from the profile with ``key=value`` changes; returns the environment for its commands."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(to)], check=True)
     subprocess.run(["git", "checkout", "--quiet", commit], cwd=to, check=True)
     environment = environment_of(to)
-    for arguments in (["configure", profile], ["setup"]):
+    settings = [argument for change in changes for argument in ("--set", change)]
+    for arguments in (["configure", profile, *settings], ["setup"]):
         subprocess.run([sys.executable, "-m", "cm3leon", *arguments], cwd=to, env=environment, check=True)
     return environment
 

@@ -24,17 +24,19 @@ from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 
+from cm3leon.config import paths  # noqa: E402
 from cm3leon.config.schema import Config  # noqa: E402
 from cm3leon.services import worktree  # noqa: E402
 from cm3leon.services.exclusive import alone_in_directory  # noqa: E402
 from cm3leon.services.leftovers import FLOW_RUNS, end_leftover_processes, owned  # noqa: E402
+from cm3leon.tracking.runs import Run  # noqa: E402
 from cm3leon.utils.errors import UserError  # noqa: E402
 from flows.approval import DECISION_HOURS, Hours, check_can_wait, with_decision  # noqa: E402
 from flows.drift import DRIFT, drift_task, with_drift_check  # noqa: E402
 from flows.graph import Stage, downstream_of, from_stage, stage_order, stale_stages  # noqa: E402
 from flows.notify import tell_failure  # noqa: E402
 from flows.promotion import register_gate_promote  # noqa: E402
-from flows.report import markdown, show_table  # noqa: E402
+from flows.report import Before, markdown, show_table  # noqa: E402
 from flows.session import dated, prefect_api, until_interrupted  # noqa: E402
 from flows.stage import StageResult, stage_task  # noqa: E402
 
@@ -181,17 +183,36 @@ def run_pipeline(config: Config, stages: list[Stage], promote: bool, approval: b
         changed = {"Completed", "Cached"} & {r.state for r in results}
         saved = save_results() if changed else ""
         run.set_tags({EXPERIMENT_TAG: saved} if saved else {})
-        overview.finish(run, verdict, evaluated=not any(r.error for r in results))
+        evaluated = not any(r.error for r in results)
+        overview.finish(run, verdict, evaluated)
+        before = what_was_before(config, run, evaluated)
         run.log_metrics({"pipeline/seconds": sum(r.seconds for r in results)})
         run.log_metrics({f"pipeline/{r.stage}_seconds": r.seconds for r in results if r.state == "Completed"})
         run.log_metrics({f"pipeline/{r.stage}_peak_megabytes": r.peak_megabytes for r in results if r.peak_megabytes})
-        _publish(markdown(results, verdict, run, saved), config.profile)
+        _publish(markdown(results, verdict, run, before, saved), config.profile)
         if problem:
             raise PipelineFailedError(problem)
-    show_table(results, verdict, run)
+    show_table(results, verdict, run, before)
     if problem:
         return Failed(message=problem)
     return Completed(message=verdict, data=[vars(result) for result in results])
+
+
+def what_was_before(config: Config, run: Run, evaluated: bool) -> Before:
+    """How long stages took in earlier runs, and the fresh runs of the same parameters.
+
+    Args:
+        evaluated: the evaluation in ``models/`` is that of this run.
+    """
+    from cm3leon.evaluation.reference import Comparison, compare
+    from cm3leon.tracking.durations import last_seconds
+
+    try:
+        reference = compare(config, paths.EVALUATION if evaluated else None)
+    except UserError as error:
+        get_run_logger().warning("the scores are not compared with those of fresh runs: %s", error)
+        reference = Comparison()
+    return Before(last_seconds(run, config.profile), reference)
 
 
 def save_results() -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from cm3leon.config import paths
+from cm3leon.evaluation.reference import Comparison, Spread
+from cm3leon.evaluation.results_page import three_digits
 from cm3leon.services.environment import ui_servers
 from cm3leon.tracking.runs import Run
 from cm3leon.tracking.store import tracking_uri
@@ -20,7 +23,47 @@ from flows.stage import StageResult, metrics_text
 
 STYLES = {"Completed": "green", "Cached": "cyan", "Skipped": "dim", "Failed": "bold red", "NotRun": "yellow"}
 SAMPLES = paths.EVALUATION / "samples.png"
+RESULTS_PAGE = "docs/results.md"
 DATA_PAGES = {"data report": paths.DATA_REPORT, "data docs": paths.DATA_DOCS / "index.html"}
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a run is shown beside.
+
+    Attributes:
+        seconds: stage -> seconds of its last run here.
+        reference: the fresh runs of the same parameters.
+    """
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    reference: Comparison = field(default_factory=Comparison)
+
+    def of(self, *stages: str) -> str:
+        """Seconds that stages took together: in their last run here, else "~" and the median of the fresh runs, else nothing."""
+        known = {**self.reference.seconds, **self.seconds}
+        found = [stage for stage in stages if stage in known]
+        mark = "" if set(found) <= set(self.seconds) else "~"
+        return f"{mark}{sum(known[stage] for stage in found):.1f}" if found else ""
+
+    def note(self, *stages: str) -> str:
+        """What "~" means, if it is shown for one of the stages."""
+        shown = self.of(*stages).startswith("~")
+        return f"~ not run here before: median of {self.reference.count} fresh runs ({RESULTS_PAGE})" if shown else ""
+
+    def scores(self) -> list[tuple[str, str, str, str, str]]:
+        """Rows of the scores: name, of this run, median and range of the fresh runs, and whether this run is worse than all of them."""
+        return [(name, *_beside(score, found)) for name, (score, found) in self.reference.scores.items()]
+
+    def chance(self) -> str:
+        """How often a run that is as good as the others is worse than all of them."""
+        number = self.reference.count
+        return f"{number} fresh runs of the same parameters ({RESULTS_PAGE}); by chance one score of {number + 1} is worse than all of them"
+
+
+def _beside(score: float, found: Spread) -> tuple[str, str, str, str]:
+    mark = "worse than all" if found.is_worse(score) else ""
+    return three_digits(score), three_digits(found.median), f"{three_digits(found.worst)}–{three_digits(found.best)}", mark
 
 
 def _memory(result: StageResult) -> str:
@@ -31,20 +74,12 @@ def _seconds(result: StageResult) -> str:
     return "" if result.state == "NotRun" else f"{result.seconds:.1f}"
 
 
-def show_table(results: Sequence[StageResult], verdict: str, run: Run, console: Console | None = None) -> None:
-    """Print stages with state, seconds, peak memory of the stage's process and headline metrics; then errors, the verdict and links."""
-    table = Table(title="pipeline", title_justify="left")
-    for name, justify in (("stage", "left"), ("state", "left"), ("seconds", "right"), ("peak MB", "right"), ("metrics", "left")):
-        table.add_column(name, justify=justify, no_wrap=name != "metrics")  # type: ignore[arg-type]
-    for result in results:
-        state = f"[{STYLES.get(result.state, '')}]{result.state}[/]"
-        table.add_row(result.stage, state, _seconds(result), _memory(result), escape(metrics_text(result.metrics)))
-    ran = [result for result in results if result.state != "NotRun"]
-    most_memory = _memory(max(ran, key=lambda r: r.peak_megabytes or 0)) if ran else ""
-    table.add_section()
-    table.add_row("all", "", f"{sum(r.seconds for r in ran):.1f}", most_memory, "")
+def show_table(results: Sequence[StageResult], verdict: str, run: Run, before: Before, console: Console | None = None) -> None:
+    """Print the stages with their seconds now and before, the scores beside those of fresh runs, errors, the verdict and links."""
     console = console or Console(width=None if os.environ.get("COLUMNS") or Console().is_terminal else 140)
-    console.print(table)
+    console.print(_stage_table(results, before))
+    if before.reference.scores:
+        console.print(_score_table(before))
     for result in results:
         if result.error:
             console.print(f"[bold red]{escape(result.error)}[/]", highlight=False)
@@ -53,6 +88,40 @@ def show_table(results: Sequence[StageResult], verdict: str, run: Run, console: 
         console.print(f"{what:<11} {where}", highlight=False, soft_wrap=True)
     if not ui_servers():
         console.print(f"{'browse':<11} make ui   (MLflow, Prefect, Data Docs)", highlight=False)
+
+
+def _stage_table(results: Sequence[StageResult], before: Before) -> Table:
+    table = _table("pipeline", ("stage", "state"), ("seconds", "before", "peak MB"), "metrics")
+    stages = [result.stage for result in results]
+    table.caption = before.note(*stages) or None
+    for result in results:
+        state = f"[{STYLES.get(result.state, '')}]{result.state}[/]"
+        cells = (_seconds(result), before.of(result.stage), _memory(result), escape(metrics_text(result.metrics)))
+        table.add_row(result.stage, state, *cells)
+    ran = [result for result in results if result.state != "NotRun"]
+    most_memory = _memory(max(ran, key=lambda r: r.peak_megabytes or 0)) if ran else ""
+    table.add_section()
+    table.add_row("all", "", f"{sum(r.seconds for r in ran):.1f}", before.of(*stages), most_memory, "")
+    return table
+
+
+def _score_table(before: Before) -> Table:
+    table = _table("scores", ("score",), ("this run", "median", "worst–best"), "")
+    table.caption = before.chance()
+    for name, score, median, extent, mark in before.scores():
+        table.add_row(name, f"[bold red]{score}[/]" if mark else score, median, extent, f"[bold red]{mark}[/]" if mark else "")
+    return table
+
+
+def _table(title: str, names: Sequence[str], numbers: Sequence[str], rest: str) -> Table:
+    """An empty table; only cells of the last column may be broken into lines."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(rest)
+    return table
 
 
 def links(run: Run, local: Callable[[Path], str]) -> list[tuple[str, str]]:
@@ -88,8 +157,8 @@ def mlflow_page(run: Run, artifact: str = "") -> str | None:
     return f"{mlflow}/{run_page(str(run.experiment_id), run.run_id, artifact)}" if mlflow and run.run_id else None
 
 
-def markdown(results: Sequence[StageResult], verdict: str, run: Run, saved: str = "") -> str:
-    """The report as markdown: verdict, headline scores, links, stages.
+def markdown(results: Sequence[StageResult], verdict: str, run: Run, before: Before, saved: str = "") -> str:
+    """The report as markdown: verdict, headline scores, links, stages, and scores beside those of the fresh runs.
 
     Args:
         saved: name of the experiment of DVC that holds what the run has changed.
@@ -100,8 +169,15 @@ def markdown(results: Sequence[StageResult], verdict: str, run: Run, saved: str 
     lines += [f"- [{what}]({where})" for what, where in links(run, lambda path: path.absolute().as_uri())]
     lines += [f"- MLflow run `{run.run_id}`"] if run.run_id else []
     lines += [f"- to take these outputs over: `dvc exp apply {saved}`"] if saved else []
-    lines += ["", "| stage | state | seconds | peak MB | metrics |", "|---|---|---:|---:|---|"]
-    lines += [f"| {r.stage} | {r.state} | {_seconds(r)} | {_memory(r)} | {metrics_text(r.metrics, 3)} |" for r in results]
+    lines += ["", "| stage | state | seconds | before | peak MB | metrics |", "|---|---|---:|---:|---:|---|"]
+    for r in results:
+        lines.append(f"| {r.stage} | {r.state} | {_seconds(r)} | {before.of(r.stage)} | {_memory(r)} | {metrics_text(r.metrics, 3)} |")
+    if note := before.note(*(r.stage for r in results)):
+        lines += ["", note]
+    if rows := before.scores():
+        lines += ["", "| score | this run | median | worst–best | |", "|---|---:|---:|---:|---|"]
+        lines += [f"| {' | '.join(cells)} | {f'**{mark}**' if mark else ''} |" for *cells, mark in rows]
+        lines += ["", before.chance()]
     for r in results:
         if r.error:
             lines += ["", "```", r.error, "```"]

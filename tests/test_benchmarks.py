@@ -13,11 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from results_support import fresh_run
 
+from benchmarks import repeat
 from benchmarks.study import claims, report, runs
 from benchmarks.study.__main__ import CLAIMS
 from benchmarks.study.section import Section, every_seed_higher, paired_difference, tokens_to_loss
+from cm3leon.config import paths
+from cm3leon.config.profiles import configure
 from cm3leon.config.schema import Config
+from cm3leon.evaluation.record import Record
+from cm3leon.evaluation.reference import FreshRun, parameters_digest, read_runs, write_runs
+from cm3leon.tracking.runs import pipeline_run
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -179,3 +186,88 @@ def test_no_script_looks_at_the_test_split() -> None:
     for script in sorted((ROOT / "benchmarks").rglob("*.py")):
         constants = {node.value for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Constant)}
         assert "test" not in constants, script
+
+
+def test_seeds_that_are_missing_are_trained_and_kept_as_soon_as_they_end(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    trained: list[int] = []
+
+    def train(seed: int) -> FreshRun:
+        if seed == 3:
+            raise KeyboardInterrupt
+        trained.append(seed)
+        return fresh_run(seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        repeat.repeat([0, 1, 3], results, "p", train)
+    assert [run.seed for run in read_runs(results)] == [0, 1]
+    assert "There are 2 of 5 runs." in (tmp_path / "results.md").read_text()
+    repeat.repeat([0, 1, 2], results, "p", train)
+    assert trained == [0, 1, 2] and [run.seed for run in read_runs(results)] == [0, 1, 2]
+
+
+def test_seeds_count_again_under_other_parameters(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    write_runs(results, [fresh_run(0, parameters="old"), fresh_run(1, parameters="old")])
+    repeat.repeat([], results, "p", fresh_run)
+    assert len(read_runs(results)) == 2 and "There are 2 of 5 runs." in (tmp_path / "results.md").read_text()
+    repeat.repeat([1], results, "p", fresh_run)
+    assert read_runs(results) == [fresh_run(1)]
+
+
+class Clones:
+    """In place of clones and pipelines: which projects were cloned, and the exit status of the pipelines."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cloned: list[str] = []
+        self.monkeypatch = monkeypatch
+        monkeypatch.setattr(repeat, "clone", self.clone)
+        monkeypatch.setattr(repeat, "collect", lambda project, threads, minutes: fresh_run(0, threads=threads, minutes=minutes))
+
+    def clone(self, to: Path, commit: str, profile: str, *changes: str) -> None:
+        assert (commit, profile, changes) == ("HEAD", "small", ("seed=0",))
+        to.mkdir()
+        self.cloned.append(to.name)
+
+    def train(self, directory: Path, threads: int = 2, status: int = 0) -> FreshRun:
+        self.monkeypatch.setattr(repeat, "PIPELINE", ["-c", f"import sys; sys.exit({status})"])
+        return repeat.train_in_clone(0, threads, directory, "parameters")
+
+
+def test_an_interrupted_training_goes_on_in_its_clone_and_has_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clones = Clones(monkeypatch)
+    with pytest.raises(subprocess.CalledProcessError):
+        clones.train(tmp_path, status=1)
+    assert clones.train(tmp_path).minutes is None and len(clones.cloned) == 1
+    other = clones.train(tmp_path, threads=1)
+    assert other.minutes is not None and other.threads == 1 and len(set(clones.cloned)) == 2
+
+
+def test_half_of_a_clone_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small-paramete-seed-0-threads-2").mkdir()
+    clones = Clones(monkeypatch)
+    assert clones.train(tmp_path).minutes is not None and len(clones.cloned) == 1
+
+
+def test_a_run_is_collected_from_its_project(project: Path) -> None:
+    configure("tiny", ["seed=4"], configs=ROOT / "configs")
+    record = Record({"composition": 0.5}, calibration={"composition_real": 1.0}, contract={"prompts": "1"})
+    record.write(paths.EVALUATION)
+    with pipeline_run(Config(profile="tiny")) as run:
+        run.log_metrics(
+            {"pipeline/sft_seconds": 12.34, "pipeline/ingest_seconds": 2.0, "pipeline/sft_peak_megabytes": 900.0, "pipeline/seconds": 15.0}
+        )
+    found = repeat.collect(project, 2, 0.5)
+    assert (found.seed, found.threads, found.profile, found.minutes, found.peak_megabytes) == (4, 2, "tiny", 0.5, 900.0)
+    assert list(found.seconds.items()) == [("ingest", 2.0), ("sft", 12.3)]
+    assert found.scores == record.scores and found.calibration == record.calibration
+    assert found.parameters == parameters_digest(configure("tiny", configs=ROOT / "configs"))
+    resumed = repeat.collect(project, 2, None)
+    assert (resumed.minutes, resumed.seconds, resumed.peak_megabytes) == (None, {}, None) and resumed.scores == found.scores
+
+
+def test_a_processor_is_named_with_its_widest_instructions(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: sse avx2 avx512f\n\nprocessor\t: 1\nmodel name\t: AMD EPYC\n")
+    assert repeat.processor(cpuinfo) == "AMD EPYC, AVX-512"
+    assert repeat.processor(tmp_path / "none") == "unknown"

@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cm3leon.config.schema import GateConfig
+from cm3leon.evaluation.calibration import lower_is_better
 from cm3leon.evaluation.record import Record, paired_differences, record_of
 from cm3leon.sequence.tasks import TASKS
-
-LOWER_IS_BETTER = ("fd_", "kd_")
-"""Prefixes of the scores that are better when lower (distances); all others are better when higher."""
 
 ROUNDING = 1e-9
 """By which a score may miss its limit: base and margin are decimal fractions, which floats only approximate."""
@@ -158,11 +156,6 @@ def _show_difference(row: Row) -> str:
     if row.interval is None:
         return f"{row.difference:+.3g}"
     return f"{row.difference:+.3g} [{row.interval[0]:+.3g}, {row.interval[1]:+.3g}], {row.pairs} pairs"
-
-
-def lower_is_better(metric: str) -> bool:
-    """True if a lower score is better."""
-    return metric.startswith(LOWER_IS_BETTER)
 
 
 def compare(

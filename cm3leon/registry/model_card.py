@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from cm3leon.data.licenses import TERMS, obligation
+from cm3leon.evaluation.calibration import BASELINES, CEILINGS, calibrations_of, lower_is_better
 from cm3leon.evaluation.record import Record
 from cm3leon.registry.bundle import TRAINING_DATA
-from cm3leon.registry.gate import LOWER_IS_BETTER
 from cm3leon.tracking.overview import HEADLINE
 from cm3leon.tracking.view import spaced
 
 MAX_DESCRIPTION = 4900
 """MLflow's store keeps 5,000 characters of a version's description."""
-
-BASELINES = ("other_captions", "other_images", "other_layouts", "majority", "unchanged", "left_out", "guess", "bicubic")
-CEILINGS = ("real", "reconstructions", "real_halves", "one_reference")
-"""Ends of the names of calibrations; what comes before is the score that they calibrate."""
-
-
-def calibrations_of(record: Record, score: str, ends: Sequence[str]) -> dict[str, float]:
-    """The calibrations of a score whose names end as given, by that end."""
-    return {end: record.calibration[f"{score}_{end}"] for end in ends if f"{score}_{end}" in record.calibration}
 
 
 def scores_table(record: Record) -> Iterator[str]:
@@ -32,7 +23,7 @@ def scores_table(record: Record) -> Iterator[str]:
     for name in headline_scores(record):
         low, high = record.intervals.get(name, (float("nan"), float("nan")))
         interval = f"{low:.3g} to {high:.3g}" if name in record.intervals else ""
-        cells = [", ".join(f"{end.replace('_', ' ')} {value:.3g}" for end, value in calibrations_of(record, name, ends).items())
+        cells = [", ".join(f"{end.replace('_', ' ')} {value:.3g}" for end, value in calibrations_of(record.calibration, name, ends).items())
                  for ends in (BASELINES, CEILINGS)]  # fmt: skip
         yield f"| {name} | {record.scores[name]:.4g} | {interval} | {cells[0]} | {cells[1]} |"
 
@@ -40,16 +31,16 @@ def scores_table(record: Record) -> Iterator[str]:
 def headline_scores(record: Record) -> list[str]:
     """Names of the scores that are calibrated, the main ones first; the others are breakdowns of them, or counts."""
     ordered = sorted(record.scores, key=lambda name: (HEADLINE.index(name) if name in HEADLINE else len(HEADLINE), name))
-    return [name for name in ordered if calibrations_of(record, name, (*BASELINES, *CEILINGS))]
+    return [name for name in ordered if calibrations_of(record.calibration, name, (*BASELINES, *CEILINGS))]
 
 
 def limits(record: Record) -> Iterator[str]:
     """What the evaluation says the model cannot do: scores whose interval reaches down to a baseline, where higher is better."""
     for name in headline_scores(record):
-        if name not in record.intervals or name.startswith(LOWER_IS_BETTER):
+        if name not in record.intervals or lower_is_better(name):
             continue
         low, _ = record.intervals[name]
-        below = [end.replace("_", " ") for end, value in calibrations_of(record, name, BASELINES).items() if low <= value]
+        below = [end.replace("_", " ") for end, value in calibrations_of(record.calibration, name, BASELINES).items() if low <= value]
         if below:
             yield f"{name}: not shown to be better than the baseline ({', '.join(below)})"
 

@@ -5,8 +5,9 @@ import pytest
 
 from cm3leon.config.profiles import load_profile, profile_names
 from cm3leon.config.schema import GateConfig
+from cm3leon.evaluation.calibration import lower_is_better
 from cm3leon.evaluation.record import Record
-from cm3leon.registry.gate import compare, lower_is_better
+from cm3leon.registry.gate import compare
 
 CONTRACT = {"prompts": "1", "seed": 0}
 GATE = GateConfig(floors={"composition": 0.4}, ceilings={"fd_encoder": 9.0}, margins={"composition": 0.02, "fd_encoder": 0.5})

@@ -1,0 +1,187 @@
+"""Fresh trainings of profile small, whose median and range every headline is: python -m benchmarks.repeat --seeds 0 1 2 3 4 [--threads N]
+
+Each seed that ``docs/results.json`` lacks under the present parameters is trained in a clone of HEAD, by the pipeline as ``make run`` runs
+it, about half an hour on two cores. It is added to the file as soon as it has ended, and ``docs/results.md`` is written from the file; so
+they are without any seeds. The same command goes on where it was interrupted, in the same clone and at its commit; such a run counts for
+the scores, and not for the times. Runs of other parameters leave the file when the first of new ones is added; git keeps them.
+
+Two runs at least are to be on another kind of processor, or with other threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.reproduce import ROOT, clone, environment_of
+from cm3leon.config import paths
+from cm3leon.config.loading import load_config
+from cm3leon.config.profiles import load_profile
+from cm3leon.evaluation.record import Record
+from cm3leon.evaluation.reference import (
+    RESULTS,
+    FreshRun,
+    comparable,
+    evaluation_digest,
+    parameters_digest,
+    read_runs,
+    with_run,
+    write_runs,
+)
+from cm3leon.evaluation.results_page import page
+from cm3leon.stages.common import STAGES
+from cm3leon.tracking.durations import stage_seconds
+from cm3leon.tracking.lineage import git_commit
+from cm3leon.tracking.sqlite import sqlite_uri
+from cm3leon.tracking.store import EXPERIMENT
+
+PROFILE = "small"
+PIPELINE = ["-m", "flows.pipeline"]
+PEAK = "_peak_megabytes"
+INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+"""Flag of a processor -> its name, the widest instructions first: two processors of one name may differ in them."""
+
+
+def repeat(seeds: Sequence[int], results: Path, parameters: str, train: Callable[[int], FreshRun]) -> None:
+    """Train the seeds that a file of runs lacks, add each to it as soon as it has ended, and write its page.
+
+    Args:
+        results: the file; the page is beside it, with the ending ``.md``.
+        parameters: digest of the parameters under which runs count.
+        train: makes the run of a seed.
+    """
+    write_page(results)
+    for seed in seeds:
+        if any(run.seed == seed and run.parameters == parameters for run in comparable(read_runs(results))):
+            print(f"seed {seed}: in {results.name}", flush=True)
+            continue
+        found = train(seed)
+        runs = read_runs(results)
+        kept = with_run(runs, found)
+        write_runs(results, kept)
+        write_page(results)
+        left = len(runs) + 1 - len(kept)
+        print(f"seed {seed}: added to {results.name}{f'; {left} earlier runs left it' if left else ''}", flush=True)
+
+
+def write_page(results: Path) -> None:
+    """Write the page of a file of runs."""
+    results.with_suffix(".md").write_text(page(read_runs(results)))
+
+
+def train_in_clone(seed: int, threads: int, directory: Path, parameters: str) -> FreshRun:
+    """Train a seed in a clone, which is kept; one that is there goes on.
+
+    Raises:
+        subprocess.CalledProcessError: if the pipeline fails.
+    """
+    # 1. The clone. One of another state of the parameters, or for other threads, has another name.
+    project = directory / f"{PROFILE}-{parameters[:8]}-seed-{seed}-threads-{threads}"
+    begun = project.with_name(f"{project.name}.begun")
+    resumed = project.exists() and begun.exists()
+    if resumed:
+        print(f"seed {seed}: goes on in {project} at commit {commit_of(project)[:7]}; its times will not count", flush=True)
+    else:
+        shutil.rmtree(project, ignore_errors=True)  # a half of a clone, if that was interrupted
+        directory.mkdir(parents=True, exist_ok=True)
+        clone(project, "HEAD", PROFILE, f"seed={seed}")
+        begun.touch()
+
+    # 2. The pipeline.
+    environment = environment_of(project) | {"OMP_NUM_THREADS": str(threads)}
+    start = time.monotonic()
+    with subprocess.Popen([sys.executable, *PIPELINE], cwd=project, env=environment) as process:
+        status = process.wait()
+    minutes = (time.monotonic() - start) / 60
+    if status != 0:
+        raise subprocess.CalledProcessError(status, process.args)
+
+    # 3. What it has left.
+    return collect(project, threads, None if resumed else minutes)
+
+
+def collect(project: Path, threads: int, minutes: float | None) -> FreshRun:
+    """The run of a project whose pipeline has ended, from its parameters, its evaluation record and its tracking store.
+
+    Args:
+        minutes: of the pipeline; None if it was interrupted, so that nothing tells how long its stages took.
+    """
+    config = load_config(project / "params.yaml")
+    record = Record.read(project / paths.EVALUATION)
+    metrics = {} if minutes is None else pipeline_metrics(project)
+    seconds = stage_seconds(metrics)
+    return FreshRun(
+        seed=config.seed,
+        threads=threads,
+        processor=processor(Path("/proc/cpuinfo")),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=commit_of(project),
+        profile=config.profile,
+        parameters=parameters_digest(config),
+        evaluation=evaluation_digest(record),
+        scores=record.scores,
+        calibration=record.calibration,
+        minutes=None if minutes is None else round(minutes, 2),
+        seconds={stage: round(seconds[stage], 1) for stage in STAGES if stage in seconds},
+        peak_megabytes=max((value for name, value in metrics.items() if name.endswith(PEAK)), default=None),
+    )
+
+
+def pipeline_metrics(project: Path) -> dict[str, float]:
+    """The metrics of the last pipeline run in a project's own store."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(sqlite_uri(project / "mlflow.db"))
+    experiment: Any = client.get_experiment_by_name(EXPERIMENT)
+    order = ["attributes.start_time DESC"]
+    [run] = client.search_runs([experiment.experiment_id], "tags.stage = 'pipeline'", order_by=order, max_results=1)
+    return dict(run.data.metrics)
+
+
+def commit_of(project: Path) -> str:
+    """The commit of a project, whose ``params.yaml`` may differ from it."""
+    return (git_commit(project) or "unknown").removesuffix("-dirty")
+
+
+def processor(cpuinfo: Path) -> str:
+    """Name and widest instructions of the processor: "AMD EPYC, AVX512-BF16"; "unknown" where there is no such file."""
+    if not cpuinfo.is_file():
+        return "unknown"
+    found = dict(line.split(":", 1) for line in reversed(cpuinfo.read_text().splitlines()) if ":" in line)
+    known = {name.strip(): value.strip() for name, value in found.items()}
+    flags = known.get("flags", "").split()
+    widest = next((name for flag, name in INSTRUCTIONS.items() if flag in flags), "")
+    return ", ".join(filter(None, [known.get("model name", "unknown"), widest]))
+
+
+def main() -> None:
+    """Entry point of the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="seeds to train; without any, only the page is written")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of a process (default: %(default)s)")
+    parser.add_argument("--directory", type=Path, default=ROOT / ".cache" / "repeat", help="where the clones are")
+    options = parser.parse_args()
+    parameters = parameters_digest(load_profile(PROFILE, configs=ROOT / "configs"))
+    directory = options.directory.absolute()
+    try:
+        repeat(
+            options.seeds,
+            ROOT / RESULTS,
+            parameters,
+            lambda seed: train_in_clone(seed, options.threads, directory, parameters),
+        )
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"{error}; the same command goes on in the same clone")
+
+
+if __name__ == "__main__":
+    main()
