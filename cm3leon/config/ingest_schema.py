@@ -42,11 +42,17 @@ class ShapesConfig(Section):
     seed: Seed = Field(0, description="the same seed paints the same scenes")
     max_objects: int = Field(3, ge=1, le=3, description="most objects in a scene")
     grid: int = Field(8, ge=0, description="centers of objects lie on a grid of this many steps per side; 0: anywhere")
-    letters: float = Field(0.04, ge=0, le=1, description="share of the scenes that show a letter")
+    letters: float = Field(0.0, ge=0, le=1, description="share of the scenes that show a letter")
     edits: float = Field(0.4, ge=0, le=1, description="share of the scenes that also come edited, with the instruction")
     conditions: float = Field(0.12, ge=0, le=1, description="share of the scenes that come with condition images of all kinds")
     val_fraction: float = Field(0.03, ge=0, lt=0.5, description="share of what captions say that only the validation split shows")
     test_fraction: float = Field(0.05, ge=0, lt=0.5, description="share of what captions say that only the test split shows")
+    new_combinations: float = Field(
+        0.01,
+        ge=0,
+        lt=0.5,
+        description="share of the scenes, of the test split, with colors or relations of shapes that no other scene shows",
+    )
 
 
 class CollectionConfig(Section):

@@ -60,7 +60,7 @@ class ImageTokenizerConfig(Section):
     decoder_blocks: int = Field(2, ge=1, description="residual blocks per level of the decoder")
     encoder_kernel: Literal[1, 3] = Field(1, description="kernel of the encoder's blocks; 1: a code depends on its own patch alone")
     embedding_dim: int = Field(64, ge=2, description="dimensions of a code's vector")
-    codebook_size: int = Field(2048, ge=2, le=65_535, description="number of codes (paper: 8192)")
+    codebook_size: int = Field(3072, ge=2, le=65_535, description="number of codes (paper: 8192)")
     commitment: float = Field(0.25, ge=0, description="weight of the commitment loss")
     codebook_decay: float = Field(0.98, gt=0, lt=1, description="decay of the codebook's exponential moving averages")
     continuous_share: float = Field(0.25, ge=0, lt=1, description="share of the training before latents are quantized")

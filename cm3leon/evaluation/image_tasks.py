@@ -23,6 +23,7 @@ from cm3leon.evaluation import conditions, measure
 from cm3leon.evaluation.alignment import clip_score
 from cm3leon.evaluation.context import Evaluation, Sheet, best_images, is_scene
 from cm3leon.evaluation.inception import Inception
+from cm3leon.evaluation.leakage import Kind
 from cm3leon.evaluation.measure import shifted_positions
 from cm3leon.evaluation.pictures import Pictures
 from cm3leon.scenes import composition, edits, layouts
@@ -60,11 +61,11 @@ def text_to_image(e: Evaluation, ids: list[str], refs: list[str], prompts: list[
     return generated
 
 
-def seen_prompts(e: Evaluation, ids: list[str], prompts: list[str]) -> Pictures:
-    """Text to image of prompts that stand in training: composition and CLIP score. Returns an image for each prompt."""
+def other_prompts(e: Evaluation, ids: list[str], prompts: list[str], kind: Kind) -> Pictures:
+    """Text to image of prompts of another kind than unseen ones: composition and CLIP score. Returns an image for each prompt."""
     generated = e.text_to_image(prompts)
-    e.add_composition("composition_seen_prompts", ids, prompts, generated)
-    e.add("clip_score_seen_prompts", ids, clip_score(e.encoder, generated, prompts))
+    e.add_composition(f"composition_{kind}", ids, prompts, generated)
+    e.add(f"clip_score_{kind}", ids, clip_score(e.encoder, generated, prompts))
     return generated
 
 

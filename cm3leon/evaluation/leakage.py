@@ -2,13 +2,15 @@
 
 - :func:`check` refuses records that occur, by id or as near-duplicates, in training or in the memory bank.
 - :func:`like_training` finds those whose embeddings are too close to one of training.
-- :func:`known_prompts` and :func:`choose_prompt` tell prompts that stand in training from others.
+- :class:`Known` tells prompts that stand in training, and prompts of new combinations, from others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from cm3leon.data.manifest import first_caption
 from cm3leon.data.near_duplicates import Likeness, near_duplicate_groups
 from cm3leon.data.thumbnails import read_thumbnails
 from cm3leon.scenes import composition
+from cm3leon.scenes.scene import Combination
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.texts import folded, is_blank
 
@@ -23,6 +26,9 @@ EXAMPLES = 3
 """Most records that an error names."""
 CHUNK = 65_536
 """Training embeddings that are searched at once."""
+
+Kind = Literal["unseen", "seen_prompts", "new_combinations"]
+"""A prompt that does not stand in training; one that does; one with a color or a relation of shapes that no caption of training names."""
 
 
 class LeakageError(UserError):
@@ -91,16 +97,39 @@ def like_training(test_ND: np.ndarray, training_MD: np.ndarray, similarity: floa
     return found
 
 
-def known_prompts(captions: Iterable[Sequence[str]]) -> set[Hashable]:
-    """What the captions of training records say, each as :func:`_said`."""
-    return {_said(text) for texts in captions for text in texts}
+@dataclass(frozen=True)
+class Known:
+    """What the captions of training say.
+
+    Attributes:
+        prompts: each caption as :func:`_said`.
+        combinations: of all captions (:attr:`~cm3leon.scenes.scene.Scene.combinations`).
+    """
+
+    prompts: frozenset[Hashable]
+    combinations: frozenset[Combination]
+
+    @classmethod
+    def of(cls, captions: Iterable[Sequence[str]]) -> Known:
+        """What the captions of training records say."""
+        texts = [text for own in captions for text in own]
+        return cls(frozenset(map(_said, texts)), frozenset().union(*map(_combinations, texts)))
+
+    def choose_prompt(self, captions: Sequence[str]) -> tuple[str, Kind]:
+        """The prompt of a test record: a caption with a new combination, else one that does not stand in training, else the first."""
+        own = [text for text in map(str, captions) if not is_blank(text)]
+        for text in own:
+            if not _combinations(text) <= self.combinations:
+                return text, "new_combinations"
+        for text in own:
+            if _said(text) not in self.prompts:
+                return text, "unseen"
+        return first_caption(captions), "seen_prompts"
 
 
-def choose_prompt(captions: Sequence[str], known: set[Hashable]) -> tuple[str, bool]:
-    """The first caption of a test record that does not stand in training, or the first if all do; and whether it stands there."""
-    own = [text for text in map(str, captions) if not is_blank(text)]
-    unseen = next((text for text in own if _said(text) not in known), None)
-    return (first_caption(captions), True) if unseen is None else (unseen, False)
+def _combinations(caption: str) -> frozenset[Combination]:
+    statement = composition.parse_caption(caption)
+    return composition.combinations(statement) if statement else frozenset()
 
 
 def _said(caption: str) -> Hashable:

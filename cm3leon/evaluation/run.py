@@ -20,7 +20,7 @@ from cm3leon.data.near_duplicates import Likeness
 from cm3leon.data.pixels import ImageSet
 from cm3leon.evaluation import leakage
 from cm3leon.evaluation.context import Evaluation, Sheet, sample_rows
-from cm3leon.evaluation.image_tasks import infill, seen_prompts, text_to_image
+from cm3leon.evaluation.image_tasks import infill, other_prompts, text_to_image
 from cm3leon.evaluation.inception import Inception, fetch_weights
 from cm3leon.evaluation.pictures import Pictures
 from cm3leon.evaluation.record import TOLERANCE, Record, digest
@@ -39,8 +39,8 @@ from cm3leon.utils.images import save_captioned
 
 CONFUSIONS = "confusions.csv"
 """Table of the attributes that prompts state and images show (:func:`cm3leon.scenes.composition.confusions`)."""
-SEEN = 0.25
-"""Prompts that stand in training, as a share of those that do not."""
+OTHERS = 0.25
+"""Prompts that stand in training, as a share of those that do not; and prompts of new combinations, as a share of these."""
 SECTIONS = ("evaluate", "decoding", "retrieve")
 """Sections of the parameters on which scores of the stages' outputs depend; the record repeats them."""
 MODELS = (
@@ -78,17 +78,18 @@ def contract(
     What belongs to the model is not in it, such as decoding settings and the rules of retrieval: they are what is compared.
 
     Args:
-        rows: records with their prompts, and whether these stand in training, as columns ``prompt`` and ``seen``.
+        rows: records with their prompts and the kinds of these, as columns ``prompt`` and ``kind``.
         captioned: records whose images are captioned.
         image_size: side of the generated images, pixels.
         side: side of the images on which the upscaler is measured, pixels.
         encoder, inception: fingerprints of the networks that measure.
     """
-    counts = {"prompts": len(rows), "seen_prompts": int(rows["seen"].sum()), "captioned": len(captioned), "questions": len(asked)}
+    counts = {"prompts": len(rows), **{kind: int((rows["kind"] == kind).sum()) for kind in ("seen_prompts", "new_combinations")}}
+    counts |= {"captioned": len(captioned), "questions": len(asked)}
     references = [list(texts) for texts in captioned["captions"]]
     return {
         "images": digest(rows["id"].tolist()),
-        "prompts": digest(rows[["prompt", "seen"]].to_numpy().tolist()),
+        "prompts": digest(rows[["prompt", "kind"]].to_numpy().tolist()),
         "captioned": digest(captioned["id"].tolist()),
         "references": digest(references),
         "questions": digest([[item.key, item.question, item.answers] for item in asked]),
@@ -157,7 +158,7 @@ def evaluate(config: Config, output: Path, model: Generator | None = None) -> Re
         test = _unlike_training(test, store, encoder, generator.image_size, section.max_training_similarity)
 
     # 3. What is asked: it is fixed by the seed, and its digests are the contract.
-    prompted = sample_prompts(test, leakage.known_prompts(train["captions"]), section.prompts, section.seed)
+    prompted = sample_prompts(test, leakage.Known.of(train["captions"]), section.prompts, section.seed)
     rows = pd.concat(prompted.values())
     captioned = sample_rows(test, section.captions, section.seed)
     asked = sample_questions(test, section.questions, section.seed)
@@ -211,37 +212,41 @@ def _unlike_training(test: pd.DataFrame, store: ImageStore, encoder: Encoder, si
     return test[~like].reset_index(drop=True)
 
 
-def sample_prompts(test: pd.DataFrame, known: set[Hashable], count: int, seed: int) -> dict[bool, pd.DataFrame]:
-    """Records whose captions are prompts, with the columns ``prompt`` and ``seen``.
+def sample_prompts(test: pd.DataFrame, known: leakage.Known, count: int, seed: int) -> dict[leakage.Kind, pd.DataFrame]:
+    """Records whose captions are prompts, with the columns ``prompt`` and ``kind``.
 
-    Args:
-        known: what stands in training (:func:`cm3leon.evaluation.leakage.known_prompts`).
-
-    Returns:
-        False: up to ``count`` records whose prompt does not stand in training. True: :data:`SEEN` times as many whose prompt does, or
-        ``count`` if there are no others.
-    """
-    chosen = [leakage.choose_prompt(captions, known) for captions in test["captions"]]
-    table = test.assign(prompt=[text for text, _ in chosen], seen=np.array([seen for _, seen in chosen], dtype=bool))
-    unseen, seen = table[~table["seen"]], table[table["seen"]]
-    return {False: sample_rows(unseen, count, seed), True: sample_rows(seen, math.ceil(count * SEEN) if len(unseen) else count, seed)}
-
-
-def _measure_prompts(e: Evaluation, prompted: dict[bool, pd.DataFrame], inception: Inception | None) -> tuple[Sheet, str]:
-    """Text to image of the prompts that do not stand in training, which give the main scores, and of those that do.
+    Where most prompts that do not stand in training are of new combinations, training is too small to tell: all count as unseen.
 
     Returns:
-        Images for a sheet, and the table of confusions, of the former; of the latter if there are no others.
+        unseen: up to ``count`` records. seen_prompts, new_combinations: :data:`OTHERS` times as many; or ``count`` where there are no unseen ones.
     """
-    if prompted[False].empty:
-        print("text_to_image: every prompt stands in training, so there are scores of seen prompts only", flush=True)
+    chosen = [known.choose_prompt(captions) for captions in test["captions"]]
+    table = test.assign(prompt=[text for text, _ in chosen], kind=np.array([kind for _, kind in chosen], dtype=object))
+    if (table["kind"] == "new_combinations").sum() > (table["kind"] == "unseen").sum():
+        table["kind"] = table["kind"].replace("new_combinations", "unseen")
+    others = math.ceil(count * OTHERS) if (table["kind"] == "unseen").any() else count
+    counts: dict[leakage.Kind, int] = {"unseen": count, "seen_prompts": others, "new_combinations": others}
+    return {kind: sample_rows(table[table["kind"] == kind], most, seed) for kind, most in counts.items()}
+
+
+def _measure_prompts(e: Evaluation, prompted: dict[leakage.Kind, pd.DataFrame], inception: Inception | None) -> tuple[Sheet, str]:
+    """Text to image of prompts that do not stand in training, which give the main scores, and of the other kinds.
+
+    Returns:
+        Images for a sheet, and the table of confusions, of the former; of the first other kind if there are none.
+    """
+    if prompted["unseen"].empty:
+        print("text_to_image: every prompt stands in training or is of a new combination; these have scores of their own", flush=True)
     shown: Sheet = []
     confusions = ""
-    for seen, rows in prompted.items():
+    for kind, rows in prompted.items():
         if rows.empty:
             continue
         ids, prompts = rows["id"].tolist(), [e.generator.shorten(text) for text in rows["prompt"]]
-        generated = seen_prompts(e, ids, prompts) if seen else text_to_image(e, ids, rows["image"].tolist(), prompts, inception)
+        if kind == "unseen":
+            generated = text_to_image(e, ids, rows["image"].tolist(), prompts, inception)
+        else:
+            generated = other_prompts(e, ids, prompts, kind)
         if not shown:
             shown = list(zip(generated[: e.config.evaluate.sheet], prompts, strict=False))
             confusions = composition.confusions(prompts, generated)

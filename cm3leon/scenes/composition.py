@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from cm3leon.scenes.reading import read_scene
-from cm3leon.scenes.scene import BACKGROUNDS, COLORS, LETTERS, SHAPES, SIZES, Content, Object, Scene
+from cm3leon.scenes.scene import BACKGROUNDS, COLORS, LETTERS, SHAPES, SIZES, Combination, Content, Object, Scene, directed
 
 ATTRIBUTES = ("background", "count", "color", "shape", "size", "relation", "text")
 MOST_OBJECTS = 6
@@ -118,6 +118,15 @@ def content(statement: Statement) -> Content | None:
     if statement.background is None or len(named) < len(statement.objects):
         return None
     return statement.background, tuple(sorted(named))
+
+
+def combinations(statement: Statement) -> frozenset[Combination]:
+    """The combinations that a statement names, as :attr:`Scene.combinations`."""
+    named = {(item.color, item.shape) for item in statement.objects if item.color is not None and not item.letter}
+    if statement.relation is None:
+        return frozenset(named)
+    first, second = statement.objects[:2]
+    return frozenset(named | {directed(first.shape, statement.relation, second.shape)})
 
 
 def _holds(relation: str, first: Object, second: Object) -> bool:

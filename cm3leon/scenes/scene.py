@@ -137,6 +137,8 @@ def letter_extent(letter: str) -> tuple[float, float, float, float]:
 
 Content = tuple[str, tuple[tuple[str, str], ...]]
 """A background, and shape (or letter) and color of each object, in order."""
+Combination = tuple[str, ...]
+"""A color and a shape, or a shape, ``left of`` or ``above``, and the shape that it is left of or above."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,13 @@ class Scene:
         """What captions say of the scene whatever words they take, without sizes and positions: no caption leaves out more."""
         return self.background, tuple(sorted((item.letter or item.shape, item.color) for item in self.objects))
 
+    @property
+    def combinations(self) -> frozenset[Combination]:
+        """The colors of shapes, and how shapes lie to each other, apart from letters."""
+        shapes = [item for item in self.objects if not item.letter]
+        related = [(a.shape, relation(a, b), b.shape) for a, b in itertools.combinations(shapes, 2)]
+        return frozenset((item.color, item.shape) for item in shapes) | {directed(a, how, b) for a, how, b in related if how}
+
     def render(self, side: int) -> np.ndarray:
         """Paint the scene: RGB, uint8 (side, side, 3)."""
         image = np.empty((side, side, 3), np.float32)
@@ -225,6 +234,12 @@ def relation(first: Object, second: Object) -> str | None:
     if abs(dy) >= DOMINANCE * abs(dx) and (a[3] <= b[1] or b[3] <= a[1]):
         return "above" if dy < 0 else "below"
     return None
+
+
+def directed(first: str, how: str, second: str) -> Combination:
+    """A spatial relation by ``left of`` or ``above``: what is right of or below something has that on its left or above it."""
+    opposites = {"right of": "left of", "below": "above"}
+    return (second, opposites[how], first) if how in opposites else (first, how, second)
 
 
 def apart(first: Object, second: Object) -> bool:

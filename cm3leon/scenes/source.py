@@ -3,7 +3,8 @@
 ``python -m cm3leon.scenes.source OUT.png`` writes a contact sheet.
 
 The rows are a function of ``config``, which includes the seed; no two rows show the same image. A part of what captions say (background,
-shapes and colors) is held out: no scene of train shows it, so that no prompt made of it stands in training, in whichever words.
+shapes and colors) is held out: no scene of train shows it, so that no prompt made of it stands in training, in whichever words. Some combinations
+(a color of a shape, a relation between two shapes) are shown only by scenes of the test split that are made for them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from cm3leon.data.images import encode
 from cm3leon.data.manifest import SourceRow
 from cm3leon.scenes import text as scene_text
 from cm3leon.scenes.conditions import conditions
-from cm3leon.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Object, Scene, is_valid, place, sample_scene
+from cm3leon.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Combination, Object, Scene, is_valid, place, sample_scene
 from cm3leon.utils.errors import ConfigError
 
 TRIES = 500
 """Attempts to sample a scene, or an edit, that no earlier row shows."""
+NEW_COMBINATIONS: frozenset[Combination] = frozenset({
+    ("red", "diamond"), ("cyan", "cross"), ("yellow", "ring"), ("square", "left of", "circle"), ("triangle", "above", "cross"),
+})  # fmt: skip
+"""The combinations that only scenes of their own show, if ``new_combinations`` of the parameters is not 0."""
 
 
 def rows(config: ShapesConfig, path: Path) -> Iterator[SourceRow]:
@@ -44,10 +49,11 @@ def rows(config: ShapesConfig, path: Path) -> Iterator[SourceRow]:
     for number in range(config.count):
         # A generator for each scene: a longer run starts with the rows of a shorter one.
         rng = random.Random(f"{config.seed}/{number}")
-        scene = _unique_scene(rng, config, seen)
+        is_new = random.Random(f"{config.seed}/{number}/new").random() < config.new_combinations
+        scene = _unique_scene(rng, config, seen, is_new)
         row = _row(scene, f"scene-{number:07d}", f"scene {number}", config, rng)
-        row.split = split_of(scene, config)
-        edited = edit(scene, rng, config, seen) if rng.random() < config.edits else None
+        row.split = "test" if is_new else split_of(scene, config)
+        edited = edit(scene, rng, config, seen) if rng.random() < config.edits and not is_new else None
         row.group = row.key if edited else None  # a group stays in one split
         yield row
         if edited:
@@ -65,11 +71,16 @@ def split_of(scene: Scene, config: ShapesConfig) -> str:
     return "val" if number < config.val_fraction else "test" if number < config.val_fraction + config.test_fraction else "train"
 
 
-def _unique_scene(rng: random.Random, config: ShapesConfig, seen: set[tuple[Any, ...]]) -> Scene:
-    """Sample a scene whose signature is not in ``seen``, and add it there."""
+def shows_new(scene: Scene, config: ShapesConfig) -> bool:
+    """True if the scene shows one of the :data:`NEW_COMBINATIONS`, and these are held out."""
+    return config.new_combinations > 0 and not NEW_COMBINATIONS.isdisjoint(scene.combinations)
+
+
+def _unique_scene(rng: random.Random, config: ShapesConfig, seen: set[tuple[Any, ...]], is_new: bool) -> Scene:
+    """Sample a scene whose signature is not in ``seen``, and add it there; one with a new combination, or without."""
     for _ in range(TRIES):
-        scene = sample_scene(rng, config.max_objects, config.grid, config.letters)
-        if scene.signature not in seen:
+        scene = sample_scene(rng, config.max_objects, config.grid, 0.0 if is_new else config.letters)
+        if scene.signature not in seen and shows_new(scene, config) == is_new:
             seen.add(scene.signature)
             return scene
     raise ConfigError(
@@ -117,7 +128,7 @@ def edit(scene: Scene, rng: random.Random, config: ShapesConfig, seen: set[tuple
             continue
         _, after = sampled
         is_new = after.signature not in seen and after.signature != scene.signature
-        if is_valid(after) and is_new and split_of(after, config) in allowed:
+        if is_valid(after) and is_new and split_of(after, config) in allowed and not shows_new(after, config):
             return sampled
     return None
 

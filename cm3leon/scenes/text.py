@@ -93,23 +93,22 @@ def long_caption(scene: Scene) -> str:
     return " ".join(sentences)
 
 
-def _existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A yes/no question and its answer, yes in half of the cases.
+def _existence(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """Two questions about the presence of an object, whose answers are yes and no.
 
     Most negatives are hard: in 80 % of them the color or the shape occurs in the scene, in another combination.
     """
     present = {(item.color, item.shape) for item in scene.objects}
-    if rng.random() < 0.5:
-        color, shape = rng.choice(sorted(present))
-        return f"Is there {with_article(f'{color} {shape}')}?", "yes"
     colors, shapes = sorted({c for c, _ in present}), sorted({s for _, s in present})
     # The kind of negative is fixed first; then combinations are sampled until one is absent.
     kind = rng.random()
-    while True:
+    absent = None
+    while absent is None or absent in present:
         color = rng.choice(colors) if kind < 0.4 else rng.choice(list(COLORS))
         shape = rng.choice(shapes) if 0.4 <= kind < 0.8 else rng.choice(list(SHAPES))
-        if (color, shape) not in present:
-            return f"Is there {with_article(f'{color} {shape}')}?", "no"
+        absent = color, shape
+    asked = [(rng.choice(sorted(present)), "yes"), (absent, "no")]
+    return [(f"Is there {with_article(f'{color} {shape}')}?", answer) for (color, shape), answer in asked]
 
 
 def _relation_questions(scene: Scene) -> list[tuple[str, str]]:
@@ -129,15 +128,15 @@ def _relation_questions(scene: Scene) -> list[tuple[str, str]]:
     return found
 
 
-def questions(scene: Scene, rng: random.Random, most: int = 6) -> list[tuple[str, list[str]]]:
-    """Up to ``most`` questions, at most one of a kind, with their answers in lower case. Each has exactly one right answer."""
+def questions(scene: Scene, rng: random.Random) -> list[tuple[str, list[str]]]:
+    """Questions with their answers in lower case: one of each kind, of yes/no questions a pair. Each has exactly one right answer."""
     background = ("What is the background color?", scene.background)
     if scene.letter:
         chosen = [("Which letter is shown?", scene.letter.lower()), ("What color is the letter?", scene.objects[0].color), background]
         return [(question, [answer]) for question, answer in chosen]
     # A list of questions for each kind; only attributes that identify an object uniquely are used to refer to it.
     kinds: list[list[tuple[str, str]]] = [
-        [("How many objects are there?", str(len(scene.objects)))], [background], [_existence(scene, rng)], _relation_questions(scene),
+        [("How many objects are there?", str(len(scene.objects)))], [background], _relation_questions(scene),
     ]  # fmt: skip
     if scene.identical:
         item = scene.objects[0]
@@ -150,9 +149,9 @@ def questions(scene: Scene, rng: random.Random, most: int = 6) -> list[tuple[str
         kinds.append([(f"What color is the {o.shape}?", o.color) for o in one_shape])
         kinds.append([(f"What size is the {o.shape}?", o.size) for o in one_shape])
         kinds.append([(f"What shape is the {o.color} object?", o.shape) for o in scene.objects if colors.count(o.color) == 1])
-    chosen = [rng.choice(kind) for kind in kinds if kind]
+    chosen = [*(rng.choice(kind) for kind in kinds if kind), *_existence(scene, rng)]
     rng.shuffle(chosen)
-    return [(question, [answer]) for question, answer in chosen[:most]]
+    return [(question, [answer]) for question, answer in chosen]
 
 
 def reasoning(scene: Scene, rng: random.Random) -> list[Problem]:

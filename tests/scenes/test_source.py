@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from cm3leon.config.ingest_schema import ShapesConfig
-from cm3leon.scenes.composition import check, content, parse_caption
+from cm3leon.scenes.composition import check, combinations, content, parse_caption
 from cm3leon.scenes.reading import read_scene
 from cm3leon.scenes.scene import Scene
-from cm3leon.scenes.source import rows
+from cm3leon.scenes.source import NEW_COMBINATIONS, rows
 from cm3leon.sequence.tasks import CONDITIONS
 
 CONFIG = ShapesConfig(count=200, letters=0.1, edits=0.3, conditions=0.2)
@@ -144,3 +144,24 @@ def test_what_captions_of_val_and_test_say_is_never_said_in_training() -> None:
     assert not {content(parse_caption(row.captions[0])) for row in scenes if row.split == "val"} & said["test"]
     splits = {row.key: row.split for row in found}
     assert all(row.split == splits[row.edited_from] for row in found if row.edited_from)
+
+
+def test_new_combinations_are_shown_only_by_scenes_of_test_that_are_made_for_them() -> None:
+    config = ShapesConfig(count=1500, edits=0.4, letters=0, new_combinations=0.1)
+    named = {name: set[tuple[str, ...]]() for name in ("train", "val", "test")}
+    count = 0
+    for row in rows(config, Path()):
+        found = read_scene(decode(row.image)).combinations
+        assert {pair for caption in row.captions if (said := parse_caption(caption)) for pair in combinations(said)} <= found
+        named[row.split] |= found
+        if found & NEW_COMBINATIONS:
+            count += 1
+            assert row.split == "test" and row.edited_from is None
+    assert 0.07 * config.count < count < 0.13 * config.count
+    assert named["test"] >= NEW_COMBINATIONS and not (named["train"] | named["val"]) & NEW_COMBINATIONS
+
+
+def test_without_new_combinations_every_one_is_in_training() -> None:
+    config = ShapesConfig(count=1500, edits=0, letters=0, new_combinations=0)
+    shown = {pair for row in rows(config, Path()) if row.split == "train" for pair in read_scene(decode(row.image)).combinations}
+    assert shown >= NEW_COMBINATIONS

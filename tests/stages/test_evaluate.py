@@ -33,6 +33,7 @@ from cm3leon.models.clip import Encoder
 from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.retrieval.index import MemoryBank
 from cm3leon.scenes import source as shapes
+from cm3leon.scenes.composition import combinations, parse_caption
 from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.stages import evaluate
 from cm3leon.tracking import runs
@@ -94,7 +95,7 @@ def test_captions_and_questions_that_are_too_long_are_cut(collection):
     assert {"clip_score", "fd_encoder", "cider", "vqa_accuracy", "super_resolution_psnr_rgb"} <= set(record.scores)
     assert {"vqa_accuracy_other_images", "super_resolution_psnr_rgb_bicubic"} <= set(record.calibration)
     assert record.scores["super_resolution_psnr_rgb"] == pytest.approx(record.calibration["super_resolution_psnr_rgb_bicubic"], abs=1)
-    assert record.contract["counts"] == {"prompts": 3, "seen_prompts": 0, "captioned": 2, "questions": 6}
+    assert record.contract["counts"] == {"prompts": 3, "seen_prompts": 0, "new_combinations": 0, "captioned": 2, "questions": 6}
     assert record.settings["retrieve"]["max_score"] == CONFIG.retrieve.max_score  # part of the model, not of the contract
     assert not {"retrieval", "decoding"} & record.contract.keys()
     assert set(record.outcomes["clip_score"]) == set(read_manifest(paths.VALIDATED, "test")["id"]) and not record.seen
@@ -202,6 +203,25 @@ def test_prompts_that_stand_in_training_have_scores_of_their_own(scenes):
     assert set(record.outcomes["composition_seen_prompts"]) == seen
 
 
+def test_prompts_of_new_combinations_have_scores_of_their_own(scenes):
+    frame = read_manifest(paths.VALIDATED)
+    test = frame[frame["split"] == "test"].index
+    for row, color in zip(test, ("red", "blue"), strict=False):
+        frame.at[row, "captions"] = [f"A {color} ring."]
+    named = {pair for texts in frame.loc[test[2:], "captions"] for text in texts for pair in combinations(parse_caption(text))}
+    assert named and not named & {("red", "ring"), ("blue", "ring")}
+    frame.at[frame.index[-1], "captions"] = [
+        "A {} {}.".format(*pair) if len(pair) == 2 else "A {} {} a {}.".format(*pair) for pair in named
+    ]
+    write_validated(frame[VALIDATED_SCHEMA.names].to_dict("records"))
+    section = CONFIG.evaluate.model_copy(update={"prompts": 40})
+    evaluate.run(CONFIG.model_copy(update={"evaluate": section}))
+    record = Record.read(paths.EVALUATION)
+    assert set(record.outcomes["composition_new_combinations"]) == set(frame.loc[test[:2], "id"])
+    assert not set(record.outcomes["composition"]) & set(record.outcomes["composition_new_combinations"])
+    assert record.contract["counts"]["new_combinations"] == 2
+
+
 def test_where_every_prompt_stands_in_training_there_are_scores_of_seen_prompts_only(collection, capsys):
     collection(3, training=["A blue square.", TOO_LONG])
     evaluate.run(CONFIG)
@@ -243,7 +263,7 @@ def test_a_single_test_record_is_measured(collection):
 def test_the_contract_covers_what_was_captioned():
     def contract(ids: list[str], references: list[list[str]]) -> dict:
         captioned = pd.DataFrame({"id": ids, "captions": references})
-        rows = pd.DataFrame({"id": ["a"], "prompt": ["p"], "seen": [False]})
+        rows = pd.DataFrame({"id": ["a"], "prompt": ["p"], "kind": ["unseen"]})
         return evaluation.contract(CONFIG, rows, captioned, [], 32, 64, "encoder", None)
 
     base = contract(["a", "b"], [["x"], ["y"]])
