@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,8 @@ def sample_prompts(test: pd.DataFrame, known: leakage.Known, count: int, seed: i
     Where most prompts that do not stand in training are of new combinations, training is too small to tell: all count as unseen.
 
     Returns:
-        unseen: up to ``count`` records. seen_prompts, new_combinations: :data:`OTHERS` times as many; or ``count`` where there are no unseen ones.
+        unseen: up to ``count`` records. seen_prompts, new_combinations: :data:`OTHERS` times as many; or ``count`` where there are no
+        unseen ones.
     """
     chosen = [known.choose_prompt(captions) for captions in test["captions"]]
     table = test.assign(prompt=[text for text, _ in chosen], kind=np.array([kind for _, kind in chosen], dtype=object))

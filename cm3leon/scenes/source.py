@@ -3,8 +3,8 @@
 ``python -m cm3leon.scenes.source OUT.png`` writes a contact sheet.
 
 The rows are a function of ``config``, which includes the seed; no two rows show the same image. A part of what captions say (background,
-shapes and colors) is held out: no scene of train shows it, so that no prompt made of it stands in training, in whichever words. Some combinations
-(a color of a shape, a relation between two shapes) are shown only by scenes of the test split that are made for them.
+shapes and colors) is held out: no scene of train shows it, so that no prompt made of it stands in training, in whichever words. Some
+combinations (a color of a shape, a relation between two shapes) are shown only by scenes of the test split that are made for them.
 """
 
 from __future__ import annotations
