@@ -9,7 +9,7 @@ from PIL import Image
 from cm3leon.data.near_duplicates import Likeness
 from cm3leon.data.thumbnails import ThumbnailError, thumbnail_of, write_thumbnails
 from cm3leon.evaluation import leakage
-from cm3leon.evaluation.leakage import LeakageError, check, choose_prompt, known_prompts, like_training
+from cm3leon.evaluation.leakage import Known, LeakageError, check, like_training
 
 
 @pytest.fixture
@@ -70,11 +70,21 @@ def test_embeddings_too_like_one_of_training_are_found_in_every_part_of_training
 
 
 def test_prompts_are_told_from_those_that_stand_in_training():
-    known = known_prompts([["A dog, on a beach.", "two dogs"], ["a small red circle on white", "a cat"]])
-    assert choose_prompt(["a dog on a BEACH"], known) == ("a dog on a BEACH", True)
-    assert choose_prompt(["a cat", "the cat"], known) == ("the cat", False)  # the first that does not
-    assert choose_prompt([" ", "a dog\u2014on a beach"], known) == ("a dog\u2014on a beach", True)
+    known = Known.of([["A dog, on a beach.", "two dogs"], ["a small red circle on white", "a cat"]])
+    assert known.choose_prompt(["a dog on a BEACH"]) == ("a dog on a BEACH", "seen_prompts")
+    assert known.choose_prompt(["a cat", "the cat"]) == ("the cat", "unseen")  # the first that does not
+    assert known.choose_prompt([" ", "a dog\u2014on a beach"]) == ("a dog\u2014on a beach", "seen_prompts")
     # Scenes are known by what is said of them, whichever the words.
-    assert choose_prompt(["A white background with a large red circle"], known)[1]
-    assert not choose_prompt(["a red circle on gray"], known)[1]
-    assert not choose_prompt(["a red circle"], known)[1]
+    assert known.choose_prompt(["A white background with a large red circle"])[1] == "seen_prompts"
+    assert known.choose_prompt(["a red circle on gray"])[1] == "unseen"
+    assert known.choose_prompt(["a red circle"])[1] == "unseen"
+
+
+def test_prompts_of_combinations_that_no_caption_of_training_names_are_new():
+    known = Known.of([["a red circle left of a blue square on white"], ["a blue circle above a green ring"], ["a red square", "a cat"]])
+    assert known.choose_prompt(["a red circle on gray", "a green circle on gray"]) == ("a green circle on gray", "new_combinations")
+    assert known.choose_prompt(["a blue square right of a red circle"])[1] == "unseen"  # the same relation
+    assert known.choose_prompt(["a blue square left of a red circle"])[1] == "new_combinations"
+    assert known.choose_prompt(["a green ring below a blue circle on white"])[1] == "unseen"
+    assert known.choose_prompt(["the letter A in green"])[1] == "unseen"  # letters are no shapes
+    assert known.choose_prompt(["a green dog"])[1] == "unseen"

@@ -206,13 +206,12 @@ def test_prompts_that_stand_in_training_have_scores_of_their_own(scenes):
 def test_prompts_of_new_combinations_have_scores_of_their_own(scenes):
     frame = read_manifest(paths.VALIDATED)
     test = frame[frame["split"] == "test"].index
-    for row, color in zip(test, ("red", "blue"), strict=False):
-        frame.at[row, "captions"] = [f"A {color} ring."]
-    named = {pair for texts in frame.loc[test[2:], "captions"] for text in texts for pair in combinations(parse_caption(text))}
+    captions = frame["captions"].tolist()
+    captions[:2] = [["A red ring."], ["A blue ring."]]
+    named = {pair for texts in captions[2:-1] for text in texts for pair in combinations(parse_caption(text))}
     assert named and not named & {("red", "ring"), ("blue", "ring")}
-    frame.at[frame.index[-1], "captions"] = [
-        "A {} {}.".format(*pair) if len(pair) == 2 else "A {} {} a {}.".format(*pair) for pair in named
-    ]
+    captions[-1] = ["A {} {}.".format(*pair) if len(pair) == 2 else "A {} {} a {}.".format(*pair) for pair in named]  # of training
+    frame = frame.assign(captions=captions)
     write_validated(frame[VALIDATED_SCHEMA.names].to_dict("records"))
     section = CONFIG.evaluate.model_copy(update={"prompts": 40})
     evaluate.run(CONFIG.model_copy(update={"evaluate": section}))
