@@ -12,7 +12,8 @@ WANTED, WANTED_ELSEWHERE = 5, 2
 """Runs that a headline is the median of, and how many of them are to be on another kind of processor or thread count."""
 COUNTS = "/prompts"
 """End of the names of scores that are numbers of prompts."""
-SEEN = "_seen_prompts"
+OTHER_PROMPTS = {"_seen_prompts": "text to image, seen prompts", "_new_combinations": "text to image, new combinations"}
+"""End of the name of a score of other prompts than unseen ones -> its task."""
 TASK_OF = {
     "composition": "text to image, unseen prompts",
     "clip_score": "text to image, unseen prompts",
@@ -46,12 +47,14 @@ HEADLINES = {
     "composition": "**composition**: every stated attribute of the prompt is right; prompts whose content no training image shows",
     "composition_one_candidate": "the same, one candidate each, unranked",
     "composition_seen_prompts": "the same, prompts that stand in training",
+    "composition_new_combinations": "the same, with a color or a relation of shapes that training never shows",
     "vqa_accuracy": "**VQA** accuracy",
     "edit/done_and_kept": "**edits** in which the change is made and the rest kept",
     "layout/iou": "**layouts**: IoU of requested and generated boxes",
     "cider_beside_one_reference": "**captions**, CIDEr against all but the first reference",
     "condition/agreement": "**condition images**: agreement of requested and extracted condition",
     "reasoning/accuracy": "**reasoning** accuracy, with explanation",
+    "infill/composition": "**inpainting**: composition of images of which a region with an object was generated anew",
 }
 """Scores, or calibrations that are the model's own, that the README quotes, with its words."""
 READING = (
@@ -137,9 +140,8 @@ class _Table:
 
 def task_of(name: str) -> str:
     """The task of a score, as the page calls it."""
-    if name.endswith(SEEN):
-        return "text to image, seen prompts"
-    found = next((task for start, task in TASK_OF.items() if name.startswith(start)), None)
+    ends = (task for end, task in OTHER_PROMPTS.items() if name.endswith(end))
+    found = next(ends, None) or next((task for start, task in TASK_OF.items() if name.startswith(start)), None)
     return found or name.partition("/")[0].replace("_", " ")
 
 
@@ -165,7 +167,7 @@ def _about(runs: Sequence[FreshRun]) -> str:
 
 def _scores(runs: Sequence[FreshRun]) -> Iterator[str]:
     table = _Table(runs, three_digits)
-    tasks = list(dict.fromkeys(["text to image, unseen prompts", "text to image, seen prompts", *TASK_OF.values()]))
+    tasks = list(dict.fromkeys(["text to image, unseen prompts", *OTHER_PROMPTS.values(), *TASK_OF.values()]))
     named = sorted((tasks.index(task) if task in tasks else len(tasks), task, name) for name in table.spreads for task in [task_of(name)])
     yield "| task | score | baseline | ceiling | median | range | runs |"
     yield "|---|---|---|---|---:|---:|---:|"

@@ -62,6 +62,7 @@ def test_the_model_in_other_settings_is_a_row_below_the_same_ceiling() -> None:
 
 def test_seen_and_unseen_prompts_and_unknown_scores_have_places_of_their_own() -> None:
     assert task_of("composition_seen_prompts") == "text to image, seen prompts" != task_of("composition")
+    assert task_of("clip_score_new_combinations") == "text to image, new combinations"
     assert task_of("some_new_task/share") == "some new task"
     new = [fresh_run(0, scores={"some_new_task/share": 0.25, "composition_of_new_things": 0.5})]
     assert score_row(new, "some_new_task/share")[0] == "some new task"
