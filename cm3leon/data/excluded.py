@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from cm3leon.config.schema import ValidateConfig
+from cm3leon.data.bounded import bounded_map
 from cm3leon.data.images import SUFFIXES, ImageError, decode
 from cm3leon.data.near_duplicates import Likeness, near_duplicate_groups
 from cm3leon.data.thumbnails import stack, thumbnail_of
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.texts import folded
-
-
-class ExcludedError(UserError):
-    """A file in the directory cannot be read, so that what it names would not be kept out."""
 
 
 @dataclass(frozen=True)
@@ -32,26 +31,28 @@ class Excluded:
     captions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, directory: Path, max_pixels: int) -> Excluded:
-        """All images and text files under a directory; nothing if there is none.
+    def read(cls, directory: Path, config: ValidateConfig) -> Excluded:
+        """All images and text files under a directory; nothing if there is none. Images have the limits that those of records have.
 
         Raises:
-            ExcludedError: naming a file that cannot be read.
+            UserError: naming a file that cannot be read, so that what it holds would not be kept out.
         """
         found = cls()
+        images: list[Path] = []
         for file in sorted(file for file in directory.rglob("*") if file.is_file()):
-            name = file.relative_to(directory).as_posix()
-            try:
-                if file.suffix.lower() in SUFFIXES:
-                    found.images[name] = thumbnail_of(decode(file.read_bytes(), max_pixels))
-                elif file.suffix.lower() == ".txt":
-                    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
-                        found.captions.setdefault(folded(line), f"{name} line {number}")
-                elif file.name != "README.md":
-                    raise ExcludedError(f"{file} is neither an image ({', '.join(SUFFIXES)}) nor a .txt of captions; convert or remove it")
-            except (ImageError, OSError, UnicodeDecodeError) as error:
-                raise ExcludedError(f"{file} cannot be read ({error}); replace or remove it") from None
+            if file.suffix.lower() in SUFFIXES:
+                images.append(file)
+            elif file.suffix.lower() == ".txt":
+                for number, line in enumerate(_lines(file), 1):
+                    found.captions.setdefault(folded(line), f"{file.relative_to(directory).as_posix()} line {number}")
+            elif file.name != "README.md":
+                raise UserError(f"{file} is neither an image ({', '.join(SUFFIXES)}) nor a .txt of captions; convert or remove it")
         found.captions.pop("", None)
+        read = partial(_thumbnail, max_pixels=config.max_pixels)
+        for file, done in zip(images, bounded_map(read, images, config.workers, config.max_seconds, config.max_megabytes), strict=True):
+            if done.result is None:
+                raise _unreadable(file, done.excess)
+            found.images[file.relative_to(directory).as_posix()] = done.result
         return found
 
     def caption_of(self, captions: Sequence[str]) -> str | None:
@@ -72,3 +73,21 @@ class Excluded:
             for row, group in zip(rows, np.asarray(groups[len(self.images) :]).tolist(), strict=True):
                 like[row] = names.get(group)
         return like
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _thumbnail(file: Path, max_pixels: int) -> bytes:
+    try:
+        return thumbnail_of(decode(file.read_bytes(), max_pixels))
+    except (ImageError, OSError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, why: object) -> UserError:
+    return UserError(f"{file} cannot be read ({why}); replace or remove it")

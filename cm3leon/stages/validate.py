@@ -109,7 +109,7 @@ def validate(
     frame = read_manifest(raw)
     frame["licence"] = pd.Series([licenses.identifier_of(stated) or stated for stated in frame["licence"]], dtype=object)
     profiles = profile_images(ImageStore(raw), frame, config)
-    findings = check_rows(frame, profiles, config, Excluded.read(excluded, config.max_pixels) if excluded else Excluded())
+    findings = check_rows(frame, profiles, config, Excluded.read(excluded, config) if excluded else Excluded())
     frame["pixels"] = pd.Series([profile.pixels for profile in profiles], dtype=object)
     good = np.array([not found for found in findings], dtype=bool)
     frame["width"] = np.array([profile.width for profile in profiles], dtype=np.int32)

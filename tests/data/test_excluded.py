@@ -1,17 +1,21 @@
 """What must not be trained on is found by image and by caption, and a list that cannot be read is an error."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from cm3leon.data.excluded import Excluded, ExcludedError
+from cm3leon.config.schema import ValidateConfig
+from cm3leon.data import excluded
+from cm3leon.data.excluded import Excluded
 from cm3leon.data.near_duplicates import Likeness
 from cm3leon.data.thumbnails import thumbnail_of
+from cm3leon.utils.errors import UserError
 from cm3leon.utils.texts import folded
 
-PIXELS = 1_000_000
+CONFIG = ValidateConfig(max_pixels=1_000_000, max_seconds=0.5)
 
 
 def picture(seed: int) -> Image.Image:
@@ -24,18 +28,18 @@ def test_images_and_captions_below_the_directory_are_found(tmp_path: Path) -> No
     (tmp_path / "README.md").write_text("what belongs here")
     picture(0).save(tmp_path / "coco" / "val" / "0.JPG", quality=80)
     (tmp_path / "coco" / "captions.txt").write_bytes("\ufeffA dog, on a beach.\r\n\r\nTwo  cats\n".encode())
-    excluded = Excluded.read(tmp_path, PIXELS)
+    found = Excluded.read(tmp_path, CONFIG)
     same, gray, other = picture(0), ImageEnhance.Brightness(picture(0)).enhance(0.8), picture(1)
     thumbnails = [thumbnail_of(other), b"", thumbnail_of(same.resize((50, 50))), thumbnail_of(gray)]
-    assert excluded.images_like(thumbnails, Likeness(0.02, 6)) == [None, None, "coco/val/0.JPG", "coco/val/0.JPG"]
-    assert excluded.images_like(thumbnails, Likeness(0.02)) == [None, None, "coco/val/0.JPG", None]
-    assert excluded.caption_of(["a bird", "a dog on a beach"]) == "coco/captions.txt line 1"
-    assert excluded.caption_of(["TWO CATS!"]) == "coco/captions.txt line 3"
-    assert excluded.caption_of(["", "a dog"]) is None
+    assert found.images_like(thumbnails, Likeness(0.02, 6)) == [None, None, "coco/val/0.JPG", "coco/val/0.JPG"]
+    assert found.images_like(thumbnails, Likeness(0.02)) == [None, None, "coco/val/0.JPG", None]
+    assert found.caption_of(["a bird", "a dog on a beach"]) == "coco/captions.txt line 1"
+    assert found.caption_of(["TWO CATS!"]) == "coco/captions.txt line 3"
+    assert found.caption_of(["", "a dog"]) is None
 
 
 def test_nothing_is_excluded_without_a_list(tmp_path: Path) -> None:
-    nothing = Excluded.read(tmp_path / "none", PIXELS)
+    nothing = Excluded.read(tmp_path / "none", CONFIG)
     assert nothing == Excluded()
     assert nothing.images_like([thumbnail_of(picture(0)), b""], Likeness(0.02)) == [None, None]
     assert nothing.caption_of(["", "a dog"]) is None
@@ -51,8 +55,15 @@ def test_nothing_is_excluded_without_a_list(tmp_path: Path) -> None:
 )
 def test_a_file_that_cannot_be_read_is_an_error_and_not_left_out(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ExcludedError, match=message):
-        Excluded.read(tmp_path, PIXELS)
+    with pytest.raises(UserError, match=message):
+        Excluded.read(tmp_path, CONFIG)
+
+
+def test_an_image_that_takes_too_long_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(0).save(tmp_path / "slow.png")
+    monkeypatch.setattr(excluded, "decode", lambda *arguments: time.sleep(30))
+    with pytest.raises(UserError, match=r"slow\.png cannot be read \(more than 0\.5 seconds\); replace or remove it"):
+        Excluded.read(tmp_path, CONFIG)
 
 
 @pytest.mark.parametrize(
