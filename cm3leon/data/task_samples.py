@@ -6,6 +6,7 @@ samples (paper, section 4.1: 0.3 and 3).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +20,7 @@ from cm3leon.data.epochs import Epochs, Weights
 from cm3leon.data.manifest import records_of
 from cm3leon.data.sequences import PretrainingSamples, Sample, fit_body, kept_documents, sample_rng
 from cm3leon.data.tokens import Document, TokenStore
-from cm3leon.sequence.cm3 import TOKENS_PER_SPAN, apply_spans, fit, sample_spans
+from cm3leon.sequence.cm3 import TOKENS_PER_SPAN, apply_spans, fit, sample_region, sample_spans
 from cm3leon.sequence.grammar import build_body
 from cm3leon.sequence.tasks import TASK_COLUMNS, TASKS, Fields, Task, available, condition_key, lay_out, visible_objects
 from cm3leon.sequence.text_tokenizer import TextTokenizer
@@ -118,7 +119,9 @@ class TaskSamples:
         rng = sample_rng(self.pretraining.seed + 1 + list(TASKS).index(name), epoch, document.id, repeat)
         sampled = task.sample_fields(self._values[document.id], rng)
         template = task.templates[int(rng.integers(len(task.templates)))]
-        if task.generates_image:
+        if name == "text_to_image" and self.config.infill_share and rng.random() < self.config.infill_share:
+            sample = self._infill_sample(document, template, sampled[0], rng)
+        elif task.generates_image:
             sample = self._image_sample(document, task, template, self._with_condition(sampled), rng)
         else:
             sample = self._answer_sample(document, template, sampled[: int(rng.integers(1, self.config.questions_per_sample + 1))])
@@ -182,6 +185,24 @@ class TaskSamples:
         image_start -= sum(stop - start - 1 for start, stop in spans if stop <= image_start)
         weight[:image_start] *= self.config.input_weight
         return Sample(masked, weight, kept_documents(body, [*chosen, document.id]))
+
+    def _infill_sample(self, document: Document, template: str, values: Fields, rng: np.random.Generator) -> Sample:
+        """A sample of text to image with a region of the image masked, as inpainting asks.
+
+        With probability ``conditioning_dropout`` its text is left out, for classifier-free guidance: a second mask would come back, with
+        what it says, before the region.
+        """
+        vocabulary = self.pretraining.vocabulary
+        segments, _ = lay_out(template, [values], {"image": document.codes}, vocabulary, self.tokenizer)
+        if rng.random() < self.config.conditioning_dropout:
+            segments[0] = ("text", segments[0][1][:0])
+        body = fit_body([segments], self.pretraining.context - 1 - TOKENS_PER_SPAN)
+        image_start = body.segments[-1].start
+        start, stop = sample_region(math.isqrt(vocabulary.tokens_per_image), rng)
+        masked = apply_spans(body, [(image_start + start, image_start + stop)], vocabulary)
+        weight = masked.is_target.astype(np.float32)
+        weight[:image_start] *= self.config.input_weight
+        return Sample(masked, weight, (document.id,))
 
     def _answer_sample(self, document: Document, template: str, asked: Sequence[Fields]) -> Sample:
         """A sample of a task that answers with text; if it is too long for the context, the last questions are left out first."""

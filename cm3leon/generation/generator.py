@@ -229,7 +229,7 @@ class Generator:
         """Inpainting: generate the inside of a box of each image again, so that the whole shows its caption.
 
         The box, in pixels of the given image, grows to whole patches of the image tokenizer. Outside it the image is the tokenizer's
-        reconstruction. There is no guidance, as the model knows no image with two masks.
+        reconstruction. A model that was not trained for it generates without guidance (``training.json``).
 
         Raises:
             BadInputError: if a box is empty or outside its image.
@@ -237,7 +237,8 @@ class Generator:
         check_same_length("image", images, "box", boxes)
         check_same_length("image", images, "caption", captions)
         check_not_blank("caption", captions)
-        used = checked_settings(self.decoding, {**settings, **UNGUIDED})
+        guided = self.parts.training is not None and self.parts.training.unprompted_regions
+        used = checked_settings(self.decoding, settings if guided else {**settings, **UNGUIDED})
         results: Images = []
         for image, box, caption, codes in zip(images, boxes, captions, self.encode(images), strict=True):
             check_box("the box", box, image.size)

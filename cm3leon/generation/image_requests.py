@@ -110,7 +110,7 @@ def guidance_streams(
 
 
 def inpainting_request(parts: Parts, image: Image.Image, codes: np.ndarray, box: Box, caption: str) -> ImageRequest:
-    """The request to generate again what a box of an image shows; one stream, as a span that CM3 masked.
+    """The request to generate again what a box of an image shows, as a span that CM3 masked. The other stream of guidance has no text.
 
     Args:
         codes: (tokens_per_image,), of the image.
@@ -125,7 +125,7 @@ def inpainting_request(parts: Parts, image: Image.Image, codes: np.ndarray, box:
     known[inside] = -1
     segments = query_segments(parts, "text_to_image", {"caption": caption}, {})
     query = Query(segments, TASKS["text_to_image"].cfg_dropout[0])
-    streams = [infill_prompt(segments[0][1], codes, span, parts.model.vocabulary)]
+    streams = [infill_prompt(text, codes, span, parts.model.vocabulary) for text in (segments[0][1], segments[0][1][:0])]
     return ImageRequest(caption, query, streams, region=Region(span, known))
 
 

@@ -84,6 +84,17 @@ def sample_segment(body: Body, text_share: float, rng: np.random.Generator) -> S
     return pool[int(rng.integers(len(pool)))] if pool else None
 
 
+def sample_region(side: int, rng: np.random.Generator) -> tuple[int, int]:
+    """The raster span of a random box in an image of ``side`` x ``side`` tokens: its first token, and the one after its last.
+
+    The box is a quarter to three quarters as wide, and as high, as the image. What lies beside it, between its rows, is in the span too.
+    """
+    least, most = max(1, side // 4), max(1, 3 * side // 4)
+    height, width = (int(size) for size in rng.integers(least, most + 1, size=2))
+    top, left = int(rng.integers(side - height + 1)), int(rng.integers(side - width + 1))
+    return top * side + left, (top + height - 1) * side + left + width
+
+
 def kind_of(body: Body, spans: Spans) -> Kind:
     """Classify spans by the part of the query, the last document, that they mask."""
     query = [s for s in body.segments if s.document == body.segments[-1].document]

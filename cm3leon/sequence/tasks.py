@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -294,14 +294,16 @@ class Training:
     Attributes:
         tasks: those of its instruction tuning.
         masked_prompts: it was trained with conditioning dropout, which guidance needs.
+        unprompted_regions: also with images of which a region is masked and whose text is left out, which guided inpainting needs.
     """
 
     tasks: frozenset[str]
     masked_prompts: bool
+    unprompted_regions: bool = False
 
     def write(self, directory: Path) -> None:
         """Write ``training.json`` next to a decoder."""
-        (directory / TRAINING).write_text(json.dumps({"tasks": sorted(self.tasks), "masked_prompts": self.masked_prompts}) + "\n")
+        (directory / TRAINING).write_text(json.dumps({**asdict(self), "tasks": sorted(self.tasks)}) + "\n")
 
     @classmethod
     def read(cls, directory: Path) -> Training | None:
@@ -313,4 +315,4 @@ class Training:
         if not (directory / TRAINING).is_file():
             return None
         found = read_file(directory / TRAINING, read_json, "cm3leon sft")
-        return cls(frozenset(found["tasks"]), found["masked_prompts"])
+        return cls(**{**found, "tasks": frozenset(found["tasks"])})

@@ -8,11 +8,11 @@ from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.tokens import TokenStore
 from cm3leon.models.decoder import Decoder, stored_weights
-from cm3leon.sequence.tasks import TASKS, Training
+from cm3leon.sequence.tasks import TASKS
 from cm3leon.tracking import runs
 from cm3leon.training.distributed import world
 from cm3leon.training.fingerprint import fingerprint
-from cm3leon.training.instruction_tuning import task_samples, trains_masked_prompts, validation_batches
+from cm3leon.training.instruction_tuning import task_samples, training_of, validation_batches
 from cm3leon.training.run import make_stream, train
 from cm3leon.training.sample_sheets import sample_sheets
 
@@ -45,7 +45,7 @@ def run(config: Config, resume_from: Path | None = None, *, accept_changes: bool
             accept_changes=accept_changes,
         )
         if processes.rank == 0:
-            Training(frozenset(samples.counts), trains_masked_prompts(section, config.pretrain.objective)).write(paths.FINETUNED)
+            training_of(samples.counts, section, config.pretrain.objective).write(paths.FINETUNED)
     # Each task's loss by modality is in MLflow; the printed line keeps one loss a task.
     by_modality = tuple(f"{name}_loss_{modality}" for name in validation if name for modality in ("text", "image"))
     return {**{name: loss for name, loss in metrics.items() if not name.endswith(by_modality)}, **counts}

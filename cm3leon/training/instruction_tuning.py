@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from cm3leon.config import paths
 from cm3leon.config.schema import ObjectiveConfig, SFTConfig
 from cm3leon.data.batches import Batch
@@ -11,6 +13,7 @@ from cm3leon.data.sequences import PretrainingSamples, read_neighbors
 from cm3leon.data.task_samples import TaskSamples
 from cm3leon.data.tokens import CONDITION_PREFIX, TokenStore
 from cm3leon.models.decoder import Decoder
+from cm3leon.sequence.tasks import Training
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training.run import first_batches
 
@@ -56,6 +59,14 @@ def validation_batches(samples: TaskSamples, section: SFTConfig, seed: int) -> d
     return batches
 
 
-def trains_masked_prompts(section: SFTConfig, pretraining: ObjectiveConfig) -> bool:
-    """True if pretraining or instruction tuning masks whole prompts, which trains the unconditional stream that guidance needs."""
-    return section.conditioning_dropout > 0 or pretraining.segment_rate * pretraining.caption_share > 0
+def training_of(tasks: Iterable[str], section: SFTConfig, pretraining: ObjectiveConfig) -> Training:
+    """What a model is trained for.
+
+    Args:
+        tasks: of the mix, those for which there are samples.
+    """
+    known = frozenset(tasks)
+    # The unconditional streams of guidance are trained where pretraining or instruction tuning masks whole prompts.
+    masked_prompts = section.conditioning_dropout > 0 or pretraining.segment_rate * pretraining.caption_share > 0
+    unprompted_regions = "text_to_image" in known and section.infill_share * section.conditioning_dropout > 0
+    return Training(known, masked_prompts, unprompted_regions)

@@ -214,6 +214,19 @@ def test_infilling_leaves_codes_outside_the_box_as_they_are(generator):
     assert len({tuple(image.codes[inside.ravel()]) for image in images}) > 1
 
 
+def test_infilling_is_guided_where_the_model_was_trained_for_it(generator):
+    def infilled(**settings):
+        return codes(trained.infill([picture], [(8, 8, 32, 32)], ["a red circle"], 2, candidates=1, temperature=1.0, **settings))
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8))
+    found = {}
+    for known in (True, False):
+        training = Training(frozenset({"text_to_image"}), masked_prompts=True, unprompted_regions=known)
+        trained = Generator(replace(generator.parts, training=training))
+        found[known] = infilled(guidance=1.0), infilled(guidance=4.0)
+    assert found[False][0] == found[False][1] == found[True][0] != found[True][1]
+
+
 def test_blanks_are_filled_and_the_rest_of_the_text_kept(generator):
     texts = ["a ___ circle", "two ___ and a ___ on white"]
     for images in (None, [RED, RED]):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cm3leon.sequence.cm3 import apply_spans, fit, kind_of, mask, sample_segment, sample_spans
+from cm3leon.sequence.cm3 import apply_spans, fit, kind_of, mask, sample_region, sample_segment, sample_spans
 from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Vocabulary, build_body, check_grammar, restore, split_tail
 
 VOCABULARY = Vocabulary(text_size=50, image_size=20, sentinels=16, tokens_per_image=16)
@@ -175,3 +175,15 @@ def test_no_length_crashes():
         body = build_body([[("text", VOCABULARY.text(rng.integers(50, size=length)))]])
         for _ in range(50):
             mask(body, VOCABULARY, rng, mean_masks=3.0, segment_rate=0.0)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 8, 32])
+def test_regions_are_boxes_of_a_quarter_to_three_quarters_of_the_sides(side: int) -> None:
+    rng = np.random.default_rng(0)
+    sizes = set()
+    for _ in range(500):
+        start, stop = sample_region(side, rng)
+        (top, left), (bottom, right) = divmod(start, side), divmod(stop - 1, side)
+        assert 0 <= start < stop <= side**2 and left <= right
+        sizes |= {bottom - top + 1, right - left + 1}
+    assert (min(sizes), max(sizes)) == (max(1, side // 4), max(1, 3 * side // 4))

@@ -13,7 +13,7 @@ from cm3leon.data.epochs import Weights
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.task_samples import TaskSamples, bounded_shares
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
-from cm3leon.generation.prompts import answer_prompt, image_prompt, likelihood_pair
+from cm3leon.generation.prompts import answer_prompt, image_prompt, infill_prompt, likelihood_pair
 from cm3leon.sequence.grammar import EOS, EOSS, Vocabulary, check_grammar, split_tail
 from cm3leon.sequence.tasks import BREAK, TASKS, available, box_in_square, condition_key, lay_out, reasoning_fields, split_template
 from cm3leon.sequence.text_tokenizer import TextTokenizer
@@ -64,7 +64,9 @@ def samples(tmp_path_factory):
             documents,
             manifest,
             TOKENIZER,
-            SFTConfig(**{"tasks": tasks, "answer_weight": 4.0, "input_weight": 1.0, "questions_per_sample": 1, **options}),
+            SFTConfig(
+                **{"tasks": tasks, "answer_weight": 4.0, "input_weight": 1.0, "questions_per_sample": 1, "infill_share": 0.0, **options}
+            ),
             conditions,
         )
 
@@ -222,6 +224,29 @@ def test_the_cm3_objective_masks_spans_of_instruction_and_image(samples):
     assert 0.3 < np.mean([not masked.spans for masked, *_ in found]) < 0.6  # exp(-1) and the spans that overlapped
     assert masked_images > 0
     assert not any(plain(0, number).masked.spans for number in range(len(plain)))
+
+
+def test_samples_with_a_masked_region_begin_as_the_streams_of_inpainting_do(samples):
+    sampled = samples({"text_to_image": 1.0}, infill_share=0.5, conditioning_dropout=0.25, input_weight=0.25)
+    caption = VOCABULARY.text(TOKENIZER.encode("a red circle"))
+    counts: Counter[int] = Counter()
+    for epoch in range(20):
+        for number in range(40):
+            masked, weights, documents, _ = sampled(epoch, number)
+            check_grammar(masked.tokens, VOCABULARY)
+            if masked.kind != "spans":
+                continue
+            [(start, stop)] = masked.spans
+            image = masked.body.segments[-1]
+            region, codes = (start - image.start, stop - image.start), sampled.pretraining.store.by_id(documents[-1]).codes
+            streams = [infill_prompt(text, codes, region, VOCABULARY) for text in (caption, caption[:0])]
+            [chosen] = [n for n, stream in enumerate(streams) if masked.tokens[: len(stream)].tolist() == stream.tokens.tolist()]
+            counts[chosen] += 1
+            prompt = len(streams[chosen])
+            assert masked.image_positions[:prompt].tolist() == streams[chosen].image_positions.tolist()
+            assert masked.tokens[prompt:].tolist() == [*VOCABULARY.image(codes)[slice(*region)], EOSS, EOS]
+            assert set(weights[prompt - 1 :]) == {1.0} and np.array_equal(weights > 0, masked.is_target)
+    assert 320 < counts.total() < 480 and 0.15 < counts[1] / counts.total() < 0.35
 
 
 def test_the_mix_follows_its_weights(samples):
