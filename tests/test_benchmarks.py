@@ -24,7 +24,9 @@ from cm3leon.config.profiles import configure
 from cm3leon.config.schema import Config
 from cm3leon.evaluation.record import Record
 from cm3leon.evaluation.reference import FreshRun, parameters_digest, read_runs, write_runs
+from cm3leon.stages.common import STAGES
 from cm3leon.tracking.runs import pipeline_run
+from cm3leon.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -222,12 +224,19 @@ class Clones:
         self.cloned: list[str] = []
         self.monkeypatch = monkeypatch
         monkeypatch.setattr(repeat, "clone", self.clone)
+        monkeypatch.setattr(repeat, "check_parameters", self.check)
+        self.own = "parameters"
         monkeypatch.setattr(repeat, "collect", lambda project, threads, minutes: fresh_run(0, threads=threads, minutes=minutes))
 
     def clone(self, to: Path, commit: str, profile: str, *changes: str) -> None:
         assert (commit, profile, changes) == ("HEAD", "small", ("seed=0",))
         to.mkdir()
         self.cloned.append(to.name)
+
+    def check(self, project: Path, parameters: str) -> None:
+        assert (project.name, parameters) == (self.cloned[-1], "parameters")
+        if parameters != self.own:
+            raise UserError("other parameters")
 
     def train(self, directory: Path, threads: int = 2, status: int = 0) -> FreshRun:
         self.monkeypatch.setattr(repeat, "PIPELINE", ["-c", f"import sys; sys.exit({status})"])
@@ -247,6 +256,65 @@ def test_half_of_a_clone_is_made_again(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "small-paramete-seed-0-threads-2").mkdir()
     clones = Clones(monkeypatch)
     assert clones.train(tmp_path).minutes is not None and len(clones.cloned) == 1
+
+
+def test_a_clone_of_other_parameters_is_not_trained_and_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clones = Clones(monkeypatch)
+    clones.own = "those of HEAD"
+    with pytest.raises(UserError):
+        clones.train(tmp_path)
+    clones.own = "parameters"
+    assert clones.train(tmp_path).minutes is not None and len(clones.cloned) == 2
+
+
+def test_the_parameters_of_a_project_are_read_by_its_own_code(tmp_path: Path) -> None:
+    for name, text in {"__init__": "", "config/__init__": "", "config/loading": "load_config = str", "evaluation/__init__": ""}.items():
+        file = tmp_path / "cm3leon" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    with pytest.raises(UserError, match="does not tell its parameters: ModuleNotFoundError"):
+        repeat.check_parameters(tmp_path, "mine")
+    (tmp_path / "cm3leon" / "evaluation" / "reference.py").write_text("parameters_digest = lambda config: 'own'")
+    repeat.check_parameters(tmp_path, "own")
+    with pytest.raises(UserError, match=r"\(own\) are not those of profile small in this checkout \(mine\)"):
+        repeat.check_parameters(tmp_path, "mine")
+
+
+def pipeline_of(config: Config, *stages: str) -> None:
+    """A pipeline's run in which stages ran, a second each."""
+    with pipeline_run(config) as run:
+        run.log_metrics({f"pipeline/{stage}_seconds": 1.0 for stage in stages})
+
+
+def test_a_finished_run_is_added_with_times_if_all_its_stages_ran(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr(repeat, "check_parameters", lambda project, parameters: checked.append(parameters))
+    config = configure("tiny", ["seed=4"], configs=ROOT / "configs")
+    with pytest.raises(UserError, match=r"record\.json; add a checkout"):
+        repeat.finished(project, 2, "p")
+    Record({"composition": 0.5}, contract={"prompts": "1"}).write(paths.EVALUATION)
+    with pytest.raises(UserError, match="no run of the pipeline that has ended"):
+        repeat.finished(project, 2, "p")
+    pipeline_of(config)  # the one before, which ran the stages, was killed
+    assert repeat.finished(project, 2, "p").minutes is None
+    pipeline_of(config, *STAGES)
+    pipeline_of(config)  # all is up to date: another run of nothing
+    found = repeat.finished(project, 3, "p")
+    assert (found.seed, found.threads, list(found.seconds)) == (4, 3, list(STAGES)) and found.minutes is not None
+    pipeline_of(config, "evaluate")
+    again = repeat.finished(project, 3, "p")
+    assert (again.minutes, again.seconds) == (None, {}) and again.scores == found.scores and checked == ["p"] * 4
+    monkeypatch.setattr(repeat, "changed_files", lambda project: ["params.yaml", "cm3leon/models/decoder.py"])
+    with pytest.raises(UserError, match=r"with changes of cm3leon/models/decoder\.py; nothing tells"):
+        repeat.finished(project, 3, "p")
+    monkeypatch.setattr(repeat, "changed_files", lambda project: ["params.yaml"])
+    monkeypatch.setattr(repeat, "commit_of", lambda project: "a later one")
+    with pytest.raises(UserError, match=r"at commit unknown: it is at a later, with changes of nothing"):
+        repeat.finished(project, 3, "p")
+    results = project / "results.json"
+    for run in (found, found):
+        repeat.keep(run, results)
+    assert read_runs(results) == [found] and "There is one run of 5." in (project / "results.md").read_text()
 
 
 def test_a_run_is_collected_from_its_project(project: Path) -> None:
