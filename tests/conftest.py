@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import settings
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, EncoderConfig
@@ -19,6 +20,9 @@ collect_rarely()
 if "PYTEST_XDIST_WORKER" in os.environ:  # all cores test: threads would wait for each other, those of programs they start too
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+settings.register_profile("shared machine", deadline=None)  # where other work makes an example slow, it is not wrong
+settings.load_profile("shared machine")
 
 LONGEST = (
     "flows/test_whole_project.py",

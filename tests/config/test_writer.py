@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cm3leon.config.loading import all_keys, parse_config
@@ -20,7 +20,6 @@ PAGE = ROOT / "docs/configuration.md"
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 
 
-@settings(deadline=None)  # a machine with other work is slow
 @given(st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_any_value_is_read_back(value: Any) -> None:
     assert yaml.safe_load(flow([value])) == [value]

@@ -95,7 +95,7 @@ def test_unanswered_and_unannotated_questions_are_an_error() -> None:
         accuracy({}, {})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.sampled_from(["red", "blue", "a red", "2", "two"]), min_size=1, max_size=12),
     st.sampled_from(["red", "blue", "two", "x"]),
@@ -107,7 +107,7 @@ def test_scores_are_between_0_and_1_and_order_does_not_matter(references: list[s
     assert answer_score("nothing like it", references) == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text(max_size=30))
 def test_normal_form_has_single_spaces_only(text: str) -> None:
     normal = normalize_answer(text)

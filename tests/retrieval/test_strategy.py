@@ -42,7 +42,7 @@ def by_loop(bank: MemoryBank, config: RetrieveConfig, text: np.ndarray, image: n
     return taken
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     count=st.integers(1, 60),
     seed=st.integers(0, 10_000),
@@ -125,7 +125,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [[n.position for n in group] for group in in_chunks] == [[n.position for n in group] for group in whole]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(["a", "red", "circle", "left"]), max_size=20), st.floats(0, 0.99), st.integers(0, 5), st.text(max_size=5))
 def test_dropped_words_are_a_share_and_the_rest_keeps_its_order(words: list[str], rate: float, seed: int, key: str) -> None:
     text = " ".join(words)

@@ -179,7 +179,7 @@ mentions = st.builds(Mention, st.sampled_from(list(SHAPES)), st.sampled_from(lis
 
 
 @given(first=mentions, second=mentions, background=st.sampled_from(list(BACKGROUNDS)), relation=st.sampled_from(["left of", "above", None]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_parsing_inverts_writing(first: Mention, second: Mention, background: str, relation: str | None) -> None:
     def words(mention: Mention) -> str:
         return f"a {mention.size + ' ' if mention.size else ''}{mention.color} {mention.shape}"

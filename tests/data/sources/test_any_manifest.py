@@ -52,7 +52,7 @@ def write_pictures(root: Path) -> None:
     (root / "broken.png").write_bytes(data.getvalue()[:100])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(written=ROWS)
 def test_every_row_is_accepted_or_rejected_for_a_reason(written: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
