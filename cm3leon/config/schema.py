@@ -392,9 +392,7 @@ class EvaluateConfig(Section):
 class GateConfig(Section):
     """The gate of promotion; keys are names of scores in the evaluation record."""
 
-    floors: dict[str, float] = Field(
-        {"composition": 0.55, "vqa_accuracy": 0.7}, description="score -> least value, where higher is better"
-    )
+    floors: dict[str, float] = Field({"composition": 0.55, "vqa_accuracy": 0.7}, description="score -> least value, where higher is better")
     ceilings: dict[str, float] = Field(default_factory=dict, description="score -> greatest value, where lower is better")
     margins: dict[str, float] = Field(
         {

@@ -185,7 +185,7 @@ def _scores(runs: Sequence[FreshRun]) -> Iterator[str]:
 def _minutes(runs: Sequence[FreshRun]) -> Iterator[str]:
     timed = [run for run in runs if run.minutes is not None]
     if not timed:
-        yield "No run went through without an interruption."
+        yield "No run has times that count: they were interrupted, or other work ran beside them."
         return
     yield f"Of {_count(len(timed), 'run')} that went through without an interruption; shortest to longest."
     yield ""
@@ -205,7 +205,7 @@ def _runs(runs: Sequence[FreshRun]) -> Iterator[str]:
     yield _row(["seed", "processor", "threads", "minutes", "date", "commit", *(f"`{name}`" for name in names)])
     yield _row(["---"] * (6 + len(names)))
     for run in runs:
-        minutes = "interrupted" if run.minutes is None else f"{run.minutes:.1f}"
+        minutes = "not counted" if run.minutes is None else f"{run.minutes:.1f}"
         scores = [three_digits(run.scores[name]) if name in run.scores else "" for name in names]
         yield _row([str(run.seed), run.processor, str(run.threads), minutes, run.date[:10], f"`{run.commit[:7]}`", *scores])
 
