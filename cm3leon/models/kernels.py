@@ -22,6 +22,20 @@ MAX_MATERIALIZED_TOKENS = 256
 """Longest sequence for which attention in bfloat16 on a CPU materializes all scores; longer ones were not measured."""
 
 
+def makes_kernels_by_shape(device: torch.device) -> bool:
+    """True where the products of the current autocast dtype have a kernel made for every shape, which costs time and memory.
+
+    So does oneDNN, which computes them in bfloat16 on a CPU: training on rows of all lengths spends a third of its time on that, and a
+    gigabyte (docs/log.md). MKL, which computes them in float32, does not.
+    """
+    return device.type == "cpu" and torch.is_autocast_enabled("cpu")
+
+
+def up_to_multiple(number: int, of: int) -> int:
+    """The least multiple of ``of`` that is not below ``number``."""
+    return -(-number // of) * of
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``: (..., I) and (O, I) to (..., O).
 
