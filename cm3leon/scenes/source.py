@@ -10,19 +10,22 @@ combinations (a color of a shape, a relation between two shapes) are shown only 
 from __future__ import annotations
 
 import io
+import os
 import random
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
+from torch.utils.data import Dataset
 
 from cm3leon.config.ingest_schema import ShapesConfig
 from cm3leon.data.images import encode
 from cm3leon.data.manifest import SourceRow
+from cm3leon.data.workers import ahead_by_workers
 from cm3leon.scenes import text as scene_text
 from cm3leon.scenes.conditions import conditions
 from cm3leon.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Combination, Object, Scene, is_valid, place, sample_scene
@@ -30,14 +33,43 @@ from cm3leon.utils.errors import ConfigError
 
 TRIES = 500
 """Attempts to sample a scene, or an edit, that no earlier row shows."""
+MIN_SHARED = 1000
+"""Fewest scenes for which worker processes are started."""
+AHEAD = 64
+"""Rows that each of them has ready."""
 NEW_COMBINATIONS: frozenset[Combination] = frozenset({
     ("red", "diamond"), ("cyan", "cross"), ("yellow", "ring"), ("square", "left of", "circle"), ("triangle", "above", "cross"),
 })  # fmt: skip
 """The combinations that only scenes of their own show, if ``new_combinations`` of the parameters is not 0."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A row before its image is painted and its texts are written."""
+
+    key: str
+    origin: str
+    scene: Scene
+    split: str
+    group: str | None
+    edited_from: str | None = None
+    instruction: str | None = None
+
+
+class Painter(Dataset[SourceRow]):
+    """The row of each plan."""
+
+    def __init__(self, config: ShapesConfig) -> None:
+        self.config = config
+
+    def __getitem__(self, plan: Plan) -> SourceRow:
+        return _row(plan, self.config)
+
+
 def rows(config: ShapesConfig, path: Path) -> Iterator[SourceRow]:
     """Sample ``config.count`` scenes; some are followed by an edited version of themselves.
+
+    Scenes are sampled one after another, because no two may show the same; worker processes paint them.
 
     Args:
         path: not read; all sources have the same signature.
@@ -45,24 +77,28 @@ def rows(config: ShapesConfig, path: Path) -> Iterator[SourceRow]:
     Raises:
         ConfigError: if there are not enough different scenes for ``config.count`` under this configuration.
     """
+    painter, plans = Painter(config), sample_plans(config)
+    if config.count < MIN_SHARED:
+        return map(painter.__getitem__, plans)
+    return iter(ahead_by_workers(painter, os.cpu_count() or 1, AHEAD, plans))
+
+
+def sample_plans(config: ShapesConfig) -> Iterator[Plan]:
+    """The plans of :func:`rows`."""
     seen: set[tuple[Any, ...]] = set()
     for number in range(config.count):
         # A generator for each scene: a longer run starts with the rows of a shorter one.
         rng = random.Random(f"{config.seed}/{number}")
         is_new = random.Random(f"{config.seed}/{number}/new").random() < config.new_combinations
         scene = _unique_scene(rng, config, seen, is_new)
-        row = _row(scene, f"scene-{number:07d}", f"scene {number}", config, rng)
-        row.split = "test" if is_new else split_of(scene, config)
+        key, split = f"scene-{number:07d}", "test" if is_new else split_of(scene, config)
         edited = edit(scene, rng, config, seen) if rng.random() < config.edits and not is_new else None
-        row.group = row.key if edited else None  # a group stays in one split
-        yield row
+        group = key if edited else None  # a group stays in one split
+        yield Plan(key, f"scene {number}", scene, split, group)
         if edited:
             instruction, after = edited
             seen.add(after.signature)
-            second = _row(after, f"{row.key}-edited", f"scene {number}, edited", config, rng)
-            second.group, second.edited_from, second.instruction = row.key, row.key, instruction
-            second.split = row.split
-            yield second
+            yield Plan(f"{key}-edited", f"scene {number}, edited", after, split, group, key, instruction)
 
 
 def split_of(scene: Scene, config: ShapesConfig) -> str:
@@ -89,16 +125,21 @@ def _unique_scene(rng: random.Random, config: ShapesConfig, seen: set[tuple[Any,
     )
 
 
-def _row(scene: Scene, key: str, origin: str, config: ShapesConfig, rng: random.Random) -> SourceRow:
+def _row(plan: Plan, config: ShapesConfig) -> SourceRow:
     """Paint a scene and write its texts; condition images for the fraction ``config.conditions`` of scenes."""
+    scene, rng = plan.scene, random.Random(f"{config.seed}/{plan.key}")
     row = SourceRow(
-        key=key,
-        origin=origin,
+        key=plan.key,
+        origin=plan.origin,
         image=encode(scene.render(config.size)),
         captions=scene_text.captions(scene, rng),
         licence="CC0-1.0",
         attribution="cm3leon shapes",
         source="shapes",
+        split=plan.split,
+        group=plan.group,
+        edited_from=plan.edited_from,
+        instruction=plan.instruction,
         long_caption=scene_text.long_caption(scene),
         objects=[(item.label, _pixel_box(item, config.size)) for item in scene.objects],
         questions=scene_text.questions(scene, rng),

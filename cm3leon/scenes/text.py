@@ -93,12 +93,14 @@ def long_caption(scene: Scene) -> str:
     return " ".join(sentences)
 
 
-def _existence(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Two questions about the presence of an object, whose answers are yes and no.
+def _existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A question about the presence of an object, with yes or no equally likely.
 
     Most negatives are hard: in 80 % of them the color or the shape occurs in the scene, in another combination.
     """
     present = {(item.color, item.shape) for item in scene.objects}
+    if rng.random() < 0.5:
+        return _is_there(*rng.choice(sorted(present))), "yes"
     colors, shapes = sorted({c for c, _ in present}), sorted({s for _, s in present})
     # The kind of negative is fixed first; then combinations are sampled until one is absent.
     kind = rng.random()
@@ -107,8 +109,11 @@ def _existence(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
         color = rng.choice(colors) if kind < 0.4 else rng.choice(list(COLORS))
         shape = rng.choice(shapes) if 0.4 <= kind < 0.8 else rng.choice(list(SHAPES))
         absent = color, shape
-    asked = [(rng.choice(sorted(present)), "yes"), (absent, "no")]
-    return [(f"Is there {with_article(f'{color} {shape}')}?", answer) for (color, shape), answer in asked]
+    return _is_there(*absent), "no"
+
+
+def _is_there(color: str, shape: str) -> str:
+    return f"Is there {with_article(f'{color} {shape}')}?"
 
 
 def _relation_questions(scene: Scene) -> list[tuple[str, str]]:
@@ -129,7 +134,7 @@ def _relation_questions(scene: Scene) -> list[tuple[str, str]]:
 
 
 def questions(scene: Scene, rng: random.Random) -> list[tuple[str, list[str]]]:
-    """Questions with their answers in lower case: one of each kind, of yes/no questions a pair. Each has exactly one right answer."""
+    """Questions with their answers in lower case: one of each kind. Each has exactly one right answer."""
     background = ("What is the background color?", scene.background)
     if scene.letter:
         chosen = [("Which letter is shown?", scene.letter.lower()), ("What color is the letter?", scene.objects[0].color), background]
@@ -149,7 +154,7 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, list[str]]]:
         kinds.append([(f"What color is the {o.shape}?", o.color) for o in one_shape])
         kinds.append([(f"What size is the {o.shape}?", o.size) for o in one_shape])
         kinds.append([(f"What shape is the {o.color} object?", o.shape) for o in scene.objects if colors.count(o.color) == 1])
-    chosen = [*(rng.choice(kind) for kind in kinds if kind), *_existence(scene, rng)]
+    chosen = [*(rng.choice(kind) for kind in kinds if kind), _existence(scene, rng)]
     rng.shuffle(chosen)
     return [(question, [answer]) for question, answer in chosen]
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from cm3leon.config.ingest_schema import ShapesConfig
+from cm3leon.scenes import source
 from cm3leon.scenes.composition import check, combinations, content, parse_caption
 from cm3leon.scenes.reading import read_scene
 from cm3leon.scenes.scene import Scene
@@ -165,3 +166,11 @@ def test_without_new_combinations_every_one_is_in_training() -> None:
     config = ShapesConfig(count=1500, edits=0, letters=0, new_combinations=0)
     shown = {pair for row in rows(config, Path()) if row.split == "train" for pair in read_scene(decode(row.image)).combinations}
     assert shown >= NEW_COMBINATIONS
+
+
+def test_worker_processes_paint_the_same_rows_in_the_same_order(monkeypatch):
+    config = ShapesConfig(count=40, letters=0.1, edits=0.5, conditions=0.3)
+    alone = list(rows(config, Path()))
+    monkeypatch.setattr(source, "MIN_SHARED", 40)
+    assert list(rows(config, Path())) == alone
+    assert [plan.key for plan in source.sample_plans(config)] == [row.key for row in alone]

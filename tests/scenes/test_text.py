@@ -89,7 +89,7 @@ def _answers(scene: Scene, question: str) -> set[str]:
 def test_every_question_has_exactly_one_true_answer_which_is_the_given_one() -> None:
     for i, scene in enumerate(SCENES):
         asked = questions(scene, random.Random(i))
-        assert 3 <= len(asked) <= 9
+        assert 3 <= len(asked) <= 8
         assert len({question for question, _ in asked}) == len(asked)
         for question, answers in asked:
             assert _answers(scene, question) == set(answers), (scene, question)
@@ -101,7 +101,7 @@ def test_kinds_of_questions_are_mixed_and_yes_no_is_balanced() -> None:
     kinds = Counter(" ".join(q.split()[:2]) for q, _ in asked)
     assert {"What color", "What shape", "How many", "What is", "What size", "Is there", "Which letter"} <= kinds.keys()
     yes_no = [a for q, a in asked if q.startswith("Is there")]
-    assert 2 * yes_no.count("yes") == len(yes_no)  # in pairs, of one scene
+    assert 0.4 < yes_no.count("yes") / len(yes_no) < 0.6
     # Hard negatives: the color or the shape occurs in the scene, in another combination.
     hard = 0
     everything = [(s, q, a) for i, s in enumerate(SCENES) for q, a in questions(s, random.Random(i))]
