@@ -3,7 +3,8 @@
 Each seed that ``docs/results.json`` lacks under the present parameters is trained in a clone of HEAD, by the pipeline as ``make run`` runs
 it, about half an hour on two cores. It is added to the file as soon as it has ended, and ``docs/results.md`` is written from the file; so
 they are without any seeds. The same command goes on where it was interrupted, in the same clone and at its commit; such a run counts for
-the scores, and not for the times. Runs of other parameters leave the file when the first of new ones is added; git keeps them.
+the scores, and not for the times. So does one with ``--beside``, on a machine that does other work meanwhile. Runs of other parameters
+leave the file when the first of new ones is added; git keeps them.
 
 ``--add DIR`` adds the run of a checkout in which the pipeline has ended, on this machine, and trains nothing.
 
@@ -93,8 +94,11 @@ def write_page(results: Path) -> None:
     results.with_suffix(".md").write_text(page(read_runs(results)))
 
 
-def train_in_clone(seed: int, threads: int, directory: Path, parameters: str) -> FreshRun:
+def train_in_clone(seed: int, threads: int, directory: Path, parameters: str, beside: bool) -> FreshRun:
     """Train a seed in a clone, which is kept; one that is there goes on.
+
+    Args:
+        beside: the machine does other work meanwhile: the times do not count.
 
     Raises:
         subprocess.CalledProcessError: if the pipeline fails.
@@ -123,7 +127,7 @@ def train_in_clone(seed: int, threads: int, directory: Path, parameters: str) ->
         raise subprocess.CalledProcessError(status, process.args)
 
     # 3. What it has left.
-    return collect(project, threads, None if resumed else minutes)
+    return collect(project, threads, None if resumed or beside else minutes)
 
 
 def finished(project: Path, threads: int, parameters: str) -> FreshRun:
@@ -167,7 +171,7 @@ def collect(project: Path, threads: int, minutes: float | None) -> FreshRun:
     """The run of a project whose pipeline has ended, from its parameters, its evaluation record and its tracking store.
 
     Args:
-        minutes: of the pipeline; None if it was interrupted, so that nothing tells how long its stages took.
+        minutes: of the pipeline; None if nothing tells how long it and its stages take: it was interrupted, or other work ran beside it.
     """
     config = load_config(project / "params.yaml")
     record = Record.read(project / paths.EVALUATION)
@@ -235,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="seeds to train; without any, only the page is written")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of a process (default: %(default)s)")
+    parser.add_argument("--beside", action="store_true", help="the machine does other work meanwhile: times do not count")
     parser.add_argument("--directory", type=Path, default=ROOT / ".cache" / "repeat", help="where the clones are")
     parser.add_argument("--add", type=Path, metavar="DIR", help="add the run of a checkout in which the pipeline has ended on this machine")
     options = parser.parse_args()
@@ -247,7 +252,7 @@ def main() -> None:
             options.seeds,
             ROOT / RESULTS,
             parameters,
-            lambda seed: train_in_clone(seed, options.threads, directory, parameters),
+            lambda seed: train_in_clone(seed, options.threads, directory, parameters, options.beside),
         )
     except subprocess.CalledProcessError as error:
         sys.exit(f"{error}; the same command goes on in the same clone")

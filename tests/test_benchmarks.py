@@ -238,9 +238,9 @@ class Clones:
         if parameters != self.own:
             raise UserError("other parameters")
 
-    def train(self, directory: Path, threads: int = 2, status: int = 0) -> FreshRun:
+    def train(self, directory: Path, threads: int = 2, status: int = 0, beside: bool = False) -> FreshRun:
         self.monkeypatch.setattr(repeat, "PIPELINE", ["-c", f"import sys; sys.exit({status})"])
-        return repeat.train_in_clone(0, threads, directory, "parameters")
+        return repeat.train_in_clone(0, threads, directory, "parameters", beside)
 
 
 def test_an_interrupted_training_goes_on_in_its_clone_and_has_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,6 +250,10 @@ def test_an_interrupted_training_goes_on_in_its_clone_and_has_no_times(tmp_path:
     assert clones.train(tmp_path).minutes is None and len(clones.cloned) == 1
     other = clones.train(tmp_path, threads=1)
     assert other.minutes is not None and other.threads == 1 and len(set(clones.cloned)) == 2
+
+
+def test_a_training_beside_other_work_has_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Clones(monkeypatch).train(tmp_path, beside=True).minutes is None
 
 
 def test_half_of_a_clone_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

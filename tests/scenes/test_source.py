@@ -128,7 +128,7 @@ def test_frequency_of_letters_and_conditions() -> None:
 
 
 def test_what_captions_of_val_and_test_say_is_never_said_in_training() -> None:
-    config = ShapesConfig(count=3000, edits=0.4, val_fraction=0.1, test_fraction=0.2)
+    config = ShapesConfig(count=1500, edits=0.4, val_fraction=0.1, test_fraction=0.2)
     found = list(rows(config, Path()))
     said = {name: set[object]() for name in ("train", "val", "test")}
     for row in found:
@@ -148,7 +148,7 @@ def test_what_captions_of_val_and_test_say_is_never_said_in_training() -> None:
 
 
 def test_new_combinations_are_shown_only_by_scenes_of_test_that_are_made_for_them() -> None:
-    config = ShapesConfig(count=1500, edits=0.4, letters=0, new_combinations=0.1)
+    config = ShapesConfig(count=700, edits=0.4, letters=0, new_combinations=0.1)
     named = {name: set[tuple[str, ...]]() for name in ("train", "val", "test")}
     count = 0
     for row in rows(config, Path()):
@@ -163,7 +163,7 @@ def test_new_combinations_are_shown_only_by_scenes_of_test_that_are_made_for_the
 
 
 def test_without_new_combinations_every_one_is_in_training() -> None:
-    config = ShapesConfig(count=1500, edits=0, letters=0, new_combinations=0)
+    config = ShapesConfig(count=700, edits=0, letters=0, new_combinations=0)
     shown = {pair for row in rows(config, Path()) if row.split == "train" for pair in read_scene(decode(row.image)).combinations}
     assert shown >= NEW_COMBINATIONS
 
