@@ -292,7 +292,7 @@ class SFTConfig(TrainConfig):
         0.0, ge=0, description="CM3 in the other image-generating samples: mean number of masked spans, Poisson (paper: 1); 0: none"
     )
     infill_share: float = Field(
-        0.25, ge=0, le=1, description="share of the samples of text_to_image whose image has a region masked, for inpainting (paper: 0)"
+        0.1, ge=0, le=1, description="share of the samples of text_to_image whose image has a region masked, for inpainting (paper: 0)"
     )
     conditioning_dropout: float = Field(
         0.1, ge=0, le=1, description="share of the image-generating samples whose conditioning is masked, for classifier-free guidance"
