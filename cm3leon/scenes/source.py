@@ -10,7 +10,6 @@ combinations (a color of a shape, a relation between two shapes) are shown only 
 from __future__ import annotations
 
 import io
-import os
 import random
 import sys
 import textwrap
@@ -29,12 +28,15 @@ from cm3leon.data.workers import ahead_by_workers
 from cm3leon.scenes import text as scene_text
 from cm3leon.scenes.conditions import conditions
 from cm3leon.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Combination, Object, Scene, is_valid, place, sample_scene
+from cm3leon.utils.device import cores
 from cm3leon.utils.errors import ConfigError
 
 TRIES = 500
 """Attempts to sample a scene, or an edit, that no earlier row shows."""
 MIN_SHARED = 1000
 """Fewest scenes for which worker processes are started."""
+MAX_WORKERS = 4
+"""More would wait for the sampling of scenes, a fifth of the work."""
 AHEAD = 64
 """Rows that each of them has ready."""
 NEW_COMBINATIONS: frozenset[Combination] = frozenset({
@@ -80,7 +82,7 @@ def rows(config: ShapesConfig, path: Path) -> Iterator[SourceRow]:
     painter, plans = Painter(config), sample_plans(config)
     if config.count < MIN_SHARED:
         return map(painter.__getitem__, plans)
-    return iter(ahead_by_workers(painter, os.cpu_count() or 1, AHEAD, plans))
+    return iter(ahead_by_workers(painter, min(MAX_WORKERS, cores()), AHEAD, plans))
 
 
 def sample_plans(config: ShapesConfig) -> Iterator[Plan]:
