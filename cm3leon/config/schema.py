@@ -18,7 +18,7 @@ from cm3leon.config.section import Section, Seed, first_error
 
 Precision = Annotated[
     Literal["auto", "fp32", "bf16"],
-    Field(description="dtype of matrix products; auto: bf16 where the hardware has it; parameters and optimizer state stay fp32"),
+    Field(description="dtype of matrix products; auto: bf16 on GPUs that have it; parameters and optimizer state stay fp32"),
 ]
 
 
@@ -229,7 +229,7 @@ class TrainConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's first and second moment")
     clip: float = Field(1.0, gt=0, description="norm to which the gradient is clipped")
     z_loss: float = Field(0.0, ge=0, description="weight of the z-loss, log(Z)^2 of the output (Chameleon, arXiv 2405.09818: 1e-5)")
-    precision: Precision = "auto"
+    precision: Precision = "fp32"
     compile: bool = Field(False, description="compile the blocks with torch.compile; on a CPU this needs a C++ compiler")
     activation_checkpointing: bool = Field(False, description="recompute the blocks in the backward pass to save memory")
     validate_every: ValidateEvery

@@ -108,7 +108,7 @@ def run(config: Config) -> dict[str, float]:
     square, dtype = Square(tokenizer.spec.image_size), torch.float32
     written, conditions = 0, 0
     with runs.stage_run("tokenize", config) as run:
-        if device.type == "cuda" and has_native_bf16(device):
+        if has_native_bf16(device):
             compared = refs[:: max(1, len(refs) // COMPARED)][:COMPARED]
             dtype, share = choose_dtype(tokenizer, image_batches(store, compared, square, batch_size), device)
             run.log_metrics({"tokenize/bf16_agreement": share})

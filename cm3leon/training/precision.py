@@ -16,15 +16,16 @@ class HasPrecision(Protocol):
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """True if the device has bfloat16 instructions. Where PyTorch emulates them in float32, bfloat16 is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # absent before torch 2.12
-    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    """True for a GPU with bfloat16 instructions. Where PyTorch emulates them in float32, bfloat16 is slower than float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast_dtype(config: HasPrecision, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products under ``config.precision``; ``auto`` is bfloat16 on devices with native support for it."""
+    """The dtype of matrix products under ``config.precision``; ``auto`` is bfloat16 on GPUs with native support for it.
+
+    On CPUs it is float32 whatever their instructions: a small decoder that computes in bfloat16 learns some things late or never, so
+    that a run would end with another quality on another processor (docs/log.md, "bfloat16 hid the relations").
+    """
     bf16 = has_native_bf16(device) if config.precision == "auto" else config.precision == "bf16"
     return torch.bfloat16 if bf16 else torch.float32
 

@@ -1,20 +1,27 @@
-"""The precision of matrix products: as configured, or by the device's instructions."""
+"""The precision of matrix products: as configured, or by the device."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from cm3leon.config.schema import PretrainConfig
+from cm3leon.config.schema import PretrainConfig, SFTConfig
 from cm3leon.training.precision import autocast_dtype
 
 
-def test_auto_is_bfloat16_only_on_devices_with_native_support(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, cpu = PretrainConfig(precision="auto"), torch.device("cpu")
-    for capability, expected in (("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx512_f", torch.float32)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capability: {found: True}, raising=False)
-        assert autocast_dtype(config, cpu) == expected
-        assert autocast_dtype(PretrainConfig(precision="fp32"), cpu) == torch.float32
-        assert autocast_dtype(PretrainConfig(precision="bf16"), cpu) == torch.bfloat16
-    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch before 2.12
-    assert autocast_dtype(config, cpu) == torch.float32
+@pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_bf16", "avx512_f"])
+def test_auto_is_float32_on_every_processor(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instructions: True}, raising=False)
+    for precision, expected in (("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        assert autocast_dtype(PretrainConfig(precision=precision), torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_is_bfloat16_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    expected = torch.bfloat16 if native else torch.float32
+    assert autocast_dtype(PretrainConfig(precision="auto"), torch.device("cuda")) == expected
+
+
+def test_the_default_profile_computes_the_same_on_every_machine() -> None:
+    assert {PretrainConfig().precision, SFTConfig().precision} == {"fp32"}
