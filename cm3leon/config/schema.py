@@ -266,9 +266,9 @@ TASK_NAMES = (
 class SFTConfig(TrainConfig):
     """Multitask instruction tuning on the mix of tasks of the paper's Table 5."""
 
-    steps: Steps = 5600
+    steps: Steps = 4000
     warmup_steps: WarmupSteps = 50
-    validate_every: ValidateEvery = 2800
+    validate_every: ValidateEvery = 2000
     answer_weight: float = Field(6.0, gt=0, description="loss weight of answer tokens, which are few compared with those of an image")
     input_weight: float = Field(0.3, ge=0, description="loss weight of the instruction, which precedes the answer or the image")
     questions_per_sample: int = Field(6, ge=1, description="most questions that one sample asks about its image")
