@@ -1,7 +1,7 @@
 """Time that the decoder's own operations save: python benchmarks/operations.py
 
-A forward and backward pass of profile small's decoder, as it is and with one operation replaced by plain PyTorch, alternating. Products in
-bfloat16, on a CPU. Medians of ``--rounds``, milliseconds.
+A forward and backward pass of profile small's decoder, as it is and with one operation replaced by plain PyTorch, alternating. In
+float32, on a CPU. Medians of ``--rounds``, milliseconds.
 """
 
 from __future__ import annotations
@@ -23,17 +23,6 @@ from cm3leon.models.decoder import Decoder
 from cm3leon.training.planning import meta_decoder
 
 
-def in_float32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """PyTorch's attention in float32."""
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, scale=scale).to(v.dtype)
-
-
-def in_bfloat16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """PyTorch's attention in bfloat16."""
-    return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True, scale=scale)
-
-
 def by_reals(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Rotary embedding in real numbers, with pairs of one element of each half."""
     cos, sin = cos_sin.unbind(-1)
@@ -48,8 +37,6 @@ def all_at_once(hidden: Tensor, output: Tensor, targets: Tensor, weights: Tensor
 
 
 REPLACED: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "attention by PyTorch in float32": lambda: mock.patch("cm3leon.models.decoder.attention", in_float32),
-    "attention by PyTorch in bfloat16": lambda: mock.patch("cm3leon.models.decoder.attention", in_bfloat16),
     "rotary embedding in real numbers": lambda: mock.patch("cm3leon.models.decoder.apply_rotary_emb", by_reals),
     "logits of all tokens at once": lambda: mock.patch("cm3leon.models.decoder.chunked_cross_entropy", all_at_once),
 }
@@ -71,8 +58,7 @@ if __name__ == "__main__":
         start = time.perf_counter()
         model.zero_grad(set_to_none=True)
         with patch:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                total, _ = model.losses(batch)
+            total, _ = model.losses(batch)
             total.backward()
         return time.perf_counter() - start
 

@@ -3,7 +3,6 @@
     python benchmarks/training.py                # tokens per second of profile small's decoder, alternating steps
     python benchmarks/training.py --shape plain  # of a small one without the options that OPT lacks
     python benchmarks/training.py --memory       # peak resident memory of a step for several sizes of vocabulary
-    python benchmarks/training.py --lengths      # ours in bfloat16 on a CPU, with rows of another length in each step
 
 Needs transformers. Both take whole steps (forward, backward, AdamW) on the same random tokens. Each has a process of its own, so that
 neither reuses memory that the other has allocated; the processes take turns, and the ratio is that of the medians. On a GPU training is
@@ -13,9 +12,7 @@ in bfloat16, and ``--shape 350m`` and ``--shape 760m`` print tokens per second a
 from __future__ import annotations
 
 import argparse
-import functools
 import multiprocessing
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,13 +21,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 
 from cm3leon.config.schema import Config
 from cm3leon.data.batches import Batch
-from cm3leon.models import cross_entropy, decoder
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.hardware import flops_per_token, peak_flops
@@ -136,55 +131,6 @@ def compare(shape: str, batch: int, context: int, vocabulary: int, rounds: int) 
     print(f"| {shape} | {batch} x {context} | {vocabulary} | {row} | {medians['opt'] / medians['ours']:.2f} |", flush=True)
 
 
-def resident_megabytes() -> float:
-    """Resident memory of this process, MB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
-
-
-def lengths_worker(few_shapes: bool, shape: str, batch: int, context: int, vocabulary: int, pipe: Connection) -> None:
-    """For each length that is received, take a step in bfloat16, and send its duration and the resident memory after it."""
-    if not few_shapes:
-        for module in (decoder, cross_entropy):
-            vars(module)["makes_kernels_by_shape"] = lambda device: False
-    torch.manual_seed(0)
-    model = Decoder(spec_of(shape, context), Vocabulary(vocabulary - 8 - 4 - 64, 64, 8, 64))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-
-    def take(batch_of_rows: Batch) -> float:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16):
-            total, _ = model.losses(batch_of_rows)
-        total.backward()
-        optimizer.step()
-        return total.item()
-
-    while length := pipe.recv():
-        take_rows = functools.partial(take, Batch.of_tokens(torch.randint(vocabulary, (batch, length))))
-        pipe.send((seconds(take_rows), resident_megabytes()))
-
-
-def compare_lengths(shape: str, batch: int, context: int, vocabulary: int, rounds: int) -> None:
-    """Alternate steps that compute rows at their own length and at few lengths; print medians, their ratio and memory."""
-    processes = multiprocessing.get_context("spawn")
-    ends: dict[bool, Connection] = {}
-    for few_shapes in (False, True):
-        ends[few_shapes], worker_end = processes.Pipe()
-        arguments = (few_shapes, shape, batch, context, vocabulary, worker_end)
-        processes.Process(target=lengths_worker, args=arguments, daemon=True).start()
-    found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-    lengths = torch.randint(context // 3, context + 1, (rounds,), generator=torch.Generator().manual_seed(0)).tolist()
-    for length in [context] * WARM_UP + lengths:
-        for few_shapes, end in ends.items():
-            end.send(length)
-            found[few_shapes].append(end.recv())
-    for end in ends.values():
-        end.send(0)
-    medians = {few: statistics.median(duration for duration, _ in steps[WARM_UP:]) for few, steps in found.items()}
-    for few_shapes, name in ((False, "every length as it is"), (True, "multiples")):
-        megabytes = f"{found[few_shapes][WARM_UP - 1][1]:,.0f} | {found[few_shapes][-1][1]:,.0f}"
-        print(f"| {name} | {medians[few_shapes] * 1e3:.0f} | {medians[False] / medians[few_shapes]:.2f} | {megabytes} |", flush=True)
-
-
 def alone(shape: str, batch: int, context: int, vocabulary: int, rounds: int) -> None:
     """Print tokens per second and MFU of ours."""
     tokens = torch.randint(vocabulary, (batch, context), device=DEVICE)
@@ -212,7 +158,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=["small", *SHAPES], default="small")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--lengths", action="store_true")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=vocabulary_of(Config()).size, help="by default profile small's")
@@ -223,9 +168,6 @@ if __name__ == "__main__":
         for size in (2563, 16384, 65536):
             ours, opt = (peak_megabytes(which, options.batch, options.context, size) for which in ("ours", "opt"))
             print(f"| {size} | {ours:,.0f} | {opt:,.0f} | {ours / opt:.2f} |", flush=True)
-    elif options.lengths:
-        print("| rows | ms a step | speed | MB after the first steps | MB after the last |\n|---|---|---|---|---|")
-        compare_lengths(options.shape, options.batch, options.context, options.vocabulary, options.rounds)
     elif options.shape in ("small", "plain"):
         print("| shape | batch | vocabulary | ours, tokens/s | OPT, tokens/s | ratio |\n|---|---|---|---|---|---|")
         compare(options.shape, options.batch, options.context, options.vocabulary, options.rounds)

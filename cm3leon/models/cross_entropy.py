@@ -20,17 +20,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from cm3leon.models.kernels import makes_kernels_by_shape, up_to_multiple
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Logits of a chunk: 4 MB of float32 on CPUs, with their small caches, 512 MB on GPUs, which want large matrices. Two or three buffers of
 this size are held."""
-
-ROW_MULTIPLE = 64
-"""Chunks have a multiple of this many tokens where every shape costs time and memory."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -106,12 +100,6 @@ def chunked_cross_entropy(
     Returns:
         The sum, float32 and differentiable, and the cross-entropies (N,), float32, without z-loss and not differentiable.
     """
-    count, rows = len(hidden_ND), chunk or max(1, CHUNK_ELEMENTS.get(hidden_ND.device.type, 1 << 26) // len(output_VD))
-    if makes_kernels_by_shape(hidden_ND.device) and rows >= ROW_MULTIPLE:
-        # Tokens of weight 0 are added, so that the last chunk has one of few sizes.
-        rows -= rows % ROW_MULTIPLE
-        padding = up_to_multiple(count, ROW_MULTIPLE) - count
-        hidden_ND = F.pad(hidden_ND, (0, 0, 0, padding))
-        targets_N, weights_N = F.pad(targets_N, (0, padding)), F.pad(weights_N, (0, padding))
+    rows = chunk or max(1, CHUNK_ELEMENTS.get(hidden_ND.device.type, 1 << 26) // len(output_VD))
     total, losses_N = _ChunkedCrossEntropy.apply(hidden_ND, output_VD, targets_N, weights_N, z_loss, rows)
-    return total, losses_N[:count]
+    return total, losses_N

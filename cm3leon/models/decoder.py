@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cm3leon.config.renamed import current_names
 from cm3leon.models.cross_entropy import chunked_cross_entropy
-from cm3leon.models.kernels import apply_rotary_emb, attention, linear, makes_kernels_by_shape, relu, up_to_multiple
+from cm3leon.models.kernels import apply_rotary_emb, attention, linear, relu
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.utils.files import read_file, read_json
 
@@ -87,10 +87,6 @@ MAX_ATTENTION_LOGIT = 11.0
 With sqrt(K), which is 5.7 for heads of 32, small heads cannot attend to a single token; with twice as much they learn more slowly
 (docs/log.md).
 """
-
-
-LENGTH_MULTIPLE = 16
-"""Rows are computed at multiples of this length, tokens, where every shape costs time and memory."""
 
 
 class RotaryEmbedding(nn.Module):
@@ -346,11 +342,7 @@ class Decoder(nn.Module):
         Args:
             z_loss: see :func:`~cm3leon.models.cross_entropy.chunked_cross_entropy`.
         """
-        length, padding = batch.tokens.shape[1], 0
-        if makes_kernels_by_shape(batch.tokens.device) and batch.cu_seqlens is None:
-            padding = min(up_to_multiple(length, LENGTH_MULTIPLE), max(length, self.spec.context)) - length
-        tokens_BT, image_positions_BT = (F.pad(ids, (0, padding)) for ids in (batch.tokens, batch.image_positions))
-        hidden_BTD = self(tokens_BT, image_positions_BT, positions_BT=batch.positions, cu_seqlens=batch.cu_seqlens)[:, :length]
+        hidden_BTD = self(batch.tokens, batch.image_positions, positions_BT=batch.positions, cu_seqlens=batch.cu_seqlens)
         # Only targets go through the vocabulary's product, the largest of a step. Each is predicted from the token before it.
         hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.targets - 1)
         tokens_N, weights_N = batch.tokens.flatten()[batch.targets], batch.weights.flatten()[batch.targets]

@@ -18,23 +18,6 @@ MIN_FLIPPED_ROWS, MAX_FLIPPED_ROWS = 4, 48
 MIN_FLIPPED_WEIGHT = 1 << 19
 """For this many rows of input, and from this many elements of the weight, :func:`linear` multiplies from the other side."""
 
-MAX_MATERIALIZED_TOKENS = 256
-"""Longest sequence for which attention in bfloat16 on a CPU materializes all scores; longer ones were not measured."""
-
-
-def makes_kernels_by_shape(device: torch.device) -> bool:
-    """True where the products of the current autocast dtype have a kernel made for every shape, which costs time and memory.
-
-    So does oneDNN, which computes them in bfloat16 on a CPU: training on rows of all lengths is 1.3 times as fast without, and takes a
-    gigabyte less (docs/log.md). MKL, which computes them in float32, does not.
-    """
-    return device.type == "cpu" and torch.is_autocast_enabled("cpu")
-
-
-def up_to_multiple(number: int, of: int) -> int:
-    """The least multiple of ``of`` that is not below ``number``."""
-    return -(-number // of) * of
-
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``: (..., I) and (O, I) to (..., O).
@@ -82,36 +65,6 @@ def apply_rotary_emb(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.view_as_complex(cos_sin.float())).flatten(-2)
 
 
-class _Attention(torch.autograd.Function):
-    """Causal attention as batched matrix products; the attention weights are kept for the backward pass.
-
-    Scores are float32, because attending to one token takes small differences of large scores; everything after them is in ``v``'s dtype.
-    With S = scale q kᵀ, P = softmax(S) and Y = P v, the gradients are dv = Pᵀ dY, dS = softmax'(P, dY vᵀ), dq = scale dS k and
-    dk = scale dSᵀ q. Inputs are (B, H, T, K); products are over (B H, T, K).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        shape, length = v.shape, v.shape[-2]
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        causal_TT = torch.full((length, length), -torch.inf).triu(1)
-        weights = torch.baddbmm(causal_TT, q, k.mT, alpha=scale).softmax(-1).to(v.dtype)
-        ctx.save_for_backward(q.to(v.dtype), k.to(v.dtype), v, weights)
-        ctx.scale = scale
-        return torch.bmm(weights, v).view(shape)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
-        shape = gradients[0].shape
-        dy = gradients[0].flatten(0, 1)
-        ds = torch._softmax_backward_data(torch.bmm(dy, v.mT), weights, -1, weights.dtype)
-        dq = torch.bmm(ds, k).float().mul_(ctx.scale).view(shape)
-        dk = torch.bmm(ds.mT, q).float().mul_(ctx.scale).view(shape)
-        dv = torch.bmm(weights.mT, dy).view(shape)
-        return dq, dk, dv, None
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None = None, longest: int = 0) -> Tensor:
     """Causal scaled dot-product attention (B, H, T, K) in ``v``'s dtype; logits are ``scale * q . k``.
 
@@ -141,14 +94,12 @@ def _attention_by_sample(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqle
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention over whole rows.
 
-    PyTorch's CPU kernel is slow in the backward pass in bfloat16: there, short sequences use :class:`_Attention`, and longer ones are
-    computed in float32.
+    PyTorch's CPU kernel is slow in the backward pass in bfloat16, and attending to one token takes small differences of large scores: on a
+    CPU attention is computed in float32.
     """
     if v.device.type != "cpu":
         q, k = q.to(v.dtype), k.to(v.dtype)
     elif v.dtype != torch.float32:
         with torch.autocast("cpu", enabled=False):
-            if v.shape[-2] <= MAX_MATERIALIZED_TOKENS and not torch.compiler.is_compiling():
-                return _Attention.apply(q.float(), k.float(), v, scale)
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, scale=scale).to(v.dtype)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

@@ -7,10 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests_support import decoder_spec
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from cm3leon.data.batches import Batch
-from cm3leon.models import cross_entropy, decoder
 from cm3leon.models.decoder import MAX_ATTENTION_LOGIT, WEIGHTS, Attention, Decoder, RotaryEmbedding
 from cm3leon.models.kernels import apply_rotary_emb
 from cm3leon.sequence.grammar import Vocabulary
@@ -192,48 +189,3 @@ def test_eight_bit_matrices_are_a_quarter_as_large_and_almost_the_same():
     step = weight.abs().amax(1, keepdim=True) / 127
     held = model.blocks[0].up
     assert ((held.weight * held.scale[:, None] - weight).abs() <= step / 2 + 1e-7).all()
-
-
-def losses_in_bfloat16(model, length):
-    """The loss of rows of random tokens, each token's loss, and the gradients."""
-    torch.manual_seed(length)
-    batch = Batch.of_tokens(*draw(3, length))
-    model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
-        total, losses = model.losses(batch)
-    total.backward()
-    return total.detach(), losses, [parameter.grad.clone() for parameter in model.parameters()]
-
-
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 40, 47, 48])
-def test_lengths_at_which_rows_are_computed_in_bfloat16_change_no_loss(length, monkeypatch):
-    model = make(image_positions=True, rope=True, previous_token=True, qk_norm=True)
-    total, losses, gradients = losses_in_bfloat16(model, length)
-    for module in (decoder, cross_entropy):
-        monkeypatch.setattr(module, "makes_kernels_by_shape", lambda device: False)
-    plain_total, plain_losses, plain_gradients = losses_in_bfloat16(model, length)
-    assert losses.shape == (3, length)
-    assert torch.allclose(total, plain_total, rtol=1e-2)
-    assert torch.allclose(losses, plain_losses, atol=0.05)
-    for found, plain in zip(gradients, plain_gradients, strict=True):
-        assert (found - plain).norm() <= 0.05 * plain.norm() + 1e-3
-
-
-def test_rows_of_all_lengths_have_few_shapes_of_products_in_bfloat16():
-    class Products(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.shapes = set()
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if "mm" in func.__name__:
-                self.shapes.add((func.__name__, *(tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor))))
-            return func(*args, **(kwargs or {}))
-
-    model, by_length = make(), {}
-    for lengths in ([16, 32, 48], range(2, 49)):
-        with Products() as products:
-            for length in lengths:
-                losses_in_bfloat16(model, length)
-        by_length[len(lengths)] = len(products.shapes)
-    assert by_length[47] == by_length[3]
