@@ -55,7 +55,7 @@ def test_flops_are_those_that_pytorch_counts(recompute: bool) -> None:
     With activation checkpointing PyTorch also counts the blocks' second forward pass, which ends before the last projection; the formula
     leaves it out. The test runs in bfloat16, because the counter does not know ``addmm_``, which accumulates float32 gradients in the loss.
     """
-    layers, width, context, rows = 2, 64, 32, 64  # targets without padding: a multiple of 64
+    layers, width, context, rows = 2, 64, 32, 3
     vocabulary = Vocabulary(40, 20, 4, 9)
     model = Decoder(decoder_spec(layers, width, 4, context), vocabulary)
     model.recompute = recompute

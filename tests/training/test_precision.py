@@ -23,5 +23,5 @@ def test_auto_is_bfloat16_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch, 
     assert autocast_dtype(PretrainConfig(precision="auto"), torch.device("cuda")) == expected
 
 
-def test_the_default_profile_computes_the_same_on_every_machine() -> None:
+def test_the_default_profile_has_one_precision_on_every_machine() -> None:
     assert {PretrainConfig().precision, SFTConfig().precision} == {"fp32"}
