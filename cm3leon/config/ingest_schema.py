@@ -45,6 +45,9 @@ class ShapesConfig(Section):
     letters: float = Field(0.0, ge=0, le=1, description="share of the scenes that show a letter")
     edits: float = Field(0.4, ge=0, le=1, description="share of the scenes that also come edited, with the instruction")
     conditions: float = Field(0.12, ge=0, le=1, description="share of the scenes that come with condition images of all kinds")
+    reading_order: float = Field(
+        0.75, ge=0, le=1, description="share of the captions of train that name objects from the top left on; the others in random order"
+    )
     val_fraction: float = Field(0.03, ge=0, lt=0.5, description="share of what captions say that only the validation split shows")
     test_fraction: float = Field(0.05, ge=0, lt=0.5, description="share of what captions say that only the test split shows")
     new_combinations: float = Field(

@@ -134,7 +134,7 @@ def _row(plan: Plan, config: ShapesConfig) -> SourceRow:
         key=plan.key,
         origin=plan.origin,
         image=encode(scene.render(config.size)),
-        captions=scene_text.captions(scene, rng),
+        captions=scene_text.captions(scene, rng, config.reading_order if plan.split == "train" else 0.0),
         licence="CC0-1.0",
         attribution="cm3leon shapes",
         source="shapes",

@@ -74,9 +74,7 @@ def _reasoning(row: Row, rng: np.random.Generator) -> list[Fields]:
 
 
 def _layout(row: Row, rng: np.random.Generator) -> list[Fields]:
-    seen = visible_objects(row)
-    order = [seen[int(number)] for number in rng.permutation(len(seen))]
-    return [{**_captions(row, rng)[0], "layout": layout_text(order)}]
+    return [{**_captions(row, rng)[0], "layout": layout_text(visible_objects(row))}]
 
 
 def _condition(row: Row, rng: np.random.Generator) -> list[Fields]:
@@ -204,9 +202,13 @@ def counts_of_tasks(rows: Iterable[Row]) -> dict[str, int]:
 
 
 def layout_text(objects: Sequence[tuple[str, Box]]) -> str:
-    """Objects and their boxes as the templates write them, in pixels from 0 to 255; ``objects`` have boxes as fractions of the side."""
+    """Objects and their boxes as the templates write them, in pixels from 0 to 255; ``objects`` have boxes as fractions of the side.
+
+    They are listed from top to bottom, then from left to right, whatever their order: as images are generated. A model learns such
+    layouts early; in random order, which box an image token belongs to has to be found out.
+    """
     parts = []
-    for label, box in objects:
+    for label, box in sorted(objects, key=lambda item: (item[1][1], item[1][0])):
         x0, y0, x1, y1 = (round(value * 255) for value in box)
         parts.append(f"{label} at ({x0}, {y0}) -> ({x1}, {y1})")
     return ", ".join(parts)

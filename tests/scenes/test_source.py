@@ -147,6 +147,16 @@ def test_what_captions_of_val_and_test_say_is_never_said_in_training() -> None:
     assert all(row.split == splits[row.edited_from] for row in found if row.edited_from)
 
 
+def test_only_captions_of_train_prefer_one_order_of_their_objects() -> None:
+    config = ShapesConfig(count=1000, edits=0, conditions=0, val_fraction=0.2, test_fraction=0.3, size=32)
+    stated: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for row in rows(config, Path()):
+        stated[row.split] += [how for text in row.captions if (statement := parse_caption(text)) and (how := statement.relation)]
+    first = {split: sum(how in ("left of", "above") for how in found) / len(found) for split, found in stated.items()}
+    assert first["train"] > 0.8
+    assert all(0.4 < first[split] < 0.6 for split in ("val", "test"))
+
+
 def test_new_combinations_are_shown_only_by_scenes_of_test_that_are_made_for_them() -> None:
     config = ShapesConfig(count=700, edits=0.4, letters=0, new_combinations=0.1)
     named = {name: set[tuple[str, ...]]() for name in ("train", "val", "test")}

@@ -1,5 +1,7 @@
 """Instruction-tuning templates: what a sample looks like, and that the prompt at inference is the sample's beginning."""
 
+import itertools
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -15,7 +17,17 @@ from cm3leon.data.task_samples import TaskSamples, bounded_shares
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
 from cm3leon.generation.prompts import answer_prompt, image_prompt, infill_prompt, likelihood_pair
 from cm3leon.sequence.grammar import EOS, EOSS, Vocabulary, check_grammar, split_tail
-from cm3leon.sequence.tasks import BREAK, TASKS, available, box_in_square, condition_key, lay_out, reasoning_fields, split_template
+from cm3leon.sequence.tasks import (
+    BREAK,
+    TASKS,
+    available,
+    box_in_square,
+    condition_key,
+    lay_out,
+    layout_text,
+    reasoning_fields,
+    split_template,
+)
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.stages.text_tokenizer import texts
 from cm3leon.utils.errors import UserError
@@ -156,6 +168,12 @@ def test_a_layout_is_written_in_the_coordinates_of_the_center_crop():
     assert box_in_square([16, 0, 48, 32], 64, 32) == (0, 0, 1, 1)
     assert box_in_square([0, 0, 40, 16], 64, 32) == (0, 0, 0.75, 0.5)
     assert box_in_square([0, 0, 30, 16], 64, 32) is None  # its center is cut away
+
+
+def test_a_layout_lists_objects_as_they_are_generated_whatever_their_order():
+    objects = [("ring", (0.5, 0.0, 1.0, 0.5)), ("cross", (0.0, 0.0, 0.5, 0.5)), ("square", (0.0, 0.5, 0.5, 1.0))]
+    for order in itertools.permutations(objects):
+        assert re.findall(r"[a-z]+(?= at)", layout_text(order)) == ["cross", "ring", "square"]
 
 
 QUESTIONS = [{"question": f"What color is number {n}?", "answers": [f"red {n}"]} for n in range(6)]
