@@ -25,7 +25,7 @@ import torch
 from cm3leon.config import paths
 from cm3leon.config.profiles import PARAMS, changed_config
 from cm3leon.config.schema import Config, DecodingConfig, ObjectiveConfig
-from cm3leon.data.batches import Batch, SortedStream
+from cm3leon.data.batches import Batch, SampleStream
 from cm3leon.data.manifest import read_manifest
 from cm3leon.data.tokens import TokenStore
 from cm3leon.generation.engine import generate_images, log_likelihoods
@@ -48,7 +48,7 @@ def held_out_batches(model: Decoder, config: Config, objective: ObjectiveConfig)
     """The val split once, without retrieved documents, with the masks of ``objective``."""
     section = config.pretrain.model_copy(update={"objective": objective, "retrieved_documents": [1.0]})
     store = TokenStore(paths.TOKENS, ["val"])
-    stream = SortedStream(training_samples(store, model.vocabulary, section, config.seed), len(store), 64, config.seed)
+    stream = SampleStream(training_samples(store, model.vocabulary, section, config.seed), len(store), 64, config.seed)
     return [stream(step) for step in range(max(1, len(store) // 64))]
 
 
@@ -115,7 +115,7 @@ def trial(changes: Sequence[str], steps: int) -> str:
     section = config.pretrain
     model = build_decoder(section.model, config.seed)
     train = TokenStore(paths.TOKENS, ["train"])
-    stream = SortedStream(training_samples(train, model.vocabulary, section, config.seed), len(train), section.batch_size, config.seed)
+    stream = SampleStream(training_samples(train, model.vocabulary, section, config.seed), len(train), section.batch_size, config.seed)
     start = time.perf_counter()
     state = setup(model, section)
     fit(state, stream, section, {}, "pretrain")

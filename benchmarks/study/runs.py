@@ -14,7 +14,7 @@ import numpy as np
 from cm3leon.config import paths
 from cm3leon.config.profiles import PARAMS, changed_config
 from cm3leon.config.schema import Config, DecodingConfig
-from cm3leon.data.batches import SortedStream
+from cm3leon.data.batches import SampleStream
 from cm3leon.data.manifest import read_manifest
 from cm3leon.data.tokens import TokenStore
 from cm3leon.evaluation.record import bootstrap, digest
@@ -98,7 +98,7 @@ class Study:
         model = build_decoder(section.model, seed)
         train, held_out = TokenStore(paths.TOKENS, ["train"]), TokenStore(paths.TOKENS, ["val"])
         samples = training_samples(train, model.vocabulary, section, seed)
-        stream = SortedStream(samples, len(train), section.batch_size, seed)
+        stream = SampleStream(samples, len(train), section.batch_size, seed)
 
         # 2. As many steps as give the tokens of the study: settings are compared at equal compute, not at equal steps.
         tokens_per_step = float(np.mean([int((stream(step).tokens > 0).sum()) for step in range(COUNTED)]))
@@ -112,7 +112,7 @@ class Study:
         curve: list[dict[str, float]] = []
         fit(
             setup(model, section),
-            SortedStream(samples, len(train), section.batch_size, seed),
+            SampleStream(samples, len(train), section.batch_size, seed),
             section,
             validation,
             directory.name,

@@ -218,9 +218,9 @@ class TrainConfig(Section):
     """Parameters of the trainer, for pretraining and instruction tuning alike."""
 
     steps: Steps
-    batch_size: int = Field(16, ge=1, description="rows per step, over all processes")
-    micro_batch_size: int | None = Field(None, ge=1, description="rows (of context tokens) that a process computes at once; null: all")
-    packing: bool = Field(False, description="each step has batch_size * context tokens, without padding")
+    batch_size: int = Field(16, ge=1, description="samples per step, under packing rows of context tokens, over all processes")
+    micro_batch_size: int | None = Field(None, ge=1, description="samples or rows that a process computes at once; null: all")
+    packing: bool = Field(False, description="a step has batch_size * context tokens of whole samples; false: batch_size samples")
     optimizer: Literal["adamw", "muon"] = Field("muon", description="muon: Muon for the blocks' matrices, AdamW for the embeddings")
     learning_rate: float = Field(8e-3, gt=0, description="peak learning rate")
     final_learning_rate: float = Field(0.05, ge=0, le=1, description="learning rate at the end of the decay, as a share of the peak")

@@ -1,8 +1,8 @@
 """Batches of training samples: which samples a step trains on, and in which parts they are computed.
 
-Two streams with one interface. :class:`SortedStream` gives each sample a row, padded to the longest of a group of batches that is sorted by
-length. :class:`PackedStream` fills a budget of tokens with whole samples, which follow one another without padding and without attention
-between them: for accelerators.
+Two streams with one interface: of :class:`SampleStream` a step is a number of samples, of :class:`PackedStream` a budget of tokens, which
+accelerators need. Samples follow one another in one row, without padding and without attention between them. They come in random order:
+batches of samples of like length hold like tasks and like scenes, and a model learns less from them (docs/log.md).
 The samples of a step do not depend on the number of processes. Each process makes all of them and computes its share (:func:`share_of`).
 """
 
@@ -21,9 +21,6 @@ from cm3leon.data.epochs import Epochs, Weights
 from cm3leon.data.sequences import Sample
 from cm3leon.sequence.grammar import PAD
 
-SORT_BATCHES = 16
-"""Batches whose samples are sorted by length together, to pad little."""
-
 GetSample = Callable[[int, int], Sample]
 """``get_sample(epoch, index)`` returns a sample; the same arguments give the same sample. With a weight other than 1, ``epoch`` is how
 often the sample was seen before."""
@@ -31,7 +28,7 @@ often the sample was seen before."""
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens that are computed at once: rows padded on the right, or one row of packed samples.
+    """Tokens that are computed at once: one row of packed samples, or rows padded on the right.
 
     Attributes:
         tokens: (B, T) int64, token ids.
@@ -80,7 +77,7 @@ def length_of(sample: Sample) -> int:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """One sample per row, padded to the longest. The opening ``<eos>`` is never a target."""
+    """One sample per row, padded to the longest, by which :func:`pack` is checked. The opening ``<eos>`` is never a target."""
     length = max(map(length_of, samples))
     return _fill(samples, [row * length for row in range(len(samples))], (len(samples), length))
 
@@ -109,7 +106,7 @@ class Stream(Protocol):
     """The samples of an endless sequence of shuffled epochs.
 
     Attributes:
-        batch_size: rows of a step.
+        batch_size: samples of a step, or rows of tokens.
     """
 
     batch_size: int
@@ -117,18 +114,12 @@ class Stream(Protocol):
     def samples(self, step: int) -> list[Sample]:
         """The samples of a step."""
 
-    def divide(self, samples: Sequence[Sample], processes: int, most_rows: int | None) -> list[list[list[Sample]]]:
+    def divide(self, samples: Sequence[Sample], processes: int, most: int | None) -> list[list[list[Sample]]]:
         """The micro-batches of each process, equally many: as few as the limit allows. Some may be empty.
 
         Args:
-            most_rows: limit of a micro-batch; None: no limit.
+            most: limit of a micro-batch, samples or rows; None: no limit.
         """
-
-    def batch(self, samples: Sequence[Sample]) -> Batch:
-        """A micro-batch."""
-
-    def computed(self, samples: Sequence[Sample]) -> int:
-        """The number of tokens of a micro-batch, with padding."""
 
     def state(self) -> dict[str, int]:
         """The state from which to resume."""
@@ -144,31 +135,27 @@ class Share:
     Attributes:
         micro_batches: as many as every process has.
         weight: sum of the weights of all targets.
-        tokens: number of tokens without padding.
-        padding: share of padding in the tokens that are computed.
+        tokens: number of tokens.
         length: of a token's sample, tokens, on average over the tokens.
     """
 
     micro_batches: list[Batch]
     weight: float
     tokens: int
-    padding: float
     length: float
 
 
-def share_of(stream: Stream, step: int, rank: int, processes: int, most_rows: int | None) -> Share:
+def share_of(stream: Stream, step: int, rank: int, processes: int, most: int | None) -> Share:
     """The part of a step that process ``rank`` of ``processes`` computes; see :meth:`Stream.divide`."""
     samples = stream.samples(step)
-    parts = stream.divide(samples, processes, most_rows)
+    parts = stream.divide(samples, processes, most)[rank]
     # 1. A process that has fewer micro-batches than others computes its first again, without targets: each needs the shards of the others.
-    own = [stream.batch(part) for part in parts[rank] if part]
-    own += [own[0].without_targets()] * (len(parts[rank]) - len(own))
+    own = [pack(part) for part in parts if part]
+    own += [own[0].without_targets()] * (len(parts) - len(own))
     # 2. Every process makes all samples of a step, so that nothing needs to be exchanged. An opening token is never a target.
     lengths = [length_of(sample) for sample in samples]
     weight = sum(float(sample.weights[1:].sum(dtype=np.float64)) for sample in samples)
-    computed = sum(stream.computed(part or mine[0]) for mine in parts for part in mine)
-    tokens = sum(lengths)
-    return Share(own, weight, tokens, 1 - tokens / computed, sum(length**2 for length in lengths) / tokens)
+    return Share(own, weight, sum(lengths), sum(length**2 for length in lengths) / sum(lengths))
 
 
 class _Samples:
@@ -184,10 +171,8 @@ class _Samples:
         return self.get_sample(seen.earlier, seen.row)
 
 
-class SortedStream:
-    """Each sample has a row. The samples of a step depend on ``(seed, step)`` alone: steps can be asked for in any order.
-
-    The samples of :data:`SORT_BATCHES` batches are sorted by length, divided into batches, and these are shuffled.
+class SampleStream:
+    """A step is ``batch_size`` samples. They depend on ``(seed, step)`` alone: steps can be asked for in any order.
 
     Args:
         size: number of samples.
@@ -195,41 +180,22 @@ class SortedStream:
     """
 
     def __init__(self, get_sample: GetSample, size: int, batch_size: int, seed: int, weights: Weights | None = None) -> None:
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size = batch_size
         self._samples = _Samples(get_sample, size, seed, weights)
-        self._group = -1
-        self._batches: list[list[Sample]] = []
 
     def __call__(self, step: int) -> Batch:
         """All samples of a step."""
-        return collate(self.samples(step))
+        return pack(self.samples(step))
 
     def samples(self, step: int) -> list[Sample]:
-        group, within = divmod(step, SORT_BATCHES)
-        if group != self._group:
-            self._group, self._batches = group, self._make_group(group)
-        return self._batches[within]
+        return [self._samples[position] for position in range(step * self.batch_size, (step + 1) * self.batch_size)]
 
-    def _make_group(self, group: int) -> list[list[Sample]]:
-        first = group * SORT_BATCHES * self.batch_size
-        samples = [self._samples[position] for position in range(first, first + SORT_BATCHES * self.batch_size)]
-        samples.sort(key=length_of)
-        batches = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
-        order = np.random.default_rng((self.seed, 2, group)).permutation(len(batches))
-        return [batches[int(i)] for i in order]
-
-    def divide(self, samples: Sequence[Sample], processes: int, most_rows: int | None) -> list[list[list[Sample]]]:
-        """See :meth:`Stream.divide`: the rows are dealt to the processes in turn."""
+    def divide(self, samples: Sequence[Sample], processes: int, most: int | None) -> list[list[list[Sample]]]:
+        """See :meth:`Stream.divide`: the samples are dealt to the processes in turn."""
         share = -(-len(samples) // processes)
-        rows = most_rows or share
+        size = most or share
         own = [samples[rank::processes] for rank in range(processes)]
-        return [[list(mine[start : start + rows]) for start in range(0, share, rows)] for mine in own]
-
-    def batch(self, samples: Sequence[Sample]) -> Batch:
-        return collate(samples)
-
-    def computed(self, samples: Sequence[Sample]) -> int:
-        return len(samples) * max(map(length_of, samples))
+        return [[list(mine[start : start + size]) for start in range(0, share, size)] for mine in own]
 
     def state(self) -> dict[str, int]:
         return {}
@@ -245,7 +211,7 @@ class PackedStream:
     in order.
 
     Args:
-        size, weights: see :class:`SortedStream`.
+        size, weights: see :class:`SampleStream`.
         length: at least that of the longest sample.
     """
 
@@ -268,22 +234,16 @@ class PackedStream:
             taken.append(sample)
             self._read, self._left, self._next = self._read + 1, self._left - length_of(sample), None
 
-    def divide(self, samples: Sequence[Sample], processes: int, most_rows: int | None) -> list[list[list[Sample]]]:
-        """See :meth:`Stream.divide`: micro-batches of nearly equal numbers of tokens, at most ``most_rows * length``."""
+    def divide(self, samples: Sequence[Sample], processes: int, most: int | None) -> list[list[list[Sample]]]:
+        """See :meth:`Stream.divide`: micro-batches of nearly equal numbers of tokens, at most ``most * length``."""
         total = sum(map(length_of, samples))
-        most = total if most_rows is None else most_rows * self.length
-        rounds = -(-total // (most * processes))
+        limit = total if most is None else most * self.length
+        rounds = -(-total // (limit * processes))
         while True:
             parts = _divide(samples, rounds * processes)
-            if max(sum(map(length_of, part)) for part in parts) <= most:
+            if max(sum(map(length_of, part)) for part in parts) <= limit:
                 return [parts[rank::processes] for rank in range(processes)]
             rounds += 1
-
-    def batch(self, samples: Sequence[Sample]) -> Batch:
-        return pack(samples)
-
-    def computed(self, samples: Sequence[Sample]) -> int:
-        return sum(map(length_of, samples))
 
     def state(self) -> dict[str, int]:
         return {"read": self._read, "left": self._left}

@@ -25,11 +25,11 @@ class Shares(IterableDataset[Drawn]):
     steps: range
     rank: int
     processes: int
-    most_rows: int | None
+    most: int | None
 
     def __iter__(self) -> Iterator[Drawn]:
         for step in self.steps:
-            yield share_of(self.stream, step, self.rank, self.processes, self.most_rows), self.stream.state()
+            yield share_of(self.stream, step, self.rank, self.processes, self.most), self.stream.state()
 
 
 def prefetched(shares: Shares) -> Generator[Drawn, None, None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cm3leon.config import paths
 from cm3leon.config.schema import TrainConfig
-from cm3leon.data.batches import Batch, GetSample, PackedStream, SortedStream
+from cm3leon.data.batches import Batch, GetSample, PackedStream, SampleStream
 from cm3leon.data.epochs import Weights
 from cm3leon.models.decoder import Decoder
 from cm3leon.tracking.runs import Run
@@ -26,8 +26,8 @@ from cm3leon.training.trainer import fit, setup
 
 def make_stream(
     get_sample: GetSample, size: int, section: TrainConfig, seed: int, context: int, weights: Weights | None = None
-) -> SortedStream | PackedStream:
-    """The training samples of a stage: under ``packing`` as many as fill ``context`` tokens a row, else one a row.
+) -> SampleStream | PackedStream:
+    """The training samples of a stage: in a step, under ``packing`` as many as fill ``batch_size`` rows of tokens, else ``batch_size``.
 
     Args:
         size: number of samples.
@@ -35,20 +35,20 @@ def make_stream(
     """
     if section.packing:
         return PackedStream(get_sample, size, section.batch_size, seed, context, weights)
-    return SortedStream(get_sample, size, section.batch_size, seed, weights)
+    return SampleStream(get_sample, size, section.batch_size, seed, weights)
 
 
 def first_batches(get_sample: GetSample, size: int, section: TrainConfig, seed: int) -> list[Batch]:
-    """Validation batches: the first ``validation_samples`` samples of a shuffled epoch, one padded sample a row."""
-    rows = min(section.batch_size, section.validation_samples)
-    stream = SortedStream(get_sample, size, section.micro_batch_size or rows, seed)
+    """Validation batches: the first ``validation_samples`` samples of a shuffled epoch."""
+    most = min(section.batch_size, section.validation_samples)
+    stream = SampleStream(get_sample, size, section.micro_batch_size or most, seed)
     return [stream(step) for step in range(max(1, section.validation_samples // stream.batch_size))]
 
 
 def train(
     stage: str,
     model: Decoder,
-    stream: SortedStream | PackedStream,
+    stream: SampleStream | PackedStream,
     section: TrainConfig,
     validation: Mapping[str, Sequence[Batch]],
     output: Path,

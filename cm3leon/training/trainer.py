@@ -63,7 +63,7 @@ class State:
 
     Attributes:
         step: steps taken.
-        tokens: trained on so far, without padding.
+        tokens: trained on so far.
         losses: loss of each step, as far as they have been read from the device.
         unread: the last steps, whose losses have not been read.
         best: lowest validation loss.
@@ -337,8 +337,7 @@ def fit(
                 read_losses(state, name)
                 losses = {"loss": state.losses[-1]} | (task_losses(state, tasks) if tasks else {})
                 rates = {"gradient_norm": step.gradient_norm.item(), "learning_rate": step.learning_rate}
-                counts = {"tokens": float(state.tokens), "padding": share.padding}
-                log({**losses, **rates, **counts, **throughput(meter.rate * share.tokens, share.length)}, state.step)
+                log({**losses, **rates, "tokens": float(state.tokens), **throughput(meter.rate * share.tokens, share.length)}, state.step)
             # 4. Validate.
             score = None
             if state.step % config.validate_every == 0 or state.step == config.steps:

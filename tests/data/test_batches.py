@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests_support import OBJECTIVE, TensorSizes, decoder_spec, make_documents
 
-from cm3leon.data.batches import SORT_BATCHES, PackedStream, SortedStream, collate, pack, share_of
+from cm3leon.data.batches import PackedStream, SampleStream, collate, pack, share_of
 from cm3leon.data.epochs import Weights
 from cm3leon.data.prefetch import Shares, prefetched
 from cm3leon.data.sequences import PretrainingSamples
@@ -47,7 +47,7 @@ def test_every_sample_is_used_once_whole_and_in_order(samples):
         check_grammar(np.array(tokens), VOCABULARY)
 
 
-@pytest.mark.parametrize("kind", [PackedStream, SortedStream])
+@pytest.mark.parametrize("kind", [PackedStream, SampleStream])
 def test_a_stream_has_a_document_as_often_as_its_weight_says(samples, kind):
     def stream(weights):
         size, length = len(samples), [LENGTH] if kind is PackedStream else []
@@ -57,10 +57,8 @@ def test_a_stream_has_a_document_as_often_as_its_weight_says(samples, kind):
     weights = Weights.of_documents(ids, {name: 2.0 if row < 10 else 0.25 for row, name in enumerate(ids)}, 0)
     weighted = stream(weights)
     counts: Counter[str] = Counter()
-    steps = 0
-    while steps < 16 or (kind is SortedStream and steps % SORT_BATCHES):
-        counts.update(sample.documents[-1] for sample in weighted.samples(steps))
-        steps += 1
+    for step in range(16):
+        counts.update(sample.documents[-1] for sample in weighted.samples(step))
     seen = sum(counts.values()) / weights.values.sum()  # epochs
     assert all(abs(counts[name] - seen * weight) < 1 + weight for name, weight in zip(ids, weights.values, strict=True))
     ones, plain = stream(Weights.of_documents(ids, dict.fromkeys(ids, 1.0), 0)), stream(None)
@@ -112,11 +110,11 @@ def test_no_tensor_of_a_packed_batch_grows_with_the_square_of_its_tokens(samples
     assert max(seen.sizes) <= max(tokens * 4 * 32, tokens * VOCABULARY.size) < tokens**2
 
 
-@pytest.mark.parametrize("kind", [PackedStream, SortedStream])
+@pytest.mark.parametrize("kind", [PackedStream, SampleStream])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_any_number_of_processes_computes_the_same_samples(samples, kind, processes):
     def shares(processes):
-        streams = [packed(samples, 7) if kind is PackedStream else SortedStream(samples, 40, 7, 0) for _ in range(processes)]
+        streams = [packed(samples, 7) if kind is PackedStream else SampleStream(samples, 40, 7, 0) for _ in range(processes)]
         return [share_of(stream, 0, rank, processes, 2) for rank, stream in enumerate(streams)]
 
     [whole], own = shares(1), shares(processes)
@@ -131,8 +129,6 @@ def test_any_number_of_processes_computes_the_same_samples(samples, kind, proces
     for share in own:
         assert (share.weight, share.tokens, share.length) == (whole.weight, whole.tokens, whole.length)
         assert share.weight == sum(float(batch.weights.sum()) for batch in batches)
-        assert share.padding == pytest.approx(1 - share.tokens / sum(batch.tokens.numel() for batch in batches))
-    assert kind is SortedStream or all(share.padding == 0 for share in own)
 
 
 def test_packed_micro_batches_are_as_few_and_as_equal_as_can_be(samples):
@@ -163,14 +159,19 @@ def test_a_sample_longer_than_a_row_is_an_error(samples):
         PackedStream(samples, len(samples), 2, 0, 10).samples(0)
 
 
-def test_micro_batches_of_padded_rows_make_up_the_batch(samples):
-    stream = SortedStream(samples, len(samples), 8, 0)
+def test_micro_batches_of_samples_make_up_the_batch(samples):
+    stream = SampleStream(samples, len(samples), 8, 0)
     batch, parts = stream(3), share_of(stream, 3, 0, 1, 3).micro_batches
-    assert [len(part.tokens) for part in parts] == [3, 3, 2]
-    for number, part in enumerate(parts):
-        length = part.tokens.shape[1]
-        assert torch.equal(part.tokens, batch.tokens[3 * number : 3 * number + 3, :length])
-        assert (batch.tokens[3 * number : 3 * number + 3, length:] == 0).all()
+    assert [len(part.cu_seqlens) - 1 for part in parts] == [3, 3, 2]
+    assert torch.equal(torch.cat([part.tokens for part in parts], 1), batch.tokens)
+
+
+def test_a_step_has_samples_of_all_lengths(samples):
+    """Sorted by length, batches of like samples would follow one another."""
+    stream = SampleStream(samples, len(samples), 8, 0)
+    lengths = np.array([[len(tokens) for tokens in tokens_of(stream.samples(step))] for step in range(20)])
+    assert lengths.std(1).mean() > 0.8 * lengths.std()
+    assert [tokens_of([stream._samples[position]]) for position in range(8, 16)] == [[tokens] for tokens in tokens_of(stream.samples(1))]
 
 
 def test_a_worker_makes_the_same_shares_and_ends_with_its_iterator(samples):

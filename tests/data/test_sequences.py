@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tests_support import OBJECTIVE, make_documents
 
-from cm3leon.data.batches import SortedStream
+from cm3leon.data.batches import SampleStream
 from cm3leon.data.sequences import PretrainingSamples, fit_body, sample_neighbors, sample_rng
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.sequence.grammar import Vocabulary, check_grammar
@@ -91,12 +91,12 @@ def test_an_epoch_holds_every_document_once_and_batches_repeat(store):
         seen.append((epoch, row))
         return samples(store)(epoch, row)
 
-    stream = SortedStream(draw, len(store), 4, seed=0)
+    stream = SampleStream(draw, len(store), 4, seed=0)
     for step in range(32):
         batch = stream(step)
-        assert batch.tokens.shape == batch.weights.shape and batch.tokens.shape[0] == 4
-        assert not batch.weights[:, 0].any() and not batch.weights[batch.tokens == 0].any()
+        assert batch.tokens.shape == batch.weights.shape == (1, batch.cu_seqlens[-1]) and len(batch.cu_seqlens) == 1 + 4
+        assert not batch.weights[0, batch.cu_seqlens[:-1]].any()
     first = [row for epoch, row in seen if epoch == 0]
     assert sorted(first) == list(range(len(store)))
-    again = SortedStream(samples(store), len(store), 4, seed=0)
+    again = SampleStream(samples(store), len(store), 4, seed=0)
     assert again(17).tokens.tolist() == stream(17).tokens.tolist()

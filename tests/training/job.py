@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests_support import OBJECTIVE, decoder_spec
 
 from cm3leon.config.schema import DecodingConfig, TrainConfig
-from cm3leon.data.batches import PackedStream, SortedStream
+from cm3leon.data.batches import PackedStream, SampleStream
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore
 from cm3leon.generation.engine import generate_images
@@ -39,9 +39,9 @@ def main(directory: Path, changes: dict) -> None:
     stream = (
         PackedStream(samples, len(store), config.batch_size, 0, 160)
         if config.packing
-        else SortedStream(samples, len(store), config.batch_size, 0)
+        else SampleStream(samples, len(store), config.batch_size, 0)
     )
-    validation = [SortedStream(samples, len(store), 4, 1)(step) for step in range(3)]
+    validation = [SampleStream(samples, len(store), 4, 1)(step) for step in range(3)]
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Decoder(decoder_spec(2, 32, 2, 160, init_std=0.02, image_positions=True), VOCABULARY)

@@ -17,7 +17,7 @@ from tests_support import make_documents
 from trainers_support import KINDS, Squares, every_step, tokenizer_of
 
 from cm3leon.config.profiles import load_profile
-from cm3leon.data.batches import PackedStream, SortedStream
+from cm3leon.data.batches import PackedStream, SampleStream
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.models.decoder import Decoder, DecoderSpec
@@ -47,7 +47,7 @@ def curve(directory: Path, packing: bool) -> list[float]:
     stream = (
         PackedStream(samples, len(store), section.batch_size, config.seed, context)
         if packing
-        else SortedStream(samples, len(store), section.batch_size, config.seed)
+        else SampleStream(samples, len(store), section.batch_size, config.seed)
     )
     torch.manual_seed(config.seed)
     model = Decoder(DecoderSpec.from_config(section.model), VOCABULARY)
@@ -71,9 +71,9 @@ def image_curve(kind: str) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["sorted", "packed"])
+@pytest.mark.parametrize("packing", [False, True], ids=["samples", "packed"])
 def test_the_loss_curve_is_the_golden_one(tmp_path, packing):
-    expected = json.loads(GOLDEN.read_text())["packed" if packing else "sorted"]
+    expected = json.loads(GOLDEN.read_text())["packed" if packing else "samples"]
     found = curve(tmp_path, packing)
     assert len(found) == len(expected) == 50
     assert found == pytest.approx(expected, abs=TOLERANCE)
@@ -89,5 +89,5 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-        curves = {"sorted": curve(Path(one), False), "packed": curve(Path(two), True)} | {kind: image_curve(kind) for kind in KINDS}
+        curves = {"samples": curve(Path(one), False), "packed": curve(Path(two), True)} | {kind: image_curve(kind) for kind in KINDS}
     GOLDEN.write_text(json.dumps({name: [round(loss, 6) for loss in losses] for name, losses in curves.items()}) + "\n")
