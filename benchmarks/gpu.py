@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm3leon.data.batches import PackedStream, Share, collate, pack, share_of
+from cm3leon.data.batches import Share, TokenStream, collate, pack, share_of
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
 from cm3leon.generation import engine
@@ -319,7 +319,7 @@ class Run:
         own = own or World(device=self.device)
         settings = train_settings(micro_batch_size=2, **changes)
         state = setup(model, settings, own)
-        stream = PackedStream(made_up_samples(SMALL, 512), 256, settings.batch_size, 0, 512)
+        stream = TokenStream(made_up_samples(SMALL, 512), 256, settings.batch_size, 0, 512)
         for step in range(steps):
             train_step(state, share_of(stream, step, own.rank, own.size, settings.micro_batch_size), settings, "check")
             read_losses(state, "check")
@@ -357,7 +357,7 @@ class Run:
         model = make_decoder(sizes.shapes[shape], sizes.context, sizes.vocabulary, self.device, torch.float32)
         settings = train_settings(batch_size=rows, micro_batch_size=None, compile=compiled, activation_checkpointing=checkpointing)
         state = setup(model, settings, World(device=self.device))
-        stream = PackedStream(made_up_samples(sizes.vocabulary, sizes.context), 256, rows, 0, sizes.context)
+        stream = TokenStream(made_up_samples(sizes.vocabulary, sizes.context), 256, rows, 0, sizes.context)
         return state, settings, [share_of(stream, step, 0, 1, None) for step in range(2 * sizes.steps)]
 
     def profile(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cm3leon.config.profiles import load_profile
-from cm3leon.data.batches import PackedStream, length_of, pack
+from cm3leon.data.batches import TokenStream, length_of, pack
 from cm3leon.data.sequences import PretrainingSamples, Sample
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
 from cm3leon.sequence.grammar import Vocabulary
@@ -74,7 +74,7 @@ def main() -> None:
         draw = PretrainingSamples(store, store, neighbors, vocabulary, section.objective, section.retrieved_documents, context, config.seed)
 
         # 1. Packed steps: tokens, seconds to make the samples, and how evenly processes and micro-batches share them.
-        stream = PackedStream(draw, len(store), options.rows, config.seed, context)
+        stream = TokenStream(draw, len(store), options.rows, config.seed, context)
         counts, seconds, computed = [], [], 0
         uneven: dict[int, list[float]] = {number: [] for number in PROCESSES}
         every: list[Sample] = []

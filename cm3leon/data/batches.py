@@ -1,6 +1,6 @@
 """Batches of training samples: which samples a step trains on, and in which parts they are computed.
 
-Two streams with one interface: of :class:`SampleStream` a step is a number of samples, of :class:`PackedStream` a budget of tokens, which
+Two streams with one interface: of :class:`SampleStream` a step is a number of samples, of :class:`TokenStream` a budget of tokens, which
 accelerators need. Samples follow one another in one row, without padding and without attention between them. They come in random order:
 batches of samples of like length hold like tasks and like scenes, and a model learns less from them (docs/log.md).
 The samples of a step do not depend on the number of processes. Each process makes all of them and computes its share (:func:`share_of`).
@@ -204,7 +204,7 @@ class SampleStream:
         pass
 
 
-class PackedStream:
+class TokenStream:
     """A step is a budget of ``batch_size * length`` tokens, spent on whole samples; what it leaves is added to the next one's.
 
     Over many steps exactly that many tokens a step are trained on, none of them padding; no sample is cut or lost. Steps must be asked for

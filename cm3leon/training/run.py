@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cm3leon.config import paths
 from cm3leon.config.schema import TrainConfig
-from cm3leon.data.batches import Batch, GetSample, PackedStream, SampleStream
+from cm3leon.data.batches import Batch, GetSample, SampleStream, TokenStream
 from cm3leon.data.epochs import Weights
 from cm3leon.models.decoder import Decoder
 from cm3leon.tracking.runs import Run
@@ -26,7 +26,7 @@ from cm3leon.training.trainer import fit, setup
 
 def make_stream(
     get_sample: GetSample, size: int, section: TrainConfig, seed: int, context: int, weights: Weights | None = None
-) -> SampleStream | PackedStream:
+) -> SampleStream | TokenStream:
     """The training samples of a stage: in a step, under ``packing`` as many as fill ``batch_size`` rows of tokens, else ``batch_size``.
 
     Args:
@@ -34,7 +34,7 @@ def make_stream(
         weights: of the samples; None: each is seen once in an epoch.
     """
     if section.packing:
-        return PackedStream(get_sample, size, section.batch_size, seed, context, weights)
+        return TokenStream(get_sample, size, section.batch_size, seed, context, weights)
     return SampleStream(get_sample, size, section.batch_size, seed, weights)
 
 
@@ -48,7 +48,7 @@ def first_batches(get_sample: GetSample, size: int, section: TrainConfig, seed: 
 def train(
     stage: str,
     model: Decoder,
-    stream: SampleStream | PackedStream,
+    stream: SampleStream | TokenStream,
     section: TrainConfig,
     validation: Mapping[str, Sequence[Batch]],
     output: Path,

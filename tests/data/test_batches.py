@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests_support import OBJECTIVE, TensorSizes, decoder_spec, make_documents
 
-from cm3leon.data.batches import PackedStream, SampleStream, collate, pack, share_of
+from cm3leon.data.batches import SampleStream, TokenStream, collate, pack, share_of
 from cm3leon.data.epochs import Weights
 from cm3leon.data.prefetch import Shares, prefetched
 from cm3leon.data.sequences import PretrainingSamples
@@ -32,7 +32,7 @@ def samples(tmp_path_factory):
 
 
 def packed(samples, batch_size=4):
-    return PackedStream(samples, len(samples), batch_size, 0, LENGTH)
+    return TokenStream(samples, len(samples), batch_size, 0, LENGTH)
 
 
 def tokens_of(samples):
@@ -47,10 +47,10 @@ def test_every_sample_is_used_once_whole_and_in_order(samples):
         check_grammar(np.array(tokens), VOCABULARY)
 
 
-@pytest.mark.parametrize("kind", [PackedStream, SampleStream])
+@pytest.mark.parametrize("kind", [TokenStream, SampleStream])
 def test_a_stream_has_a_document_as_often_as_its_weight_says(samples, kind):
     def stream(weights):
-        size, length = len(samples), [LENGTH] if kind is PackedStream else []
+        size, length = len(samples), [LENGTH] if kind is TokenStream else []
         return kind(samples, size, 10, 0, *length, weights)
 
     ids = samples.store.ids
@@ -110,11 +110,11 @@ def test_no_tensor_of_a_packed_batch_grows_with_the_square_of_its_tokens(samples
     assert max(seen.sizes) <= max(tokens * 4 * 32, tokens * VOCABULARY.size) < tokens**2
 
 
-@pytest.mark.parametrize("kind", [PackedStream, SampleStream])
+@pytest.mark.parametrize("kind", [TokenStream, SampleStream])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_any_number_of_processes_computes_the_same_samples(samples, kind, processes):
     def shares(processes):
-        streams = [packed(samples, 7) if kind is PackedStream else SampleStream(samples, 40, 7, 0) for _ in range(processes)]
+        streams = [packed(samples, 7) if kind is TokenStream else SampleStream(samples, 40, 7, 0) for _ in range(processes)]
         return [share_of(stream, 0, rank, processes, 2) for rank, stream in enumerate(streams)]
 
     [whole], own = shares(1), shares(processes)
@@ -156,7 +156,7 @@ def test_a_stream_resumes_from_its_state(samples):
 
 def test_a_sample_longer_than_a_row_is_an_error(samples):
     with pytest.raises(ValueError, match="does not fit in rows of 10"):
-        PackedStream(samples, len(samples), 2, 0, 10).samples(0)
+        TokenStream(samples, len(samples), 2, 0, 10).samples(0)
 
 
 def test_micro_batches_of_samples_make_up_the_batch(samples):

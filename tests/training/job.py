@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests_support import OBJECTIVE, decoder_spec
 
 from cm3leon.config.schema import DecodingConfig, TrainConfig
-from cm3leon.data.batches import PackedStream, SampleStream
+from cm3leon.data.batches import SampleStream, TokenStream
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore
 from cm3leon.generation.engine import generate_images
@@ -37,7 +37,7 @@ def main(directory: Path, changes: dict) -> None:
     store = TokenStore(directory / "tokens")
     samples = PretrainingSamples(store, store, {}, VOCABULARY, OBJECTIVE, [1.0], 80, 0)
     stream = (
-        PackedStream(samples, len(store), config.batch_size, 0, 160)
+        TokenStream(samples, len(store), config.batch_size, 0, 160)
         if config.packing
         else SampleStream(samples, len(store), config.batch_size, 0)
     )

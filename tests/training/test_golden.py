@@ -17,7 +17,7 @@ from tests_support import make_documents
 from trainers_support import KINDS, Squares, every_step, tokenizer_of
 
 from cm3leon.config.profiles import load_profile
-from cm3leon.data.batches import PackedStream, SampleStream
+from cm3leon.data.batches import SampleStream, TokenStream
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.models.decoder import Decoder, DecoderSpec
@@ -45,7 +45,7 @@ def curve(directory: Path, packing: bool) -> list[float]:
     context = section.model.context
     samples = PretrainingSamples(store, store, neighbors, VOCABULARY, section.objective, section.retrieved_documents, context, config.seed)
     stream = (
-        PackedStream(samples, len(store), section.batch_size, config.seed, context)
+        TokenStream(samples, len(store), section.batch_size, config.seed, context)
         if packing
         else SampleStream(samples, len(store), section.batch_size, config.seed)
     )

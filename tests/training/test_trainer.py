@@ -11,7 +11,7 @@ import torch
 from tests_support import OBJECTIVE, decoder_spec, make_documents
 
 from cm3leon.config.schema import TrainConfig
-from cm3leon.data.batches import PackedStream, SampleStream, collate
+from cm3leon.data.batches import SampleStream, TokenStream, collate
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.models.decoder import Decoder, stored_weights
@@ -85,11 +85,11 @@ def test_each_tasks_loss_is_the_mean_over_its_tokens_since_it_was_last_logged(st
         return sample._replace(task=row % 3, weights=sample.weights * 0.25)
 
     config = CONFIG.model_copy(update={"steps": 2 * LOG_EVERY, "learning_rate": 1e-30, "micro_batch_size": 3})
-    tasks_stream = PackedStream(with_task, 16, 8, 0, 80) if packing else SampleStream(with_task, 16, 8, 0)
+    tasks_stream = TokenStream(with_task, 16, 8, 0, 80) if packing else SampleStream(with_task, 16, 8, 0)
     model, logged = make_model(), []
     fit(setup(model, config), tasks_stream, config, {}, "test", lambda metrics, step: logged.append(metrics), tasks=["odd", "even"])
     logged = [metrics for metrics in logged if "loss" in metrics]
-    again = PackedStream(with_task, 16, 8, 0, 80) if packing else SampleStream(with_task, 16, 8, 0)
+    again = TokenStream(with_task, 16, 8, 0, 80) if packing else SampleStream(with_task, 16, 8, 0)
     for window in range(2):
         found = [sample for step in range(LOG_EVERY) for sample in again.samples(window * LOG_EVERY + step)]
         for number, name in enumerate(["odd", "even"], 1):
@@ -261,7 +261,7 @@ def test_compiled_blocks_learn_the_same(stream, packing):
         config = CONFIG.model_copy(update={"steps": 2, "batch_size": 2, **changes})
         state = setup(make_model(), config)
         get_sample = stream._samples.get_sample
-        fit(state, PackedStream(get_sample, 16, 2, 0, 80) if packing else SampleStream(get_sample, 16, 2, 0), config, {}, "test")
+        fit(state, TokenStream(get_sample, 16, 2, 0, 80) if packing else SampleStream(get_sample, 16, 2, 0), config, {}, "test")
         return state.losses
 
     assert losses(compile=True) == pytest.approx(losses(), abs=1e-4)
