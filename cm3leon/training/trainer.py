@@ -94,11 +94,11 @@ def setup(model: Decoder, config: TrainConfig, world: World | None = None, weigh
         weights: of a model on the meta device; see :func:`materialize`.
 
     Raises:
-        UserError: if there are more processes than rows.
+        UserError: if there are more processes than samples or rows in a step.
     """
     world = world or (World(device=model.device) if weights is None else World())
     if config.batch_size < world.size:
-        raise UserError(f"batch_size is {config.batch_size}: {world.size} processes need a row each; start fewer, or raise it")
+        raise UserError(f"batch_size is {config.batch_size}: {world.size} processes need a sample each; start fewer, or raise it")
     # Sharding replaces the parameters, so the optimizers are made after it.
     if weights is None:
         model.to(world.device)

@@ -291,7 +291,7 @@ def test_processes_draw_images_in_the_precision_they_train_in(new_directory):
 def test_more_processes_than_rows_are_refused():
     model = Decoder(decoder_spec(1, 32, 2, 32), Vocabulary(text_size=10, image_size=10, sentinels=1, tokens_per_image=4))
     config = load_profile("tiny").pretrain.model_copy(update={"batch_size": 3})
-    with pytest.raises(UserError, match="batch_size is 3: 4 processes need a row each"):
+    with pytest.raises(UserError, match="batch_size is 3: 4 processes need a sample each"):
         setup(model, config, World(0, 4))
 
 
