@@ -2,7 +2,7 @@
 
 Two streams with one interface: of :class:`SampleStream` a step is a number of samples, of :class:`TokenStream` a budget of tokens, which
 accelerators need. Samples follow one another in one row, without padding and without attention between them. They come in random order:
-batches of samples of like length hold like tasks and like scenes, and a model learns less from them (docs/log.md).
+batches sorted by length hold like tasks and like scenes, and relations are learned later from them (docs/log.md).
 The samples of a step do not depend on the number of processes. Each process makes all of them and computes its share (:func:`share_of`).
 """
 
