@@ -1,4 +1,4 @@
-"""What forms of a batch cost: python -m benchmarks.batches [--steps 96]; in a project with a finished run.
+"""What forms of a batch cost: python -m benchmarks.batches [--steps 24]; in a project with a finished run.
 
 Training steps of ``pretrain`` and ``sft`` on the same samples in three forms, which take turns: as the stages compute them, in random order
 without padding; in rows padded to the longest of a random batch; and in padded rows of batches that are sorted by length, 16 together.
@@ -49,7 +49,7 @@ def measure(stage: str, steps: int) -> str:
     else:
         samples = task_samples("train", store, model, config.sft, config.seed)
     stream = SampleStream(samples, len(samples), section.batch_size, config.seed)
-    drawn = [stream.samples(step) for step in range(steps)]
+    drawn = [stream.samples(step) for step in range(ROUNDS * steps)]
     forms: dict[str, list[Batch]] = {
         "packed": [pack(batch) for batch in drawn],
         "padded": [collate(batch) for batch in drawn],
@@ -65,16 +65,14 @@ def measure(stage: str, steps: int) -> str:
             optimizer.zero_grad(set_to_none=True)
 
     seconds: dict[str, list[float]] = {form: [] for form in forms}
-    part = steps // ROUNDS
     for number in range(ROUNDS):
         for form, batches in forms.items():
             step(batches[0])  # not timed: the first of a form makes what its shapes need
             start = time.perf_counter()
-            for batch in batches[number * part : (number + 1) * part]:
+            for batch in batches[number * steps : (number + 1) * steps]:
                 step(batch)
-            seconds[form].append((time.perf_counter() - start) / part)
-    tokens = forms["packed"]
-    used = sum(batch.tokens.numel() for batch in tokens)
+            seconds[form].append((time.perf_counter() - start) / steps)
+    used = sum(batch.tokens.numel() for batch in forms["packed"])
     cells = []
     for form, found in seconds.items():
         padding = 1 - used / sum(batch.tokens.numel() for batch in forms[form])
@@ -85,7 +83,7 @@ def measure(stage: str, steps: int) -> str:
 def main() -> None:
     """Print the figures as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=96, help="batches of each form")
+    parser.add_argument("--steps", type=int, default=24, help="steps of each form in each of four rounds")
     options = parser.parse_args()
     print("| ms a step; padding | random, packed | random, padded | sorted, padded |\n|---|---|---|---|")
     for stage in ("pretrain", "sft"):

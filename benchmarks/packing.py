@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cm3leon.config.profiles import load_profile
-from cm3leon.data.batches import TokenStream, length_of, pack
+from cm3leon.data.batches import TokenStream, length_of
 from cm3leon.data.sequences import PretrainingSamples, Sample
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
 from cm3leon.sequence.grammar import Vocabulary
@@ -75,7 +75,7 @@ def main() -> None:
 
         # 1. Packed steps: tokens, seconds to make the samples, and how evenly processes and micro-batches share them.
         stream = TokenStream(draw, len(store), options.rows, config.seed, context)
-        counts, seconds, computed = [], [], 0
+        counts, seconds = [], []
         uneven: dict[int, list[float]] = {number: [] for number in PROCESSES}
         every: list[Sample] = []
         for step in range(options.steps):
@@ -84,22 +84,16 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
             counts.append(tokens_of(samples))
             for number in PROCESSES:
-                parts = stream.divide(samples, number, options.micro_rows)
-                shares = [sum(map(tokens_of, mine)) for mine in parts]
+                shares = [sum(map(tokens_of, mine)) for mine in stream.divide(samples, number, options.micro_rows)]
                 uneven[number].append(max(shares) / statistics.mean(shares))
-            computed += sum(pack(part).tokens.numel() for mine in parts for part in mine)
             every += samples
 
     # 2. The same samples one a row.
     lengths = [length_of(sample) for sample in every]
-    padded = sum(
-        len(part) * max(part)
-        for start in range(0, len(lengths), options.micro_rows)
-        if (part := lengths[start : start + options.micro_rows])
-    )
+    parts = [lengths[start : start + options.micro_rows] for start in range(0, len(lengths), options.micro_rows)]
+    padded = sum(len(part) * max(part) for part in parts)
 
     print("| what | figure |\n|---|---|")
-    print(f"| padding, packed by budget | {1 - sum(counts) / computed:.2%} |")
     print(f"| padding, rows filled with whole samples | {padding_of_filled_rows(every, context):.1%} |")
     print(f"| padding, one sample a row | {1 - sum(lengths) / padded:.1%} |")
     print(f"| tokens a step, of the budget | {sum(counts) / (options.steps * options.rows * context):.2%} |")

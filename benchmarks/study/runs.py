@@ -101,7 +101,7 @@ class Study:
         stream = SampleStream(samples, len(train), section.batch_size, seed)
 
         # 2. As many steps as give the tokens of the study: settings are compared at equal compute, not at equal steps.
-        tokens_per_step = float(np.mean([int((stream(step).tokens > 0).sum()) for step in range(COUNTED)]))
+        tokens_per_step = float(np.mean([stream(step).tokens.numel() for step in range(COUNTED)]))
         steps = max(VALIDATIONS, round(self.tokens / tokens_per_step))
         section = section.model_copy(update={"steps": steps, "validate_every": max(1, steps // VALIDATIONS)})
         # Every decoder is validated without retrieved documents and with two, whatever it was trained on.

@@ -204,8 +204,8 @@ def counts_of_tasks(rows: Iterable[Row]) -> dict[str, int]:
 def layout_text(objects: Sequence[tuple[str, Box]]) -> str:
     """Objects and their boxes as the templates write them, in pixels from 0 to 255; ``objects`` have boxes as fractions of the side.
 
-    They are listed from top to bottom, then from left to right, whatever their order: as images are generated. A model learns such
-    layouts early; in random order, which box an image token belongs to has to be found out.
+    They are listed from top to bottom, then from left to right, as images are generated, whatever order they are given in: models learn
+    such layouts earlier than in random order (docs/log.md).
     """
     parts = []
     for label, box in sorted(objects, key=lambda item: (item[1][1], item[1][0])):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cm3leon.config import paths
 from cm3leon.config.schema import TrainConfig
-from cm3leon.data.batches import Batch, GetSample, SampleStream, TokenStream
+from cm3leon.data.batches import Batch, GetSample, SampleStream, Stream, TokenStream
 from cm3leon.data.epochs import Weights
 from cm3leon.models.decoder import Decoder
 from cm3leon.tracking.runs import Run
@@ -24,9 +24,7 @@ from cm3leon.training.optimizer import allocate_states
 from cm3leon.training.trainer import fit, setup
 
 
-def make_stream(
-    get_sample: GetSample, size: int, section: TrainConfig, seed: int, context: int, weights: Weights | None = None
-) -> SampleStream | TokenStream:
+def make_stream(get_sample: GetSample, size: int, section: TrainConfig, seed: int, context: int, weights: Weights | None = None) -> Stream:
     """The training samples of a stage: in a step, under ``packing`` as many as fill ``batch_size`` rows of tokens, else ``batch_size``.
 
     Args:
@@ -48,7 +46,7 @@ def first_batches(get_sample: GetSample, size: int, section: TrainConfig, seed: 
 def train(
     stage: str,
     model: Decoder,
-    stream: SampleStream | TokenStream,
+    stream: Stream,
     section: TrainConfig,
     validation: Mapping[str, Sequence[Batch]],
     output: Path,
