@@ -272,6 +272,9 @@ class SFTConfig(TrainConfig):
     answer_weight: float = Field(6.0, gt=0, description="loss weight of answer tokens, which are few compared with those of an image")
     input_weight: float = Field(0.3, ge=0, description="loss weight of the instruction, which precedes the answer or the image")
     questions_per_sample: int = Field(6, ge=1, description="most questions that one sample asks about its image")
+    edit_weight: float = Field(
+        1.0, gt=0, description="loss weight of the image tokens that an edit changes, which are few compared with those that it keeps"
+    )
     tasks: dict[str, float] = Field(
         {
             "text_to_image": 2.5,

@@ -20,7 +20,7 @@ from cm3leon.data.epochs import Epochs, Weights
 from cm3leon.data.manifest import records_of
 from cm3leon.data.sequences import PretrainingSamples, Sample, fit_body, kept_documents, sample_rng
 from cm3leon.data.tokens import Document, TokenStore
-from cm3leon.sequence.cm3 import TOKENS_PER_SPAN, apply_spans, fit, sample_region, sample_spans
+from cm3leon.sequence.cm3 import TOKENS_PER_SPAN, apply_spans, fit, region_spans, sample_region, sample_spans
 from cm3leon.sequence.grammar import build_body
 from cm3leon.sequence.tasks import TASK_COLUMNS, TASKS, Fields, Task, available, condition_key, lay_out, visible_objects
 from cm3leon.sequence.text_tokenizer import TextTokenizer
@@ -184,10 +184,13 @@ class TaskSamples:
         image_start = body.segments[-1].start
         image_start -= sum(stop - start - 1 for start, stop in spans if stop <= image_start)
         weight[:image_start] *= self.config.input_weight
+        if "source" in images:
+            changed = 1 + np.flatnonzero(images["source"] != document.codes)
+            weight[image_start:][np.isin(masked.image_positions[image_start:], changed)] *= self.config.edit_weight
         return Sample(masked, weight, kept_documents(body, [*chosen, document.id]))
 
     def _infill_sample(self, document: Document, template: str, values: Fields, rng: np.random.Generator) -> Sample:
-        """A sample of text to image with a region of the image masked, as inpainting asks.
+        """A sample of text to image with a region of the image masked row by row, as inpainting asks.
 
         With probability ``conditioning_dropout`` its text is left out, for classifier-free guidance: a second mask would come back, with
         what it says, before the region.
@@ -196,10 +199,10 @@ class TaskSamples:
         segments, _ = lay_out(template, [values], {"image": document.codes}, vocabulary, self.tokenizer)
         if rng.random() < self.config.conditioning_dropout:
             segments[0] = ("text", segments[0][1][:0])
-        body = fit_body([segments], self.pretraining.context - 1 - TOKENS_PER_SPAN)
+        rows = region_spans(sample_region(math.isqrt(vocabulary.tokens_per_image), rng), vocabulary.sentinels)
+        body = fit_body([segments], self.pretraining.context - 1 - TOKENS_PER_SPAN * len(rows))
         image_start = body.segments[-1].start
-        start, stop = sample_region(math.isqrt(vocabulary.tokens_per_image), rng)
-        masked = apply_spans(body, [(image_start + start, image_start + stop)], vocabulary)
+        masked = apply_spans(body, [(image_start + start, image_start + stop) for start, stop in rows], vocabulary)
         weight = masked.is_target.astype(np.float32)
         weight[:image_start] *= self.config.input_weight
         return Sample(masked, weight, (document.id,))

@@ -59,8 +59,7 @@ def best_candidates(
 
 
 def _new_tokens(parts: Parts, request: ImageRequest) -> int:
-    first, last = request.region.span if request.region else (0, parts.model.vocabulary.tokens_per_image)
-    return last - first
+    return len(request.region.continuation) if request.region else parts.model.vocabulary.tokens_per_image
 
 
 def _best(scored: list[Scored], count: int) -> list[Scored]:
@@ -99,11 +98,10 @@ def _codes(
     region = requests[0].region
     if region is None:
         return generate_images(parts.model, streams, seeds, sampler)
-    # Inpainting: generate the codes of the span, and put them between those before and after it.
-    span = slice(*region.span)
-    generated = generate_images(parts.model, streams, seeds, sampler, region.span, region.known[None, span])
-    codes = np.broadcast_to(region.known, (*generated.shape[:2], len(region.known))).copy()
-    codes[..., span] = generated
+    # Inpainting: generate the codes of the region, and put them among those of the image.
+    generated = generate_images(parts.model, streams, seeds, sampler, region.continuation)
+    codes = np.broadcast_to(region.codes, (*generated.shape[:2], len(region.codes))).astype(generated.dtype)
+    codes[..., region.inside] = generated
     return codes
 
 

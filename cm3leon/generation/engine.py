@@ -6,9 +6,9 @@ candidate depends on its prompt and its seed, not on what else is in the batch.
 Images are decoded by Jacobi iteration: a pass reads several guessed codes at once and keeps those that turn out right (Teng et al. 2024,
 arXiv 2410.01699). With the noise of every code fixed by the seed, this gives the codes that decoding one by one would.
 
-Shapes: S streams of guidance, P prompts, C candidates of each, G = S * P prefilled sequences, R = G * C decoded rows, B sequences, T
-tokens that a pass reads, E codes that are generated, N tokens of all continuations, V tokens that can be sampled, D width. Rows are ordered
-stream, prompt, candidate.
+Shapes: S streams of guidance, P prompts, C candidates of each, G = S * P prefilled sequences, R = G * C decoded rows, B sequences, T tokens
+that a pass reads, E tokens of an image or of a region's continuation, N tokens of all continuations, V tokens that can be sampled, D width.
+Rows are ordered stream, prompt, candidate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cm3leon.generation.checks import check_room
 from cm3leon.generation.sampling import Sampler, at_temperature, keep_top_p, sample, uniform_noise
 from cm3leon.models.cross_entropy import chunked_cross_entropy
 from cm3leon.models.decoder import Decoder
-from cm3leon.sequence.grammar import EOSS, PAD, Prompt
+from cm3leon.sequence.grammar import EOSS, PAD, UNKNOWN, Prompt
 
 MAX_ROWS = 128
 """Most sequences that callers decode or score together."""
@@ -56,41 +56,40 @@ def generate_images(
     streams: Sequence[Sequence[Prompt]],
     seeds: Sequence[Sequence[int]],
     sampler: Sampler,
-    span: tuple[int, int] | None = None,
-    known: np.ndarray | None = None,
+    continuation: Prompt | None = None,
 ) -> np.ndarray:
-    """Generate images for each prompt; codes (P, C, tokens_per_image), or those of ``span``.
+    """Generate images for each prompt; codes (P, C, tokens_per_image), or those that a continuation lacks, in its order.
 
     Args:
-        streams: for each prompt its streams of guidance (see :class:`Sampler`), all ending where the image, or the span, begins.
+        streams: for each prompt its streams of guidance (see :class:`Sampler`), all ending where the image, or the continuation, begins.
         seeds: for each prompt its candidates' seeds, of which all have the same number.
-        span: which codes of the image to generate; by default all.
-        known: (P, length of the span), codes that are given, -1 where one is to be generated.
+        continuation: (E,), what follows each prompt, with codes that are :data:`~cm3leon.sequence.grammar.UNKNOWN`, the first among them;
+            by default a whole image of such codes.
 
     Raises:
         PromptTooLongError: if a prompt and what is generated do not fit in the context.
     """
     vocabulary = model.vocabulary
-    first, last = span or (0, vocabulary.tokens_per_image)
-    steps = last - first
+    image = np.arange(vocabulary.tokens_per_image)
+    continuation = continuation or Prompt(np.full_like(image, UNKNOWN), image + 1)
+    steps = len(continuation)
     count, prompts, candidates = len(streams[0]), len(streams), len(seeds[0])
     # 1. Prefill: the streams of all prompts, stream by stream. All candidates of a stream begin with the same hidden state.
     sequences = [own[number] for number in range(count) for own in streams]
     check_room(model, sequences, steps)
     prompt_cache, hidden_GD = read_prompts(model, sequences, [shared_prefix(own) for own in streams] * count)
     hidden_RTD = hidden_GD.repeat_interleave(candidates, 0)[:, None]
-    # 2. Room for each candidate's codes, of which the last is not read.
+    # 2. Room for each candidate's tokens, of which the last is not read.
     cache = decoding_cache(model, prompt_cache, candidates, steps - 1)
     window = window_length(model.spec.width, len(sequences) * candidates, steps - 1)
-    # 3. All noise before the loop. With the noise of each code fixed, what is sampled depends on the codes before it alone.
+    # 3. All noise before the loop. With the noise of each code fixed, what is sampled depends on the tokens before it alone.
     noise_PCE = uniform_noise([seed for own in seeds for seed in own], steps).view(prompts, candidates, steps).to(model.device)
-    codes_PCE = torch.full_like(noise_PCE, -1, dtype=torch.int64)
-    if known is not None:
-        codes_PCE[:] = torch.from_numpy(known).to(model.device)[:, None]
-    unknown_PCE = codes_PCE < 0
+    tokens_E = torch.from_numpy(continuation.tokens).to(model.device)
+    image_positions_E = torch.from_numpy(continuation.image_positions).to(model.device)
+    unknown_E, tokens_PCE = tokens_E == UNKNOWN, tokens_E.repeat(prompts, candidates, 1)
     indices_E = torch.arange(steps, device=model.device)
     lengths_PC = torch.zeros(prompts, candidates, dtype=torch.int64, device=model.device)
-    targets_PCT = lengths_PC[..., None]  # which codes the last pass predicts; the prompt predicts the first
+    targets_PCT = lengths_PC[..., None]  # which tokens the last pass predicts; the prompt predicts the first
     while True:
         # 4. Logits over image tokens alone, combined over the streams into one distribution for each code.
         logits_RTV = model.logits(hidden_RTD, vocabulary.image_start, vocabulary.text_start).float()
@@ -98,21 +97,24 @@ def generate_images(
         probabilities_PCTV = sampler.probabilities(logits_SPCTV, targets_PCT / max(1, steps - 1))
         # 5. Sample the codes that are not settled. A code is right if it was sampled after right codes: the first of these is, and each
         #    next one as long as those before it are what was guessed and read.
-        guesses_PCT = codes_PCE.gather(-1, targets_PCT)
-        open_PCT = (targets_PCT >= lengths_PC[..., None]) & unknown_PCE.gather(-1, targets_PCT)
-        found_PCT = torch.where(open_PCT, sample(probabilities_PCTV, noise_PCE.gather(-1, targets_PCT)), guesses_PCT)
-        codes_PCE.scatter_(-1, targets_PCT, found_PCT)
+        guesses_PCT = tokens_PCE.gather(-1, targets_PCT)
+        open_PCT = (targets_PCT >= lengths_PC[..., None]) & unknown_E[targets_PCT]
+        sampled_PCT = sample(probabilities_PCTV, noise_PCE.gather(-1, targets_PCT)) + vocabulary.image_start
+        found_PCT = torch.where(open_PCT, sampled_PCT, guesses_PCT)
+        tokens_PCE.scatter_(-1, targets_PCT, found_PCT)
         agreeing_PC = (found_PCT == guesses_PCT).long().cumprod(-1).sum(-1)
         lengths_PC = targets_PCT[..., 0] + (agreeing_PC + 1).clamp(max=targets_PCT.shape[-1])
         if int(lengths_PC.min()) == steps:
-            return codes_PCE.cpu().numpy()
+            return (tokens_PCE[..., unknown_E] - vocabulary.image_start).cpu().numpy()
         # 6. Codes that no pass has predicted are guessed to be like the last one that was: images have areas of one color.
-        codes_PCE = torch.where(unknown_PCE & (indices_E > targets_PCT[..., -1:]), found_PCT[..., -1:], codes_PCE)
-        # 7. Every stream of a candidate reads its last right code and the guesses after it; near the end, more right codes before it.
+        last_PC1 = found_PCT[..., -1:]
+        later_PCE = unknown_E & (indices_E > targets_PCT[..., -1:]) & (last_PC1 >= vocabulary.image_start)
+        tokens_PCE = torch.where(later_PCE, last_PC1, tokens_PCE)
+        # 7. Every stream of a candidate reads its last right token and the guesses after it; near the end, more right ones before it.
         starts_PC = (lengths_PC - 1).clamp(max=steps - 1 - window)
         read_PCT = starts_PC[..., None] + indices_E[:window]
-        tokens_RT = (codes_PCE.gather(-1, read_PCT) + vocabulary.image_start).flatten(0, 1).repeat(count, 1)
-        image_positions_RT = (first + 1 + read_PCT).flatten(0, 1).repeat(count, 1)
+        tokens_RT = tokens_PCE.gather(-1, read_PCT).flatten(0, 1).repeat(count, 1)
+        image_positions_RT = image_positions_E[read_PCT].flatten(0, 1).repeat(count, 1)
         hidden_RTD = cache.advance(model, tokens_RT, image_positions_RT, starts_PC.flatten().repeat(count))
         targets_PCT = read_PCT + 1
 

@@ -1,7 +1,7 @@
 """Requests for images: the prompts that precede an image, and the segments by which its candidates are ranked.
 
-:func:`image_request` lays out a task's texts and images as in training, once for each stream of guidance. :func:`inpainting_request` keeps
-the codes outside a box.
+:func:`image_request` lays out a task's texts and images as in training, once for each stream of guidance. :func:`inpainting_request` masks
+a box of an image, row by row.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ class Region:
     """A region of an image to be inpainted.
 
     Attributes:
-        span: first code, and the one after the last, in raster order.
-        known: (tokens_per_image,), the image's codes, -1 inside the region.
+        codes: (tokens_per_image,), of the image.
+        inside: raster indices of the codes to generate.
+        continuation: what follows the prompts; its unknown tokens are those codes.
     """
 
-    span: tuple[int, int]
-    known: np.ndarray
+    codes: np.ndarray
+    inside: np.ndarray
+    continuation: Prompt
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def guidance_streams(
 
 
 def inpainting_request(parts: Parts, image: Image.Image, codes: np.ndarray, box: Box, caption: str) -> ImageRequest:
-    """The request to generate again what a box of an image shows, as a span that CM3 masked. The other stream of guidance has no text.
+    """The request to generate again what a box of an image shows, as spans that CM3 masked. The other stream of guidance has no text.
 
     Args:
         codes: (tokens_per_image,), of the image.
@@ -119,18 +121,16 @@ def inpainting_request(parts: Parts, image: Image.Image, codes: np.ndarray, box:
     Raises:
         BadInputError: if the box is outside the square that the model sees.
     """
-    inside = _codes_inside(parts, image, box)
-    span = (int(inside[0]), int(inside[-1]) + 1)
-    known = codes.astype(np.int64)
-    known[inside] = -1
+    region = _region(parts, image, box)
     segments = query_segments(parts, "text_to_image", {"caption": caption}, {})
     query = Query(segments, TASKS["text_to_image"].cfg_dropout[0])
-    streams = [infill_prompt(text, codes, span, parts.model.vocabulary) for text in (segments[0][1], segments[0][1][:0])]
-    return ImageRequest(caption, query, streams, region=Region(span, known))
+    texts = segments[0][1], segments[0][1][:0]
+    streams, continuations = zip(*(infill_prompt(text, codes, region, parts.model.vocabulary) for text in texts), strict=True)
+    return ImageRequest(caption, query, list(streams), region=Region(codes, np.flatnonzero(region), continuations[0]))
 
 
-def _codes_inside(parts: Parts, image: Image.Image, box: Box) -> np.ndarray:
-    """Raster indices of the codes whose patches a box touches, once the image is cropped and resized to the tokenizer's square."""
+def _region(parts: Parts, image: Image.Image, box: Box) -> np.ndarray:
+    """The codes whose patches a box touches, once the image is fitted to the tokenizer's square; (tokens_per_image,), boolean."""
     # A mask of the box takes the same path as the image, so that crop and resize need not be computed twice.
     mask = Image.new("L", image.size)
     mask.paste(255, (int(box[0]), int(box[1]), int(np.ceil(box[2])), int(np.ceil(box[3]))))
@@ -139,4 +139,4 @@ def _codes_inside(parts: Parts, image: Image.Image, box: Box) -> np.ndarray:
     touched = fitted.reshape(side, parts.image_size // side, side, -1).any((1, 3))
     if not touched.any():
         raise BadInputError(f"the box {box} is outside the square that the model sees of an image of {image.width} x {image.height} pixels")
-    return np.flatnonzero(touched)
+    return touched.ravel()

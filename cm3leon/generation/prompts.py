@@ -7,8 +7,8 @@ from collections.abc import Set as AbstractSet
 
 import numpy as np
 
-from cm3leon.sequence.cm3 import apply_spans
-from cm3leon.sequence.grammar import Prompt, Tokens, Vocabulary, build_body
+from cm3leon.sequence.cm3 import apply_spans, region_spans
+from cm3leon.sequence.grammar import UNKNOWN, Prompt, Tokens, Vocabulary, build_body
 from cm3leon.sequence.tasks import BREAK, SegmentTokens, split_template
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 
@@ -34,13 +34,23 @@ def image_prompt(
     return build_body([*retrieved, [*segments, ("image", np.zeros(0, dtype=np.int64))]]).prompt()
 
 
-def infill_prompt(text: Tokens, codes: np.ndarray, span: tuple[int, int], vocabulary: Vocabulary) -> Prompt:
-    """The prompt whose continuation, up to ``<eoss>``, is the image's codes in ``span``: a masked span as in CM3 training."""
+def infill_prompt(text: Tokens, codes: np.ndarray, region: np.ndarray, vocabulary: Vocabulary) -> tuple[Prompt, Prompt]:
+    """The prompt that ends where a region of an image is to be generated, and its continuation, both as in training.
+
+    The continuation has the region's codes, :data:`~cm3leon.sequence.grammar.UNKNOWN`, and between its rows ``<eoss> <mask:i>``.
+
+    Args:
+        region: boolean (tokens_per_image,), in raster order.
+    """
     body = build_body([[("text", text), ("image", vocabulary.image(codes))]])
     image = body.segments[-1].start
-    masked = apply_spans(body, [(image + span[0], image + span[1])], vocabulary)
-    end = len(masked.tokens) - 2 - (span[1] - span[0])  # after the tail's mask; the span, <eoss> and <eos> follow it
-    return Prompt(masked.tokens[:end], masked.image_positions[:end])
+    spans = region_spans(region, vocabulary.sentinels)
+    masked = apply_spans(body, [(image + start, image + stop) for start, stop in spans], vocabulary)
+    tail = sum(stop - start + 2 for start, stop in spans)  # each span with its mask and <eoss>; <eos> follows
+    tokens, image_positions = masked.tokens[:-2], masked.image_positions[:-2]
+    end = len(masked.tokens) - tail  # after the first mask of the tail
+    unknown = vocabulary.is_image(tokens[end:]) & region[image_positions[end:] - 1]
+    return Prompt(tokens[:end], image_positions[:end]), Prompt(np.where(unknown, UNKNOWN, tokens[end:]), image_positions[end:])
 
 
 def answer_prompt(template: str, values: Mapping[str, str], codes: np.ndarray, vocabulary: Vocabulary, tokenizer: TextTokenizer) -> Prompt:

@@ -84,15 +84,31 @@ def sample_segment(body: Body, text_share: float, rng: np.random.Generator) -> S
     return pool[int(rng.integers(len(pool)))] if pool else None
 
 
-def sample_region(side: int, rng: np.random.Generator) -> tuple[int, int]:
-    """The raster span of a random box in an image of ``side`` x ``side`` tokens: its first token, and the one after its last.
+def sample_region(side: int, rng: np.random.Generator) -> np.ndarray:
+    """A random box in an image of ``side`` x ``side`` tokens, boolean (side * side,) in raster order.
 
-    The box is a quarter to three quarters as wide, and as high, as the image. What lies beside it, between its rows, is in the span too.
+    The box is a quarter to three quarters as wide, and as high, as the image.
     """
     least, most = max(1, side // 4), max(1, 3 * side // 4)
     height, width = (int(size) for size in rng.integers(least, most + 1, size=2))
     top, left = int(rng.integers(side - height + 1)), int(rng.integers(side - width + 1))
-    return top * side + left, (top + height - 1) * side + left + width
+    region = np.zeros((side, side), dtype=bool)
+    region[top : top + height, left : left + width] = True
+    return region.ravel()
+
+
+def region_spans(region: np.ndarray, most: int) -> Spans:
+    """The spans of an image that mask a region of it: one for each of its rows, so that what lies beside it stays to be seen.
+
+    Rows that follow each other in raster order, as those of a region as wide as the image do, are one span. If there are more than
+    ``most``, the last span holds the rest of the region and what lies between.
+
+    Args:
+        region: boolean (tokens_per_image,), in raster order.
+    """
+    edges = np.flatnonzero(np.diff(region.astype(np.int8), prepend=0, append=0))
+    spans = [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+    return spans if len(spans) <= most else [*spans[: most - 1], (spans[most - 1][0], spans[-1][1])]
 
 
 def kind_of(body: Body, spans: Spans) -> Kind:

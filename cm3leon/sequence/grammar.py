@@ -18,6 +18,8 @@ from cm3leon.utils.errors import UserError
 
 PAD, EOS, BREAK, EOSS = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<eos>", "<break>", "<eoss>")
+UNKNOWN = -1
+"""In the place of a token that is to be generated."""
 
 Tokens = np.ndarray
 """One-dimensional int64 array of token ids."""

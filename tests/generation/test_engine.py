@@ -14,7 +14,7 @@ from cm3leon.generation.checks import PromptTooLongError
 from cm3leon.generation.engine import generate_images, generate_texts, log_likelihoods, shared_prefix
 from cm3leon.generation.sampling import Sampler, at_temperature, sample, uniform_noise
 from cm3leon.models.decoder import Decoder
-from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Prompt, Vocabulary
+from cm3leon.sequence.grammar import BREAK, EOS, EOSS, UNKNOWN, Prompt, Vocabulary
 
 VOCABULARY = Vocabulary(text_size=40, image_size=20, sentinels=4, tokens_per_image=9)
 CONTEXT = 128
@@ -48,6 +48,13 @@ def prompt(length, seed=0, documents=0):
 
 
 UNCONDITIONAL = plain([EOS, VOCABULARY.sentinel(0), BREAK])
+
+
+def region(*known):
+    """The continuation that generates the second to the fifth code, and the seventh and eighth, the others at ``known`` given."""
+    start, between = VOCABULARY.image_start, [EOSS, VOCABULARY.sentinel(1)]
+    tokens = [*[start + n if n in known else UNKNOWN for n in (1, 2, 3, 4)], *between, UNKNOWN, UNKNOWN]
+    return Prompt(np.array(tokens), np.array([2, 3, 4, 5, 0, 6, 7, 8]))
 
 
 def sampler(**changes):
@@ -205,22 +212,20 @@ def shapes_read(model, monkeypatch):
     [{}, {"guidance": 2.5, "guidance_schedule": "linear"}, {"guidance": 2.5, "contrastive": 0.5}, {"guidance": 4.0, "image_guidance": 1.5}],
 )
 def test_guessed_codes_equal_those_decoded_one_by_one(model, changes, long, monkeypatch):
-    """Bit for bit, in fewer passes, whatever the window: 2 prompts of 2 candidates, with and without known codes."""
+    """Bit for bit, in fewer passes, whatever the window: 2 prompts of 2 candidates, of whole images and of regions."""
     monkeypatch.setattr(caches, "MIN_UNCOPIED_PROMPT", long)
     image_sampler = sampler(temperature=0.4, **changes)
     three = [prompt(12, 1, documents=2), prompt(5, 1, documents=2), UNCONDITIONAL]
     streams = [own[: 3 if "image_guidance" in changes else image_sampler.streams_needed(2)] for own in (three, three[1:] + three[:1])]
-    known = np.full((2, 7), -1)
-    known[0, 2:4], known[1, -1] = 13, 7
     given = shapes_read(model, monkeypatch)
     found, passes = {}, {}
     for window in (1, 2, 8):
         monkeypatch.setattr(engine, "window_length", lambda width, rows, steps, window=window: min(window, steps))
         given.clear()
         found[window] = [
-            generate_images(model, streams, [[seed, seed + 1], [seed + 2, seed + 3]], image_sampler, span, codes)
+            generate_images(model, streams, [[seed, seed + 1], [seed + 2, seed + 3]], image_sampler, continuation)
             for seed in range(3)
-            for span, codes in ((None, None), ((1, 8), known))
+            for continuation in (None, region(), region(2, 3))
         ]
         passes[window] = len(given)
     for window in (2, 8):
@@ -228,12 +233,12 @@ def test_guessed_codes_equal_those_decoded_one_by_one(model, changes, long, monk
     assert passes[1] > passes[2] > passes[8]
 
 
-def test_known_codes_take_one_pass(model, monkeypatch):
-    """All are known but the last, which the one pass after the prompt's predicts."""
+def test_known_tokens_take_one_pass(model, monkeypatch):
+    """All are known but the first and the last code, which the one pass after the prompt's predicts."""
     given = shapes_read(model, monkeypatch)
-    known = np.array([[*range(8), -1]])
-    [[found]] = generate_images(model, [[prompt(4, 1)]], [[2]], sampler(), (0, 9), known)
-    assert given == [(1, 6), (1, 8)] and found[:8].tolist() == list(range(8))
+    known = Prompt(np.array([UNKNOWN, *range(VOCABULARY.image_start, VOCABULARY.image_start + 7), UNKNOWN]), np.arange(1, 10))
+    [[found]] = generate_images(model, [[prompt(4, 1)]], [[2]], sampler(), known)
+    assert given == [(1, 6), (1, 8)] and len(found) == 2
 
 
 def test_windows_are_short_where_many_rows_are_decoded():
@@ -270,18 +275,19 @@ def test_guidance_with_another_stream_changes_the_image(model):
     assert np.array_equal(plain_one, same)
 
 
-def test_a_span_is_generated_around_known_codes(model):
-    """From the fourth code to the eighth, of which the sixth is given: the others are those of a full pass, with their image positions."""
-    start = prompt(4, 1)
-    known = np.array([[-1, -1, 13, -1, -1]])
-    [[found]] = generate_images(model, [[start]], [[2]], sampler(), (3, 8), known)
-    assert found[2] == 13 and len(found) == 5
-    noise = uniform_noise([2], 5)
-    for step in (0, 1, 3, 4):
-        generated = found[:step] + VOCABULARY.image_start
-        logits = forward(model, np.append(start.tokens, generated), np.append(start.image_positions, np.arange(4, 4 + step)))
-        row = logits[None, None, None, None, VOCABULARY.image_start : VOCABULARY.text_start]
-        assert found[step] == int(sample(sampler().probabilities(row, torch.tensor([[[step / 4]]])), noise[:, None, step, None]))
+def test_codes_are_generated_around_known_tokens(model):
+    """Those of two rows of which one code is given are those of full passes over what is known and generated, with image positions."""
+    start, continuation = prompt(4, 1), region(2)
+    [[found]] = generate_images(model, [[start]], [[2]], sampler(), continuation)
+    tokens, steps = continuation.tokens.copy(), np.flatnonzero(continuation.tokens == UNKNOWN)
+    tokens[steps] = found + VOCABULARY.image_start
+    assert len(found) == 5
+    noise = uniform_noise([2], len(tokens))
+    for step, code in zip(steps, found, strict=True):
+        seen = np.append(start.tokens, tokens[:step]), np.append(start.image_positions, continuation.image_positions[:step])
+        row = forward(model, *seen)[None, None, None, None, VOCABULARY.image_start : VOCABULARY.text_start]
+        progress = torch.tensor([[[step / (len(tokens) - 1)]]])
+        assert code == int(sample(sampler().probabilities(row, progress), noise[:, None, step, None]))
 
 
 def test_texts_equal_the_reference(model):

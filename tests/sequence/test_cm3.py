@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cm3leon.sequence.cm3 import apply_spans, fit, kind_of, mask, sample_region, sample_segment, sample_spans
+from cm3leon.sequence.cm3 import apply_spans, fit, kind_of, mask, region_spans, sample_region, sample_segment, sample_spans
 from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Vocabulary, build_body, check_grammar, restore, split_tail
 
 VOCABULARY = Vocabulary(text_size=50, image_size=20, sentinels=16, tokens_per_image=16)
@@ -182,8 +182,17 @@ def test_regions_are_boxes_of_a_quarter_to_three_quarters_of_the_sides(side: int
     rng = np.random.default_rng(0)
     sizes = set()
     for _ in range(500):
-        start, stop = sample_region(side, rng)
-        (top, left), (bottom, right) = divmod(start, side), divmod(stop - 1, side)
-        assert 0 <= start < stop <= side**2 and left <= right
-        sizes |= {bottom - top + 1, right - left + 1}
+        region = sample_region(side, rng).reshape(side, side)
+        rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+        assert region[np.ix_(rows, columns)].all() and np.ptp(rows) == len(rows) - 1 and np.ptp(columns) == len(columns) - 1
+        sizes |= {len(rows), len(columns)}
     assert (min(sizes), max(sizes)) == (max(1, side // 4), max(1, 3 * side // 4))
+
+
+def test_the_spans_of_a_region_are_its_rows():
+    region = np.zeros((4, 4), dtype=bool)
+    region[1:, 1:3] = True
+    assert region_spans(region.ravel(), 3) == [(5, 7), (9, 11), (13, 15)]
+    assert region_spans(region.ravel(), 2) == [(5, 7), (9, 15)]
+    assert region_spans(region.ravel(), 1) == [(5, 15)]
+    assert region_spans(region[:, 1:3].ravel(), 3) == [(2, 8)]  # rows as wide as the image

@@ -16,7 +16,7 @@ from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.task_samples import TaskSamples, bounded_shares
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
 from cm3leon.generation.prompts import answer_prompt, image_prompt, infill_prompt, likelihood_pair
-from cm3leon.sequence.grammar import EOS, EOSS, Vocabulary, check_grammar, split_tail
+from cm3leon.sequence.grammar import EOS, EOSS, UNKNOWN, Vocabulary, check_grammar, split_tail
 from cm3leon.sequence.tasks import (
     BREAK,
     TASKS,
@@ -254,17 +254,35 @@ def test_samples_with_a_masked_region_begin_as_the_streams_of_inpainting_do(samp
             check_grammar(masked.tokens, VOCABULARY)
             if masked.kind != "spans":
                 continue
-            [(start, stop)] = masked.spans
-            image = masked.body.segments[-1]
-            region, codes = (start - image.start, stop - image.start), sampled.pretraining.store.by_id(documents[-1]).codes
+            image, codes = masked.body.segments[-1], sampled.pretraining.store.by_id(documents[-1]).codes
+            region = np.zeros(len(codes), dtype=bool)
+            for start, stop in masked.spans:
+                region[start - image.start : stop - image.start] = True
             streams = [infill_prompt(text, codes, region, VOCABULARY) for text in (caption, caption[:0])]
-            [chosen] = [n for n, stream in enumerate(streams) if masked.tokens[: len(stream)].tolist() == stream.tokens.tolist()]
+            [chosen] = [n for n, (stream, _) in enumerate(streams) if masked.tokens[: len(stream)].tolist() == stream.tokens.tolist()]
             counts[chosen] += 1
-            prompt = len(streams[chosen])
-            assert masked.image_positions[:prompt].tolist() == streams[chosen].image_positions.tolist()
-            assert masked.tokens[prompt:].tolist() == [*VOCABULARY.image(codes)[slice(*region)], EOSS, EOS]
-            assert set(weights[prompt - 1 :]) == {1.0} and np.array_equal(weights > 0, masked.is_target)
+            stream, continuation = streams[chosen]
+            image_positions = [*stream.image_positions, *continuation.image_positions]
+            assert masked.image_positions[:-2].tolist() == image_positions and masked.tokens[-2:].tolist() == [EOSS, EOS]
+            unknown = continuation.tokens == UNKNOWN
+            assert masked.tokens[len(stream) : -2][unknown].tolist() == VOCABULARY.image(codes)[region].tolist()
+            assert masked.tokens[len(stream) : -2][~unknown].tolist() == continuation.tokens[~unknown].tolist()
+            assert set(weights[len(stream) - 1 :]) == {1.0} and np.array_equal(weights > 0, masked.is_target)
     assert 320 < counts.total() < 480 and 0.15 < counts[1] / counts.total() < 0.35
+
+
+def test_codes_that_an_edit_changes_weigh_more(samples):
+    sampled = samples({"edit": 1.0}, change, conditioning_dropout=0.0, input_weight=0.25, edit_weight=4.0)
+    changed = 0
+    for number in range(len(sampled)):
+        masked, weights, *_ = sampled(0, number)
+        image = masked.body.segments[-1]
+        before, after = masked.body.segments[1], slice(image.start, image.stop)
+        differs = masked.tokens[before.start : before.stop] != masked.tokens[after]
+        assert np.array_equal(weights[after], np.where(differs, 4.0, 1.0)) and weights[image.stop] == 1.0
+        assert set(weights[: image.start]) == {0.25}
+        changed += differs.sum()
+    assert 0 < changed < len(sampled) * VOCABULARY.tokens_per_image
 
 
 def test_the_mix_follows_its_weights(samples):
