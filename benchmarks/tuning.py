@@ -22,7 +22,7 @@ from cm3leon.data.tokens import TokenStore
 from cm3leon.evaluation.record import digest
 from cm3leon.models.decoder import Decoder
 from cm3leon.tracking.lineage import content_hash
-from cm3leon.training.instruction_tuning import task_samples, validation_batches
+from cm3leon.training.instruction_tuning import task_samples, training_of, validation_batches
 from cm3leon.training.run import make_stream
 from cm3leon.training.trainer import fit, setup
 
@@ -39,6 +39,7 @@ def tuned_losses(study: Study, section: SFTConfig, seed: int) -> dict[str, float
         start = time.perf_counter()
         metrics = fit(setup(model, section), stream, section, validation_batches(held_out, section, seed), directory.name)
         model.save(directory)
+        training_of(samples.counts, section, study.config.pretrain.objective).write(directory)
         return {**metrics, "minutes": (time.perf_counter() - start) / 60}
 
     return study.kept(directory.name, "losses", tune)
