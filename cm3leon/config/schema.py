@@ -210,6 +210,9 @@ class ObjectiveConfig(Section):
 NeighborChoice = Literal["paper", "text", "image", "random", "none"]
 
 Steps = Annotated[int, Field(ge=1, description="optimizer steps")]
+FinalLearningRate = Annotated[
+    float, Field(ge=0, le=1, description="learning rate at the end of the decay, as a share of the peak; 1: none")
+]
 WarmupSteps = Annotated[int, Field(ge=0, description="steps of linear warm-up")]
 ValidateEvery = Annotated[int, Field(ge=1, description="steps between validations")]
 
@@ -223,7 +226,7 @@ class TrainConfig(Section):
     packing: bool = Field(False, description="a step has batch_size * context tokens of whole samples; false: batch_size samples")
     optimizer: Literal["adamw", "muon"] = Field("muon", description="muon: Muon for the blocks' matrices, AdamW for the embeddings")
     learning_rate: float = Field(8e-3, gt=0, description="peak learning rate")
-    final_learning_rate: float = Field(0.05, ge=0, le=1, description="learning rate at the end of the decay, as a share of the peak")
+    final_learning_rate: FinalLearningRate = 0.05
     warmup_steps: WarmupSteps
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay")
     betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's first and second moment")
@@ -250,7 +253,8 @@ class TrainConfig(Section):
 class PretrainConfig(TrainConfig):
     """CM3 pretraining of the decoder."""
 
-    steps: Steps = 3000
+    steps: Steps = 2000
+    final_learning_rate: FinalLearningRate = 1.0
     warmup_steps: WarmupSteps = 100
     validate_every: ValidateEvery = 1000
     model: ModelConfig = ModelConfig()
@@ -273,29 +277,29 @@ class SFTConfig(TrainConfig):
     input_weight: float = Field(0.3, ge=0, description="loss weight of the instruction, which precedes the answer or the image")
     questions_per_sample: int = Field(6, ge=1, description="most questions that one sample asks about its image")
     edit_weight: float = Field(
-        1.0, gt=0, description="loss weight of the image tokens that an edit changes, which are few compared with those that it keeps"
+        2.0, gt=0, description="loss weight of the image tokens that an edit changes, which are few compared with those that it keeps"
     )
     tasks: dict[str, float] = Field(
         {
-            "text_to_image": 2.5,
+            "text_to_image": 2.2,
             "write": 0.15,
             "layout_to_image": 2.0,
-            "condition_to_image": 0.4,
-            "edit": 1.4,
+            "condition_to_image": 0.6,
+            "edit": 1.8,
             "caption": 0.4,
             "long_caption": 0.3,
-            "vqa": 2.7,
+            "vqa": 2.5,
             "reasoning": 0.4,
         },
         description="task -> weight in the mix; a task takes part where the collection has its columns",
     )
-    upsampling: float = Field(3.0, ge=1, description="upper bound of a task's share of the mix over its share of the samples (paper: 3)")
+    upsampling: float = Field(4.0, ge=1, description="upper bound of a task's share of the mix over its share of the samples (paper: 3)")
     downsampling: float = Field(0.3, ge=0, le=1, description="lower bound of that ratio (paper: 0.3)")
     mean_masks: float = Field(
         0.0, ge=0, description="CM3 in the other image-generating samples: mean number of masked spans, Poisson (paper: 1); 0: none"
     )
     infill_share: float = Field(
-        0.1, ge=0, le=1, description="share of the samples of text_to_image whose image has a region masked, for inpainting (paper: 0)"
+        0.25, ge=0, le=1, description="share of the samples of text_to_image whose image has a region masked, for inpainting (paper: 0)"
     )
     conditioning_dropout: float = Field(
         0.1, ge=0, le=1, description="share of the image-generating samples whose conditioning is masked, for classifier-free guidance"
