@@ -277,13 +277,13 @@ class SFTConfig(TrainConfig):
     input_weight: float = Field(0.3, ge=0, description="loss weight of the instruction, which precedes the answer or the image")
     questions_per_sample: int = Field(6, ge=1, description="most questions that one sample asks about its image")
     edit_weight: float = Field(
-        2.0, gt=0, description="loss weight of the image tokens that an edit changes, which are few compared with those that it keeps"
+        3.0, gt=0, description="loss weight of the image tokens that an edit changes, which are few compared with those that it keeps"
     )
     tasks: dict[str, float] = Field(
         {
-            "text_to_image": 2.2,
+            "text_to_image": 1.9,
             "write": 0.15,
-            "layout_to_image": 2.0,
+            "layout_to_image": 2.4,
             "condition_to_image": 0.6,
             "edit": 1.8,
             "caption": 0.4,
