@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ from cm3leon.tracking.lineage import changed_files, git_commit
 from cm3leon.tracking.sqlite import sqlite_uri
 from cm3leon.tracking.store import EXPERIMENT
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.processes import stop_tree
 
 PROFILE = "small"
 PIPELINE = ["-m", "flows.pipeline"]
@@ -121,7 +123,11 @@ def train_in_clone(seed: int, threads: int, directory: Path, parameters: str, be
     environment = environment_of(project) | {"OMP_NUM_THREADS": str(threads)}
     start = time.monotonic()
     with subprocess.Popen([sys.executable, *PIPELINE], cwd=project, env=environment) as process:
-        status = process.wait()
+        try:
+            status = process.wait()
+        except BaseException:
+            stop_tree(process.pid)  # the stage that it runs too
+            raise
     minutes = (time.monotonic() - start) / 60
     if status != 0:
         raise subprocess.CalledProcessError(status, process.args)
@@ -245,6 +251,7 @@ def main() -> None:
     options = parser.parse_args()
     parameters = parameters_digest(load_profile(PROFILE, configs=ROOT / "configs"))
     directory = options.directory.absolute()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         if options.add:
             keep(finished(options.add.absolute(), options.threads, parameters), ROOT / RESULTS)

@@ -4,8 +4,10 @@ import ast
 import importlib.util
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +29,7 @@ from cm3leon.evaluation.reference import FreshRun, parameters_digest, read_runs,
 from cm3leon.stages.common import STAGES
 from cm3leon.tracking.runs import pipeline_run
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.processes import has_ended, identity
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -250,6 +253,27 @@ def test_an_interrupted_training_goes_on_in_its_clone_and_has_no_times(tmp_path:
     assert clones.train(tmp_path).minutes is None and len(clones.cloned) == 1
     other = clones.train(tmp_path, threads=1)
     assert other.minutes is not None and other.threads == 1 and len(set(clones.cloned)) == 2
+
+
+SLEEPING = """
+import sys; from benchmarks import repeat
+repeat.PIPELINE = ["-c", "import os, pathlib, time; pathlib.Path('pid').write_text(f'{os.getpid()} '); time.sleep(120)"]
+repeat.clone = lambda to, *rest: to.mkdir()
+repeat.check_parameters = lambda *rest: None
+repeat.main()
+"""
+
+
+def test_a_training_that_is_ended_ends_its_pipeline(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SLEEPING, "--seeds", "99", "--directory", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        until = time.monotonic() + 60
+        while not (found := list(tmp_path.glob("small-*-seed-99-*/pid"))) or not found[0].read_text().endswith(" "):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        pipeline = identity(int(found[0].read_text()))
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM and has_ended(pipeline)
 
 
 def test_a_training_beside_other_work_has_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
