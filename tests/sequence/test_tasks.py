@@ -77,7 +77,15 @@ def samples(tmp_path_factory):
             manifest,
             TOKENIZER,
             SFTConfig(
-                **{"tasks": tasks, "answer_weight": 4.0, "input_weight": 1.0, "questions_per_sample": 1, "infill_share": 0.0, **options}
+                **{
+                    "tasks": tasks,
+                    "answer_weight": 4.0,
+                    "input_weight": 1.0,
+                    "questions_per_sample": 1,
+                    "edit_weight": 1.0,
+                    "infill_share": 0.0,
+                    **options,
+                }
             ),
             conditions,
         )
