@@ -343,7 +343,7 @@ class DecodingConfig(Section):
     contrastive: float = Field(0.0, ge=0, le=1, description="share of the candidates sampled by contrastive decoding, CD-K (paper: 0.5)")
     contrastive_k: int = Field(4, ge=1, description="CD-K: rank of the token that sets the threshold of plausibility")
     contrastive_alpha: float = Field(0.5, ge=0, le=1, description="CD-K: threshold as a share of that token's probability")
-    candidates: int = Field(16, ge=1, description="images generated for each one returned; the best-ranked is kept (paper: 8)")
+    candidates: int = Field(8, ge=1, description="images generated for each one returned; the best-ranked is kept (paper: 8)")
     likelihood: float = Field(
         0.03, ge=0, description="ranking: weight of the caption log-likelihood of the prompt, nats, added to the CLIP score"
     )
@@ -352,9 +352,8 @@ class DecodingConfig(Section):
     tasks: dict[str, dict[str, Any]] = Field(
         {
             "edit": {"temperature": 0.0, "candidates": 1, "guidance": 1.0, "image_guidance": 1.0},
-            "layout_to_image": {"candidates": 8},
-            "condition_to_image": {"candidates": 8},
-            "write": {"candidates": 8},
+            "layout_to_image": {"candidates": 4},
+            "condition_to_image": {"candidates": 4},
         },
         description="task -> its own values of the settings above, where they differ",
     )
