@@ -1,13 +1,8 @@
-"""Small trainers of image tokenizer, encoder and upscaler; as a program, all three in the processes that torchrun started.
-
-``python trainers_support.py DIRECTORY``: each is trained to its end, and again in another directory until a SIGTERM that one process gets.
-Writes ``losses.json``, and the checkpoints.
-"""
+"""Small trainers of image tokenizer, encoder and upscaler."""
 
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -102,7 +97,11 @@ def run(trainer: loop.Trainer, directory: Path | None = None, stop: int | None =
     return curve
 
 
-def main(directory: Path) -> None:
+def train_all(directory: Path) -> None:
+    """Train each to its end, and again in another directory until a SIGTERM that one process gets; in one process or in several.
+
+    Writes ``losses.json``, and the checkpoints.
+    """
     torch.set_num_threads(1)
     curves = {}
     with world() as processes:
@@ -116,7 +115,3 @@ def main(directory: Path) -> None:
                 raise AssertionError("a SIGTERM of one process ends both")
         if processes.rank == 0:
             (directory / "losses.json").write_text(json.dumps(curves))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -4,17 +4,14 @@ import io
 import itertools
 import json
 import multiprocessing
-import os
 import signal
-import subprocess
-import sys
 import tarfile
 
 import pytest
 import torch
-import trainers_support
 from PIL import Image
-from trainers_support import KINDS, STEPS, STOPPED, Squares, make_trainer, run
+from processes_support import Job
+from trainers_support import KINDS, STEPS, STOPPED, Squares, make_trainer, run, train_all
 
 from cm3leon.config.schema import EncoderConfig
 from cm3leon.data import pixels
@@ -137,11 +134,8 @@ def test_in_bfloat16_the_losses_are_nearly_the_same_and_the_weights_stay_float32
 def two_processes(tmp_path_factory):
     """The directory in which two processes have trained all three."""
     directory = tmp_path_factory.mktemp("two")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    job = [*command, trainers_support.__file__, str(directory)]
-    done = subprocess.run(job, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+    status, output = Job(train_all, directory, output=directory / "output.txt", count=2).wait(240)
+    assert status == 0, output
     return directory
 
 

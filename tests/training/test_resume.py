@@ -1,16 +1,13 @@
 """A run that was killed or interrupted resumes to the same bits, and is the same run in any number of processes."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from processes_support import Job
+from resume_job import train
 from safetensors.torch import load_file
 from tests_support import decoder_spec, make_documents
 
@@ -23,7 +20,6 @@ from cm3leon.training.distributed import World
 from cm3leon.training.trainer import setup
 from cm3leon.utils.errors import UserError
 
-JOB = Path(__file__).with_name("job.py")
 STEPS = 40
 
 
@@ -55,23 +51,13 @@ def uninterrupted(new_directory):
 
 
 def start(directory, processes=1, **changes):
-    command = [sys.executable, str(JOB)]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1",
-                   "--master-port", str(port), str(JOB)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [str(directory), json.dumps({"steps": STEPS, **changes})]
-    return subprocess.Popen([*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Job(train, directory, {"steps": STEPS, **changes}, output=directory / "output.txt", count=processes)
 
 
 def run(directory, processes=1, **changes):
     """Run to the end; the losses and the output."""
-    job = start(directory, processes, **changes)
-    output, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, output
+    status, output = start(directory, processes, **changes).wait(240)
+    assert status == 0, output
     return json.loads((directory / "losses.json").read_text()), output
 
 
@@ -79,12 +65,11 @@ def stop(job, directory, step, number):
     """Send the signal once the checkpoint of ``step`` is there; exit status and output."""
     end = time.monotonic() + 120
     while not list(directory.glob(f"checkpoints/*/step-{step:08d}")):
-        assert job.poll() is None, job.communicate()[0]
+        assert job.running, job.output.read_text()
         assert time.monotonic() < end
         time.sleep(0.002)
     job.send_signal(number)
-    output, _ = job.communicate(timeout=60)
-    return job.returncode, output
+    return job.wait(60)
 
 
 def same_weights(one, other):

@@ -1,18 +1,12 @@
-"""A small training run as a process of its own, to be killed, interrupted, or started by torchrun: ``python job.py DIRECTORY JSON``.
-
-JSON: ``steps``, and changes to the training parameters. After each validation all processes draw an image, as sample sheets do. Writes
-``losses.json``, with the last image's codes, and ``model.safetensors`` when it ends.
-"""
+"""A small training run, to be killed or interrupted, in one process or in several."""
 
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests_support import OBJECTIVE, decoder_spec
 
 from cm3leon.config.schema import DecodingConfig, TrainConfig
@@ -30,7 +24,14 @@ from cm3leon.training.trainer import fit, setup
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
 
 
-def main(directory: Path, changes: dict) -> None:
+def train(directory: Path, changes: dict[str, Any]) -> None:
+    """Train on a directory's tokens. After each validation all processes draw an image, as sample sheets do.
+
+    Writes ``losses.json``, with the last image's codes, and ``model.safetensors`` when it ends.
+
+    Args:
+        changes: to the training parameters.
+    """
     torch.set_num_threads(1)
     plain = {"batch_size": 8, "warmup_steps": 5, "validate_every": 15, "checkpoint_every": 4, "learning_rate": 1e-3}
     config = TrainConfig(**{**plain, "optimizer": "adamw", "precision": "fp32", **changes})
@@ -62,7 +63,3 @@ def main(directory: Path, changes: dict) -> None:
         if processes.rank == 0:
             save_file(tensors, directory / "model.safetensors")
             (directory / "losses.json").write_text(json.dumps({"losses": state.losses, "drawn": drawn, **metrics}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
