@@ -2,11 +2,14 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from cm3leon.config import paths
@@ -46,12 +49,41 @@ CAPTIONS = ["a red circle", "a blue square", "two green crosses", "a ring above 
 
 
 @pytest.fixture(scope="session")
-def prepared_store(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """A function of a file's name and of a function that makes the file: its path, made by the first of the processes that test."""
+    own = tmp_path_factory.getbasetemp()
+    root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def get(name, make):
+        path = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not path.exists():
+                part = root / "parts" / name
+                part.parent.mkdir(exist_ok=True)
+                make(part)
+                part.rename(path)
+        return path
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def prepared_store(made_once):
     """A migrated SQLite store: making one takes ten seconds, copying it none."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
     store.use_settings()
-    store.migrate(f"sqlite:///{path}")
-    return path
+    return made_once("mlflow.db", lambda path: store.migrate(f"sqlite:///{path}"))
+
+
+@pytest.fixture(scope="session")
+def prepared_prefect(made_once):
+    """The database of a Prefect server that has done nothing: making one takes eight seconds, copying it none."""
+    return made_once("prefect.db", make_prefect_database)
+
+
+def make_prefect_database(path):
+    environment = {**os.environ, "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{path}", "DO_NOT_TRACK": "1"}
+    command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""One Prefect server for all flow tests: starting it takes about ten seconds."""
+"""One Prefect server for all flow tests."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +26,10 @@ def assert_no_errors(log: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prefect_server(tmp_path_factory: pytest.TempPathFactory, prepared_prefect: Path) -> Iterator[str]:
     """The API address of a server with an empty database of its own; an error in its log fails the last test."""
     home = tmp_path_factory.mktemp("prefect")
+    shutil.copyfile(prepared_prefect, home / "prefect.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", str(home))
         patch.delenv("PREFECT_API_URL", raising=False)

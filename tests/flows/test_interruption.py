@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -25,9 +26,11 @@ COMMAND = [sys.executable, "-m", "flows.pipeline", "--no-promote"]
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment(tmp_path: Path, prepared_prefect: Path) -> dict[str, str]:
     """Of a run in the toy project that has a Prefect server of its own."""
     make_toy(tmp_path)
+    (tmp_path / ".prefect").mkdir()
+    shutil.copyfile(prepared_prefect, tmp_path / ".prefect/prefect.db")
     (tmp_path / "fault.txt").write_text("slow")
     ours = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     return {**ours, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,12 @@ from cm3leon.utils.processes import has_ended, pid_of, stop_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 DEAD = {"HTTP_PROXY": "http://127.0.0.2:9", "HTTPS_PROXY": "http://127.0.0.2:9", "ALL_PROXY": "socks5://127.0.0.2:9"}
+
+
+@pytest.fixture(autouse=True)
+def with_prefect_database(project: Path, prepared_prefect: Path) -> None:
+    (project / ".prefect").mkdir()
+    shutil.copyfile(prepared_prefect, project / ".prefect/prefect.db")
 
 
 @contextmanager

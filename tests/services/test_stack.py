@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, prepared_store: Path) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, prepared_store: Path, prepared_prefect: Path) -> Path:
     """A project with a store, in which nothing has run."""
     root = tmp_path_factory.mktemp("stack")
     subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
@@ -39,6 +39,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, prepared_store: Path) -> Path
     for name in ("dvc.yaml", "params.yaml", "prefect.yaml", "prefect.toml"):
         shutil.copy(ROOT / name, root)
     shutil.copy(prepared_store, root / "mlflow.db")
+    (root / ".prefect").mkdir()
+    shutil.copy(prepared_prefect, root / ".prefect/prefect.db")
     return root
 
 

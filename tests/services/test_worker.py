@@ -1,6 +1,7 @@
 """A worker ends when it is told to, also while a run is at work and its server hangs."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,9 +35,11 @@ run_deployment("sleep/now", timeout=0)
 
 
 @pytest.fixture
-def environment(tmp_path, monkeypatch):
+def environment(tmp_path, monkeypatch, prepared_prefect):
     """Variables of processes that use a Prefect server of their own, which they can start."""
     monkeypatch.chdir(tmp_path)
+    Path("prefect").mkdir()
+    shutil.copyfile(prepared_prefect, "prefect/prefect.db")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     api = f"http://127.0.0.1:{free_port(26000)}/api"
     return {**kept, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_API_URL": api, "DO_NOT_TRACK": "1"}
