@@ -54,7 +54,8 @@ def test_torchrun_starts_the_stage_in_every_process(tmp_path):
     """With a package of the same name that prints instead of training."""
     (tmp_path / "cm3leon").mkdir()
     (tmp_path / "cm3leon/__init__.py").write_text("")
-    (tmp_path / "cm3leon/__main__.py").write_text("import os, sys; print(sys.argv[1:], os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])")
+    line = r"{sys.argv[1:]} {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\n"  # one write: two unbuffered ones would interleave
+    (tmp_path / "cm3leon/__main__.py").write_text(f'import os, sys; sys.stdout.write(f"{line}")')
     environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "PYTHONPATH", "PYTHONSAFEPATH")}
     command = launch.torchrun_command(["pretrain"], 2, "")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
