@@ -50,7 +50,7 @@ CAPTIONS = ["a red circle", "a blue square", "two green crosses", "a ring above 
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory):
-    """A function of a file's name and of a function that makes the file: its path, made by the first of the processes that test."""
+    """``get(name, make)``: the path of a file that one process of a test run makes for all of them, by ``make(path)``."""
     own = tmp_path_factory.getbasetemp()
     root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 

@@ -52,7 +52,7 @@ class Job:
             os.kill(process.pid, number)
 
     def wait(self, seconds: float) -> tuple[int, str]:
-        """Exit status, that of the first process that failed if one did, and output. Those that run longer are killed."""
+        """Exit status, and output. Of several processes the status is that of the first one that failed; one that runs longer is killed."""
         for process in self.processes:
             process.join(seconds)
             process.kill()
