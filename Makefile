@@ -41,8 +41,8 @@ up: $(STAMP)  ## MLflow, Prefect, a worker and the deployments in the background
 down: $(STAMP)  ## stop what make up has started
 	@$(BIN)/cm3leon down
 
-study: $(STAMP)  ## the paper's claims measured again, into docs/study.md; needs a finished run, takes over an hour
-	@$(BIN)/python -m benchmarks.study
+study: $(STAMP)  ## the paper's claims measured again, into docs/study.md; needs finished runs, RUNS="DIR ...", takes over an hour
+	@$(BIN)/python -m benchmarks.study $(if $(RUNS),--runs $(RUNS))
 
 lint: $(STAMP)  ## ruff: rules and format; the layers of the rooms
 	$(BIN)/ruff check .

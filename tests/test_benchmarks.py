@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from results_support import fresh_run
 from benchmarks import repeat
 from benchmarks.study import claims, report, runs
 from benchmarks.study.__main__ import CLAIMS
-from benchmarks.study.section import Section, every_seed_higher, paired_difference, tokens_to_loss
+from benchmarks.study.section import Finding, Section, difference, higher, lower, over_trainings, tokens_to_loss, with_range
 from cm3leon.config import paths
 from cm3leon.config.profiles import configure
 from cm3leon.config.schema import Config
@@ -69,18 +70,39 @@ def test_colors_are_swapped_between_two_different_objects_only() -> None:
     assert swapped("two red circles on white") is None and swapped("a red circle on blue") is None
 
 
-def test_a_claim_holds_only_if_all_seeds_agree() -> None:
-    assert every_seed_higher([3.0, 4.0], [1.0, 2.0]) == "holds here"
-    assert every_seed_higher([1.0, 2.0], [3.0, 4.0]) == "does not hold here"
-    assert "undecided" in every_seed_higher([1.0, 3.0], [2.0, 4.0])
+def test_a_claim_holds_if_the_interval_over_trainings_excludes_zero_on_its_side() -> None:
+    assert higher("x", [3.0, 4.0, 3.5], [1.0, 2.0, 1.5], paired=False).verdict == "holds"
+    assert lower("x", [3.0, 4.0, 3.5], [1.0, 2.0, 1.5], paired=False).verdict == "does not hold"
+    assert higher("x", [1.0, 3.0, 2.0], [2.0, 4.0, 1.0], paired=False).verdict == "undecided"
+    alone = higher("x", [3.0], [1.0], paired=True)
+    assert alone.verdict == "undecided" and alone.cells == ["x", "+2.000", "one training only", "undecided"]
 
 
-def test_paired_differences_over_prompts_decide() -> None:
-    hard = [float(n % 2) for n in range(200)]  # half of the prompts are always wrong, so means are uncertain and differences are not
-    better = [1.0 if n % 2 or n % 20 == 0 else 0.0 for n in range(200)]
-    assert paired_difference(better, hard).startswith("holds here (+0.050 [")
-    assert paired_difference(hard, better).startswith("does not hold here (-0.050 [")
-    assert paired_difference(hard, hard[::-1]).startswith("undecided here (+0.000 [")
+def test_differences_have_student_intervals() -> None:
+    first, second = [0.31, 0.52, 0.43], [0.20, 0.45, 0.30]
+    # By hand: the quantile 0.975 of Student's distribution is 4.302653 with two degrees of freedom.
+    of_pairs = np.subtract(first, second)
+    half = 4.302653 * of_pairs.std(ddof=1) / math.sqrt(3)
+    mean = of_pairs.mean()
+    assert difference(first, second, paired=True) == pytest.approx((mean, mean - half, mean + half), abs=1e-6)
+    # Trained apart, what models have in common does not cancel. Welch's degrees of freedom lie between 2 and 4.
+    effect, low, high = difference(first, second, paired=False)
+    error = math.sqrt((np.var(first, ddof=1) + np.var(second, ddof=1)) / 3)
+    assert (
+        effect == pytest.approx(mean) and 2.776 * error <= high - effect <= 4.303 * error and high - effect == pytest.approx(effect - low)
+    )
+    assert difference([0.5, 0.5], [0.2, 0.2], paired=False) == pytest.approx((0.3, 0.3, 0.3))  # no variance, no division by it
+
+
+def test_means_and_ranges_over_trainings() -> None:
+    [point, _] = over_trainings((1.0, 2.0), np.array([[0.2, 0.5], [0.4, 0.5]]))
+    assert point == pytest.approx((1.0, 0.3, 0.2, 0.4)) and with_range(point) == "0.300 (0.20 to 0.40)"
+
+
+def test_of_some_candidates_the_one_with_the_highest_clip_score_counts() -> None:
+    drawn = {"right": [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]], "clip": [[0.2, 0.3, 0.9], [0.1, 0.5, 0.4]]}
+    found = [claims.best_of(drawn, np.arange(count)) for count in (1, 2, 3)]
+    assert found == [0.5, 0.5, 1.0]
 
 
 def test_results_are_kept_for_the_same_key_and_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,22 +128,31 @@ def test_tokens_to_a_loss_are_interpolated_between_validations() -> None:
 
 def test_the_page_has_a_section_and_a_plot_for_each_claim(tmp_path: Path) -> None:
     points = [(1.0, 0.2, 0.1, 0.3), (2.0, 0.4, 0.3, 0.5)]
-    sections = {name: Section(f"({name})", "so", "holds", [["a", "b"], ["1", "2"]], ("x", "y"), {"one": points}) for name in CLAIMS}
+    finding = Finding("more is better", 0.1, 0.05, 0.15, "holds")
+    sections = {
+        name: Section(f"({name[0]}) {name}", "so", [finding], "A note.", [["a", "b"], ["1", "2"]], ("x", "y"), {"one": points})
+        for name in CLAIMS
+    }
 
     class Study:
-        tokens, seeds, captions = 10, 2, ("x",)
+        tokens, seeds, captions, runs = 10, 2, ("x",), (Path(),)
 
     report.write(Study(), sections, tmp_path)
     page = (tmp_path / "study.md").read_text()
     for name in CLAIMS:
-        assert f"## ({name})" in page and (tmp_path / f"study-{name}.png").is_file()
+        assert f"## ({name[0]}) {name}" in page and (tmp_path / f"study-{name}.png").is_file()
+        assert f"| ({name[0]}) | more is better | +0.100 | +0.050 to +0.150 | holds |" in page
 
 
 class KnownStudy:
     """A study whose decoders have known scores: the larger, and those trained with retrieval, are better."""
 
-    tokens, seeds, prompts, captions = 300, 2, 4, ("a red circle",)
+    tokens, seeds, prompts, captions, runs = 300, 2, 4, ("a red circle",), (Path("one"), Path("other"))
     config = Config()
+
+    @contextmanager
+    def at(self, run: Path) -> Iterator[Self]:
+        yield self
 
     def trained(self, name: str, changes: Sequence[str], seed: int) -> tuple[Path, dict[str, Any]]:
         first = {"retrieval": 2.9, "no-retrieval": 3.0, "size-small": 4.0, "size-large": 1.5}.get(name, 3.0) + seed / 100
@@ -135,9 +166,11 @@ class KnownStudy:
 
     def kept(self, name: str, key: Any, compute: Callable[[], Any]) -> Any:
         if name == "tasks":
-            scores = {"tuned": (0.9, 0.8, 1.0), "pretrained": (0.2, 0.1, 0.3)}[key[0]]
-            return {"vqa_accuracy": {"mean": scores[0], "interval": scores[1:]}}
-        return 1.5 if name == "cider" else [[0.0, 1.0, 1.0, float(count > 3)] for count in range(len(claims.COUNTS))]
+            return {"vqa_accuracy": {"mean": {"tuned": 0.9, "pretrained": 0.2}[key[0]]}}
+        if name == "candidates":  # right from the tenth candidate on, as are all that the mixture takes of CD-K
+            right = [[float(number >= 9) for number in range(claims.COUNTS[-1])]] * 4
+            return {"right": right, "clip": right}
+        return 1.5
 
 
 @pytest.fixture
@@ -147,26 +180,35 @@ def known_study(monkeypatch: pytest.MonkeyPatch) -> KnownStudy:
 
 
 @pytest.mark.parametrize(
-    ("claim", "sentence"),
+    ("claim", "expected"),
     [
-        (
-            "retrieval",
-            "than without retrieval: holds here; it reaches the final loss without retrieval after 0.67 of the tokens.",
-        ),
-        ("guidance", "One guidance scale is best for all sizes: holds here. The best here: small 1.5, medium 1.5, large 1.5."),
-        ("candidates", "It still improves from 8 to 32 candidates: undecided here (+0.250 [+0.00, +0.75]);"),
-        ("masking", "if they never are: undecided here (the seeds overlap); this costs composition"),
-        ("tuning", "After tuning 1 of 1 scores are higher, as intervals do not overlap. Lower: none."),
-        ("sizes", "A larger model has a lower loss after the same number of tokens: holds here."),
+        ("retrieval", [(-0.1, "holds"), (-0.333, "holds"), (0.0, "undecided"), (0.0, "undecided")]),
+        ("guidance", [(0.0, "holds")]),
+        ("candidates", [(1.0, "holds"), (1.0, "holds"), (0.0, "undecided"), (0.0, "undecided")]),
+        ("masking", [(0.0, "undecided"), (0.0, "undecided"), (0.0, "undecided")]),
+        ("tuning", [(0.7, "holds")]),
+        ("sizes", [(-2.5, "holds"), (0.0, "undecided")]),
     ],
 )
-def test_verdicts_follow_from_the_scores(known_study: KnownStudy, claim: str, sentence: str) -> None:
+def test_verdicts_follow_from_the_scores(known_study: KnownStudy, claim: str, expected: list[tuple[float, str]]) -> None:
     section = CLAIMS[claim](known_study)
-    assert sentence in section.verdict
+    assert [finding.verdict for finding in section.findings] == [verdict for _, verdict in expected]
+    assert [finding.effect for finding in section.findings] == pytest.approx([effect for effect, _ in expected], abs=1e-3)
     assert len({len(row) for row in section.table}) == 1 and len(section.table) > 1
     published = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
     assert f"## {section.title}" in published and section.paper in published
     assert f"| {' | '.join(section.table[0])} |" in published
+
+
+def test_a_study_works_where_another_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    configure("tiny", params=run / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    study = runs.Study(Config(), 10, 5, 1)
+    with study.at(run) as own:
+        assert own.config.profile == "tiny" and Path.cwd() == run
+    assert Path.cwd() == tmp_path and study.config.profile == "small"
 
 
 @pytest.mark.slow

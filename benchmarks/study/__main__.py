@@ -1,22 +1,29 @@
-"""The paper's claims measured again on the project's own data: python -m benchmarks.study
+"""The paper's claims measured again on the project's own data: python -m benchmarks.study [--runs DIR ...]
 
 Uses the tokenizers, encoder, memory bank and tuned model of the last pipeline run, trains small decoders in ``models/study/``, and writes
 ``docs/study.md`` with its plots. All scores are of the val split. Trained decoders and results are kept, so an interrupted study resumes
-when it is started again.
+when it is started again. Two sections, the tuned decoders' own, are of the runs in ``--runs`` instead, such as those of
+``benchmarks.repeat``: with one run they state no intervals.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+
+import torch
 
 from benchmarks.study import claims
 from benchmarks.study.report import write
 from benchmarks.study.runs import ROOT, Study
+from benchmarks.study.section import Section
 from cm3leon.config.loading import load_config
 
-CLAIMS = {
+CLAIMS: dict[str, Callable[[Study], Section]] = {
     "retrieval": claims.retrieval,
     "guidance": claims.guidance,
     "candidates": claims.candidates,
@@ -24,6 +31,16 @@ CLAIMS = {
     "tuning": claims.tuning,
     "sizes": claims.sizes,
 }
+LONGEST_FIRST = ("masking", "retrieval", "sizes", "candidates", "guidance", "tuning")
+"""The order in which sections are begun, so that processes end at about the same time."""
+
+
+def measured(name: str, study: Study) -> Section:
+    """A section of the page, in a process of its own."""
+    start = time.perf_counter()
+    section = CLAIMS[name](study)
+    print(f"{name}: done after {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
+    return section
 
 
 def main() -> None:
@@ -34,13 +51,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=CLAIMS, nargs="*", default=list(CLAIMS))
     parser.add_argument("--out", type=Path, help="directory of the page; by default docs, and models/study if --only leaves sections out")
+    parser.add_argument("--runs", type=Path, nargs="+", default=[Path()], help="directories of finished pipeline runs of other seeds")
+    parser.add_argument("--processes", type=int, default=2, help="sections measured at the same time")
     options = parser.parse_args()
-    study = Study(load_config(), int(options.tokens), options.prompts, options.seeds)
+    study = Study(load_config(), int(options.tokens), options.prompts, options.seeds, tuple(run.resolve() for run in options.runs))
     start = time.perf_counter()
-    sections = {}
-    for name in options.only:
-        sections[name] = CLAIMS[name](study)
-        print(f"{name}: done after {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
+    threads = max(1, torch.get_num_threads() // options.processes)
+    with ProcessPoolExecutor(options.processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        begun = {name: pool.submit(measured, name, study) for name in LONGEST_FIRST if name in options.only}
+        sections = {name: begun[name].result() for name in CLAIMS if name in begun}
+    print(f"all done after {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
     write(study, sections, options.out or (Path("docs") if len(sections) == len(CLAIMS) else ROOT))
 
 

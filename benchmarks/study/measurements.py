@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,19 @@ from cm3leon.evaluation.text_tasks import answer_questions, sample_questions
 from cm3leon.scenes import composition
 
 
-def correct_by_candidates(study: Study, model: Path, counts: Sequence[int], settings: dict[str, Any]) -> list[list[float]]:
-    """For each number of candidates, and each prompt, 1 if every attribute of the candidate with the highest CLIP score is right, else 0.
+def drawn_candidates(study: Study, model: Path, count: int, settings: dict[str, Any]) -> dict[str, list[list[float]]]:
+    """``count`` images of each prompt, in the order in which they were drawn.
 
-    Each number has a call of its own, so that settings for half of the candidates apply to half of that number.
+    Returns:
+        ``right``: 1 if every attribute of the image is right, else 0; ``clip``: its CLIP score; (prompts, count) each.
     """
-    generator = study.generator(model)
-    found = []
-    for count in counts:
-        images = best_images(generator.text_to_image(study.captions, candidates=count, **settings))
-        found.append(list(composition.all_right(composition.check_images(study.captions, images)).values()))
+    generated = study.generator(model).text_to_image(study.captions, count, **settings)
+    found: dict[str, list[list[float]]] = {"right": [], "clip": []}
+    for caption, images in zip(study.captions, generated, strict=True):
+        drawn = sorted(images, key=lambda image: image.seed)
+        outcomes = composition.check_images([caption] * count, [image.image for image in drawn])
+        found["right"].append(list(composition.all_right(outcomes).values()))
+        found["clip"].append([image.score for image in drawn if image.score is not None])
     return found
 
 

@@ -9,25 +9,36 @@ from benchmarks.study.section import Section
 
 HEAD = """# The paper's claims, measured again
 
-Written by `make study`. Small decoders on scenes of the `shapes` source, {tokens:,} tokens each, several seeds where a row says so; scores
-on {prompts} prompts of the val split, with 95 % intervals over prompts in brackets. The decoders are a thousand times smaller than the
-paper's, and their images are simpler than any photograph: what holds here may not hold there, and vice versa.
+Written by `make study`. Small decoders on scenes of the `shapes` source, {tokens:,} tokens each, {seeds} seeds a setting; (c) and (e) are
+of the decoders of {runs} pipeline runs. Scores are of {prompts} prompts of the val split. The decoders are a thousand times smaller than
+the paper's, and their images are simpler than any photograph: what holds here may not hold there, and vice versa.
+
+An effect is a mean difference over trainings, with its 95 % interval over trainings (Student's). A claim holds if the interval excludes 0
+on its side, and is undecided if the interval includes 0. Brackets are 95 % intervals over the prompts of one training.
 """
+COLUMNS = ["claim", "effect", "95 % interval", "verdict"]
 
 
 def write(study: Study, sections: dict[str, Section], out: Path) -> None:
     """Write ``study.md`` and its plots, ``study-NAME.png``."""
     out.mkdir(parents=True, exist_ok=True)
-    head = HEAD.format(tokens=study.tokens, prompts=len(study.captions))
-    blocks = [head, "| claim | here |\n|---|---|\n" + "\n".join(f"| {s.title} | {s.verdict} |" for s in sections.values()) + "\n"]
+    head = HEAD.format(tokens=study.tokens, seeds=study.seeds, runs=len(study.runs), prompts=len(study.captions))
+    summary = [[section.title[:3], *finding.cells] for section in sections.values() for finding in section.findings]
+    blocks = [head, _table([["", *COLUMNS], *summary]) + "\n"]
     for name, section in sections.items():
-        header, *rows = section.table
-        table = "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
         plot = f"![{section.title}](study-{name}.png)\n\n" if section.curves else ""
-        blocks.append(f"## {section.title}\n\nThe paper: {section.paper}\n\n{section.verdict}\n\n{plot}{table}\n")
+        findings = _table([COLUMNS, *[finding.cells for finding in section.findings]])
+        blocks.append(
+            f"## {section.title}\n\nThe paper: {section.paper}\n\n{findings}\n\n{section.note}\n\n{plot}{_table(section.table)}\n"
+        )
         if section.curves:
             _plot(section, out / f"study-{name}.png")
     (out / "study.md").write_text("\n".join(blocks))
+
+
+def _table(rows: list[list[str]]) -> str:
+    header, *others = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *others))
 
 
 def _plot(section: Section, path: Path) -> None:

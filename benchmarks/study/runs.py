@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from cm3leon.config import paths
+from cm3leon.config.loading import load_config
 from cm3leon.config.profiles import PARAMS, changed_config
 from cm3leon.config.schema import Config, DecodingConfig
 from cm3leon.data.batches import SampleStream
@@ -45,12 +49,14 @@ class Study:
         tokens: training tokens of each decoder.
         prompts: prompts of the val split on which decoders are evaluated.
         seeds: training runs of each setting.
+        runs: directories of finished pipeline runs, whose tuned decoders are measured.
     """
 
     config: Config
     tokens: int
     prompts: int
     seeds: int
+    runs: tuple[Path, ...] = (Path(),)
 
     @cached_property
     def captions(self) -> list[str]:
@@ -64,15 +70,25 @@ class Study:
         read = (paths.TOKENS, paths.NEIGHBORS, paths.IMAGE_TOKENIZER, paths.TEXT_TOKENIZER, paths.ENCODER, paths.INDEX)
         return digest([content_hash(path) for path in read])
 
+    @contextmanager
+    def at(self, run: Path) -> Iterator[Study]:
+        """The study with the data, models and results of another pipeline run, in whose directory it works meanwhile."""
+        with contextlib.chdir(run):
+            yield replace(self, config=load_config())
+
     def kept(self, name: str, key: Any, compute: Callable[[], Any]) -> Any:
-        """The result ``name`` for ``key``: read if it was computed before with the same inputs, else computed and kept as JSON."""
+        """The result ``name`` for ``key``: read if it was computed before with the same inputs, else computed and kept as JSON.
+
+        What another process computes just now is waited for.
+        """
         file = ROOT / "results" / f"{name}-{digest([key, self.inputs, self.prompts])}.json"
-        if not file.is_file():
-            value = compute()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(value))
-            partial.rename(file)  # atomic: an interrupted study leaves no half of a result
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            if not file.is_file():
+                value = compute()
+                partial = file.with_suffix(".partial")
+                partial.write_text(json.dumps(value))
+                partial.rename(file)  # atomic: an interrupted study leaves no half of a result
         return json.loads(file.read_text())
 
     def trained(self, name: str, changes: Sequence[str], seed: int) -> tuple[Path, dict[str, Any]]:

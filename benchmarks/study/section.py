@@ -1,7 +1,8 @@
-"""A section of the page, and the rules for its verdict.
+"""A section of the page, and the rules for its verdicts.
 
-A claim holds if all seeds agree, if intervals do not overlap, or if the paired difference over prompts has an interval above 0. Otherwise
-the verdict is "undecided".
+A claim says that one score is higher, or one loss lower, than another. It holds if the 95 % interval of the difference over trainings
+excludes 0 on that side, it does not hold if the interval excludes 0 on the other side, and else it is undecided. Trainings are few, so
+the intervals are Student's.
 """
 
 from __future__ import annotations
@@ -11,32 +12,52 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
 
-from benchmarks.study.runs import RESAMPLES
-from cm3leon.evaluation.record import bootstrap
+Point = tuple[float, float, float, float]
+"""A point of a plot: x, y, and the ends of its bar or band."""
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 
-HOLDS, FAILS, UNDECIDED = "holds here", "does not hold here", "undecided here"
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim as it was measured: the effect, its 95 % interval, and the verdict."""
+
+    claim: str
+    effect: float
+    low: float
+    high: float
+    verdict: str
+
+    @property
+    def cells(self) -> list[str]:
+        """Claim, effect, interval and verdict, as they stand in a table."""
+        interval = f"{self.low:+.3f} to {self.high:+.3f}" if np.isfinite(self.low) else "one training only"
+        return [self.claim, f"{self.effect:+.3f}", interval, self.verdict]
 
 
 @dataclass
 class Section:
-    """A claim on the page.
+    """A claim of the paper on the page.
 
     Attributes:
         paper: the claim as the paper makes it.
-        verdict: sentences that say whether it holds here.
+        findings: what of it was measured here.
+        note: how to read the findings.
         table: rows of cells, the header first.
         axes: labels of the plot's x and y axis.
-        curves: lines of the plot, name -> points (x, y, low, high); no plot if empty.
+        curves: lines of the plot, name -> points; no plot if empty.
         logarithmic: the axis with a logarithmic scale, ``x`` or ``y``, or neither.
     """
 
     title: str
     paper: str
-    verdict: str
+    findings: list[Finding]
+    note: str
     table: list[list[str]]
     axes: tuple[str, str] = ("", "")
-    curves: dict[str, list[tuple[float, float, float, float]]] = field(default_factory=dict)
+    curves: dict[str, list[Point]] = field(default_factory=dict)
     logarithmic: str = ""
 
 
@@ -46,33 +67,48 @@ def with_interval(result: dict[str, Any]) -> str:
     return f"{result['mean']:.3f} [{low:.2f}, {high:.2f}]"
 
 
-def every_seed_higher(first: Sequence[float], second: Sequence[float]) -> str:
-    """The verdict on "first is higher than second", one score a seed: it holds if every score of the first is above all of the second.
+def over_trainings(xs: Sequence[float], scores: np.ndarray) -> list[Point]:
+    """Mean and range of scores (trainings, xs) at each x."""
+    return list(zip(xs, scores.mean(0).tolist(), scores.min(0).tolist(), scores.max(0).tolist(), strict=True))
 
-    Seeds are too few for an interval, so this stricter rule decides.
+
+def with_range(point: Point) -> str:
+    """``"0.461 (0.38 to 0.55)"``: a mean and its range."""
+    _, mean, low, high = point
+    return f"{mean:.3f} ({low:.2f} to {high:.2f})"
+
+
+def higher(claim: str, first: ArrayLike, second: ArrayLike, *, paired: bool) -> Finding:
+    """The finding on "the first scores are higher than the second", one score a training.
+
+    Args:
+        paired: scores of one position are of the same trained model (paired t interval); else of models trained apart (Welch's).
     """
-    if min(first) > max(second):
-        return HOLDS
-    return FAILS if max(first) < min(second) else f"{UNDECIDED} (the seeds overlap)"
+    effect, low, high = difference(first, second, paired=paired)
+    return Finding(claim, effect, low, high, HOLDS if low > 0 else FAILS if high < 0 else UNDECIDED)
 
 
-def every_seed_lower(first: Sequence[float], second: Sequence[float]) -> str:
-    """The verdict on "first is lower than second", for losses."""
-    return every_seed_higher([-loss for loss in first], [-loss for loss in second])
+def lower(claim: str, first: ArrayLike, second: ArrayLike, *, paired: bool) -> Finding:
+    """As :func:`higher`, for "the first are lower than the second"."""
+    effect, low, high = difference(first, second, paired=paired)
+    return Finding(claim, effect, low, high, HOLDS if high < 0 else FAILS if low > 0 else UNDECIDED)
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> str:
-    """The verdict on "first is higher than second", scores of the same prompts, by the 95 % interval of the mean difference.
+def difference(first: ArrayLike, second: ArrayLike, *, paired: bool) -> tuple[float, float, float]:
+    """The mean of first - second and its 95 % interval, which is not a number if there is one training only."""
+    one, other = np.asarray(first, float), np.asarray(second, float)
+    mean = float(one.mean() - other.mean())
+    if min(len(one), len(other)) < 2:
+        return mean, float("nan"), float("nan")
+    varies = np.ptp(one - other) if paired else max(np.ptp(one), np.ptp(other))
+    if not varies:
+        return mean, mean, mean
+    test = stats.ttest_rel(one, other) if paired else stats.ttest_ind(one, other, equal_var=False)
+    interval = test.confidence_interval(0.95)
+    return mean, float(interval.low), float(interval.high)
 
-    Pairing removes what is common to both: that some prompts are harder than others.
-    """
-    difference = np.asarray(first) - np.asarray(second)
-    low, high = bootstrap(difference, RESAMPLES, 0)
-    verdict = HOLDS if low > 0 else FAILS if high < 0 else UNDECIDED
-    return f"{verdict} ({difference.mean():+.3f} [{low:+.2f}, {high:+.2f}])"
 
-
-def tokens_to_loss(curve: Sequence[dict[str, float]], name: str, goal: float) -> float | None:
+def tokens_to_loss(curve: list[dict[str, float]], name: str, goal: float) -> float | None:
     """Tokens after which a loss has fallen to ``goal``, interpolated between validations; None if it does not."""
     points = [(point["tokens"], point[name]) for point in curve if name in point]
     for (before, high), (after, low) in zip(points, points[1:], strict=False):
