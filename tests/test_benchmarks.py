@@ -20,7 +20,7 @@ from results_support import fresh_run
 
 from benchmarks import repeat
 from benchmarks.study import claims, report, runs
-from benchmarks.study.__main__ import CLAIMS
+from benchmarks.study.claims import CLAIMS
 from benchmarks.study.section import Finding, Section, difference, higher, lower, over_trainings, tokens_to_loss, with_range
 from cm3leon.config import paths
 from cm3leon.config.profiles import configure

@@ -10,37 +10,19 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from benchmarks.study import claims
+from benchmarks.study.claims import CLAIMS, measured
 from benchmarks.study.report import write
 from benchmarks.study.runs import ROOT, Study
-from benchmarks.study.section import Section
 from cm3leon.config.loading import load_config
 
-CLAIMS: dict[str, Callable[[Study], Section]] = {
-    "retrieval": claims.retrieval,
-    "guidance": claims.guidance,
-    "candidates": claims.candidates,
-    "masking": claims.masking,
-    "tuning": claims.tuning,
-    "sizes": claims.sizes,
-}
 LONGEST_FIRST = ("masking", "retrieval", "sizes", "candidates", "guidance", "tuning")
 """The order in which sections are begun, so that processes end at about the same time."""
-
-
-def measured(name: str, study: Study) -> Section:
-    """A section of the page, in a process of its own."""
-    start = time.perf_counter()
-    section = CLAIMS[name](study)
-    print(f"{name}: done after {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
-    return section
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -301,3 +302,21 @@ def sizes(study: Study) -> Section:
 def decoder_name(size: str) -> str:
     """The name of a decoder of a size that is trained with retrieval; the medium one is that of (a)."""
     return "retrieval" if size == "medium" else f"size-{size}"
+
+
+CLAIMS: dict[str, Callable[[Study], Section]] = {
+    "retrieval": retrieval,
+    "guidance": guidance,
+    "candidates": candidates,
+    "masking": masking,
+    "tuning": tuning,
+    "sizes": sizes,
+}
+
+
+def measured(name: str, study: Study) -> Section:
+    """A section of the page, in a process of its own."""
+    start = time.perf_counter()
+    section = CLAIMS[name](study)
+    print(f"{name}: done after {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
+    return section
