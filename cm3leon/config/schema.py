@@ -281,14 +281,14 @@ class SFTConfig(TrainConfig):
     )
     tasks: dict[str, float] = Field(
         {
-            "text_to_image": 1.9,
+            "text_to_image": 2.1,
             "write": 0.15,
-            "layout_to_image": 2.4,
+            "layout_to_image": 2.3,
             "condition_to_image": 0.6,
-            "edit": 1.8,
+            "edit": 1.5,
             "caption": 0.4,
             "long_caption": 0.3,
-            "vqa": 2.5,
+            "vqa": 2.9,
             "reasoning": 0.4,
         },
         description="task -> weight in the mix; a task takes part where the collection has its columns",

@@ -116,7 +116,8 @@ def _existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """
     present = {(item.color, item.shape) for item in scene.objects}
     if rng.random() < 0.5:
-        return _is_there(*rng.choice(sorted(present))), "yes"
+        color, shape = rng.choice(sorted(present))
+        return _is_there(scene, color, shape)
     colors, shapes = sorted({c for c, _ in present}), sorted({s for _, s in present})
     # The kind of negative is fixed first; then combinations are sampled until one is absent.
     kind = rng.random()
@@ -125,11 +126,20 @@ def _existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
         color = rng.choice(colors) if kind < 0.4 else rng.choice(list(COLORS))
         shape = rng.choice(shapes) if 0.4 <= kind < 0.8 else rng.choice(list(SHAPES))
         absent = color, shape
-    return _is_there(*absent), "no"
+    return _is_there(scene, *absent)
 
 
-def _is_there(color: str, shape: str) -> str:
-    return f"Is there {with_article(f'{color} {shape}')}?"
+def _is_there(scene: Scene, color: str, shape: str) -> tuple[str, str]:
+    """The question whether an object is there, with an answer like ``"red is red, square not circle, no"``.
+
+    The answer names the most similar object of the scene, compares it by color and shape, and then concludes. A bare yes or no is not
+    learned by a small decoder: to find an object is one step, to compare it with the one in question is another.
+    """
+    # Of equally similar objects the first in reading order; a common shape makes two objects more similar than a common color.
+    found = max(in_reading_order(scene.objects), key=lambda item: 2 * (item.shape == shape) + (item.color == color))
+    compared = [f"{one} {'is' if one == other else 'not'} {other}" for one, other in ((found.color, color), (found.shape, shape))]
+    answer = "yes" if (found.color, found.shape) == (color, shape) else "no"
+    return f"Is there {with_article(f'{color} {shape}')}?", ", ".join([*compared, answer])
 
 
 def _relation_questions(scene: Scene) -> list[tuple[str, str]]:

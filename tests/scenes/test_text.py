@@ -89,7 +89,7 @@ def _answers(scene: Scene, question: str) -> set[str]:
     if question == "Which letter is shown?":
         return {o.letter.lower() for o in objects if o.letter}
     if question.startswith("Is there"):
-        return {"yes" if any((o.color, o.shape) == tuple(words[-2:]) for o in objects) else "no"}
+        return {_compared(scene, *words[-2:])}
     if found := re.fullmatch(r"What shape (?:is|are) the (\w+) objects?\?", question):
         return {o.shape for o in objects if o.color == found[1]}
     if found := re.fullmatch(r"What (color|size) (?:is|are) the (\w+?)(?:(?<=ss)es|s)?\?", question):
@@ -97,6 +97,17 @@ def _answers(scene: Scene, question: str) -> set[str]:
     if found := re.fullmatch(r"What is (left of|right of|above|below) the (\w+ \w+)\?", question):
         return _side(scene, found[2], found[1])
     raise AssertionError(f"unknown question {question}")
+
+
+def _compared(scene: Scene, color: str, shape: str) -> str:
+    """The most similar object, compared with that of a color and a shape, and whether it is that one."""
+    first = in_reading_order(scene.objects)
+    same = [o for o in first if (o.color, o.shape) == (color, shape)]
+    [item, *_] = same or [o for o in first if o.shape == shape] or [o for o in first if o.color == color] or first
+    if same:
+        return f"{color} is {color}, {shape} is {shape}, yes"
+    verbs = ["is" if item.color == color else "not", "is" if item.shape == shape else "not"]
+    return f"{item.color} {verbs[0]} {color}, {item.shape} {verbs[1]} {shape}, no"
 
 
 def test_every_question_has_exactly_one_true_answer_which_is_the_given_one() -> None:
@@ -113,12 +124,12 @@ def test_kinds_of_questions_are_mixed_and_yes_no_is_balanced() -> None:
     asked = [(q, a[0]) for i, scene in enumerate(SCENES) for q, a in questions(scene, random.Random(i))]
     kinds = Counter(" ".join(q.split()[:2]) for q, _ in asked)
     assert {"What color", "What shape", "How many", "What is", "What size", "Is there", "Which letter"} <= kinds.keys()
-    yes_no = [a for q, a in asked if q.startswith("Is there")]
+    yes_no = [a.split(", ")[-1] for q, a in asked if q.startswith("Is there")]
     assert 0.4 < yes_no.count("yes") / len(yes_no) < 0.6
     # Hard negatives: the color or the shape occurs in the scene, in another combination.
     hard = 0
     everything = [(s, q, a) for i, s in enumerate(SCENES) for q, a in questions(s, random.Random(i))]
-    negatives = [(s, q) for s, q, a in everything if q.startswith("Is there") and a == ["no"]]
+    negatives = [(s, q) for s, q, a in everything if q.startswith("Is there") and a[0].endswith(", no")]
     for scene, question in negatives:
         color, shape = question.rstrip("?").split()[-2:]
         assert color in COLORS
