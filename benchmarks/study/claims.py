@@ -90,10 +90,10 @@ def retrieval(study: Study) -> Section:
         "(a) Retrieval at equal compute",
         "FID 10.82, 5.78, 4.88 with 0, 1, 2 retrieved documents (7B); retrieval-augmented training needs several times less compute.",
         [
-            lower("the loss is lower with two retrieved documents than without retrieval", *final.values(), paired=False),
-            lower("the loss without retrieval is reached with fewer tokens, as a share", shares, [1.0] * len(shares), paired=True),
-            higher("composition is higher with two retrieved documents than without retrieval", documents, never, paired=False),
-            higher("a decoder trained with retrieval composes better with two documents than with none", documents, dropped, paired=True),
+            lower("the loss is lower with two retrieved documents than without retrieval", *final.values()),
+            lower("the final loss without retrieval is reached with fewer tokens, as a share of them", shares, [1.0] * len(shares)),
+            higher("composition is higher with two retrieved documents than without retrieval", documents, never),
+            higher("a decoder trained with retrieval composes better with two documents than with none", documents, dropped),
         ],
         "Losses are those of the query, nats a token. Retrieved documents count as tokens, so that a decoder trained with them sees fewer "
         "queries.",
@@ -120,7 +120,7 @@ def guidance(study: Study) -> Section:
     lost = np.array([found.mean(0).max() - found.mean(0) for found in scores.values()])
     common = int(lost.max(0).argmin())
     size, found = list(scores.items())[int(lost[:, common].argmax())]
-    gain, low, high = difference(found[:, int(found.mean(0).argmax())], found[:, common], paired=True)
+    gain, low, high = difference(found[:, int(found.mean(0).argmax())], found[:, common])
     verdict = HOLDS if high < MARGIN else FAILS if low > 0 else UNDECIDED
     return Section(
         "(b) Guidance scale and model size",
@@ -156,12 +156,12 @@ def candidates(study: Study) -> Section:
     single = max(SAMPLINGS, key=lambda name: scores[name][:, -1].mean())
     eight = COUNTS.index(8)
     grows = [
-        higher(f"{name}: composition is higher with {COUNTS[-1]} candidates than with 8", of[:, -1], of[:, eight], paired=True)
+        higher(f"{name}: composition is higher with {COUNTS[-1]} candidates than with 8", of[:, -1], of[:, eight])
         for name, of in scores.items()
         if "top-p" in name or "CD-K" in name
     ]
     claim = f"with {COUNTS[-1]} candidates, {MIXTURE} is better than the best single strategy ({single})"
-    better = higher(claim, scores[MIXTURE][:, -1], scores[single][:, -1], paired=True)
+    better = higher(claim, scores[MIXTURE][:, -1], scores[single][:, -1])
 
     # 3. The table and the plot.
     table = [["sampling", *[f"{count} {'candidate' if count == 1 else 'candidates'}" for count in COUNTS]]]
@@ -224,14 +224,9 @@ def masking(study: Study) -> Section:
         "(d) Masks across breaks, and whole segments",
         "Masks do not cross breaks, which keeps the model from generating images around text; no score is given.",
         [
-            higher("composition is higher with masks within segments than across breaks", scores[within], scores[across], paired=False),
-            higher(
-                "captions by infilling (CIDEr) are better if whole segments are sometimes masked",
-                ciders[within],
-                ciders[never],
-                paired=False,
-            ),
-            lower("whole masked segments lower composition", scores[within], scores[never], paired=False),
+            higher("composition is higher with masks within segments than across breaks", scores[within], scores[across]),
+            higher("captions by infilling (CIDEr) are better if whole segments are sometimes masked", ciders[within], ciders[never]),
+            lower("whole masked segments lower composition", scores[within], scores[never]),
         ],
         "All without retrieval, with one masked span a sample on average.",
         table,
@@ -254,7 +249,7 @@ def tuning(study: Study) -> Section:
     table, findings = [["score", "pretrained", "tuned", "effect", "95 % interval", "verdict"]], {}
     for name, pairs in scores.items():
         was, now = zip(*pairs, strict=True)
-        findings[name] = higher(f"{name} is higher after tuning", now, was, paired=True)
+        findings[name] = higher(f"{name} is higher after tuning", now, was)
         table.append([name, f"{np.mean(was):.3f}", f"{np.mean(now):.3f}", *findings[name].cells[1:]])
     verdicts = [finding.verdict for finding in findings.values()]
     return Section(
@@ -288,8 +283,8 @@ def sizes(study: Study) -> Section:
         "(f) Model size",
         "Loss and FID fall with size (350M, 760M, 7B) and tokens.",
         [
-            lower("the large decoder has a lower loss than the small one", losses["large"], losses["small"], paired=False),
-            higher("its composition is higher", scores["large"], scores["small"], paired=False),
+            lower("the large decoder has a lower loss than the small one", losses["large"], losses["small"]),
+            higher("its composition is higher", scores["large"], scores["small"]),
         ],
         "All decoders are trained with retrieval, on as many tokens.",
         table,

@@ -13,8 +13,8 @@ Written by `make study`. Small decoders on scenes of the `shapes` source, {token
 of the decoders of {runs} pipeline runs. Scores are of {prompts} prompts of the val split. The decoders are a thousand times smaller than
 the paper's, and their images are simpler than any photograph: what holds here may not hold there, and vice versa.
 
-An effect is a mean difference over trainings, with its 95 % interval over trainings (Student's). A claim holds if the interval excludes 0
-on its side, and is undecided if the interval includes 0. Brackets are 95 % intervals over the prompts of one training.
+An effect is a mean difference over trainings, by pairs of a seed, with its 95 % interval over trainings (Student's). A claim holds if the
+interval excludes 0 on its side, and is undecided if the interval includes 0. Brackets are 95 % intervals over the prompts of one training.
 """
 COLUMNS = ["claim", "effect", "95 % interval", "verdict"]
 
@@ -46,7 +46,7 @@ def _plot(section: Section, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     colors: dict[str, str] = {}  # all seeds of a setting have one color and one entry in the legend
@@ -59,10 +59,11 @@ def _plot(section: Section, path: Path) -> None:
         axes.fill_between(xs, lows, highs, alpha=0.12, color=color)
     if section.logarithmic == "x":
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter("{x:g}")
     elif section.logarithmic == "y":
         axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(section.axes[0])
     axes.set_ylabel(section.axes[1])
     axes.legend(fontsize=8)

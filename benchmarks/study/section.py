@@ -2,7 +2,7 @@
 
 A claim says that one score is higher, or one loss lower, than another. It holds if the 95 % interval of the difference over trainings
 excludes 0 on that side, it does not hold if the interval excludes 0 on the other side, and else it is undecided. Trainings are few, so
-the intervals are Student's.
+the intervals are Student's; they are of pairs, as trainings of one seed start from the same weights and see the same samples in one order.
 """
 
 from __future__ import annotations
@@ -78,33 +78,27 @@ def with_range(point: Point) -> str:
     return f"{mean:.3f} ({low:.2f} to {high:.2f})"
 
 
-def higher(claim: str, first: ArrayLike, second: ArrayLike, *, paired: bool) -> Finding:
-    """The finding on "the first scores are higher than the second", one score a training.
-
-    Args:
-        paired: scores of one position are of the same trained model (paired t interval); else of models trained apart (Welch's).
-    """
-    effect, low, high = difference(first, second, paired=paired)
+def higher(claim: str, first: ArrayLike, second: ArrayLike) -> Finding:
+    """The finding on "the first scores are higher than the second", one score a training; those of one position share a seed or a model."""
+    effect, low, high = difference(first, second)
     return Finding(claim, effect, low, high, HOLDS if low > 0 else FAILS if high < 0 else UNDECIDED)
 
 
-def lower(claim: str, first: ArrayLike, second: ArrayLike, *, paired: bool) -> Finding:
+def lower(claim: str, first: ArrayLike, second: ArrayLike) -> Finding:
     """As :func:`higher`, for "the first are lower than the second"."""
-    effect, low, high = difference(first, second, paired=paired)
+    effect, low, high = difference(first, second)
     return Finding(claim, effect, low, high, HOLDS if high < 0 else FAILS if low > 0 else UNDECIDED)
 
 
-def difference(first: ArrayLike, second: ArrayLike, *, paired: bool) -> tuple[float, float, float]:
-    """The mean of first - second and its 95 % interval, which is not a number if there is one training only."""
-    one, other = np.asarray(first, float), np.asarray(second, float)
-    mean = float(one.mean() - other.mean())
-    if min(len(one), len(other)) < 2:
+def difference(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float]:
+    """The mean of first - second and its 95 % interval by pairs, which is not a number if there is one training only."""
+    differences = np.asarray(first, float) - np.asarray(second, float)
+    mean = float(differences.mean())
+    if len(differences) < 2:
         return mean, float("nan"), float("nan")
-    varies = np.ptp(one - other) if paired else max(np.ptp(one), np.ptp(other))
-    if not varies:
+    if not np.ptp(differences):
         return mean, mean, mean
-    test = stats.ttest_rel(one, other) if paired else stats.ttest_ind(one, other, equal_var=False)
-    interval = test.confidence_interval(0.95)
+    interval = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
     return mean, float(interval.low), float(interval.high)
 
 
