@@ -283,8 +283,8 @@ class SFTConfig(TrainConfig):
         {
             "text_to_image": 2.1,
             "write": 0.15,
-            "layout_to_image": 2.3,
-            "condition_to_image": 0.6,
+            "layout_to_image": 2.2,
+            "condition_to_image": 0.7,
             "edit": 1.5,
             "caption": 0.4,
             "long_caption": 0.3,

@@ -130,15 +130,17 @@ def _existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def _is_there(scene: Scene, color: str, shape: str) -> tuple[str, str]:
-    """The question whether an object is there, with an answer like ``"red is red, square not circle, no"``.
+    """The question whether an object is there, with an answer like ``"red red same, circle square other, no"``.
 
-    The answer names the most similar object of the scene, compares it by color and shape, and then concludes. A bare yes or no is not
-    learned by a small decoder: to find an object is one step, to compare it with the one in question is another.
+    The answer compares what is asked for with the most similar object of the scene, by color and by shape, and then concludes. A small
+    decoder does not learn a bare yes or no: to find an object is one step, to compare it with the one in question is another, and that is
+    learned where the two words stand side by side.
     """
     # Of equally similar objects the first in reading order; a common shape makes two objects more similar than a common color.
     found = max(in_reading_order(scene.objects), key=lambda item: 2 * (item.shape == shape) + (item.color == color))
-    compared = [f"{one} {'is' if one == other else 'not'} {other}" for one, other in ((found.color, color), (found.shape, shape))]
-    answer = "yes" if (found.color, found.shape) == (color, shape) else "no"
+    pairs = [(color, found.color), (shape, found.shape)]
+    compared = [f"{asked} {seen} {'same' if asked == seen else 'other'}" for asked, seen in pairs]
+    answer = "yes" if all(asked == seen for asked, seen in pairs) else "no"
     return f"Is there {with_article(f'{color} {shape}')}?", ", ".join([*compared, answer])
 
 

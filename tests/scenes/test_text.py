@@ -105,9 +105,9 @@ def _compared(scene: Scene, color: str, shape: str) -> str:
     same = [o for o in first if (o.color, o.shape) == (color, shape)]
     [item, *_] = same or [o for o in first if o.shape == shape] or [o for o in first if o.color == color] or first
     if same:
-        return f"{color} is {color}, {shape} is {shape}, yes"
-    verbs = ["is" if item.color == color else "not", "is" if item.shape == shape else "not"]
-    return f"{item.color} {verbs[0]} {color}, {item.shape} {verbs[1]} {shape}, no"
+        return f"{color} {color} same, {shape} {shape} same, yes"
+    verdicts = ["same" if item.color == color else "other", "same" if item.shape == shape else "other"]
+    return f"{color} {item.color} {verdicts[0]}, {shape} {item.shape} {verdicts[1]}, no"
 
 
 def test_every_question_has_exactly_one_true_answer_which_is_the_given_one() -> None:
