@@ -19,6 +19,7 @@ import torch
 from benchmarks.study.claims import CLAIMS, measured
 from benchmarks.study.report import write
 from benchmarks.study.runs import ROOT, Study
+from cm3leon.config import paths
 from cm3leon.config.loading import load_config
 
 LONGEST_FIRST = ("masking", "retrieval", "sizes", "candidates", "guidance", "tuning")
@@ -36,6 +37,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs="+", default=[Path()], help="directories of finished pipeline runs of other seeds")
     parser.add_argument("--processes", type=int, default=2, help="sections measured at the same time")
     options = parser.parse_args()
+    for run in options.runs:
+        if not (run / paths.FINETUNED).is_dir():
+            parser.error(f"{run} has no {paths.FINETUNED}; --runs takes directories in which the pipeline has ended")
     study = Study(load_config(), int(options.tokens), options.prompts, options.seeds, tuple(run.resolve() for run in options.runs))
     start = time.perf_counter()
     threads = max(1, torch.get_num_threads() // options.processes)
