@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -70,7 +69,7 @@ class Study:
         read = (paths.TOKENS, paths.NEIGHBORS, paths.IMAGE_TOKENIZER, paths.TEXT_TOKENIZER, paths.ENCODER, paths.INDEX)
         return digest([content_hash(path) for path in read])
 
-    @contextmanager
+    @contextlib.contextmanager
     def at(self, run: Path) -> Iterator[Study]:
         """The study with the data, models and results of another pipeline run, in whose directory it works meanwhile."""
         with contextlib.chdir(run):
