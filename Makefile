@@ -21,6 +21,7 @@ install: $(STAMP)  ## .venv with the locked dependencies
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "error: Python 3.11, 3.12 or 3.13 is needed, " + sys.executable + " is " + ".".join(map(str, v)) + "; try: make PYTHON=python3.12")'
 	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing the locked dependencies into $(VENV): some minutes, once"
 	@$(BIN)/python -m pip install --no-compile -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --no-deps -e .
