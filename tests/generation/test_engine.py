@@ -1,5 +1,7 @@
 """Decoding against a reference that recomputes everything for every token."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -170,7 +172,9 @@ def test_attention_to_a_prompt_held_once_is_as_exact_in_bfloat16_as_pytorchs(spr
 @pytest.mark.slow
 @pytest.mark.parametrize("long", [0, 1000], ids=["uncopied", "copied"])
 def test_compiled_decoding_generates_the_same_images_and_texts(long, monkeypatch):
-    """Over a multiple of the length that attention covers, so that two lengths are compiled."""
+    """Over a multiple of the length that attention covers, so that two lengths are captured; kernels, which take minutes, are not made."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    caches._compiled_read.cache_clear()
     monkeypatch.setattr(caches, "MIN_UNCOPIED_PROMPT", long)
     monkeypatch.setattr(caches, "LENGTH_MULTIPLE", 6 if long == 0 else 38)
     monkeypatch.setattr(engine, "window_length", lambda width, rows, steps: 2)
