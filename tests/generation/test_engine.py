@@ -174,7 +174,7 @@ def test_attention_to_a_prompt_held_once_is_as_exact_in_bfloat16_as_pytorchs(spr
 def test_compiled_decoding_generates_the_same_images_and_texts(long, monkeypatch):
     """Over a multiple of the length that attention covers, so that two lengths are captured; kernels, which take minutes, are not made."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    caches._compiled_read.cache_clear()
+    monkeypatch.setattr(caches, "_compiled_read", functools.cache(caches._compiled_read.__wrapped__))  # restored, nothing stays captured
     monkeypatch.setattr(caches, "MIN_UNCOPIED_PROMPT", long)
     monkeypatch.setattr(caches, "LENGTH_MULTIPLE", 6 if long == 0 else 38)
     monkeypatch.setattr(engine, "window_length", lambda width, rows, steps: 2)
