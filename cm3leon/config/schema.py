@@ -64,8 +64,8 @@ class ImageTokenizerConfig(Section):
     commitment: float = Field(0.25, ge=0, description="weight of the commitment loss")
     codebook_decay: float = Field(0.98, gt=0, lt=1, description="decay of the codebook's exponential moving averages")
     continuous_share: float = Field(0.25, ge=0, lt=1, description="share of the training before latents are quantized")
-    restart_below: float = Field(0.05, ge=0, description="codes used less often than this share of the mean are restarted")
-    restart_until: float = Field(0.7, ge=0, le=1, description="share of the training after which no code is restarted")
+    restart_below: float = Field(0.01, ge=0, description="codes used less often than this share of the mean are restarted")
+    restart_until: float = Field(0.85, ge=0, le=1, description="share of the training after which no code is restarted")
     condition_share: float = Field(0.1, ge=0, lt=1, description="share of condition images among the training images")
     steps: int = Field(900, ge=1, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="images per step, over all processes")
@@ -283,12 +283,12 @@ class SFTConfig(TrainConfig):
         {
             "text_to_image": 2.1,
             "write": 0.15,
-            "layout_to_image": 2.2,
+            "layout_to_image": 2.4,
             "condition_to_image": 0.7,
-            "edit": 1.5,
+            "edit": 1.4,
             "caption": 0.4,
             "long_caption": 0.3,
-            "vqa": 2.9,
+            "vqa": 2.8,
             "reasoning": 0.4,
         },
         description="task -> weight in the mix; a task takes part where the collection has its columns",
