@@ -43,7 +43,7 @@ from cm3leon.utils.images import to_channels_first
 HUBER_BETA = 0.2
 """Errors below this (pixels are in [-1, 1]) are penalized quadratically, larger ones linearly: L1 has noisy gradients for small errors."""
 RESTART_EVERY = 5
-"""Steps between restarts of unused codebook entries. Entries restart at latents of one batch, so that rare patches need many restarts to be found."""
+"""Steps between restarts of unused codebook entries: few, as they restart at latents of one batch, and a rare patch is in few batches."""
 RECENT_BATCHES = 32
 """Batches whose latents the codebook is initialized from."""
 WEIGHT_DECAY = 1e-4

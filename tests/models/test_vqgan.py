@@ -8,7 +8,7 @@ from tests_support import TensorSizes
 from cm3leon.config.schema import ImageTokenizerConfig
 from cm3leon.models import vqgan
 from cm3leon.models.vqgan import Codebook, ImageTokenizer, reconstruct
-from cm3leon.training.vqgan import ImageTokenizerTrainer, code_statistics, make_spec, psnr, train_image_tokenizer
+from cm3leon.training.vqgan import RESTART_EVERY, ImageTokenizerTrainer, code_statistics, make_spec, psnr, train_image_tokenizer
 from cm3leon.utils.images import to_channels_first
 
 CPU = torch.device("cpu")
@@ -112,6 +112,20 @@ def test_a_collapsed_codebook_recovers_by_restarts():
         codebook.restart(z, 0.05, generator)
     after = code_statistics(codebook.nearest(z), 32)["codebook_perplexity"]
     assert before < 2 and after > 24
+
+
+def test_an_entry_that_a_patch_needs_every_50_steps_is_not_restarted():
+    config, generator = ImageTokenizerConfig(), torch.Generator().manual_seed(0)
+    codebook = Codebook(192, 8)
+    common, rare = codebook.entries[:32].clone(), codebook.entries[100].clone()
+    for step in range(500):
+        z = common.repeat(2, 1)
+        if step % 50 == 0:
+            z[0] = rare
+        codebook.update(*codebook.statistics(z, codebook.nearest(z)), decay=config.codebook_decay)
+        if step % RESTART_EVERY == RESTART_EVERY - 1:
+            codebook.restart(z, config.restart_below, generator)
+    torch.testing.assert_close(codebook.entries[100], rare)
 
 
 def test_kmeans_initialization_finds_well_separated_clusters():
