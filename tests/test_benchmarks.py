@@ -50,14 +50,19 @@ def test_every_script_loads_and_states_its_command(path: Path) -> None:
     assert f"python benchmarks/{path.name}" in text or f"python -m benchmarks.{path.stem}" in text
 
 
-def test_entropy_of_codes_given_their_patches() -> None:
-    [script] = [path for path in SCRIPTS if path.stem == "image_tokenizer"]
-    images = np.zeros((2, 8, 8, 3), dtype=np.uint8)
+def test_codes_of_patches_are_compared_both_ways() -> None:
+    [path] = [path for path in SCRIPTS if path.stem == "image_tokenizer"]
+    script, images = load(path), np.zeros((2, 8, 8, 3), dtype=np.uint8)
     images[:, 4:] = 9  # two different patches, each four times
-    same = np.array([[1, 1, 2, 2], [1, 1, 2, 2]])
-    assert load(script).code_uncertainty(images, same, 4) == 0
-    half = np.array([[1, 3, 2, 2], [1, 3, 2, 2]])  # the first patch has one of two codes, four times in two images
-    assert load(script).code_uncertainty(images, half, 4) == pytest.approx(2 * math.log(2))
+
+    def compared(codes: list[int]) -> tuple[float, float]:
+        found = script.codes_of_patches(images, np.array([codes, codes]), 4)
+        return script.code_uncertainty(found, 2), script.confused_patches(found, 2)
+
+    assert compared([1, 1, 2, 2]) == (0, 0)
+    assert compared([1, 3, 2, 2]) == (pytest.approx(2 * math.log(2)), 0)  # the first patch has one of two codes, four times in two images
+    assert compared([1, 1, 1, 1]) == (0, 2)
+    assert compared([1, 1, 2, 1]) == (pytest.approx(2 * math.log(2)), 1)  # one of an image's second patches has the code of the first
 
 
 def test_colors_are_swapped_between_two_different_objects_only() -> None:
