@@ -61,10 +61,21 @@ def text_to_image(e: Evaluation, ids: list[str], refs: list[str], prompts: list[
     return generated
 
 
-def other_prompts(e: Evaluation, ids: list[str], prompts: list[str], kind: Kind) -> Pictures:
-    """Text to image of prompts of another kind than unseen ones: composition and CLIP score. Returns an image for each prompt."""
-    generated = e.text_to_image(prompts)
-    e.add_composition(f"composition_{kind}", ids, prompts, generated)
+def other_prompts(e: Evaluation, ids: list[str], refs: list[str], prompts: list[str], kind: Kind) -> Pictures:
+    """Text to image of prompts of another kind than unseen ones: composition and CLIP score. Returns an image for each prompt.
+
+    Calibration: composition of the reconstructions of their stored images. Where it is low, the image tokenizer has no codes for what
+    training never shows.
+
+    Args:
+        ids: of the records.
+        refs: their stored images, which the prompts describe.
+        kind: of all the prompts.
+    """
+    generated, name = e.text_to_image(prompts), f"composition_{kind}"
+    e.add_composition(name, ids, prompts, generated)
+    if name in e.record.scores:
+        e.record.calibration[f"{name}_reconstructions"] = composition.score(prompts, e.reconstructions(e.stored(refs)))["composition"]
     e.add(f"clip_score_{kind}", ids, clip_score(e.encoder, generated, prompts))
     return generated
 

@@ -243,11 +243,11 @@ def _measure_prompts(e: Evaluation, prompted: dict[leakage.Kind, pd.DataFrame], 
     for kind, rows in prompted.items():
         if rows.empty:
             continue
-        ids, prompts = rows["id"].tolist(), [e.generator.shorten(text) for text in rows["prompt"]]
+        ids, refs, prompts = rows["id"].tolist(), rows["image"].tolist(), [e.generator.shorten(text) for text in rows["prompt"]]
         if kind == "unseen":
-            generated = text_to_image(e, ids, rows["image"].tolist(), prompts, inception)
+            generated = text_to_image(e, ids, refs, prompts, inception)
         else:
-            generated = other_prompts(e, ids, prompts, kind)
+            generated = other_prompts(e, ids, refs, prompts, kind)
         if not shown:
             shown = list(zip(generated[: e.config.evaluate.sheet], prompts, strict=False))
             confusions = composition.confusions(prompts, generated)

@@ -200,7 +200,7 @@ def test_prompts_that_stand_in_training_have_scores_of_their_own(scenes):
     assert (counts["prompts"], counts["seen_prompts"]) == (len(seen) + len(unseen), len(seen)) and record.scores[
         "composition/prompts"
     ] == len(unseen)
-    assert set(record.outcomes["composition_seen_prompts"]) == seen
+    assert set(record.outcomes["composition_seen_prompts"]) == seen and "composition_seen_prompts_reconstructions" in record.calibration
 
 
 def test_prompts_of_new_combinations_have_scores_of_their_own(scenes):
