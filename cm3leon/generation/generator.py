@@ -78,9 +78,10 @@ class Generator:
     ) -> Images:
         """Generate ``num_images`` images for each prompt, best first.
 
-        For each image returned ``candidates`` are generated and ranked by CLIP score, and by the prompt's log-likelihood as the image's
-        caption, weighted by ``likelihood``. A candidate's noise depends on ``seed`` and its number alone. Retrieved documents that do not
-        fit in the context with the prompt are left out, the least relevant first; ``retrieved_documents`` of an image are those used.
+        For each image returned ``candidates`` are generated and ranked by CLIP score, and by the log-likelihood of the image and of the
+        prompt as its caption, weighted by ``likelihood``. A candidate's noise depends on ``seed`` and its number alone. Retrieved documents
+        that do not fit in the context with the prompt are left out, the least relevant first; ``retrieved_documents`` of an image are those
+        used.
 
         Args:
             references: an image for each prompt, by which documents are retrieved too.

@@ -75,17 +75,21 @@ def blanks_prompt(pieces: Sequence[Tokens], codes: np.ndarray | None, vocabulary
 
 
 def likelihood_pair(
-    query: Sequence[SegmentTokens], codes: np.ndarray, masked: Sequence[int], vocabulary: Vocabulary
+    query: Sequence[SegmentTokens], codes: np.ndarray, masked: Sequence[int], vocabulary: Vocabulary, joint: bool = False
 ) -> tuple[Prompt, Prompt]:
     """The sequence by which the log-likelihood of some of a query's segments, given its image, is measured.
 
     Those segments are masked, as in training, so that they follow the image. The prompt ends in the first mask after the image; the
     continuation is what comes then, which includes each segment's ``<eoss>``.
+
+    Args:
+        joint: of the image and those segments: the prompt ends before the image.
     """
     body = build_body([[*query, ("image", vocabulary.image(codes))]])
     spans = [(body.segments[number].start, body.segments[number].stop) for number in masked]
     whole = apply_spans(body, spans, vocabulary)
     # The body without the spans and with a mask for each, and the first mask of the tail.
-    split = len(body.tokens) - sum(stop - start for start, stop in spans) + len(spans) + 1
+    left = len(spans) - sum(stop - start for start, stop in spans)
+    split = left + (body.segments[-1].start if joint else len(body.tokens) + 1)
     tokens, image_positions = whole.tokens[:-1], whole.image_positions[:-1]
     return Prompt(tokens[:split], image_positions[:split]), Prompt(tokens[split:], image_positions[split:])

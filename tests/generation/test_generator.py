@@ -49,11 +49,12 @@ def test_candidates_are_ranked_by_score_and_the_best_kept(generator):
 
 
 @torch.no_grad()
-def caption_likelihood(generator, text, codes):
-    """Log-likelihood of a text and its end as the caption of an image, nats."""
+def caption_likelihood(generator, text, codes, image=False):
+    """Log-likelihood of a text and its end as the caption of an image, nats; with ``image`` also of the image."""
     vocabulary = generator.model.vocabulary
-    start = [EOS, vocabulary.sentinel(0), BREAK, *vocabulary.image(codes), vocabulary.sentinel(0)]
-    tokens = torch.tensor([[*start, *vocabulary.text(generator.text_tokenizer.encode(text)), EOSS]])
+    before, then = [EOS, vocabulary.sentinel(0), BREAK], [*vocabulary.image(codes), vocabulary.sentinel(0)]
+    start = before if image else before + then
+    tokens = torch.tensor([[*before, *then, *vocabulary.text(generator.text_tokenizer.encode(text)), EOSS]])
     logits = generator.model.logits(generator.model(tokens, torch.from_numpy(vocabulary.image_positions(tokens[0].numpy()))[None]))
     return logits[0].log_softmax(-1)[torch.arange(len(start) - 1, tokens.shape[1] - 1), tokens[0, len(start) :]].sum().item()
 
@@ -72,10 +73,10 @@ def test_edits_are_ranked_by_the_likelihood_of_the_instruction_given_both_images
     assert read == sorted(read, reverse=True)
 
 
-def test_likelihood_is_added_to_the_clip_score(generator):
+def test_likelihood_of_image_and_caption_is_added_to_the_clip_score(generator):
     def ranked(weight):
         [images] = generator.text_to_image(PROMPTS[1:], num_images=8, candidates=2, likelihood=weight, seed=0)
-        scores = [image.score + weight * caption_likelihood(generator, image.prompt, image.codes) for image in images]
+        scores = [image.score + weight * caption_likelihood(generator, image.prompt, image.codes, image=True) for image in images]
         return scores, [image.seed for image in images]
 
     clip_alone, mixed, likelihood_alone = ranked(0.0), ranked(0.01), ranked(1e6)

@@ -155,6 +155,9 @@ def test_an_image_sample_is_the_prompt_of_one_of_its_guidance_streams_and_the_im
     for dropped in task.cfg_dropout:
         before, read = likelihood_pair(query, store[3].codes, dropped, VOCABULARY)
         wholes.append([*before.tokens, *read.tokens, EOS])
+        start, joint = likelihood_pair(query, store[3].codes, dropped, VOCABULARY, joint=True)
+        image = VOCABULARY.image(store[3].codes).tolist()
+        assert [*start.tokens, *joint.tokens, EOS] == wholes[-1] and joint.tokens[: len(image)].tolist() == image
         assert before.tokens[: len(streams[len(wholes) - 1])].tolist() == streams[len(wholes) - 1].tolist()
     found = [sampled(epoch, number) for epoch in range(12) for number in range(len(sampled))]
     own = [masked.tokens.tolist() for masked, _, documents, _ in found if documents[-1] == store.ids[3]]
