@@ -160,11 +160,13 @@ class Codebook(nn.Module):
 
     Attributes:
         entries: (E, D).
+        used: (E,), boolean: those that :meth:`nearest` may find; all of them until training has ended.
         usage: (E,), moving average of each entry's use.
         sums: (E, D), moving average of the sum of each entry's latents.
     """
 
     entries: Tensor
+    used: Tensor
     usage: Tensor
     sums: Tensor
 
@@ -172,13 +174,14 @@ class Codebook(nn.Module):
         super().__init__()
         entries_ED = torch.randn(size, dim)
         self.register_buffer("entries", entries_ED)
+        self.register_buffer("used", torch.ones(size, dtype=torch.bool))
         self.register_buffer("usage", torch.ones(size), persistent=False)
         self.register_buffer("sums", entries_ED.clone(), persistent=False)
 
     def nearest(self, z_ND: Tensor) -> Tensor:
-        """Codes (N,): index of the entry nearest to each latent."""
+        """Codes (N,): index of the used entry nearest to each latent."""
         # argmin |z - e|^2 = argmax (z e - |e|^2 / 2), as |z|^2 is the same for all entries.
-        halves_E = 0.5 * self.entries.square().sum(1)
+        halves_E = (0.5 * self.entries.square().sum(1)).masked_fill(~self.used, torch.inf)
         rows = max(1, MAX_DISTANCES // len(self.entries))
         codes = [(part @ self.entries.T - halves_E).argmax(-1) for part in z_ND.split(rows)]
         return codes[0] if len(codes) == 1 else torch.cat(codes)
@@ -301,7 +304,8 @@ class ImageTokenizer(nn.Module):
             raise FileNotFoundError(f"{directory}: no image tokenizer here; run: {MADE_BY}")
         fields = read_file(directory / "config.json", read_json, MADE_BY)
         model = cls(ImageTokenizerSpec(**{**fields, "multipliers": tuple(fields["multipliers"])}))
-        model.load_state_dict(read_file(directory / "model.safetensors", load_file, MADE_BY))
+        tensors = read_file(directory / "model.safetensors", load_file, MADE_BY)
+        model.load_state_dict({"codebook.used": model.codebook.used} | tensors)  # earlier versions wrote none: all are used
         return model.to(device).eval()
 
 

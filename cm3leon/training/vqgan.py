@@ -46,6 +46,8 @@ RESTART_EVERY = 5
 """Steps between restarts of unused codebook entries: few, as they restart at latents of one batch, and a rare patch is in few batches."""
 RECENT_BATCHES = 32
 """Batches whose latents the codebook is initialized from."""
+COUNTED_IMAGES = 32_768
+"""Most training images by whose codes :func:`mark_used` tells which entries are used."""
 WEIGHT_DECAY = 1e-4
 FINAL_LEARNING_RATE = 0.05
 """Share of the peak learning rate at the last step."""
@@ -321,7 +323,21 @@ def train_image_tokenizer(
     """
     trainer = ImageTokenizerTrainer(config, images, seed, world)
     train(trainer, config.steps, "image_tokenizer", world, log, checkpoints)
-    return trainer.model.eval()
+    mark_used(trainer.model.eval(), images, seed)
+    return trainer.model
+
+
+def mark_used(model: ImageTokenizer, images: Images, seed: int) -> None:
+    """Leave to :meth:`~cm3leon.models.vqgan.ImageTokenizer.encode` only the codes that training images have.
+
+    The others lie among them, because entries restart at latents. An image that differs a little from all of training, such as a generated
+    one, would get codes that no decoder has read.
+    """
+    chosen = np.random.default_rng(seed).permutation(len(images))[:COUNTED_IMAGES]
+    used = torch.zeros_like(model.codebook.used)
+    for pixels_BHW3 in batches_of(images, np.array_split(chosen, -(-len(chosen) // 64))):
+        used[model.encode(to_channels_first(torch.from_numpy(pixels_BHW3), used.device)).flatten()] = True
+    model.codebook.used.copy_(used)
 
 
 def step_memory(config: ImageTokenizerConfig, processes: int) -> StepMemory:

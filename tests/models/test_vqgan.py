@@ -128,6 +128,20 @@ def test_an_entry_that_a_patch_needs_every_50_steps_is_not_restarted():
     torch.testing.assert_close(codebook.entries[100], rare)
 
 
+def test_images_unlike_all_of_training_get_codes_that_training_images_have(tmp_path):
+    images = flat_images(16)
+    trained = train_image_tokenizer(images, ImageTokenizerConfig(**{**SMALL, "codebook_size": 200}, steps=20, batch_size=8), 0)
+    trained.save(tmp_path)
+    model = ImageTokenizer.load(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 60, images.shape)
+    noisy = torch.from_numpy((images * 0.7 + noise).astype(np.uint8))
+    known = set(reconstruct(model, torch.from_numpy(images))[0].flatten().tolist())
+    assert set(reconstruct(model, noisy)[0].flatten().tolist()) <= known and int(model.codebook.used.sum()) == len(known)
+    model.codebook.used.fill_(True)
+    assert set(reconstruct(model, torch.from_numpy(images))[0].flatten().tolist()) == known
+    assert not set(reconstruct(model, noisy)[0].flatten().tolist()) <= known
+
+
 def test_kmeans_initialization_finds_well_separated_clusters():
     centers = torch.randn(8, 4) * 10
     z = centers.repeat(200, 1) + 0.01 * torch.randn(1600, 4)

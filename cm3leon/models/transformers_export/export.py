@@ -33,7 +33,7 @@ WEIGHTS = "model.safetensors"
 MODULES = ("configuration_cm3leon.py", "image_tokenizer_cm3leon.py", "modeling_cm3leon.py")
 """The files of this package that are copied into the directory; they import one another, torch and transformers."""
 
-RENAMED = {"codebook.entries": "codebook.weight"}
+RENAMED = {"codebook.entries": "codebook.weight", "codebook.used": "used"}
 """Tensors of the image tokenizer that have another name in the export."""
 
 

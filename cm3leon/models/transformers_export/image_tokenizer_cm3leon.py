@@ -77,16 +77,19 @@ class Decoder(nn.Module):
 class ImageTokenizer(nn.Module):
     """uint8 images (B, H, W, 3) <-> codes (B, h * w) in raster order."""
 
+    used: Tensor
+
     def __init__(self, config: Cm3leonConfig) -> None:
         super().__init__()
         spec = config.image_tokenizer
         self.side, self.size = config.image_side, spec["image_size"]
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.codebook = nn.Embedding(spec["codebook_size"], spec["embedding_dim"])
+        self.register_buffer("used", torch.ones(spec["codebook_size"], dtype=torch.bool))
 
     @torch.no_grad()
     def encode(self, images_BHW3: Tensor) -> Tensor:
-        """Codes of images: of each latent, the index of the nearest entry.
+        """Codes of images: of each latent, the index of the nearest entry that training used.
 
         Raises:
             ValueError: if the images are not uint8 (B, image_size, image_size, 3).
@@ -98,7 +101,8 @@ class ImageTokenizer(nn.Module):
         pixels_B3HW = images_BHW3.to(entries_ED.device).permute(0, 3, 1, 2).contiguous().to(entries_ED.dtype).div(127.5).sub(1)
         z_ND = self.encoder(pixels_B3HW).permute(0, 2, 3, 1).reshape(-1, entries_ED.shape[1])
         # argmin |z - e|^2 = argmax (z e - |e|^2 / 2), as |z|^2 is the same for all entries.
-        codes_N = (z_ND @ entries_ED.T - 0.5 * entries_ED.square().sum(1)).argmax(-1)
+        halves_E = (0.5 * entries_ED.square().sum(1)).masked_fill(~self.used, torch.inf)
+        codes_N = (z_ND @ entries_ED.T - halves_E).argmax(-1)
         return codes_N.view(len(images_BHW3), -1)
 
     @torch.no_grad()
