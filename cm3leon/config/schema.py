@@ -345,7 +345,9 @@ class DecodingConfig(Section):
     contrastive_alpha: float = Field(0.5, ge=0, le=1, description="CD-K: threshold as a share of that token's probability")
     candidates: int = Field(8, ge=1, description="images generated for each one returned; the best-ranked is kept (paper: 8)")
     likelihood: float = Field(
-        0.03, ge=0, description="ranking: weight, beside the CLIP score, of the log-likelihood of the image and of the prompt as its caption, nats"
+        0.03,
+        ge=0,
+        description="ranking: weight, beside the CLIP score, of the log-likelihood of the image and of the prompt as its caption, nats",
     )
     retrieved_documents: int = Field(0, ge=0, le=16, description="retrieved documents before the prompt (paper: 0-2)")
     max_text_tokens: int = Field(64, ge=1, description="longest generated text, tokens")
