@@ -1,10 +1,10 @@
 """Fresh trainings of profile small, whose median and range every headline is: python -m benchmarks.repeat --seeds 0 1 2 3 4 [--threads N]
 
-Each seed that ``docs/results.json`` lacks under the present parameters is trained in a clone of HEAD, by the pipeline as ``make run`` runs
-it, about half an hour on two cores. It is added to the file as soon as it has ended, and ``docs/results.md`` is written from the file; so
-they are without any seeds. The same command goes on where it was interrupted, in the same clone and at its commit; such a run counts for
-the scores, and not for the times. So does one with ``--beside``, on a machine that does other work meanwhile. Runs of other parameters
-leave the file when the first of new ones is added; git keeps them.
+Each seed that ``docs/results.json`` lacks under the present parameters and with so many threads is trained in a clone of HEAD, by the
+pipeline as ``make run`` runs it, about half an hour on two cores. It is added to the file as soon as it has ended, and ``docs/results.md``
+is written from the file; so they are without any seeds. The same command goes on where it was interrupted, in the same clone and at its
+commit; such a run counts for the scores, and not for the times. So does one with ``--beside``, on a machine that does other work meanwhile.
+Runs of other parameters leave the file when the first of new ones is added; git keeps them.
 
 ``--add DIR`` adds the run of a checkout in which the pipeline has ended, on this machine, and trains nothing.
 
@@ -65,17 +65,18 @@ INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX
 """Flag of a processor -> its name, the widest instructions first: two processors of one name may differ in them."""
 
 
-def repeat(seeds: Sequence[int], results: Path, parameters: str, train: Callable[[int], FreshRun]) -> None:
+def repeat(seeds: Sequence[int], threads: int, results: Path, parameters: str, train: Callable[[int], FreshRun]) -> None:
     """Train the seeds that a file of runs lacks, add each to it as soon as it has ended, and write its page.
 
     Args:
+        threads: of a process; a seed that was trained with another number of them is trained again, and counts beside that run.
         results: the file; the page is beside it, with the ending ``.md``.
         parameters: digest of the parameters under which runs count.
         train: makes the run of a seed.
     """
     write_page(results)
     for seed in seeds:
-        if any(run.seed == seed and run.parameters == parameters for run in comparable(read_runs(results))):
+        if any((run.seed, run.threads, run.parameters) == (seed, threads, parameters) for run in comparable(read_runs(results))):
             print(f"seed {seed}: in {results.name}", flush=True)
             continue
         keep(train(seed), results)
@@ -257,6 +258,7 @@ def main() -> None:
             keep(finished(options.add.absolute(), options.threads, parameters), ROOT / RESULTS)
         repeat(
             options.seeds,
+            options.threads,
             ROOT / RESULTS,
             parameters,
             lambda seed: train_in_clone(seed, options.threads, directory, parameters, options.beside),

@@ -60,6 +60,11 @@ class FreshRun:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_megabytes: float | None = None
 
+    @property
+    def origin(self) -> tuple[int, str, int]:
+        """What tells two runs of the same parameters apart: seed, processor and threads; the last two change rounding, and so the model."""
+        return self.seed, self.processor, self.threads
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -125,17 +130,18 @@ def write_runs(path: Path, runs: Iterable[FreshRun]) -> None:
 
 
 def with_run(runs: Iterable[FreshRun], new: FreshRun) -> list[FreshRun]:
-    """Runs and a new one. It replaces a run of the same seed, and all that have other parameters, which git keeps."""
-    return [*(run for run in runs if run.parameters == new.parameters and run.seed != new.seed), new]
+    """Runs and a new one. It replaces a run of the same origin, and all that have other parameters, which git keeps."""
+    kept = (run for run in runs if run.parameters == new.parameters and run.origin != new.origin)
+    return [*kept, new]
 
 
 def comparable(runs: Sequence[FreshRun]) -> list[FreshRun]:
-    """The runs that count together: those with the parameters and the evaluation of the newest, by seed."""
+    """The runs that count together: those with the parameters and the evaluation of the newest, by origin."""
     if not runs:
         return []
     newest = max(runs, key=lambda run: run.date)
     kind = (newest.parameters, newest.evaluation)
-    return sorted((run for run in runs if (run.parameters, run.evaluation) == kind), key=lambda run: run.seed)
+    return sorted((run for run in runs if (run.parameters, run.evaluation) == kind), key=lambda run: run.origin)
 
 
 def spread(name: str, values: Sequence[float]) -> Spread:

@@ -152,7 +152,9 @@ def _about(runs: Sequence[FreshRun]) -> str:
     processors = Counter((run.processor, run.threads) for run in runs)
     where = ", ".join(f"{count} on {name} with {_count(threads, 'thread')}" for (name, threads), count in processors.most_common())
     commits = [f"`{commit[:7]}`" for commit in dict.fromkeys(run.commit for run in runs)]
-    sentences = [f"Profile `{runs[0].profile}`, {_count(len(runs), 'fresh training')} with a seed each, scores of the test split: {where}."]
+    seeds = len({run.seed for run in runs})
+    each = "with a seed each" if seeds == len(runs) else f"of {_count(seeds, 'seed')}"
+    sentences = [f"Profile `{runs[0].profile}`, {_count(len(runs), 'fresh training')} {each}, scores of the test split: {where}."]
     sentences.append(f"{'Commit' if len(commits) == 1 else 'Commits'} {', '.join(commits)}.")
     if len(runs) < WANTED:
         sentences.append(f"**There are {len(runs)} of {WANTED} runs.**" if len(runs) > 1 else f"**There is one run of {WANTED}.**")

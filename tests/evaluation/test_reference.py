@@ -53,9 +53,11 @@ def test_runs_are_read_as_they_were_written(tmp_path: Path) -> None:
         read_runs(file)
 
 
-def test_a_new_run_replaces_that_of_its_seed_and_those_of_other_parameters() -> None:
+def test_a_new_run_replaces_that_of_its_origin_and_those_of_other_parameters() -> None:
     new = fresh_run(1, scores={"composition": 0.9})
     assert with_run([fresh_run(0), fresh_run(1)], new) == [fresh_run(0), new]
+    for elsewhere in (fresh_run(1, threads=new.threads + 1), fresh_run(1, processor="another")):
+        assert with_run([fresh_run(0), fresh_run(1)], elsewhere) == [fresh_run(0), fresh_run(1), elsewhere]
     other = fresh_run(0, parameters="other")
     assert with_run([fresh_run(0), fresh_run(1)], other) == [other]
 

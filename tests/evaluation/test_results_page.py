@@ -47,6 +47,11 @@ def test_a_readme_with_another_number_does_not_quote_the_page() -> None:
     assert not quoted(readme.replace("\n\nmore", "\n| more | 1 |\n"), FIVE) and not quoted(readme, FIVE[:2])
 
 
+def test_runs_of_one_seed_are_told_from_runs_of_several() -> None:
+    assert "5 fresh trainings with a seed each" in page(FIVE)
+    assert "6 fresh trainings of 5 seeds" in page([*FIVE, fresh_run(0, threads=1)])
+
+
 def test_scores_have_median_range_and_number_of_runs() -> None:
     assert score_row(FIVE, "composition")[2:] == ["0.020, other captions", "0.840, reconstructions", "**0.720**", "0.700–0.740", "5"]
     assert score_row(FIVE, "fd_encoder")[4:] == ["**0.070**", "0.090–0.050", "5"]  # the worst first
