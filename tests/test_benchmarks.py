@@ -245,19 +245,21 @@ def test_seeds_that_are_missing_are_trained_and_kept_as_soon_as_they_end(tmp_pat
         return fresh_run(seed)
 
     with pytest.raises(KeyboardInterrupt):
-        repeat.repeat([0, 1, 3], results, "p", train)
+        repeat.repeat([0, 1, 3], 2, results, "p", train)
     assert [run.seed for run in read_runs(results)] == [0, 1]
     assert "There are 2 of 5 runs." in (tmp_path / "results.md").read_text()
-    repeat.repeat([0, 1, 2], results, "p", train)
+    repeat.repeat([0, 1, 2], 2, results, "p", train)
     assert trained == [0, 1, 2] and [run.seed for run in read_runs(results)] == [0, 1, 2]
+    repeat.repeat([0], 1, results, "p", lambda seed: fresh_run(seed, threads=1))
+    assert [(run.seed, run.threads) for run in read_runs(results)] == [(0, 2), (1, 2), (2, 2), (0, 1)]
 
 
 def test_seeds_count_again_under_other_parameters(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     write_runs(results, [fresh_run(0, parameters="old"), fresh_run(1, parameters="old")])
-    repeat.repeat([], results, "p", fresh_run)
+    repeat.repeat([], 2, results, "p", fresh_run)
     assert len(read_runs(results)) == 2 and "There are 2 of 5 runs." in (tmp_path / "results.md").read_text()
-    repeat.repeat([1], results, "p", fresh_run)
+    repeat.repeat([1], 2, results, "p", fresh_run)
     assert read_runs(results) == [fresh_run(1)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -193,13 +194,19 @@ def _minutes(runs: Sequence[FreshRun]) -> Iterator[str]:
     yield ""
     yield "| stage | median | range |"
     yield "|---|---:|---:|"
-    for stage, found in spreads({name: value / 60 for name, value in run.seconds.items()} for run in timed).items():
-        yield f"| {stage} | {found.median:.1f} | {found.worst:.1f}–{found.best:.1f} |"
-    whole = spreads({"minutes": run.minutes or 0.0} for run in timed)["minutes"]
-    yield f"| **all**, with what is between the stages | **{whole.median:.1f}** | {whole.worst:.1f}–{whole.best:.1f} |"
-    if peaks := [run.peak_megabytes for run in timed if run.peak_megabytes]:
+    for stage in timed[0].seconds:
+        minutes = [run.seconds[stage] / 60 for run in timed if stage in run.seconds]
+        yield _row([stage, f"{statistics.median(minutes):.1f}", _span(minutes, 1, "–")])
+    whole = [run.minutes for run in timed if run.minutes is not None]
+    yield _row(["**all**, with what is between the stages", f"**{statistics.median(whole):.1f}**", _span(whole, 1, "–")])
+    if peaks := [run.peak_megabytes / 1024 for run in timed if run.peak_megabytes]:
         yield ""
-        yield f"Largest process: {min(peaks) / 1024:.2f} to {max(peaks) / 1024:.2f} GiB."
+        yield f"Largest process: {_span(peaks, 2, ' to ')} GiB."
+
+
+def _span(values: Sequence[float], digits: int, between: str) -> str:
+    """The least and the greatest of some values, or the value if there is only one."""
+    return between.join(f"{value:.{digits}f}" for value in ((min(values), max(values)) if len(values) > 1 else values))
 
 
 def _runs(runs: Sequence[FreshRun]) -> Iterator[str]:

@@ -82,6 +82,7 @@ def test_times_are_of_the_runs_that_were_not_interrupted() -> None:
     assert "**32.0** | 30.0–34.0 |" in text and "Largest process: 2.00 to 4.00 GiB." in text
     assert [row[3] for row in rows(text.partition("## Runs")[2])[2:]] == ["30.0", "31.0", "32.0", "33.0", "34.0", "not counted"]
     assert "No run has times that count" in page([runs[-1]])
+    assert "| sft | 10.0 | 10.0 |" in page(FIVE[:1]) and "Largest process: 2.00 GiB." in page(FIVE[:1])
 
 
 @pytest.mark.parametrize(
