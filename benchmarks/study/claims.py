@@ -176,7 +176,8 @@ def candidates(study: Study) -> Section:
         "Top-p and CD-K alone stagnate as candidates grow; half of each keeps improving.",
         [*grows, better],
         f"Images of the tuned decoders of {len(study.runs)} pipeline runs, without guidance; CD-K with k 1 and alpha "
-        f"{DecodingConfig().contrastive_alpha:g}. Fewer candidates are the first of the same ones. Cells are means and ranges over runs.",
+        f"{DecodingConfig().contrastive_alpha:g}. Fewer candidates are the first of the same ones. Of several the one counts that CLIP "
+        "likes best, as in the paper; the project's own ranking also asks the decoder. Cells are means and ranges over runs.",
         table,
         ("candidates, the best by CLIP", "composition"),
         curves,
