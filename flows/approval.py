@@ -33,8 +33,9 @@ from cm3leon.utils.errors import UserError
 from flows.notify import tell_promotion
 from flows.session import alone, send_pending
 
-VERSION, PASSED, VERDICT = "cm3leon.version", "cm3leon.passed", "cm3leon.verdict"
-"""Labels of a flow run: the version that waits, and the gate's verdict. So the decision is on what was shown, whatever runs meanwhile."""
+VERSION, PASSED, CHAMPION, VERDICT = "cm3leon.version", "cm3leon.passed", "cm3leon.champion", "cm3leon.verdict"
+"""Labels of a flow run: the version that waits, and the gate's verdict, against which champion (none: empty). So the decision is on what was
+shown, whatever runs meanwhile."""
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Hours = Annotated[float, Field(gt=0)]
 ORDER_SECONDS = 2.0
@@ -52,10 +53,11 @@ class Decision(RunInput):
 
 
 class Candidate(BaseModel):
-    """A version that waits for a decision."""
+    """A version that waits for a decision, and the gate's verdict, against the champion of then."""
 
     version: str
     passed: bool
+    champion: str | None
     verdict: str
 
 
@@ -76,7 +78,9 @@ def propose(version: Version, verdict: Verdict) -> str:
         for run in client.read_flow_runs(flow_run_filter=paused):
             if run.labels.get(VERSION) == version.number:
                 return f"version {version} waits for a decision already, in the flow run {run.name!r}"
-        labels: dict[str, bool | int | float | str] = {VERSION: version.number, PASSED: verdict.passed, VERDICT: str(verdict)}
+        labels: dict[str, bool | int | float | str] = {
+            VERSION: version.number, PASSED: verdict.passed, CHAMPION: verdict.champion or "", VERDICT: str(verdict)
+        }  # fmt: skip
         client.update_flow_run_labels(UUID(flow_run.id), labels)
     return f"version {version} waits for a decision, {verdict}"
 
@@ -89,7 +93,8 @@ def candidate(approval: bool = True) -> Candidate | None:
         labels = client.read_flow_run(UUID(flow_run.id)).labels
     if VERSION not in labels:
         return None
-    return Candidate(version=str(labels[VERSION]), passed=bool(labels[PASSED]), verdict=str(labels[VERDICT]))
+    champion = str(labels.get(CHAMPION, "")) or None
+    return Candidate(version=str(labels[VERSION]), passed=bool(labels[PASSED]), champion=champion, verdict=str(labels[VERDICT]))
 
 
 def with_decision(work: Callable[[], State], approval: bool, hours: float) -> State:
@@ -141,6 +146,10 @@ def carry_out(waiting: Candidate, made: Decision) -> State:
         entry = promotion.reject(waiting.version, f"rejected by {made.name}: {made.reason}")
         return Completed(name="Rejected", message=f"version {waiting.version} is not promoted, {entry.reason}")
     reason = f"approved by {made.name}: {made.reason}"
+    champion = promotion.champion()
+    if champion is not None and champion.number not in (waiting.champion, waiting.version):
+        against = f"version {waiting.champion}" if waiting.champion else "no champion"
+        return Failed(message=f"version {waiting.version} is not promoted: it was compared with {against}; the champion is version {champion}")
     try:
         promotion.promote(waiting.version, force=not waiting.passed, reason=reason)
     except promotion.PromotionError as error:

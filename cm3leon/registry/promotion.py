@@ -206,10 +206,20 @@ def promote(number: str | None = None, force: bool = False, reason: str = "") ->
     if champion is not None:
         client.set_model_version_tag(MODEL_NAME, chosen.number, REPLACED_TAG, champion.number)
         client.set_registered_model_alias(MODEL_NAME, PREVIOUS_CHAMPION, champion.number)
-    if ROLLED_BACK_TAG in chosen.tags:
-        client.delete_model_version_tag(MODEL_NAME, chosen.number, ROLLED_BACK_TAG)
-    client.set_registered_model_alias(MODEL_NAME, CHAMPION, chosen.number)
+    _make_champion(client, chosen)
     return _published(client, chosen, champion)
+
+
+def _make_champion(client: MlflowClient, version: Version) -> None:
+    """Make a version the champion; that it was rolled back once no longer counts."""
+    if ROLLED_BACK_TAG in version.tags:
+        client.delete_model_version_tag(MODEL_NAME, version.number, ROLLED_BACK_TAG)
+    client.set_registered_model_alias(MODEL_NAME, CHAMPION, version.number)
+
+
+def champion() -> Version | None:
+    """The version that is the champion; None if there is none yet."""
+    return holder(all_versions(connect()), CHAMPION)
 
 
 def propose(number: str, until: datetime) -> ledger.Entry:
@@ -278,7 +288,7 @@ def rollback(to: str | None = None, reason: str = "") -> Version:
 
     ledger.append(client, ledger.Entry("rollback", target.number, champion.number, reason=reason.strip()))
     client.set_model_version_tag(MODEL_NAME, champion.number, ROLLED_BACK_TAG, f"to version {target}")
-    client.set_registered_model_alias(MODEL_NAME, CHAMPION, target.number)
+    _make_champion(client, target)
     before = target.tags.get(REPLACED_TAG)
     if before in {version.number for version in versions} and before != target.number:
         client.set_registered_model_alias(MODEL_NAME, PREVIOUS_CHAMPION, before)

@@ -11,6 +11,7 @@ from cm3leon.data.pixels import ImageSet
 from cm3leon.models.clip import Encoder
 from cm3leon.tracking import runs
 from cm3leon.training import clip
+from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.distributed import World, world
 from cm3leon.training.dry_run import refuse_too_large
 from cm3leon.training.loop import stage_checkpoints
@@ -24,23 +25,25 @@ def captioned(split: str) -> pd.DataFrame:
     return manifest[manifest["image"].notna() & manifest["captions"].map(len).gt(0)].reset_index(drop=True)
 
 
-def make_encoder(config: Config, processes: World, run: runs.Run) -> Encoder:
-    """Pretrained open_clip weights if ``pretrained_model`` is set, else a model trained on the train split."""
+def make_encoder(config: Config, processes: World, run: runs.Run) -> tuple[Encoder, Checkpoints | None]:
+    """Pretrained open_clip weights if ``pretrained_model`` is set, else a model trained on the train split, and its checkpoints."""
     section = config.encoder
     if section.pretrained_model:
         assert section.pretrained_weights
-        return Encoder.pretrained(section.pretrained_model, section.pretrained_weights)
+        return Encoder.pretrained(section.pretrained_model, section.pretrained_weights), None
     refuse_too_large("encoder", section, clip.step_memory, processes)
     records = captioned("train")
-    return clip.train(
+    checkpoints = stage_checkpoints(config, "encoder", [paths.RAW, paths.VALIDATED / "manifest.parquet"], processes)
+    encoder = clip.train(
         section,
         ImageSet(ImageStore(paths.RAW), records["image"].tolist(), section.image_size),
         records["captions"].tolist(),
         config.seed,
         processes,
         lambda metrics, step: run.log_metrics({f"encoder/{k}": v for k, v in metrics.items()}, step),
-        stage_checkpoints(config, "encoder", [paths.RAW, paths.VALIDATED / "manifest.parquet"], processes),
+        checkpoints,
     )
+    return encoder, checkpoints
 
 
 def run(config: Config) -> dict[str, float]:
@@ -48,10 +51,12 @@ def run(config: Config) -> dict[str, float]:
     with world() as processes, runs.stage_run("encoder", config) as run:
         run.log_dataset(paths.RAW, "raw")
         run.log_dataset(paths.VALIDATED, "validated")
-        encoder = make_encoder(config, processes, run)
+        encoder, checkpoints = make_encoder(config, processes, run)
         metrics = {}
         if processes.rank == 0:
             encoder.save(paths.ENCODER)
+            if checkpoints is not None:
+                checkpoints.finish()
             held_out = captioned("val").iloc[:VALIDATION_RECORDS]
             captions = [first_caption(captions) for captions in held_out["captions"]]
             metrics = clip.validate(encoder.to(processes.device), ImageStore(paths.RAW), held_out["image"].tolist(), captions)

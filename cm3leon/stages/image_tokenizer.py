@@ -15,6 +15,7 @@ from cm3leon.data.pixels import ImageSet
 from cm3leon.models.vqgan import ImageTokenizer, reconstruct
 from cm3leon.sequence.tasks import CONDITIONS
 from cm3leon.tracking import runs
+from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.distributed import World, world
 from cm3leon.training.dry_run import refuse_too_large
 from cm3leon.training.loop import stage_checkpoints
@@ -37,23 +38,25 @@ def training_images(manifest: pd.DataFrame, condition_share: float, seed: int) -
     return images + [conditions[int(number)] for number in chosen]
 
 
-def make_tokenizer(config: Config, processes: World, run: runs.Run) -> ImageTokenizer:
-    """The imported image tokenizer if ``pretrained`` names one, else one that is trained on the train split."""
+def make_tokenizer(config: Config, processes: World, run: runs.Run) -> tuple[ImageTokenizer, Checkpoints | None]:
+    """The imported image tokenizer if ``pretrained`` names one, else one that is trained on the train split, and its checkpoints."""
     section = config.image_tokenizer
     if section.pretrained:
-        return ImageTokenizer.load(Path(section.pretrained), processes.device)
+        return ImageTokenizer.load(Path(section.pretrained), processes.device), None
     refuse_too_large("image_tokenizer", section, step_memory, processes)
     manifest = read_manifest(paths.VALIDATED, "train")
     images = ImageSet(ImageStore(paths.RAW), training_images(manifest, section.condition_share, config.seed), section.image_size)
     weights = [Path(section.perceptual_weights)] if section.perceptual_weights else []
-    return train_image_tokenizer(
+    checkpoints = stage_checkpoints(config, "image_tokenizer", [paths.RAW, paths.VALIDATED / "manifest.parquet", *weights], processes)
+    model = train_image_tokenizer(
         images,
         section,
         config.seed,
         processes,
         lambda metrics, step: run.log_metrics({f"image_tokenizer/{k}": v for k, v in metrics.items()}, step),
-        stage_checkpoints(config, "image_tokenizer", [paths.RAW, paths.VALIDATED / "manifest.parquet", *weights], processes),
+        checkpoints,
     )
+    return model, checkpoints
 
 
 def run(config: Config) -> dict[str, float]:
@@ -61,10 +64,12 @@ def run(config: Config) -> dict[str, float]:
     with world() as processes, runs.stage_run("image_tokenizer", config) as run:
         run.log_dataset(paths.RAW, "raw")
         run.log_dataset(paths.VALIDATED, "validated")
-        model = make_tokenizer(config, processes, run)
+        model, checkpoints = make_tokenizer(config, processes, run)
         metrics = {}
         if processes.rank == 0:
             model.save(paths.IMAGE_TOKENIZER)
+            if checkpoints is not None:
+                checkpoints.finish()
             metrics = evaluate(model, run)
         processes.wait()
     return metrics

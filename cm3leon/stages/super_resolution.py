@@ -30,17 +30,19 @@ def run(config: Config) -> dict[str, float]:
         training = records[records["split"] == "train"]
         side = target_side(training, image_size, section.scale)
         inputs, more = [paths.RAW, paths.VALIDATED / "manifest.parquet"], {"image_tokenizer.image_size": str(image_size)}
+        checkpoints = stage_checkpoints(config, "super_resolution", inputs, processes, more)
         model = train(
             section,
             ImageSet(store, training["image"].tolist(), side),
             config.seed,
             processes,
             lambda metrics, step: run.log_metrics({f"super_resolution/{k}": v for k, v in metrics.items()}, step),
-            stage_checkpoints(config, "super_resolution", inputs, processes, more),
+            checkpoints,
         )
         metrics = {}
         if processes.rank == 0:
             model.save(paths.SUPER_RESOLUTION)
+            checkpoints.finish()
             held_out = ImageSet(store, records[records["split"] == "val"]["image"].tolist()[:VALIDATION_IMAGES], side)
             metrics = {name: float(np.mean(scores)) for name, scores in restoration_scores(model, held_out).items()}
             run.log_metrics({f"super_resolution/{name}": value for name, value in metrics.items()})

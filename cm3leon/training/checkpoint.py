@@ -143,7 +143,10 @@ class Checkpoints:
         part.rename(self.directory / name)
 
     def finish(self) -> None:
-        """Mark the run as finished: its checkpoints are kept until the next run starts, which does not resume from them."""
+        """Mark the run as finished: its checkpoints are kept until the next run starts, which does not resume from them.
+
+        Call it once the model is on disk: a run that fails while it writes the model then resumes at its last step.
+        """
         if self.world.rank == 0:
             replace(self.record, finished=True).write(self.directory)
 

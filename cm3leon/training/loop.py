@@ -76,7 +76,8 @@ def train(
     """Take all steps; ``log`` receives the metrics of every :data:`LOG_EVERY`-th and of the last.
 
     With ``checkpoints`` it resumes from the newest one, and writes one every ``checkpoint_seconds`` and when interrupted: by SIGTERM, by
-    SIGINT, or by the end of the process that started this one. A second SIGINT stops at once, without a checkpoint.
+    SIGINT, or by the end of the process that started this one. A second SIGINT stops at once, without a checkpoint. The caller says that
+    the run has finished (:meth:`~cm3leon.training.checkpoint.Checkpoints.finish`), once it has written the model.
 
     Args:
         name: the stage's, for errors and progress.
@@ -124,8 +125,6 @@ def train(
                 saved = time.monotonic()
             if number and step < steps - 1:
                 leave(name, number, step + 1, checkpoints, world)
-    if checkpoints is not None:
-        checkpoints.finish()
 
 
 def _read(unread: list[Metrics], step: int, name: str) -> dict[str, float]:

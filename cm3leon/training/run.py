@@ -108,6 +108,7 @@ def train(
         curve = "".join(f"{step},{loss!r}\n" for step, loss in enumerate(state.losses, 1))
         (output / "losses.csv").write_text("step,loss\n" + curve)
     processes.wait()
+    checkpoints.finish()
     return metrics
 
 

@@ -353,8 +353,6 @@ def fit(
                 leave(name, number, state.step, checkpoints, world)
     if validation and not metrics:  # the run before was killed after its last checkpoint
         metrics = measure()
-    if checkpoints is not None:
-        checkpoints.finish()
     state.model.eval()
     return metrics
 

@@ -18,27 +18,29 @@ APPROVED = Decision(decision="approve", reason="the customer wants it", name="An
 def test_what_the_gate_held_back_is_promoted_by_force_with_the_reason(stages: Path) -> None:
     released(0.5)
     version = released(0.45)
-    state = carry_out(Candidate(version=version.number, passed=False, verdict="held back"), APPROVED)
+    state = carry_out(Candidate(version=version.number, passed=False, champion="1", verdict="held back"), APPROVED)
     assert state.is_completed() and state.message == "version 2 is the champion, approved by Anna: the customer wants it"
     entry = promotion.history()[0]
     assert (entry.action, entry.version, entry.champion, entry.forced) == ("promote", "2", "1", True)
     assert entry.reason == "approved by Anna: the customer wants it"
 
 
-def test_an_approval_does_not_replace_a_champion_that_was_not_compared(stages: Path) -> None:
+@pytest.mark.parametrize(("score", "passed"), [(0.55, True), (0.45, False)])
+def test_an_approval_does_not_replace_a_champion_that_was_not_compared(stages: Path, score: float, passed: bool) -> None:
     released(0.5)
-    waits = registry.register(evaluated(0.55), CONFIG)
-    assert promotion.gate(CONFIG).passed
+    waits = registry.register(evaluated(score), CONFIG)
+    assert promotion.gate(CONFIG).passed == passed
     released(0.6)
-    state = carry_out(Candidate(version=waits.number, passed=True, verdict="passed"), APPROVED)
-    assert state.is_failed() and "version 2 is not promoted: passed against version 1; the champion is version 3" in str(state.message)
+    state = carry_out(Candidate(version=waits.number, passed=passed, champion="1", verdict="as the gate says"), APPROVED)
+    assert state.is_failed()
+    assert state.message == "version 2 is not promoted: it was compared with version 1; the champion is version 3"
     assert aliases()["champion"] == 3
 
 
 def test_a_rejected_version_is_known_until_it_is_promoted(stages: Path) -> None:
     version = released(0.3)
     state = carry_out(
-        Candidate(version=version.number, passed=False, verdict="held back"), APPROVED.model_copy(update={"decision": "reject"})
+        Candidate(version=version.number, passed=False, champion=None, verdict="held back"), APPROVED.model_copy(update={"decision": "reject"})
     )
     assert (state.name, state.message) == ("Rejected", "version 1 is not promoted, rejected by Anna: the customer wants it")
     before = promotion.history()

@@ -104,6 +104,16 @@ def test_a_named_version_is_compared_and_promoted(stages: Path) -> None:
         promotion.rollback("1")
 
 
+def test_a_version_that_was_rolled_back_and_is_the_champion_again_is_gated_as_others(stages: Path) -> None:
+    released(0.5)
+    released(0.6)
+    promotion.rollback()
+    assert not promotion.gate(CONFIG, number="2").passed
+    promotion.rollback("2")
+    released(0.65)
+    assert promotion.gate(CONFIG, number="2").refusals == []
+
+
 def test_a_version_that_never_was_the_champion_is_no_rollback(stages: Path) -> None:
     released(0.5)
     released(0.45)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -66,6 +67,18 @@ def test_pretraining_resumes_from_another_run_on_request_and_records_it(trained:
     again = pretrain(6)  # the run has finished: it starts from the beginning, and depends on no other
     assert again.exit_code == 0 and "resuming" not in again.stdout
     assert not paths.resumed_file("pretrain").exists()
+
+
+def test_a_stage_that_failed_to_write_its_model_resumes_at_the_last_step(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Decoder, "save", full)
+        assert isinstance(pretrain(6).exception, OSError)
+    again = pretrain(6)
+    assert again.exit_code == 0 and "pretrain: resuming at step 6 of 6" in again.stdout
+    assert len(losses()) == 6
 
 
 def write_weights(**weights: float) -> None:

@@ -93,7 +93,15 @@ def test_interrupted_it_writes_a_checkpoint_and_exits_with_the_signals_status(nu
     again = make_trainer("super_resolution")
     assert run(again, tmp_path) == curve
     assert same(again, expected)
-    assert run(make_trainer("super_resolution"), tmp_path) == curve, "a finished run starts from the beginning"
+    assert "resuming at step 4 of" in capsys.readouterr().out
+    # A run that failed while its model was written resumes at its end; one that has finished starts from the beginning.
+    ended = make_trainer("super_resolution")
+    assert run(ended, tmp_path, checkpoint_seconds=0.0) == curve
+    monkeypatch.setattr(ended, "step", None)
+    capsys.readouterr()
+    assert run(ended, tmp_path) == curve and f"resuming at step {STEPS} of {STEPS}" in capsys.readouterr().out
+    Checkpoints(tmp_path, {"kind": type(ended).__name__}, 2).finish()
+    assert run(make_trainer("super_resolution"), tmp_path) == curve and "resuming" not in capsys.readouterr().out
 
 
 def test_a_short_run_writes_no_checkpoint(tmp_path):
