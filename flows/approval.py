@@ -34,8 +34,8 @@ from flows.notify import tell_promotion
 from flows.session import alone, send_pending
 
 VERSION, PASSED, CHAMPION, VERDICT = "cm3leon.version", "cm3leon.passed", "cm3leon.champion", "cm3leon.verdict"
-"""Labels of a flow run: the version that waits, and the gate's verdict, against which champion (none: empty). So the decision is on what was
-shown, whatever runs meanwhile."""
+"""Labels of a flow run: the version that waits, the gate's verdict, and against which champion (none: empty). So the decision is on what
+was shown, whatever runs meanwhile."""
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Hours = Annotated[float, Field(gt=0)]
 ORDER_SECONDS = 2.0
@@ -149,7 +149,9 @@ def carry_out(waiting: Candidate, made: Decision) -> State:
     champion = promotion.champion()
     if champion is not None and champion.number not in (waiting.champion, waiting.version):
         against = f"version {waiting.champion}" if waiting.champion else "no champion"
-        return Failed(message=f"version {waiting.version} is not promoted: it was compared with {against}; the champion is version {champion}")
+        return Failed(
+            message=f"version {waiting.version} is not promoted: it was compared with {against}; the champion is version {champion}"
+        )
     try:
         promotion.promote(waiting.version, force=not waiting.passed, reason=reason)
     except promotion.PromotionError as error:

@@ -16,11 +16,16 @@ def named_files(config: Config) -> dict[str, str]:
     found = {
         "image_tokenizer.pretrained": tokenizer.pretrained,
         "image_tokenizer.perceptual_weights": tokenizer.perceptual_weights if tokenizer.perceptual_weight else None,
-        # Without a directory it may be a tag of open_clip.
-        "encoder.pretrained_weights": weights if config.encoder.pretrained_model and weights and Path(weights).name != weights else None,
+        "encoder.pretrained_weights": weights if config.encoder.pretrained_model and weights and _is_a_path(weights) else None,
         "evaluate.inception": None if config.evaluate.inception == DOWNLOAD else config.evaluate.inception,
     }
     return {name: path for name, path in found.items() if path}
+
+
+def _is_a_path(weights: str) -> bool:
+    """Whether weights of the encoder are a file; else they are a tag of open_clip, which has neither a directory nor a suffix."""
+    path = Path(weights)
+    return path.name != weights or path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.is_file()
 
 
 def check_files(config: Config) -> None:

@@ -69,7 +69,10 @@ def is_empty(cell: Any) -> bool:
 
 
 def text_of(cell: Any) -> str | None:
-    """Text without surrounding blanks; None for an empty cell. A number is its digits."""
+    """Text without surrounding blanks; None for an empty cell. A number is its digits; one that is whole has no decimals.
+
+    Where cells are empty, pandas writes a column of whole numbers as floats: 7.0 is the key 7 of another column.
+    """
     if isinstance(cell, bytes):
         try:
             cell = cell.decode()
@@ -79,6 +82,8 @@ def text_of(cell: Any) -> str | None:
         return None
     if not isinstance(cell, (str, int, float)):
         raise malformed("text", cell)
+    if isinstance(cell, float) and cell.is_integer():
+        return f"{cell:.0f}"
     return _trimmed(str(cell))
 
 

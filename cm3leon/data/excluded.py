@@ -70,8 +70,9 @@ class Excluded:
             rows = [row for row, thumbnail in enumerate(thumbnails) if thumbnail]
             groups = near_duplicate_groups(stack([*self.images.values(), *(thumbnails[row] for row in rows)]), likeness)
             names = dict(zip(groups[: len(self.images)].tolist(), self.images, strict=False))
+            same = {thumbnail: name for name, thumbnail in self.images.items()}  # also where near-duplicates are not looked for
             for row, group in zip(rows, np.asarray(groups[len(self.images) :]).tolist(), strict=True):
-                like[row] = names.get(group)
+                like[row] = same.get(thumbnails[row]) or names.get(group)
         return like
 
 

@@ -77,7 +77,7 @@ def show(rows: Sequence[SourceRow], mapping: dict[str, str], console: Console) -
         problems = Table("problem", "records", "what to do", "first")
         for reason, count in reasons.most_common():
             first = next(row for row in rows if reason in (row.problem or "").split(","))
-            problems.add_row(reason, f"{count:,}", RULES[reason], Text(f"{first.origin}: {first.detail}"))
+            problems.add_row(reason, f"{count:,}", RULES.get(reason, "found by the source"), Text(f"{first.origin}: {first.detail}"))
         console.print(problems)
     for row in [row for row in rows if row.image and not row.problem][:EXAMPLES]:
         console.print(_example(row))

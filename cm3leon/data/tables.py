@@ -37,7 +37,9 @@ def read_table(path: Path) -> tuple[list[str], Iterator[Row]]:
     if path.is_dir():
         return _parquet_files(path)
     if not path.exists():
-        raise SourceError(f"{path} does not exist; ingest.path names the directory and ingest.folder.manifest the file in it")
+        raise SourceError(
+            f"{path} does not exist; ingest.path names the directory, the section of the source (ingest.SOURCE) the files in it"
+        )
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise SourceError(f"{path}: the format of a manifest is one of {', '.join(readers)}, not {path.suffix!r}; convert the file")

@@ -32,24 +32,24 @@ BOX_TOLERANCE = 1.0
 RULES = {
     "missing": "no image is named, or the file is not there: complete the collection under ingest.path",
     "path_outside_root": "the image path is outside of ingest.path: move the file into it",
-    "malformed_row": "a cell cannot be parsed: correct it, or the mapping ingest.folder.columns",
+    "malformed_row": "a cell cannot be parsed: correct it, or the mapping of columns (ingest.SOURCE.columns)",
     "unknown_original": "edited_from names no row: correct the key",
     "ambiguous_original": "rows of several images have the key that edited_from names: make the keys unique",
     "unreadable": "truncated, or not an image: replace the file",
     "decompression_bomb": "more pixels than validate.max_pixels: reduce the image",
     "too_expensive": "reading it takes more than validate.max_seconds or max_megabytes: save it anew, or raise the limit",
-    "file_too_large": "a file of more than ingest.folder.max_file_megabytes: reduce the image, or raise the limit",
+    "file_too_large": "a file of more than max_file_megabytes of the source (ingest.SOURCE): reduce the image, or raise the limit",
     "too_small": "a side shorter than validate.min_side: replace the image",
-    "empty_caption": "no caption with text: add one, or map the column with ingest.folder.columns",
+    "empty_caption": "no caption with text: add one, or map the column (ingest.SOURCE.columns)",
     "caption_too_long": "a caption longer than validate.max_caption_characters: shorten it",
     "licence_not_allowed": "no license, or one that is not in validate.licenses: state it, or add it there",
-    "attribution_missing": "the license asks to name the author: fill the column attribution, or set ingest.folder.attribution",
+    "attribution_missing": "the license asks to name the author: fill the column attribution, or set ingest.SOURCE.attribution",
     "box_outside_image": "an object's box is empty or extends outside of the image: correct the box",
     "unreadable_condition": "a condition image is truncated, too large, or not an image: replace the file",
     "excluded": "like an image or a caption in data/excluded, which keeps it out: to accept it, remove that one",
     "duplicate": "the same pixels as an earlier accepted record: remove one",
 }
-"""Reason code -> its meaning and what to do. A source may add codes of its own."""
+"""Reason code -> its meaning and what to do; ``SOURCE`` is the name of the source. A source may add codes of its own."""
 
 
 @dataclass

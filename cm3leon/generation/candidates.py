@@ -52,7 +52,8 @@ def best_candidates(
     for rows, numbers in track(batches, "generating images", unit="batches") if len(batches) > 1 else batches:
         # 3. Generate and rank a batch. Of each request the best so far are kept; the other pictures are gone before the next batch.
         seeds = [seed + number for number in numbers]
-        scored = _scored(parts, task, [requests[row] for row in rows], [streams[row] for row in rows], seeds, sampler, settings)
+        own = sampler.of_batch(numbers, count)
+        scored = _scored(parts, task, [requests[row] for row in rows], [streams[row] for row in rows], seeds, own, settings)
         for row, kept in zip(rows, [_best(best[row] + scored.pop(0), num_images) for row in rows], strict=True):
             best[row] = kept
     return [[image for _, image in own] for own in best]

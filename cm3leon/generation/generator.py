@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from cm3leon.config.schema import DecodingConfig
+from cm3leon.data.images import to_rgb
 from cm3leon.generation.candidates import best_candidates
 from cm3leon.generation.checks import BadInputError, check_box, check_not_blank, check_same_length, checked_settings, task_settings
 from cm3leon.generation.documents import continue_document, score_pairs
@@ -229,8 +230,9 @@ class Generator:
     ) -> Images:
         """Inpainting: generate the inside of a box of each image again, so that the whole shows its caption.
 
-        The box, in pixels of the given image, grows to whole patches of the image tokenizer. Outside it the image is the tokenizer's
-        reconstruction. A model that was not trained for it generates without guidance (``training.json``).
+        The box, in pixels of the image as it is shown (upright, where a camera noted its orientation), grows to whole patches of the image
+        tokenizer. Outside it the image is the tokenizer's reconstruction. A model that was not trained for it generates without guidance
+        (``training.json``).
 
         Raises:
             BadInputError: if a box is empty or outside its image.
@@ -241,7 +243,8 @@ class Generator:
         guided = self.parts.training is not None and self.parts.training.unprompted_regions
         used = checked_settings(self.decoding, settings if guided else {**settings, **UNGUIDED})
         results: Images = []
-        for image, box, caption, codes in zip(images, boxes, captions, self.encode(images), strict=True):
+        upright = [to_rgb(image) for image in images]
+        for image, box, caption, codes in zip(upright, boxes, captions, self.encode(upright), strict=True):
             check_box("the box", box, image.size)
             request = inpainting_request(self.parts, image, codes, box, caption)
             results += best_candidates(self.parts, "infill", [request], num_images, seed, used)

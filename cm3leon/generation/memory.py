@@ -34,7 +34,8 @@ class Memory:
     ) -> list[list[RetrievedDocument]]:
         """Up to ``count`` documents for each query, the most relevant first.
 
-        Queries have a text, an image or both; with both, documents found by text and by image alternate, beginning with text.
+        Queries have a text, an image or both; with both, documents found by text and by image alternate, beginning with text. A field that
+        a document lacks, such as an attribution, is None.
 
         Raises:
             ValueError: if there is neither text nor image.
@@ -48,7 +49,8 @@ class Memory:
         for group in found:
             by_modality = [[neighbor for neighbor in group if neighbor.modality == name] for name in ("text", "image")]
             ranked = [neighbor for rank in range(count) for own in by_modality for neighbor in own[rank : rank + 1]]
-            records = records_of(self.bank.documents.iloc[[neighbor.position for neighbor in ranked[:count]]])
+            documents = self.bank.documents.iloc[[neighbor.position for neighbor in ranked[:count]]].astype(object)
+            records = records_of(documents.where(documents.notna(), None))
             queries.append([{**record, "score": round(neighbor.score, 4)} for record, neighbor in zip(records, ranked, strict=False)])
         return queries
 

@@ -48,7 +48,7 @@ class GeneratedImage:
     def save(self, file: str | Path | IO[bytes]) -> None:
         """Write a PNG whose metadata hold :attr:`record`: among others the retrieved documents' ids, licenses and attributions."""
         info = PngInfo()
-        info.add_itxt(METADATA, json.dumps(self.record))
+        info.add_itxt(METADATA, json.dumps(self.record, allow_nan=False))
         self.image.save(file, format="PNG", pnginfo=info)
 
 

@@ -7,7 +7,7 @@ T tokens of each, V image tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,9 +85,18 @@ class Sampler:
     """The distribution of an image's next token, from the logits of its streams of guidance.
 
     One stream: the conditional. Two: conditional, unconditional. Three, for editing: image and instruction, image, neither.
+
+    Attributes:
+        contrasted: how many candidates, the last ones, are sampled by CD-K; None: the settings' share of those that are sampled together.
     """
 
     settings: DecodingConfig
+    contrasted: int | None = None
+
+    def of_batch(self, numbers: Sequence[int], count: int) -> Sampler:
+        """For a batch with the candidates of these numbers, of ``count`` in all: how a candidate is sampled depends on its number alone."""
+        first = count - round(self.settings.contrastive * count)
+        return replace(self, contrasted=sum(number >= first for number in numbers))
 
     def streams_needed(self, available: int) -> int:
         """How many of a request's streams these settings need: without guidance only the conditional one, which comes first."""
@@ -96,13 +105,13 @@ class Sampler:
         return 1 if unguided else available
 
     def probabilities(self, logits_SPCTV: Tensor, progress_PCT: Tensor) -> Tensor:
-        """Probabilities (P, C, T, V) of tokens; the last ``contrastive`` share of the candidates is sampled by CD-K.
+        """Probabilities (P, C, T, V) of tokens.
 
         Args:
             progress_PCT: share of the image that precedes each token, in [0, 1].
         """
         settings, candidates = self.settings, logits_SPCTV.shape[2]
-        contrasted = round(settings.contrastive * candidates)
+        contrasted = round(settings.contrastive * candidates) if self.contrasted is None else self.contrasted
         guided_SPCTV, contrasted_SPCTV = logits_SPCTV.split([candidates - contrasted, contrasted], dim=2)
         groups = []
         if candidates > contrasted:

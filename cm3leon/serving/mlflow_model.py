@@ -160,7 +160,7 @@ def answers_of(result: Any) -> Iterator[dict[str, Any]]:
         return
     for part in result if isinstance(result, list) else [result]:
         if isinstance(part, GeneratedImage):
-            documents = json.dumps(part.retrieved_documents)
+            documents = json.dumps(part.retrieved_documents, allow_nan=False)
             yield {"image_png": png(part), "score": part.score, "seed": part.seed, "retrieved_documents": documents}
         elif isinstance(part, GeneratedText):
             yield {"text": part.text, "seed": part.seed}

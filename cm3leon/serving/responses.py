@@ -28,9 +28,8 @@ def png(image: GeneratedImage | Image.Image) -> str:
 
 
 def generated_image(image: GeneratedImage) -> dict[str, Any]:
-    """An image with its seed, its CLIP score and the retrieved documents; a field that a document lacks (NaN) is null."""
-    documents = [{name: None if value != value else value for name, value in document.items()} for document in image.retrieved_documents]
-    return {"b64_json": png(image), "seed": image.seed, "score": image.score, "retrieved_documents": documents}
+    """An image with its seed, its CLIP score and the retrieved documents."""
+    return {"b64_json": png(image), "seed": image.seed, "score": image.score, "retrieved_documents": image.retrieved_documents}
 
 
 def body(result: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from cm3leon.training.distributed import World, world
 from cm3leon.training.dry_run import refuse_too_large
 from cm3leon.training.loop import stage_checkpoints
 from cm3leon.training.vqgan import code_statistics, psnr, step_memory, train_image_tokenizer
+from cm3leon.utils.errors import ConfigError
 from cm3leon.utils.images import save_pairs
 
 VALIDATION_IMAGES = 512
@@ -42,7 +43,13 @@ def make_tokenizer(config: Config, processes: World, run: runs.Run) -> tuple[Ima
     """The imported image tokenizer if ``pretrained`` names one, else one that is trained on the train split, and its checkpoints."""
     section = config.image_tokenizer
     if section.pretrained:
-        return ImageTokenizer.load(Path(section.pretrained), processes.device), None
+        imported = ImageTokenizer.load(Path(section.pretrained), processes.device)
+        if imported.spec.image_size != section.image_size:
+            raise ConfigError(
+                f"the image tokenizer in {section.pretrained} has images of {imported.spec.image_size} px, image_tokenizer.image_size is "
+                f"{section.image_size}: set it to {imported.spec.image_size}, as other stages read it"
+            )
+        return imported, None
     refuse_too_large("image_tokenizer", section, step_memory, processes)
     manifest = read_manifest(paths.VALIDATED, "train")
     images = ImageSet(ImageStore(paths.RAW), training_images(manifest, section.condition_share, config.seed), section.image_size)

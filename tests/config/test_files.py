@@ -40,8 +40,14 @@ def test_weights_are_refused_where_dvc_would_not_notice_a_change(elsewhere: str,
     check_files(Config.model_validate({"image_tokenizer": {"perceptual_weights": str(link), "perceptual_weight": 1.0}}))
 
 
-def test_a_tag_is_no_file_and_a_checkpoint_is_one() -> None:
-    for weights, found in (("laion2b_s34b_b79k", {}), ("data/weights/clip.pt", {"encoder.pretrained_weights": "data/weights/clip.pt"})):
+def test_a_tag_is_no_file_and_a_checkpoint_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("clip").touch()
+    files = [
+        ("laion2b_s34b_b79k", {}),
+        *((file, {"encoder.pretrained_weights": file}) for file in ("data/weights/clip.pt", "clip.pt", "clip")),
+    ]
+    for weights, found in files:
         config = Config.model_validate({"encoder": {"pretrained_model": "ViT-B-32", "pretrained_weights": weights}})
         assert named_files(config) == found
 

@@ -33,6 +33,8 @@ def test_images_and_captions_below_the_directory_are_found(tmp_path: Path) -> No
     thumbnails = [thumbnail_of(other), b"", thumbnail_of(same.resize((50, 50))), thumbnail_of(gray)]
     assert found.images_like(thumbnails, Likeness(0.02, 6)) == [None, None, "coco/val/0.JPG", "coco/val/0.JPG"]
     assert found.images_like(thumbnails, Likeness(0.02)) == [None, None, "coco/val/0.JPG", None]
+    [alike] = found.images.values()
+    assert found.images_like([alike, thumbnail_of(other)], Likeness(0.0)) == ["coco/val/0.JPG", None]
     assert found.caption_of(["a bird", "a dog on a beach"]) == "coco/captions.txt line 1"
     assert found.caption_of(["TWO CATS!"]) == "coco/captions.txt line 3"
     assert found.caption_of(["", "a dog"]) is None

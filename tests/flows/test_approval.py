@@ -40,7 +40,8 @@ def test_an_approval_does_not_replace_a_champion_that_was_not_compared(stages: P
 def test_a_rejected_version_is_known_until_it_is_promoted(stages: Path) -> None:
     version = released(0.3)
     state = carry_out(
-        Candidate(version=version.number, passed=False, champion=None, verdict="held back"), APPROVED.model_copy(update={"decision": "reject"})
+        Candidate(version=version.number, passed=False, champion=None, verdict="held back"),
+        APPROVED.model_copy(update={"decision": "reject"}),
     )
     assert (state.name, state.message) == ("Rejected", "version 1 is not promoted, rejected by Anna: the customer wants it")
     before = promotion.history()

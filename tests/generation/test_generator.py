@@ -1,12 +1,13 @@
 """The user's interface on untrained models: repeatable, independent of the batch, with provenance, and clear about bad input."""
 
+import io
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from tests_support import decoding
 
 from cm3leon.config import paths
@@ -213,6 +214,16 @@ def test_infilling_leaves_codes_outside_the_box_as_they_are(generator):
     for image in images:
         assert np.array_equal(image.codes[~inside.ravel()], before[~inside.ravel()])
     assert len({tuple(image.codes[inside.ravel()]) for image in images}) > 1
+
+
+def test_infilling_takes_the_box_of_an_image_as_it_is_shown(generator):
+    pixels = np.random.default_rng(0).integers(256, size=(32, 48, 3), dtype=np.uint8)
+    shown, stored = Image.fromarray(pixels), io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 8  # shown, it is turned to the left
+    shown.transpose(Image.Transpose.ROTATE_270).save(stored, "PNG", exif=exif)
+    found = [generator.infill([picture], [(8, 4, 24, 16)], ["a red circle"], candidates=1) for picture in (shown, Image.open(stored))]
+    assert codes(found[0]) == codes(found[1])
 
 
 def test_infilling_is_guided_where_the_model_was_trained_for_it(generator):

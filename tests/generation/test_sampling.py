@@ -105,6 +105,16 @@ def test_half_and_half_samples_the_last_candidates_by_contrastive_decoding():
     torch.testing.assert_close(all_of_them.sum(-1), torch.ones(2, 4, 5, dtype=all_of_them.dtype))
 
 
+def test_which_candidates_are_sampled_by_contrastive_decoding_does_not_depend_on_the_batch():
+    streams = torch.stack([logits(1, 5, 5), logits(1, 5, 5, seed=1)])
+    sampler = Sampler(settings(contrastive=0.5))
+    together = sampler.of_batch(range(5), 5).probabilities(streams, END)
+    for size in (1, 2, 3):
+        batches = [range(start, min(start + size, 5)) for start in range(0, 5, size)]
+        found = [sampler.of_batch(numbers, 5).probabilities(streams[:, :, list(numbers)], END) for numbers in batches]
+        torch.testing.assert_close(torch.cat(found, 1), together)
+
+
 def test_three_streams_are_for_editing():
     streams = torch.stack([logits(1, 2, 5, seed=seed) for seed in range(3)])
     expected = at_temperature(editing(*streams, 1.2, 3.0), 0.7)  # type: ignore[call-arg]
