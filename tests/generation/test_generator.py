@@ -96,6 +96,15 @@ def test_an_image_names_its_retrieved_documents(generator, tmp_path):
     assert record["settings"]["retrieved_documents"] == 1
 
 
+def test_a_document_without_attribution_has_none_in_metadata(generator, monkeypatch):
+    bank = generator.parts.memory.bank
+    attributions = [np.nan, *["someone"] * (len(bank.documents) - 1)]
+    monkeypatch.setattr(bank, "documents", bank.documents.assign(attribution=attributions))
+    [found] = generator.retrieve(PROMPTS[:1], len(attributions))
+    assert [document["attribution"] for document in found].count(None) == 1
+    assert all(isinstance(document["attribution"], str | None) for document in found)
+
+
 def test_retrieval_changes_the_image(generator):
     plain = generator.text_to_image(PROMPTS[:1], candidates=1, retrieved_documents=0)
     retrieved = generator.text_to_image(PROMPTS[:1], candidates=1, retrieved_documents=1)

@@ -1,9 +1,25 @@
-"""The images that the image tokenizer is trained on."""
+"""The images that the image tokenizer is trained on, and an imported one."""
 
 import pandas as pd
 import pytest
 
-from cm3leon.stages.image_tokenizer import training_images
+from cm3leon.config.schema import Config
+from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec
+from cm3leon.stages.image_tokenizer import make_tokenizer, training_images
+from cm3leon.tracking.runs import Run
+from cm3leon.training.distributed import ALONE
+from cm3leon.utils.errors import ConfigError
+
+
+def test_an_imported_one_of_another_image_size_than_the_parameters_say_is_refused(tmp_path):
+    spec = ImageTokenizerSpec(
+        image_size=16, patch=2, channels=8, multipliers=(1, 1), blocks=1, decoder_blocks=1, embedding_dim=4, codebook_size=8
+    )
+    ImageTokenizer(spec).save(tmp_path)
+    changes = {"pretrained": str(tmp_path), "image_size": 16}
+    assert make_tokenizer(Config.model_validate({"image_tokenizer": changes}), ALONE, Run())[0].spec == spec
+    with pytest.raises(ConfigError, match=r"has images of 16 px, image_tokenizer\.image_size is 32: set it to 16"):
+        make_tokenizer(Config.model_validate({"image_tokenizer": changes | {"image_size": 32}}), ALONE, Run())
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.2, 5), (0.5, 20), (0.9, 40)])

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from cm3leon.config.ingest_schema import FolderConfig
+from cm3leon.data.cells import text_of
 from cm3leon.data.manifest import Problem, SourceRow
 from cm3leon.data.sources import SourceError
 from cm3leon.data.sources.folder import rows
@@ -172,6 +173,16 @@ def test_structures_are_never_turned_into_text(tmp_path: Path) -> None:
             bad = {**record, column: wrong}
             row = next(rows(FolderConfig(manifest="manifest.jsonl"), collection(tmp_path, [bad], "manifest.jsonl")))
             assert row.problem == "malformed_row" and f"{column.replace('id', 'key')}: expected text" in (row.detail or "")
+
+
+def test_keys_that_pandas_wrote_as_floats_are_those_that_it_wrote_as_integers(tmp_path: Path) -> None:
+    collection(tmp_path, [])
+    (tmp_path / "images" / "b.png").write_bytes(b"b")
+    table = {"image": ["images/a.png", "images/b.png"], "caption": "x", "licence": "MIT", "instruction": "more", "key": [7, 8]}
+    pd.DataFrame({**table, "edited_from": [float("nan"), 7.0]}).to_parquet(tmp_path / "manifest.parquet")
+    original, edit = rows(FolderConfig(manifest="manifest.parquet"), tmp_path)
+    assert (original.key, edit.key, edit.edited_from) == ("7", "8", "7")
+    assert [text_of(cell) for cell in (7.5, 1e20, -3.0)] == ["7.5", "100000000000000000000", "-3"]
 
 
 def test_a_name_is_found_however_its_accents_are_encoded(tmp_path: Path) -> None:
