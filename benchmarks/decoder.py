@@ -32,6 +32,7 @@ from cm3leon.generation.engine import generate_images, log_likelihoods
 from cm3leon.generation.prompts import image_prompt
 from cm3leon.generation.sampling import Sampler
 from cm3leon.models.decoder import Decoder
+from cm3leon.models.pixels import to_pil
 from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.scenes import composition
 from cm3leon.scenes.scene import COLORS, SHAPES
@@ -39,7 +40,6 @@ from cm3leon.sequence.grammar import Prompt
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training.pretraining import build_decoder, training_samples
 from cm3leon.training.trainer import fit, setup, validate
-from cm3leon.utils.images import to_pil
 
 IMAGES_AT_ONCE = 128
 

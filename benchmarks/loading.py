@@ -24,10 +24,10 @@ from cm3leon.config.profiles import load_profile
 from cm3leon.data.loading import Square, image_batches
 from cm3leon.data.manifest import ImageStore
 from cm3leon.models.clip import Encoder, build_clip, embed_pixels, trained_settings
+from cm3leon.models.pixels import to_channels_first
 from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.stages.tokenize import ImageReader
 from cm3leon.training.vqgan import make_spec
-from cm3leon.utils.images import to_channels_first
 from cm3leon.utils.progress import progress
 
 CPU = torch.device("cpu")

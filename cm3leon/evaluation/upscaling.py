@@ -10,8 +10,8 @@ from torch.nn.functional import interpolate
 
 from cm3leon.data.pixels import ImageSet, batches_of
 from cm3leon.evaluation.restoration import WINDOW, psnr_y, ssim_y
+from cm3leon.models.pixels import to_uint8, to_unit
 from cm3leon.models.super_resolution import SuperResolution, reduce
-from cm3leon.utils.images import to_uint8, to_unit
 
 MOST_DECIBELS = 100.0
 """Upper bound of PSNR, which is infinite for equal images."""

@@ -17,13 +17,13 @@ from cm3leon.data.images import fit_square
 from cm3leon.data.tokens import TokenStore
 from cm3leon.generation.memory import Memory
 from cm3leon.models.decoder import Decoder
+from cm3leon.models.pixels import to_channels_first, to_pil
 from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.sequence.grammar import Tokens
 from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.utils.device import default_device
 from cm3leon.utils.files import read_file, read_json
-from cm3leon.utils.images import to_channels_first, to_pil
 
 if TYPE_CHECKING:
     from cm3leon.models.clip import Encoder

@@ -23,11 +23,11 @@ from torch import nn
 from cm3leon.config.schema import EncoderConfig
 from cm3leon.data.loading import Square, default_workers, image_batches
 from cm3leon.data.manifest import ImageStore
+from cm3leon.models.pixels import to_unit
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.utils import torchvision_compat
 from cm3leon.utils.errors import ConfigError
 from cm3leon.utils.files import read_file, read_json
-from cm3leon.utils.images import to_unit
 from cm3leon.utils.imports import hidden
 from cm3leon.utils.progress import progress
 

@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn.functional import interpolate, pixel_shuffle
 
 from cm3leon.data.images import to_rgb
+from cm3leon.models.pixels import to_pil, to_uint8, to_unit
 from cm3leon.utils.files import read_file, read_json
-from cm3leon.utils.images import to_pil, to_uint8, to_unit
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cm3leon.models.pixels import to_channels_first, to_channels_last
 from cm3leon.utils.files import read_file, read_json
-from cm3leon.utils.images import to_channels_first, to_channels_last
 
 MADE_BY = "cm3leon image_tokenizer"
 

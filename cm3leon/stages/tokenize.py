@@ -14,13 +14,13 @@ from cm3leon.config.schema import Config
 from cm3leon.data.loading import Square, decoded_per_second, default_workers, image_batches
 from cm3leon.data.manifest import SPLITS, ImageStore, read_manifest
 from cm3leon.data.tokens import CONDITION_PREFIX, Document, write_tokens
+from cm3leon.models.pixels import to_channels_first
 from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.sequence.tasks import CONDITIONS, condition_key
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.tracking import runs
 from cm3leon.training.precision import has_native_bf16
 from cm3leon.utils.device import default_device
-from cm3leon.utils.images import to_channels_first
 from cm3leon.utils.progress import Meter, progress
 
 MIN_AGREEMENT = 0.995

@@ -32,7 +32,7 @@ STARTS = {
 """Training stage -> the modules that compute a step and make its samples."""
 ROOMS = ("models", "sequence", "data", "training")
 """Rooms whose code decides what a step computes. Parameters are in the fingerprint by value, so ``config`` is not followed; neither are
-``tracking`` and ``utils``, which only record and convert."""
+``tracking`` and ``utils``, which only record and show."""
 NEUTRAL = frozenset(
     {"micro_batch_size", "activation_checkpointing", "validate_every", "validation_samples", "checkpoint_every", "keep_checkpoints"}
 )

@@ -16,10 +16,11 @@ from cm3leon.generation.engine import generate_images
 from cm3leon.generation.prompts import image_prompt
 from cm3leon.generation.sampling import Sampler
 from cm3leon.models.decoder import Decoder
+from cm3leon.models.pixels import to_pil
 from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.tracking.runs import Run
-from cm3leon.utils.images import save_captioned, to_pil
+from cm3leon.utils.images import save_captioned
 
 PROMPTS = 12
 

@@ -17,6 +17,7 @@ from torch.nn.functional import l1_loss
 
 from cm3leon.config.schema import SuperResolutionConfig
 from cm3leon.data.pixels import Images, batches_of
+from cm3leon.models.pixels import to_unit
 from cm3leon.models.super_resolution import SuperResolution, reduce
 from cm3leon.training import loop
 from cm3leon.training.checkpoint import Checkpoints
@@ -26,7 +27,6 @@ from cm3leon.training.loop import Log, Metrics
 from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_learning_rate, state_tensors
 from cm3leon.training.precision import autocast
 from cm3leon.utils.errors import UserError
-from cm3leon.utils.images import to_unit
 
 
 class SizedImages(Images, Protocol):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from cm3leon.config.schema import ImageTokenizerConfig
 from cm3leon.data.pixels import Images, batches_of
+from cm3leon.models.pixels import to_channels_first
 from cm3leon.models.vqgan import LATENTS_PER_ENTRY, ImageTokenizer, ImageTokenizerSpec
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.distributed import ALONE, World, sum_gradients
@@ -38,7 +39,6 @@ from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_le
 from cm3leon.training.precision import autocast
 from cm3leon.training.shuffling import shuffled_batches
 from cm3leon.training.vqgan_losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss, last_layer_gradients
-from cm3leon.utils.images import to_channels_first
 
 HUBER_BETA = 0.2
 """Errors below this (pixels are in [-1, 1]) are penalized quadratically, larger ones linearly: L1 has noisy gradients for small errors."""

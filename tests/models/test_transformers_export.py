@@ -23,12 +23,12 @@ from cm3leon.generation.engine import generate_images, generate_texts
 from cm3leon.generation.prompts import answer_prompt, image_prompt
 from cm3leon.generation.sampling import Sampler
 from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.pixels import to_channels_first, to_channels_last
 from cm3leon.models.transformers_export import export
 from cm3leon.models.transformers_export.export import ExportError, export_transformers
 from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec
 from cm3leon.sequence.grammar import EOS, PAD, Prompt, Vocabulary, build_body, check_grammar
 from cm3leon.sequence.text_tokenizer import TextTokenizer
-from cm3leon.utils.images import to_channels_first, to_channels_last
 from cm3leon.utils.torchvision_compat import make_importable
 
 CAPTIONS = ["a red circle", "two green crosses above a blue ring", "a blue square"]

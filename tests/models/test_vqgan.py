@@ -7,9 +7,9 @@ from tests_support import TensorSizes
 
 from cm3leon.config.schema import ImageTokenizerConfig
 from cm3leon.models import vqgan
+from cm3leon.models.pixels import to_channels_first
 from cm3leon.models.vqgan import Codebook, ImageTokenizer, reconstruct
 from cm3leon.training.vqgan import RESTART_EVERY, ImageTokenizerTrainer, code_statistics, make_spec, psnr, train_image_tokenizer
-from cm3leon.utils.images import to_channels_first
 
 CPU = torch.device("cpu")
 SMALL = {"image_size": 32, "channels": 16, "embedding_dim": 8, "codebook_size": 32, "blocks": 1, "warmup_steps": 5}

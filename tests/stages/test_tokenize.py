@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from cm3leon.config.schema import ImageTokenizerConfig
+from cm3leon.models.pixels import to_channels_first
 from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.stages.tokenize import MIN_AGREEMENT, choose_dtype
 from cm3leon.training.vqgan import make_spec
-from cm3leon.utils.images import to_channels_first
 
 CPU = torch.device("cpu")
 

@@ -1,12 +1,11 @@
-"""Sheets of images, and conversions between uint8 and [-1, 1]."""
+"""Sheets of images."""
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from cm3leon.evaluation.image_tasks import OUTLINED_SIDE, _outlined
-from cm3leon.utils.images import save_captioned, to_channels_first, to_channels_last, to_pil, to_uint8, to_unit
+from cm3leon.utils.images import save_captioned
 
 
 def test_rows_are_as_high_as_their_longest_caption_and_images_are_in_order(tmp_path):
@@ -38,17 +37,3 @@ def test_boxes_are_outlined_at_their_coordinates():
     found = np.array([xs.min(), ys.min(), xs.max(), ys.max()]) / (OUTLINED_SIDE - 1)
     np.testing.assert_allclose(found, (0.25, 0.5, 0.75, 1.0), atol=1 / OUTLINED_SIDE)
     assert not shown[OUTLINED_SIDE * 3 // 4, OUTLINED_SIDE // 2].any()
-
-
-def test_bytes_survive_the_round_trip() -> None:
-    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    assert torch.equal(to_uint8(to_unit(pixels)), pixels)
-
-
-def test_images_survive_the_round_trip_and_values_outside_are_clamped() -> None:
-    pixels = torch.randint(256, (2, 5, 7, 3), dtype=torch.uint8)
-    batch = to_channels_first(pixels)
-    assert batch.shape == (2, 3, 5, 7) and batch.min() >= -1 and batch.max() <= 1
-    assert torch.equal(to_channels_last(batch), pixels)
-    assert all(np.array_equal(np.asarray(image), array) for image, array in zip(to_pil(batch), pixels.numpy(), strict=True))
-    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
