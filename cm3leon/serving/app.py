@@ -29,6 +29,8 @@ from cm3leon.serving.requests import REQUESTS
 PAGE = Path(__file__).parent / "page"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 IMAGES_ROUTE = "/v1/images/generations"
+DECODED_TOGETHER = 2
+"""Requests whose images are decoded at the same time: one image takes up to 150 MB meanwhile."""
 DEPRECATED_SINCE = 1795737600
 """When routes and fields of earlier versions were deprecated (2026-11-27), as the header ``Deprecation`` gives it (RFC 9745)."""
 
@@ -73,7 +75,7 @@ def create_app(worker: Worker, hosts: Collection[str] | None = LOOPBACK) -> Guar
         hosts: host names that requests may address; None: any.
     """
     app = FastAPI(title="cm3leon", version=version("cm3leon"), docs_url=None, redoc_url=None)
-    name, started = worker.name, int(time.time())
+    name, started, decoding = worker.name, int(time.time()), asyncio.Semaphore(DECODED_TOGETHER)
 
     def task_endpoint(kind: type[schemas.TaskRequest], successor: str | None = None) -> Callable[..., Awaitable[Response]]:
         """An endpoint for one kind of request; ``successor`` is the path that replaces it if it is deprecated."""
@@ -81,7 +83,9 @@ def create_app(worker: Worker, hosts: Collection[str] | None = LOOPBACK) -> Guar
         async def endpoint(body: Any, request: Request) -> Response:
             if body.model not in (None, name):
                 raise ApiError(404, f"model: this server has {name!r} (found {body.model!r})", param="model", code="model_not_found")
-            call = await run_in_threadpool(body.call, worker.ready())
+            worker.check_room()
+            async with decoding:
+                call = await run_in_threadpool(body.call, worker.ready())
             result = await answer(worker, call, request)
             headers = {}
             if successor or body.is_deprecated:

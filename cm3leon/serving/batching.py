@@ -21,6 +21,9 @@ from cm3leon.serving.calls import Call, perform
 from cm3leon.serving.errors import ApiError
 from cm3leon.serving.metrics import Metrics
 
+MAX_QUEUED_PIXELS = 100_000_000
+"""Of all images in the queue, 300 MB."""
+
 
 @dataclass(eq=False)
 class Job:
@@ -116,19 +119,30 @@ class Worker:
         activity = "loading its model" if self.state is State.LOADING else "shutting down"
         raise ApiError(503, f"the server is {activity}; try again later", code=self.state, retry_after=5)
 
-    def submit(self, call: Call) -> Future[Any]:
-        """Queue a call.
+    def check_room(self, pixels: int = 0) -> None:
+        """Whether a call with images of so many pixels could be queued now; asked also before they are decoded.
 
         Raises:
             ApiError: 429 if the queue is full, 503 if the worker takes no calls.
         """
         with self._changed:
             self.ready()
-            if len(self._queue) >= self.capacity:
-                seconds = max(1, math.ceil(self._seconds_per_request * len(self._queue)))
+            waiting = len(self._queue)
+            # A call that waits alone is taken whatever its size.
+            if waiting >= self.capacity or (waiting and pixels + sum(job.call.pixels for job in self._queue) > MAX_QUEUED_PIXELS):
+                seconds = max(1, math.ceil(self._seconds_per_request * waiting))
                 raise ApiError(
-                    429, f"{len(self._queue)} requests are queued already; try again in {seconds} s", code="queue_full", retry_after=seconds
+                    429, f"{waiting} requests are queued already; try again in {seconds} s", code="queue_full", retry_after=seconds
                 )
+
+    def submit(self, call: Call) -> Future[Any]:
+        """Queue a call.
+
+        Raises:
+            ApiError: as :meth:`check_room`.
+        """
+        with self._changed:
+            self.check_room(call.pixels)
             job = Job(call)
             self._queue.append(job)
             self._changed.notify_all()

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.results import GeneratedImage
 
@@ -27,6 +29,12 @@ class Call:
     settings: tuple[tuple[str, Any], ...] = ()
     upscaled: bool = False
     rows: int = 1
+
+    @property
+    def pixels(self) -> int:
+        """Of its images, while it waits."""
+        parts = [part for element in self.item for part in (element if isinstance(element, list) else [element])]
+        return sum(part.width * part.height for part in parts if isinstance(part, Image.Image))
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
@@ -14,6 +15,7 @@ from cm3leon.serving.calls import Call
 from cm3leon.serving.errors import ApiError
 from cm3leon.serving.schemas import (
     MAX_CHARACTERS,
+    MAX_PIXELS,
     EncodedImage,
     GuidedImageRequest,
     ImageRequest,
@@ -35,7 +37,7 @@ class TextToImage(RetrievingImageRequest):
     task, item_fields = "text_to_image", frozenset({"prompt"})
     prompt: Text
 
-    def item(self) -> tuple[Any, ...]:
+    def item(self, side: int) -> tuple[Any, ...]:
         return (self.prompt,)
 
 
@@ -45,7 +47,7 @@ class Write(RetrievingImageRequest):
     task, item_fields = "write", frozenset({"text"})
     text: Text
 
-    def item(self) -> tuple[Any, ...]:
+    def item(self, side: int) -> tuple[Any, ...]:
         return (self.text,)
 
 
@@ -64,7 +66,7 @@ class LayoutToImage(RetrievingImageRequest):
     prompt: Text
     objects: list[LaidOutObject] = Field(min_length=1, max_length=16)
 
-    def item(self) -> tuple[Any, ...]:
+    def item(self, side: int) -> tuple[Any, ...]:
         return self.prompt, [(laid_out.label, tuple(laid_out.box)) for laid_out in self.objects]
 
 
@@ -76,8 +78,8 @@ class ConditionToImage(GuidedImageRequest):
     image: EncodedImage
     kind: str = Field(max_length=40, description="of the condition image: 'canny edge', 'segmentation map' ...")
 
-    def item(self) -> tuple[Any, ...]:
-        return self.prompt, read_image(self.image, "image"), self.kind
+    def item(self, side: int) -> tuple[Any, ...]:
+        return self.prompt, read_image(self.image, "image", side), self.kind
 
 
 class Edit(GuidedImageRequest):
@@ -88,8 +90,8 @@ class Edit(GuidedImageRequest):
     instruction: Text
     image_guidance: float | None = decoding_field("image_guidance")
 
-    def item(self) -> tuple[Any, ...]:
-        return read_image(self.image, "image"), self.instruction
+    def item(self, side: int) -> tuple[Any, ...]:
+        return read_image(self.image, "image", side), self.instruction
 
 
 class Infill(ImageRequest):
@@ -100,7 +102,7 @@ class Infill(ImageRequest):
     box: PixelBox
     prompt: Text
 
-    def item(self) -> tuple[Any, ...]:
+    def item(self, side: int) -> tuple[Any, ...]:
         return read_image(self.image, "image"), tuple(self.box), self.prompt
 
 
@@ -111,8 +113,8 @@ class InfillText(TextRequest):
     text: Text = Field(description="with ___ for each blank")
     image: EncodedImage | None = None
 
-    def item(self) -> tuple[Any, ...]:
-        return (self.text,) if self.image is None else (self.text, read_image(self.image, "image"))
+    def item(self, side: int) -> tuple[Any, ...]:
+        return (self.text,) if self.image is None else (self.text, read_image(self.image, "image", side))
 
 
 class LongCaption(TextRequest):
@@ -121,8 +123,8 @@ class LongCaption(TextRequest):
     task, item_fields = "long_caption", frozenset({"image"})
     image: EncodedImage
 
-    def item(self) -> tuple[Any, ...]:
-        return (read_image(self.image, "image"),)
+    def item(self, side: int) -> tuple[Any, ...]:
+        return (read_image(self.image, "image", side),)
 
 
 class Caption(TextRequest):
@@ -133,8 +135,8 @@ class Caption(TextRequest):
     long: SkipJsonSchema[bool] = False
     """Requests of earlier versions ask for a long caption by it."""
 
-    def item(self) -> tuple[Any, ...]:
-        return (read_image(self.image, "image"),)
+    def item(self, side: int) -> tuple[Any, ...]:
+        return (read_image(self.image, "image", side),)
 
     @property
     def is_deprecated(self) -> bool:
@@ -153,8 +155,8 @@ class Vqa(TextRequest):
     image: EncodedImage
     question: Text
 
-    def item(self) -> tuple[Any, ...]:
-        return read_image(self.image, "image"), self.question
+    def item(self, side: int) -> tuple[Any, ...]:
+        return read_image(self.image, "image", side), self.question
 
 
 class Reasoning(TextRequest):
@@ -167,8 +169,8 @@ class Reasoning(TextRequest):
     context: Annotated[str, StringConstraints(max_length=MAX_CHARACTERS)] = ""
     explain: bool = Field(True, description="with the reasons before the answer")
 
-    def item(self) -> tuple[Any, ...]:
-        return read_image(self.image, "image"), self.question, self.options, self.context
+    def item(self, side: int) -> tuple[Any, ...]:
+        return read_image(self.image, "image", side), self.question, self.options, self.context
 
 
 class DocumentPart(BaseModel):
@@ -195,10 +197,14 @@ class Interleave(SeededRequest):
     top_p: float | None = decoding_field("top_p")
     top_k: int | None = decoding_field("top_k")
 
-    def item(self) -> tuple[Any, ...]:
-        document = []
+    def item(self, side: int) -> tuple[Any, ...]:
+        document: list[str | Image.Image | None] = []
+        pixels = 0
         for number, part in enumerate(self.document):
             document.append(part.text if part.image is None else read_image(part.image, f"document.{number}.image"))
+            if isinstance(image := document[-1], Image.Image) and (pixels := pixels + image.width * image.height) > MAX_PIXELS:
+                message = f"document: its images have more than {MAX_PIXELS} pixels together; send smaller images"
+                raise ApiError(400, message, param="document", code="image")
         return (document,)
 
 
@@ -209,8 +215,8 @@ class Score(TaskRequest):
     image: EncodedImage
     text: Text
 
-    def item(self) -> tuple[Any, ...]:
-        return read_image(self.image, "image"), self.text
+    def item(self, side: int) -> tuple[Any, ...]:
+        return read_image(self.image, "image", side), self.text
 
 
 class Upscale(TaskRequest):
@@ -219,7 +225,7 @@ class Upscale(TaskRequest):
     task, item_fields = "upscale", frozenset({"image"})
     image: EncodedImage
 
-    def item(self) -> tuple[Any, ...]:
+    def item(self, side: int) -> tuple[Any, ...]:
         image = read_image(self.image, "image")
         if max(image.size) > MAX_UPSCALED_SIDE:
             message = f"image: {image.width}x{image.height} pixels, at most {MAX_UPSCALED_SIDE} a side are enlarged"

@@ -9,7 +9,7 @@ from annotated_types import Len
 from PIL import Image
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-from cm3leon.data.images import ImageError, decode
+from cm3leon.data.images import ImageError, decode, fit_square
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.settings import decoding_field
 from cm3leon.serving.calls import Call
@@ -41,8 +41,12 @@ PixelBox = Annotated[
 ]
 
 
-def read_image(value: str, param: str) -> Image.Image:
+def read_image(value: str, param: str, side: int | None = None) -> Image.Image:
     """The image of a request as RGB.
+
+    Args:
+        side: of the square that the model sees, to which the image is fitted at once, as encoding it does: a request that waits holds no
+            more. None keeps its size.
 
     Raises:
         ApiError: naming ``param``, if it is not base64, not an image, or too large.
@@ -57,7 +61,8 @@ def read_image(value: str, param: str) -> Image.Image:
     if len(data) > MAX_IMAGE_BYTES:
         raise ApiError(400, f"{param}: {len(data)} bytes, {MAX_IMAGE_BYTES} allowed; send a smaller image", param=param, code="image")
     try:
-        return decode(data, MAX_PIXELS)
+        image = decode(data, MAX_PIXELS)
+        return image if side is None else fit_square(image, side)
     except ImageError as error:
         raise ApiError(400, f"{param}: {error}; send a PNG or JPEG file in base64", param=param, code="image") from None
 
@@ -80,8 +85,8 @@ class TaskRequest(BaseModel):
         """Clients that are generated from OpenAI's specification send null for what was not given."""
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
-    def item(self) -> tuple[Any, ...]:
-        """One element for each list that the generator's method takes."""
+    def item(self, side: int) -> tuple[Any, ...]:
+        """One element for each list that the generator's method takes; images are fitted to ``side`` pixels if that is all it sees."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
@@ -94,7 +99,7 @@ class TaskRequest(BaseModel):
         Raises:
             ApiError: for an image that cannot be read, or a request beyond the limits of this server or model.
         """
-        return Call(self.task, self.item(), tuple(sorted(self.settings().items())))
+        return Call(self.task, self.item(generator.image_size), tuple(sorted(self.settings().items())))
 
     @property
     def is_deprecated(self) -> bool:
@@ -148,7 +153,7 @@ class ImageRequest(SeededRequest):
         if upscaled and self.size not in sizes(generator):
             message = f"size: this model generates {' or '.join(sizes(generator))} (found {self.size!r})"
             raise ApiError(400, message, param="size", code="size")
-        return Call(self.task, self.item(), tuple(sorted(settings.items())), upscaled, self.n * candidates)
+        return Call(self.task, self.item(generator.image_size), tuple(sorted(settings.items())), upscaled, self.n * candidates)
 
 
 class GuidedImageRequest(ImageRequest):

@@ -10,11 +10,13 @@ from contextlib import chdir
 
 import httpx
 import pytest
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from serving_support import IMAGES_ROUTE, RED_PNG, Connection, ask_all, opened, same, serving, starting
+from serving_support import IMAGES_ROUTE, RED_PNG, Connection, ask_all, encoded, opened, same, serving, starting
 
 from cm3leon.config.schema import Config
 from cm3leon.registry.bundle import build_bundle
+from cm3leon.serving import batching, requests
 from cm3leon.serving.server import run
 
 # --- the queue ---------------------------------------------------------------------------------------------------------
@@ -79,6 +81,30 @@ def test_a_full_queue_says_when_to_try_again(held):
         held.let_go.set()
         assert all(answer.result().status_code == 200 for answer in asked)
         assert running.client.post(IMAGES_ROUTE, json={"prompt": "z"}).status_code == 200
+
+
+def test_a_request_waits_with_images_of_the_models_size_and_all_together_are_bounded(held, monkeypatch):
+    monkeypatch.setattr(batching, "MAX_QUEUED_PIXELS", 1_200_000)
+    monkeypatch.setattr(requests, "MAX_PIXELS", 1_500_000)
+    large = encoded(Image.new("RGB", (1000, 800), "red"))
+    inpainting = {"image": large, "box": [0, 0, 500, 400], "prompt": "a red circle", "candidates": 1}
+    with serving(held) as running:
+        asked = ask_all(running, [{"text": "first"}], "/v1/tasks/write")
+        running.until(lambda: held.calls)
+        several = running.client.post("/v1/tasks/interleave", json={"document": [{"image": large}, {"text": "x"}, {"image": large}]})
+        assert several.status_code == 400 and "more than 1500000 pixels together" in several.json()["error"]["message"]
+        asked += ask_all(running, [{"image": large, "instruction": "make it blue", "candidates": 1}], "/v1/tasks/edit")
+        running.until(lambda: running.worker.queue_length == 1)
+        asked += ask_all(running, [inpainting], "/v1/tasks/infill")  # its box is in pixels of its own image
+        running.until(lambda: running.worker.queue_length == 2)
+        assert running.client.post("/v1/tasks/infill", json=inpainting).status_code == 429
+        asked += ask_all(running, [{"image": large}], "/v1/tasks/caption")
+        running.until(lambda: running.worker.queue_length == 3)
+        held.let_go.set()
+        assert [answer.result().status_code for answer in asked] == [200] * 4
+    sizes = {task: columns[0][0].size for task, columns, _ in held.calls[1:]}
+    side = held.generator.image_size
+    assert sizes == {"edit": (side, side), "infill": (1000, 800), "caption": (side, side)}
 
 
 def test_a_request_whose_client_disconnects_is_dropped(held):
