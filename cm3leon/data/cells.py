@@ -56,7 +56,8 @@ def parse_json(text: str | bytes) -> Any:
     """
     try:
         value = json.loads(text)
-        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]
+        # Bytes may hold it escaped, or encoded as if it were a character: then they have an ED.
+        if (b"\\u" in text or b"\xed" in text) if isinstance(text, bytes) else "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deep") from None

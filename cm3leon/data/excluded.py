@@ -57,6 +57,8 @@ class Excluded:
 
     def caption_of(self, captions: Sequence[str]) -> str | None:
         """Where one of the captions stands; None if none is excluded."""
+        if not self.captions:
+            return None
         return next((self.captions[key] for text in captions if (key := folded(text or "")) in self.captions), None)
 
     def images_like(self, thumbnails: Sequence[bytes], likeness: Likeness) -> list[str | None]:

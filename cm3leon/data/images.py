@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from cm3leon.utils.errors import UserError
 
@@ -27,6 +27,18 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DEEP_RANGES = (1.0, 255.0, 65_535.0)
 """Largest values of gray images of floats or 32-bit integers: black is 0, and white the smallest of these that no pixel exceeds."""
 
+TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientation -> what makes an image upright."""
+ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+"""Entries of ``info`` in which Pillow finds an orientation."""
 LANCZOS_SUPPORT = 3
 """Pixels on each side, of the smaller scale, on which a resized pixel depends."""
 
@@ -52,7 +64,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.getexif() and not image.info.keys() & {"transparency", "icc_profile"}:
         return image
     note = None
-    image = _in_srgb(ImageOps.exif_transpose(image))
+    image = _in_srgb(_upright(image))
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image, note = _eight_bit_gray(image)
     if image.mode == "La":
@@ -62,9 +74,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white.alpha_composite(image.convert("RGBA"))
         image = white
     image = image.convert("RGB")
+    for applied in ("icc_profile", "transparency", *ORIENTATION):
+        image.info.pop(applied, None)
     if note:
         image.info["note"] = note
     return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """An image as it is shown; of EXIF only the orientation is read, as other tags may be damaged."""
+    turned = TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turned is None else image.transpose(turned)
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:
@@ -72,6 +92,8 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     embedded = image.info.get("icc_profile")
     if not embedded or image.mode.startswith("I") or image.mode == "F":
         return image
+    if image.mode in ("RGB", "L") and "transparency" in image.info:
+        image = image.convert("RGBA")  # the color that stands for transparency would be another one
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
     try:

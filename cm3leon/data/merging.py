@@ -13,13 +13,16 @@ from cm3leon.data.manifest import SourceRow
 TEXTS = ("licence", "attribution", "source", "group", "long_caption", "instruction", "edited_from", "text_in_image", "split")
 """What a record has one of. Rows that state different ones are not merged."""
 LISTS = ("captions", "objects", "questions", "reasoning")
+COMPARED = 16
+"""Most rows of one image that contradict each other with which another is compared: thousands may name the same placeholder."""
 
 
 def merge_rows(rows: Sequence[SourceRow]) -> list[SourceRow]:
     """Merge the rows of one image.
 
     Each row joins the first one before it that it does not contradict: captions and annotations are added, without repetitions. A row that
-    contradicts all before it, or has a problem of its own, stays by itself, and ``validate`` finds it to be a ``duplicate``.
+    contradicts all before it (the first :data:`COMPARED` of those that stay by themselves), or has a problem of its own, stays by itself,
+    and ``validate`` finds it to be a ``duplicate``.
 
     Args:
         rows: in order. The first has read the image, the others have not.
@@ -27,7 +30,7 @@ def merge_rows(rows: Sequence[SourceRow]) -> list[SourceRow]:
     image = rows[0].image
     merged: list[SourceRow] = []
     for row in rows:
-        joined = None if row.problem else next((number for number, other in enumerate(merged) if _agree(other, row)), None)
+        joined = None if row.problem else next((number for number, other in enumerate(merged[:COMPARED]) if _agree(other, row)), None)
         if joined is None:
             merged.append(replace(row, image=image, extension=rows[0].extension) if row.image is None else row)
         else:

@@ -89,13 +89,16 @@ def difference_hashes(thumbnails_ND: np.ndarray) -> np.ndarray:
 def _same_hash_groups(thumbnails_ND: np.ndarray, bits: int) -> Link:
     """Rows with a hash, and for each the number of the component of hashes that differ in at most ``bits`` bits.
 
-    Exact: of ``bits + 1`` parts of two such hashes at least one is equal, and FAISS compares all hashes that share a part.
+    Exact: of ``bits + 1`` parts of two such hashes at least one is equal, and FAISS compares all hashes that share a part. A part has bits
+    from all over the image: of neighbors most images would share one, a sky or a white background.
     """
     import faiss
 
     hashes_NH = difference_hashes(thumbnails_ND)
     rows = np.flatnonzero(np.bitwise_count(hashes_NH).sum(axis=1) >= LEAST_BITS)
-    unique_UH, inverse = np.unique(hashes_NH[rows], axis=0, return_inverse=True)
+    mixed = np.argsort(np.arange(HASH_BITS) % (bits + 1), kind="stable")
+    mixed_NH = np.packbits(np.unpackbits(hashes_NH[rows], axis=1)[:, mixed], axis=1)
+    unique_UH, inverse = np.unique(mixed_NH, axis=0, return_inverse=True)
     inverse = inverse.reshape(-1)
     if len(unique_UH) < 2:
         return rows, inverse

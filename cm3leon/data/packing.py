@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterable
@@ -126,6 +127,13 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+def _known_form(key: str, ids: dict[str, str]) -> str:
+    """A key as some row has it: as it is, without the decimals of a whole number that became a float, or as a path without detours."""
+    part, own = re.fullmatch(r"(\d+:)?(.*)", key, re.DOTALL).groups("")  # type: ignore[union-attr]  # the part of a mixture
+    forms = (key, part + re.sub(r"(?<=\d)\.0$", "", own), part + os.path.normpath(own))
+    return next((form for form in forms if form in ids), key)
+
+
 def _resolve_edits(draft: Path, final: Path, ids: dict[str, str], ambiguous: set[str]) -> int:
     """Copy the draft with ids for the keys in ``edited_from``; returns the number of records with a problem."""
     problems = 0
@@ -136,6 +144,7 @@ def _resolve_edits(draft: Path, final: Path, ids: dict[str, str], ambiguous: set
             columns = {name: batch.column(name) for name in MANIFEST_SCHEMA.names}
             if any(key is not None for key in keys):
                 problem, detail = columns["problem"].to_pylist(), columns["detail"].to_pylist()
+                keys = [key and _known_form(key, ids) for key in keys]
                 for row, key in enumerate(keys):
                     if key is None or (key in ids and key not in ambiguous):
                         continue

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from cm3leon.config.ingest_schema import FolderConfig, IngestConfig
 from cm3leon.config.section import Section
-from cm3leon.data.images import ImageError, decode, fit_square
+from cm3leon.data.images import MAX_PIXELS, ImageError, decode, fit_square
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import folder, mixture
 from cm3leon.data.sources.mixture import Sources
@@ -95,7 +95,7 @@ def _example(row: SourceRow) -> Group:
 def _thumbnail(data: bytes) -> Text:
     """A picture in characters, each of which is an upper and a lower cell."""
     try:
-        small = fit_square(decode(data), CELLS)
+        small = fit_square(decode(data, MAX_PIXELS), CELLS)
     except ImageError as error:
         return Text(str(error)[:SHOWN_CHARACTERS])
     text = Text()

@@ -34,6 +34,14 @@ def links_of(frame: pd.DataFrame) -> list[Link]:
     return links
 
 
+def stated_by_copies(frame: pd.DataFrame) -> pd.Series:
+    """The split that each record or one with the same ``pixels`` states, rejected or not: test before val before train; None for none."""
+    order = pd.Series({"test": 0, "val": 1, "train": 2})
+    stated = frame["split"].map(order).astype(float)
+    strictest = stated.groupby(frame["pixels"].fillna(frame["id"])).transform("min")
+    return pd.Series([None if np.isnan(number) else order.index[int(number)] for number in strictest], frame.index, dtype=object)
+
+
 def assign_splits(
     ids: Sequence[str], components: np.ndarray, stated: Sequence[str | None], seed: int, val_fraction: float, test_fraction: float
 ) -> list[str]:

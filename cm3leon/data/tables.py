@@ -61,6 +61,9 @@ def _open_text(path: Path) -> io.TextIOWrapper:
 def _not_utf8(path: Path) -> SourceError:
     """The error of a text file that is not UTF-8: the first line that is not, and what it would be in Latin-1."""
     with path.open("rb") as file:
+        if file.read(2) in UTF16:
+            return SourceError(f"{path} is not UTF-16 to its end; it may be truncated: save it again, as UTF-8")
+        file.seek(0)
         for number, line in enumerate(file, 1):
             try:
                 line.decode()
@@ -84,6 +87,7 @@ def _csv(path: Path) -> tuple[list[str], Iterator[Row]]:
             if candidate == separators[-1] and not headers:
                 raise
     separator = max(headers, key=lambda found: len(headers[found]))
+    quoted = separator != "\t" or _has_quoted_cells(path)
     names = [name.strip() for name in headers[separator]]
     if not any(names):
         raise SourceError(f"{path} is empty; its first line must name the columns")
@@ -92,7 +96,7 @@ def _csv(path: Path) -> tuple[list[str], Iterator[Row]]:
         raise SourceError(f"{path} names a column twice: {', '.join(repeated)}; rename one of them")
 
     def rows() -> Iterator[Row]:
-        lines = _lines(path, separator)
+        lines = _lines(path, separator, quoted)
         next(lines)
         for number, cells in lines:
             fault = None if len(cells) == len(names) else f"{len(cells)} cells where the header names {len(names)}"
@@ -101,10 +105,25 @@ def _csv(path: Path) -> tuple[list[str], Iterator[Row]]:
     return [name for name in names if name], rows()
 
 
-def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Number of the line on which each row begins, and its cells; a line without a cell that has content is no row."""
+def _has_quoted_cells(path: Path) -> bool:
+    """Whether quotes enclose cells in a file with tabs. Many programs write no such quotes, and a caption may begin with one.
+
+    Read as a cell in quotes that would not end, or only at a quote some rows later, with the tabs of these rows in it.
+    """
+    try:
+        return not any("\t" in cell and "\n" in cell for _, cells in _lines(path, "\t") for cell in cells)
+    except SourceError:
+        return False
+
+
+def _lines(path: Path, separator: str, quoted: bool = True) -> Iterator[tuple[int, list[str]]]:
+    """Number of the line on which each row begins, and its cells; a line without a cell that has content is no row.
+
+    Args:
+        quoted: a cell in quotes may hold separators and line breaks; else quotes are characters as others are.
+    """
     with _open_text(path) as file:
-        reader = csv.reader(file, delimiter=separator, strict=True)
+        reader = csv.reader(file, delimiter=separator, strict=True, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
         while True:
             number = reader.line_num + 1
             try:
@@ -147,7 +166,10 @@ def _encoded_lines(path: Path) -> Iterator[bytes]:
     """The lines in UTF-8, or as they are: a line that is not UTF-8 is at fault by itself."""
     with _open_text(path) as text:
         if text.encoding == "utf-16":
-            yield from (line.encode() for line in text)
+            try:
+                yield from (line.encode() for line in text)
+            except UnicodeError:
+                raise _not_utf8(path) from None
             return
     with path.open("rb") as file:
         yield from (line.removeprefix(codecs.BOM_UTF8) for line in file)
@@ -200,11 +222,21 @@ def _parquet(path: Path) -> tuple[list[str], Iterator[Row]]:
     return names, rows()
 
 
+class _Unreadable:
+    """In place of a cell that has no value in Python, such as a date after the year 9999; it only matters where the column is read."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __repr__(self) -> str:
+        return f"a value that cannot be read ({self.error})"
+
+
 def _cells_of(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any], str | None]]:
     """The cells of each row, and the columns whose text is not UTF-8."""
     try:
-        yield from ((cells, None) for cells in batch.to_pylist())
-    except UnicodeDecodeError:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError, KeyError):  # text that is not UTF-8; dates without end, unknown time zones
         for row in range(batch.num_rows):
             cells, bad = {}, []
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
@@ -212,4 +244,8 @@ def _cells_of(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any], str | Non
                     cells[name] = column[row].as_py()
                 except UnicodeDecodeError:
                     bad.append(name)
+                except (ValueError, OverflowError, KeyError) as error:
+                    cells[name] = _Unreadable(error)
             yield cells, f"text that is not UTF-8 in {', '.join(bad)}" if bad else None
+    else:
+        yield from ((cells, None) for cells in rows)

@@ -32,6 +32,8 @@ SCHEMA = pa.schema(
 class NeighborTable:
     """``neighbours.parquet`` in ``directory``, written a part of the queries at a time; a context that closes the file.
 
+    Until its end the file has another name, so that one which was interrupted is not taken for the whole.
+
     Args:
         encode_texts: of the bank's encoder.
         seed: of the dropped words and of the random documents.
@@ -43,13 +45,18 @@ class NeighborTable:
         self.bank, self.encode_texts, self.config, self.seed = bank, encode_texts, config, seed
         self.names = bank.documents["id"].to_numpy()
         directory.mkdir(parents=True, exist_ok=True)
-        self.file = pq.ParquetWriter(directory / FILE, SCHEMA)
+        self.path = directory / FILE
+        self.partial = self.path.with_suffix(".part")
+        self.path.unlink(missing_ok=True)
+        self.file = pq.ParquetWriter(self.partial, SCHEMA)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.file.close()
+        if kind is None:
+            self.partial.replace(self.path)
 
     def add(self, records: pd.DataFrame, text: np.ndarray, image: np.ndarray) -> list[list[Neighbor]]:
         """Retrieve for records, by their captions with some words dropped and by their images; returns what was found.

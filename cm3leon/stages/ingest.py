@@ -33,6 +33,7 @@ from cm3leon.data.sources import (
 from cm3leon.scenes import source as shapes
 from cm3leon.tracking import runs
 from cm3leon.utils.progress import track
+from cm3leon.utils.texts import as_unicode
 
 SOURCES: dict[str, Callable[[Any, Path], Iterator[SourceRow]]] = {
     "shapes": shapes.rows,
@@ -61,7 +62,7 @@ def with_conditions(rows: Iterable[SourceRow], kinds: Sequence[str], share: floa
 
     for row in rows:
         missing = [kind for kind in kinds if kind not in row.conditions]
-        if missing and row.image is not None and random.Random(row.key).random() < share:
+        if missing and row.image is not None and random.Random(as_unicode(row.key)).random() < share:
             try:
                 image = decode(row.image, MAX_PIXELS)
             except ImageError:

@@ -137,7 +137,8 @@ def validate(
         try:
             stated = accepted["split"].tolist()
             fractions = (config.val_fraction, config.test_fraction)
-            accepted["split"] = splits.assign_splits(accepted["id"].tolist(), components, stated, seed, *fractions)
+            held_out = splits.stated_by_copies(frame)[good].tolist()
+            accepted["split"] = splits.assign_splits(accepted["id"].tolist(), components, held_out, seed, *fractions)
         except UserError as error:
             problems = str(error)
         else:

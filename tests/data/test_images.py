@@ -1,5 +1,6 @@
 """The decoder accepts any mode and refuses damaged, truncated and huge files."""
 
+import io
 import struct
 import sys
 import zlib
@@ -7,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 from images_support import CHANNELS, DEPTHS, MODES, SRGB, encode, icc_profile, in_mode, noise, png_chunks, png_of
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from cm3leon.data.images import ImageError, decode, fit_square, is_heic, size_of, to_rgb
@@ -30,6 +31,17 @@ def test_exif_orientation_is_applied() -> None:
     exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
     rotated = decode(encode(image, exif=exif))
     assert np.array_equal(np.asarray(rotated), np.rot90(np.asarray(image), -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_orientation_is_applied_once_whatever_other_tags_are_damaged(orientation: int) -> None:
+    image = noise(8, 4)
+    block = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2)
+    block += struct.pack("<HHII", 0x0112, 3, 1, orientation) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0")  # XResolution as text
+    turned = decode(encode(image, exif=block + bytes(4)))
+    expected = Image.open(io.BytesIO(encode(image, exif=block[:14] + struct.pack("<H", 1) + block[16:28] + bytes(4))))
+    assert np.array_equal(np.asarray(turned), np.asarray(ImageOps.exif_transpose(expected)))
+    assert to_rgb(turned) is turned
 
 
 def test_sixteen_bit_gray_keeps_its_range() -> None:
@@ -207,6 +219,19 @@ def test_a_color_profile_is_applied(mode: str) -> None:
     assert all(abs(value - expected) <= 2 for value, expected in zip(turned, (0, 0, 255), strict=True))
     gray = decode(encode(Image.new("RGB", (4, 4), (128, 128, 128)), icc_profile=icc_profile(red, green, blue))).getpixel((0, 0))
     assert all(abs(value - 188) <= 2 for value in gray)
+
+
+def test_a_transparent_color_is_found_beside_a_profile() -> None:
+    image = encode(Image.new("RGB", (4, 4), (100, 100, 100)), transparency=(100, 100, 100), icc_profile=icc_profile(*SRGB))
+    assert decode(image).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_decoded_image_is_decoded(mode: str) -> None:
+    stored = io.BytesIO()
+    Image.new(mode, (4, 4), 100).save(stored, "TIFF", icc_profile=icc_profile(*SRGB))
+    once = decode(stored.getvalue())
+    assert to_rgb(once) is once
 
 
 def test_a_profile_that_does_not_fit_is_left_out() -> None:

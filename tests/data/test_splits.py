@@ -26,6 +26,17 @@ def test_links_join_groups_edits_and_equal_images() -> None:
     assert same_partition(found, np.array([0, 0, 1, 0, 2, 2, 1, 3]))
 
 
+def test_a_copy_that_is_held_out_holds_out_the_others() -> None:
+    frame = pd.DataFrame(
+        {
+            "id": list("abcdefg"),
+            "pixels": ["1", "1", "2", "2", None, None, "3"],
+            "split": ["train", "test", None, "val", None, "test", None],
+        }
+    )
+    assert splits.stated_by_copies(frame).tolist() == ["test", "test", "val", "val", None, "test", None]
+
+
 def test_splits_follow_fractions_and_do_not_change_when_records_are_added() -> None:
     ids = [f"{number:05d}" for number in range(6000)]
     components = np.arange(6000) // 2

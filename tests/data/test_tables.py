@@ -63,7 +63,7 @@ def test_columns_without_a_name_and_rows_without_content_are_left_out(tmp_path: 
         ("m.csv", b"image,caption\n" + b"a,b\n" * 3000 + b"a,caf\xe9\n", r"line 3002, is not UTF-8; read as Latin-1 it has 'a,caf\u00e9'"),
         ("m.csv", b"", "is empty; its first line must name the columns"),
         ("m.csv", b"image,caption,caption\n", "names a column twice: caption; rename"),
-        ("m.tsv", b'image\tcaption\na\tb\na\t"b\n', "row that begins on line 3: .*; correct its quotes"),
+        ("m.csv", b'image,caption\na,b\na,"b\n', "row that begins on line 3: .*; correct its quotes"),
         ("m.jsonl", json.dumps(ROWS).encode(), "is one JSON array; in JSON Lines each line is an object"),
         ("m.jsonl", json.dumps(ROWS, indent=1).encode(), "is one JSON array"),
         ("m.jsonl", json.dumps(ROWS[0], indent=1).encode(), "is JSON over several lines"),
@@ -103,3 +103,25 @@ def test_text_that_is_not_utf8_is_the_fault_of_its_row(tmp_path: Path) -> None:
     assert [cells for _, cells, _ in found] == [{"image": "0", "caption": "a"}, {"image": "1"}, {"image": "2", "caption": "c"}]
     (tmp_path / "m.jsonl").write_bytes(b'{"image": "0"}\n{"image": "caf\xe9"}\n{"image": "2"}\n')
     assert [fault is None for _, _, fault in read_table(tmp_path / "m.jsonl")[1]] == [True, False, True]
+
+
+def test_in_a_tsv_a_caption_may_begin_with_a_quote(tmp_path: Path) -> None:
+    (tmp_path / "m.tsv").write_text('image\tcaption\n0.png\t"Hello\n1.png\tb\n2.png\tc"\n3.png\t"Hello" he said\n')
+    assert [cells["caption"] for cells in read(tmp_path / "m.tsv")] == ['"Hello', "b", 'c"', '"Hello" he said']
+    (tmp_path / "m.tsv").write_text('image\tcaption\n0.png\t"two\nlines"\n1.png\t"a ""b"""\n')
+    assert [cells["caption"] for cells in read(tmp_path / "m.tsv")] == ["two\nlines", 'a "b"']
+
+
+def test_a_date_that_python_has_not_is_no_reason_to_lose_a_row(tmp_path: Path) -> None:
+    times = pa.array([0, 2**62], pa.timestamp("us"))
+    pq.write_table(pa.table({"image": ["a.png", "b.png"], "seen": times}), tmp_path / "m.parquet")
+    found = read(tmp_path / "m.parquet")
+    assert [cells["image"] for cells in found] == ["a.png", "b.png"]
+    assert "a value that cannot be read" in repr(found[1]["seen"])
+
+
+def test_a_truncated_file_in_utf16_is_told_for_what_it_is(tmp_path: Path) -> None:
+    for name, text in (("m.csv", "image\na.png\n"), ("m.jsonl", '{"image": "a.png"}\n')):
+        (tmp_path / name).write_bytes(text.encode("utf-16")[:-1])
+        with pytest.raises(SourceError, match="is not UTF-16 to its end"):
+            read(tmp_path / name)

@@ -37,7 +37,13 @@ def rows(config: CocoConfig, path: Path) -> Iterator[SourceRow]:
         for image in content["images"]:
             author = image.get("flickr_url") or image.get("coco_url")
             found = {"file_name": image["file_name"], "licence": _known(licenses, image.get("license")), "attribution": author}
-            records.setdefault(image["id"], {**found, "captions": [], "objects": [], "origin": f"{name} image {image['id']}"})
+            new = {**found, "captions": [], "objects": [], "origin": f"{name} image {image['id']}"}
+            known = records.setdefault(image["id"], new)
+            if known["file_name"] != image["file_name"]:
+                raise SourceError(
+                    f"{path / name}: image {image['id']!r} is {image['file_name']!r}, and {known['file_name']!r} is {known['origin']}: "
+                    "number the images of these files differently, or read each file as a part of ingest.source: mixture"
+                )
         for number, item in enumerate(content["annotations"]):
             record = records.get(item["image_id"])
             if record is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cm3leon.config.ingest_schema import InstructPix2PixConfig
 from cm3leon.data.manifest import SourceRow
+from cm3leon.data.merging import merge_images
 from cm3leon.data.sources import SourceError
 from cm3leon.data.sources.records import Cells, Files, row_of
 from cm3leon.data.tables import read_table
@@ -21,7 +22,7 @@ EDITED = {"image": "edited_image", "captions": "edited_prompt", "instruction": "
 
 
 def rows(config: InstructPix2PixConfig, path: Path) -> Iterator[SourceRow]:
-    """Two records for each row of the parquet files in ``path``, in the order of their names.
+    """Two records for each row of the parquet files in ``path``, in the order of their names; several edits of one original share it.
 
     Raises:
         SourceError: if there are no parquet files or rows, a column is missing, or a file is damaged.
@@ -34,14 +35,16 @@ def rows(config: InstructPix2PixConfig, path: Path) -> Iterator[SourceRow]:
             "ingest.instruct_pix2pix.columns names others"
         )
     files = Files(path.resolve(), config.max_file_megabytes)
-    empty = True
-    for location, cells, fault in table_rows:
-        empty = False
-        original, edited = (
-            {ours: cells.get(needed[theirs]) for ours, theirs in columns.items()} | {"key": f"{location} {kind}"}
-            for kind, columns in (("original", ORIGINAL), ("edited", EDITED))
-        )
-        yield row_of(Cells(original, f"{location} original", fault), files, config)
-        yield row_of(Cells({**edited, "edited_from": original["key"]}, f"{location} edited", fault), files, config)
-    if empty:
+    if next(table_rows, None) is None:
         raise SourceError(f"the parquet files in {path} have no rows")
+
+    def read() -> Iterator[SourceRow]:
+        for location, cells, fault in read_table(path)[1]:
+            original, edited = (
+                {ours: cells.get(needed[theirs]) for ours, theirs in columns.items()} | {"key": f"{location} {kind}"}
+                for kind, columns in (("original", ORIGINAL), ("edited", EDITED))
+            )
+            yield row_of(Cells(original, f"{location} original", fault), files, config)
+            yield row_of(Cells({**edited, "edited_from": original["key"]}, f"{location} edited", fault), files, config)
+
+    yield from merge_images(read)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 from cm3leon.config.ingest_schema import WebdatasetConfig
 from cm3leon.data.cells import parse_json
@@ -22,6 +22,21 @@ from cm3leon.data.sources.records import Cells, Files, mapped, row_of
 
 TEXT_BYTES = 16 << 20
 """Most bytes of a text or JSON member."""
+SIDECAR = "._"
+"""Beginning of the names of files in which macOS keeps what other file systems have no place for; they are no records."""
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header; one that is damaged or missing is an error, where ``tarfile`` takes it for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]  # a block of zeros, as it should be
+                raise
+            raise tarfile.ReadError(f"no member and no end of the archive: {error}") from None
 
 
 def rows(config: WebdatasetConfig, path: Path) -> Iterator[SourceRow]:
@@ -51,13 +66,13 @@ def _groups(shard: Path, most_bytes: float) -> Iterator[tuple[str, dict[str, byt
     key, fault = "", None
     members: dict[str, bytes] = {}
     try:
-        with tarfile.open(shard, "r|*") as archive:
+        with tarfile.open(shard, "r|*", tarinfo=_Header) as archive:
             for member in archive:
-                if member.isdir():
-                    continue
                 name = PurePosixPath(member.name)
+                if member.isdir() or name.name.startswith(SIDECAR):
+                    continue
                 own, suffix = str(name.parent / name.name.partition(".")[0]), "." + name.name.partition(".")[2].lower()
-                if own != key:
+                if own != key or suffix in members:
                     if members or fault:
                         yield key, members, fault
                     key, members, fault = own, {}, None
@@ -69,10 +84,19 @@ def _groups(shard: Path, most_bytes: float) -> Iterator[tuple[str, dict[str, byt
                     content = archive.extractfile(member)
                     assert content is not None  # of a regular file it is not
                     members[suffix] = content.read()
+            _check_end(archive)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise SourceError(f"{shard} is damaged after {key or 'its beginning'} ({error}); write or download it again") from None
     if members or fault:
         yield key, members, fault
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Raises :class:`tarfile.ReadError` if anything but zeros follows the end of an archive, such as another archive."""
+    assert archive.fileobj is not None
+    while block := archive.fileobj.read(tarfile.RECORDSIZE):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("more follows the end of the archive; archives that were joined by cat have to stay files of their own")
 
 
 def _values(members: dict[str, bytes], config: WebdatasetConfig) -> tuple[dict[str, Any], str | None]:

@@ -13,6 +13,7 @@ import pytest
 from cm3leon.config.ingest_schema import FolderConfig
 from cm3leon.data.cells import text_of
 from cm3leon.data.manifest import Problem, SourceRow
+from cm3leon.data.packing import pack
 from cm3leon.data.sources import SourceError
 from cm3leon.data.sources.folder import rows
 
@@ -182,6 +183,12 @@ def test_keys_that_pandas_wrote_as_floats_are_those_that_it_wrote_as_integers(tm
     pd.DataFrame({**table, "edited_from": [float("nan"), 7.0]}).to_parquet(tmp_path / "manifest.parquet")
     original, edit = rows(FolderConfig(manifest="manifest.parquet"), tmp_path)
     assert (original.key, edit.key, edit.edited_from) == ("7", "8", "7")
+    pd.read_parquet(tmp_path / "manifest.parquet").assign(caption="x").to_csv(tmp_path / "manifest.csv", index=False)
+    assert [row.edited_from for row in rows(FolderConfig(), tmp_path)] == [None, "7.0"]
+    assert pack(rows(FolderConfig(), tmp_path), tmp_path / "raw", 32)["problems"] == 0
+    by_path = pd.DataFrame({"image": ["./images/a.png", "./images/b.png"], "caption": "x", "licence": "MIT", "instruction": "more"})
+    by_path.assign(edited_from=["", "./images/a.png"]).to_csv(tmp_path / "manifest.csv", index=False)
+    assert pack(rows(FolderConfig(), tmp_path), tmp_path / "raw", 32)["problems"] == 0
     assert [text_of(cell) for cell in (7.5, 1e20, -3.0)] == ["7.5", "100000000000000000000", "-3"]
 
 

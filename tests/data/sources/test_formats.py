@@ -78,6 +78,41 @@ def test_shards_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         list(webdataset.rows(WebdatasetConfig(), tmp_path))
 
 
+def test_a_shard_that_ends_too_early_or_goes_on_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "a.tar"
+    shard(file, {f"{number}.png": b"x" for number in range(4)})
+    whole = file.read_bytes()  # of each member a header and a block of content, 512 bytes each
+    flipped = bytearray(whole)
+    flipped[2 * 1024 + 1] ^= 4
+    for broken, message in (
+        (bytes(flipped), "damaged after 1 .*no member and no end"), (whole[: 2 * 1024 + 100], "damaged after 1"),
+        (whole[: 2 * 1024], "damaged after 1"), (whole + whole, "damaged after 3 .*more follows the end of the archive"),
+    ):  # fmt: skip
+        file.write_bytes(broken)
+        with pytest.raises(SourceError, match=rf"a\.tar is {message}"):
+            list(webdataset.rows(WebdatasetConfig(license="MIT"), tmp_path))
+    for padded in (whole + bytes(10_240), whole.rstrip(b"\0").ljust(4 * 1024, b"\0") + bytes(1024)):
+        file.write_bytes(padded)
+        assert len(list(webdataset.rows(WebdatasetConfig(license="MIT"), tmp_path))) == 4
+
+
+def test_members_of_one_name_are_two_records_and_what_macos_adds_is_none(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in (
+            ("._1.png", b"mac"),
+            ("1.png", b"one"),
+            ("._1.txt", b"mac"),
+            ("1.txt", b"a"),
+            ("1.png", b"two"),
+            ("1.txt", b"b"),
+        ):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    found = list(webdataset.rows(WebdatasetConfig(license="MIT"), tmp_path))
+    assert [(row.image, row.captions, row.problem) for row in found] == [(b"one", ["a"], None), (b"two", ["b"], None)]
+
+
 def test_captions_lie_beside_the_images(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for name, content in {
@@ -156,6 +191,14 @@ def test_a_file_that_is_not_cocos_is_told_by_what_is_missing(tmp_path: Path, cha
         list(coco.rows(CocoConfig(annotations=["gone.json"]), tmp_path))
 
 
+def test_files_of_coco_that_number_different_images_alike_are_refused(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    other = {"images": [{"id": 1, "file_name": "other.jpg"}], "annotations": [{"image_id": 1, "caption": "a bird"}]}
+    (tmp_path / "annotations/other.json").write_text(json.dumps(other))
+    with pytest.raises(SourceError, match=r"other\.json: image 1 is 'other\.jpg', and '1\.jpg' is annotations/captions\.json image 1"):
+        list(coco.rows(CocoConfig(annotations=["annotations/captions.json", "annotations/other.json"]), tmp_path))
+
+
 def test_ids_of_licenses_and_categories_that_are_structures_are_unknown(tmp_path: Path) -> None:
     write_coco(
         tmp_path,
@@ -186,3 +229,17 @@ def test_pairs_of_instruct_pix2pix_become_an_image_and_its_edit(tmp_path: Path) 
     pd.DataFrame(pairs).drop(columns=["edited_image", "edited_prompt"]).to_parquet(tmp_path / "train-0.parquet")
     with pytest.raises(SourceError, match="has no column 'edited_image' and no column 'edited_prompt'; its columns are: original_image"):
         list(instruct_pix2pix.rows(InstructPix2PixConfig(), tmp_path))
+
+
+def test_several_edits_of_one_image_share_it(tmp_path: Path) -> None:
+    pairs = [
+        {
+            "original_image": {"bytes": b"0", "path": None}, "original_prompt": "a cat", "edit_prompt": f"make it {color}",
+            "edited_image": {"bytes": color.encode(), "path": None}, "edited_prompt": f"a {color} cat",
+        }
+        for color in ("red", "blue")
+    ]  # fmt: skip
+    pd.DataFrame(pairs).to_parquet(tmp_path / "train-0.parquet")
+    original, red, blue = instruct_pix2pix.rows(InstructPix2PixConfig(license="MIT"), tmp_path)
+    assert (original.image, red.image, blue.image) == (b"0", b"red", b"blue")
+    assert {red.edited_from, blue.edited_from} == {original.key, *original.other_keys}
