@@ -31,7 +31,7 @@ setup: $(STAMP)  ## prepare the MLflow store, check params.yaml and DVC (a run d
 	@$(BIN)/cm3leon setup
 
 run: $(STAMP)  ## the whole pipeline; PROFILE=tiny writes params.yaml from configs/tiny.yaml first; ACCEPT_DRIFT=1 accepts new data
-	@$(BIN)/python -m flows.pipeline $(if $(PROFILE),--profile $(PROFILE)) $(if $(ACCEPT_DRIFT),--accept-drift)
+	@$(BIN)/python -m flows.pipeline $(if $(PROFILE),--profile $(PROFILE)) $(if $(filter 1,$(ACCEPT_DRIFT)),--accept-drift)
 
 ui: $(STAMP)  ## MLflow, Prefect and Data Docs on 127.0.0.1
 	@$(BIN)/cm3leon ui
@@ -81,6 +81,7 @@ lock:  ## write requirements.lock anew from pyproject.toml's ranges
 	  | sed -E 's/^(torch|torchvision)==([^+]*)\+.*/\1==\2/' | grep -Ev '^(nvidia-|triton==|cuda-)'; } > .cache/requirements.lock
 	@mv .cache/requirements.lock requirements.lock && rm -rf .cache/lock
 
-clean:  ## caches and what tools leave; not the data, models, store or environment
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .cache build dist *.egg-info
+clean:  ## caches and what tools leave; not the data, models, store, environment or the deployments' worktree
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info
+	if [ -d .cache ]; then find .cache -mindepth 1 -maxdepth 1 ! -name worktree ! -name run.lock -exec rm -rf {} +; fi
 	find cm3leon flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

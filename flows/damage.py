@@ -9,11 +9,16 @@ from pathlib import Path
 
 import yaml
 
+from cm3leon.utils.errors import UserError
+
 LOCK, COPY, RWLOCK = Path("dvc.lock"), Path(".dvc/tmp/dvc.lock"), Path(".dvc/tmp/rwlock")
 
 
 def mend_files(root: Path) -> None:
     """Replace a damaged ``dvc.lock`` by the copy that the last run has made of it, and remove a damaged lock file of a killed process.
+
+    Raises:
+        UserError: if it has a conflict of git's.
 
     What stages did since that copy is in DVC's cache, from which they are restored. Call it while no other run is at work in ``root``.
     """
@@ -24,8 +29,12 @@ def mend_files(root: Path) -> None:
             part = copy.with_suffix(".part")
             shutil.copyfile(lock, part)
             part.replace(copy)
+        elif b"<<<<<<<" in lock.read_bytes():
+            raise UserError(
+                f"{lock} has the marks of a conflict that git could not merge: resolve it, or take one side by: git checkout --ours"
+            )
         else:
-            lock.unlink()
+            lock.replace(f"{lock}.damaged")
             if copy.is_file():
                 shutil.copyfile(copy, lock)
             print(f"WARNING: {lock} was damaged, by a process that was killed; what it named is restored from the cache", file=sys.stderr)

@@ -48,18 +48,18 @@ def gate_task(config: Config, registered: Version) -> State:
 
     from cm3leon.registry import promotion
 
-    verdict = promotion.gate(config, registered)
+    verdict = promotion.gate(config, registered, registered.number)
     create_markdown_artifact(verdict.to_markdown(), key="gate-report", description="Scores of challenger and champion, limits, verdict")
     get_run_logger().info(str(verdict))
     return Completed(name="Completed" if verdict.passed else "HeldBack", message=str(verdict), data=verdict)
 
 
 @task(name="promote", task_run_name="promote", cache_policy=NO_CACHE, persist_result=False)
-def promote_task() -> str:
-    """Make the challenger the champion; returns its version."""
+def promote_task(number: str) -> str:
+    """Make a version the champion; returns its version."""
     from cm3leon.registry import promotion
 
-    return str(promotion.promote())
+    return str(promotion.promote(number))
 
 
 def register_gate_promote(config: Config, after: Sequence[State] = (), approval: bool = False) -> str:
@@ -80,7 +80,7 @@ def register_gate_promote(config: Config, after: Sequence[State] = (), approval:
         return propose(version, verdict)
     if not verdict.passed:
         return f"version {version} is not promoted, {verdict}"
-    promote_task(wait_for=[gated])
+    promote_task(version.number, wait_for=[gated])  # another run may have made another version the challenger
     tell_promotion("promote")
     return f"version {version} is the champion, {verdict}"
 

@@ -136,12 +136,17 @@ def share_cache(directory: Path, cache: Path) -> None:
 
 
 def restore(directory: Path) -> None:
-    """Bring the outputs that ``dvc.lock`` names from the cache into a working tree, in place of what is there.
+    """Bring the stages' outputs that ``dvc.lock`` names from the cache into a working tree, in place of what is there.
+
+    The source, which DVC may version too, is left alone.
 
     Raises:
         DvcError: if the cache has lost some of them; the others are there.
     """
-    _dvc("checkout", "--force", directory=directory)
+    stages = yaml.safe_load((directory / DVC_LOCK).read_text()).get("stages", {}).values()
+    outputs = [out["path"] for stage in stages for out in stage.get("outs", [])]
+    if outputs:
+        _dvc("checkout", "--force", *outputs, directory=directory)
 
 
 def save_experiment(name: str) -> None:

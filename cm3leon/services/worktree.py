@@ -9,6 +9,7 @@ the collection that ``ingest.path`` names.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from cm3leon.config.paths import EXCLUDED
 from cm3leon.services import dvc_commands
@@ -57,20 +59,40 @@ def prepare(root: Path) -> Path:
         warn(f"{problem}: this run works in the project itself, and a profile replaces its params.yaml")
         return root
     tree = root / WORKTREE
-    if not tree.exists():
-        _git(root, "worktree", "prune")
-        _git(root, "worktree", "add", "--quiet", "--detach", str(tree), "HEAD")
+    new = _make(root, tree)
     try:
         with alone_in_directory(tree):
             _unhide_collection(tree)
+            own = None if new else _Lock.read(tree / DVC_LOCK)  # where git has one too, the checkout replaces it
             _git(tree, "checkout", "--quiet", "--force", "--detach", _git(root, "rev-parse", "HEAD"))
             _share(root, tree)
             _link_collection(root, tree)
             _link_named_files(root, tree)
-            _take_over(root, tree)
+            _take_over(root, tree, own)
     except BusyError:  # the flow says so itself, and ends as cancelled
         pass
     return tree
+
+
+def _make(root: Path, tree: Path) -> bool:
+    """Make the worktree if there is none, or only a plain directory, in which git's commands would reach the project; True if it is new."""
+    if tree.exists() and not _is_worktree(tree):  # maybe the project was moved
+        subprocess.run(["git", "worktree", "repair", str(tree)], cwd=root, capture_output=True, check=False)
+    if tree.exists() and not _is_worktree(tree):
+        aside = tree.with_name(f"{tree.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        tree.rename(aside)
+        warn(f"{tree} was no git worktree; it is {aside} now, and a new one is made")
+    if tree.exists():
+        return False
+    _git(root, "worktree", "prune")
+    _git(root, "worktree", "add", "--quiet", "--detach", str(tree), "HEAD")
+    return True
+
+
+def _is_worktree(tree: Path) -> bool:
+    done = subprocess.run(["git", "rev-parse", "--show-toplevel"], cwd=tree, capture_output=True, text=True, check=False)
+    return done.returncode == 0 and Path(done.stdout.rstrip("\n")) == tree.resolve()
 
 
 def _git(directory: Path, *arguments: str) -> str:
@@ -101,12 +123,16 @@ def _link_collection(root: Path, tree: Path) -> None:
         return
     if not _git(root, "status", "--porcelain", "--ignored", "--", str(place)):
         return
+    link = tree / place
+    for parent in link.parents:
+        if tree in parent.parents and parent.is_symlink():  # of another collection, which is not to be reached through it
+            parent.unlink()
     if tracked := _git(tree, "ls-files", "-z", "--", str(place)):
         _git(tree, "update-index", "--skip-worktree", *filter(None, tracked.split("\0")))
-    if not (tree / place).is_symlink():
-        shutil.rmtree(tree / place, ignore_errors=True)
-        (tree / place).parent.mkdir(parents=True, exist_ok=True)
-        (tree / place).symlink_to(root / place)
+    if not link.is_symlink():
+        shutil.rmtree(link, ignore_errors=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(root / place)
 
 
 def _link_named_files(root: Path, tree: Path) -> None:
@@ -133,12 +159,31 @@ def _unhide_collection(tree: Path) -> None:
         link.unlink()
 
 
-def _take_over(root: Path, tree: Path) -> None:
-    """Take over the project's outputs if a run in it is newer than the last one here, for runs that begin at a later stage."""
-    ours, theirs = tree / DVC_LOCK, root / DVC_LOCK
-    if not theirs.is_file() or (ours.is_file() and ours.stat().st_mtime >= theirs.stat().st_mtime):
+class _Lock(NamedTuple):
+    """A ``dvc.lock``, and when it was written."""
+
+    content: bytes
+    written: float
+
+    @classmethod
+    def read(cls, file: Path) -> _Lock | None:
+        return cls(file.read_bytes(), file.stat().st_mtime) if file.is_file() else None
+
+
+def _take_over(root: Path, tree: Path, own: _Lock | None) -> None:
+    """Take over the project's outputs if a run in it is newer than the last one here, for runs that begin at a later stage.
+
+    Args:
+        own: that of the last run here, whose outputs are in the worktree.
+    """
+    project = _Lock.read(root / DVC_LOCK)
+    if own is not None and (project is None or own.written >= project.written):
+        (tree / DVC_LOCK).write_bytes(own.content)
+        os.utime(tree / DVC_LOCK, (own.written, own.written))
         return
-    shutil.copy2(theirs, ours)
+    if project is None:
+        return
+    shutil.copy2(root / DVC_LOCK, tree / DVC_LOCK)
     try:
         dvc_commands.restore(tree)
     except dvc_commands.DvcError as error:  # stages whose outputs are lost run again

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,30 +156,33 @@ def _locked(file: Path | None) -> AbstractContextManager[Any]:
 def migrate(uri: str) -> None:
     """``mlflow db upgrade`` of a SQLite file if its schema is not that of the installed MLflow; a backup of an older file is kept.
 
-    If that fails the file is as it was before. Call it in one process at a time: see :func:`prepare_store`.
+    A copy is migrated and then takes the file's place, so that the file stays as it was if that fails or is killed. Call it in one process
+    at a time: see :func:`prepare_store`.
     """
     file = sqlite_file(uri)
     assert file is not None
     current = schema_revision(file)  # before MLflow's import: a damaged file is noticed at once
+    import sqlite3
+
     from mlflow.db import upgrade
     from mlflow.store.db.utils import _get_latest_schema_revision
 
     if current == _get_latest_schema_revision():
         return
-    backup = Path(f"{file}.{current}.bak")
+    new = Path(f"{file}.new")
+    new.unlink(missing_ok=True)
     if current is not None:
-        shutil.copyfile(file, backup)
+        with closing(sqlite3.connect(file, timeout=60)) as old, closing(sqlite3.connect(new)) as copy:
+            old.backup(copy)
     print(f"preparing the MLflow store {file} (about 10 s, once)", file=sys.stderr, flush=True)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     assert upgrade.callback is not None
-    try:
-        upgrade.callback(uri)
-    except Exception:
-        if current is None:
-            file.unlink(missing_ok=True)
-        else:
-            backup.replace(file)
-        raise
+    upgrade.callback(sqlite_uri(new))
+    if current is not None:
+        part = Path(f"{file}.part")
+        shutil.copyfile(file, part)
+        part.replace(f"{file}.{current}.bak")
+    new.replace(file)
 
 
 def schema_revision(path: Path) -> str | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cm3leon.utils.errors import UserError
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 STAGES = {
@@ -57,3 +59,13 @@ def test_a_damaged_lock_of_a_killed_process_is_removed(finished: bytes) -> None:
     Path(".dvc/tmp/rwlock").write_text('{"read": {')
     stage_order()
     assert run_stage("first", lambda line: None).state == "Skipped"
+
+
+def test_a_conflict_that_git_left_in_the_lock_is_the_users_to_resolve(finished: bytes) -> None:
+    from flows.graph import stage_order
+
+    conflict = b"<<<<<<< HEAD\n" + finished + b"=======\n" + finished + b">>>>>>> theirs\n"
+    Path("dvc.lock").write_bytes(conflict)
+    with pytest.raises(UserError, match=r"dvc\.lock has .*conflict.*git checkout --ours"):
+        stage_order()
+    assert Path("dvc.lock").read_bytes() == conflict

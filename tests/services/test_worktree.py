@@ -125,6 +125,61 @@ def test_a_newer_run_in_the_project_is_taken_over_with_its_outputs(toy: Path) ->
     assert (tree / "dvc.lock").read_text() == ours
 
 
+def test_a_collection_that_moves_into_a_part_of_itself_keeps_its_files(toy: Path) -> None:
+    params = yaml.safe_load((toy / "params.yaml").read_text())
+    (toy / "photos/set1").mkdir(parents=True)
+    (toy / "photos/set1/rose.png").write_bytes(b"rose")
+    for place in ("photos", "photos/set1", "photos"):
+        (toy / "params.yaml").write_text(yaml.safe_dump({**params, "ingest": {"path": place}}))
+        git(toy, "commit", "--quiet", "-m", place, "params.yaml")
+        tree = prepare(toy)
+        assert (tree / "photos/set1/rose.png").read_bytes() == b"rose"
+        assert (toy / "photos/set1/rose.png").read_bytes() == b"rose" and not (toy / "photos/set1").is_symlink()
+
+
+def test_images_that_dvc_does_not_know_yet_survive_a_run_that_takes_over_outputs(toy: Path) -> None:
+    params = yaml.safe_load((toy / "params.yaml").read_text())
+    (toy / "params.yaml").write_text(yaml.safe_dump({**params, "ingest": {"path": "photos"}}))
+    (toy / "photos").mkdir()
+    (toy / "photos/rose.png").write_bytes(b"rose")
+    dvc(toy, "add", "photos")
+    git(toy, "add", "--all")
+    git(toy, "commit", "--quiet", "-m", "photos")
+    prepare(toy)
+    (toy / "photos/tulip.png").write_bytes(b"tulip")
+    dvc(toy, "repro", "dvc.yaml")
+    tree = prepare(toy)
+    assert (tree / "out/third").read_text() == "third" and (tree / "photos/tulip.png").read_bytes() == b"tulip"
+
+
+def test_a_directory_that_is_no_worktree_does_not_let_git_reach_the_project(toy: Path) -> None:
+    (toy / WORKTREE).mkdir(parents=True)
+    (toy / WORKTREE / "kept").write_text("kept")
+    (toy / "params.yaml").write_text("edited: true\n")
+    tree = prepare(toy)
+    assert (toy / "params.yaml").read_text() == "edited: true\n" and git(toy, "branch", "--show-current").strip()
+    assert (tree / "dvc.yaml").is_file() and (toy / ".cache/worktree.damaged/kept").is_file()
+
+
+def test_a_project_that_was_moved_keeps_its_worktree(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (prepare(toy) / "kept").write_text("kept")
+    elsewhere = toy.rename(toy.with_name("elsewhere"))
+    monkeypatch.chdir(elsewhere)
+    assert (prepare(elsewhere) / "kept").is_file()
+
+
+def test_a_lock_in_git_does_not_replace_that_of_the_last_run_there(toy: Path) -> None:
+    dvc(toy, "repro")
+    git(toy, "add", "dvc.lock")
+    git(toy, "commit", "--quiet", "-m", "lock")
+    tree = prepare(toy)
+    assert (tree / "out/third").read_text() == "third"  # the project's run is taken over although git has its lock
+    ours = (tree / "dvc.lock").read_text() + "# of a later run here\n"
+    (tree / "dvc.lock").write_text(ours)
+    prepare(toy)
+    assert (tree / "dvc.lock").read_text() == ours
+
+
 def test_while_a_run_works_there_nothing_changes_and_nothing_is_collected(toy: Path) -> None:
     tree = prepare(toy)
     with alone_in_directory(tree):
