@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
-from cm3leon.services.environment import use_environment
+from cm3leon.services.environment import check_server, use_environment
 
 use_environment()
 
@@ -26,6 +26,7 @@ from cm3leon.config.schema import Config  # noqa: E402
 from cm3leon.registry.gate import Verdict  # noqa: E402
 from cm3leon.registry.registry import Version  # noqa: E402
 from cm3leon.tracking.runs import FLOW_RUN_ENV  # noqa: E402
+from cm3leon.utils.errors import UserError  # noqa: E402
 from flows.approval import DECISION_HOURS, Hours, check_can_wait, propose, with_decision  # noqa: E402
 from flows.notify import tell_failure, tell_promotion  # noqa: E402
 from flows.session import dated, prefect_api, until_interrupted  # noqa: E402
@@ -122,8 +123,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.promotion", description="Register, gate and promote; or roll back.")
     parser.add_argument("--rollback", action="store_true", help="make the previous champion the champion again")
     options = parser.parse_args(arguments)
-    with prefect_api():
-        state = (rollback if options.rollback else promotion_flow)(return_state=True)
+    try:
+        check_server()
+        with prefect_api():
+            state = (rollback if options.rollback else promotion_flow)(return_state=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(state.message)
     return 0 if state.is_completed() else 1
 

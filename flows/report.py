@@ -17,7 +17,7 @@ from cm3leon.evaluation.reference import Comparison, Spread
 from cm3leon.evaluation.results_page import three_digits
 from cm3leon.services.environment import ui_servers
 from cm3leon.tracking.runs import Run
-from cm3leon.tracking.store import tracking_uri
+from cm3leon.tracking.store import tracking_uri, without_credentials
 from cm3leon.tracking.view import run_page
 from flows.stage import StageResult, metrics_text
 
@@ -148,7 +148,7 @@ def links(run: Run, local: Callable[[Path], str]) -> list[tuple[str, str]]:
 def _mlflow() -> str | None:
     """The address of MLflow's pages; None if no server is up."""
     uri = tracking_uri()
-    return uri.rstrip("/") if uri.startswith("http") else ui_servers().get("MLflow")
+    return without_credentials(uri).rstrip("/") if uri.startswith("http") else ui_servers().get("MLflow")
 
 
 def mlflow_page(run: Run, artifact: str = "") -> str | None:

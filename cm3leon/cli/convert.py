@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,9 +49,10 @@ def load_decoder(directory: Path) -> Decoder:
         UsageError: if it is another kind of model.
     """
     from cm3leon.models.decoder import Decoder
+    from cm3leon.utils.files import read_file, read_json
 
     config = directory / "config.json"
-    if config.is_file() and not {"decoder", "vocabulary"} <= set(json.loads(config.read_text())):
+    if config.is_file() and not {"decoder", "vocabulary"} <= set(read_file(config, read_json, "cm3leon pretrain")):
         raise UsageError(f"{directory} holds another kind of model; a decoder is in models/pretrained, models/finetuned or a bundle")
     return Decoder.load(directory)
 

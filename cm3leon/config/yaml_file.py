@@ -39,7 +39,7 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin}{_line(error)}: {error.problem}") from None
     except yaml.MarkedYAMLError as error:
         raise ConfigError(f"{origin} is not YAML{_line(error)}: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that there is not
         raise ConfigError(f"{origin} is not YAML: {' '.join(str(error).split())}") from None
 
 

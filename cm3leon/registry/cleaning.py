@@ -7,6 +7,8 @@ that its ``dvc.lock`` names. Entries of the ledger always stay. MLflow and DVC r
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -61,6 +63,8 @@ def clean(keep: int = KEEP, dry_run: bool = False) -> Iterator[Garbage]:
         DvcError: if ``dvc gc`` fails.
         BusyError: if a run of a deployment is at work, whose objects no lock names yet.
     """
+    if shutil.which("git") is None:
+        raise CleaningError("git is not installed, which DVC needs to know what its cache has to keep; nothing was removed")
     with worktree.held(Path()) as running:
         client = connect()
         if client.get_experiment_by_name(ledger.EXPERIMENT):  # it says who was the champion; deleted, it would be empty
@@ -177,11 +181,12 @@ def _deleted_runs(client: MlflowClient) -> dict[str, int]:
 
 def _mlflow_gc(uri: str, runs: Sequence[str], models: Sequence[str]) -> None:
     for start in range(0, len(runs), RUNS_AT_ONCE):
-        command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri, "--tracking-uri", uri]
-        command += ["--run-ids", ",".join(runs[start : start + RUNS_AT_ONCE])]
+        command = [sys.executable, "-m", "mlflow", "gc", "--run-ids", ",".join(runs[start : start + RUNS_AT_ONCE])]
         if models and start == 0:
             command += ["--logged-model-ids", ",".join(models)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        # Not by an option: the address may have a password, and lists of processes show options.
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
         if done.returncode != 0:
             raise CleaningError(f"mlflow gc failed: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
 

@@ -18,6 +18,7 @@ from cm3leon.registry import release
 from cm3leon.registry.bundle import LINEAGE
 from cm3leon.registry.signature import signature
 from cm3leon.tracking import runs
+from cm3leon.tracking.store import without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,7 +46,8 @@ def log_version(client: MlflowClient, bundle: Path, name: str, tags: Mapping[str
 
     with runs.recorded_run("register", config) as run:
         if run.run_id is None:
-            raise ConnectionError(f"the MLflow store {client.tracking_uri} takes no runs, so nothing can be registered")
+            store = without_password(client.tracking_uri)
+            raise ConnectionError(f"the MLflow store {store} takes no runs, so nothing can be registered")
         with _global_store(client.tracking_uri), mlflow.start_run(run_id=run.run_id, nested=True):
             model = log_model(bundle, name)
             remove_local_paths(client, model.model_id)

@@ -119,7 +119,9 @@ def find_version(client: MlflowClient, name: str) -> Version:
     found = holder(versions, name[1:]) if name.startswith("@") else next((v for v in versions if v.number == name), None)
     if found is None:
         known = ", ".join([v.number for v in versions] + sorted(f"@{alias}" for v in versions for alias in v.aliases)) or "none"
-        raise NotRegisteredError(f"the registry {client.tracking_uri} has no version {name} of {MODEL_NAME}; it has: {known}")
+        raise NotRegisteredError(
+            f"the registry {store.without_password(client.tracking_uri)} has no version {name} of {MODEL_NAME}; it has: {known}"
+        )
     return found
 
 

@@ -141,7 +141,7 @@ def prepare_project(needs_store: bool = False) -> list[str]:
     set_without_git(bool(problem))
     lines.append(f"DVC: .dvc/cache, {f'without git: {problem}' if problem else 'with git'}")
     try:
-        lines.append(f"MLflow: {prepare_store()}")
+        lines.append(f"MLflow: {without_password(prepare_store())}")
     except StoreError as error:
         if needs_store:
             raise

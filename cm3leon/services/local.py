@@ -38,6 +38,17 @@ class ServiceError(UserError):
     """A server ended, or did not answer in time."""
 
 
+def answers(address: str) -> bool:
+    """True if something answers; 401 is an answer too."""
+    try:
+        with urllib.request.urlopen(address, timeout=3):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code in (401, 403)
+    except OSError:
+        return False
+
+
 def free_port(wanted: int) -> int:
     """``wanted``, or the next port of 127.0.0.1 on which no process listens; with 0 one that the system chooses.
 

@@ -15,7 +15,9 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,10 +25,10 @@ import psutil
 
 from cm3leon.services.automations import mark_stuck_runs
 from cm3leon.services.environment import PREFECT_HOME, SERVICES_FILE, child_path, prepare_project
-from cm3leon.services.local import HOST, ServiceError, free_port, pages_environment
+from cm3leon.services.local import HOST, ServiceError, answers, free_port, pages_environment
 from cm3leon.services.mlflow_server import CREDENTIALS_ENV
 from cm3leon.tracking.sqlite import sqlite_uri
-from cm3leon.utils.processes import has_ended, pid_of, stop_tree
+from cm3leon.utils.processes import has_ended, is_here, pid_of, stop_tree
 
 HOME = SERVICES_FILE.parent
 SECRETS, STATE, LOGS, DEPLOYED = HOME / "secrets.json", SERVICES_FILE, HOME / "logs", HOME / "deployed"
@@ -107,8 +109,11 @@ def password() -> str:
     HOME.mkdir(exist_ok=True)
     if not SECRETS.exists():
         made = json.dumps({"user": USER, "password": secrets.token_urlsafe(24)}) + "\n"
-        with os.fdopen(os.open(SECRETS, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(made)
+        with tempfile.NamedTemporaryFile("w", dir=HOME, delete=False) as draft:  # for its owner alone, and never half of it
+            draft.write(made)
+        with suppress(FileExistsError):  # another process was first
+            os.link(draft.name, SECRETS)
+        Path(draft.name).unlink()
     return str(json.loads(SECRETS.read_text())["password"])
 
 
@@ -181,7 +186,7 @@ def up(mlflow_port: int = 5000, prefect_port: int = 4200) -> State:
     Raises:
         ServiceError: if a part does not answer in time.
     """
-    if (state := read_state()) and state.supervisor:
+    if (state := read_state()) and state.supervisor and (is_here(state.supervisor) or answers(f"{state.prefect}/api/health")):
         return state
     if MLFLOW_DATABASE not in os.environ:
         prepare_project(needs_store=True)
@@ -220,8 +225,11 @@ def _wait_until_up(supervisor: subprocess.Popen[bytes]) -> State:
 
 
 def _deploy(state: State) -> None:
-    """Create the deployments, and again only after ``prefect.yaml`` or the project's place changed: what was switched in the UI stays."""
-    content = hashlib.sha256(DEPLOYMENTS.read_bytes() + str(Path.cwd()).encode()).hexdigest()
+    """Create the deployments, and again only after ``prefect.yaml``, the database or the project's place changed.
+
+    What was switched in the UI stays.
+    """
+    content = hashlib.sha256(DEPLOYMENTS.read_bytes() + f"{Path.cwd()} {state.prefect_database}".encode()).hexdigest()
     if DEPLOYED.is_file() and DEPLOYED.read_text() == content:
         return
     environment = {**os.environ, **client_environment(state), "PREFECT_HOME": str(PREFECT_HOME.absolute())}
@@ -236,16 +244,24 @@ def _deploy(state: State) -> None:
 
 
 def down() -> bool:
-    """Stop the services; False if none are up."""
+    """Stop the services; False if none are up.
+
+    Raises:
+        ServiceError: if they run on another host.
+    """
     state = read_state()
     if state is None or not state.supervisor:
         STATE.unlink(missing_ok=True)
         return False
-    process = psutil.Process(pid_of(state.supervisor))
-    process.terminate()
-    try:
-        process.wait(STOP_SECONDS)
-    except psutil.TimeoutExpired:
-        stop_tree(process.pid, 5)
+    if not is_here(state.supervisor):
+        host = state.supervisor.split(":")[0]
+        raise ServiceError(f"the services were started on the host {host}: stop them there, or remove {STATE} if that host is gone")
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid_of(state.supervisor))
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except psutil.TimeoutExpired:
+            stop_tree(process.pid, 5)
     STATE.unlink(missing_ok=True)
     return True

@@ -11,11 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from dataclasses import replace
 from types import FrameType
 
+from cm3leon.services.local import answers
 from cm3leon.services.stack import LOGS, STATE, Part, parts, read_state, write_state
 from cm3leon.utils import telemetry
 from cm3leon.utils.processes import identity, stop_tree
@@ -32,17 +31,6 @@ STOP_SECONDS = 15.0
 
 class Stopped(BaseException):
     """SIGTERM."""
-
-
-def answers(address: str) -> bool:
-    """True if something answers; 401 is an answer too."""
-    try:
-        with urllib.request.urlopen(address, timeout=3):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code in (401, 403)
-    except OSError:
-        return False
 
 
 class Kept:

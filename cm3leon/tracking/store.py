@@ -72,9 +72,14 @@ def without_password(uri: str) -> str:
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
 
 
+def without_credentials(uri: str) -> str:
+    """The address of a server without user and password: as a link may have it, and as urllib takes it."""
+    return re.sub("://[^/@]*@", "://", uri)
+
+
 def health_address(uri: str) -> str:
-    """The address of a server that says whether it runs; without user and password, which urllib would take for the host's name."""
-    return re.sub("://[^/@]*@", "://", uri.rstrip("/")) + "/health"
+    """The address of a server that says whether it runs."""
+    return without_credentials(uri.rstrip("/")) + "/health"
 
 
 def prepare_store(root: Path = Path()) -> str:

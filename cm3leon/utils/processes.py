@@ -24,6 +24,11 @@ def pid_of(identity: str) -> int:
     return int(identity.split(":")[-2])
 
 
+def is_here(identity: str) -> bool:
+    """Whether an :func:`identity` is of this host."""
+    return identity.rsplit(":", 2)[0] == socket.gethostname()
+
+
 def has_ended(identity: str) -> bool:
     """Whether a process of this host has ended; False for processes of other hosts, and for texts that are no :func:`identity`."""
     rest, _, start = identity.rpartition(":")

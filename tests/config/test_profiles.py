@@ -204,6 +204,7 @@ def test_configure_sets_values(tmp_path: Path) -> None:
     ("nothing.at.all=1", r"nothing: unknown key"),
     ("pretrain.steps.more=1", r"pretrain\.steps is not a section"),
     ("=3", "is not KEY=VALUE"),
+    ("seed=2023-02-30", r"^--set seed=2023-02-30: the value is not YAML"),
     ("seed=[1", r"^--set seed=\[1: the value is not YAML"),
     ("sft.tasks={vqa: 1, vqa: 2}", r"vqa is named twice"),
     ("pretrain=3", r"pretrain: Input should be a valid dictionary"),

@@ -15,15 +15,17 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
+from cm3leon.services import stack
 from cm3leon.services.automations import STUCK_RUNS
 from cm3leon.services.environment import ServerError
 from cm3leon.services.events import emit
-from cm3leon.services.local import free_port
+from cm3leon.services.local import ServiceError, free_port
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -170,3 +172,21 @@ def test_a_part_that_is_killed_is_started_again(part: str, root: Path, up: dict[
 
         until(answers, 60)
     assert {name: pid for name, pid in parts(root).items() if name != part} == {n: p for n, p in before.items() if n != part}
+
+
+def test_services_of_another_host_are_not_stopped_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stack.HOME.mkdir()
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        stack.write_state(stack.State({"mlflow": 1, "prefect": 1, "worker": 1}, supervisor=f"elsewhere:{other.pid}:5"))
+        with pytest.raises(ServiceError, match=r"started on the host elsewhere: stop them there, or remove \.services/state\.json"):
+            stack.down()
+        assert other.poll() is None and stack.STATE.is_file()
+        other.kill()
+
+
+def test_the_password_is_one_for_all_and_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda _: stack.password(), range(8)))) == 1
+    assert stat.S_IMODE(stack.SECRETS.stat().st_mode) == 0o600 and list(stack.HOME.iterdir()) == [stack.SECRETS]

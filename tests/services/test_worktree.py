@@ -163,7 +163,7 @@ def test_a_directory_that_is_no_worktree_does_not_let_git_reach_the_project(toy:
 
 def test_a_project_that_was_moved_keeps_its_worktree(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (prepare(toy) / "kept").write_text("kept")
-    elsewhere = toy.rename(toy.with_name("elsewhere"))
+    elsewhere = toy.rename(toy.with_name(f"{toy.name}-moved"))
     monkeypatch.chdir(elsewhere)
     assert (prepare(elsewhere) / "kept").is_file()
 
