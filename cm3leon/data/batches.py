@@ -20,6 +20,7 @@ from torch import Tensor
 from cm3leon.data.epochs import Epochs, Weights
 from cm3leon.data.sequences import Sample
 from cm3leon.sequence.grammar import PAD
+from cm3leon.utils.errors import UserError
 
 GetSample = Callable[[int, int], Sample]
 """``get_sample(epoch, index)`` returns a sample; the same arguments give the same sample. With a weight other than 1, ``epoch`` is how
@@ -249,6 +250,8 @@ class TokenStream:
         return {"read": self._read, "left": self._left}
 
     def load_state(self, state: dict[str, int]) -> None:
+        if not state:
+            raise UserError("the checkpoint is of a run without packing, whose position in the data it does not have: set packing to false")
         self._read, self._left, self._next = state["read"], state["left"], None
 
 

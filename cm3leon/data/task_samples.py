@@ -114,9 +114,9 @@ class TaskSamples:
         return bounded_shares(amounts, self.config.tasks, self.config.downsampling, self.config.upsampling)
 
     def __call__(self, epoch: int, number: int) -> Sample:
-        name, row, repeat = self._locate(epoch, number)
+        name, row, earlier = self._locate(epoch, number)
         task, document = TASKS[name], self.pretraining.store[row]
-        rng = sample_rng(self.pretraining.seed + 1 + list(TASKS).index(name), epoch, document.id, repeat)
+        rng = sample_rng(self.pretraining.seed + 1 + list(TASKS).index(name), earlier, document.id)
         sampled = task.sample_fields(self._values[document.id], rng)
         template = task.templates[int(rng.integers(len(task.templates)))]
         if name == "text_to_image" and self.config.infill_share and rng.random() < self.config.infill_share:
@@ -141,14 +141,14 @@ class TaskSamples:
         return np.concatenate([[0], np.round(np.cumsum(list(self.shares.values())) * len(self)).astype(int)])
 
     def _locate(self, epoch: int, number: int) -> tuple[str, int, int]:
-        """Task and row of a sample, and how often the task's pass over its documents had the row before.
+        """Task and row of a sample, and how often the task has seen the row before, in all its passes.
 
         A task uses every document once, or as often as its weight says, before it uses one again, across epochs.
         """
         which = int(np.searchsorted(self._bounds, number, side="right")) - 1
         name, quota = list(self.shares)[which], int(self._bounds[which + 1] - self._bounds[which])
         seen = self._passes[name][epoch * quota + number - int(self._bounds[which])]
-        return name, int(self.rows[name][seen.row]), seen.repeat
+        return name, int(self.rows[name][seen.row]), seen.earlier
 
     @cached_property
     def _passes(self) -> dict[str, Epochs]:
@@ -180,13 +180,15 @@ class TaskSamples:
             body, spans = fit(body, spans, self.pretraining.context)
         masked = apply_spans(body, spans, vocabulary)
         weight = masked.is_target.astype(np.float32)
-        # The spans masked before the image have shrunk to one sentinel each.
-        image_start = body.segments[-1].start
-        image_start -= sum(stop - start - 1 for start, stop in spans if stop <= image_start)
+        # Each masked span has shrunk to one sentinel.
+        first = body.segments[-1].start
+        image_start = first - sum(stop - start - 1 for start, stop in spans if stop <= first)
         weight[:image_start] *= self.config.input_weight
         if "source" in images:
             changed = 1 + np.flatnonzero(images["source"] != document.codes)
-            weight[image_start:][np.isin(masked.image_positions[image_start:], changed)] *= self.config.edit_weight
+            image_stop = image_start + vocabulary.tokens_per_image - sum(stop - start - 1 for start, stop in spans if start >= first)
+            target = slice(image_start, image_stop)  # behind it is the source, where that is masked
+            weight[target][np.isin(masked.image_positions[target], changed)] *= self.config.edit_weight
         return Sample(masked, weight, kept_documents(body, [*chosen, document.id]))
 
     def _infill_sample(self, document: Document, template: str, values: Fields, rng: np.random.Generator) -> Sample:

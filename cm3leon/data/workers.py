@@ -43,6 +43,6 @@ def _unchanged(result: Any) -> Any:
 
 def _start(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole group, it would end the worker before the program's checkpoint
     # A fork inherits what the program's threads do at exit (Prefect sends its logs), which fails in a process without those threads.
     util.Finalize(None, os._exit, args=(0,), exitpriority=_AFTER_QUEUES)

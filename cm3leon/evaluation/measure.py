@@ -140,7 +140,7 @@ def measure_fidelity(
         record.intervals[f"fd_{extractor}"] = (max(low, 0.0), high)
 
     # 2. Coverage and the distance between halves, which need enough originals.
-    if len(real) > 2 * NEIGHBORS:
+    if len(real) // 2 > NEIGHBORS:
         record.add(f"coverage_{extractor}", keyed(ids, covered(real, found, NEIGHBORS)), resamples, seed, share=True)
         half = len(real) // 2
         record.calibration[f"fd_{extractor}_real_halves"] = frechet_distance(real[:half], real[half:])

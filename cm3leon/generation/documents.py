@@ -12,7 +12,7 @@ from cm3leon.generation.checks import BadInputError, check_not_blank, check_room
 from cm3leon.generation.engine import MAX_ROWS, generate_images, log_likelihoods
 from cm3leon.generation.image_requests import Query
 from cm3leon.generation.parts import Parts
-from cm3leon.generation.prompts import image_prompt
+from cm3leon.generation.prompts import image_prompt, likelihood_pair
 from cm3leon.generation.rerank import caption_log_likelihoods
 from cm3leon.generation.results import GeneratedImage, GeneratedText, PairScore
 from cm3leon.generation.sampling import Sampler
@@ -61,10 +61,17 @@ def continue_document(
 
 
 def score_pairs(parts: Parts, images: Sequence[Image.Image], texts: Sequence[str]) -> list[PairScore]:
-    """For each pair ``log p(text | image)``, the text infilled after the image, and ``log p(image | text)``, the image after the text."""
+    """For each pair ``log p(text | image)``, the text infilled after the image, and ``log p(image | text)``, the image after the text.
+
+    Raises:
+        PromptTooLongError: if an image and its text do not fit in the context.
+    """
     vocabulary = parts.model.vocabulary
     codes = parts.encode_images(images)
     segments: list[list[SegmentTokens]] = [[("text", parts.text_tokens(text))] for text in texts]
+    for number, (own, row) in enumerate(zip(segments, codes, strict=True)):
+        before, scored = likelihood_pair(own, row, (0,), vocabulary)
+        check_room(parts.model, [before], len(scored.tokens) - 1, f"pair {number}")  # the last token is predicted and not read
     of_texts = caption_log_likelihoods(parts.model, [Query(own, (0,)) for own in segments], list(codes))
     of_images: list[float] = []
     image_positions = np.arange(1, vocabulary.tokens_per_image + 1)

@@ -72,7 +72,7 @@ class Parts:
 
     def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Codes (B, tokens_per_image) of images of any size; each is cropped and resized to the tokenizer's square."""
-        batches = []
+        batches = [np.zeros((0, self.model.vocabulary.tokens_per_image), np.int64)]
         for start in range(0, len(images), BATCH):
             pixels = np.stack([np.asarray(fit_square(image, self.image_size)) for image in images[start : start + BATCH]])
             batches.append(self.image_tokenizer.encode(to_channels_first(torch.from_numpy(pixels), self.model.device)).cpu().numpy())

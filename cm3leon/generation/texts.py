@@ -101,7 +101,9 @@ def fill_blanks(
             raise BadInputError(f"text {number} must have 1 to {vocabulary.sentinels} blanks ({BLANK}), found {len(own) - 1}")
     prompts = []
     for own, image in zip(pieces, codes, strict=True):
-        prompts.append(blanks_prompt([parts.text_tokens(piece.strip()) for piece in own], image, vocabulary))
+        # As in training a blank has the space before it, and the text behind it keeps its own.
+        texts_around = [own[0].strip(), *(piece.rstrip() for piece in own[1:])]
+        prompts.append(blanks_prompt([parts.text_tokens(piece) for piece in texts_around], image, vocabulary))
     # 2. The first blank of all texts, then the second ...: a blank sees what filled those before it.
     spans: list[list[list[int]]] = [[] for _ in texts]
     for blank in range(max((len(own) - 1 for own in pieces), default=0)):

@@ -100,6 +100,8 @@ def chunked_cross_entropy(
     Returns:
         The sum, float32 and differentiable, and the cross-entropies (N,), float32, without z-loss and not differentiable.
     """
+    if not torch.is_grad_enabled():  # inside of the function it never is, so that it asks whether its inputs need gradients
+        hidden_ND, output_VD = hidden_ND.detach(), output_VD.detach()
     rows = chunk or max(1, CHUNK_ELEMENTS.get(hidden_ND.device.type, 1 << 26) // len(output_VD))
     total, losses_N = _ChunkedCrossEntropy.apply(hidden_ND, output_VD, targets_N, weights_N, z_loss, rows)
     return total, losses_N

@@ -124,8 +124,8 @@ def fit(body: Body, spans: Spans, longest: int) -> tuple[Body, Spans]:
     """Shorten the source until the masked sequence has at most ``longest`` tokens.
 
     In this order: (1) text outside the spans, from the end of each segment, the first retrieved document's before the query's;
-    (2) whole retrieved documents that hold no span; (3) the last span is left unmasked, and (1) and (2) start over.
-    Images and spans are never cut.
+    (2) if that is not enough, the first retrieved document that holds no span, and what is left starts over, whole; (3) the last span is
+    left unmasked, and (1) and (2) start over. Images and spans are never cut.
 
     Raises:
         ValueError: if the unmasked body cannot be made to fit.
@@ -145,14 +145,20 @@ def fit(body: Body, spans: Spans, longest: int) -> tuple[Body, Spans]:
             excess -= len(free)
     for number in range(body.segments[-1].document if body.segments else 0):
         own = [s for s in body.segments if s.document == number]
-        if excess > 0 and not any(masked[s.start : s.stop].any() for s in own):
-            region = slice(own[0].start, own[-1].stop + 1)  # with the <break> that follows
-            excess -= int((~dropped[region]).sum())
-            dropped[region] = True
+        kept = any(s.length for s in own)  # not dropped yet
+        if excess > 0 and kept and not any(masked[s.start : s.stop].any() for s in own):
+            dropped[:] = False
+            dropped[own[0].start : own[-1].stop + 1] = True  # with the <break> that follows
+            return fit(*_without(body, spans, dropped), longest)
     if excess > 0 and spans:
         return fit(body, spans[:-1], longest)
     if excess > 0:
         raise ValueError(f"a sequence of {len(body.tokens) + 1} tokens cannot be cut to {longest}: its images alone are longer")
+    return _without(body, spans, dropped)
+
+
+def _without(body: Body, spans: Spans, dropped: np.ndarray) -> tuple[Body, Spans]:
+    """A body without some tokens, none of them in a span, and its spans."""
     before = np.concatenate([[0], np.cumsum(~dropped)])
     return body.without(dropped), [(int(before[start]), int(before[stop])) for start, stop in spans]
 

@@ -199,6 +199,8 @@ class EncoderTrainer:
         rate = learning_rate_at(number, peak=config.learning_rate, steps=config.steps, warmup_steps=config.warmup_steps)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         return {"loss": loss, "gradient_norm": norm}
 
     def draw(self, step: int, positions: np.ndarray) -> tuple[list[str], list[list[str]]]:
@@ -239,7 +241,7 @@ class EncoderTrainer:
         # 2. The loss, and its gradient at the vectors. Every process computes the same, so the scale's is divided among them.
         owners = [row for row, count in enumerate(negatives) for _ in range(count)]
         owners_m = torch.tensor(owners, dtype=torch.long, device=world.device)
-        scale = self.model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        scale = self.model.logit_scale.exp()
         loss = contrastive_loss(images_nd, texts_nd, negatives_md, owners_m, scale)
         loss.backward()
         self.model.logit_scale.grad /= world.size

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cm3leon.config import paths
 from cm3leon.config.schema import TrainConfig
-from cm3leon.data.batches import Batch, GetSample, SampleStream, Stream, TokenStream
+from cm3leon.data.batches import Batch, GetSample, SampleStream, Stream, TokenStream, pack
 from cm3leon.data.epochs import Weights
 from cm3leon.models.decoder import Decoder
 from cm3leon.tracking.runs import Run
@@ -38,9 +38,9 @@ def make_stream(get_sample: GetSample, size: int, section: TrainConfig, seed: in
 
 def first_batches(get_sample: GetSample, size: int, section: TrainConfig, seed: int) -> list[Batch]:
     """Validation batches: the first ``validation_samples`` samples of a shuffled epoch."""
-    most = min(section.batch_size, section.validation_samples)
-    stream = SampleStream(get_sample, size, section.micro_batch_size or most, seed)
-    return [stream(step) for step in range(max(1, section.validation_samples // stream.batch_size))]
+    together = section.micro_batch_size or min(section.batch_size, section.validation_samples)
+    samples = SampleStream(get_sample, size, section.validation_samples, seed).samples(0)
+    return [pack(samples[start : start + together]) for start in range(0, len(samples), together)]
 
 
 def train(

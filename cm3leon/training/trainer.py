@@ -79,7 +79,7 @@ class State:
     losses: list[float] = field(default_factory=list)
     unread: list[Step] = field(default_factory=list)
     best: float = math.inf
-    task_sums: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
+    task_sums: Tensor = field(default_factory=lambda: torch.zeros(2, 0, dtype=torch.float64))
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and optimizer states by name; this process's shards of them if the model is sharded."""
@@ -205,7 +205,7 @@ def read_losses(state: State, name: str) -> None:
 def _add_task_losses(task_sums: Tensor, batch: Batch, losses_BT: Tensor) -> None:
     """Add the losses of a batch's targets to those of their tasks."""
     losses_N = losses_BT.flatten()[batch.targets]
-    task_sums.index_add_(1, batch.tasks.flatten()[batch.targets], torch.stack([losses_N, torch.ones_like(losses_N)]))
+    task_sums.index_add_(1, batch.tasks.flatten()[batch.targets], torch.stack([losses_N, torch.ones_like(losses_N)]).double())
 
 
 def task_losses(state: State, tasks: Sequence[str]) -> dict[str, float]:
@@ -298,7 +298,8 @@ def fit(
     """
     metrics: dict[str, float] = {}
     throughput = _Throughput(state)
-    state.task_sums = torch.zeros(2, len(tasks) + 1 if tasks else 0, device=state.world.device)
+    # In float64: counts of float32 end at 2**24 tokens.
+    state.task_sums = torch.zeros(2, len(tasks) + 1 if tasks else 0, dtype=torch.float64, device=state.world.device)
 
     def say(message: str) -> None:
         if state.world.rank == 0:

@@ -164,6 +164,19 @@ def test_fidelity_scores_are_named_after_the_extractor_and_calibrated():
     assert record.calibration["coverage_pixels_reconstructions"] == 1
 
 
+@pytest.mark.parametrize("count", range(8, 14))
+def test_any_number_of_images_is_measured(count):
+    images = [Image.new("RGB", (8, 8), (number, 2 * number, 0)) for number in range(count)]
+
+    class Pixels:
+        def encode_images(self, images):
+            return np.stack([np.asarray(image, dtype=float).reshape(-1, 3).mean(0) for image in images])
+
+    record = Record()
+    measure.measure_fidelity(record, "pixels", Pixels(), [str(number) for number in range(count)], images, images, images, 10, 0)
+    assert ("coverage_pixels" in record.scores) == (count // 2 > 5)
+
+
 def test_every_score_lies_in_its_interval():
     rng = np.random.default_rng(1)
     real = [Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)) for _ in range(40)]

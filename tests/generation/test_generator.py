@@ -1,6 +1,7 @@
 """The user's interface on untrained models: repeatable, independent of the batch, with provenance, and clear about bad input."""
 
 import io
+import itertools
 import json
 from dataclasses import replace
 
@@ -257,12 +258,42 @@ def test_blanks_are_filled_and_the_rest_of_the_text_kept(generator):
         assert [generator.infill_text([text], images and [RED])[0].text for text in texts] == [each.text for each in found]
 
 
+def test_the_text_behind_a_blank_is_tokenized_as_in_training(generator, monkeypatch):
+    """There a blank takes the space before it, and what follows keeps its own."""
+    read = []
+    encode = type(generator.parts).text_tokens
+
+    def recorded(parts, text):
+        read.append(text)
+        return encode(parts, text)
+
+    monkeypatch.setattr(type(generator.parts), "text_tokens", recorded)
+    generator.infill_text(["a ___ circle and ___ ring "])
+    assert read == ["a", " circle and", " ring"]
+
+
+def test_nothing_is_made_of_nothing(generator):
+    assert generator.caption([]) == generator.edit([], []) == generator.infill([], [], []) == generator.score([], []) == []
+    assert generator.vqa([], []) == generator.infill_text([]) == generator.text_to_image([]) == []
+
+
 def test_documents_are_continued_in_turn(generator):
     [one, other] = generator.interleave([["a red circle"], ["a red circle", RED]], segments=2, seed=1)
     assert one[0] == "a red circle" and one[1].image.size == (32, 32)
     assert (one[1].prompt, one[1].seed, one[1].task) == ("a red circle", 1, "interleave")
     assert other[:2] == ["a red circle", RED] and all(isinstance(part, GeneratedText) and part.seed == 1 for part in other[2:3])
     assert len(one) <= 3 and len(other) <= 4
+
+
+def test_a_text_is_scored_whole_or_refused(generator):
+    """Up to the last length that fits, each word more makes a text less likely: none is left out unseen."""
+    found = []
+    for words in range(1, 200):
+        try:
+            found += generator.score([RED], [" ".join(["circle"] * words)])
+        except PromptTooLongError:
+            break
+    assert 5 < len(found) < 199 and all(a.text > b.text for a, b in itertools.pairwise(found))
 
 
 def test_scores_are_likelihoods_of_the_text_and_of_the_image(generator):

@@ -122,6 +122,16 @@ def test_a_long_sequence_loses_source_tokens_never_a_target():
     assert cut > 300
 
 
+def test_text_is_not_cut_where_a_retrieved_document_is_left_out_all_the_same():
+    documents = [[("text", VOCABULARY.text([1, 2, 3])), ("image", VOCABULARY.image(range(16)))] for _ in range(2)]
+    body = build_body(documents)
+    query = body.segments[-2]
+    shorter, [span] = fit(body, [(query.start, query.start + 1)], len(body.tokens) - 8)
+    assert [s.length for s in shorter.segments] == [0, 0, 3, 16]  # the query is whole
+    assert len(shorter.tokens) == 1 + 3 + 1 + 16
+    assert shorter.tokens[span[0]] == body.tokens[query.start]
+
+
 def test_a_full_sequence_with_one_span_holds_its_whole_target():
     body = build_body([[("text", VOCABULARY.text(range(30))), ("image", VOCABULARY.image(range(16)))]])
     for span in ((1, 31), (32, 48), (5, 12)):

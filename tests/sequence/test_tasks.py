@@ -4,6 +4,7 @@ import itertools
 import re
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,8 +12,9 @@ import pytest
 from tests_support import OBJECTIVE, make_documents
 
 from cm3leon.config.schema import SFTConfig
+from cm3leon.data import task_samples
 from cm3leon.data.epochs import Weights
-from cm3leon.data.sequences import PretrainingSamples
+from cm3leon.data.sequences import PretrainingSamples, sample_rng
 from cm3leon.data.task_samples import TaskSamples, bounded_shares
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
 from cm3leon.generation.prompts import answer_prompt, image_prompt, infill_prompt, likelihood_pair
@@ -332,13 +334,26 @@ def test_a_pass_of_a_task_has_a_document_as_often_as_its_weight_says(samples):
     found = [weighted(*divmod(number, 70)) for number in range(20 * 70)]
     counts = Counter(sample.documents[0] for sample in found)
     assert all(abs(counts[name] - 20 * weight) <= 5 for name, weight in zip(ids, weights.values, strict=True))
-    only = weighted.only("vqa")
-    kinds = {tuple(sample.masked.tokens.tolist()) for number in range(70) if (sample := only(0, number)).documents == (ids[1],)}
-    assert len(kinds) > 1  # a document that a pass has three times is no copy
     ones = replace(plain, weights=Weights.of_documents(ids, dict.fromkeys(ids, 1.0), 0))
     for number in range(120):
         one, other = plain(*divmod(number, 40)), ones(*divmod(number, 40))
         assert one.masked.tokens.tolist() == other.masked.tokens.tolist() and one.documents == other.documents
+
+
+def test_a_document_is_sampled_anew_each_time_also_by_a_task_with_several_passes_an_epoch(samples, monkeypatch):
+    few = samples({"text_to_image": 1.0, "vqa": 1.0}, lambda row: {} if row % 8 == 1 else {"questions": []}, upsampling=4.0)
+    drawn: list[tuple[int, ...]] = []
+
+    def recorded(seed: int, *of_sample: Any) -> np.random.Generator:
+        drawn.append((seed, *of_sample))
+        return sample_rng(seed, *of_sample)
+
+    monkeypatch.setattr(task_samples, "sample_rng", recorded)
+    for epoch in range(3):
+        for number in range(len(few)):
+            few(epoch, number)
+    assert len(few.rows["vqa"]) < len(few) * few.shares["vqa"], "the task has several passes in an epoch"
+    assert len(drawn) == len(set(drawn)) == 3 * len(few)
 
 
 def test_documents_without_a_task_are_no_samples(samples):

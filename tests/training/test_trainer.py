@@ -10,15 +10,17 @@ import pytest
 import torch
 from tests_support import OBJECTIVE, decoder_spec, make_documents
 
-from cm3leon.config.schema import TrainConfig
+from cm3leon.config.schema import SFTConfig, TrainConfig
 from cm3leon.data.batches import SampleStream, TokenStream, collate
-from cm3leon.data.sequences import PretrainingSamples
+from cm3leon.data.sequences import PretrainingSamples, Sample
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.models.decoder import Decoder, stored_weights
+from cm3leon.sequence.cm3 import Masked
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.loop import DivergenceError
 from cm3leon.training.optimizer import learning_rate_at, make_optimizers
+from cm3leon.training.run import first_batches
 from cm3leon.training.trainer import LOG_EVERY, fit, setup, validate
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
@@ -300,3 +302,18 @@ def test_stored_weights_are_read_one_by_one(tmp_path):
     assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
     with pytest.raises(ValueError, match="no weights for"):
         setup(Decoder.load(tmp_path, "meta"), CONFIG, weights=iter([]))
+
+
+@pytest.mark.parametrize("together", [None, 3, 4, 100])
+def test_validation_samples_do_not_depend_on_the_size_of_a_micro_batch(together):
+    def sample(epoch, index):
+        tokens = np.array([1, 10 + index, 1])
+        masked = Masked(tokens, np.ones(3, bool), np.zeros(3, int), None, (), "none")
+        return Sample(masked, np.ones(3, np.float32), (str(index),))
+
+    section = SFTConfig(batch_size=4, micro_batch_size=together, validation_samples=10)
+    batches = first_batches(sample, 40, section, 0)
+    tokens = torch.cat([batch.tokens.flatten() for batch in batches])
+    whole = first_batches(sample, 40, section.model_copy(update={"micro_batch_size": 10}), 0)
+    assert torch.equal(tokens, whole[0].tokens.flatten()) and len(tokens) == 30
+    assert max(batch.tokens.numel() for batch in batches) <= 3 * (together or 4)
