@@ -31,8 +31,9 @@ COPY --chown=cm3leon:cm3leon flows/__init__.py flows/
 RUN make install
 
 COPY --chown=cm3leon:cm3leon . .
-# DVC wants a repository; the history itself stays out of the image.
-RUN git init --quiet
+# DVC wants a repository, and deployments run on its last commit; the history itself stays out of the image.
+RUN git init --quiet && git add --all \
+ && git -c user.name=cm3leon -c user.email=cm3leon@localhost commit --quiet --message "The image's code"
 ENV PATH=/home/cm3leon/project/.venv/bin:$PATH
 EXPOSE 8000
 CMD ["make", "run", "PROFILE=tiny"]

@@ -130,9 +130,11 @@ def _check_lock() -> None:
 # --- another working tree --------------------------------------------------------------------------------------------
 
 
-def share_cache(directory: Path, cache: Path) -> None:
-    """Let the working tree in ``directory`` use another one's cache; its own local setting, which git does not keep."""
-    _dvc("cache", "dir", "--local", str(cache.absolute()), directory=directory)
+def share_cache(directory: Path, project: Path) -> None:
+    """Let the working tree in ``directory`` use a project's cache, wherever that is; a local setting, which git does not keep."""
+    lines: list[str] = []
+    _dvc("cache", "dir", on_line=lines.append, directory=project)
+    _dvc("cache", "dir", "--local", str((project / lines[-1]).absolute()), directory=directory)
 
 
 def restore(directory: Path) -> None:

@@ -111,7 +111,7 @@ def _share(root: Path, tree: Path) -> None:
     local = Path(".dvc/config.local")
     if (root / local).is_file():
         shutil.copy(root / local, tree / local)
-    dvc_commands.share_cache(tree, root / ".dvc/cache")
+    dvc_commands.share_cache(tree, root)
 
 
 def _link_collection(root: Path, tree: Path) -> None:

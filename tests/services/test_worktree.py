@@ -114,6 +114,12 @@ def test_results_are_kept_as_experiments_and_taken_over(toy: Path, monkeypatch: 
     assert git(toy, "rev-parse", "HEAD") == head and git(toy, "status", "--short") == "?? dvc.lock\n"
 
 
+def test_it_has_the_cache_that_the_project_has(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    dvc(toy, "cache", "dir", "--local", str(tmp_path_factory.mktemp("shared")))
+    dvc(toy, "repro")
+    assert (prepare(toy) / "out/third").read_text() == "third"
+
+
 def test_a_newer_run_in_the_project_is_taken_over_with_its_outputs(toy: Path) -> None:
     tree = prepare(toy)
     dvc(toy, "repro")

@@ -137,6 +137,8 @@ class Files:
         value = structure_of(cell, expected)
         if isinstance(value, list) and all(isinstance(item, dict) and {"kind", "image"} <= set(item) for item in value):
             value = {text_of(item["kind"]): item["image"] for item in value}
+        if isinstance(value, list) and all(isinstance(item, tuple) and len(item) == 2 for item in value):  # a map of parquet
+            value = dict(value)
         if value is not None and not isinstance(value, dict):
             raise malformed(expected, cell)
         names = {kind: text_of(name) for kind, name in (value or {}).items()}
