@@ -30,6 +30,9 @@ TAIL_LINES = 40
 OWNER = "CM3LEON_OWNER_PID"
 """Variable with the id of the process that has started a command, and with which the command is to end."""
 WATCH_SECONDS = 1.0
+END_SECONDS = 600.0
+"""From SIGTERM to SIGKILL of a command: the step and the checkpoint of a large model take minutes. Prefect's worker kills a canceled flow
+sooner; the command, which has its SIGTERM by then, ends by itself."""
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07]*\x07")
 """ANSI control sequences (CSI and OSC), which are no text."""
@@ -68,7 +71,7 @@ def run_command(command: Sequence[str], on_line: Callable[[str], None], environm
             status = process.wait()
         finally:
             if process.poll() is None:
-                stop_tree(process.pid)
+                stop_tree(process.pid, END_SECONDS)
                 process.wait()
             if terminal:
                 terminal.close()
