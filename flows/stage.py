@@ -72,7 +72,7 @@ def run_stage(stage: str, log: Callable[[str], None]) -> StageResult:
         # DVC tells by its output only whether it ran the command.
         if line.startswith(METRICS):
             _read_metrics(line, result)
-        elif line == f"Stage '{stage}' didn't change, skipping":
+        elif line in (f"Stage '{stage}' didn't change, skipping", f"'{stage}' didn't change, skipping"):  # the latter of a .dvc file
             result.state = "Skipped"
         elif line.startswith(f"Stage '{stage}' is cached"):
             result.state = "Cached"

@@ -9,6 +9,7 @@ One process, the supervisor (``cm3leon/services/supervisor.py``), starts the par
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from cm3leon.services.automations import mark_stuck_runs
 from cm3leon.services.environment import PREFECT_HOME, SERVICES_FILE, child_path, prepare_project
 from cm3leon.services.local import HOST, ServiceError, answers, free_port, pages_environment
 from cm3leon.services.mlflow_server import CREDENTIALS_ENV
-from cm3leon.tracking.sqlite import sqlite_uri
+from cm3leon.tracking.sqlite import has_uri_characters, sqlite_uri
 from cm3leon.utils.processes import has_ended, is_here, pid_of, stop_tree
 
 HOME = SERVICES_FILE.parent
@@ -152,8 +153,9 @@ def parts(state: State) -> list[Part]:
     artifacts = Path("mlruns").absolute().as_uri()
     prefect = {"PREFECT_HOME": str(PREFECT_HOME.absolute()), "PREFECT_SERVER_API_AUTH_STRING": clients["PREFECT_API_AUTH_STRING"]}
     prefect |= pages_environment(state.prefect)
-    if state.prefect_database:
-        prefect["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = state.prefect_database
+    if state.prefect_database or has_uri_characters(PREFECT_HOME.absolute()):
+        own = sqlite_uri(PREFECT_HOME / "prefect.db", driver="aiosqlite")
+        prefect["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = state.prefect_database or own
     health_port = str(state.ports["worker"])
     return [
         Part(
@@ -178,7 +180,7 @@ def parts(state: State) -> list[Part]:
 
 
 def up(mlflow_port: int = 5000, prefect_port: int = 4200) -> State:
-    """Start the services and create the deployments of ``prefect.yaml``; changes nothing if they are up.
+    """Start the services and create the deployments of ``prefect.yaml``; changes nothing if they are up. A second call waits for the first.
 
     Args:
         mlflow_port, prefect_port: to listen on; the next free one if one is in use.
@@ -186,7 +188,16 @@ def up(mlflow_port: int = 5000, prefect_port: int = 4200) -> State:
     Raises:
         ServiceError: if a part does not answer in time.
     """
+    HOME.mkdir(exist_ok=True)
+    with (HOME / "up.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _up(mlflow_port, prefect_port)
+
+
+def _up(mlflow_port: int, prefect_port: int) -> State:
     if (state := read_state()) and state.supervisor and (is_here(state.supervisor) or answers(f"{state.prefect}/api/health")):
+        _deploy(state)  # which an interrupted start may not have come to
+        mark_stuck_runs(client_environment(state))
         return state
     if MLFLOW_DATABASE not in os.environ:
         prepare_project(needs_store=True)
