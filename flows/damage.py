@@ -30,9 +30,7 @@ def mend_files(root: Path) -> None:
             shutil.copyfile(lock, part)
             part.replace(copy)
         elif b"<<<<<<<" in lock.read_bytes():
-            raise UserError(
-                f"{lock} has the marks of a conflict that git could not merge: resolve it, or take one side by: git checkout --ours"
-            )
+            raise UserError(f"{lock} has a conflict that git could not merge: resolve it, or take one side by: git checkout --ours {LOCK}")
         else:
             lock.replace(f"{lock}.damaged")
             if copy.is_file():

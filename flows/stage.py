@@ -37,6 +37,10 @@ OUT_OF_MEMORY = (
 )
 
 
+END_SECONDS = 600.0
+"""From SIGTERM to SIGKILL of a stage: the step and the checkpoint of a large model take minutes."""
+
+
 @dataclass
 class StageResult:
     """How a stage ended.
@@ -79,7 +83,7 @@ def run_stage(stage: str, log: Callable[[str], None]) -> StageResult:
         if not CHATTER.match(line):
             log(line)
 
-    finished = run_command(dvc_command(stage), read, {**os.environ, "PATH": child_path()})
+    finished = run_command(dvc_command(stage), read, {**os.environ, "PATH": child_path()}, END_SECONDS)
     result.seconds = time.monotonic() - start
     if finished.status != 0:
         result.state = "Failed"

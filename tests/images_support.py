@@ -128,6 +128,17 @@ def icc_profile(red: tuple[float, float, float], green: tuple[float, float, floa
     return header.ljust(128, b"\0") + struct.pack(">I", len(names)) + table + data
 
 
+def gray_profile() -> bytes:
+    """An ICC profile (version 2) of a gray display with a linear response."""
+    white, linear = b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061), b"curv\0\0\0\0" + struct.pack(">I", 0)
+    start = 128 + 4 + 12 * 2
+    table = b"wtpt" + struct.pack(">II", start, len(white)) + b"kTRC" + struct.pack(">II", start + len(white), len(linear))
+    size = start + len(white) + len(linear)
+    header = struct.pack(">I4sI4s4s4s", size, b"\0\0\0\0", 0x02400000, b"mntr", b"GRAY", b"XYZ ") + bytes(12) + b"acsp" + bytes(28)
+    header += struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + struct.pack(">I", 2) + table + white + linear
+
+
 # --- hostile files ---------------------------------------------------------------------------------------------------
 
 

@@ -92,18 +92,21 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     embedded = image.info.get("icc_profile")
     if not embedded or image.mode.startswith("I") or image.mode == "F":
         return image
-    if image.mode in ("RGB", "L") and "transparency" in image.info:
-        image = image.convert("RGBA")  # the color that stands for transparency would be another one
+    if image.mode in ("RGB", "L") and "transparency" in image.info:  # the color that stands for it would be another one
+        image = image.convert("RGBA" if image.mode == "RGB" else "LA")
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
         mode = "RGBA" if image.mode == "RGBA" else "RGB"
-        found = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
+        colors = image.getchannel("L") if image.mode == "LA" else image
+        found = ImageCms.profileToProfile(colors, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image
     if found is None:
         return image
+    if image.mode == "LA":
+        found.putalpha(image.getchannel("A"))
     found.info.pop("icc_profile", None)
     return found
 

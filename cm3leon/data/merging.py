@@ -39,8 +39,8 @@ def merge_rows(rows: Sequence[SourceRow]) -> list[SourceRow]:
 
 
 def _agree(one: SourceRow, other: SourceRow) -> bool:
-    if one.problem:
-        return False
+    if one.problem or other.edited_from in (one.key, *one.other_keys) or one.edited_from in (other.key, *other.other_keys):
+        return False  # an edit that has changed nothing is not its original
     texts = ((getattr(one, name), getattr(other, name)) for name in TEXTS)
     return all(None in pair or pair[0] == pair[1] for pair in texts) and all(
         one.conditions.get(kind, image) == image for kind, image in other.conditions.items()

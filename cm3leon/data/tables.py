@@ -108,12 +108,15 @@ def _csv(path: Path) -> tuple[list[str], Iterator[Row]]:
 def _has_quoted_cells(path: Path) -> bool:
     """Whether quotes enclose cells in a file with tabs. Many programs write no such quotes, and a caption may begin with one.
 
-    Read as a cell in quotes that would not end, or only at a quote some rows later, with the tabs of these rows in it.
+    Read as a cell in quotes that would not end, or only at a quote some rows later, with the tabs of these rows in it. A file that has such
+    cells is read without quotes if each of its lines then has all columns.
     """
     try:
-        return not any("\t" in cell and "\n" in cell for _, cells in _lines(path, "\t") for cell in cells)
+        if not any("\t" in cell and "\n" in cell for _, cells in _lines(path, "\t") for cell in cells):
+            return True
     except SourceError:
-        return False
+        pass
+    return len({len(cells) for _, cells in _lines(path, "\t", quoted=False)}) > 1
 
 
 def _lines(path: Path, separator: str, quoted: bool = True) -> Iterator[tuple[int, list[str]]]:

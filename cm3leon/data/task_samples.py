@@ -187,7 +187,8 @@ class TaskSamples:
         if "source" in images:
             changed = 1 + np.flatnonzero(images["source"] != document.codes)
             image_stop = image_start + vocabulary.tokens_per_image - sum(stop - start - 1 for start, stop in spans if start >= first)
-            target = slice(image_start, image_stop)  # behind it is the source, where that is masked
+            # Behind it is the source, where that is masked; codes of the result in a masked span lie there too and have their plain weight.
+            target = slice(image_start, image_stop)
             weight[target][np.isin(masked.image_positions[target], changed)] *= self.config.edit_weight
         return Sample(masked, weight, kept_documents(body, [*chosen, document.id]))
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import psutil
 
 from cm3leon.services.leftovers import PROCESSES, owned
-from cm3leon.utils.processes import identity, stop_tree
+from cm3leon.utils.processes import STOP_SECONDS, identity, stop_tree
 
 TAIL_LINES = 40
 """Last lines of output that are kept for an error message."""
@@ -30,9 +30,6 @@ TAIL_LINES = 40
 OWNER = "CM3LEON_OWNER_PID"
 """Variable with the id of the process that has started a command, and with which the command is to end."""
 WATCH_SECONDS = 1.0
-END_SECONDS = 600.0
-"""From SIGTERM to SIGKILL of a command: the step and the checkpoint of a large model take minutes. Prefect's worker kills a canceled flow
-sooner; the command, which has its SIGTERM by then, ends by itself."""
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07]*\x07")
 """ANSI control sequences (CSI and OSC), which are no text."""
@@ -46,11 +43,16 @@ class Finished:
     tail: list[str]
 
 
-def run_command(command: Sequence[str], on_line: Callable[[str], None], environment: Mapping[str, str] | None = None) -> Finished:
+def run_command(
+    command: Sequence[str],
+    on_line: Callable[[str], None],
+    environment: Mapping[str, str] | None = None,
+    end_seconds: float = STOP_SECONDS,
+) -> Finished:
     """Run ``command``; every line of standard output, and of standard error if that is not a terminal, goes to ``on_line``.
 
-    If this process is interrupted, the child and its descendants get SIGTERM and are waited for (:func:`stop_tree`). If it is killed, the
-    next run ends them.
+    If this process is interrupted, the child and its descendants get SIGTERM, and SIGKILL after ``end_seconds`` (:func:`stop_tree`). If it
+    is killed, the next run ends them.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     terminal = _Terminal(tail) if sys.stderr.isatty() else None
@@ -71,7 +73,7 @@ def run_command(command: Sequence[str], on_line: Callable[[str], None], environm
             status = process.wait()
         finally:
             if process.poll() is None:
-                stop_tree(process.pid, END_SECONDS)
+                stop_tree(process.pid, end_seconds)
                 process.wait()
             if terminal:
                 terminal.close()

@@ -145,10 +145,7 @@ def restore(directory: Path) -> None:
     Raises:
         DvcError: if the cache has lost some of them; the others are there.
     """
-    stages = yaml.safe_load((directory / DVC_LOCK).read_text()).get("stages", {}).values()
-    outputs = [out["path"] for stage in stages for out in stage.get("outs", [])]
-    if outputs:
-        _dvc("checkout", "--force", *outputs, directory=directory)
+    _dvc("checkout", "--force", "dvc.yaml", directory=directory)
 
 
 def save_experiment(name: str) -> None:

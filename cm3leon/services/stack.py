@@ -29,6 +29,7 @@ from cm3leon.services.environment import PREFECT_HOME, SERVICES_FILE, child_path
 from cm3leon.services.local import HOST, ServiceError, answers, free_port, pages_environment
 from cm3leon.services.mlflow_server import CREDENTIALS_ENV
 from cm3leon.tracking.sqlite import has_uri_characters, sqlite_uri
+from cm3leon.tracking.store import warn
 from cm3leon.utils.processes import has_ended, is_here, pid_of, stop_tree
 
 HOME = SERVICES_FILE.parent
@@ -112,9 +113,13 @@ def password() -> str:
         made = json.dumps({"user": USER, "password": secrets.token_urlsafe(24)}) + "\n"
         with tempfile.NamedTemporaryFile("w", dir=HOME, delete=False) as draft:  # for its owner alone, and never half of it
             draft.write(made)
-        with suppress(FileExistsError):  # another process was first
+        try:
             os.link(draft.name, SECRETS)
-        Path(draft.name).unlink()
+        except FileExistsError:  # another process was first
+            pass
+        except OSError:  # the disk has no links
+            Path(draft.name).replace(SECRETS)
+        Path(draft.name).unlink(missing_ok=True)
     return str(json.loads(SECRETS.read_text())["password"])
 
 
@@ -180,7 +185,7 @@ def parts(state: State) -> list[Part]:
 
 
 def up(mlflow_port: int = 5000, prefect_port: int = 4200) -> State:
-    """Start the services and create the deployments of ``prefect.yaml``; changes nothing if they are up. A second call waits for the first.
+    """Start the services if they are not up, and create the deployments of ``prefect.yaml``. A second call waits for the first.
 
     Args:
         mlflow_port, prefect_port: to listen on; the next free one if one is in use.
@@ -199,6 +204,8 @@ def _up(mlflow_port: int, prefect_port: int) -> State:
         _deploy(state)  # which an interrupted start may not have come to
         mark_stuck_runs(client_environment(state))
         return state
+    if state and state.supervisor and not is_here(state.supervisor):
+        warn(f"{STATE} is of the host {state.supervisor.split(':')[0]}; if services still run there on these databases, stop them")
     if MLFLOW_DATABASE not in os.environ:
         prepare_project(needs_store=True)
     LOGS.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ def project_of(tree: Path) -> Path | None:
 def prepare(root: Path) -> Path:
     """Bring the worktree of a project to the last commit, and return it. While a run works there it is left as it is.
 
-    Where there is no git, as in a container, runs work in the project: its root is returned.
+    Where there is no git, runs work in the project: its root is returned.
 
     Raises:
         WorktreeError: if the project has no commit.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import nullcontext
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
@@ -80,12 +81,14 @@ def create_app(worker: Worker, hosts: Collection[str] | None = LOOPBACK) -> Guar
     def task_endpoint(kind: type[schemas.TaskRequest], successor: str | None = None) -> Callable[..., Awaitable[Response]]:
         """An endpoint for one kind of request; ``successor`` is the path that replaces it if it is deprecated."""
 
+        has_images = not kind.model_fields.keys().isdisjoint({"image", "document"})
+
         async def endpoint(body: Any, request: Request) -> Response:
             if body.model not in (None, name):
                 raise ApiError(404, f"model: this server has {name!r} (found {body.model!r})", param="model", code="model_not_found")
-            worker.check_room()
-            async with decoding:
-                call = await run_in_threadpool(body.call, worker.ready())
+            with worker.arriving():
+                async with decoding if has_images else nullcontext():
+                    call = await run_in_threadpool(body.call, worker.ready())
             result = await answer(worker, call, request)
             headers = {}
             if successor or body.is_deprecated:

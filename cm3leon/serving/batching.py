@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -88,6 +88,7 @@ class Worker:
         self._load = load
         self._queue: list[Job] = []
         self._running: list[Job] = []
+        self._arriving = 0
         self._changed = threading.Condition()
         self._seconds_per_request = 1.0
         self._thread = threading.Thread(target=self._work, name="generator", daemon=True)
@@ -119,17 +120,33 @@ class Worker:
         activity = "loading its model" if self.state is State.LOADING else "shutting down"
         raise ApiError(503, f"the server is {activity}; try again later", code=self.state, retry_after=5)
 
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """A request that becomes a call inside of the block: it counts as one that waits.
+
+        Raises:
+            ApiError: as :meth:`check_room`.
+        """
+        with self._changed:
+            self.check_room()
+            self._arriving += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._arriving -= 1
+
     def check_room(self, pixels: int = 0) -> None:
-        """Whether a call with images of so many pixels could be queued now; asked also before they are decoded.
+        """Whether a call with images of so many pixels could be queued now.
 
         Raises:
             ApiError: 429 if the queue is full, 503 if the worker takes no calls.
         """
         with self._changed:
             self.ready()
-            waiting = len(self._queue)
+            waiting = len(self._queue) + self._arriving
             # A call that waits alone is taken whatever its size.
-            if waiting >= self.capacity or (waiting and pixels + sum(job.call.pixels for job in self._queue) > MAX_QUEUED_PIXELS):
+            if waiting >= self.capacity or (self._queue and pixels + sum(job.call.pixels for job in self._queue) > MAX_QUEUED_PIXELS):
                 seconds = max(1, math.ceil(self._seconds_per_request * waiting))
                 raise ApiError(
                     429, f"{waiting} requests are queued already; try again in {seconds} s", code="queue_full", retry_after=seconds

@@ -69,7 +69,7 @@ def tracking_uri(root: Path = Path()) -> str:
 
 def without_password(uri: str) -> str:
     """The URI as a message may show it."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+    return re.sub(r"(://[^/@:]*):.*@", r"\1:***@", uri)
 
 
 def without_credentials(uri: str) -> str:
@@ -164,8 +164,9 @@ def migrate(uri: str) -> None:
     A copy is migrated and then takes the file's place, so that the file stays as it was if that fails or is killed. Call it in one process
     at a time: see :func:`prepare_store`.
     """
-    file = sqlite_file(uri)
-    assert file is not None
+    found = sqlite_file(uri)
+    assert found is not None
+    file = found.resolve()  # the copy takes the place of the file, not of a link to it
     current = schema_revision(file)  # before MLflow's import: a damaged file is noticed at once
     import sqlite3
 
@@ -187,6 +188,7 @@ def migrate(uri: str) -> None:
         part = Path(f"{file}.part")
         shutil.copyfile(file, part)
         part.replace(f"{file}.{current}.bak")
+        shutil.copymode(file, new)
     new.replace(file)
 
 

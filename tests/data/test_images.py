@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from images_support import CHANNELS, DEPTHS, MODES, SRGB, encode, icc_profile, in_mode, noise, png_chunks, png_of
+from images_support import CHANNELS, DEPTHS, MODES, SRGB, encode, gray_profile, icc_profile, in_mode, noise, png_chunks, png_of
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
@@ -224,6 +224,15 @@ def test_a_color_profile_is_applied(mode: str) -> None:
 def test_a_transparent_color_is_found_beside_a_profile() -> None:
     image = encode(Image.new("RGB", (4, 4), (100, 100, 100)), transparency=(100, 100, 100), icc_profile=icc_profile(*SRGB))
     assert decode(image).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_gray_profile_and_transparency_are_both_applied() -> None:
+    profile = gray_profile()
+    plain = decode(encode(Image.new("L", (4, 4), 128), icc_profile=profile)).getpixel((0, 0))
+    assert plain != (128, 128, 128)
+    assert decode(encode(Image.new("L", (4, 4), 128), icc_profile=profile, transparency=7)).getpixel((0, 0)) == plain
+    assert decode(encode(Image.new("L", (4, 4), 128), icc_profile=profile, transparency=128)).getpixel((0, 0)) == (255, 255, 255)
+    assert decode(encode(Image.new("LA", (4, 4), (128, 0)), icc_profile=profile)).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

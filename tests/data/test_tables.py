@@ -112,6 +112,19 @@ def test_in_a_tsv_a_caption_may_begin_with_a_quote(tmp_path: Path) -> None:
     assert [cells["caption"] for cells in read(tmp_path / "m.tsv")] == ["two\nlines", 'a "b"']
 
 
+def test_one_odd_cell_does_not_undo_the_quotes_of_a_tsv(tmp_path: Path) -> None:
+    rows = [
+        {"image": "0.png", "caption": 'say "hi"'},
+        {"image": "1.png", "caption": "a tab\tand\na line"},
+        {"image": "2.png", "caption": "c"},
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "m.tsv", sep="\t", index=False)
+    assert read(tmp_path / "m.tsv") == rows
+    (tmp_path / "m.tsv").write_text('image\tcaption\n0.png\t"two\nlines"\n1.png\t"cut')
+    with pytest.raises(SourceError, match=r"row that begins on line 4: .*; correct its quotes"):
+        read(tmp_path / "m.tsv")
+
+
 def test_a_date_that_python_has_not_is_no_reason_to_lose_a_row(tmp_path: Path) -> None:
     times = pa.array([0, 2**62], pa.timestamp("us"))
     pq.write_table(pa.table({"image": ["a.png", "b.png"], "seen": times}), tmp_path / "m.parquet")

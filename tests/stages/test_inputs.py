@@ -36,7 +36,7 @@ def test_inputs_are_logged_and_only_the_model_is_imported(recorded: list[tuple[s
     torch.manual_seed(0)
     ImageTokenizer(spec).save(Path("elsewhere"))
     Path("elsewhere/checkpoint.pt").write_bytes(b"a pickle")
-    images = ImageTokenizerConfig(pretrained="elsewhere")
+    images = ImageTokenizerConfig(pretrained="elsewhere", image_size=32)
     config = Config(ingest=IngestConfig(shapes=ShapesConfig(count=60)), image_tokenizer=images)
 
     ingest.run(config)
