@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from cm3leon.sequence.grammar import Prompt
 
 
+HOW_TO_TUNE = "add it to sft.tasks, and to the collection what it is made of (docs/data.md), and train again"
+"""What to do about a task that a model was not tuned for."""
+
+
 class BadInputError(UserError):
     """A request cannot be answered; the message says what to change."""
 
@@ -99,7 +103,7 @@ def task_settings(parts: Parts, task: str, changes: Mapping[str, Any]) -> Decodi
     settings = checked_settings(parts.decoding, {**parts.decoding.tasks.get(task, {}), **given})
     if task not in parts.trained_tasks:
         known = ", ".join(sorted(parts.trained_tasks))
-        raise BadInputError(f"this model was not tuned for {task} (it knows {known}); add it to sft.tasks and train again")
+        raise BadInputError(f"this model was not tuned for {task} (it knows {known}); {HOW_TO_TUNE}")
     guided = settings.guidance != 1 or settings.contrastive > 0 or (task == "edit" and settings.image_guidance != 1)
     if guided and parts.training is not None and not parts.training.masked_prompts:
         raise BadInputError(

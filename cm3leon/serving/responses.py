@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from cm3leon.generation.checks import HOW_TO_TUNE
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.results import DocumentPart, GeneratedImage, GeneratedText, PairScore
 from cm3leon.generation.task_names import GENERATOR_TASKS
@@ -55,7 +56,7 @@ def describe(generator: Generator) -> dict[str, Any]:
     """The abilities of a model: for each task null, or why it cannot do it; sizes of images, decoding defaults, limits."""
     tasks: dict[str, str | None] = dict.fromkeys(GENERATOR_TASKS)
     for name in set(TASKS) - generator.trained_tasks:
-        tasks[name] = f"this model was not tuned for {name}; add it to sft.tasks and train again"
+        tasks[name] = f"this model was not tuned for {name}; {HOW_TO_TUNE}"
     if generator.super_resolution is None:
         tasks["upscale"] = "this model has no upscaler; run the stage super_resolution"
     return {
