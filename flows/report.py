@@ -49,7 +49,7 @@ class Before:
     def note(self, *stages: str) -> str:
         """What "~" means, if it is shown for one of the stages."""
         shown = self.of(*stages).startswith("~")
-        return f"~ not run here before: median of {self.reference.count} fresh runs ({RESULTS_PAGE})" if shown else ""
+        return f"~ not run here before: median of the fresh runs that were timed ({RESULTS_PAGE})" if shown else ""
 
     def scores(self) -> list[tuple[str, str, str, str, str]]:
         """Rows of the scores: name, of this run, median and range of the fresh runs, and whether this run is worse than all of them."""

@@ -97,7 +97,7 @@ def printed(before: Before, width: int) -> str:
 def test_seconds_stand_beside_those_of_the_last_run_here_or_of_fresh_runs(run: Run, width: int) -> None:
     cells = {row[1]: row for row in ([cell.strip() for cell in line.split("│")] for line in printed(BESIDE, width).splitlines()) if row[1:]}
     assert cells["sft"][3:5] == ["12.5", "11.5"] and cells["evaluate"][3:5] == ["1.0", "~300.0"] and cells["all"][4] == "~311.5"
-    assert "~ not run here before: median of 5 fresh runs" in printed(BESIDE, width)
+    assert "~ not run here before: median of the fresh runs" in printed(BESIDE, width)
     assert "~" not in printed(Before({"sft": 11.5}), width)
 
 
