@@ -52,7 +52,7 @@ def prepare(root: Path) -> Path:
     Where there is no git, runs work in the project: its root is returned.
 
     Raises:
-        WorktreeError: if the project has no commit.
+        WorktreeError: if the project has no commit, or the worktree is damaged for the second time.
         cm3leon.utils.errors.ConfigError: if the commit's ``params.yaml`` is invalid.
     """
     if problem := git_problem(root):
@@ -80,7 +80,8 @@ def _make(root: Path, tree: Path) -> bool:
         subprocess.run(["git", "worktree", "repair", str(tree)], cwd=root, capture_output=True, check=False)
     if tree.exists() and not _is_worktree(tree):
         aside = tree.with_name(f"{tree.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside.exists():
+            raise WorktreeError(f"{tree} is no git worktree, and {aside} is one that was put aside before: remove what is not needed")
         tree.rename(aside)
         warn(f"{tree} was no git worktree; it is {aside} now, and a new one is made")
     if tree.exists():

@@ -32,7 +32,7 @@ class Call:
 
     @property
     def pixels(self) -> int:
-        """Of its images, while it waits."""
+        """Pixels of its images, all together."""
         parts = [part for element in self.item for part in (element if isinstance(element, list) else [element])]
         return sum(part.width * part.height for part in parts if isinstance(part, Image.Image))
 

@@ -103,6 +103,39 @@ def test_a_damaged_store_is_named_and_left_as_it_is(project, capfd, damage):
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("password", ["secret", "pa/ss", "p@ss", "a:b"])
+def test_a_message_has_no_password(password):
+    assert store.without_password(f"postgresql://me:{password}@host:5432/db") == "postgresql://me:***@host:5432/db"
+    for plain in ("http://host:5000", "sqlite:////home/me/mlflow.db"):
+        assert store.without_password(plain) == plain
+
+
+def test_a_migration_that_is_killed_leaves_the_store_and_the_link_to_it(project, monkeypatch, tmp_path):
+    import sqlite3
+
+    from mlflow.db import upgrade
+
+    def migrate_half(uri):
+        with sqlite3.connect(sqlite_file(uri)) as half:
+            half.execute("DROP TABLE metrics")
+        half.close()
+        raise KeyboardInterrupt
+
+    file = Path("mlflow.db").rename(tmp_path / "elsewhere.db")
+    Path("mlflow.db").symlink_to(file)
+    with sqlite3.connect(file) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    connection.close()
+    before = file.read_bytes()
+    monkeypatch.setattr(upgrade, "callback", migrate_half)
+    with pytest.raises(KeyboardInterrupt):
+        store.migrate(sqlite_uri(Path("mlflow.db")))
+    assert file.read_bytes() == before and Path("mlflow.db").is_symlink()
+    monkeypatch.setattr(upgrade, "callback", lambda uri: None)
+    store.migrate(sqlite_uri(Path("mlflow.db")))
+    assert Path("mlflow.db").is_symlink() and Path(f"{file}.451aebb31d03.bak").read_bytes() == before
+
+
 def test_a_migration_that_fails_leaves_the_store_as_it_was(project, monkeypatch):
     """An older store, whose migration meets a table that it is to make."""
     import sqlite3
