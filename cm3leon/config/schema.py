@@ -383,7 +383,7 @@ class EvaluateConfig(Section):
 
     prompts: int = Field(256, ge=1, description="held-out captions to generate images for")
     captions: int = Field(256, ge=1, description="held-out images to caption")
-    questions: int = Field(400, ge=1, description="held-out questions to answer")
+    questions: int = Field(2000, ge=1, description="held-out questions to answer")
     tasks: int = Field(100, ge=1, description="held-out samples of each other task")
     inception: str | None = Field(
         None,

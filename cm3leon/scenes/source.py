@@ -144,7 +144,7 @@ def _row(plan: Plan, config: ShapesConfig) -> SourceRow:
         instruction=plan.instruction,
         long_caption=scene_text.long_caption(scene),
         objects=[(item.label, _pixel_box(item, config.size)) for item in scene.objects],
-        questions=scene_text.questions(scene, rng),
+        questions=scene_text.questions(scene, rng, every=plan.split == "train"),
         reasoning=scene_text.reasoning(scene, rng),
         text_in_image=scene.letter,
     )

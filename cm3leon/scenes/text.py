@@ -109,13 +109,13 @@ def long_caption(scene: Scene) -> str:
     return " ".join(sentences)
 
 
-def _existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A question about the presence of an object, with yes or no equally likely.
+def _existence(scene: Scene, rng: random.Random, there: bool) -> tuple[str, str]:
+    """A question about the presence of an object that is ``there`` or is not.
 
     Most negatives are hard: in 80 % of them the color or the shape occurs in the scene, in another combination.
     """
     present = {(item.color, item.shape) for item in scene.objects}
-    if rng.random() < 0.5:
+    if there:
         color, shape = rng.choice(sorted(present))
         return _is_there(scene, color, shape)
     colors, shapes = sorted({c for c, _ in present}), sorted({s for _, s in present})
@@ -161,30 +161,56 @@ def _relation_questions(scene: Scene) -> list[tuple[str, str]]:
     return found
 
 
-def questions(scene: Scene, rng: random.Random) -> list[tuple[str, list[str]]]:
-    """Questions with their answers in lower case: one of each kind. Each has exactly one right answer."""
+def questions(scene: Scene, rng: random.Random, every: bool = False) -> list[tuple[str, list[str]]]:
+    """Questions with their answers in lower case: one of each kind. Each has exactly one right answer.
+
+    Args:
+        every: ask for the color, the size and the shape of every object, and for one that is there and one that is not. Questions about
+            several objects of one image tell which attributes belong together: a decoder that is asked about one learns to name a color
+            that occurs.
+    """
     background = ("What is the background color?", scene.background)
     if scene.letter:
-        chosen = [("Which letter is shown?", scene.letter.lower()), ("What color is the letter?", scene.objects[0].color), background]
+        chosen = [
+            ("Which letter is shown?", scene.letter.lower()),
+            ("What color is the letter?", f"the letter is {scene.objects[0].color}"),
+            background,
+        ]
         return [(question, [answer]) for question, answer in chosen]
     # A list of questions for each kind; only attributes that identify an object uniquely are used to refer to it.
-    kinds: list[list[tuple[str, str]]] = [
-        [("How many objects are there?", str(len(scene.objects)))], [background], _relation_questions(scene),
-    ]  # fmt: skip
+    kinds = [[("How many objects are there?", str(len(scene.objects)))], [background], _relation_questions(scene)]
+    attributes = _attribute_questions(scene)
+    if every:
+        chosen = [*(rng.choice(kind) for kind in kinds if kind), *itertools.chain(*attributes)]
+        chosen += [_existence(scene, rng, there=True), _existence(scene, rng, there=False)]
+    else:
+        chosen = [*(rng.choice(kind) for kind in [*kinds, *attributes] if kind), _existence(scene, rng, there=rng.random() < 0.5)]
+    rng.shuffle(chosen)
+    return [(question, [answer]) for question, answer in chosen]
+
+
+def _attribute_questions(scene: Scene) -> list[list[tuple[str, str]]]:
+    """Questions for the color, the size and the shape of objects, a list of each, with answers like ``"the cross is red"``.
+
+    The answer first says what it is about. A small decoder finds what belongs to the word that it has just written; to find what belongs to
+    a word of the question is a step more, which it often does not learn.
+    """
     if scene.identical:
         item = scene.objects[0]
         many = plural(item.shape)
-        kinds += [[(f"What color are the {many}?", item.color)], [(f"What size are the {many}?", item.size)]]
-        kinds += [[(f"What shape are the {item.color} objects?", item.shape)]]
-    else:
-        shapes, colors = [o.shape for o in scene.objects], [o.color for o in scene.objects]
-        one_shape = [o for o in scene.objects if shapes.count(o.shape) == 1]
-        kinds.append([(f"What color is the {o.shape}?", o.color) for o in one_shape])
-        kinds.append([(f"What size is the {o.shape}?", o.size) for o in one_shape])
-        kinds.append([(f"What shape is the {o.color} object?", o.shape) for o in scene.objects if colors.count(o.color) == 1])
-    chosen = [*(rng.choice(kind) for kind in kinds if kind), _existence(scene, rng)]
-    rng.shuffle(chosen)
-    return [(question, [answer]) for question, answer in chosen]
+        return [
+            [(f"What color are the {many}?", f"the {many} are {item.color}")],
+            [(f"What size are the {many}?", f"the {many} are {item.size}")],
+            [(f"What shape are the {item.color} objects?", f"{item.color} {many}")],
+        ]
+    shapes, colors = [item.shape for item in scene.objects], [item.color for item in scene.objects]
+    one_shape = [item for item in scene.objects if shapes.count(item.shape) == 1]
+    one_color = [item for item in scene.objects if colors.count(item.color) == 1]
+    return [
+        [(f"What color is the {item.shape}?", f"the {item.shape} is {item.color}") for item in one_shape],
+        [(f"What size is the {item.shape}?", f"the {item.shape} is {item.size}") for item in one_shape],
+        [(f"What shape is the {item.color} object?", with_article(f"{item.color} {item.shape}")) for item in one_color],
+    ]
 
 
 def reasoning(scene: Scene, rng: random.Random) -> list[Problem]:

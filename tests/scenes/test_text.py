@@ -6,9 +6,11 @@ import random
 import re
 from collections import Counter
 
+import pytest
+
 from cm3leon.scenes.composition import parse_caption
 from cm3leon.scenes.scene import COLORS, Scene, relation, sample_scene
-from cm3leon.scenes.text import captions, in_reading_order, long_caption, questions, reasoning, with_article
+from cm3leon.scenes.text import captions, in_reading_order, long_caption, plural, questions, reasoning, with_article
 
 SCENES = [sample_scene(random.Random(i), 3, 16, 0.1) for i in range(600)]
 
@@ -90,10 +92,13 @@ def _answers(scene: Scene, question: str) -> set[str]:
         return {o.letter.lower() for o in objects if o.letter}
     if question.startswith("Is there"):
         return {_compared(scene, *words[-2:])}
-    if found := re.fullmatch(r"What shape (?:is|are) the (\w+) objects?\?", question):
-        return {o.shape for o in objects if o.color == found[1]}
-    if found := re.fullmatch(r"What (color|size) (?:is|are) the (\w+?)(?:(?<=ss)es|s)?\?", question):
-        return {getattr(o, found[1]) for o in objects if o.shape in (found[2], words[-1])}
+    if found := re.fullmatch(r"What shape is the (\w+) object\?", question):
+        return {with_article(f"{o.color} {o.shape}") for o in objects if o.color == found[1]}
+    if found := re.fullmatch(r"What shape are the (\w+) objects\?", question):
+        return {f"{o.color} {plural(o.shape)}" for o in objects if o.color == found[1]}
+    if found := re.fullmatch(r"What (color|size) (is|are) the (\w+)\?", question):
+        about = [o for o in objects if found[3] == (o.shape if found[2] == "is" else plural(o.shape))]
+        return {f"the {found[3]} {found[2]} {getattr(o, found[1])}" for o in about}
     if found := re.fullmatch(r"What is (left of|right of|above|below) the (\w+ \w+)\?", question):
         return _side(scene, found[2], found[1])
     raise AssertionError(f"unknown question {question}")
@@ -110,10 +115,11 @@ def _compared(scene: Scene, color: str, shape: str) -> str:
     return f"{color} {item.color} {verdicts[0]}, {shape} {item.shape} {verdicts[1]}, no"
 
 
-def test_every_question_has_exactly_one_true_answer_which_is_the_given_one() -> None:
+@pytest.mark.parametrize("every", [False, True])
+def test_every_question_has_exactly_one_true_answer_which_is_the_given_one(every: bool) -> None:
     for i, scene in enumerate(SCENES):
-        asked = questions(scene, random.Random(i))
-        assert 3 <= len(asked) <= 8
+        asked = questions(scene, random.Random(i), every)
+        assert 3 <= len(asked) <= (14 if every else 8)
         assert len({question for question, _ in asked}) == len(asked)
         for question, answers in asked:
             assert _answers(scene, question) == set(answers), (scene, question)
@@ -135,6 +141,21 @@ def test_kinds_of_questions_are_mixed_and_yes_no_is_balanced() -> None:
         assert color in COLORS
         hard += any(color == o.color or shape == o.shape for o in scene.objects)
     assert hard > 0.6 * len(negatives)
+
+
+def test_of_every_object_that_one_attribute_tells_from_the_others_the_attributes_are_asked() -> None:
+    for i, scene in enumerate(SCENES):
+        if scene.letter or scene.identical:
+            continue
+        answers = {question: answer for question, [answer] in questions(scene, random.Random(i), every=True)}
+        for item in scene.objects:
+            if sum(other.shape == item.shape for other in scene.objects) == 1:
+                assert answers[f"What color is the {item.shape}?"].endswith(f" is {item.color}")
+                assert answers[f"What size is the {item.shape}?"].endswith(f" is {item.size}")
+            if sum(other.color == item.color for other in scene.objects) == 1:
+                assert answers[f"What shape is the {item.color} object?"].endswith(f" {item.shape}")
+        concluded = [answer.split(", ")[-1] for question, answer in answers.items() if question.startswith("Is there")]
+        assert sorted(concluded) == ["no", "yes"]
 
 
 def _concludes(scene: Scene, question: str) -> str:
