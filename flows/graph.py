@@ -35,6 +35,20 @@ def stage_order(root: str | Path = ".") -> list[Stage]:
         return [Stage(stage.addressing, tuple(sorted(needed.addressing for needed in graph.successors(stage)))) for stage in order]
 
 
+def missing_parameters(root: str | Path = ".") -> list[str]:
+    """Keys that ``dvc.yaml`` names and ``params.yaml`` lacks. DVC itself would refuse them after the stage that depends on one has run."""
+    from dvc.dependency import ParamsDependency
+    from dvc.repo import Repo
+
+    missing: set[str] = set()
+    with Repo(str(root)) as repo:
+        for stage in repo.index.stages:
+            for dependency in stage.deps:
+                if isinstance(dependency, ParamsDependency):
+                    missing |= set(dependency.params) - dependency.read_params().keys()
+    return sorted(missing)
+
+
 def downstream_of(stages: list[Stage], name: str) -> list[str]:
     """Every stage that depends on stage ``name``, directly or not. ``stages`` in topological order, as is the result."""
     found: list[str] = []

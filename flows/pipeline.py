@@ -33,7 +33,7 @@ from cm3leon.tracking.runs import Run  # noqa: E402
 from cm3leon.utils.errors import UserError  # noqa: E402
 from flows.approval import DECISION_HOURS, Hours, check_can_wait, with_decision  # noqa: E402
 from flows.drift import DRIFT, drift_task, with_drift_check  # noqa: E402
-from flows.graph import Stage, downstream_of, from_stage, stage_order, stale_stages  # noqa: E402
+from flows.graph import Stage, downstream_of, from_stage, missing_parameters, stage_order, stale_stages  # noqa: E402
 from flows.notify import tell_failure  # noqa: E402
 from flows.promotion import register_gate_promote  # noqa: E402
 from flows.report import Before, markdown, show_table  # noqa: E402
@@ -130,7 +130,8 @@ def prepare(profile: str | None, first_stage: str | None) -> tuple[Config, list[
     """The parameters and the stages to run; ``params.yaml`` is written only if all is valid.
 
     Raises:
-        UserError: for an unknown profile or stage, an invalid ``params.yaml``, or stages before ``first_stage`` that are out of date.
+        UserError: for an unknown profile or stage, an invalid or incomplete ``params.yaml``, or stages before ``first_stage`` that are
+            out of date.
     """
     from cm3leon.config.loading import load_config
     from cm3leon.config.profiles import configure
@@ -142,6 +143,8 @@ def prepare(profile: str | None, first_stage: str | None) -> tuple[Config, list[
     prepare_project()
     check_inputs(load_config())
     stages = stage_order()
+    if missing := missing_parameters():
+        raise UserError(f"params.yaml lacks {', '.join(missing)}, which dvc.yaml names; write a complete file with: cm3leon configure NAME")
     return load_config(), from_stage(stages, first_stage) if first_stage else stages
 
 

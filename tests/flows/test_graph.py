@@ -16,7 +16,7 @@ from cm3leon.config.files import named_files
 from cm3leon.config.schema import Config
 from cm3leon.stages.common import STAGES
 from cm3leon.utils.imports import import_closure
-from flows.graph import downstream_of, stage_order, stale_stages
+from flows.graph import downstream_of, missing_parameters, stage_order, stale_stages
 
 ROOT = Path(__file__).parents[2]
 INFRASTRUCTURE = {
@@ -111,6 +111,18 @@ def test_weights_that_change_make_stale_what_reads_them(tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
+def test_parameters_that_the_file_lacks_are_found_before_a_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_project(tmp_path, {"first": []}, ["first"])
+    stages = yaml.safe_load(Path("dvc.yaml").read_text())
+    stages["stages"]["first"]["params"] = ["seed", "index", "encoder.model"]
+    Path("dvc.yaml").write_text(yaml.safe_dump(stages))
+    Path("params.yaml").write_text("index: {kind: flat}\nencoder: {}\n")
+    assert missing_parameters() == ["encoder.model", "seed"]
+    Path("params.yaml").write_text("index: {kind: flat}\nencoder: {model: null}\nseed: 0\n")
+    assert missing_parameters() == []
+
+
 def test_a_run_waits_while_another_holds_dvcs_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By itself DVC gives up after three seconds."""
     monkeypatch.chdir(tmp_path)
