@@ -185,7 +185,7 @@ def setup() -> None:
 def ui(
     mlflow_port: Annotated[int, typer.Option(min=1, max=65_535, help="port to listen on; the next free one if it is in use")] = 5000,
     prefect_port: Annotated[int, typer.Option(min=1, max=65_535)] = 4200,
-    docs_port: Annotated[int, typer.Option(min=1, max=65_535)] = 8000,
+    docs_port: Annotated[int, typer.Option(min=1, max=65_535)] = 8001,
 ) -> None:
     """MLflow, Prefect and the Data Docs on 127.0.0.1, until Ctrl-C."""
     from cm3leon.services.local import serve

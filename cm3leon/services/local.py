@@ -121,7 +121,7 @@ def services(uri: str, experiment_id: str, mlflow_port: int, prefect_port: int, 
     return by_name
 
 
-def serve(mlflow_port: int = 5000, prefect_port: int = 4200, docs_port: int = 8000) -> None:
+def serve(mlflow_port: int = 5000, prefect_port: int = 4200, docs_port: int = 8001) -> None:
     """Start the servers that are not running yet, print their addresses, stop them on Ctrl-C or SIGTERM."""
     from mlflow import MlflowClient
 
