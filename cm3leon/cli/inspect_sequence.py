@@ -154,9 +154,13 @@ def heading(sample: Sample, candidates: Sequence[str]) -> list[str]:
         lines.append(f"  {label_of(number, len(ids))}: {document_id}{note}")
     lines.append(f"  neighbors in the table: {', '.join(candidates) or 'none'}")
     for number, (start, stop) in enumerate(masked.spans):
-        segment = next(s for s in masked.body.segments if s.start <= start and stop <= s.stop)
-        whole = "all" if (start, stop) == (segment.start, segment.stop) else f"{stop - start} of {segment.length} tokens"
-        lines.append(f"  <mask:{number}>: {whole} of the {label_of(segment.document, len(ids))}'s {segment.modality}")
+        parts = []
+        for segment in masked.body.segments:  # a span has several where it may cross breaks
+            shared = min(stop, segment.stop) - max(start, segment.start)
+            if shared > 0:
+                amount = "all" if shared == segment.length else f"{shared} of {segment.length} tokens"
+                parts.append(f"{amount} of the {label_of(segment.document, len(ids))}'s {segment.modality}")
+        lines.append(f"  <mask:{number}>: {' and '.join(parts)}")
     return lines if masked.spans else [*lines, "  nothing masked"]
 
 

@@ -87,6 +87,8 @@ def checked_settings(defaults: DecodingConfig, changes: Mapping[str, Any]) -> De
         return type(defaults).model_validate({**defaults.model_dump(), **given})
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # of a check over several settings, which says what it found
+            raise BadInputError(first["msg"].removeprefix("Value error, ")) from None
         name = first["loc"][0]
         if new := current_name(f"decoding.{name}"):
             raise BadInputError(f"{name} is now called {new.removeprefix('decoding.')}") from None

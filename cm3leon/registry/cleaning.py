@@ -142,11 +142,11 @@ def _remove_from_mlflow(client: MlflowClient, dropped: Sequence[Version], dry_ru
     for version in dropped:
         runs.pop(version.run_id or "", None)
     garbage = [Garbage(f"version {version}", _size(client, version)) for version in dropped]
-    garbage += [Garbage(f"deleted run {run_id}", size) for run_id, size in runs.items()]
+    garbage += [Garbage(f"deleted run {run_id}", _bytes(address)) for run_id, address in runs.items()]
     if dry_run or not garbage:
         return garbage
     models = _delete(client, dropped)
-    _mlflow_gc(client.tracking_uri, [*runs, *(version.run_id for version in dropped if version.run_id)], models)
+    _mlflow_gc(client, [*runs, *(version.run_id for version in dropped if version.run_id)], models)
     return garbage
 
 
@@ -164,31 +164,34 @@ def _delete(client: MlflowClient, versions: Sequence[Version]) -> list[str]:
     return models
 
 
-def _deleted_runs(client: MlflowClient) -> dict[str, int]:
-    """Runs of all experiments that are marked as deleted, except entries of the ledger: id and bytes of artifacts."""
+def _deleted_runs(client: MlflowClient) -> dict[str, str]:
+    """Runs of all experiments that are marked as deleted, except entries of the ledger: id and address of the artifacts."""
     from mlflow.entities import ViewType
 
     experiments = [e.experiment_id for e in client.search_experiments(ViewType.ALL) if e.name != ledger.EXPERIMENT]
-    found: dict[str, int] = {}
+    found: dict[str, str] = {}
     token = None
     while True:
         page = client.search_runs(experiments, run_view_type=ViewType.DELETED_ONLY, page_token=token)
-        found |= {run.info.run_id: _bytes(run.info.artifact_uri) for run in page}
+        found |= {run.info.run_id: run.info.artifact_uri for run in page}
         token = page.token
         if not token:
             return found
 
 
-def _mlflow_gc(uri: str, runs: Sequence[str], models: Sequence[str]) -> None:
-    for start in range(0, len(runs), RUNS_AT_ONCE):
-        command = [sys.executable, "-m", "mlflow", "gc", "--run-ids", ",".join(runs[start : start + RUNS_AT_ONCE])]
-        if models and start == 0:
+def _mlflow_gc(client: MlflowClient, runs: Sequence[str], models: Sequence[str]) -> None:
+    # Not by an option: the address may have a password, and lists of processes show options.
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": client.tracking_uri}
+    while runs:
+        command = [sys.executable, "-m", "mlflow", "gc", "--run-ids", ",".join(runs[:RUNS_AT_ONCE])]
+        if models:
             command += ["--logged-model-ids", ",".join(models)]
-        # Not by an option: the address may have a password, and lists of processes show options.
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
         if done.returncode != 0:
             raise CleaningError(f"mlflow gc failed: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
+        # The command removes all runs of deleted experiments besides, and refuses those that are gone.
+        left = _deleted_runs(client)
+        runs, models = [run for run in runs[RUNS_AT_ONCE:] if run in left], []
 
 
 def _model(client: MlflowClient, version: Version) -> LoggedModel | None:

@@ -75,7 +75,8 @@ def backup(target: Path) -> Iterator[Path]:
 def restore(source: Path) -> Iterator[Path]:
     """Copy a backup into the project in the working directory, which may be another; yields the paths, each after it is copied.
 
-    Artifacts' addresses become those of this project, and runs that were at work are marked as killed.
+    Artifacts' addresses become those of this project, and runs that were at work are marked as killed. Schedules are off, and runs that had
+    not begun are gone: the worker would start those whose time has come, in the original project.
 
     Raises:
         BackupError: if ``source`` is no backup, or something would be replaced that is kept nowhere else.
@@ -94,6 +95,8 @@ def restore(source: Path) -> Iterator[Path]:
     yield from _copy((*DATABASES, *FILES, ARTIFACTS), source, Path())
     if DATABASES[0].is_file():
         _move_store(DATABASES[0], moved_from)
+    if DATABASES[1].is_file():
+        _unschedule(DATABASES[1])
 
 
 def databases_elsewhere() -> list[str]:
@@ -147,3 +150,11 @@ def _move_store(database: Path, moved_from: Path) -> None:
                     (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
                 )
         connection.execute("UPDATE runs SET status = 'KILLED', end_time = ? WHERE status = 'RUNNING'", (time.time_ns() // 10**6,))
+
+
+def _unschedule(database: Path) -> None:
+    """Switch off the schedules in a copy of Prefect's database, and delete the runs that have not begun."""
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("PRAGMA foreign_keys = ON")  # a run's states go with it
+        connection.execute("UPDATE deployment_schedule SET active = 0")
+        connection.execute("DELETE FROM flow_run WHERE state_type = 'SCHEDULED' AND start_time IS NULL")

@@ -84,6 +84,20 @@ def test_a_document_is_shown_with_its_neighbors_and_masks(project):
     assert "\x1b[" in colored
 
 
+def test_of_a_mask_across_breaks_all_that_it_hides_is_named(project):
+    pretrain = Config.model_validate({"pretrain": {**PACKED, "objective": {"mean_masks": 2.0, "across_breaks": True}}}).pretrain
+    samples = training_samples(TokenStore(paths.TOKENS), build_vocabulary(pretrain.model), pretrain, CONFIG.seed)
+    several = 0
+    for epoch in range(50):
+        sample = samples(epoch, 0)
+        shown = [line for line in inspect_sequence.heading(sample, []) if "<mask:" in line]
+        for line, (start, stop) in zip(shown, sample.masked.spans, strict=True):
+            parts = [s for s in sample.masked.body.segments if s.start < stop and start < s.stop]
+            assert [found[1] for found in re.finditer(r"'s (text|image)", line)] == [s.modality for s in parts]
+            several += len(parts) > 1
+    assert several > 5
+
+
 def test_a_packed_sample_is_what_training_reads_in_that_step(project):
     samples = source()
     stream = make_stream(samples, len(samples), CONFIG.pretrain, CONFIG.seed, 400)

@@ -358,6 +358,7 @@ def test_other_precisions_find_almost_the_same_likelihoods(generator, tiny_model
         (lambda g: g.vqa([Image.new("RGB", (8, 8))], [" "]), BadInputError, "empty"),
         (lambda g: g.write([""]), BadInputError, "text 0 is empty"),
         (lambda g: g.text_to_image(["x"], no_such=1), BadInputError, "no_such"),
+        (lambda g: g.text_to_image(["x"], tasks={"foo": {}}), BadInputError, "^tasks names foo; tasks are"),
         (lambda g: g.text_to_image(["x"], contrastive=2.0), BadInputError, "contrastive"),
         (lambda g: g.text_to_image(["x"], references=[]), BadInputError, "1 prompts but 0 references"),
         (lambda g: g.edit([RED], []), BadInputError, "1 images but 0 instructions"),

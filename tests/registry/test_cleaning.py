@@ -16,7 +16,7 @@ import torch
 from registry_support import CONFIG, aliases, evaluated, released
 
 from cm3leon.config import paths
-from cm3leon.registry import ledger, registry
+from cm3leon.registry import cleaning, ledger, registry
 from cm3leon.registry.cleaning import KEEP_RUN_DAYS, CleaningError, Garbage, clean, kept_versions
 from cm3leon.registry.registry import Version, find_bundle
 from cm3leon.services.disk import tree_size
@@ -81,6 +81,19 @@ def test_dropped_versions_deleted_runs_and_old_checkpoints_are_gone_and_their_by
     for version in ("1", "3", "5"):
         assert (find_bundle(f"models:/cm3leon/{version}") / "model.safetensors").is_file()
     assert registry_ledger() == entries
+    assert list(clean(keep=1)) == []
+
+
+def test_runs_of_a_deleted_experiment_go_in_several_calls_too(project_with_dvc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cleaning, "RUNS_AT_ONCE", 1)
+    released(0.5)
+    client = registry.connect()
+    known = client.get_experiment_by_name("cm3leon").experiment_id
+    deleted = client.create_experiment("abandoned")
+    runs = [client.create_run(experiment).info.run_id for experiment in (deleted, known, deleted)]
+    client.delete_run(runs[1])
+    client.delete_experiment(deleted)
+    assert {item.what for item in clean(keep=1)} == {f"deleted run {run}" for run in runs}
     assert list(clean(keep=1)) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -101,6 +102,40 @@ def test_the_restored_project_has_the_same_registry_and_generates(
     client = registry.connect()
     assert client.search_runs([experiment_id_of(client, tracking_uri())], "attributes.status = 'RUNNING'") == []
     assert len(promotion.history()) == entries + 1 and not (stages / "mlruns").exists()
+
+
+def test_what_the_original_had_planned_does_not_run_in_the_copy(
+    project: Path, copied: Callable[[], Path], clone: Path, prepared_prefect: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    Path(".prefect").mkdir()
+    shutil.copyfile(prepared_prefect, ".prefect/prefect.db")
+    with closing(sqlite3.connect(".prefect/prefect.db")) as connection, connection:
+        insert(connection, "flow", id="f", name="cm3leon")
+        insert(connection, "deployment", id="d", flow_id="f", name="nightly")
+        insert(connection, "deployment_schedule", id="s", deployment_id="d", active=1, schedule='{"interval": 86400}')
+        for name, kind, start in (
+            ("planned", "SCHEDULED", None),
+            ("resumed", "SCHEDULED", "2026-01-01"),
+            ("waits", "PAUSED", "2026-01-01"),
+        ):
+            insert(connection, "flow_run", id=name, flow_id="f", deployment_id="d", name=name, state_type=kind, start_time=start)
+            insert(connection, "flow_run_state", id=f"state {name}", flow_run_id=name, type=kind, name=kind)
+    copy = copied()
+    monkeypatch.chdir(clone)
+    list(backup.restore(copy))
+    with closing(sqlite3.connect(".prefect/prefect.db")) as connection:
+        assert connection.execute("SELECT active FROM deployment_schedule").fetchall() == [(0,)]
+        for column, table in (("id", "flow_run"), ("flow_run_id", "flow_run_state")):
+            assert sorted(connection.execute(f"SELECT {column} FROM {table}")) == [("resumed",), ("waits",)]
+
+
+def insert(connection: sqlite3.Connection, table: str, **values: object) -> None:
+    """Insert a row; other columns that must have a value have an empty one."""
+    for _, name, kind, required, default, _ in connection.execute(f"PRAGMA table_info({table})").fetchall():
+        if required and default is None:
+            values.setdefault(name, 0 if kind in ("INTEGER", "BOOLEAN", "FLOAT") else "{}")
+    connection.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", tuple(values.values()))
 
 
 def addresses_below(root: Path) -> list[str]:
