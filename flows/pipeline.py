@@ -127,7 +127,7 @@ def pipeline(
 
 
 def prepare(profile: str | None, first_stage: str | None) -> tuple[Config, list[Stage]]:
-    """The parameters and the stages to run; ``params.yaml`` is written only if all is valid.
+    """The parameters and the stages to run; ``params.yaml`` is written only if the profile is valid.
 
     Raises:
         UserError: for an unknown profile or stage, an invalid or incomplete ``params.yaml``, or stages before ``first_stage`` that are

@@ -1,6 +1,6 @@
 """Disk space: what a run will write, by its parameters and its source, and what there is. Runs without a GPU and without torch.
 
-The estimate is for a run of the named stages from nothing, and holds within a factor of two (``tests/services/test_disk.py``).
+The estimate is for a run of the named stages from nothing, and holds within a factor of two (``tests/flows/test_whole_project.py``).
 """
 
 from __future__ import annotations
