@@ -160,7 +160,7 @@ def heading(sample: Sample, candidates: Sequence[str]) -> list[str]:
             if shared > 0:
                 amount = "all" if shared == segment.length else f"{shared} of {segment.length} tokens"
                 parts.append(f"{amount} of the {label_of(segment.document, len(ids))}'s {segment.modality}")
-        lines.append(f"  <mask:{number}>: {' and '.join(parts)}")
+        lines.append(f"  <mask:{number}>: {' and '.join(parts) or 'nothing, an empty span'}")
     return lines if masked.spans else [*lines, "  nothing masked"]
 
 

@@ -309,7 +309,7 @@ def _widened(box: Box, size: int) -> Box:
 
 
 def write(e: Evaluation) -> Sheet:
-    """Writing text into images: the fraction of images that show the requested letter, read back by its outline.
+    """Writing text into images: the fraction of images that show the requested letter and nothing else, read back by its outline.
 
     Calibration: the real images and their reconstructions (ceilings), and a random guess (baseline).
     """
@@ -321,7 +321,7 @@ def write(e: Evaluation) -> Sheet:
     generated = best_images(e.generator.write(texts, seed=e.config.evaluate.seed))
 
     def right(images: Sequence[Image.Image]) -> list[float]:
-        return [float(read_scene(image).letter == text) for image, text in zip(images, texts, strict=True)]
+        return [float([item.letter for item in read_scene(image).objects] == [text]) for image, text in zip(images, texts, strict=True)]
 
     e.add("write/text", [row.id for row in rows], right(generated), share=True)
     real = e.images([row.image for row in rows])

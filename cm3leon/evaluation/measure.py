@@ -37,8 +37,11 @@ KIND_CHARACTERS = 40
 
 
 def shifted_positions(count: int) -> np.ndarray:
-    """Positions shifted by one: baselines pair each record with what belongs to the next one. Needs two or more records."""
-    return (np.arange(count) + 1) % count
+    """Positions half of the list further: baselines pair each record with what belongs to another one. Needs two or more records.
+
+    The next record may be an edited version of the same image.
+    """
+    return (np.arange(count) + count // 2) % count
 
 
 def measure_composition(
@@ -189,10 +192,10 @@ def question_kind(question: str) -> str:
 
 
 def images_of_others(images: Sequence[str]) -> list[str] | None:
-    """For the image of each question that of the next question about another image; None if all are about the same image."""
+    """For the image of each question another one, from half of the list further on; None if all questions are about the same image."""
     others: list[str] = []
-    for i, image in enumerate(images):
-        other = next((other for other in [*images[i + 1 :], *images[:i]] if other != image), None)
+    for image, start in zip(images, shifted_positions(len(images)), strict=True):
+        other = next((other for other in [*images[start:], *images[:start]] if other != image), None)
         if other is None:
             return None
         others.append(other)
@@ -215,13 +218,13 @@ def measure_answers(
     Intervals resample whole images, as an image may have several questions.
 
     Calibration (baselines): the answers given to the same questions about *other* images, and the most frequent training answer of each
-    kind of question.
+    question, or of its kind where training does not ask it.
 
     Args:
         answers_of_others: the answers about other images; None if there are no other images.
         truths: the reference answers of each question.
         keys: of each question: the id of its record, ``#`` and its number.
-        training_answers: counts of (kind of question, answer) in training.
+        training_answers: counts of (question, answer) in training.
     """
 
     def scores_of(given: Sequence[str]) -> list[float]:
@@ -241,8 +244,11 @@ def measure_answers(
     # 2. Baselines that do not see the image.
     if answers_of_others is not None:
         record.calibration["vqa_accuracy_other_images"] = float(np.mean(scores_of(answers_of_others)))
+    counts_by_kind: Counter[tuple[str, str]] = Counter()
+    for (question, answer), count in training_answers.items():
+        counts_by_kind[question_kind(question), answer] += count
     majority: dict[str, str] = {}
-    for (kind, answer), _ in training_answers.most_common():
-        majority.setdefault(kind, answer)
-    majority_answers = [majority.get(question_kind(question), "") for question in questions]
+    for (asked, answer), _ in [*training_answers.most_common(), *counts_by_kind.most_common()]:
+        majority.setdefault(asked, answer)
+    majority_answers = [majority.get(question, majority.get(question_kind(question), "")) for question in questions]
     record.calibration["vqa_accuracy_majority"] = float(np.mean(scores_of(majority_answers)))

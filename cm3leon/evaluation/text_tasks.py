@@ -45,9 +45,9 @@ def sample_questions(manifest: pd.DataFrame, count: int, seed: int) -> list[Aske
 
 
 def training_answers(manifest: pd.DataFrame) -> Counter[tuple[str, str]]:
-    """How often each (kind of question, first answer) occurs in a manifest, for the majority baseline."""
+    """How often each (question, first answer) occurs in a manifest, for the majority baseline."""
     return Counter(
-        (measure.question_kind(item["question"]), item["answers"][0])
+        (item["question"], item["answers"][0])
         for questions in manifest["questions"]
         for item in (questions if questions is not None else ())
     )

@@ -67,8 +67,8 @@ def flat(*color):
 
 
 def test_image_scores_and_their_calibrations():
-    prompts = ["red", "green", "blue"] * 2
-    real = [flat(250, 0, 0), flat(0, 250, 0), flat(0, 0, 250)] * 2
+    prompts = ["red", "red", "green", "green", "blue", "blue"]
+    real = [flat(250, 0, 0)] * 2 + [flat(0, 250, 0)] * 2 + [flat(0, 0, 250)] * 2
     record = Record()
     measure.measure_images(record, ColorEncoder(), list("abcdef"), prompts, real, real, real, 100, 0)
     assert record.scores["clip_score"] == pytest.approx(1) and record.calibration["clip_score_other_captions"] == pytest.approx(0)
@@ -81,13 +81,31 @@ def test_image_scores_and_their_calibrations():
 def test_baselines_of_answers_are_other_images_and_the_majority_answer():
     questions = ["What color is it?", "What color is that?", "How many are there?"]
     truths = [["red"], ["blue"], ["2"]]
-    known = Counter({("what_color", "red"): 5, ("what_color", "blue"): 1, ("how_many", "3"): 9})
+    known = Counter({("What color?", "red"): 5, ("What color are they?", "blue"): 1, ("How many?", "3"): 9})
     record = Record()
     measure.measure_answers(record, questions, ["red", "blue", "3"], ["blue", "2", "2"], truths, ["x#0", "x#1", "y#0"], known, 100, 0)
     assert record.scores["vqa_accuracy"] == pytest.approx(2 / 3)
     assert record.scores["vqa_accuracy/what_color"] == 1 and record.scores["vqa_accuracy/how_many"] == 0
     assert record.calibration["vqa_accuracy_other_images"] == pytest.approx(1 / 3)
     assert record.calibration["vqa_accuracy_majority"] == pytest.approx(1 / 3)
+
+
+def test_the_majority_answer_is_of_the_same_question_where_training_has_it():
+    """Answers that repeat the question, as "the cross is red", are all different within a kind of question."""
+    questions = ["What color is the cross?", "What color is the ring?", "What color is the star?"]
+    truths = [["the cross is red"], ["the ring is blue"], ["the ring is blue"]]
+    known = Counter({(questions[0], truths[0][0]): 2, (questions[0], "the cross is blue"): 1, (questions[1], truths[1][0]): 3})
+    record = Record()
+    measure.measure_answers(record, questions, ["?"] * 3, None, truths, ["x#0", "y#0", "z#0"], known, 10, 0)
+    assert record.calibration["vqa_accuracy_majority"] == 1
+
+
+def test_the_other_image_of_a_question_is_not_the_next_one():
+    """Next to an image lies its edited version, of which most of the answers are the same."""
+    rows = [f"{scene}{version}" for scene in "abcdef" for version in ("", "-edited") for _ in range(3)]
+    found = measure.images_of_others(rows)
+    assert found is not None and all(other[0] != own[0] for own, other in zip(rows, found, strict=True))
+    assert all(rows[other][0] != rows[own][0] for own, other in enumerate(measure.shifted_positions(len(rows))))
 
 
 def test_kinds_of_questions_are_valid_metric_names():
