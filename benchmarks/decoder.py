@@ -101,6 +101,8 @@ def binding(model: Decoder) -> float:
     rows = read_manifest(paths.VALIDATED, "val")
     asked = [(store.by_id(name).codes, str(captions[0])) for name, captions in zip(rows["id"], rows["captions"], strict=True)]
     pairs = [(codes, caption, other) for codes, caption in asked if (other := swapped_colors(caption)) is not None]
+    if not pairs:
+        return float("nan")
     images = [Prompt(vocabulary.image(codes), np.arange(1, vocabulary.tokens_per_image + 1)) for codes, _, _ in pairs]
     found = []
     for which in (1, 2):

@@ -88,7 +88,7 @@ def with_copies(share: float, change: Callable[[SourceRow], SourceRow]) -> Chang
 
 JPEG = repainted(lambda image: image, "JPEG")
 CHANGES: dict[str, tuple[dict[str, object], Change]] = {
-    "letters in 20 % of the scenes instead of 4 %": ({"letters": 0.2}, list),
+    "letters in 20 % of the scenes": ({"letters": 0.2}, list),
     "one object a scene instead of up to three": ({"max_objects": 1, "grid": 0}, list),
     "long captions in 20 %": ({}, some(0.2, with_long_caption)),
     "long captions in all": ({}, some(1, with_long_caption)),

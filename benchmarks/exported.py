@@ -3,7 +3,8 @@
 The same trained weights, those of the last pipeline run; prompts of the val split, one at a time, with the profile's temperature and
 guidance, for one candidate and for eight. Both run in this process, alternating; the ratio is of the medians over all prompts and rounds.
 Before that both generate greedily with guidance, and the images that are equal are counted. Several codes are guessed a pass here, as
-always in the package; ``benchmarks/generation.py`` compares with OPT, code by code. Needs transformers.
+always in the package; ``benchmarks/generation.py`` compares with OPT, code by code. Both on the CPU. Needs
+transformers.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def ours(parts: Parts, streams: Sequence[Prompt], candidates: int, decoding: Dec
 def theirs(model: Any, parts: Parts, prompt: Prompt, candidates: int, decoding: DecodingConfig) -> np.ndarray:
     """As :func:`ours`, by ``generate`` of transformers."""
     tokens = torch.from_numpy(prompt.tokens)[None]
-    sampling = {"do_sample": True, "temperature": decoding.temperature} if decoding.temperature else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if decoding.temperature:
+        sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k or 0}
     per_image = parts.model.vocabulary.tokens_per_image
     found = model.generate(
         input_ids=tokens, attention_mask=torch.ones_like(tokens), guidance_scale=decoding.guidance, num_return_sequences=candidates,
@@ -72,7 +75,9 @@ def milliseconds(run: Callable[[], object]) -> float:
 def compare(prompts: int, rounds: int) -> None:
     """Print milliseconds a prompt of both, and their ratio."""
     decoding = load_config().decoding.model_copy(update={"tasks": {}})
-    parts = load_parts(model=paths.FINETUNED, image_tokenizer=paths.IMAGE_TOKENIZER, text_tokenizer=paths.TEXT_TOKENIZER, decoding=decoding)
+    parts = load_parts(
+        model=paths.FINETUNED, image_tokenizer=paths.IMAGE_TOKENIZER, text_tokenizer=paths.TEXT_TOKENIZER, decoding=decoding, device="cpu"
+    )
     model = load_exported(parts)
     captions = [str(texts[0]) for texts in read_manifest(paths.VALIDATED, "val")["captions"][:prompts]]
     requests = [image_request(parts, "text_to_image", caption, {"caption": caption}) for caption in captions]

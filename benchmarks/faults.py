@@ -78,7 +78,7 @@ class Project:
         process = self.start(*command, **variables)
         try:
             return process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
+        except BaseException:  # also Ctrl-C, which does not reach it
             stop_tree(process.pid)
             raise
 

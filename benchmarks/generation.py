@@ -153,7 +153,13 @@ def floor_seconds(model: Decoder) -> float:
 
 
 def compare(shape: str, tokens: int | None, rounds: int, compiled: bool) -> None:
-    """Print images a second of both, their ratio, and our time a token with its floor."""
+    """Print images a second of both, their ratio, and our time a token with its floor.
+
+    Raises:
+        SystemExit: if there is a GPU, which OPT would not use, or the greedy images differ.
+    """
+    if DEVICE.type != "cpu":
+        raise SystemExit("this comparison is one of CPUs: hide the GPU (CUDA_VISIBLE_DEVICES=), or measure ours with --alone")
     model = make_model(shape, tokens)
     model.compiled_decoding = compiled
     opt = opt_of(model)
@@ -177,7 +183,7 @@ def compare(shape: str, tokens: int | None, rounds: int, compiled: bool) -> None
 
 def alone(shape: str, tokens: int | None, compiled: bool) -> None:
     """Print our seconds and throughput for several images at once, with guidance."""
-    model = make_model(shape, tokens or 1024)
+    model = make_model(shape, tokens or (None if shape == "small" else 1024))
     model.compiled_decoding = compiled
     floor = floor_seconds(model) * model.vocabulary.tokens_per_image
     print(f"{shape}, {model.vocabulary.tokens_per_image} tokens, floor {floor:.2f} s")

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 
 from cm3leon.data.batches import Share, TokenStream, collate, pack, share_of
 from cm3leon.data.sequences import PretrainingSamples
@@ -374,8 +375,11 @@ class Run:
         with torch.profiler.profile(activities=kinds) as profiler:
             train_step(state, shares[-1], settings, best)
             self.synchronize()
-        name = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        times = {event.key: float(getattr(event, name)) for event in profiler.key_averages()}
+        name, events = "self_cpu_time_total", list(profiler.key_averages())
+        if self.device.type == "cuda":  # kernels alone: the operators that launched them have the same time again
+            name = "self_device_time_total"
+            events = [event for event in events if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)]
+        times = {event.key: float(getattr(event, name)) for event in events}
         total = sum(times.values())
         first = sorted(times, key=times.__getitem__, reverse=True)[:12]
         return {"of": best, **{key[:80]: f"{times[key] / total:.1%}" for key in first}}
@@ -508,10 +512,13 @@ def main() -> int:
     before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"device": name, "results": {}}
     if before["device"] != name:
         raise SystemExit(f"{file} is of another device, {before['device']}; name another --out")
+    if before.get("torch", torch.__version__) != torch.__version__:
+        raise SystemExit(f"{file} was measured with torch {before['torch']}, here is {torch.__version__}; name another --out")
     run = Run(device, TINY if options.rehearse else PAPER, before["results"])
     chosen = [measurement for measurement in measurements(run) if not (options.skip and options.skip in measurement[0])]
     for what, function, arguments in chosen:
-        if what in run.results or time.monotonic() > end - RESERVE_SECONDS * (not options.rehearse):
+        measured = what in run.results and "error" not in run.results[what]
+        if measured or time.monotonic() > end - RESERVE_SECONDS * (not options.rehearse):
             continue
         start = time.monotonic()
         try:

@@ -27,6 +27,7 @@ from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
 from cm3leon.models.vqgan import reconstruct
 from cm3leon.scenes import composition
+from cm3leon.stages.image_tokenizer import training_images
 from cm3leon.training.vqgan import code_statistics, psnr, train_image_tokenizer
 
 
@@ -64,7 +65,8 @@ def trial(changes: Sequence[str]) -> str:
     """Train one variant and return its row of the table."""
     config = changed_config(changes, PARAMS)
     section, store = config.image_tokenizer, ImageStore(paths.RAW)
-    images = ImageSet(store, read_manifest(paths.VALIDATED, "train")["image"].tolist(), section.image_size)
+    chosen = training_images(read_manifest(paths.VALIDATED, "train"), section.condition_share, config.seed)
+    images = ImageSet(store, chosen, section.image_size)
     start = time.perf_counter()
     model = train_image_tokenizer(images, section, config.seed)
     seconds = time.perf_counter() - start

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.generation import guidance_streams, make_model
+from benchmarks.generation import DEVICE, guidance_streams, make_model
 from cm3leon.config import paths
 from cm3leon.config.schema import DecodingConfig
 from cm3leon.data.manifest import read_manifest
@@ -40,7 +40,7 @@ WINDOWS = (1, 2, 4, 6, 8, 12, 16)
 
 
 def passes_and_seconds(model: Decoder, streams: Sequence[Prompt], seeds: list[int], sampler: Sampler) -> tuple[np.ndarray, int, float]:
-    """Codes of a prompt's candidates, the passes after the prompt's, and seconds."""
+    """Codes of a prompt's candidates, the passes, that of the prompt included, and seconds."""
     reads: list[int] = []
     handle = model.register_forward_pre_hook(lambda _, arguments: reads.append(1))
     start = time.perf_counter()
@@ -103,9 +103,9 @@ def pass_costs(shape: str, rounds: int) -> None:
     taken: dict[int, list[float]] = {window: [] for window in WINDOWS}
     for number in range(rounds + 1):
         for window in WINDOWS:
-            tokens = torch.full((2, window), start)
+            tokens = torch.full((2, window), start, device=DEVICE)
             begin = time.perf_counter()
-            hidden = cache.advance(model, tokens, torch.ones_like(tokens), torch.full((2,), 32))
+            hidden = cache.advance(model, tokens, torch.ones_like(tokens), torch.full((2,), 32, device=DEVICE))
             model.logits(hidden, start, stop)
             if number:  # the first pass is slower
                 taken[window].append(1e3 * (time.perf_counter() - begin))

@@ -30,7 +30,7 @@ def seconds_of(log: str) -> tuple[float, dict[str, float]]:
     for time, task, text in lines:
         if text.startswith(START):
             started[task] = time
-        elif text.startswith(END):
+        elif text.startswith(END) and task in started:  # not so of a stage that DVC's cache restored
             seconds[task] = _between(started[task], time)
     return _between(lines[0][0], lines[-1][0]), seconds
 

@@ -28,6 +28,8 @@ def main(prompts: int, candidates: int, model: Path) -> None:
     generator = load_generator(load_config(), model)
     captions = [str(texts[0]) for texts in read_manifest(paths.VALIDATED, "val")["captions"]]
     captions = [caption for caption in captions if composition.parse_caption(caption) is not None][:prompts]
+    if not captions:
+        raise SystemExit("no caption of the val split describes a scene, so that no image can be read back")
     generated = generator.text_to_image(captions, candidates, candidates=1, likelihood=0.0)
     correct = []
     for caption, images in zip(captions, generated, strict=True):

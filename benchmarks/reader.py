@@ -48,10 +48,13 @@ def blurred(pixels: np.ndarray, sigma: float, noise: float, rng: np.random.Gener
 
 
 def reconstructions(images: list[np.ndarray]) -> list[tuple[float, np.ndarray]]:
-    """PSNR (dB) and pixels of each image through the tokenizer in ``models/``; none if there is none."""
+    """PSNR (dB) and pixels of each image through the tokenizer in ``models/``; none if there is none of this image size."""
     if not (paths.IMAGE_TOKENIZER / "config.json").is_file():
         return []
-    decoded = reconstruct(ImageTokenizer.load(paths.IMAGE_TOKENIZER), torch.from_numpy(np.stack(images)))[1].numpy()
+    tokenizer = ImageTokenizer.load(paths.IMAGE_TOKENIZER)
+    if tokenizer.spec.image_size != len(images[0]):
+        return []
+    decoded = reconstruct(tokenizer, torch.from_numpy(np.stack(images)))[1].numpy()
     errors = [max(float(((one.astype(float) - other) ** 2).mean()), 1e-9) for one, other in zip(images, decoded, strict=True)]
     return [(10 * math.log10(255**2 / error), image) for error, image in zip(errors, decoded, strict=True)]
 

@@ -134,7 +134,9 @@ def train_in_clone(seed: int, threads: int, directory: Path, parameters: str, be
         raise subprocess.CalledProcessError(status, process.args)
 
     # 3. What it has left.
-    return collect(project, threads, None if resumed or beside else minutes)
+    found = collect(project, threads, None if resumed or beside else minutes)
+    begun.unlink()  # trained again, it starts in a clone of its own
+    return found
 
 
 def finished(project: Path, threads: int, parameters: str) -> FreshRun:
@@ -245,23 +247,26 @@ def main() -> None:
     """Entry point of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="seeds to train; without any, only the page is written")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of a process (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help=f"threads of a process (default: {torch.get_num_threads()}; --add needs them stated)")
     parser.add_argument("--beside", action="store_true", help="the machine does other work meanwhile: times do not count")
     parser.add_argument("--directory", type=Path, default=ROOT / ".cache" / "repeat", help="where the clones are")
     parser.add_argument("--add", type=Path, metavar="DIR", help="add the run of a checkout in which the pipeline has ended on this machine")
     options = parser.parse_args()
+    if options.add and not options.threads:
+        parser.error("--add needs --threads: a run does not state how many it had")
+    threads = options.threads or torch.get_num_threads()
     parameters = parameters_digest(load_profile(PROFILE, configs=ROOT / "configs"))
     directory = options.directory.absolute()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         if options.add:
-            keep(finished(options.add.absolute(), options.threads, parameters), ROOT / RESULTS)
+            keep(finished(options.add.absolute(), threads, parameters), ROOT / RESULTS)
         repeat(
             options.seeds,
-            options.threads,
+            threads,
             ROOT / RESULTS,
             parameters,
-            lambda seed: train_in_clone(seed, options.threads, directory, parameters, options.beside),
+            lambda seed: train_in_clone(seed, threads, directory, parameters, options.beside),
         )
     except subprocess.CalledProcessError as error:
         sys.exit(f"{error}; the same command goes on in the same clone")

@@ -29,7 +29,11 @@ def scores(record: Record) -> str:
             continue
         interval = record.intervals.get(name)
         shown = f"{interval[0]:.3f}–{interval[1]:.3f}" if interval else ""
-        calibration = ", ".join(f"{other.removeprefix(name + '_').replace('_', ' ')} {record.calibration[other]:.3f}" for other in others)
+        calibration = ", ".join(
+            f"{other.removeprefix(name + '_').replace('_', ' ')} {record.calibration[other]:.3f}"
+            for other in others
+            if other in record.calibration
+        )
         lines.append(f"| {name} | **{record.scores[name]:.3f}** | {shown} | {calibration} |")
     lines += [f"| {name} | {value:.3f} | | |" for name, value in sorted(record.scores.items()) if "/" in name]
     return "\n".join(lines)

@@ -117,6 +117,7 @@ def compare(shape: str, batch: int, context: int, vocabulary: int, rounds: int) 
     for which in STEPS:
         ends[which], worker_end = processes.Pipe()
         processes.Process(target=worker, args=(which, shape, batch, context, vocabulary, worker_end), daemon=True).start()
+        worker_end.close()  # so that a worker that fails is noticed
     durations: dict[str, list[float]] = {which: [] for which in STEPS}
     for number in range(rounds + WARM_UP):
         for which, end in ends.items():
@@ -146,7 +147,7 @@ def peak_megabytes(which: str, batch: int, context: int, vocabulary: int) -> flo
     """Peak resident memory of two steps above that before them, MB, in a process of its own."""
     code = (
         "import resource, sys; sys.path.insert(0, 'benchmarks'); import torch, training; "
-        f"tokens = torch.randint({vocabulary}, ({batch}, {context})); "
+        f"tokens = torch.randint({vocabulary}, ({batch}, {context}), device=training.DEVICE); "
         f"step = training.step_of_{which}('plain', {context}, {vocabulary}, tokens); "
         "now = int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize(); step(); step(); "
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - now) / 1e6)"

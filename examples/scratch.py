@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OF_SERVERS = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL")
-"""Variables that would bring the runs of a notebook to your servers."""
+OF_SERVERS = ("MLFLOW_", "PREFECT_", "DVC_")
+"""Beginnings of variables that would bring the runs of a notebook to your servers and databases."""
 
 
 def copy_project() -> Path:
@@ -32,7 +32,7 @@ def copy_project() -> Path:
 
 
 PROJECT = copy_project()
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OF_SERVERS} | {
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(OF_SERVERS)} | {
     "PYTHONPATH": str(PROJECT),
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "COLUMNS": "120",

@@ -21,6 +21,9 @@ from benchmarks.study.report import write
 from benchmarks.study.runs import ROOT, Study
 from cm3leon.config import paths
 from cm3leon.config.loading import load_config
+from cm3leon.config.profiles import PARAMS
+from cm3leon.evaluation.reference import parameters_digest
+from cm3leon.tracking.lineage import content_hash
 
 LONGEST_FIRST = ("masking", "retrieval", "sizes", "candidates", "guidance", "tuning")
 """The order in which sections are begun, so that processes end at about the same time."""
@@ -40,7 +43,13 @@ def main() -> None:
     for run in options.runs:
         if not (run / paths.FINETUNED).is_dir():
             parser.error(f"{run} has no {paths.FINETUNED}; --runs takes directories in which the pipeline has ended")
+    if len({content_hash(run / paths.FINETUNED) for run in options.runs}) < len(options.runs):
+        parser.error("two of --runs have the same tuned decoder; name trainings of other seeds")
+    if len({parameters_digest(load_config(run / PARAMS)) for run in options.runs}) > 1:
+        parser.error("--runs have other parameters than one another, so that they are no repetitions")
     study = Study(load_config(), int(options.tokens), options.prompts, options.seeds, tuple(run.resolve() for run in options.runs))
+    if not study.captions:
+        parser.error("no caption of the val split describes a scene; the study is of the source shapes")
     start = time.perf_counter()
     threads = max(1, torch.get_num_threads() // options.processes)
     with ProcessPoolExecutor(options.processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:

@@ -74,9 +74,9 @@ def retrieval(study: Study) -> Section:
         name: [t["curve"][-1][key] for _, t in runs[name]]
         for name, key in (("retrieval", "val_retrieved_loss"), ("no-retrieval", "val_alone_loss"))
     }
-    goal = float(np.mean(final["no-retrieval"]))
-    # A training that does not reach the loss counts as one that needs all tokens.
-    needed = [tokens_to_loss(t["curve"], "val_retrieved_loss", goal) or study.tokens for _, t in runs["retrieval"]]
+    # The loss to be reached is that of the same seed. A training that does not reach it counts as one that needs all tokens.
+    pairs = zip(runs["retrieval"], final["no-retrieval"], strict=True)
+    needed = [tokens_to_loss(t["curve"], "val_retrieved_loss", goal) or study.tokens for (_, t), goal in pairs]
     shares = [tokens / study.tokens for tokens in needed]
     documents = [study.composition(model, retrieved_documents=2)["mean"] for model, _ in runs["retrieval"]]
     dropped = [study.composition(model, retrieved_documents=0)["mean"] for model, _ in runs["retrieval"]]
@@ -123,7 +123,7 @@ def guidance(study: Study) -> Section:
     common = int(lost.max(0).argmin())
     size, found = list(scores.items())[int(lost[:, common].argmax())]
     gain, low, high = difference(found[:, int(found.mean(0).argmax())], found[:, common])
-    verdict = HOLDS if high < MARGIN else FAILS if low > 0 else UNDECIDED
+    verdict = HOLDS if high < MARGIN else FAILS if low > MARGIN else UNDECIDED
     return Section(
         "(b) Guidance scale and model size",
         "One guidance scale is used for all sizes.",

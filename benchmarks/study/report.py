@@ -13,8 +13,9 @@ Written by `make study`. Small decoders on scenes of the `shapes` source, {token
 of the decoders of {runs} pipeline runs. Scores are of {prompts} prompts of the val split. The decoders are a thousand times smaller than
 the paper's, and their images are simpler than any photograph: what holds here may not hold there, and vice versa.
 
-An effect is a mean difference over trainings, by pairs of a seed, with its 95 % interval over trainings (Student's). A claim holds if the
-interval excludes 0 on its side, and is undecided if the interval includes 0. Brackets are 95 % intervals over the prompts of one training.
+An effect is a mean difference over trainings, by pairs of a seed or of a run, with its 95 % interval over trainings (Student's). A
+claim holds if the interval excludes 0 on its side, and is undecided if the interval includes 0. Brackets are 95 % intervals over the
+prompts of one training.
 """
 COLUMNS = ["claim", "effect", "95 % interval", "verdict"]
 

@@ -20,7 +20,7 @@ from cm3leon.config.schema import Config, DecodingConfig
 from cm3leon.data.batches import SampleStream
 from cm3leon.data.manifest import read_manifest
 from cm3leon.data.tokens import TokenStore
-from cm3leon.evaluation.record import bootstrap, digest
+from cm3leon.evaluation.record import digest, wilson
 from cm3leon.evaluation.run import load_generator
 from cm3leon.generation.generator import Generator
 from cm3leon.scenes import composition
@@ -34,9 +34,6 @@ VALIDATIONS = 16
 """Validations in a training run: the points of a learning curve."""
 COUNTED = 64
 """Batches by which the mean number of tokens in a step is estimated."""
-
-RESAMPLES = 1000
-"""Bootstrap resamples of an interval."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ class Study:
             "composition", [str(model), content_hash(model), number, settings], lambda: self._scores(model, number, settings)
         )
         values = np.array(scores)
-        return {"mean": float(values.mean()), "interval": bootstrap(values.mean(1), RESAMPLES, 0)}
+        return {"mean": float(values.mean()), "interval": wilson(float(values.mean()), len(values))}
 
     def _scores(self, model: Path, number: int, settings: dict[str, Any]) -> list[list[float]]:
         """For each prompt and image whether every stated attribute is right, 0 or 1: (prompts, number)."""

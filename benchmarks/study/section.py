@@ -103,8 +103,13 @@ def difference(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float
 
 
 def tokens_to_loss(curve: list[dict[str, float]], name: str, goal: float) -> float | None:
-    """Tokens after which a loss has fallen to ``goal``, interpolated between validations; None if it does not."""
+    """Tokens after which a loss has fallen to ``goal``, interpolated between validations; None if it does not.
+
+    Of one that is there at the first validation already, the tokens of that.
+    """
     points = [(point["tokens"], point[name]) for point in curve if name in point]
+    if points and points[0][1] <= goal:
+        return points[0][0]
     for (before, high), (after, low) in zip(points, points[1:], strict=False):
         if low <= goal < high:
             return before + (after - before) * (high - goal) / (high - low)
