@@ -9,6 +9,7 @@ Lengths are in tokens, sizes of images in pixels. "Paper" is CM3leon, arXiv 2309
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -484,5 +485,12 @@ class Config(Section):
                 f"pretrain.model.context {context} is too short for an image of {images.tokens_per_image} tokens and {TEXT_ROOM} of text: "
                 f"raise pretrain.model.context, lower image_tokenizer.image_size ({images.image_size}), "
                 f"or raise image_tokenizer.patch ({images.patch}) or the number of image_tokenizer.multipliers ({len(images.multipliers)})"
+            )
+        rows = min(max(1, 3 * math.isqrt(images.tokens_per_image) // 4), self.pretrain.model.sentinels)
+        masked = images.tokens_per_image + 3 + 3 * rows
+        if images.pretrained is None and self.sft.infill_share > 0 and context < masked:
+            raise ValueError(
+                f"pretrain.model.context {context} is too short for inpainting, where each row of a region has a mask: "
+                f"raise it to {masked}, or set sft.infill_share=0"
             )
         return self

@@ -99,7 +99,10 @@ def fit_body(documents: list[list[tuple[str, np.ndarray]]], longest: int) -> Bod
             excess -= cut
             query.append((modality, ids[: len(ids) - cut]))
         if excess > 0:
-            raise UserError(f"a sequence needs {len(body.tokens)} tokens without its text; the longest allowed is {longest}: raise context")
+            raise UserError(
+                f"a sequence needs {longest + excess} tokens without its text, and {longest} are allowed: "
+                f"raise pretrain.model.context by {excess}"
+            )
         body = build_body([query])
     return body
 

@@ -64,6 +64,10 @@ def test_every_section_says_what_it_is_for() -> None:
     ({"decoding": {"tasks": {"edit": {"top_p": 2}}}}, "decoding: tasks.edit.top_p: Input should be less than or equal to 1 (found 2)"),
     ({"decoding": {"tasks": {"edit": {"tasks": {}}}}}, "decoding: tasks.edit: the settings of a task have no tasks of their own"),
     ({"image_tokenizer": {"image_size": 256}}, "pretrain.model.context 256 is too short for an image of 1024 tokens"),
+    (
+        {"image_tokenizer": {"image_size": 128}, "pretrain": {"model": {"context": 288, "sentinels": 16}}},
+        "pretrain.model.context 288 is too short for inpainting, where each row of a region has a mask: raise it to 295",
+    ),
     ({"extends": "small"}, "only profiles in configs/ extend others; write a complete file with: cm3leon configure NAME"),
     ([1], "expected a mapping"),
 ])  # fmt: skip

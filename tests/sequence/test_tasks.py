@@ -257,6 +257,19 @@ def test_the_cm3_objective_masks_spans_of_instruction_and_image(samples):
     assert not any(plain(0, number).masked.spans for number in range(len(plain)))
 
 
+def test_the_least_context_of_the_parameters_has_room_for_every_masked_region(samples):
+    sampled = samples({"text_to_image": 1.0}, infill_share=1.0, conditioning_dropout=0.25)
+    least = 16 + 3 + 3 * (3 * 4 // 4)  # as cm3leon/config/schema.py checks
+
+    def draw(context):
+        short = replace(sampled, pretraining=replace(sampled.pretraining, context=context))
+        return [len(short(epoch, number).masked.tokens) for epoch in range(10) for number in range(40)]
+
+    assert max(draw(least)) == least
+    with pytest.raises(UserError, match=r"needs 18 tokens without its text, and 17 are allowed: raise pretrain.model.context by 1"):
+        draw(least - 1)
+
+
 def test_samples_with_a_masked_region_begin_as_the_streams_of_inpainting_do(samples):
     sampled = samples({"text_to_image": 1.0}, infill_share=0.5, conditioning_dropout=0.25, input_weight=0.25)
     caption = VOCABULARY.text(TOKENIZER.encode("a red circle"))
