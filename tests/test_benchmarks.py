@@ -123,6 +123,21 @@ def test_results_are_kept_for_the_same_key_and_inputs(tmp_path: Path, monkeypatc
 def test_tokens_to_a_loss_are_interpolated_between_validations() -> None:
     curve = [{"tokens": 100.0, "loss": 3.0}, {"tokens": 200.0, "loss": 2.0}, {"tokens": 300.0, "loss": 1.0}]
     assert tokens_to_loss(curve, "loss", 1.5) == 250 and tokens_to_loss(curve, "loss", 0.5) is None
+    assert tokens_to_loss(curve, "loss", 3.5) == 100  # reached at the first validation already
+
+
+def test_a_stage_that_was_restored_has_no_seconds() -> None:
+    [path] = [path for path in SCRIPTS if path.stem == "orchestration"]
+    script, line = load(path), "10:00:0{}.000 | INFO    | {} - {}\n"
+    texts = {
+        0: ("Task run 'ingest'", "Stage 'ingest' is cached - skipping run, checking out outputs"),
+        1: ("Task run 'ingest'", f"{script.END} 'dvc.lock'"),
+        2: ("Task run 'encoder'", f"{script.START}cm3leon encoder"),
+        5: ("Task run 'encoder'", f"{script.END} 'dvc.lock'"),
+        6: ("Flow run 'small'", "Finished in state Completed()"),
+    }
+    log = "".join(line.format(second, *said) for second, said in texts.items())
+    assert script.seconds_of(log) == (6, {"encoder": 3})
 
 
 def test_the_page_has_a_section_and_a_plot_for_each_claim(tmp_path: Path) -> None:
@@ -321,6 +336,12 @@ def test_a_training_that_is_ended_ends_its_pipeline(tmp_path: Path) -> None:
 
 def test_a_training_beside_other_work_has_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Clones(monkeypatch).train(tmp_path, beside=True).minutes is None
+
+
+def test_a_training_that_has_ended_is_made_again_in_a_new_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clones = Clones(monkeypatch)
+    assert clones.train(tmp_path).minutes is not None and clones.train(tmp_path).minutes is not None
+    assert len(clones.cloned) == 2
 
 
 def test_half_of_a_clone_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
