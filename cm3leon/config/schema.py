@@ -486,6 +486,7 @@ class Config(Section):
                 f"raise pretrain.model.context, lower image_tokenizer.image_size ({images.image_size}), "
                 f"or raise image_tokenizer.patch ({images.patch}) or the number of image_tokenizer.multipliers ({len(images.multipliers)})"
             )
+        # sequence/cm3.py: a region has up to three quarters of the rows, each with a mask of three tokens; two <eos> and a <break>.
         rows = min(max(1, 3 * math.isqrt(images.tokens_per_image) // 4), self.pretrain.model.sentinels)
         masked = images.tokens_per_image + 3 + 3 * rows
         if images.pretrained is None and self.sft.infill_share > 0 and context < masked:

@@ -247,7 +247,7 @@ def measure_answers(
     counts_by_kind: Counter[tuple[str, str]] = Counter()
     for (question, answer), count in training_answers.items():
         counts_by_kind[question_kind(question), answer] += count
-    majority: dict[str, str] = {}
+    majority: dict[str, str] = {}  # of questions, and of kinds
     for (asked, answer), _ in [*training_answers.most_common(), *counts_by_kind.most_common()]:
         majority.setdefault(asked, answer)
     majority_answers = [majority.get(question, majority.get(question_kind(question), "")) for question in questions]

@@ -165,9 +165,9 @@ def questions(scene: Scene, rng: random.Random, every: bool = False) -> list[tup
     """Questions with their answers in lower case: one of each kind. Each has exactly one right answer.
 
     Args:
-        every: ask for the color, the size and the shape of every object, and for one that is there and one that is not. Questions about
-            several objects of one image tell which attributes belong together: a decoder that is asked about one learns to name a color
-            that occurs.
+        every: ask for the color and the size of every object that its shape tells from the others, for the shape of every one that its
+            color does, and for one object that is there and one that is not. A decoder that is asked about one object of each image learns
+            to name any color that occurs.
     """
     background = ("What is the background color?", scene.background)
     if scene.letter:
