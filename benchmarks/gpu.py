@@ -122,7 +122,7 @@ def made_up_samples(vocabulary: Vocabulary, context: int, count: int = 256) -> P
         write_tokens(Path(folder), "train", documents(), vocabulary.tokens_per_image, vocabulary.text_size)
         store = TokenStore(Path(folder))
     neighbors = {name: [store.ids[(row + i) % count] for i in range(1, 5)] for row, name in enumerate(store.ids)}
-    objective: Any = SimpleNamespace(mean_masks=1.0, segment_rate=0.3, caption_share=0.67, across_breaks=False)
+    objective: Any = SimpleNamespace(mean_masks=1.0, segment_rate=0.3, caption_share=0.67, across_breaks=False, text_weight=1.0)
     return PretrainingSamples(store, store, neighbors, vocabulary, objective, RETRIEVED, context, 0)
 
 

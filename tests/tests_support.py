@@ -12,7 +12,7 @@ from cm3leon.config.schema import DecodingConfig, ObjectiveConfig
 from cm3leon.data.tokens import Document
 from cm3leon.models.decoder import DecoderSpec
 
-OBJECTIVE = ObjectiveConfig(mean_masks=1.0, segment_rate=0.15, caption_share=0.67)
+OBJECTIVE = ObjectiveConfig(mean_masks=1.0, segment_rate=0.15, caption_share=0.67, text_weight=1.0)
 """Masks as often as in CM3, so that few samples have all kinds."""
 
 

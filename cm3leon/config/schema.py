@@ -200,12 +200,15 @@ class ModelConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """CM3 masking (arXiv 2201.07520): masked spans move to the end of the sequence."""
+    """CM3 (arXiv 2201.07520): masked spans move to the end of the sequence."""
 
     mean_masks: float = Field(0.15, ge=0, description="mean of the Poisson number of masked spans (CM3: 1)")
     segment_rate: float = Field(0.16, ge=0, le=1, description="share of the samples that mask one whole segment instead of spans")
     caption_share: float = Field(0.75, ge=0, le=1, description="share of these whole-segment masks that fall on the query's text")
     across_breaks: bool = Field(False, description="spans may cross from text into image, as in CM3; not in CM3leon")
+    text_weight: float = Field(
+        0.3, gt=0, description="loss weight of text that is not masked, which can only be guessed without its image (paper: 1)"
+    )
 
 
 NeighborChoice = Literal["paper", "text", "image", "random", "none"]
@@ -351,7 +354,7 @@ class DecodingConfig(Section):
         description="ranking: weight, beside the CLIP score, of the log-likelihood of the image and of the prompt as its caption, nats",
     )
     retrieved_documents: int = Field(0, ge=0, le=16, description="retrieved documents before the prompt (paper: 0-2)")
-    max_text_tokens: int = Field(64, ge=1, description="longest generated text, tokens")
+    max_text_tokens: int = Field(80, ge=1, description="longest generated text, tokens")
     tasks: dict[str, dict[str, Any]] = Field(
         {
             "edit": {"temperature": 0.0, "candidates": 1, "guidance": 1.0, "image_guidance": 1.0},

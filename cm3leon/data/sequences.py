@@ -144,8 +144,9 @@ class PretrainingSamples:
     def __call__(self, epoch: int, row: int) -> Sample:
         document = self.store[row]
         rng = sample_rng(self.seed, epoch, document.id)
-        chosen, retrieved = self.sample_retrieved(document.id, rng)
+        # First the query: its caption is the same with and without retrieved documents.
         query = document_segments(document, self.vocabulary, rng)
+        chosen, retrieved = self.sample_retrieved(document.id, rng)
         body = fit_body([*retrieved, query], self.context - 1)
         masked = mask(
             body,
@@ -157,7 +158,10 @@ class PretrainingSamples:
             across_breaks=self.objective.across_breaks,
             longest=self.context,
         )
-        return Sample(masked, masked.is_target.astype(np.float32), kept_documents(body, [*chosen, document.id]))
+        weight = masked.is_target.astype(np.float32)
+        source = slice(masked.tail)
+        weight[source][masked.image_positions[source] == 0] *= self.objective.text_weight
+        return Sample(masked, weight, kept_documents(body, [*chosen, document.id]))
 
     def query_only(self, epoch: int, row: int) -> Sample:
         """The same sample with the loss on the query alone; for unmasked sequences."""

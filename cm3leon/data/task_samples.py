@@ -223,10 +223,9 @@ class TaskSamples:
         body = fit_body([segments], longest)
         spans = [(min(1 + start, end := body.segments[0].stop), min(1 + stop, end)) for start, stop in answers]
         masked = apply_spans(body, spans, vocabulary)
-        tail = len(body.tokens) + len(spans) - sum(stop - start for start, stop in spans)  # the first answer's second sentinel
         weight = masked.is_target.astype(np.float32)
-        weight[:tail] *= self.config.input_weight
-        weight[tail:-1] *= self.config.answer_weight
+        weight[: masked.tail] *= self.config.input_weight
+        weight[masked.tail : -1] *= self.config.answer_weight
         return Sample(masked, weight, (document.id,))
 
 

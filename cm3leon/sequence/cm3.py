@@ -46,6 +46,11 @@ class Masked:
     spans: tuple[tuple[int, int], ...]
     kind: Kind
 
+    @property
+    def tail(self) -> int:
+        """Where the source ends: the position at which the first span follows, or ``<eos>`` if nothing is masked."""
+        return len(self.body.tokens) - sum(stop - start - 1 for start, stop in self.spans)
+
 
 def sample_spans(body: Body, mean_masks: float, sentinels: int, rng: np.random.Generator, across_breaks: bool = False) -> Spans:
     """Sample Poisson(mean_masks) spans, clamped to [0, sentinels - 1], each inside one segment; sorted, without overlaps.

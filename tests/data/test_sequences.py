@@ -66,6 +66,29 @@ def test_every_sample_follows_the_grammar_and_fits(store):
             assert np.array_equal(weights > 0, masked.is_target)
 
 
+def test_the_query_has_the_same_caption_with_and_without_retrieved_documents(store):
+    alone, beside = (samples(store, shares, mean_masks=0, segment_rate=0) for shares in ((1.0,), (0.0, 0.0, 1.0)))
+    for row in range(len(store)):
+        query, whole = alone(0, row).masked.tokens, beside(0, row).masked.tokens
+        assert len(whole) > len(query)
+        assert np.array_equal(whole[1 - len(query) :], query[1:])
+
+
+def test_text_ahead_of_an_image_has_the_text_weight_and_what_is_infilled_has_not(store):
+    seen = set()
+    drawn = samples(store, mean_masks=1.0, segment_rate=0.3, text_weight=0.25)
+    for epoch in range(5):
+        for row in range(len(store)):
+            masked, weights, *_ = drawn(epoch, row)
+            infilled = sum(stop - start + 2 for start, stop in masked.spans) + 1  # two marks a span, and <eos>
+            tail = len(masked.tokens) - infilled
+            assert masked.tail == tail
+            expected = np.where((np.arange(len(weights)) < tail) & (masked.image_positions == 0), 0.25, 1.0)
+            assert np.array_equal(weights, expected * masked.is_target)
+            seen.add(masked.kind)
+    assert seen == {"plain", "caption", "image", "spans"}
+
+
 def test_number_of_retrieved_documents_follows_its_shares():
     counts = np.zeros(3)
     for number in range(3000):
