@@ -269,6 +269,8 @@ TASK_NAMES = (
     "text_to_image", "write", "layout_to_image", "condition_to_image", "edit", "caption", "long_caption", "vqa", "reasoning"
 )  # fmt: skip
 """The tasks of instruction tuning (paper, Table 5), in the order of ``sequence.tasks.TASKS``, which implements exactly these."""
+TWO_IMAGE_TASKS = ("condition_to_image", "edit")
+"""Those that make an image from another one."""
 
 
 class SFTConfig(TrainConfig):
@@ -488,6 +490,13 @@ class Config(Section):
                 f"pretrain.model.context {context} is too short for an image of {images.tokens_per_image} tokens and {TEXT_ROOM} of text: "
                 f"raise pretrain.model.context, lower image_tokenizer.image_size ({images.image_size}), "
                 f"or raise image_tokenizer.patch ({images.patch}) or the number of image_tokenizer.multipliers ({len(images.multipliers)})"
+            )
+        paired = [name for name in TWO_IMAGE_TASKS if self.sft.tasks.get(name, 0) > 0]
+        if images.pretrained is None and paired and context < (needed := 2 * images.tokens_per_image + TEXT_ROOM):
+            raise ValueError(
+                f"pretrain.model.context {context} is too short for {' and '.join(paired)}, which take two images of "
+                f"{images.tokens_per_image} tokens each and {TEXT_ROOM} of text: raise it to {needed}, "
+                f"or set {' and '.join(f'sft.tasks.{name}=0' for name in paired)}"
             )
         # sequence/cm3.py: a region has up to three quarters of the rows, each with a mask of three tokens; two <eos> and a <break>.
         rows = min(max(1, 3 * math.isqrt(images.tokens_per_image) // 4), self.pretrain.model.sentinels)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from cm3leon.config.ingest_schema import IngestConfig
 from cm3leon.config.loading import all_keys, load_config, parse_config, section_class
 from cm3leon.config.profiles import load_profile
-from cm3leon.config.schema import TASK_NAMES, Config
+from cm3leon.config.schema import TASK_NAMES, TWO_IMAGE_TASKS, Config
 from cm3leon.config.section import Section
 from cm3leon.sequence.tasks import TASKS
 from cm3leon.utils.errors import ConfigError
@@ -25,6 +25,7 @@ def test_the_defaults_are_profile_small() -> None:
 
 def test_task_names_are_those_of_the_tasks() -> None:
     assert tuple(TASKS) == TASK_NAMES
+    assert tuple(name for name, task in TASKS.items() if task.sees_image) == TWO_IMAGE_TASKS
 
 
 @pytest.mark.parametrize("key", all_keys())
@@ -65,8 +66,16 @@ def test_every_section_says_what_it_is_for() -> None:
     ({"decoding": {"tasks": {"edit": {"tasks": {}}}}}, "decoding: tasks.edit: the settings of a task have no tasks of their own"),
     ({"image_tokenizer": {"image_size": 256}}, "pretrain.model.context 256 is too short for an image of 1024 tokens"),
     (
-        {"image_tokenizer": {"image_size": 128}, "pretrain": {"model": {"context": 288, "sentinels": 16}}},
+        {
+            "image_tokenizer": {"image_size": 128}, "pretrain": {"model": {"context": 288, "sentinels": 16}},
+            "sft": {"tasks": {"text_to_image": 1.0}},
+        },
         "pretrain.model.context 288 is too short for inpainting, where each row of a region has a mask: raise it to 295",
+    ),
+    (
+        {"image_tokenizer": {"image_size": 96}},
+        "pretrain.model.context 256 is too short for condition_to_image and edit, which take two images of 144 tokens each and 32 of text: "
+        "raise it to 320, or set sft.tasks.condition_to_image=0 and sft.tasks.edit=0",
     ),
     ({"extends": "small"}, "only profiles in configs/ extend others; write a complete file with: cm3leon configure NAME"),
     ([1], "expected a mapping"),
@@ -103,7 +112,8 @@ def test_seeds_are_numbers_of_32_bits(key: str) -> None:
 
 def test_the_context_must_hold_an_image_and_text() -> None:
     tokens = Config().image_tokenizer.tokens_per_image
-    parse_config({"pretrain": {"model": {"context": tokens + 32}}}, "here.yaml")
+    parse_config({"pretrain": {"model": {"context": tokens + 32}}, "sft": {"tasks": {"vqa": 1.0}}}, "here.yaml")
+    parse_config({"pretrain": {"model": {"context": 2 * tokens + 32}}}, "here.yaml")
     with pytest.raises(ConfigError, match=r"raise pretrain\.model\.context, lower image_tokenizer\.image_size") as caught:
         parse_config({"pretrain": {"model": {"context": tokens + 31}}}, "here.yaml")
     assert len(str(caught.value)) < 400, "the parameters are not repeated"
