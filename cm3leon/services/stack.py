@@ -81,12 +81,14 @@ class Part:
         arguments: of ``python``.
         environment: variables in addition to the supervisor's.
         health: address that answers while the part works; 401 is an answer too.
+        needs: address of what the part asks; while that does not answer, the part may not either and is left alone. Empty: nothing.
     """
 
     name: str
     arguments: list[str]
     health: str
     environment: dict[str, str] = field(default_factory=dict, repr=False)
+    needs: str = ""
 
 
 def read_state() -> State | None:
@@ -180,6 +182,7 @@ def parts(state: State) -> list[Part]:
             ["-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--with-healthcheck"],
             f"http://{HOST}:{health_port}/health",
             {**clients, "PATH": child_path(), "PREFECT_WORKER_WEBSERVER_HOST": HOST, "PREFECT_WORKER_WEBSERVER_PORT": health_port},
+            needs=f"{state.prefect}/api/ready",
         ),
     ]
 

@@ -33,6 +33,12 @@ class Stopped(BaseException):
     """SIGTERM."""
 
 
+def note(line: str) -> None:
+    """Write a line with the time into the supervisor's log; on a full disk it is lost, but the parts go on."""
+    with contextlib.suppress(OSError):
+        print(f"{time.strftime('%F %T')} {line}", flush=True)
+
+
 class Kept:
     """A part that is kept running."""
 
@@ -50,7 +56,7 @@ class Kept:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **self.part.environment},
             )  # fmt: skip
         self.failures, self.next_check = 0, time.monotonic() + ANSWER_SECONDS
-        print(f"{time.strftime('%F %T')} {self.part.name}: started, process {self.process.pid}", flush=True)
+        note(f"{self.part.name}: started, process {self.process.pid}")
 
     def wait(self) -> None:
         """Wait until the part answers.
@@ -71,7 +77,10 @@ class Kept:
         now = time.monotonic()
         if self.process is None:
             if now >= self.next_start:
-                self.start()
+                try:
+                    self.start()
+                except OSError as error:  # a full disk, no memory
+                    self._restart_later(f"cannot be started ({error})")
         elif self.process.poll() is not None:
             self._restart_later(f"ended with status {self.process.returncode}")
         elif now >= self.next_check:
@@ -79,13 +88,16 @@ class Kept:
             if answers(self.part.health):
                 self.failures, self.pause = 0, PAUSE_SECONDS
                 return
+            if self.part.needs and not answers(self.part.needs):
+                self.failures, self.next_check = 0, now + ANSWER_SECONDS  # once that answers, the part has as long as after its start
+                return
             self.failures += 1
             if self.failures >= FAILURES:
                 self.stop()
                 self._restart_later("does not answer")
 
     def _restart_later(self, why: str) -> None:
-        print(f"{time.strftime('%F %T')} {self.part.name}: {why}; starts again in {self.pause:.0f} s", flush=True)
+        note(f"{self.part.name}: {why}; starts again in {self.pause:.0f} s")
         self.process, self.next_start = None, time.monotonic() + self.pause
         self.pause = min(2 * self.pause, LONGEST_PAUSE)
 

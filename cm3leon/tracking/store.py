@@ -193,9 +193,10 @@ def migrate(uri: str) -> None:
 
 
 def schema_revision(path: Path) -> str | None:
-    """The schema revision of a SQLite store; None if the file is missing, empty or no store.
+    """The schema revision of a SQLite store; None if the file is missing or empty.
 
     Raises:
+        StoreError: if the database is another program's.
         sqlite3.DatabaseError: if the file is damaged, or cannot be opened.
     """
     import sqlite3
@@ -204,9 +205,10 @@ def schema_revision(path: Path) -> str | None:
         return None
     connection = sqlite3.connect(path, timeout=60)
     try:
-        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchall():
-            return None
-        rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if tables and not tables >= {"alembic_version", "experiments"}:
+            raise StoreError(f"{path} is a database, but not MLflow's: name another file in MLFLOW_TRACKING_URI, or move this one away")
+        rows = connection.execute("SELECT version_num FROM alembic_version").fetchall() if tables else []
     finally:
         connection.close()
     return str(rows[0][0]) if rows else None

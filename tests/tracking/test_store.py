@@ -103,6 +103,22 @@ def test_a_damaged_store_is_named_and_left_as_it_is(project, capfd, damage):
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("table", ["labels", "alembic_version"])  # the latter is also that of other programs, Prefect's among them
+def test_the_database_of_another_program_is_named_and_left_as_it_is(tmp_path, monkeypatch, table):
+    import sqlite3
+
+    file = tmp_path / "labels.db"
+    with sqlite3.connect(file) as connection:
+        connection.execute(f"CREATE TABLE {table} (version_num)")
+        connection.execute(f"INSERT INTO {table} VALUES ('a label')")
+    connection.close()
+    before = file.read_bytes()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_uri(file))
+    with pytest.raises(store.StoreError, match=r"labels\.db is a database, but not MLflow's: name another file in MLFLOW_TRACKING_URI"):
+        store.prepare_store()
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("password", ["secret", "pa/ss", "p@ss", "a:b"])
 def test_a_message_has_no_password(password):
     assert store.without_password(f"postgresql://me:{password}@host:5432/db") == "postgresql://me:***@host:5432/db"
