@@ -48,7 +48,7 @@ TOGETHER = 32
 def text_to_image(
     call: ImageCall,
     prompts: Annotated[list[str], typer.Argument(help="what the images show")],
-    reference: Annotated[Path | None, typer.Option(help="an image by which documents are retrieved too")] = None,
+    reference: Annotated[Path | None, typer.Option(help="an image to retrieve documents by too; with --retrieved-documents")] = None,
     show_retrieved_documents: Annotated[
         bool, typer.Option("--show-retrieved-documents", help="print caption, score and source of the retrieved documents")
     ] = False,
@@ -127,7 +127,7 @@ def upscale(
 
 @text_command
 def infill_text(
-    texts: Annotated[list[str], typer.Argument(help="texts with ___ for each blank")],
+    texts: Annotated[list[str], typer.Argument(help="texts with ___ (three or more) for each blank")],
     image: Annotated[Path | None, typer.Option(help="an image that the texts are about")] = None,
     temperature: Temperature = 0.0,
     seed: Seed = 0,

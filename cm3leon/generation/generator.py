@@ -88,7 +88,7 @@ class Generator:
             references: an image for each prompt, by which documents are retrieved too.
 
         Raises:
-            BadInputError: for an empty prompt or an impossible setting.
+            BadInputError: for an empty prompt or an impossible setting, and for references where no documents are retrieved.
             PromptTooLongError: if a prompt does not fit in the context.
         """
         values = [{"caption": prompt} for prompt in prompts]
@@ -142,6 +142,8 @@ class Generator:
         check_not_blank("prompt", prompts)
         if references is not None:
             check_same_length("prompt", prompts, "reference", references)
+        if references and settings.retrieved_documents == 0:
+            raise BadInputError("references are for retrieving documents, and retrieved_documents is 0; set it, for example to 2")
         retrieved = self.retrieve(prompts, settings.retrieved_documents, references)
         requests = [
             image_request(self.parts, task, prompt, own, documents=found)
@@ -235,18 +237,22 @@ class Generator:
         (``training.json``).
 
         Raises:
-            BadInputError: if a box is empty or outside its image.
+            BadInputError: if a box is empty or outside its image; before any image is generated.
         """
         check_same_length("image", images, "box", boxes)
         check_same_length("image", images, "caption", captions)
         check_not_blank("caption", captions)
         guided = self.parts.training is not None and self.parts.training.unprompted_regions
         used = checked_settings(self.decoding, settings if guided else {**settings, **UNGUIDED})
-        results: Images = []
         upright = [to_rgb(image) for image in images]
-        for image, box, caption, codes in zip(upright, boxes, captions, self.encode(upright), strict=True):
+        for image, box in zip(upright, boxes, strict=True):
             check_box("the box", box, image.size)
-            request = inpainting_request(self.parts, image, codes, box, caption)
+        requests = [
+            inpainting_request(self.parts, image, codes, box, caption)
+            for image, box, caption, codes in zip(upright, boxes, captions, self.encode(upright), strict=True)
+        ]
+        results: Images = []
+        for request in requests:
             results += best_candidates(self.parts, "infill", [request], num_images, seed, used)
         return results
 
@@ -323,7 +329,7 @@ class Generator:
     def infill_text(
         self, texts: Sequence[str], images: Sequence[Image.Image] | None = None, *, temperature: float = 0.0, seed: int = 0
     ) -> list[GeneratedText]:
-        """Fill each blank, ``___``, of texts, about images if those are given; the whole texts. Blanks are filled from left to right.
+        """Fill each blank, ``___`` or longer, of texts, about images if given; the whole texts. Blanks are filled from left to right.
 
         Raises:
             BadInputError: if a text has no blank or more than the model has masks.

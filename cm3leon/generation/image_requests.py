@@ -6,13 +6,13 @@ a box of an image, row by row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
-from cm3leon.data.images import fit_square
 from cm3leon.generation.checks import BadInputError, free_tokens
 from cm3leon.generation.parts import Parts
 from cm3leon.generation.prompts import image_prompt, infill_prompt
@@ -131,12 +131,27 @@ def inpainting_request(parts: Parts, image: Image.Image, codes: np.ndarray, box:
 
 def _region(parts: Parts, image: Image.Image, box: Box) -> np.ndarray:
     """The codes whose patches a box touches, once the image is fitted to the tokenizer's square; (tokens_per_image,), boolean."""
-    # A mask of the box takes the same path as the image, so that crop and resize need not be computed twice.
-    mask = Image.new("L", image.size)
-    mask.paste(255, (int(box[0]), int(box[1]), int(np.ceil(box[2])), int(np.ceil(box[3]))))
-    fitted = np.asarray(fit_square(mask.convert("RGB"), parts.image_size))[..., 0] > 0
     side = round(parts.model.vocabulary.tokens_per_image**0.5)
-    touched = fitted.reshape(side, parts.image_size // side, side, -1).any((1, 3))
+    shorter = min(image.size)
+    columns = _touched(box[0], box[2], image.width, shorter, parts.image_size, side)
+    rows = _touched(box[1], box[3], image.height, shorter, parts.image_size, side)
+    touched = np.zeros((side, side), dtype=bool)
+    touched[rows, columns] = True
     if not touched.any():
         raise BadInputError(f"the box {box} is outside the square that the model sees of an image of {image.width} x {image.height} pixels")
     return touched.ravel()
+
+
+def _touched(start: float, end: float, length: int, shorter: int, size: int, side: int) -> slice:
+    """The columns or rows of patches that a box touches, of ``side``.
+
+    Args:
+        start, end: of the box along the image's width or height, pixels.
+        length, shorter: that side of the image and its shorter one, pixels.
+        size: of the square to which :func:`~cm3leon.data.images.fit_square` resizes and crops the image, pixels.
+    """
+    fitted = max(size, round(length * (size / shorter)))
+    cropped = (fitted - size) // 2
+    # The product first: where an edge is one of a patch, the quotient is exact.
+    first, last = ((edge * fitted / length - cropped) * side / size for edge in (start, end))
+    return slice(min(max(math.floor(first), 0), side), min(max(math.ceil(last), 0), side))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from PIL import Image
@@ -19,7 +20,8 @@ from cm3leon.sequence.tasks import TASKS, Fields
 from cm3leon.utils.memory import free_memory
 from cm3leon.utils.progress import track
 
-BLANK = "___"
+BLANK = re.compile("_{3,}")
+"""A blank of a text to fill, however long."""
 
 
 def continue_prompts(
@@ -83,7 +85,7 @@ def answer(
 def fill_blanks(
     parts: Parts, texts: Sequence[str], images: Sequence[Image.Image] | None, seed: int, settings: DecodingConfig
 ) -> list[GeneratedText]:
-    """Texts with each blank, ``___``, filled, from left to right.
+    """Texts with each blank, ``___`` or longer, filled, from left to right.
 
     Args:
         images: that the texts are about; None: there are none.
@@ -95,10 +97,10 @@ def fill_blanks(
     vocabulary = parts.model.vocabulary
     codes = [None] * len(texts) if images is None else list(parts.encode_images(images))
     # 1. Each text with a mask for each blank, continued from the first.
-    pieces = [text.split(BLANK) for text in texts]
+    pieces = [BLANK.split(text) for text in texts]
     for number, own in enumerate(pieces):
         if not 2 <= len(own) <= vocabulary.sentinels + 1:
-            raise BadInputError(f"text {number} must have 1 to {vocabulary.sentinels} blanks ({BLANK}), found {len(own) - 1}")
+            raise BadInputError(f"text {number} must have 1 to {vocabulary.sentinels} blanks (___), found {len(own) - 1}")
     prompts = []
     for own, image in zip(pieces, codes, strict=True):
         # As in training a blank has the space before it, and the text behind it keeps its own.

@@ -110,7 +110,7 @@ class InfillText(TextRequest):
     """Fill the blanks of a text, which may be about an image."""
 
     task, item_fields = "infill_text", frozenset({"text", "image"})
-    text: Text = Field(description="with ___ for each blank")
+    text: Text = Field(description="with ___ (three or more) for each blank")
     image: EncodedImage | None = None
 
     def item(self, side: int) -> tuple[Any, ...]:

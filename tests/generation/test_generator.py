@@ -13,9 +13,11 @@ from tests_support import decoding
 
 from cm3leon.config import paths
 from cm3leon.config.schema import RetrieveConfig
+from cm3leon.data.images import fit_square
 from cm3leon.generation.checks import BadInputError, PromptTooLongError
 from cm3leon.generation.engine import log_likelihoods
 from cm3leon.generation.generator import Generator
+from cm3leon.generation.image_requests import inpainting_request
 from cm3leon.generation.memory import Memory
 from cm3leon.generation.results import GeneratedText
 from cm3leon.sequence.grammar import BREAK, EOS, EOSS, Prompt
@@ -226,6 +228,63 @@ def test_infilling_leaves_codes_outside_the_box_as_they_are(generator):
     assert len({tuple(image.codes[inside.ravel()]) for image in images}) > 1
 
 
+def region(generator, picture, box):
+    """The codes that inpainting generates again, (side, side), boolean."""
+    side = round(generator.model.vocabulary.tokens_per_image**0.5)
+    inside = np.zeros(side * side, dtype=bool)
+    request = inpainting_request(generator.parts, picture, np.zeros(side * side, dtype=np.int64), box, "a ring")
+    inside[request.region.inside] = True
+    return inside.reshape(side, side)
+
+
+def any_box(rng, width, height):
+    (x0, x1), (y0, y1) = (np.sort(rng.uniform(0, length, 2)).tolist() for length in (width, height))
+    return x0, y0, x1, y1
+
+
+def masked(size, box):
+    mask = Image.new("L", size)
+    mask.paste(255, (int(box[0]), int(box[1]), int(np.ceil(box[2])), int(np.ceil(box[3]))))
+    return mask
+
+
+def by_patches(pixels, side):
+    return pixels.reshape(side, len(pixels) // side, side, -1).any((1, 3))
+
+
+def test_a_box_touches_the_patches_of_its_pixels_in_an_image_of_the_models_size(generator):
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        box = any_box(rng, 32, 32)
+        assert np.array_equal(region(generator, RED, box), by_patches(np.asarray(masked((32, 32), box)) > 0, 4)), box
+
+
+def test_a_box_touches_the_patches_to_which_the_images_resizing_takes_it(generator):
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        width, height = rng.integers(8, 200, 2).tolist()
+        picture, box = Image.new("RGB", (width, height)), any_box(rng, width, height)
+        pixel = max(1.0, min(width, height) / 32)  # of the fitted image, or of the given one where that is the larger
+        larger = max(0, box[0] - pixel), max(0, box[1] - pixel), min(width, box[2] + pixel), min(height, box[3] + pixel)
+        smaller = np.ceil(box[0]), np.ceil(box[1]), max(np.ceil(box[0]), np.floor(box[2])), max(np.ceil(box[1]), np.floor(box[3]))
+        least, most = (by_patches(np.asarray(fit_square(masked((width, height), own), 32))[..., 0] > 127, 4) for own in (smaller, larger))
+        try:
+            found = region(generator, picture, box)
+        except BadInputError:
+            found = np.zeros((4, 4), dtype=bool)
+        assert (least <= found).all() and (found <= most).all(), (picture.size, box)
+    for size in (40, 64, 96, 100, 128, 512, 3000):  # an edge on that of a patch ends there
+        assert region(generator, Image.new("RGB", (size, size)), (0, size / 4, size / 2, size)).sum() == 2 * 3
+
+
+def test_all_boxes_are_checked_before_an_image_is_generated(generator, monkeypatch):
+    monkeypatch.setattr("cm3leon.generation.generator.best_candidates", lambda *arguments: pytest.fail("an image was generated"))
+    wide = Image.new("RGB", (64, 32))
+    for picture, box in ((RED, (0, 0, 33, 8)), (wide, (0, 0, 8, 8))):
+        with pytest.raises(BadInputError, match="the box"):
+            generator.infill([RED, picture], [(0, 0, 8, 8), box], ["a ring", "a ring"])
+
+
 def test_infilling_takes_the_box_of_an_image_as_it_is_shown(generator):
     pixels = np.random.default_rng(0).integers(256, size=(32, 48, 3), dtype=np.uint8)
     shown, stored = Image.fromarray(pixels), io.BytesIO()
@@ -270,6 +329,11 @@ def test_the_text_behind_a_blank_is_tokenized_as_in_training(generator, monkeypa
     monkeypatch.setattr(type(generator.parts), "text_tokens", recorded)
     generator.infill_text(["a ___ circle and ___ ring "])
     assert read == ["a", " circle and", " ring"]
+
+
+def test_a_long_blank_is_one(generator):
+    short, long = generator.infill_text(["a ___ circle, ___", "a _____ circle, ____________"])
+    assert short == long
 
 
 def test_nothing_is_made_of_nothing(generator):
@@ -361,6 +425,7 @@ def test_other_precisions_find_almost_the_same_likelihoods(generator, tiny_model
         (lambda g: g.text_to_image(["x"], tasks={"foo": {}}), BadInputError, "^tasks names foo; tasks are"),
         (lambda g: g.text_to_image(["x"], contrastive=2.0), BadInputError, "contrastive"),
         (lambda g: g.text_to_image(["x"], references=[]), BadInputError, "1 prompts but 0 references"),
+        (lambda g: g.text_to_image(["x"], references=[RED], retrieved_documents=0), BadInputError, "retrieved_documents is 0; set it"),
         (lambda g: g.edit([RED], []), BadInputError, "1 images but 0 instructions"),
         (lambda g: g.reasoning([RED], ["Which?"], [["a"]]), BadInputError, "question 0 has 1 options; give at least two"),
         (lambda g: g.edit([RED], [" "]), BadInputError, "instruction 0 is empty"),
@@ -370,7 +435,7 @@ def test_other_precisions_find_almost_the_same_likelihoods(generator, tiny_model
         (lambda g: g.layout_to_image(["x"], [[("dog", (0, 0, 40, 4))]]), BadInputError, "a box of layout 0"),
         (lambda g: g.condition_to_image(["x"], [RED], ["fog"]), BadInputError, "unknown condition 'fog'; known are canny edge"),
         (lambda g: g.infill_text(["no blank"]), BadInputError, r"1 to 4 blanks \(___\), found 0"),
-        (lambda g: g.infill_text(["___" * 5]), BadInputError, "found 5"),
+        (lambda g: g.infill_text(["___ " * 5]), BadInputError, "found 5"),
         (
             lambda g: g.infill_text(["circle " * 300 + "___"]),
             PromptTooLongError,
