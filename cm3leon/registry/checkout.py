@@ -53,7 +53,7 @@ def restore_lock(name: str, force: bool = False) -> Version:
 def _kept(client: MlflowClient, version: Version, path: Path) -> bytes | None:
     """The project's file as the version keeps it; None if it does not."""
     try:
-        return bundle_file(client, version.number, path.name).read_bytes()
+        return bundle_file(client, version.number, path.name)
     except FileNotFoundError:
         return None
 

@@ -116,9 +116,9 @@ def _check_intact(client: MlflowClient, kept: Sequence[Version]) -> None:
 def _lock(client: MlflowClient, version: Version) -> str | None:
     """The ``dvc.lock`` of a version; None if it was made without DVC."""
     try:
-        return bundle_file(client, version.number, DVC_LOCK.name).read_text()
+        return bundle_file(client, version.number, DVC_LOCK.name).decode()
     except FileNotFoundError:
-        if json.loads(bundle_file(client, version.number, LINEAGE).read_text())["dvc_lock_md5"] is None:
+        if json.loads(bundle_file(client, version.number, LINEAGE))["dvc_lock_md5"] is None:
             return None
     raise CleaningError(
         f"version {version} is kept, but was registered without its {DVC_LOCK}, so its objects in DVC's cache are not known; "

@@ -168,10 +168,9 @@ def _measured(config: Config, run: Run, champion: Version) -> Checked:
 def _data_of(client: MlflowClient, version: Version) -> str | None:
     """The md5 of the validated manifest that a version was trained on; None if the version has no ``dvc.lock``."""
     try:
-        lock = bundle_file(client, version.number, str(lineage.DVC_LOCK))
+        return lineage.locked_md5(bundle_file(client, version.number, str(lineage.DVC_LOCK)), str(MANIFEST))
     except FileNotFoundError:
         return None
-    return lineage.dvc_md5(lock.parent / MANIFEST, lock.parent)
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from cm3leon.registry.registry import (
     fetch_bundle,
     holder,
     publish,
+    publish_changed,
 )
 from cm3leon.registry.release import sheets_page
 from cm3leon.utils.errors import UserError
@@ -106,12 +107,14 @@ def _champion_record(client: MlflowClient, champion: Version, record: Record, co
     with tempfile.TemporaryDirectory() as folder:
         if client.list_artifacts(_run_id(champion), place):
             return Record.read(Path(client.download_artifacts(_run_id(champion), place, folder)))
+        # Where the data or parameters are no longer those of the record, this is not the evaluation that is wanted, and is not kept as it.
         try:
             again = evaluate_version(champion, config, Path(folder))
         except (UserError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             notes[-1] = f"the champion could not be evaluated again ({type(error).__name__}: {error})"
             return stored
-        client.log_artifacts(_run_id(champion), folder, place)
+        if not contract_changes(record.contract, again.contract):
+            client.log_artifacts(_run_id(champion), folder, place)
         return again
 
 
@@ -194,6 +197,8 @@ def promote(number: str | None = None, force: bool = False, reason: str = "") ->
     against = f"version {champion}" if champion else "none"
     state = chosen.tags.get(GATE_TAG, NOT_COMPARED)
     passed = state == _gate_tag(True, champion)
+    if passed and ROLLED_BACK_TAG in chosen.tags:  # the gate passed it before that
+        passed, state = False, f"it was rolled back {chosen.tags[ROLLED_BACK_TAG]}"
     if not passed and not force:
         which = "" if number is None else f" --version {number}"
         raise PromotionError(f"version {chosen} is not promoted: {state}; the champion is {against}; run: cm3leon gate{which}")
@@ -207,7 +212,7 @@ def promote(number: str | None = None, force: bool = False, reason: str = "") ->
         client.set_model_version_tag(MODEL_NAME, chosen.number, REPLACED_TAG, champion.number)
         client.set_registered_model_alias(MODEL_NAME, PREVIOUS_CHAMPION, champion.number)
     _make_champion(client, chosen)
-    return _published(client, chosen, champion)
+    return _published(client, versions)
 
 
 def _make_champion(client: MlflowClient, version: Version) -> None:
@@ -294,15 +299,16 @@ def rollback(to: str | None = None, reason: str = "") -> Version:
         client.set_registered_model_alias(MODEL_NAME, PREVIOUS_CHAMPION, before)
     elif previous is not None:
         client.delete_registered_model_alias(MODEL_NAME, PREVIOUS_CHAMPION)
-    return _published(client, target, champion)
+    return _published(client, versions)
 
 
-def _published(client: MlflowClient, champion: Version, before: Version | None) -> Version:
-    """Write the releases of the new and the former champion anew; returns the new one as it is now."""
+def _published(client: MlflowClient, before: list[Version]) -> Version:
+    """Write the releases anew of the versions whose aliases are no longer those of ``before``; returns the new champion."""
     versions = all_versions(client)
-    for version in [champion, before] if before else [champion]:
-        publish(client, _chosen(versions, version.number))
-    return _chosen(versions, champion.number)
+    publish_changed(client, before, versions)
+    champion = holder(versions, CHAMPION)
+    assert champion is not None
+    return champion
 
 
 def history() -> list[ledger.Entry]:

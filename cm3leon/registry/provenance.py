@@ -5,13 +5,14 @@ A withdrawn image or license must be answerable: every bundle lists its training
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from cm3leon.data.licenses import identifier_of
 from cm3leon.registry.bundle import LINEAGE, TRAINING_DATA
 from cm3leon.registry.registry import MODEL_NAME, NotRegisteredError, Version, all_versions, bundle_file, connect
 from cm3leon.utils.errors import UserError
@@ -38,7 +39,7 @@ def lineage_of(number: str) -> dict[str, Any]:
     client = connect()
     if number not in {version.number for version in all_versions(client)}:
         raise NotRegisteredError(f"the registry has no version {number} of {MODEL_NAME}; cm3leon status lists them")
-    found: dict[str, Any] = json.loads(bundle_file(client, number, LINEAGE).read_text())
+    found: dict[str, Any] = json.loads(bundle_file(client, number, LINEAGE))
     data = _training_data(number)
     if data is not None:
         found["documents"] = {str(name): len(rows) for name, rows in data.groupby("licence")}
@@ -52,13 +53,14 @@ def versions_trained_on(document: str | None = None, license_id: str | None = No
 
     Args:
         document: id, or the beginning of one; or its origin, as the manifest has it.
-        license_id: SPDX identifier.
+        license_id: SPDX identifier, or another way to state a license (:func:`~cm3leon.data.licenses.identifier_of`).
 
     Raises:
         UserError: if neither or both are given.
     """
     if (document is None) == (license_id is None):
         raise UserError("lineage looks for a document or for a license: --document ID or --license SPDX")
+    license_id = identifier_of(license_id) or license_id  # the manifest has identifiers, where a license is known
     uses = []
     for version in all_versions(connect()):
         data = _training_data(version.number)
@@ -74,7 +76,7 @@ def versions_trained_on(document: str | None = None, license_id: str | None = No
 def _training_data(number: str) -> pd.DataFrame | None:
     """The training documents of a version; None if an earlier release of this package registered it, which did not list them."""
     try:
-        path: Path = bundle_file(connect(), number, TRAINING_DATA)
+        content = bundle_file(connect(), number, TRAINING_DATA)
     except FileNotFoundError:
         return None
-    return pd.read_parquet(path)
+    return pd.read_parquet(io.BytesIO(content))

@@ -156,7 +156,8 @@ def register(bundle: Bundle, config: Config) -> Version:
     """
     content = bundle_hash(bundle.path)
     client = connect()
-    version = next((v for v in all_versions(client) if v.tags.get(HASH_TAG) == content), None)
+    before = all_versions(client)
+    version = next((v for v in before if v.tags.get(HASH_TAG) == content), None)
     if version:
         number = version.number
     else:
@@ -166,10 +167,9 @@ def register(bundle: Bundle, config: Config) -> Version:
         number = log_version(client, bundle.path, MODEL_NAME, tags, config)
     client.set_registered_model_alias(MODEL_NAME, CHALLENGER, number)
     _link_pipeline(client, number)
-    registered = replace(next(v for v in all_versions(client) if v.number == number), record=bundle.record)
-    if version is None:
-        publish(client, registered)
-    return registered
+    versions = [replace(v, record=bundle.record) if v.number == number else v for v in all_versions(client)]
+    publish_changed(client, before, versions)
+    return next(v for v in versions if v.number == number)
 
 
 def _link_pipeline(client: MlflowClient, number: str) -> None:
@@ -182,6 +182,14 @@ def _link_pipeline(client: MlflowClient, number: str) -> None:
     client.set_tag(run_id, VERSION_TAG, f"{MODEL_NAME}/{number}")
     source = str(client.get_model_version(MODEL_NAME, number).source)  # models:/MODEL_ID; MLflow's own field model_id is empty
     client.log_outputs(run_id, [LoggedModelOutput(source.removeprefix("models:/"), step=0)])
+
+
+def publish_changed(client: MlflowClient, before: list[Version], versions: list[Version]) -> None:
+    """Write the releases anew of the versions that are new or have other aliases than before."""
+    aliases = {version.number: version.aliases for version in before}
+    for version in versions:
+        if version.aliases != aliases.get(version.number):
+            publish(client, version)
 
 
 def publish(client: MlflowClient, version: Version) -> None:
@@ -264,8 +272,8 @@ def _hint(model: str) -> Iterator[None]:
         raise NotRegisteredError(f"{error}{hint}") from None
 
 
-def bundle_file(client: MlflowClient, number: str, name: str) -> Path:
-    """One file of a version's bundle, without the rest.
+def bundle_file(client: MlflowClient, number: str, name: str) -> bytes:
+    """The content of one file of a version's bundle, without the rest.
 
     Args:
         name: its path in the bundle.
@@ -276,13 +284,15 @@ def bundle_file(client: MlflowClient, number: str, name: str) -> Path:
     from mlflow.exceptions import MlflowException
 
     model = client.get_model_version_download_uri(MODEL_NAME, number)
-    try:
-        found = Path(_artifact(client, f"{model}/{_bundle_path(_artifact(client, f'{model}/MLmodel'))}/{name}"))
-    except MlflowException as error:
-        raise FileNotFoundError(f"the bundle of version {number} has no file {name}: {error}") from None
-    if not found.is_file():
-        raise FileNotFoundError(f"the bundle of version {number} has no file {name}")
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            description = _artifact(client, f"{model}/MLmodel", folder)
+            found = _artifact(client, f"{model}/{_bundle_path(description)}/{name}", folder)
+        except MlflowException as error:
+            raise FileNotFoundError(f"the bundle of version {number} has no file {name}: {error}") from None
+        if not found.is_file():
+            raise FileNotFoundError(f"the bundle of version {number} has no file {name}")
+        return found.read_bytes()
 
 
 def _artifact(client: MlflowClient, uri: str, target: str | None = None) -> Path:
@@ -306,12 +316,14 @@ def _download(client: MlflowClient, entity: Any, cached: Path) -> Path:
     here = uri.startswith(("file:", "/"))
     # A download becomes visible only when it is complete.
     partial = cached.with_name(f"{cached.name}.{os.getpid()}.partial")
-    model = _artifact(client, uri, None if here else str(partial))
-    bundle = model / _bundle_path(model / "MLmodel")
-    if here:
-        return bundle
-    # Another process may have downloaded the same bundle meanwhile.
-    if not cached.is_dir():
-        bundle.rename(cached)
-    shutil.rmtree(partial)
+    try:
+        model = _artifact(client, uri, None if here else str(partial))
+        bundle = model / _bundle_path(model / "MLmodel")
+        if here:
+            return bundle
+        # Another process may have downloaded the same bundle meanwhile.
+        if not cached.is_dir():
+            bundle.rename(cached)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return cached

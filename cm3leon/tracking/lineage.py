@@ -60,15 +60,20 @@ def dvc_lock_md5(root: Path = Path()) -> str | None:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else None
 
 
-def dvc_md5(path: str | Path, root: Path = Path()) -> str | None:
+def dvc_md5(path: str | Path) -> str | None:
     """The md5 in ``dvc.lock`` of an output or dependency of a stage; None if ``path`` is neither."""
-    lock = root / DVC_LOCK
-    if not lock.is_file():
-        return None
+    return locked_md5(DVC_LOCK.read_bytes(), os.path.relpath(path)) if DVC_LOCK.is_file() else None
+
+
+def locked_md5(lock: bytes, wanted: str) -> str | None:
+    """As :func:`dvc_md5`, of the content of a ``dvc.lock``.
+
+    Args:
+        wanted: the path, relative to the project.
+    """
     import yaml
 
-    wanted = os.path.relpath(Path(path).absolute(), root.absolute())
-    stages: dict[str, Any] = (yaml.safe_load(lock.read_text()) or {}).get("stages") or {}
+    stages: dict[str, Any] = (yaml.safe_load(lock) or {}).get("stages") or {}
     for kind in ("outs", "deps"):
         for stage in stages.values():
             for item in stage.get(kind) or []:

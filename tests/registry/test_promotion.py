@@ -114,6 +114,17 @@ def test_a_version_that_was_rolled_back_and_is_the_champion_again_is_gated_as_ot
     assert promotion.gate(CONFIG, number="2").refusals == []
 
 
+def test_a_version_that_was_rolled_back_is_not_promoted_by_what_the_gate_said_before(stages: Path) -> None:
+    released(0.5)
+    released(0.6)
+    promotion.rollback(reason="it is rude")
+    with pytest.raises(PromotionError, match="version 2 is not promoted: it was rolled back to version 1; the champion is version 1"):
+        promotion.promote()
+    with pytest.raises(PromotionError, match="only with a reason"):
+        promotion.promote(force=True)
+    assert aliases() == {CHALLENGER: 2, CHAMPION: 1}
+
+
 def test_a_version_that_never_was_the_champion_is_no_rollback(stages: Path) -> None:
     released(0.5)
     released(0.45)
@@ -136,11 +147,12 @@ def test_the_record_is_read_once_on_its_way_to_the_gate(stages: Path, monkeypatc
     read, real = [], Record.read.__func__  # type: ignore[attr-defined]
     monkeypatch.setattr(Record, "read", classmethod(lambda cls, folder: read.append(str(folder)) or real(cls, folder)))  # type: ignore[func-returns-value]
     version = registry.register_outputs(CONFIG)
-    assert read == [str(paths.EVALUATION)]
+    assert read.count(str(paths.EVALUATION)) == 1
+    before = len(read)  # with that of the version whose release no longer says challenger
     assert promotion.gate(CONFIG, version).passed
-    assert len(read) == 2  # the other is the champion's
+    assert len(read) == before + 1  # the champion's
     by_itself = promotion.gate(CONFIG)
-    assert by_itself.passed and len(read) == 4
+    assert by_itself.passed and len(read) == before + 3
 
 
 def test_promotion_needs_a_gate_passed_against_the_present_champion(stages: Path) -> None:
@@ -161,3 +173,28 @@ def test_a_champion_that_cannot_be_evaluated_again_holds_the_challenger_back(sta
     verdict = promotion.gate(CONFIG)
     assert not verdict.passed
     assert "could not be evaluated again" in verdict.to_markdown() and "composition cannot be compared" in str(verdict)
+
+
+def test_an_evaluation_of_the_champion_by_another_contract_is_not_kept(stages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version is gated while the data are others; once they are back, the champion is evaluated on them."""
+    champion = released(0.5)
+    record = Record.read(paths.EVALUATION)
+    record.contract["prompts"] = "others"
+    for file in paths.EVALUATION.glob("[ro]*"):
+        file.unlink()
+    record.write(paths.EVALUATION)
+    challenger = registry.register(evaluated(0.9), CONFIG)
+    present, evaluations = Record.read(paths.EVALUATION), []
+
+    def evaluate(version: registry.Version, config: object, output: Path) -> Record:
+        evaluations.append(version.number)
+        present.write(output)
+        return present
+
+    monkeypatch.setattr(promotion, "evaluate_version", evaluate)
+    for prompts, kept in (("meanwhile", False), ("others", True), ("others", True)):
+        present.contract["prompts"] = prompts
+        promotion.gate(CONFIG, number=challenger.number)
+        assert champion.run_id
+        assert bool(registry.connect().list_artifacts(champion.run_id, "evaluations")) == kept
+    assert evaluations == ["1", "1"]

@@ -74,6 +74,24 @@ def test_a_version_carries_its_release_from_registration_to_approval(stages: Pat
     assert "promoted version 2 over version 1" in artifact(version, "release.html")  # the former champion's page says who replaced it
 
 
+def test_every_release_says_which_aliases_its_version_has_now(stages: Path) -> None:
+    client = registry.connect()
+
+    def check() -> None:
+        for version in registry.status():
+            state = f"Version {version}: {', '.join(version.aliases)}." if version.aliases else f"Version {version}."
+            assert state in client.get_model_version(registry.MODEL_NAME, str(version)).description
+            assert state in artifact(version, "release.html")
+
+    for composition in (0.5, 0.6, 0.7):
+        released(composition)
+        check()
+    promotion.rollback()
+    check()
+    registry.register(evaluated(0.5), CONFIG)  # known already
+    check()
+
+
 def test_the_bill_of_materials_is_cyclonedx_and_complete(stages: Path) -> None:
     version = registry.register(evaluated(0.5), CONFIG)
     bill = json.loads(artifact(version, "sbom.cdx.json"))
@@ -122,7 +140,7 @@ def test_lineage_both_ways(stages: Path, capsys: pytest.CaptureFixture[str]) -> 
 
     assert uses(document="a") == {"1": ["a"]}
     assert uses(document="b") == uses(document="row b") == {"1": ["b"], "2": ["b"]}
-    assert uses(license_id="CC-BY-SA-4.0") == {"2": ["b"]}
+    assert uses(license_id="CC-BY-SA-4.0") == uses(license_id="cc by-sa 4.0") == {"2": ["b"]}
     assert uses(license_id="CC0-1.0") == {"1": ["a", "b", "c", "d"], "2": ["c", "d"]}
     assert uses(document="nowhere") == {}
     assert provenance.lineage_of("2")["documents"] == {"CC-BY-SA-4.0": 1, "CC0-1.0": 2}
