@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from cm3leon.training.checkpoint_runs import Resumption, RunRecord, checkpoint_names, remove, run_directories, run_name
 from cm3leon.training.distributed import World
@@ -59,14 +60,14 @@ class Checkpoints:
     def record(self) -> RunRecord:
         """What ``run.json`` says of this run; a new record if it starts from the beginning."""
         found = RunRecord.read(self.directory)
-        resumes = self.names() and not found.finished
-        return replace(found, fingerprint=self.fingerprint) if resumes else RunRecord(self.fingerprint)
+        return replace(found, fingerprint=self.fingerprint, finished=False) if self.names() else RunRecord(self.fingerprint)
 
     def open(self) -> None:
         """Prepare the directory for saving and loading.
 
-        Runs that have finished lose their checkpoints: this one, which then starts from the beginning, and others. Those of unfinished
-        runs stay; where this run has none, standard error says how the newest of them differs, and with ``adopting`` how to resume from it.
+        Other runs that have finished lose their checkpoints; this one keeps them, as its model may have been lost since. Those of
+        unfinished runs stay; where this run has none, standard error says how the newest of them differs, and with ``adopting`` how to
+        resume from it.
         """
         if self.world.rank == 0:
             self._prepare()
@@ -75,7 +76,7 @@ class Checkpoints:
     def _prepare(self) -> None:
         record = self.record
         for directory in run_directories(self.root):
-            if RunRecord.read(directory).finished:
+            if directory != self.directory and RunRecord.read(directory).finished:
                 remove(directory)
         others = [run for run in run_directories(self.root) if run != self.directory and checkpoint_names(run)]
         if others and not self.names():
@@ -113,8 +114,8 @@ class Checkpoints:
         run = source.parent if source.name.startswith("step-") else source
         # 1. Checkpoints of this run are not given up for another's.
         if run.resolve() == self.directory.resolve():
-            raise UserError(f"{run} is this run's own: without --resume-from it resumes, or starts again if it has finished")
-        if self.names() and not RunRecord.read(self.directory).finished:
+            raise UserError(f"{run} is this run's own: it resumes without --resume-from")
+        if self.names():
             resumed = self.record.resumed
             if resumed and Path(resumed[-1]["checkpoint"]).parent.resolve() == run.resolve():
                 return
@@ -143,9 +144,9 @@ class Checkpoints:
         part.rename(self.directory / name)
 
     def finish(self) -> None:
-        """Mark the run as finished: its checkpoints are kept until the next run starts, which does not resume from them.
+        """Mark the run as finished: the next run with another fingerprint removes its checkpoints.
 
-        Call it once the model is on disk: a run that fails while it writes the model then resumes at its last step.
+        Until then the same run resumes at its last step and writes the same model again: what comes after training may fail, or lose it.
         """
         if self.world.rank == 0:
             replace(self.record, finished=True).write(self.directory)
@@ -168,7 +169,7 @@ class Checkpoints:
             part.mkdir(parents=True)
         self.world.wait()
         writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
-        with _single_process():
+        with _torch_checkpoint():
             dcp.save(tensors, storage_writer=writer, no_dist=self.world.size == 1)
         if self.world.rank == 0:
             # 2. The first process adds state and checksums, and brings all of it to disk before the rename.
@@ -211,7 +212,7 @@ class Checkpoints:
             CheckpointError: if the checkpoint's tensors have other names or shapes.
         """
         reader = _check_model(self.directory / name, tensors)
-        with _single_process():
+        with _torch_checkpoint():
             dcp.load(tensors, storage_reader=reader, no_dist=self.world.size == 1)
         return self.state(name)
 
@@ -265,11 +266,18 @@ def _link(source: str, target: str) -> None:
 
 
 @contextmanager
-def _single_process() -> Iterator[None]:
-    """Suppress torch's warning that saving and loading without torch.distributed assumes a single process."""
+def _torch_checkpoint() -> Iterator[None]:
+    """Around torch's saving and loading: no warning that without torch.distributed there is one process, and errors as they were raised.
+
+    Torch wraps the errors of all processes, such as that of a full disk, in one that is no ``Exception``.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise cause if isinstance(cause, Exception) else RuntimeError(str(error)) from None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ class RunRecord:
     """What is known of a run.
 
     Attributes:
-        finished: its checkpoints are no longer needed.
+        finished: its model was written; its checkpoints are no longer needed once another run starts.
         resumed: from which checkpoints of other runs, oldest first: also those that these runs were resumed from.
     """
 

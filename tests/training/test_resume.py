@@ -1,6 +1,7 @@
 """A run that was killed or interrupted resumes to the same bits, and is the same run in any number of processes."""
 
 import json
+import resource
 import signal
 import time
 
@@ -197,10 +198,22 @@ def test_a_run_resumes_from_another_if_the_user_accepts_the_changes(tmp_path, ca
     # A run that resumes from it has the whole history.
     third = adopt(Checkpoints(tmp_path, {"steps": "20", "data": "two"}, 2), run.directory)
     assert [entry["step"] for entry in third.record.resumed] == [step, 9]
-    # Once it has finished it starts from the beginning, and that is not forgotten either.
+    # Once it has finished, the same command without the option resumes at its end and knows where it came from.
     third.finish()
-    third.open()
-    assert third.newest() is None and third.record.resumed == []
+    again = started(tmp_path, steps="20", data="two")
+    assert again.newest() == "step-00000009" and [entry["step"] for entry in again.record.resumed] == [step, 9]
+    assert not again.record.finished
+
+
+def test_a_disk_that_cannot_hold_a_checkpoint_is_an_error_that_says_so(tmp_path):
+    run, before = started(tmp_path, 7), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            run.save(8, {"model.w": torch.ones(1_000_000)}, {"step": 8, "score": None})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert started(tmp_path).newest() == "step-00000007"
 
 
 def test_a_finished_run_can_be_resumed_with_more_steps(tmp_path):
@@ -237,14 +250,13 @@ def test_a_damaged_older_checkpoint_is_not_the_best_and_does_not_stop_the_traini
     assert checkpoints.names() == ["step-00000002", "step-00000003"]
 
 
-def test_a_finished_run_is_not_resumed(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "run", {"a": "1"}, 2)
-    checkpoints.open()
-    checkpoints.save(1, {"model.w": torch.ones(2, 3)}, {"score": None})
-    checkpoints.finish()
-    assert checkpoints.newest() == "step-00000001"
-    checkpoints.open()
-    assert checkpoints.newest() is None
+def test_a_finished_run_resumes_at_its_end_until_another_one_starts(tmp_path):
+    run = started(tmp_path, 1, a="1")
+    run.finish()
+    assert started(tmp_path, a="1").newest() == "step-00000001"
+    run.finish()
+    assert started(tmp_path, a="2").newest() is None
+    assert started(tmp_path, a="1").newest() is None
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
