@@ -132,7 +132,7 @@ def create_app(worker: Worker, hosts: Collection[str] | None = LOOPBACK) -> Guar
 
     app.mount("/page", StaticFiles(directory=PAGE))
     add_error_handlers(app)
-    return Guard(app, worker.metrics, routes | former_routes, schemas.MAX_BODY, hosts)
+    return Guard(app, worker.metrics, routes | former_routes, schemas.MAX_BODY, schemas.MAX_HELD, hosts)
 
 
 def add_error_handlers(app: FastAPI) -> None:

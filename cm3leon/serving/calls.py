@@ -11,6 +11,9 @@ from PIL import Image
 from cm3leon.generation.generator import Generator
 from cm3leon.generation.results import GeneratedImage
 
+ONE_BY_ONE = frozenset({"infill", "interleave", "upscale"})
+"""Tasks whose items the generator answers one after the other: together they only wait for each other."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -38,8 +41,9 @@ class Call:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Calls with equal keys can be answered by one call with several items."""
-        return self.task, len(self.item), self.settings, self.upscaled
+        """Calls with equal keys are answered by one call with several items; that of a task in :data:`ONE_BY_ONE` equals no other's."""
+        own = id(self) if self.task in ONE_BY_ONE else None
+        return self.task, len(self.item), self.settings, self.upscaled, own
 
 
 def perform(generator: Generator, calls: Sequence[Call]) -> list[Any]:

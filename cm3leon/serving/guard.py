@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,6 +22,8 @@ HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
 ]
+RETRY_SECONDS = 5
+"""When a client whose body found no room is to try again."""
 
 
 class Guard:
@@ -29,14 +32,17 @@ class Guard:
     Args:
         tasks: path -> task, of the requests that are counted.
         max_body: largest body, bytes.
+        max_held: bytes of the bodies of all requests that are not answered yet.
         hosts: host names that requests may address, against DNS rebinding: a page of another site whose name resolves to this address
             gets nothing. None: any.
     """
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, tasks: Mapping[str, str], max_body: int, hosts: Collection[str] | None = None
+        self, app: ASGIApp, metrics: Metrics, tasks: Mapping[str, str], max_body: int, max_held: int, hosts: Collection[str] | None = None
     ) -> None:
-        self.app, self.metrics, self.tasks, self.max_body, self.hosts = app, metrics, tasks, max_body, hosts
+        self.app, self.metrics, self.tasks, self.hosts = app, metrics, tasks, hosts
+        self.max_body, self.max_held = max_body, max_held
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -51,21 +57,41 @@ class Guard:
                     self.metrics.requests.labels(self.tasks[scope["path"]], message["status"]).inc()
             await send(message)
 
+        with self._holding() as hold:
+            try:
+                self.check_host(Headers(scope=scope).get("host", ""))
+                body = await self.read_body(Headers(scope=scope), receive, hold)
+            except ApiError as error:
+                await error.response()(scope, receive, send_on)
+                return
+            if body is None:  # the client has gone: nobody to answer
+                return
+            # The application reads the body that was read here as one message; what follows comes from the connection.
+            unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+            del body  # the application keeps a copy
+
+            async def receive_on() -> Message:
+                return unread.pop() if unread else await receive()
+
+            await self.app(scope, receive_on, send_on)
+
+    @contextmanager
+    def _holding(self) -> Iterator[Callable[[int], None]]:
+        """A function that counts bytes of a request's body as held until the block ends; 429 if there is no room for them."""
+        own = 0
+
+        def hold(size: int) -> None:
+            nonlocal own
+            if size and self._held + size > self.max_held:
+                message = f"the bodies of waiting requests take the {self.max_held} bytes there are; try again in {RETRY_SECONDS} s"
+                raise ApiError(429, message, code="queue_full", retry_after=RETRY_SECONDS)
+            own += size
+            self._held += size
+
         try:
-            self.check_host(Headers(scope=scope).get("host", ""))
-            body = await self.read_body(Headers(scope=scope), receive)
-        except ApiError as error:
-            await error.response()(scope, receive, send_on)
-            return
-        if body is None:  # the client has gone: nobody to answer
-            return
-        # The application reads the body that was read here as one message; what follows comes from the connection.
-        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive_on() -> Message:
-            return unread.pop() if unread else await receive()
-
-        await self.app(scope, receive_on, send_on)
+            yield hold
+        finally:
+            self._held -= own
 
     def check_host(self, host: str) -> None:
         """Raises :class:`ApiError` for another host name."""
@@ -73,11 +99,14 @@ class Guard:
         if self.hosts is not None and name.strip("[]").lower() not in self.hosts:
             raise ApiError(421, f"this server is not {name or 'without a name'}; ask for {' or '.join(self.hosts)}", code="host")
 
-    async def read_body(self, headers: Headers, receive: Receive) -> bytes | None:
+    async def read_body(self, headers: Headers, receive: Receive, hold: Callable[[int], None]) -> bytes | None:
         """The body, or None if the client disconnected.
 
+        Args:
+            hold: is told of the bytes received.
+
         Raises:
-            ApiError: 413 as soon as more than ``max_body`` bytes are announced or received.
+            ApiError: 413 as soon as more than ``max_body`` bytes are announced or received, 429 if ``hold`` has no room for them.
         """
         too_large = ApiError(413, f"the body is larger than {self.max_body} bytes; send smaller images", code="body_too_large")
         announced = headers.get("content-length", "0")
@@ -88,8 +117,10 @@ class Guard:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            body += message.get("body", b"")
-            if len(body) > self.max_body:
+            received = message.get("body", b"")
+            if len(body) + len(received) > self.max_body:
                 raise too_large
+            hold(len(received))
+            body += received
             if not message.get("more_body", False):
                 return bytes(body)

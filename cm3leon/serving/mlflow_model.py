@@ -3,8 +3,8 @@
 A request is a table or a list of rows. ``task`` is by default ``text_to_image``; the other columns are the fields of the task's request
 (:mod:`cm3leon.serving.requests`): ``{"prompt": ...}``, ``{"task": "vqa", "image": ..., "question": ...}``,
 ``{"task": "edit", "image": ..., "instruction": ...}`` and so on. ``image`` is a base64 PNG or JPEG, with or without a ``data:`` prefix, or
-the path of a file below a directory that ``CM3LEON_IMAGES`` names; ``box``, ``objects`` and ``document`` are JSON. Answers are rows in the
-order of the request; ``row`` is the number of the row answered, which may have several:
+the path of a file below a directory that ``CM3LEON_IMAGES`` names; ``box``, ``objects``, ``document`` and ``options`` are JSON, or lists.
+Answers are rows in the order of the request; ``row`` is the number of the row answered, which may have several:
 
     {"dataframe_records": [{"prompt": "a red circle"}, {"task": "infill", "image": "iVBO...", "box": "[0, 0, 32, 32]", "prompt": "a ring"}],
      "params": {"seed": 1, "num_images": 2}}
@@ -16,7 +16,7 @@ import base64
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from cm3leon.serving.errors import ApiError, from_validation
 from cm3leon.serving.requests import REQUESTS
 from cm3leon.serving.responses import png
 from cm3leon.serving.schemas import ImageRequest, TextRequest
+from cm3leon.utils.errors import UserError
 from cm3leon.utils.texts import is_blank
 
 if TYPE_CHECKING:
@@ -75,8 +76,7 @@ class BundleModel(PythonModel):
         # 2. Their answers, in the order of the rows.
         answers: list[dict[str, Any]] = []
         for numbers in groups.values():
-            results = perform(generator, [calls[number] for number in numbers])
-            for number, result in zip(numbers, results, strict=True):
+            for number, result in zip(numbers, results_of(numbers, calls, generator), strict=True):
                 answers += [{"row": number, "task": calls[number].task, **answer} for answer in answers_of(result)]
         answers.sort(key=lambda answer: answer["row"])
         return pd.DataFrame(answers, columns=list(OUTPUTS))
@@ -99,7 +99,7 @@ def call_of(number: int, record: Any, settings: RequestSettings, generator: Gene
         raise ValueError(f"row {number}: expected a mapping with {', '.join(REQUEST_COLUMNS)}, found {type(record).__name__}")
     if unknown := sorted(map(str, set(record) - set(REQUEST_COLUMNS))):
         raise ValueError(f"row {number}: unknown column {unknown[0]!r}; known are {', '.join(REQUEST_COLUMNS)}")
-    row = {str(name): value for name, value in record.items() if isinstance(value, str) and not is_blank(value)}
+    row = {str(name): value for name, value in record.items() if is_given(number, str(name), value)}
     task = row.pop("task", "text_to_image")
     if task in FORMER_NAMES:
         warnings.warn(f"row {number}: the task {task} is now called {FORMER_NAMES[task]}", stacklevel=2)
@@ -107,7 +107,7 @@ def call_of(number: int, record: Any, settings: RequestSettings, generator: Gene
     if task not in REQUESTS:
         raise ValueError(f"row {number}: unknown task {task!r}; known are {', '.join(REQUESTS)}")
     try:
-        fields = {name: json.loads(value) if name in JSON_COLUMNS else value for name, value in row.items()}
+        fields = {name: json.loads(value) if name in JSON_COLUMNS and isinstance(value, str) else value for name, value in row.items()}
     except ValueError as error:
         raise ValueError(f"row {number}: {' and '.join(JSON_COLUMNS)} must be JSON ({error})") from None
     if "image" in fields:
@@ -127,6 +127,22 @@ def call_of(number: int, record: Any, settings: RequestSettings, generator: Gene
         raise ValueError(f"row {number}: task {task}: {from_validation(error.errors()).message}") from None
     except ApiError as error:
         raise ValueError(f"row {number}: {error.message}") from None
+
+
+def is_given(number: int, name: str, value: Any) -> bool:
+    """Whether a cell of row ``number`` holds something: a text that is not blank or, in a column of JSON, what such a text would stand for.
+
+    Raises:
+        ValueError: for a cell that holds something else.
+    """
+    if isinstance(value, str):
+        return not is_blank(value)
+    if name in JSON_COLUMNS and isinstance(value, list | dict):
+        return True
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return False
+    allowed = "JSON or a list" if name in JSON_COLUMNS else "text, which of an image is its file in base64"
+    raise ValueError(f"row {number}: {name}: must be {allowed}, found {type(value).__name__}")
 
 
 def image_of(number: int, value: str) -> str:
@@ -149,6 +165,20 @@ def image_of(number: int, value: str) -> str:
         return base64.b64encode(path.read_bytes()).decode()
     except OSError as error:
         raise ValueError(f"row {number}: {value} cannot be read: {error.strerror}") from None
+
+
+def results_of(numbers: Sequence[int], calls: Sequence[Call], generator: Generator) -> list[Any]:
+    """The generator's results for rows whose calls have equal keys.
+
+    Raises:
+        ValueError: naming the first row that cannot be answered, and why.
+    """
+    try:
+        return perform(generator, [calls[number] for number in numbers])
+    except UserError as error:
+        if len(numbers) == 1:
+            raise ValueError(f"row {numbers[0]}: {error}") from None
+    return [result for number in numbers for result in results_of([number], calls, generator)]
 
 
 def answers_of(result: Any) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,8 @@ from cm3leon.serving.errors import ApiError
 from cm3leon.utils.texts import is_blank
 
 MAX_BODY = 32 * 2**20
+MAX_HELD = 256 * 2**20
+"""Bytes of the bodies of all requests that are received or not answered yet; with the values parsed from them, twice as much memory."""
 MAX_CHARACTERS = 4000
 MAX_IMAGE_BYTES = 10 * 2**20
 MAX_PIXELS = 25_000_000

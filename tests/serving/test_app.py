@@ -1,10 +1,12 @@
 """The HTTP interface around real, untrained models: what it answers, and what it refuses."""
 
+import asyncio
 import base64
 import json
 import re
 import socket
 import struct
+import sys
 import zlib
 
 import pytest
@@ -13,6 +15,8 @@ from serving_support import IMAGES_ROUTE, RED, RED_PNG, encoded, opened, same, s
 
 from cm3leon.generation.task_names import GENERATOR_TASKS
 from cm3leon.serving import schemas
+from cm3leon.serving.guard import Guard
+from cm3leon.serving.metrics import Metrics
 
 # --- answers -----------------------------------------------------------------------------------------------------------
 
@@ -268,6 +272,25 @@ def test_a_body_that_is_too_large_is_refused_before_it_has_ended(server, announc
             answer += (received := connection.recv(10_000))
             assert received, answer
     assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_only_the_application_keeps_a_body_while_it_waits():
+    counts = []
+
+    async def application(scope, receive, send):
+        found, alone = (await receive())["body"], bytes(1000)
+        counts.extend([sys.getrefcount(found), sys.getrefcount(alone)])
+
+    async def receive():
+        return {"type": "http.request", "body": b"x" * 1000}
+
+    async def send(message):
+        raise AssertionError(message)
+
+    guard = Guard(application, Metrics(), {}, max_body=1000, max_held=1000)
+    for _ in range(2):  # what the first held is free again
+        asyncio.run(guard({"type": "http", "path": "/", "headers": []}, receive, send))
+    assert counts == [counts[1]] * 4
 
 
 def test_other_host_names_are_refused(server):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -101,6 +102,20 @@ def test_every_task_is_answered(predict):
     assert by_task["score"]["text_log_likelihood"] < 0 and by_task["score"]["image_log_likelihood"] < 0
 
 
+def test_columns_of_json_take_lists_too_and_what_is_missing_is_absent(predict):
+    given = {
+        "box": {"task": "infill", "image": encoded_image(), "prompt": "a ring", "box": [4, 4, 24, 20]},
+        "objects": {"task": "layout_to_image", "prompt": "a ring", "objects": [{"label": "ring", "box": [0, 0, 16, 16]}]},
+        "options": {"task": "reasoning", "image": encoded_image(), "question": "Which?", "options": ["a", "b"]},
+    }
+    rows = list(given.values())
+    texts = [row | {name: json.dumps(row[name])} for name, row in given.items()]
+    found, expected = predict(rows, {"candidates": 1}), predict(texts, {"candidates": 1})
+    assert found.equals(expected) and len(found) == 3
+    for missing in (None, float("nan"), pd.NA, np.float32("nan")):
+        assert predict([{"context": missing, "kind": missing, **row} for row in rows], {"candidates": 1}).equals(expected)
+
+
 def test_the_same_request_gives_the_same_answer_and_documents_are_named(predict):
     request = [{"prompt": "a blue square"}], {"retrieved_documents": 1, "candidates": 1, "seed": 3}
     first, second = predict(*request), predict(*request)
@@ -161,6 +176,11 @@ def test_wrong_parameters_are_named(predict, params, complaint):
         ),
         ({"task": "infill", "image": encoded_image(), "box": "[1, 2]", "prompt": "x"}, "row 1: task infill: box"),
         ({"promt": "x"}, "row 1: unknown column 'promt'"),
+        ({"task": "infill_text", "text": "a ___", "image": b"PNG"}, "row 1: image: must be text.* base64, found bytes"),
+        ({"prompt": 3}, "row 1: prompt: must be text.*, found int"),
+        ({"task": "infill", "image": encoded_image(), "box": 3, "prompt": "x"}, "row 1: box: must be JSON or a list, found int"),
+        ({"prompt": "circle " * 300}, "row 1: a prompt of .* do not fit"),
+        ({"task": "infill", "image": encoded_image(), "box": "[0, 0, 99, 9]", "prompt": "x"}, "row 1: the box.* must be"),
     ],
 )
 def test_wrong_rows_are_named(predict, row, complaint):

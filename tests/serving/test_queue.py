@@ -9,6 +9,7 @@ import threading
 from contextlib import chdir
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,7 +17,7 @@ from serving_support import IMAGES_ROUTE, RED_PNG, Connection, ask_all, encoded,
 
 from cm3leon.config.schema import Config
 from cm3leon.registry.bundle import build_bundle
-from cm3leon.serving import batching, requests
+from cm3leon.serving import batching, requests, schemas
 from cm3leon.serving.server import run
 
 # --- the queue ---------------------------------------------------------------------------------------------------------
@@ -66,6 +67,47 @@ def test_a_request_that_fails_does_not_fail_its_batch(held):
     assert len(held.calls[1][1][0]) == 3
     [[alone]] = held.generator.text_to_image(["a red circle"])
     assert same(opened(answers[0].json()["data"][0]["b64_json"]), alone.image)
+
+
+@pytest.mark.parametrize(
+    ("task", "item"),
+    [
+        ("infill", {"image": RED_PNG, "box": [0, 0, 16, 16], "prompt": "a ring", "candidates": 1}),
+        ("interleave", {"document": [{"text": "a ring"}], "segments": 1}),
+        ("upscale", {"image": RED_PNG}),
+    ],
+)
+def test_tasks_that_are_answered_one_by_one_join_nothing(held, task, item):
+    bad = {"infill": {"box": [0, 0, 41, 16]}, "interleave": {"document": [{"text": "circle " * 300}]}, "upscale": {}}[task]
+    with serving(held) as running:
+        asked = ask_all(running, [{"text": "first"}], "/v1/tasks/write")
+        running.until(lambda: held.calls)
+        asked += ask_all(running, [item, item, item | bad], f"/v1/tasks/{task}")
+        running.until(lambda: running.worker.queue_length == 3)
+        held.let_go.set()
+        assert sorted(answer.result().status_code for answer in asked) == [200, 200, 200, 400 if bad else 200]
+    assert [len(columns[0]) for _, columns, _ in held.calls[1:]] == [1, 1, 1]
+
+
+def test_bodies_that_wait_are_bounded_together(held, monkeypatch):
+    monkeypatch.setattr(schemas, "MAX_HELD", 100_000)
+    noise = np.random.default_rng(0).integers(256, size=(120, 120, 3), dtype=np.uint8)
+    large = {"image": encoded(Image.fromarray(noise))}
+    assert 50_000 < len(large["image"]) < 90_000
+    with serving(held) as running:
+        asked = ask_all(running, [{"text": "first"}], "/v1/tasks/write")
+        running.until(lambda: held.calls)
+        asked += ask_all(running, [large], "/v1/tasks/caption")
+        running.until(lambda: running.worker.queue_length == 1)
+        refused = running.client.post("/v1/tasks/caption", json=large)
+        assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert running.healthy()
+        asked += ask_all(running, [{"prompt": "a ring"}])  # for which there is room
+        running.until(lambda: running.worker.queue_length == 2)
+        held.let_go.set()
+        assert [answer.result().status_code for answer in asked] == [200] * 3
+        assert [running.client.post("/v1/tasks/caption", json=large).status_code for _ in range(3)] == [200] * 3
 
 
 def test_a_full_queue_says_when_to_try_again(held):
