@@ -121,31 +121,39 @@ def pipeline(
 
     def work() -> State:
         check_can_wait(approval)
-        return run_pipeline(*prepare(profile, first_stage), promote, approval, accept_drift)
+        return run_pipeline(*prepare(profile, first_stage, promote), promote, approval, accept_drift)
 
     return with_decision(work, approval, decision_hours)
 
 
-def prepare(profile: str | None, first_stage: str | None) -> tuple[Config, list[Stage]]:
+def prepare(profile: str | None, first_stage: str | None, promote: bool) -> tuple[Config, list[Stage]]:
     """The parameters and the stages to run; ``params.yaml`` is written only if the profile is valid.
 
     Raises:
-        UserError: for an unknown profile or stage, an invalid or incomplete ``params.yaml``, or stages before ``first_stage`` that are
-            out of date.
+        UserError: for an unknown profile or stage, an invalid or incomplete ``params.yaml``, stages before ``first_stage`` that are
+            out of date, a disk that is too small, or an MLflow store that promotion needs and that cannot be used.
     """
     from cm3leon.config.loading import load_config
     from cm3leon.config.profiles import configure
+    from cm3leon.services.disk import check_disk
+    from cm3leon.tracking.store import StoreError
 
     if profile and first_stage:
         raise UserError("profile and first_stage exclude each other: with another profile, earlier stages are out of date")
     if profile:
         configure(profile)
-    prepare_project()
+    try:
+        prepare_project(needs_store=promote)
+    except StoreError as error:
+        raise UserError(str(error)) from None
     check_inputs(load_config())
     stages = stage_order()
     if missing := missing_parameters():
         raise UserError(f"params.yaml lacks {', '.join(missing)}, which dvc.yaml names; write a complete file with: cm3leon configure NAME")
-    return load_config(), from_stage(stages, first_stage) if first_stage else stages
+    chosen = from_stage(stages, first_stage) if first_stage else stages
+    stale = stale_stages(stages)
+    get_run_logger().info(check_disk(load_config(), [stage.name for stage in chosen if stage.name in stale]))
+    return load_config(), chosen
 
 
 def check_inputs(config: Config) -> None:
@@ -183,8 +191,7 @@ def run_pipeline(config: Config, stages: list[Stage], promote: bool, approval: b
             verdict = "stages are up to date; no model registered (--no-promote)"
 
         # 3. The report, also of a run that failed.
-        changed = {"Completed", "Cached"} & {r.state for r in results}
-        saved = save_results() if changed else ""
+        saved = save_results() if has_changed(results) else ""
         run.set_tags({EXPERIMENT_TAG: saved} if saved else {})
         evaluated = not any(r.error for r in results)
         overview.finish(run, verdict, evaluated)
@@ -199,6 +206,11 @@ def run_pipeline(config: Config, stages: list[Stage], promote: bool, approval: b
     if problem:
         return Failed(message=problem)
     return Completed(message=verdict, data=[vars(result) for result in results])
+
+
+def has_changed(results: list[StageResult]) -> bool:
+    """Whether a stage has new outputs; the drift check has none."""
+    return any(result.state in ("Completed", "Cached") for result in results if result.stage != DRIFT)
 
 
 def what_was_before(config: Config, run: Run, evaluated: bool) -> Before:
@@ -260,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
             check_inputs(load_config())
             stages = stage_order()
         check_server()
-        print(check_disk(load_config(), stale_stages(stages)), flush=True)
+        check_disk(load_config(), stale_stages(stages))  # the run itself says so, but this before there is one
         with prefect_api(), tags("cm3leon", load_config().profile):
             state = pipeline(promote=not options.no_promote, accept_drift=options.accept_drift, return_state=True)
     except Exception as error:

@@ -28,6 +28,9 @@ TOLD = Path(".cache/data-changed.json")
 def tell_changed(path: Path | None = None, force: bool = False) -> str:
     """Send the event if data have changed and no event has told so yet; returns in a sentence what was done.
 
+    Data that are as ``dvc.lock`` names them have changed too if the last event told of others, on which a run may have worked since: in the
+    worktree of the deployments, which has a lock of its own.
+
     Args:
         path: what a stage depends on, or a file or folder in it; None: the source, ``ingest.path`` of ``params.yaml``.
         force: send it in any case.
@@ -47,7 +50,7 @@ def tell_changed(path: Path | None = None, force: bool = False) -> str:
     if change == "deleted":
         raise UserError(f"{data}, on which a stage depends, does not exist; bring it back, or set another ingest.path in params.yaml")
     told, now = _told(), fingerprint(Path(data))
-    if not force and change == "unchanged":
+    if not force and change == "unchanged" and told.get(data) in (None, now):
         return f"{data} is as dvc.lock names it; no event sent (--force sends one)"
     if not force and told.get(data) == now:
         return f"{data} is {change}, which an event has told already; no event sent (--force sends one)"

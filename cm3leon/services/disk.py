@@ -1,6 +1,7 @@
 """Disk space: what a run will write, by its parameters and its source, and what there is. Runs without a GPU and without torch.
 
-The estimate is for a run of the named stages from nothing, and holds within a factor of two (``tests/flows/test_whole_project.py``).
+The estimate is for a run of the named stages from nothing, checkpoints apart, from which training resumes. It holds within a factor of two
+(``tests/flows/test_whole_project.py``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from cm3leon.config.paths import CHECKPOINTS
 from cm3leon.config.schema import Config, ImageTokenizerConfig, TrainConfig
 from cm3leon.utils.errors import UserError
 
@@ -76,8 +78,8 @@ def estimate(config: Config) -> dict[str, float]:
         "evaluate": PAGES,
     }
     written = {stage: COPIES * size for stage, size in outputs.items()}
-    for stage, section in (("pretrain", config.pretrain), ("sft", config.sft)):
-        written[stage] += _checkpoints(section) * decoder * _training_state(config, section)
+    for stage, size in _checkpoint_bytes(config).items():
+        written[stage] += size
     # A registered model is a copy of the bundle in MLflow's store; the bundle itself is made of hard links.
     bundled = ("image_tokenizer", "text_tokenizer", "encoder", "index", "tokenize", "sft", "super_resolution", "evaluate")
     return {**written, "register": sum(outputs[stage] for stage in bundled) + STORES}
@@ -98,6 +100,13 @@ def _decoder_parameters(config: Config) -> int:
     model, images = config.pretrain.model, config.image_tokenizer
     tokens = config.text_tokenizer.vocabulary_size + images.codebook_size + model.sentinels + model.reserved + model.context
     return tokens * model.width + 12 * model.layers * model.width**2
+
+
+def _checkpoint_bytes(config: Config) -> dict[str, float]:
+    """The most that the checkpoints of a stage take at a time."""
+    decoder = FLOAT * _decoder_parameters(config)
+    sections: dict[str, TrainConfig] = {"pretrain": config.pretrain, "sft": config.sft}
+    return {stage: _checkpoints(section) * decoder * _training_state(config, section) for stage, section in sections.items()}
 
 
 def _training_state(config: Config, section: TrainConfig) -> float:
@@ -142,7 +151,8 @@ def check_disk(config: Config, stages: Iterable[str], root: Path = Path()) -> st
         DiskFullError: if it does not fit.
     """
     known = estimate(config)
-    needed = {stage: known[stage] for stage in stages if stage in known}
+    present = {stage: min(size, tree_size(root / CHECKPOINTS / stage)) for stage, size in _checkpoint_bytes(config).items()}
+    needed = {stage: known[stage] - present.get(stage, 0) for stage in stages if stage in known}  # a run that resumes replaces what it has
     if needed:
         needed["register"] = known["register"]
     total, free = sum(needed.values()), shutil.disk_usage(root).free

@@ -49,6 +49,14 @@ def test_each_content_of_the_source_is_told_once(source: Path, prefect_server: s
     assert [event["payload"] for event in found] == [{"path": "data/source", "change": "modified", "project": str(Path.cwd())}] * 3
 
 
+def test_that_data_were_taken_back_is_told(source: Path, prefect_server: str) -> None:
+    (source / "images/1.png").write_bytes(b"an image")
+    tell_changed()  # a run in the worktree trains on it
+    (source / "images/1.png").unlink()
+    assert tell_changed() == f"data/source is unchanged: event cm3leon.data.changed sent to {prefect_server}"
+    assert tell_changed() == "data/source is as dvc.lock names it; no event sent (--force sends one)"
+
+
 def test_what_cannot_start_a_run_is_an_error(source: Path, prefect_server: str) -> None:
     with pytest.raises(UserError, match=r"no stage in dvc\.yaml depends on docs; the source is data/source \(ingest\.path"):
         tell_changed(Path("docs"))

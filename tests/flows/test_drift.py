@@ -103,6 +103,17 @@ def test_data_of_another_kind_stops_a_run_before_training_until_a_person_accepts
     assert {name for name, _ in tasks.values()} == {"Skipped"}
 
 
+def test_a_run_that_only_compared_the_data_has_no_results_to_save() -> None:
+    from flows.drift import DRIFT
+    from flows.pipeline import has_changed
+    from flows.stage import StageResult
+
+    results = [StageResult("validate", "Skipped"), StageResult(DRIFT, "Completed"), StageResult("train", "Skipped")]
+    assert not has_changed(results)
+    for state in ("Completed", "Cached"):
+        assert has_changed([*results, StageResult("tune", state)])
+
+
 def test_every_stage_that_needs_validated_data_waits_for_the_check() -> None:
     from flows.drift import with_drift_check
     from flows.graph import Stage, downstream_of, stage_order

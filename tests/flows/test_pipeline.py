@@ -96,7 +96,9 @@ def test_a_project_outside_of_git_runs(toy: Path, capsys: pytest.CaptureFixture[
     assert set(run.tags) == {"cm3leon", "small"}
 
 
-def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_it_starts(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_it_starts(
+    toy: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     from flows.pipeline import main
 
     stages = {"pretrain": {"cmd": "touch out", "params": ["pretrain.model.layers"], "outs": ["out"]}}
@@ -110,9 +112,22 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_it_starts(toy: Pa
 
     Path("params.yaml").write_text(layers.format(6))
     assert main(["--no-promote"]) == 0
-    assert "disk: this run writes about" in capsys.readouterr().out
+    assert "disk: this run writes about" in caplog.text
     assert main(["--no-promote"]) == 0
-    assert "disk: this run writes nothing" in capsys.readouterr().out
+    assert "disk: this run writes nothing" in caplog.text
+
+
+def test_a_deployment_does_not_start_either_on_a_full_disk_or_without_the_store_that_promotion_needs(toy: Path) -> None:
+    from flows.pipeline import pipeline
+
+    stages = {"pretrain": {"cmd": "touch out", "params": ["pretrain.model.layers"], "outs": ["out"]}}
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    Path("params.yaml").write_text(f"pretrain:\n  model:\n    layers: {10**9}\n")
+    state = run_flow()
+    assert state.is_failed() and state.message.startswith("this run writes about"), state.message
+    state = pipeline(return_state=True)
+    assert state.is_failed() and "the MLflow server http://127.0.0.1:9 does not answer" in state.message, state.message
+    assert not Path("out").exists()
 
 
 def test_a_failed_stage_shows_its_own_error_and_completed_stages_are_kept(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +161,7 @@ def test_a_killed_stage_hints_at_memory(toy: Path) -> None:
 
 
 def test_a_failed_registration_is_in_the_table_and_the_report(
-    toy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    toy: Path, prepared_store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows import pipeline as module
 
@@ -154,6 +169,8 @@ def test_a_failed_registration_is_in_the_table_and_the_report(
         raise LookupError("the registry is not reachable")
 
     reports: list[str] = []
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    shutil.copyfile(prepared_store, "mlflow.db")
     monkeypatch.setattr(module, "register_gate_promote", refuse)
     monkeypatch.setattr(module, "_publish", lambda report, profile: reports.append(report))
     state = module.pipeline(return_state=True)
@@ -216,7 +233,7 @@ def test_parameters_are_checked_before_anything_starts(toy: Path, parameters: di
     Path("configs").mkdir()
     Path("configs/small.yaml").write_text("profile: small\n")
     params = Path("params.yaml").read_text()
-    state = pipeline(**parameters, return_state=True)
+    state = pipeline(**parameters, promote=False, return_state=True)
     assert state.is_failed() and state.message.startswith(error), state.message
     assert "\n" not in state.message
     assert task_states(state) == {} and Path("params.yaml").read_text() == params and not Path("out").exists()

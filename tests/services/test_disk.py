@@ -46,6 +46,18 @@ def test_a_run_that_does_not_fit_is_refused_with_numbers_and_what_to_do(tmp_path
     assert "register" in check_disk(load("tiny"), ["evaluate"], tmp_path)
 
 
+def test_checkpoints_that_are_there_already_are_no_longer_needed(tmp_path: Path) -> None:
+    config = load("tiny")
+    outputs = 2 * 4 * make_plan(config, gpus=1).parameters.total
+    written = estimate(config)["pretrain"]
+    checkpoints = tmp_path / "models/checkpoints/pretrain/run"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "5").write_bytes(bytes(round((written - outputs) / 2)))
+    assert f"pretrain {readable((written + outputs) / 2)}" in check_disk(config, ["pretrain"], tmp_path)
+    (checkpoints / "6").write_bytes(bytes(round(written)))  # also of another run: outputs are written all the same
+    assert f"pretrain {readable(outputs)}" in check_disk(config, ["pretrain"], tmp_path)
+
+
 @pytest.mark.parametrize(("size", "text"), [(900, "1 kB"), (1_500_000, "1.5 MB"), (2.5e9, "2.5 GB"), (1.25e13, "12.5 TB")])
 def test_sizes_are_in_decimal_units(size: float, text: str) -> None:
     assert readable(size) == text
