@@ -7,6 +7,7 @@ a pseudo-terminal, which is copied to ours, so that its progress bars show; else
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from cm3leon.services.leftovers import PROCESSES, owned
+from cm3leon.services.leftovers import PROCESSES, owned, write_record
 from cm3leon.utils.processes import STOP_SECONDS, identity, stop_tree
 
 TAIL_LINES = 40
@@ -83,9 +84,12 @@ def run_command(
 def end_with_owner() -> None:
     """Send this process SIGTERM as soon as the process that :data:`OWNER` names has ended; do nothing without that variable.
 
-    Between the two are DVC and a shell, which neither notice the end of their parent nor pass a signal on.
+    Between the two are DVC and a shell, which neither notice the end of their parent nor pass a signal on. If this process still writes a
+    checkpoint when they and its owner are gone, only its own record names it to the next run.
     """
     if pid := os.environ.get(OWNER):
+        record = write_record(PROCESSES, identity(), identity(int(pid)))
+        atexit.register(record.unlink, missing_ok=True)
         threading.Thread(target=_watch, args=[int(pid)], name="owner", daemon=True).start()
 
 

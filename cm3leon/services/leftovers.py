@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from cm3leon.services.environment import PREFECT_HOME
 from cm3leon.utils.processes import has_ended, identity, pid_of, stop_tree
@@ -24,13 +25,19 @@ def owned(kind: str, name: str) -> Iterator[None]:
         kind: :data:`PROCESSES` or :data:`FLOW_RUNS`.
         name: the identity of a process, or the id of a flow run.
     """
-    record = (OWNED / kind / name).absolute()
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(identity())
+    record = write_record(kind, name, identity())
     try:
         yield
     finally:
         record.unlink(missing_ok=True)
+
+
+def write_record(kind: str, name: str, owner: str) -> Path:
+    """Record that the process with the identity ``owner`` takes care of something; returns the file, which is to go when that ends."""
+    record = (OWNED / kind / name).absolute()
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(owner)
+    return record
 
 
 def abandoned(kind: str) -> Iterator[str]:

@@ -10,7 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cm3leon.services import leftovers
 from cm3leon.services.child import OWNER, end_with_owner, run_command
+from cm3leon.services.leftovers import OWNED, end_leftover_processes
+from cm3leon.utils.processes import has_ended, identity, stop_tree
 
 ROOT = Path(__file__).parents[2]
 STAGE = """
@@ -29,7 +32,8 @@ run_command([sys.executable, "-c", between, sys.executable, "-c", sys.argv[1]], 
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stage_ends_within_seconds_after_its_flow_was_killed(number):
+def test_a_stage_ends_within_seconds_after_its_flow_was_killed(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     flow = subprocess.Popen([sys.executable, "-c", FLOW, STAGE], env=environment, stdout=subprocess.PIPE, text=True)
     try:
@@ -47,7 +51,43 @@ def test_a_stage_ends_within_seconds_after_its_flow_was_killed(number):
         flow.kill()
 
 
-def test_a_command_is_told_who_has_started_it():
+def test_a_stage_that_outlives_its_flow_is_ended_by_the_next_run(tmp_path, monkeypatch):
+    """It finishes its step, while DVC and then the flow end: a cancel leaves them 30 s."""
+    monkeypatch.chdir(tmp_path)
+    slow = f"import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{STAGE}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    flow = subprocess.Popen([sys.executable, "-c", FLOW, slow], env=environment, stdout=subprocess.PIPE, text=True)
+    assert flow.stdout is not None and flow.stdout.readline() == "running\n"
+    between, stage = psutil.Process(flow.pid).children(recursive=True)
+    dvc = identity(between.pid)
+    try:
+        assert end_leftover_processes() == []
+        between.kill()
+        flow.kill()
+        flow.wait(10)
+        while not has_ended(dvc):
+            time.sleep(0.1)
+        monkeypatch.setattr(leftovers, "stop_tree", lambda pid: stop_tree(pid, seconds=1))
+        assert end_leftover_processes() == [stage.pid]
+        assert not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE
+        assert not list(OWNED.glob("*/*"))
+    finally:
+        if stage.is_running():
+            stage.kill()
+
+
+def test_a_stage_that_ends_leaves_no_record(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = f"{STAGE.replace('time.sleep(300)', '')}\nprint(*pathlib.Path('.prefect/owned').glob('*/*'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT), OWNER: str(os.getpid())},
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ".prefect/owned/processes/" in done.stdout and not list(OWNED.glob("*/*"))
+
+
+def test_a_command_is_told_who_has_started_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     lines: list[str] = []
     finished = run_command([sys.executable, "-c", f"import os; print(os.environ['{OWNER}'])"], lines.append)
     assert finished.status == 0 and lines == [str(os.getpid())]
@@ -62,7 +102,8 @@ def test_without_an_owner_nothing_is_watched(monkeypatch):
     assert threading.active_count() == before
 
 
-def test_a_process_whose_owner_has_ended_already_ends(monkeypatch):
+def test_a_process_whose_owner_has_ended_already_ends(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     start = time.monotonic()
