@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from cm3leon.cli import convert, data, model
-from cm3leon.cli.options import UsageError
+from cm3leon.cli.options import UsageError, check_place
 from cm3leon.stages.common import STAGES, run_stage
 from cm3leon.utils.errors import message_to_user
 from cm3leon.utils.garbage import collect_rarely
@@ -421,6 +421,7 @@ def compare(
 
     if len(models) != 2:
         raise UsageError(f"compare takes two models, {len(models)} named: {' '.join(models)}")
+    check_place(out)
     page, found = compare_models([(model, find_bundle(model)) for model in models], read_prompts(prompts), seed)
     out.write_text(page, encoding="utf-8")
     for name, compared in zip(models, found, strict=True):

@@ -6,7 +6,7 @@ Heavy packages are imported inside the commands.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -37,6 +37,9 @@ from cm3leon.cli.options import (
     text_command,
 )
 from cm3leon.cli.options import app as app  # explicit, because cli/app.py adds model.app
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 TOGETHER = 32
 """Images that are opened and described at a time: those before one that cannot be read are printed, and few are in memory."""
@@ -163,11 +166,22 @@ def describe(task: str, images: list[Path], temperature: float, seed: int, model
     """Print a caption of each image, after the file's name if there are several; those of :data:`TOGETHER` at a time."""
     generator = None
     for start in range(0, len(images), TOGETHER):
-        paths = images[start : start + TOGETHER]
-        opened = [open_image(path) for path in paths]
-        generator = generator or shared.load_generator(model)
-        for path, found in zip(paths, getattr(generator, task)(opened, temperature=temperature, seed=seed), strict=True):
-            print(found.text if len(images) == 1 else f"{path}: {found.text}", flush=True)
+        opened: list[tuple[Path, Image.Image]] = []
+        failure = None
+        for path in images[start : start + TOGETHER]:
+            try:
+                image = open_image(path)
+            except (UsageError, OSError) as error:
+                failure = error
+                break
+            opened.append((path, image))
+        if opened:
+            generator = generator or shared.load_generator(model)
+            captions = getattr(generator, task)([image for _, image in opened], temperature=temperature, seed=seed)
+            for (path, _), found in zip(opened, captions, strict=True):
+                print(found.text if len(images) == 1 else f"{path}: {found.text}", flush=True)
+        if failure:
+            raise failure
 
 
 @text_command

@@ -201,8 +201,15 @@ def check_out(out: Path) -> None:
     """Raises :class:`UsageError` or :class:`FileNotFoundError` unless ``out`` can be written as PNG; before the model is loaded."""
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: images are written as PNG; give a name that ends in .png")
+    check_place(out)
+
+
+def check_place(out: Path) -> None:
+    """Raises :class:`UsageError` or :class:`FileNotFoundError` unless there can be a file ``out``; before the model is loaded."""
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no directory {out.parent}")
+    if out.is_dir():
+        raise UsageError(f"--out {out}: this is a directory; name a file")
 
 
 def decoding_changes(changes: list[str] | None, named: dict[str, Any]) -> dict[str, Any]:

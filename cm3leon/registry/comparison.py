@@ -52,13 +52,13 @@ def compare_models(models: Sequence[tuple[str, Path]], prompts: Sequence[str], s
     """Generate an image a prompt with each of two models, with their own settings; returns the page and what is on it.
 
     Args:
-        models: name and bundle directory of each; they are loaded one after the other.
+        models: name and bundle directory of each; one is in memory at a time.
         seed: of the first candidate of every prompt, the same for both models.
     """
-    generated = []
-    for _, bundle in models:
-        generator = Generator.from_bundle(bundle)
-        generated.append([images[0] for images in generator.text_to_image([generator.shorten(text) for text in prompts], seed=seed)])
+    *others, (_, last) = models
+    generated = [_best_images(Generator.from_bundle(bundle), prompts, seed) for _, bundle in others]
+    generator = Generator.from_bundle(last)
+    generated.append(_best_images(generator, prompts, seed))
     encoder = generator.encoder
     assert encoder is not None  # a bundle has one
     found = []
@@ -68,6 +68,10 @@ def compare_models(models: Sequence[tuple[str, Path]], prompts: Sequence[str], s
         right = [None if outcome is None else all(outcome.values()) for outcome in outcomes]
         found.append(Compared(images, clip_score(encoder, pictures, prompts).tolist(), right))
     return _page([name for name, _ in models], prompts, seed, found), found
+
+
+def _best_images(generator: Generator, prompts: Sequence[str], seed: int) -> list[GeneratedImage]:
+    return [images[0] for images in generator.text_to_image([generator.shorten(text) for text in prompts], seed=seed)]
 
 
 def summary(name: str, compared: Compared) -> str:

@@ -333,6 +333,8 @@ def test_images_are_kept_where_they_cannot_be_enlarged(
 @pytest.mark.parametrize(("arguments", "message"), [
     (["text-to-image", "x", "--out", "out.jpg"], "error: --out out.jpg: images are written as PNG"),
     (["text-to-image", "x", "--out", "no/out.png"], "error: --out no/out.png: there is no directory no"),
+    (["text-to-image", "x", "--out", "folder.png"], "error: --out folder.png: this is a directory; name a file"),
+    (["compare", "a", "b", "--prompts", "text.png", "--out", "no/x.html"], "error: --out no/x.html: there is no directory no"),
     (["text-to-image", "x", "--top-p", "2"], "error: top_p: Input should be less than or equal to 1"),
     (["text-to-image", "x", "--set", "seed=3"], "error: --set seed=3: that is an option of its own: --seed 3"),
     (["text-to-image", "x", "--set", "num-images=3"], "error: --set num-images=3: that is an option of its own: --num-images 3"),
@@ -351,6 +353,7 @@ def test_images_are_kept_where_they_cannot_be_enlarged(
 ])  # fmt: skip
 def test_users_errors_are_one_line_and_status_2(arguments: list[str], message: str, generator: Recorder) -> None:
     Path("text.png").write_text("not an image")
+    Path("folder.png").mkdir()
     status, out, err = call(*arguments)
     assert status == 2
     assert out == ""
@@ -377,10 +380,11 @@ def test_captions_of_images_before_one_that_cannot_be_read_are_printed(generator
         Image.new("RGB", (8, 8), (number, 0, 0)).save(name)
     whole = call("caption", *names)[1].splitlines()
     assert [line.partition(":")[0] for line in whole] == names
-    Path(names[-1]).write_text("no image")
-    status, out, err = call("caption", *names)
-    assert (status, out.splitlines()) == (2, whole[: model.TOGETHER])
-    assert err.startswith(f"error: {names[-1]}: unreadable")
+    for bad in (model.TOGETHER + 1, 2):
+        Path(names[bad]).write_text("no image")
+        status, out, err = call("caption", *names)
+        assert (status, out.splitlines()) == (2, whole[:bad])
+        assert err.startswith(f"error: {names[bad]}: unreadable")
 
 
 CHOICE = ["a.png", "Which?", "--option", "a", "--option", "b"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from registry_support import CONFIG, evaluated, released, train_on
 from cm3leon.cli.app import app
 from cm3leon.config import paths
 from cm3leon.evaluation.record import Record
+from cm3leon.generation.generator import Generator
+from cm3leon.models.decoder import Decoder
 from cm3leon.registry import comparison, model_card, promotion, provenance, registry, release
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.html import from_markdown
@@ -162,6 +165,22 @@ def test_two_models_next_to_each_other(stages: Path) -> None:
     assert page.count("<img") == 4 and "&lt;b&gt;a blue square&lt;/b&gt;" in page
     assert first.clip_scores == second.clip_scores and [image.seed for image in first.images] == [image.seed for image in second.images]
     assert first.right[1] is None and comparison.summary("one", first).startswith("one: CLIP score ")
+
+
+def test_one_of_the_compared_models_is_in_memory_at_a_time(stages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Decoder]] = []
+    load = Generator.from_bundle
+
+    def counted(bundle: Path) -> Generator:
+        assert not any(before() for before in loaded)
+        generator = load(bundle)
+        loaded.append(weakref.ref(generator.model))
+        return generator
+
+    monkeypatch.setattr(Generator, "from_bundle", counted)
+    bundle = evaluated(0.5).path
+    comparison.compare_models([("one", bundle), ("two", bundle)], ["a red circle"], seed=3)
+    assert len(loaded) == 2
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:

@@ -118,6 +118,38 @@ def test_an_image_is_described_asked_about_and_edited(page, image_file, generato
 
 
 @needs_browser
+def test_empty_fields_show_and_mean_the_tasks_own_settings(browser, held, image_file):
+    own = {"edit": {"temperature": 0.0, "image_guidance": 1.2, "candidates": 1}, "layout_to_image": {"guidance": 5.0, "candidates": 32}}
+    tasks = own | {"write": {"top_p": 0.5}}
+    held.decoding = held.generator.decoding.model_copy(update={"temperature": 0.8, "guidance": 3.0, "tasks": tasks})
+    held.let_go.set()
+
+    def shown(*names):
+        return [browser.evaluate(f"document.querySelector('.settings [name={name}]').placeholder") for name in names]
+
+    with serving(held) as running:
+        browser.open(running.url)
+        assert shown("n", "temperature", "guidance", "top_p") == ["4", "0.8", "3", "0.9"]
+        browser.click("#as-writing")
+        assert shown("top_p") == ["0.5"]
+        browser.click("#tab-layout")
+        assert shown("n", "temperature", "guidance", "top_p", "candidates") == ["4", "0.8", "5", "0.9", "16"]
+        browser.click("#tab-edit")
+        assert shown("n", "temperature", "guidance", "image_guidance") == ["1", "0", "3", "1.2"]
+        browser.upload("#file", image_file)
+        browser.until("!document.querySelector('#board-part').hidden")
+        browser.write("#instruction", "make it blue")
+        browser.click("#go")
+        browser.until("document.querySelectorAll('figure').length === 1")
+        browser.click("summary")
+        browser.write("[name=temperature]", "1")
+        assert shown("n") == ["4"]
+        browser.click("#go")
+        browser.until("document.querySelectorAll('figure').length === 5")
+    assert [settings["num_images"] for _, _, settings in held.calls] == [1, 4]
+
+
+@needs_browser
 def test_a_generated_image_is_used_again_and_enlarged(page):
     page.write("#prompt", "a ring")
     page.click("#go")

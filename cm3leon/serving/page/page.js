@@ -13,6 +13,8 @@ const TABS = {
   describe: { task: "vqa", others: ["caption", "long_caption"], hint: "Choose an image; ask about it, or have it described." },
 };
 
+const IMAGES = 4; // asked for where the field is empty
+
 const $ = (id) => document.getElementById(id);
 let model = null;
 let tab = "generate";
@@ -25,6 +27,12 @@ const board = new Board($("board"), showNewBox);
 
 function belongs(part, name) {
   return part.dataset.for.split(" ").includes(name);
+}
+
+// The task of the tab's own button.
+function chosenTask() {
+  const { task } = TABS[tab];
+  return task === "text_to_image" && $("as-writing").checked ? "write" : task;
 }
 
 function tasksOf(name) {
@@ -51,6 +59,7 @@ function selectTab(name) {
   $("error").hidden = true;
   showBoard();
   showAvailability();
+  showDefaults();
 }
 
 function showAvailability() {
@@ -129,15 +138,23 @@ function showNewBox() {
 
 function settings() {
   const given = [...document.querySelectorAll(".settings input")].filter((field) => belongs(field.parentElement, tab) && field.value !== "");
-  return Object.fromEntries(given.map((field) => [field.name, Number(field.value)]));
+  return { n: defaults().n, ...Object.fromEntries(given.map((field) => [field.name, Number(field.value)])) };
 }
 
-// The model's own settings as placeholders.
+// What an empty field stands for: the model's own settings of the task. At temperature 0 all images of a prompt are
+// the same, so that one is enough.
+function defaults() {
+  const decoding = model ? { ...model.cm3leon.decoding, ...model.cm3leon.decoding.tasks[chosenTask()] } : {};
+  const typed = (name) => document.querySelector(`.settings [name=${name}]`).value;
+  const n = Number(typed("temperature") || decoding.temperature) === 0 ? 1 : IMAGES;
+  const most = Math.floor(model?.cm3leon.limits.generated / (Number(typed("n")) || n));
+  return { ...decoding, n, candidates: Math.max(1, Math.min(decoding.candidates, most)) };
+}
+
 function showDefaults() {
-  const { decoding, limits } = model.cm3leon;
-  const fields = Object.fromEntries([...document.querySelectorAll(".settings input")].map((field) => [field.name, field]));
-  for (const [name, field] of Object.entries(fields)) field.placeholder = decoding[name] ?? "";
-  fields.candidates.placeholder = Math.max(1, Math.min(decoding.candidates, Math.floor(limits.generated / (Number(fields.n.value) || 1))));
+  if (!model) return;
+  const values = defaults();
+  for (const field of document.querySelectorAll(".settings input")) field.placeholder = values[field.name] ?? "";
 }
 
 // Send a request, showing how long it takes and what goes wrong; the answer, or null.
@@ -220,21 +237,20 @@ document.querySelector("[role=tablist]").addEventListener("keydown", (event) => 
 });
 $("task").addEventListener("submit", (event) => {
   event.preventDefault();
-  const task = event.submitter?.dataset.task || TABS[tab].task;
-  submit(task === "text_to_image" && $("as-writing").checked ? "write" : task);
+  submit(event.submitter?.dataset.task || chosenTask());
 });
 $("task").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.tagName === "TEXTAREA") $("task").requestSubmit();
 });
 $("file").addEventListener("change", () => { if ($("file").files.length) setImage($("file").files[0]); });
 $("cancel").addEventListener("click", () => waiting?.abort());
-document.querySelector("[name=n]").addEventListener("input", () => { if (model) showDefaults(); });
+document.querySelector(".settings").addEventListener("input", showDefaults);
+$("as-writing").addEventListener("change", showDefaults);
 $("add-box").addEventListener("click", () => board.add("", [0, 0, Math.ceil(board.width / 2), Math.ceil(board.height / 2)]));
 
 selectTab("generate");
 loadedModel((text) => { $("model").textContent = text; }).then((loaded) => {
   model = loaded;
   $("model").textContent = `model ${model.id}, generates ${model.cm3leon.sizes.join(", enlarged ")} pixels`;
-  showDefaults();
   selectTab(tab);
 });
