@@ -51,6 +51,15 @@ def _dvc(*arguments: str, on_line: Callable[[str], None] = lambda line: None, di
     return finished.tail
 
 
+def set_local(name: str, value: str | None) -> None:
+    """Set a value of DVC's local configuration, which git does not keep, as ``core.no_scm``; None removes it.
+
+    Raises:
+        DvcError: if the configuration cannot be read.
+    """
+    _dvc("config", "--local", *(["--unset", name] if value is None else [name, value]))
+
+
 # --- changes ---------------------------------------------------------------------------------------------------------
 
 

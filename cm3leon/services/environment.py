@@ -33,8 +33,8 @@ SERVICES_FILE = Path(".services/state.json")
 DATABASE_VARIABLES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 """Prefect's names, present and former, for the address of its database."""
 DVC_LOCAL = Path(".dvc/config.local")
-WITHOUT_GIT = "[core]\n    no_scm = true\n"
-"""What :func:`prepare_project` adds to DVC's local configuration while there is no git repository, and removes once there is one."""
+WITHOUT_GIT = "no_scm"
+"""Setting in ``core`` of DVC's local configuration that :func:`prepare_project` makes as long as there is no git repository."""
 
 
 class ProjectError(UserError):
@@ -166,9 +166,13 @@ def git_problem(root: Path = Path()) -> str:
 
 
 def set_without_git(without: bool) -> None:
-    """Tell DVC, which expects a git repository, whether it is to work without one; an unpacked archive is none."""
-    present = DVC_LOCAL.read_text() if DVC_LOCAL.is_file() else ""
-    if without and "no_scm" not in present:
-        DVC_LOCAL.write_text(present + WITHOUT_GIT)
-    elif not without and WITHOUT_GIT in present:
-        DVC_LOCAL.write_text(present.replace(WITHOUT_GIT, ""))
+    """Tell DVC, which expects a git repository, whether it is to work without one; an unpacked archive is none.
+
+    Raises:
+        DvcError: if DVC cannot read its configuration.
+    """
+    from cm3leon.services.dvc_commands import set_local
+
+    present = DVC_LOCAL.is_file() and WITHOUT_GIT in DVC_LOCAL.read_text()
+    if without != present:
+        set_local(f"core.{WITHOUT_GIT}", "true" if without else None)

@@ -125,14 +125,14 @@ def serve(mlflow_port: int = 5000, prefect_port: int = 4200, docs_port: int = 80
     """Start the servers that are not running yet, print their addresses, stop them on Ctrl-C or SIGTERM."""
     from mlflow import MlflowClient
 
-    from cm3leon.services.stack import read_state
+    from cm3leon.services.stack import running
     from cm3leon.tracking.store import experiment_id_of, prepare_store
 
     use_environment()
     end_leftover_processes()
     uri = prepare_store()
     experiment_id = experiment_id_of(MlflowClient(tracking_uri=uri, registry_uri=uri), uri)
-    up = read_state()
+    up = running()
     by_name = services(up.mlflow if up else uri, experiment_id, mlflow_port, prefect_port, docs_port)
     with suppress(KeyboardInterrupt), _running(by_name):
         if by_name["Prefect"].command:

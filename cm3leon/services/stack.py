@@ -26,6 +26,7 @@ import psutil
 
 from cm3leon.services.automations import mark_stuck_runs
 from cm3leon.services.environment import PREFECT_HOME, SERVICES_FILE, child_path, prepare_project
+from cm3leon.services.events import post
 from cm3leon.services.local import HOST, ServiceError, answers, free_port, pages_environment
 from cm3leon.services.mlflow_server import CREDENTIALS_ENV
 from cm3leon.tracking.sqlite import has_uri_characters, sqlite_uri
@@ -100,6 +101,14 @@ def read_state() -> State | None:
     return None if has_ended(state.supervisor) else state
 
 
+def running() -> State | None:
+    """The state of services that have started and can be reached from here, else None: a host that is gone leaves its state."""
+    state = read_state()
+    if state is None or not state.supervisor:
+        return None
+    return state if is_here(state.supervisor) or answers(f"{state.prefect}/api/health") else None
+
+
 def write_state(state: State) -> None:
     """Write the state, for its owner alone: the databases' addresses have passwords. A reader never sees half of it."""
     draft = STATE.with_suffix(".draft")
@@ -145,8 +154,7 @@ def use_services() -> None:
 
     MLflow's are set only where its store is a database of its own: a SQLite store is in the project and needs none.
     """
-    state = read_state()
-    if state is None or not state.supervisor or "PREFECT_API_URL" in os.environ:
+    if "PREFECT_API_URL" in os.environ or (state := running()) is None:
         return
     for name, value in client_environment(state).items():
         if state.mlflow_database or not name.startswith("MLFLOW"):
@@ -203,11 +211,11 @@ def up(mlflow_port: int = 5000, prefect_port: int = 4200) -> State:
 
 
 def _up(mlflow_port: int, prefect_port: int) -> State:
-    if (state := read_state()) and state.supervisor and (is_here(state.supervisor) or answers(f"{state.prefect}/api/health")):
+    if state := running():
         _deploy(state)  # which an interrupted start may not have come to
         mark_stuck_runs(client_environment(state))
         return state
-    if state and state.supervisor and not is_here(state.supervisor):
+    if (state := read_state()) and state.supervisor:
         warn(f"{STATE} is of the host {state.supervisor.split(':')[0]}; if services still run there on these databases, stop them")
     if MLFLOW_DATABASE not in os.environ:
         prepare_project(needs_store=True)
@@ -246,12 +254,13 @@ def _wait_until_up(supervisor: subprocess.Popen[bytes]) -> State:
 
 
 def _deploy(state: State) -> None:
-    """Create the deployments, and again only after ``prefect.yaml``, the database or the project's place changed.
+    """Create the deployments, and again only after ``prefect.yaml``, the database or the project's place changed, or if all are gone.
 
     What was switched in the UI stays.
     """
     content = hashlib.sha256(DEPLOYMENTS.read_bytes() + f"{Path.cwd()} {state.prefect_database}".encode()).hexdigest()
-    if DEPLOYED.is_file() and DEPLOYED.read_text() == content:
+    present = DEPLOYED.is_file() and DEPLOYED.read_text() == content
+    if present and post("deployments/count", {}, client_environment(state)):  # 0: a new database in the place of the former
         return
     environment = {**os.environ, **client_environment(state), "PREFECT_HOME": str(PREFECT_HOME.absolute())}
     prefect = [sys.executable, "-m", "prefect", "--no-prompt"]

@@ -48,6 +48,22 @@ def test_dvc_works_without_git_only_as_long_as_there_is_none(clone):
     assert local.read_text() == own
 
 
+def test_settings_of_the_user_in_the_same_section_stay_and_dvc_reads_the_file(clone):
+    def dvc(*arguments):
+        return subprocess.run([sys.executable, "-m", "dvc", *arguments], check=True, capture_output=True, text=True).stdout
+
+    local = clone / ".dvc/config.local"
+    own = "[core]\n    remote = storage\n['remote \"storage\"']\n    url = /mnt/x\n"
+    local.write_text(own)
+    shutil.rmtree(".git")
+    dvc_line()
+    assert dvc("config", "--local", "core.no_scm") == "true\n" and "/mnt/x" in dvc("remote", "list")
+    dvc("remote", "add", "--local", "--default", "other", "/mnt/y")
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    dvc_line()
+    assert dvc("config", "--local", "core.remote") == "other\n" and "no_scm" not in local.read_text()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a directory to another user")
 def test_a_repository_of_another_owner_is_named_as_the_cause_and_used_once_it_is_trusted(clone, monkeypatch, capsys):
     settings = clone / "gitconfig"

@@ -144,6 +144,17 @@ def test_the_deployments_are_there_and_a_second_up_changes_nothing(root: Path, u
     assert [automation["enabled"] for automation in automations if automation["name"] == STUCK_RUNS["name"]] == [True]
 
 
+def test_a_new_database_gets_the_deployments(root: Path, up: dict[str, str]) -> None:
+    found = (f"{up['Prefect']}/api/deployments/filter", b"{}", password(root))
+    before = {deployment["name"]: deployment["id"] for deployment in json.loads(answer(*found))}
+    for name in before.values():
+        request = request_of(f"{up['Prefect']}/api/deployments/{name}", None, password(root))
+        request.method = "DELETE"
+        urllib.request.urlopen(request, timeout=10).close()
+    cm3leon(root, "up")
+    assert {deployment["name"] for deployment in json.loads(answer(*found))} == set(before)
+
+
 def test_an_event_needs_the_password(root: Path, up: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", f"{up['Prefect']}/api")
     resource = {"prefect.resource.id": "cm3leon.test"}
@@ -183,6 +194,16 @@ def test_services_of_another_host_are_not_stopped_here(tmp_path: Path, monkeypat
             stack.down()
         assert other.poll() is None and stack.STATE.is_file()
         other.kill()
+
+
+@pytest.mark.parametrize("supervisor", ["", "gone:15:99"])  # of a start that was killed, and of a container that is gone
+def test_services_that_are_not_there_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supervisor: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    stack.HOME.mkdir()
+    stack.write_state(stack.State({"mlflow": 9, "prefect": 9, "worker": 9}, supervisor=supervisor))
+    stack.use_services()
+    assert stack.running() is None and "PREFECT_API_URL" not in os.environ
 
 
 def test_the_password_is_one_for_all_and_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
