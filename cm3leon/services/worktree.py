@@ -52,7 +52,8 @@ def prepare(root: Path) -> Path:
     Where there is no git, runs work in the project: its root is returned.
 
     Raises:
-        WorktreeError: if the project has no commit, or the worktree is damaged for the second time.
+        WorktreeError: if the project has no commit, its collection is named by a relative path out of it, or the worktree is damaged for
+            the second time.
         cm3leon.utils.errors.ConfigError: if the commit's ``params.yaml`` is invalid.
     """
     if problem := git_problem(root):
@@ -99,8 +100,11 @@ def _is_worktree(tree: Path) -> bool:
 def _git(directory: Path, *arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        reason = (done.stderr.strip() or f"git {arguments[0]} failed").splitlines()[-1]
-        raise WorktreeError(f"{directory}: {reason}; runs of deployments take the project's last commit, so it must be in git: git commit")
+        lines = done.stderr.strip().splitlines() or [f"git {arguments[0]} failed"]
+        reason = next((line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1])
+        if "HEAD" in reason:
+            reason += "; runs of deployments take the project's last commit, so it must be in git: git commit"
+        raise WorktreeError(f"{directory}: {reason}")
     return done.stdout.strip()
 
 
@@ -122,6 +126,11 @@ def _link_collection(root: Path, tree: Path) -> None:
     place = Path(load_config(tree / "params.yaml").ingest.path)
     if place.is_absolute() or not (root / place).exists():
         return
+    if os.path.normpath(place).startswith(".."):
+        raise WorktreeError(
+            f"ingest.path {place} leads out of the project, and elsewhere from its worktree {tree}, where runs of deployments work: "
+            f"name the collection by its absolute path in params.yaml, {os.path.normpath(root / place)}, and commit it"
+        )
     if not _git(root, "status", "--porcelain", "--ignored", "--", str(place)):
         return
     link = tree / place

@@ -15,7 +15,7 @@ from cm3leon.config.paths import EXCLUDED
 from cm3leon.services import dvc_commands, worktree
 from cm3leon.services.environment import child_path
 from cm3leon.services.exclusive import BusyError, alone_in_directory
-from cm3leon.services.worktree import WORKTREE, prepare, project_of
+from cm3leon.services.worktree import WORKTREE, WorktreeError, prepare, project_of
 
 IGNORED = ".cache/\n.prefect\n.services\n/models/\n/out/\n/data/source/*\n!/data/source/README.md\n"
 SOURCE = Path("data/source")
@@ -141,6 +141,42 @@ def test_a_collection_that_moves_into_a_part_of_itself_keeps_its_files(toy: Path
         tree = prepare(toy)
         assert (tree / "photos/set1/rose.png").read_bytes() == b"rose"
         assert (toy / "photos/set1/rose.png").read_bytes() == b"rose" and not (toy / "photos/set1").is_symlink()
+
+
+def test_a_collection_beside_the_project_is_to_be_named_by_its_absolute_path(toy: Path) -> None:
+    params = yaml.safe_load((toy / "params.yaml").read_text())
+    photos = toy.with_name(f"{toy.name}-photos")
+    photos.mkdir()
+    for place in (f"../{photos.name}", str(photos)):
+        (toy / "params.yaml").write_text(yaml.safe_dump({**params, "ingest": {"path": place}}))
+        git(toy, "commit", "--quiet", "-m", place, "params.yaml")
+        if place.startswith(".."):
+            with pytest.raises(WorktreeError, match=rf"ingest\.path {place} leads out of .* path in params\.yaml, {photos}"):
+                prepare(toy)
+    assert prepare(toy) == toy / WORKTREE
+
+
+def test_a_link_in_the_project_may_lead_to_the_collection(toy: Path) -> None:
+    params = yaml.safe_load((toy / "params.yaml").read_text())
+    (toy / "params.yaml").write_text(yaml.safe_dump({**params, "ingest": {"path": "photos"}}))
+    (toy / ".gitignore").write_text(f"{IGNORED}/photos\n")
+    git(toy, "commit", "--quiet", "-m", "photos", "params.yaml", ".gitignore")
+    elsewhere = toy.with_name(f"{toy.name}-elsewhere")
+    elsewhere.mkdir()
+    (elsewhere / "rose.png").write_bytes(b"rose")
+    (toy / "photos").symlink_to(elsewhere)
+    assert (prepare(toy) / "photos/rose.png").read_bytes() == b"rose"
+
+
+def test_why_git_fails_is_its_own_line(toy: Path) -> None:
+    prepare(toy)
+    lock = toy / ".git/worktrees/worktree/index.lock"
+    lock.touch()
+    (toy / "fault.txt").write_text("changed")
+    git(toy, "commit", "--quiet", "-m", "fault", "fault.txt")
+    with pytest.raises(WorktreeError, match=rf"fatal: Unable to create '{lock}': File exists") as caught:
+        prepare(toy)
+    assert "git commit" not in str(caught.value)
 
 
 def test_images_that_dvc_does_not_know_yet_survive_a_run_that_takes_over_outputs(toy: Path) -> None:
