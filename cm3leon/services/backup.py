@@ -63,6 +63,7 @@ def backup(target: Path) -> Iterator[Path]:
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         for path in filter(Path.is_file, DATABASES):
+            _make_folder(path, Path(), draft)
             _copy_database(path, draft / path)
             yield path
         yield from _copy((*FILES, ARTIFACTS), Path(), draft)
@@ -111,7 +112,6 @@ def databases_elsewhere() -> list[str]:
 
 def _copy_database(source: Path, target: Path) -> None:
     """Copy a SQLite file by SQLite's backup API: what other processes write meanwhile is in the copy as a whole, or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with closing(sqlite3.connect(source, timeout=60)) as original, closing(sqlite3.connect(target)) as copy:
             original.backup(copy)
@@ -123,10 +123,18 @@ def _copy(paths: Sequence[Path], source: Path, target: Path) -> Iterator[Path]:
     """Copy those files and directories that there are, with their modes and times; yields each after it is copied."""
     for path in (path for path in paths if (source / path).exists()):
         for file in (found.relative_to(source) for found in (source / path, *(source / path).rglob("*")) if found.is_file()):
-            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(file, source, target)
             (target / file).touch(mode=0o600)  # nobody else reads a secret before it has its mode
             shutil.copy2(source / file, target / file)
         yield path
+
+
+def _make_folder(file: Path, source: Path, target: Path) -> None:
+    """Make the folders of a file below ``target``, each with the mode that it has below ``source``: Prefect's is its owner's alone."""
+    for folder in reversed(file.parents[:-1]):
+        if not (target / folder).exists():
+            (target / folder).mkdir(mode=0o700)
+            shutil.copymode(source / folder, target / folder)
 
 
 def _would_be_lost(path: Path, replacement: Path) -> bool:

@@ -35,6 +35,7 @@ def owned(kind: str, name: str) -> Iterator[None]:
 def write_record(kind: str, name: str, owner: str) -> Path:
     """Record that the process with the identity ``owner`` takes care of something; returns the file, which is to go when that ends."""
     record = (OWNED / kind / name).absolute()
+    PREFECT_HOME.mkdir(mode=0o700, exist_ok=True)  # as Prefect makes it, if it is first: the secrets in its database are the owner's alone
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(owner)
     return record

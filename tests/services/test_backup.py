@@ -108,7 +108,7 @@ def test_what_the_original_had_planned_does_not_run_in_the_copy(
     project: Path, copied: Callable[[], Path], clone: Path, prepared_prefect: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project)
-    Path(".prefect").mkdir()
+    Path(".prefect").mkdir(mode=0o700)
     shutil.copyfile(prepared_prefect, ".prefect/prefect.db")
     with closing(sqlite3.connect(".prefect/prefect.db")) as connection, connection:
         insert(connection, "flow", id="f", name="cm3leon")
@@ -124,6 +124,7 @@ def test_what_the_original_had_planned_does_not_run_in_the_copy(
     copy = copied()
     monkeypatch.chdir(clone)
     list(backup.restore(copy))
+    assert {stat.S_IMODE((folder / ".prefect").stat().st_mode) for folder in (copy, clone)} == {0o700}
     with closing(sqlite3.connect(".prefect/prefect.db")) as connection:
         assert connection.execute("SELECT active FROM deployment_schedule").fetchall() == [(0,)]
         for column, table in (("id", "flow_run"), ("flow_run_id", "flow_run_state")):

@@ -1,5 +1,6 @@
 """What a killed process has left is ended by the next one; what belongs to a living one, or to nobody of ours, is not."""
 
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cm3leon.services.environment import PREFECT_HOME
 from cm3leon.services.leftovers import FLOW_RUNS, OWNED, PROCESSES, abandoned, end_leftover_processes, owned
 from cm3leon.utils.processes import identity
 
 OWNER = """
 import os, subprocess, sys
+from cm3leon.services.environment import PREFECT_HOME
 from cm3leon.services.leftovers import FLOW_RUNS, PROCESSES, owned
 from cm3leon.utils.processes import identity
 child = subprocess.Popen(["sleep", "600"], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -42,6 +45,7 @@ def test_what_a_living_owner_has_is_left_alone() -> None:
         with owned(PROCESSES, identity(child.pid)), owned(FLOW_RUNS, "run"):
             assert end_leftover_processes() == [] and list(abandoned(FLOW_RUNS)) == []
             assert child.poll() is None
+        assert stat.S_IMODE(PREFECT_HOME.stat().st_mode) == 0o700
         assert not list(OWNED.glob("*/*"))
         child.kill()
 
