@@ -119,7 +119,7 @@ class Stream(Protocol):
         """The micro-batches of each process, equally many: as few as the limit allows. Some may be empty.
 
         Args:
-            most: limit of a micro-batch, samples or rows; None: no limit.
+            most: size of a micro-batch, samples or rows, to which packing may add a row; None: no limit.
         """
 
     def state(self) -> dict[str, int]:
@@ -236,15 +236,17 @@ class TokenStream:
             self._read, self._left, self._next = self._read + 1, self._left - length_of(sample), None
 
     def divide(self, samples: Sequence[Sample], processes: int, most: int | None) -> list[list[list[Sample]]]:
-        """See :meth:`Stream.divide`: micro-batches of nearly equal numbers of tokens, at most ``most * length``."""
-        total = sum(map(length_of, samples))
-        limit = total if most is None else most * self.length
-        rounds = -(-total // (limit * processes))
-        while True:
-            parts = _divide(samples, rounds * processes)
-            if max(sum(map(length_of, part)) for part in parts) <= limit:
-                return [parts[rank::processes] for rank in range(processes)]
-            rounds += 1
+        """See :meth:`Stream.divide`: micro-batches of nearly equal numbers of tokens, at most ``(most + 1) * length``.
+
+        On average they have ``most * length``: whole samples fill no limit exactly, and at that limit another one would be needed.
+        """
+        # A step may have a sample more than its budget. Of parts that are filled from the longest sample on, none is longer than the mean
+        # by as much as a sample.
+        rounds = 1
+        if most is not None:
+            rounds = max(1, -(-(sum(map(length_of, samples)) - self.length) // (most * self.length * processes)))
+        parts = _divide(samples, rounds * processes)
+        return [parts[rank::processes] for rank in range(processes)]
 
     def state(self) -> dict[str, int]:
         return {"read": self._read, "left": self._left}

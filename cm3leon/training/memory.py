@@ -67,20 +67,21 @@ class Memory:
 
 
 def estimate_memory(model: Decoder, section: TrainConfig, gpus: int) -> Memory:
-    """The memory of the busiest of ``gpus``, with rows of the context's length.
+    """The memory of the busiest of ``gpus``, with rows of the context's length; under packing a micro-batch may have one row more.
 
     Parameters, gradients and optimizer states are float32, sharded among the GPUs. Two things are not counted: the savings of compilation,
     and the whole matrices that Muon gathers after the backward pass, when the activations have been freed.
     """
     parameters, spec = count(model), model.spec
     _, rows = rows_at_once(section, gpus)
+    tokens = (rows + section.packing) * spec.context
     bf16, sharded = section.precision != "fp32", gpus > 1
     return Memory(
         parameters=FP32 * parameters.total / gpus,
         gradients=FP32 * parameters.total / gpus,
         optimizer=optimizer_bytes(parameters, section) / gpus,
-        activations=activation_bytes(spec, section, rows * spec.context, sharded=sharded),
-        loss=loss_bytes(model, rows * spec.context, bf16=bf16, sharded=sharded),
+        activations=activation_bytes(spec, section, tokens, sharded=sharded),
+        loss=loss_bytes(model, tokens, bf16=bf16, sharded=sharded),
         gathered=gathered_bytes(parameters, bf16=bf16) if sharded else BF16 * parameters.blocks * bf16,
     )
 
@@ -104,9 +105,12 @@ def block_bytes(spec: DecoderSpec, section: TrainConfig) -> int:
     per_width = 2 * FP32
     # 2. In the run's precision: outputs of the norms 2 D; queries, keys and values 3 D; attention's output D; feed-forward 4 D.
     per_width += (2 + 3 + 1 + 4) * size
-    # 3. With qk_norm, the normalized queries and keys, 2 D, and under autocast the norm's float32 inputs, 2 D.
-    if spec.qk_norm:
-        per_width += 2 * size + (2 * FP32 if size == BF16 else 0)
+    # 3. With qk_norm or rope, queries and keys that are normalized or rotated, 2 D, beside those in the product of 3 D, which the values
+    #    keep in memory; with qk_norm under autocast also the norm's float32 inputs, 2 D.
+    if spec.qk_norm or spec.rope:
+        per_width += 2 * size
+    if spec.qk_norm and size == BF16:
+        per_width += 2 * FP32
     # 4. Statistics: softmax's log-sum of each head; mean and deviation of the two norms, and of each head's query and key.
     statistics = FP32 * (spec.heads + 4 + (4 * spec.heads if spec.qk_norm else 0))
     return per_width * spec.width + statistics

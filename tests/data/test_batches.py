@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import subprocess
+import sys
 from collections import Counter
 from contextlib import closing
 
@@ -131,16 +133,18 @@ def test_any_number_of_processes_computes_the_same_samples(samples, kind, proces
         assert share.weight == sum(float(batch.weights.sum()) for batch in batches)
 
 
-def test_packed_micro_batches_are_as_few_and_as_equal_as_can_be(samples):
-    stream = packed(samples, batch_size=12)
-    own = stream.samples(0)
-    total = sum(map(len, tokens_of(own)))
-    for processes in (1, 2, 4):
-        parts = stream.divide(own, processes, 3)
-        sizes = [sum(map(len, tokens_of(part))) for mine in parts for part in mine]
-        fewest = -(-total // (3 * LENGTH * processes))
-        assert {len(mine) for mine in parts} in ({fewest}, {fewest + 1})
-        assert sum(sizes) == total and max(sizes) <= 3 * LENGTH and max(sizes) - min(sizes) < 80
+@pytest.mark.parametrize(("batch_size", "most"), [(12, 3), (12, 1), (13, 4), (8, 8)])
+def test_packed_micro_batches_are_as_few_and_as_equal_as_can_be(samples, batch_size, most):
+    stream = packed(samples, batch_size)
+    for step in range(6):
+        own = stream.samples(step)
+        total, longest = sum(map(len, tokens_of(own))), max(map(len, tokens_of(own)))
+        for processes in (1, 2, 4):
+            parts = stream.divide(own, processes, most)
+            sizes = [sum(map(len, tokens_of(part))) for mine in parts for part in mine]
+            fewest = -(-(total - LENGTH) // (most * LENGTH * processes))
+            assert {len(mine) for mine in parts} == {fewest} and fewest <= -(-batch_size // (most * processes))
+            assert sum(sizes) == total and max(sizes) <= (most + 1) * LENGTH and max(sizes) - min(sizes) <= longest
     assert [[len(part) for part in mine] for mine in stream.divide(own, 1, None)] == [[len(own)]]
 
 
@@ -182,5 +186,28 @@ def test_a_worker_makes_the_same_shares_and_ends_with_its_iterator(samples):
             assert found_state == state and found.weight == share.weight
             for one, other in zip(found.micro_batches, share.micro_batches, strict=True):
                 assert torch.equal(one.tokens, other.tokens) and torch.equal(one.weights, other.weights)
+                assert torch.equal(one.positions, other.positions) and one.cu_seqlens.dtype == torch.int32
+                assert not one.tokens.is_shared()
         assert len(multiprocessing.active_children()) == 1
     assert not multiprocessing.active_children()
+
+
+MANY = """
+import resource
+from types import SimpleNamespace
+import numpy as np
+from cm3leon.data.batches import TokenStream
+from cm3leon.data.prefetch import Shares, prefetched
+from cm3leon.data.sequences import Sample
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+ones = np.ones(60, np.int64)
+sample = Sample(SimpleNamespace(tokens=ones, image_positions=ones), ones.astype(np.float32), ())
+stream = TokenStream(lambda epoch, row: sample, 100, 50, 0, 64)
+print(*(len(share.micro_batches) for share, _ in prefetched(Shares(stream, range(7), 0, 1, 1))))
+"""
+
+
+def test_a_worker_sends_steps_of_many_micro_batches_with_as_few_open_files_as_a_system_allows():
+    done = subprocess.run([sys.executable, "-c", MANY], capture_output=True, text=True, timeout=60, check=False)
+    assert len(done.stdout.split()) == 7 and min(map(int, done.stdout.split())) >= 45, done.stderr

@@ -62,7 +62,7 @@ def test_parameters_gradients_states_and_checkpoint_have_the_size_of_real_ones(o
 
 def attention_on_a_gpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *packed: Any) -> torch.Tensor:
     """Attention in the run's precision, as on a GPU."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True, scale=scale)
 
 
 def saved_bytes(layers: int, bf16: bool, checkpointing: bool, **changes: Any) -> int:
@@ -70,7 +70,7 @@ def saved_bytes(layers: int, bf16: bool, checkpointing: bool, **changes: Any) ->
     torch.manual_seed(0)
     model = decoder(layers=layers, **changes)
     model.recompute = checkpointing
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,21 +86,24 @@ def saved_bytes(layers: int, bf16: bool, checkpointing: bool, **changes: Any) ->
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_block_keeps_the_estimated_activations(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"rope": True}, {"qk_norm": True, "rope": True}], ids=str)
+def test_a_block_keeps_the_estimated_activations(options: dict[str, bool], bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cm3leon.models.decoder.attention", attention_on_a_gpu)
     section = config("cm3leon-7b", f"pretrain.precision={'bf16' if bf16 else 'fp32'}").pretrain
-    model = decoder(context=64)
-    per_block = saved_bytes(3, bf16, False) - saved_bytes(2, bf16, False)
+    model = decoder(context=64, **options)
+    per_block = saved_bytes(3, bf16, False, **options) - saved_bytes(2, bf16, False, **options)
     weights = estimate_memory(model, section, gpus=1).gathered / 2  # one of two blocks' weights in bfloat16, which autograd keeps too
     assert per_block == 2 * 64 * block_bytes(model.spec, section) + weights
 
 
-def test_with_qk_norm_a_block_keeps_its_inputs_and_outputs_too() -> None:
-    section = config("cm3leon-7b", "pretrain.precision=fp32").pretrain
-    spec = decoder(context=64, qk_norm=True).spec
-    per_block = saved_bytes(3, False, False, qk_norm=True) - saved_bytes(2, False, False, qk_norm=True)
-    assert per_block == 2 * 64 * block_bytes(spec, section)
+def test_packing_adds_a_row_to_a_micro_batch() -> None:
+    """Which is what the stream may fill it to: tests/data/test_batches.py."""
+    packed, model = config().pretrain, decoder()
+    assert packed.packing
+    rows = {changes["micro_batch_size"]: estimate_memory(model, packed.model_copy(update=changes), 8).activations
+            for changes in ({"micro_batch_size": 4}, {"micro_batch_size": 5, "packing": False})}  # fmt: skip
+    assert rows[4] == rows[5]
 
 
 def test_with_activation_checkpointing_a_block_keeps_its_input() -> None:

@@ -130,7 +130,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
         assert text in result.output
     too_large = CliRunner().invoke(app.app, ["plan", "--profile", "cm3leon-7b", "--gpus", "2", "--device", "l40s"])
     assert "It would fit with one of:" in too_large.output
-    assert "--gpus 4 --set pretrain.micro_batch_size=4" in too_large.output
+    assert "--gpus 4 --set pretrain.micro_batch_size=2" in too_large.output
 
 
 def test_a_users_error_of_the_command_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
