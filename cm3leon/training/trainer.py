@@ -3,8 +3,8 @@
 A run that was killed at any moment resumes from its newest checkpoint and ends with the same bits as an uninterrupted one. A checkpoint
 holds the parameters, optimizer states, step, random generators, and how far the samples have been read.
 
-A step does not wait for the GPU: losses and gradient norms stay there until they are logged. Only whether they are finite is read, one step
-late, while the GPU is at work on the next.
+A step does not wait for the GPU: losses and gradient norms stay there until they are logged. Only whether gradients are finite is read, one
+step late, from a copy that is made before the GPU is given the next step.
 
 Shapes: B rows, T tokens.
 """
@@ -49,11 +49,13 @@ class Step:
         loss: sum of the weighted losses of this process's targets, on its device.
         weight: sum of the weights over all processes.
         gradient_norm: of the gradients of all processes before clipping, on this one's device.
+        read_gradient_norm: returns it as soon as the device has computed it.
     """
 
     loss: Tensor
     weight: float
     gradient_norm: Tensor
+    read_gradient_norm: Callable[[], float]
     learning_rate: float
 
 
@@ -163,7 +165,8 @@ def train_step(state: State, share: Share, config: TrainConfig, name: str) -> St
             _add_task_losses(state.task_sums, batch, losses_BT)
     # 2. Clip by the norm of all gradients together. The device now has work enough to be asked about the step before.
     norm = distributed.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
-    if state.unread and not math.isfinite(state.unread[-1].gradient_norm.item()):
+    read_norm = _copied(norm)
+    if state.unread and not math.isfinite(state.unread[-1].read_gradient_norm()):
         read_losses(state, name)
     # 3. Update the parameters.
     rate = learning_rate_at(
@@ -176,11 +179,26 @@ def train_step(state: State, share: Share, config: TrainConfig, name: str) -> St
     for optimizer in state.optimizers:
         set_learning_rate(optimizer, rate)
         optimizer.step()
-    step = Step(loss, weight, norm, rate)
+    step = Step(loss, weight, norm, read_norm, rate)
     state.step += 1
     state.tokens += share.tokens
     state.unread.append(step)
     return step
+
+
+def _copied(value: Tensor) -> Callable[[], float]:
+    """What returns a scalar of the device, without waiting for work that the device is given after this call, as ``item`` would."""
+    if not value.is_cuda:
+        return value.item
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> float:
+        copied.synchronize()
+        return copy.item()
+
+    return read
 
 
 def read_losses(state: State, name: str) -> None:
@@ -309,7 +327,9 @@ def fit(
         found = _validate_all(state, validation, config)
         state.best = min(state.best, found.get("val_loss", math.inf))
         log({**found, "best_val_loss": state.best}, state.step)
-        with distributed.inference(state.model):
+        # Generation has shapes of its own, which would use up the number of shapes that the compiler makes kernels for.
+        uncompiled = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+        with distributed.inference(state.model), uncompiled:
             after_validation(state.step)
         return found
 

@@ -11,7 +11,7 @@ import torch
 from tests_support import OBJECTIVE, decoder_spec, make_documents
 
 from cm3leon.config.schema import SFTConfig, TrainConfig
-from cm3leon.data.batches import SampleStream, TokenStream, collate
+from cm3leon.data.batches import SampleStream, TokenStream, collate, share_of
 from cm3leon.data.sequences import PretrainingSamples, Sample
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.models.decoder import Decoder, stored_weights
@@ -21,7 +21,7 @@ from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.loop import DivergenceError
 from cm3leon.training.optimizer import learning_rate_at, make_optimizers
 from cm3leon.training.run import first_batches
-from cm3leon.training.trainer import LOG_EVERY, fit, setup, validate
+from cm3leon.training.trainer import LOG_EVERY, fit, setup, train_step, validate
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
 CONFIG = TrainConfig(
@@ -256,17 +256,44 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_has_its_metrics_and_she
 
 
 @pytest.mark.slow
-def test_compiled_blocks_learn_the_same(stream, monkeypatch):
+def test_compiled_blocks_have_the_same_gradients(stream, monkeypatch):
     """The blocks are traced and differentiated as a whole; kernels, which take minutes, are not made."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
-    def losses(**changes):
-        config = CONFIG.model_copy(update={"steps": 2, "batch_size": 2, **changes})
-        state = setup(make_model(), config)
-        fit(state, SampleStream(stream._samples.get_sample, 16, 2, 0), config, {}, "test")
-        return state.losses
+    def gradients(**changes):
+        config = CONFIG.model_copy(update=changes)
+        model = make_model()
+        for block in model.blocks:  # else zeros hide what attention and feed-forward compute
+            torch.nn.init.normal_(block.attention.out.weight, std=0.2)
+            torch.nn.init.normal_(block.down.weight, std=0.2)
+        train_step(setup(model, config), share_of(TokenStream(stream._samples.get_sample, 16, 2, 0, 80), 0, 0, 1, None), config, "test")
+        return [parameter.grad for parameter in model.parameters()]
 
-    assert losses(compile=True) == pytest.approx(losses(), abs=1e-4)
+    for one, other in zip(gradients(compile=True), gradients(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_sample_sheets_compile_nothing(stream, monkeypatch):
+    """Their shapes would use up the number that the compiler takes, and training would go on uncompiled."""
+    compiled: list[int] = []
+
+    def backend(graph, inputs):
+        compiled.append(1)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    config = CONFIG.model_copy(update={"steps": 1, "compile": True})
+    state, found = setup(make_model(), config), []
+
+    def sheets(step):
+        before = len(compiled)
+        for length in (3, 4, 5):
+            state.model(torch.ones(1, length, dtype=torch.long), torch.zeros(1, length, dtype=torch.long))
+        found.append((before, len(compiled)))
+
+    fit(state, SampleStream(stream._samples.get_sample, 16, 2, 0), config, {}, "test", after_validation=sheets)
+    [(before, after)] = found
+    assert before == after > 0
 
 
 @pytest.mark.parametrize("codebook", [None, torch.randn(50, 8, generator=torch.Generator().manual_seed(1))], ids=["plain", "codebook"])
