@@ -25,6 +25,7 @@ from pathlib import Path
 from cm3leon.services.environment import DATABASE_VARIABLES, DVC_LOCAL, PREFECT_HOME, ProjectError
 from cm3leon.services.stack import HOME, MLFLOW_DATABASE, PREFECT_DATABASE, SECRETS, read_state
 from cm3leon.tracking.lineage import DVC_LOCK, git_commit
+from cm3leon.tracking.sqlite import move_artifacts
 from cm3leon.utils.errors import UserError
 
 DATABASES = (Path("mlflow.db"), PREFECT_HOME / "prefect.db")
@@ -32,14 +33,6 @@ ARTIFACTS = Path("mlruns")
 PARAMS = Path("params.yaml")
 FILES = (SECRETS, DVC_LOCAL, DVC_LOCK, PARAMS)
 DESCRIPTION = "backup.json"
-
-ADDRESSES = {
-    "experiments": ("artifact_location",),
-    "runs": ("artifact_uri",),
-    "logged_models": ("artifact_location",),
-    "model_versions": ("source", "storage_location"),
-}
-"""The columns of MLflow's tables that hold addresses of artifacts."""
 
 
 class BackupError(UserError):
@@ -151,12 +144,7 @@ def _move_store(database: Path, moved_from: Path) -> None:
     """Change a copy of ``mlflow.db`` so that it holds for this project and for now."""
     old, new = ((root / ARTIFACTS).as_uri() for root in (moved_from, Path.cwd()))
     with closing(sqlite3.connect(database)) as connection, connection:
-        for table, columns in ADDRESSES.items():
-            for column in columns:
-                connection.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR substr({column}, 1, ?) = ?",
-                    (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
-                )
+        move_artifacts(connection, old, new)
         connection.execute("UPDATE runs SET status = 'KILLED', end_time = ? WHERE status = 'RUNNING'", (time.time_ns() // 10**6,))
 
 

@@ -1,9 +1,21 @@
-"""URIs of SQLite files for SQLAlchemy, whatever characters their path has."""
+"""URIs of SQLite files for SQLAlchemy, whatever characters their path has; the addresses of artifacts in MLflow's file."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
+
+if TYPE_CHECKING:
+    from sqlite3 import Connection
+
+ADDRESSES = {
+    "experiments": ("artifact_location",),
+    "runs": ("artifact_uri",),
+    "logged_models": ("artifact_location",),
+    "model_versions": ("source", "storage_location"),
+}
+"""The columns of MLflow's tables that hold addresses of artifacts."""
 
 
 def has_uri_characters(path: Path) -> bool:
@@ -40,3 +52,13 @@ def sqlite_file(uri: str) -> Path | None:
     if "uri" in url.query:
         database = unquote(urlsplit(database).path)
     return None if database in ("", ":memory:") else Path(database)
+
+
+def move_artifacts(connection: Connection, old: str, new: str) -> None:
+    """Change the addresses in MLflow's tables from below the address ``old`` to below ``new``; the artifacts themselves stay."""
+    for table, columns in ADDRESSES.items():
+        for column in columns:
+            connection.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
+            )

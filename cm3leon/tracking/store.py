@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
-from cm3leon.tracking.sqlite import sqlite_file, sqlite_uri
+from cm3leon.tracking.sqlite import move_artifacts, sqlite_file, sqlite_uri
 from cm3leon.utils import telemetry
 from cm3leon.utils.errors import advice_about_disk
 from cm3leon.utils.network import reach_local_servers
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "cm3leon"
+STORE, ARTIFACTS = Path("mlflow.db"), Path("mlruns")
+"""The project's own store, relative to its root, and its artifacts, beside it."""
 LOCK_SECONDS = 300
 """How long to wait for another process that prepares the store."""
 PROCESS_TAG = "process"
@@ -64,7 +67,7 @@ def warn(message: str) -> None:
 
 def tracking_uri(root: Path = Path()) -> str:
     """``MLFLOW_TRACKING_URI`` if set, else the SQLite file ``mlflow.db`` in the project's root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(root / "mlflow.db")
+    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(root / STORE)
 
 
 def without_password(uri: str) -> str:
@@ -89,7 +92,8 @@ def prepare_store(root: Path = Path()) -> str:
     Idempotent; about 10 seconds for a new file, well under one for a current one (without the import of mlflow).
 
     Raises:
-        StoreError: if the store does not answer, is damaged, cannot be written, or ``MLFLOW_TRACKING_URI`` names none.
+        StoreError: if the store does not answer, is damaged, cannot be written, or ``MLFLOW_TRACKING_URI`` names none; if the project's own
+            is a copy of another project's.
     """
     use_settings()
     uri = tracking_uri(root)
@@ -100,6 +104,8 @@ def prepare_store(root: Path = Path()) -> str:
         with _locked(file):
             if file:
                 migrate(uri)
+                if file.absolute() == (root / STORE).absolute():
+                    _follow_project(file)
             elif "://" in uri and not uri.startswith("http"):
                 _check_database(uri)
             from mlflow import MlflowClient
@@ -192,6 +198,33 @@ def migrate(uri: str) -> None:
     new.replace(file)
 
 
+def _follow_project(file: Path) -> None:
+    """Correct the addresses of artifacts, which are absolute, after the project was moved with them. A place of the user's choice stays.
+
+    Raises:
+        StoreError: if the project was copied: what is logged here would go into the original.
+    """
+    import sqlite3
+
+    new = (file.parent / ARTIFACTS).absolute()
+    with closing(sqlite3.connect(file, timeout=60)) as connection, connection:
+        [known] = connection.execute("SELECT artifact_location FROM experiments WHERE name = ?", (EXPERIMENT,)).fetchone() or [""]
+        old = Path(unquote(urlsplit(known).path))
+        if not known.startswith("file:") or old.name != new.name or old == new:
+            return
+        if old.exists():
+            if (old.parent / file.name).exists() and not (old.parent / file.name).samefile(file):
+                raise StoreError(
+                    f"{file} is a copy of that in {old.parent}, and would put models into {old}: remove {STORE} and {ARTIFACTS} here, then "
+                    "bring a copy by cm3leon backup there and cm3leon restore here; or set MLFLOW_TRACKING_URI to that store"
+                )
+            return
+        uris = [uri for (uri,) in connection.execute("SELECT artifact_uri FROM runs") if uri.startswith(f"{known}/")]
+        moved = [(new / unquote(uri.removeprefix(f"{known}/"))).exists() for uri in uris]
+        if any(moved) or not (uris or old.parent.exists()):  # else the place may only be away, as a disk that is not mounted
+            move_artifacts(connection, known, new.as_uri())
+
+
 def schema_revision(path: Path) -> str | None:
     """The schema revision of a SQLite store; None if the file is missing or empty.
 
@@ -246,7 +279,7 @@ def experiment_id_of(client: MlflowClient, uri: str, name: str = EXPERIMENT) -> 
 
     found = client.get_experiment_by_name(name)
     if found is None:
-        local = (file.parent / "mlruns").absolute().as_uri() if (file := sqlite_file(uri)) else None
+        local = (file.parent / ARTIFACTS).absolute().as_uri() if (file := sqlite_file(uri)) else None
         try:
             return client.create_experiment(name, artifact_location=local)
         except MlflowException:  # another process has created it meanwhile

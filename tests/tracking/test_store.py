@@ -119,6 +119,55 @@ def test_the_database_of_another_program_is_named_and_left_as_it_is(tmp_path, mo
     assert file.read_bytes() == before
 
 
+def logged(text):
+    """The path, below the place of artifacts, of a file that a run of the project in the working directory logs."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=store.prepare_store())
+    run = client.create_run(store.experiment_id_of(client, client.tracking_uri)).info.run_id
+    client.log_text(run, text, "file.txt")
+    client.set_terminated(run)
+    return Path("mlruns", run, "artifacts/file.txt")
+
+
+def test_a_project_that_was_moved_keeps_its_artifacts_and_puts_new_ones_beside_them(project, tmp_path_factory, monkeypatch):
+    from mlflow import MlflowClient
+
+    before = logged("before")
+    moved = tmp_path_factory.mktemp("else where") / "project"
+    project.rename(moved)
+    monkeypatch.chdir(moved)
+    after = logged("after")
+    assert (moved / before).is_file() and (moved / after).is_file() and not project.exists()
+    run = MlflowClient(tracking_uri=store.tracking_uri()).get_run(before.parts[1])
+    assert run.info.artifact_uri == (moved / before.parent).as_uri()
+    project.mkdir()  # pytest removes it
+
+
+def test_a_copied_project_does_not_write_into_the_original(project, tmp_path_factory, monkeypatch):
+    logged("original")
+    copy = tmp_path_factory.mktemp("copy") / "project"
+    shutil.copytree(project, copy)
+    monkeypatch.chdir(copy)
+    with pytest.raises(store.StoreError, match=rf"is a copy of that in {project}, .*cm3leon backup there and cm3leon restore here"):
+        store.prepare_store()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_uri(project / "mlflow.db"))
+    assert (project / logged("shared")).is_file()
+
+
+def test_artifacts_on_a_disk_that_is_away_keep_their_addresses(project, tmp_path_factory):
+    from mlflow import MlflowClient
+
+    store.use_settings()
+    disk = tmp_path_factory.mktemp("disk")
+    client = MlflowClient(tracking_uri=store.tracking_uri())
+    client.create_experiment(store.EXPERIMENT, artifact_location=(disk / "mlruns").as_uri())
+    assert (disk / logged("there")).is_file()
+    (disk / "mlruns").rename(disk / "away")
+    store.prepare_store()
+    assert client.get_experiment_by_name(store.EXPERIMENT).artifact_location == (disk / "mlruns").as_uri()
+
+
 @pytest.mark.parametrize("password", ["secret", "pa/ss", "p@ss", "a:b"])
 def test_a_message_has_no_password(password):
     assert store.without_password(f"postgresql://me:{password}@host:5432/db") == "postgresql://me:***@host:5432/db"
