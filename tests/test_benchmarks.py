@@ -1,6 +1,7 @@
 """The benchmark scripts load, and the functions of their own are right."""
 
 import ast
+import functools
 import importlib.util
 import json
 import math
@@ -16,9 +17,10 @@ from typing import Any, Self
 
 import numpy as np
 import pytest
+import torch
 from results_support import fresh_run
 
-from benchmarks import repeat
+from benchmarks import gpu, repeat
 from benchmarks.study import claims, report, runs
 from benchmarks.study.claims import CLAIMS
 from benchmarks.study.section import Finding, Section, difference, higher, lower, over_trainings, tokens_to_loss, with_range
@@ -27,6 +29,7 @@ from cm3leon.config.profiles import configure
 from cm3leon.config.schema import Config
 from cm3leon.evaluation.record import Record
 from cm3leon.evaluation.reference import FreshRun, parameters_digest, read_runs, write_runs
+from cm3leon.generation import cache, engine
 from cm3leon.stages.common import STAGES
 from cm3leon.tracking.runs import pipeline_run
 from cm3leon.utils.errors import UserError
@@ -240,6 +243,18 @@ def test_the_benchmark_for_gpus_rehearses_on_a_cpu_and_goes_on_where_it_ended(tm
     (tmp_path / "results.json").write_text(json.dumps(written))
     again = subprocess.run([*command, "--minutes", "0"], capture_output=True, text=True, check=False)
     assert "not measured yet, for want of time: images; the same command goes on" in again.stdout and again.returncode == 0
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_the_benchmark_for_gpus_counts_the_passes_of_decoding(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(cache, "_compiled_read", cache._compiled_read.__wrapped__)
+    monkeypatch.setattr(engine, "MAX_WINDOW", 1)  # one code a pass
+    model = gpu.make_decoder((1, 32, 2), 128, gpu.TINY.vocabulary, torch.device("cpu"), torch.float32)
+    model.compiled_decoding = compiled
+    with gpu.counted_passes() as passes:
+        gpu.generate(model, 1, gpu.sampler())
+    assert len(passes) == gpu.TINY.vocabulary.tokens_per_image - 1  # the first code follows from the prompt
 
 
 def test_no_script_looks_at_the_test_split() -> None:

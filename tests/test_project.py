@@ -136,13 +136,20 @@ def test_the_architecture_lists_the_rooms_in_the_order_that_lint_checks() -> Non
 
 
 def test_the_core_imports_on_a_bare_machine_with_a_gpu() -> None:
-    """With torch, safetensors, pyarrow and Pillow, and without what only the pipeline around the core needs."""
+    """With torch, safetensors, pyarrow and NumPy, and without all other packages that the project needs."""
     code = """
 import sys
-for package in ("pydantic", "prefect", "mlflow", "dvc", "open_clip", "faiss", "great_expectations", "typer", "yaml"):
+for package in (
+    "pydantic", "prefect", "mlflow", "dvc", "open_clip", "faiss", "great_expectations", "typer", "yaml",
+    "PIL", "fastapi", "matplotlib", "networkx", "pandas", "psutil", "requests", "rich", "ruamel", "scipy", "skimage", "sklearn",
+    "tokenizers", "torchvision", "transformers",
+):
     sys.modules[package] = None
-import cm3leon.data.prefetch, cm3leon.data.sequences, cm3leon.generation.engine, cm3leon.models.super_resolution, cm3leon.models.vqgan
+import benchmarks.gpu
+import cm3leon.data.prefetch, cm3leon.data.sequences, cm3leon.generation.engine, cm3leon.models.vqgan
 import cm3leon.training.memory, cm3leon.training.trainer
+del sys.modules["PIL"]  # the upscaler reads and gives images
+import cm3leon.models.super_resolution
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cm3leon.sequence.cm3 import apply_spans, region_spans
 from cm3leon.sequence.grammar import UNKNOWN, Prompt, Tokens, Vocabulary, build_body
 from cm3leon.sequence.tasks import BREAK, SegmentTokens, split_template
-from cm3leon.sequence.text_tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from cm3leon.sequence.text_tokenizer import TextTokenizer
 
 
 def image_prompt(

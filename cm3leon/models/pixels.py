@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from PIL import Image
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def to_unit(pixels: torch.Tensor) -> torch.Tensor:
@@ -28,4 +32,6 @@ def to_channels_last(images: torch.Tensor) -> torch.Tensor:
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Floats (B, 3, H, W) in [-1, 1], as RGB images."""
+    from PIL import Image
+
     return [Image.fromarray(array) for array in to_channels_last(images).numpy()]

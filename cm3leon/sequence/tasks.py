@@ -13,13 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cm3leon.sequence.grammar import Tokens, Vocabulary
-from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.utils.files import read_file, read_json
+
+if TYPE_CHECKING:
+    from cm3leon.sequence.text_tokenizer import TextTokenizer
 
 CONDITIONS = ("canny edge", "segmentation map", "hed", "openpose", "depth", "3D norm", "children's scribbles", "M-LSD lines")
 """Kinds of condition images from which models learn to generate (paper, Table 5); a record may have others, which are kept and not used."""
