@@ -7,7 +7,8 @@
 #
 #   docker run --rm --volume cm3leon:/home/cm3leon/project --publish 127.0.0.1:8000:8000 cm3leon cm3leon serve --host 0.0.0.0
 #
-# The volume also keeps the code of its first run: remove it (docker volume rm cm3leon) after building a new image.
+# The volume also keeps the code of its first run: remove it (docker volume rm cm3leon) after building a new image. Your own files in it go with
+# it, so mount your collection from the host, as docs/administration.md shows.
 FROM python:3.11-slim
 
 # hadolint ignore=DL3008
