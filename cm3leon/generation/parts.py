@@ -93,14 +93,14 @@ def load_decoder(directory: Path, device: str | torch.device, precision: Precisi
         compiled: run each step of decoding compiled. Compilation takes from seconds to minutes, once for each number of rows and length;
             it pays on a GPU for a server or for many images, and hardly on a CPU.
     """
-    model = Decoder.load(directory, device)
+    # On its device only when it is as small as it will be: in float32 it may not fit there.
+    model, on_gpu = Decoder.load(directory), torch.device(device).type != "cpu"
     model.compiled_decoding = compiled
-    on_gpu = model.device.type != "cpu"
     if precision == "bfloat16" or (on_gpu and precision != "float32"):
         model = model.bfloat16()
     if precision == "int8":
         model.quantize()
-    return model
+    return model.to(device)
 
 
 def load_parts(

@@ -146,9 +146,11 @@ class Int8Linear(nn.Module):
 
     def __init__(self, matrix: Linear) -> None:
         super().__init__()
-        scale_O1 = matrix.weight.detach().float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (matrix.weight.detach() / scale_O1).round().to(torch.int8))
-        self.register_buffer("scale", scale_O1[:, 0].to(matrix.weight.dtype))
+        weight = matrix.weight.detach().float()
+        scale_O1 = (weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127).to(matrix.weight.dtype)
+        # Divided by the scale as rounded to the weight's dtype, by which it is multiplied again.
+        self.register_buffer("weight", (weight / scale_O1.float()).round().to(torch.int8))
+        self.register_buffer("scale", scale_O1[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.get_buffer("weight").to(x.dtype)) * self.get_buffer("scale")

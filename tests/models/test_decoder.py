@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests_support import decoder_spec
 
-from cm3leon.models.decoder import MAX_ATTENTION_LOGIT, WEIGHTS, Attention, Decoder, RotaryEmbedding
+from cm3leon.models.decoder import MAX_ATTENTION_LOGIT, WEIGHTS, Attention, Decoder, Int8Linear, RotaryEmbedding
 from cm3leon.models.kernels import apply_rotary_emb
 from cm3leon.sequence.grammar import Vocabulary
 
@@ -185,7 +185,13 @@ def test_eight_bit_matrices_are_a_quarter_as_large_and_almost_the_same():
     assert sum(b.nbytes for b in model.blocks.buffers()) < before / 4 * 1.2  # with the scales, which are much beside a width of 32
     found = model(*tokens)
     assert (found - expected).norm() / expected.norm() < 0.02
-    weight = make().blocks[0].up.weight
-    step = weight.abs().amax(1, keepdim=True) / 127
-    held = model.blocks[0].up
-    assert ((held.weight * held.scale[:, None] - weight).abs() <= step / 2 + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_eight_bit_weight_is_within_half_a_step_of_its_own(dtype):
+    """A step is the scale as it is stored, also where bfloat16 has rounded it."""
+    matrix = make().blocks[0].up.to(dtype)
+    held, weight = Int8Linear(matrix), matrix.weight.float()
+    step = held.scale.float()[:, None]
+    assert held.scale.dtype == dtype and ((held.weight * step - weight).abs() <= step / 2 + 1e-7).all()
+    torch.testing.assert_close(step, weight.abs().amax(1, keepdim=True) / 127, rtol=0.004, atol=0)
