@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cm3leon.data import pixels
+from cm3leon.data import loading, pixels
 from cm3leon.data.images import fit_square
 from cm3leon.data.loading import BATCHES_AHEAD, Square, decoded_per_second, image_batches, read_ahead
 from cm3leon.data.manifest import ImageStore
@@ -142,7 +142,16 @@ def test_batches_of_an_image_set_are_its_images(store, monkeypatch, memory, work
         assert np.array_equal(batch, images[drawn])
 
 
-def test_the_decoders_rate_counts_the_cores_that_decode(store):
-    one, two = (decoded_per_second(store, REFS, Square(12), workers) for workers in (1, 2))
-    assert one > 0 and two > 0
-    assert decoded_per_second(store, [], Square(12)) == 0
+def test_the_decoders_rate_counts_the_cores_that_decode(store, monkeypatch):
+    """With a clock on which each image takes a quarter of a second."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(loading, "cores", lambda: 4)
+
+    def prepare(image):
+        clock.now += 0.25
+        return Square(12)(image)
+
+    assert [decoded_per_second(store, REFS, prepare, workers) for workers in (1, 2, 4, 8)] == [4, 8, 16, 16]
+    assert decoded_per_second(store, REFS, prepare) == 4 * loading.THREADS
+    assert decoded_per_second(store, [], prepare) == 0
