@@ -14,7 +14,8 @@ from cm3leon.services.environment import PREFECT_HOME
 from cm3leon.utils.processes import has_ended, identity, pid_of, stop_tree
 
 OWNED = PREFECT_HOME / "owned"
-PROCESSES, FLOW_RUNS = "processes", "flow_runs"
+PROCESSES, SERVICES, FLOW_RUNS = "processes", "services", "flow_runs"
+"""Kinds. Services are those of ``cm3leon up``, which its next call or ``down`` ends, and not the next run: it may be their worker's."""
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def owned(kind: str, name: str) -> Iterator[None]:
     """Record that this process takes care of something until the block ends.
 
     Args:
-        kind: :data:`PROCESSES` or :data:`FLOW_RUNS`.
+        kind: :data:`PROCESSES`, :data:`SERVICES` or :data:`FLOW_RUNS`.
         name: the identity of a process, or the id of a flow run.
     """
     record = write_record(kind, name, identity())
@@ -50,10 +51,10 @@ def abandoned(kind: str) -> Iterator[str]:
                 record.unlink()
 
 
-def end_leftover_processes() -> list[int]:
-    """End the processes, with their descendants, that dead owners have left; returns their ids."""
+def end_leftover_processes(kind: str = PROCESSES) -> list[int]:
+    """End the processes of a kind, with their descendants, that dead owners have left; returns their ids."""
     ended = []
-    for process in abandoned(PROCESSES):
+    for process in abandoned(kind):
         if not has_ended(process):
             stop_tree(pid_of(process))
             ended.append(pid_of(process))

@@ -27,6 +27,7 @@ import psutil
 from cm3leon.services.automations import mark_stuck_runs
 from cm3leon.services.environment import PREFECT_HOME, SERVICES_FILE, child_path, prepare_project
 from cm3leon.services.events import post
+from cm3leon.services.leftovers import SERVICES, end_leftover_processes
 from cm3leon.services.local import HOST, ServiceError, answers, free_port, pages_environment
 from cm3leon.services.mlflow_server import CREDENTIALS_ENV
 from cm3leon.tracking.sqlite import has_uri_characters, sqlite_uri
@@ -217,6 +218,7 @@ def _up(mlflow_port: int, prefect_port: int) -> State:
         return state
     if (state := read_state()) and state.supervisor:
         warn(f"{STATE} is of the host {state.supervisor.split(':')[0]}; if services still run there on these databases, stop them")
+    end_leftover_processes(SERVICES)  # of a supervisor that was killed: they hold ports, and the worker takes runs
     if MLFLOW_DATABASE not in os.environ:
         prepare_project(needs_store=True)
     LOGS.mkdir(parents=True, exist_ok=True)
@@ -282,7 +284,7 @@ def down() -> bool:
     state = read_state()
     if state is None or not state.supervisor:
         STATE.unlink(missing_ok=True)
-        return False
+        return bool(end_leftover_processes(SERVICES))
     if not is_here(state.supervisor):
         host = state.supervisor.split(":")[0]
         raise ServiceError(f"the services were started on the host {host}: stop them there, or remove {STATE} if that host is gone")

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 
+from cm3leon.services.leftovers import SERVICES, write_record
 from cm3leon.services.local import answers
 from cm3leon.services.stack import LOGS, STATE, Part, parts, read_state, write_state
 from cm3leon.utils import telemetry
@@ -45,6 +47,7 @@ class Kept:
     def __init__(self, part: Part) -> None:
         self.part = part
         self.process: subprocess.Popen[bytes] | None = None
+        self.record: Path | None = None
         self.failures, self.pause = 0, PAUSE_SECONDS
         self.next_check = self.next_start = 0.0
 
@@ -55,6 +58,8 @@ class Kept:
                 [sys.executable, *self.part.arguments],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **self.part.environment},
             )  # fmt: skip
+        with contextlib.suppress(OSError):  # of a full disk
+            self.record = write_record(SERVICES, identity(self.process.pid), identity())
         self.failures, self.next_check = 0, time.monotonic() + ANSWER_SECONDS
         note(f"{self.part.name}: started, process {self.process.pid}")
 
@@ -98,7 +103,8 @@ class Kept:
 
     def _restart_later(self, why: str) -> None:
         note(f"{self.part.name}: {why}; starts again in {self.pause:.0f} s")
-        self.process, self.next_start = None, time.monotonic() + self.pause
+        self._forget()
+        self.next_start = time.monotonic() + self.pause
         self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
     def stop(self) -> None:
@@ -106,6 +112,14 @@ class Kept:
         if self.process:
             stop_tree(self.process.pid, STOP_SECONDS)
             self.process.wait()
+            self._forget()
+
+    def _forget(self) -> None:
+        """The process has ended."""
+        if self.record:
+            with contextlib.suppress(OSError):
+                self.record.unlink()
+        self.process, self.record = None, None
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

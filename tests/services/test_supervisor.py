@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from cm3leon.services import stack
+from cm3leon.services.leftovers import OWNED, end_leftover_processes
 from cm3leon.services.local import free_port
 from cm3leon.services.stack import LOGS, Part
 from cm3leon.services.supervisor import FAILURES, Kept
+from cm3leon.utils.processes import has_ended, identity
 
+ROOT = Path(__file__).parents[2]
 SLEEP = ["-c", "import time; time.sleep(60)"]
+KILLED = """
+import os, sys
+from cm3leon.services.stack import Part
+from cm3leon.services.supervisor import Kept
+kept = Kept(Part("part", sys.argv[1:], ""))
+kept.start()
+print(kept.process.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +84,25 @@ def test_a_worker_is_stopped_for_its_own_fault_alone() -> None:
     checked(kept, FAILURES)
     assert kept.process is None
     needed.stop()
+
+
+def test_the_parts_of_a_killed_supervisor_are_ended_by_the_next_up_or_down_and_not_by_a_run_of_their_worker() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", KILLED, *SLEEP], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stderr
+    part = identity(int(done.stdout.split()[-1]))
+    assert end_leftover_processes() == [] and not has_ended(part)
+    assert stack.down() and has_ended(part)
+    assert not stack.down()
+
+
+def test_a_part_that_has_ended_or_was_stopped_is_in_no_record() -> None:
+    kept = Kept(Part("part", ["-c", ""], "http://127.0.0.1:9"))
+    kept.start()
+    assert kept.process is not None and list(OWNED.glob("*/*"))
+    kept.process.wait()
+    checked(kept, 1)
+    assert kept.process is None and not list(OWNED.glob("*/*"))
+    kept.start()
+    kept.stop()
+    assert not list(OWNED.glob("*/*"))
