@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 SAMPLES = "samples.png"
 GATE_TAG, REPLACED_TAG, ROLLED_BACK_TAG = "gate", "replaced", "rolled_back"
 NOT_COMPARED = "not compared by the gate yet"
+OF_THE_MODEL = ("image_path", "super_resolution", "tasks/")
+"""Beginnings of a contract's entries that depend on the model: its image size, and what fits in its context."""
 
 
 class PromotionError(UserError):
@@ -107,13 +109,13 @@ def _champion_record(client: MlflowClient, champion: Version, record: Record, co
     with tempfile.TemporaryDirectory() as folder:
         if client.list_artifacts(_run_id(champion), place):
             return Record.read(Path(client.download_artifacts(_run_id(champion), place, folder)))
-        # Where the data or parameters are no longer those of the record, this is not the evaluation that is wanted, and is not kept as it.
         try:
             again = evaluate_version(champion, config, Path(folder))
         except (UserError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             notes[-1] = f"the champion could not be evaluated again ({type(error).__name__}: {error})"
             return stored
-        if not contract_changes(record.contract, again.contract):
+        # Where data or parameters are no longer those of the record, this is another evaluation than was wanted, and is not kept as it.
+        if all(entry.startswith(OF_THE_MODEL) for entry in contract_changes(record.contract, again.contract)):
             client.log_artifacts(_run_id(champion), folder, place)
         return again
 

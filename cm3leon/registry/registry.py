@@ -185,11 +185,16 @@ def _link_pipeline(client: MlflowClient, number: str) -> None:
 
 
 def publish_changed(client: MlflowClient, before: list[Version], versions: list[Version]) -> None:
-    """Write the releases anew of the versions that are new or have other aliases than before."""
+    """Write the releases anew of the versions that are new or have other aliases than before; one that cannot be written is a warning."""
+    from mlflow.exceptions import MlflowException
+
     aliases = {version.number: version.aliases for version in before}
     for version in versions:
         if version.aliases != aliases.get(version.number):
-            publish(client, version)
+            try:
+                publish(client, version)
+            except (UserError, OSError, ValueError, KeyError, MlflowException) as error:  # of a run that was deleted, for example
+                store.warn(f"the release of version {version} is not up to date ({type(error).__name__}: {error})")
 
 
 def publish(client: MlflowClient, version: Version) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 from mlflow.pyfunc import PythonModel
 from PIL import Image
@@ -99,7 +100,9 @@ def call_of(number: int, record: Any, settings: RequestSettings, generator: Gene
         raise ValueError(f"row {number}: expected a mapping with {', '.join(REQUEST_COLUMNS)}, found {type(record).__name__}")
     if unknown := sorted(map(str, set(record) - set(REQUEST_COLUMNS))):
         raise ValueError(f"row {number}: unknown column {unknown[0]!r}; known are {', '.join(REQUEST_COLUMNS)}")
-    row = {str(name): value for name, value in record.items() if is_given(number, str(name), value)}
+    # Lists of a parquet file are arrays in pandas.
+    cells = {str(name): value.tolist() if isinstance(value, np.ndarray) else value for name, value in record.items()}
+    row = {name: value for name, value in cells.items() if is_given(number, name, value)}
     task = row.pop("task", "text_to_image")
     if task in FORMER_NAMES:
         warnings.warn(f"row {number}: the task {task} is now called {FORMER_NAMES[task]}", stacklevel=2)

@@ -117,7 +117,8 @@ class Checkpoints:
             raise UserError(f"{run} is this run's own: it resumes without --resume-from")
         if self.names():
             resumed = self.record.resumed
-            if resumed and Path(resumed[-1]["checkpoint"]).parent.resolve() == run.resolve():
+            before = Path(resumed[-1]["checkpoint"]) if resumed else None
+            if before and source.resolve() in (before.resolve(), before.parent.resolve()):
                 return
             raise UserError(
                 f"this run has checkpoints of its own in {self.directory}: start it without --resume-from to resume from "
@@ -146,7 +147,8 @@ class Checkpoints:
     def finish(self) -> None:
         """Mark the run as finished: the next run with another fingerprint removes its checkpoints.
 
-        Until then the same run resumes at its last step and writes the same model again: what comes after training may fail, or lose it.
+        Until then the same run resumes at its last checkpoint, the decoder's at its last step, and writes the same model again: what comes
+        after training may fail, or lose it.
         """
         if self.world.rank == 0:
             replace(self.record, finished=True).write(self.directory)
@@ -277,7 +279,7 @@ def _torch_checkpoint() -> Iterator[None]:
             yield
         except CheckpointException as error:
             cause, _ = next(iter(error.failures.values()))
-            raise cause if isinstance(cause, Exception) else RuntimeError(str(error)) from None
+            raise cause from None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -21,18 +21,11 @@ Fingerprint = dict[str, str]
 """Name of a parameter, an input or a part of the code, and its value or hash."""
 
 PACKAGE = Path(__file__).parents[1]
-DECODER = ("training/trainer.py", "data/sequences.py", "data/task_samples.py")
-STARTS = {
-    "pretrain": DECODER,
-    "sft": DECODER,
-    "image_tokenizer": ("training/vqgan.py", "data/pixels.py"),
-    "encoder": ("training/clip.py", "data/pixels.py"),
-    "super_resolution": ("training/super_resolution.py", "data/pixels.py"),
-}
-"""Training stage -> the modules that compute a step and make its samples."""
 ROOMS = ("models", "sequence", "data", "training")
-"""Rooms whose code decides what a step computes. Parameters are in the fingerprint by value, so ``config`` is not followed; neither are
+"""Rooms whose code decides what a training computes. Parameters are in the fingerprint by value, so ``config`` is not followed; neither are
 ``tracking`` and ``utils``, which only record and show."""
+ASIDE = ("training/memory.py", "training/memory_limit.py", "training/dry_run.py", "training/sample_sheets.py")
+"""Modules of these rooms that plan or watch a training."""
 NEUTRAL = frozenset(
     {"micro_batch_size", "activation_checkpointing", "validate_every", "validation_samples", "checkpoint_every", "keep_checkpoints"}
 )
@@ -58,11 +51,13 @@ def data_hash(path: Path) -> str:
 
 
 def training_modules(stage: str = "pretrain", package: Path = PACKAGE) -> list[Path]:
-    """The modules that decide what a training step computes: :data:`STARTS` and all they import from :data:`ROOMS`."""
-    rooms = [package / room for room in ROOMS]
-    return import_closure(
-        [package / start for start in STARTS[stage]], package.parent, lambda file: any(room in file.parents for room in rooms)
-    )
+    """The modules that decide what a training stage computes: its own and all it imports from :data:`ROOMS`, but for :data:`ASIDE`."""
+    start, rooms, aside = package / "stages" / f"{stage}.py", [package / room for room in ROOMS], [package / name for name in ASIDE]
+
+    def decides(file: Path) -> bool:
+        return file == start or (file not in aside and any(room in file.parents for room in rooms))
+
+    return import_closure([start], package.parent, decides)
 
 
 def code_hash(stage: str = "pretrain", package: Path = PACKAGE) -> str:
@@ -90,7 +85,7 @@ def fingerprint(config: Config, stage: str, inputs: Sequence[Path]) -> Fingerpri
     """The fingerprint of a training stage.
 
     Args:
-        stage: one of :data:`STARTS`, the name of its section of the parameters too.
+        stage: a training stage, whose name is that of its section of the parameters too.
         inputs: files and directories that the stage reads.
     """
     from cm3leon.tracking.runs import flatten  # not on a bare machine, which trains without a project

@@ -192,6 +192,7 @@ def test_an_evaluation_of_the_champion_by_another_contract_is_not_kept(stages: P
         return present
 
     monkeypatch.setattr(promotion, "evaluate_version", evaluate)
+    present.contract["image_path"] = "fit_square to 128 px"  # the champion's images have another size
     for prompts, kept in (("meanwhile", False), ("others", True), ("others", True)):
         present.contract["prompts"] = prompts
         promotion.gate(CONFIG, number=challenger.number)

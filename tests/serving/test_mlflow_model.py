@@ -112,6 +112,8 @@ def test_columns_of_json_take_lists_too_and_what_is_missing_is_absent(predict):
     texts = [row | {name: json.dumps(row[name])} for name, row in given.items()]
     found, expected = predict(rows, {"candidates": 1}), predict(texts, {"candidates": 1})
     assert found.equals(expected) and len(found) == 3
+    arrays = [row | {name: np.array(row[name], dtype=object if name == "objects" else None)} for name, row in given.items()]
+    assert predict(arrays, {"candidates": 1}).equals(expected)  # as pandas reads lists of a parquet file
     for missing in (None, float("nan"), pd.NA, np.float32("nan")):
         assert predict([{"context": missing, "kind": missing, **row} for row in rows], {"candidates": 1}).equals(expected)
 

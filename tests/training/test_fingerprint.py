@@ -3,9 +3,10 @@
 import shutil
 
 import pytest
+import yaml
 
 from cm3leon.config.schema import Config, TrainConfig
-from cm3leon.training.fingerprint import NEUTRAL, PACKAGE, code_hash, data_hash, differences, fingerprint, training_modules
+from cm3leon.training.fingerprint import ASIDE, NEUTRAL, PACKAGE, ROOMS, code_hash, data_hash, differences, fingerprint, training_modules
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +20,21 @@ def package(tmp_path_factory):
 def test_attention_rope_and_the_objective_are_among_the_modules_of_a_step():
     names = {file.relative_to(PACKAGE).as_posix() for file in training_modules()}
     assert {"models/kernels.py", "models/decoder.py", "models/cross_entropy.py", "sequence/cm3.py", "training/muon.py"} <= names
-    assert {"data/sequences.py", "data/batches.py", "data/task_samples.py", "data/tokens.py", "sequence/tasks.py"} <= names
+    assert {"data/sequences.py", "data/batches.py", "data/tokens.py", "training/pretraining.py", "training/run.py"} <= names
     assert not any(name.startswith(("cli/", "tracking/", "serving/", "registry/", "config/")) for name in names)
+
+
+@pytest.mark.parametrize(("stage", "for_sample_sheets"), [
+    ("pretrain", {"sequence/tasks.py"}), ("sft", {"models/pixels.py", "models/vqgan.py"}),
+    ("image_tokenizer", set()), ("encoder", set()), ("super_resolution", set()),
+])  # fmt: skip
+def test_the_code_of_a_stage_is_what_dvc_starts_it_again_for(stage, for_sample_sheets):
+    """But for what only plans, watches or records: a run that resumes though its code has changed would pass as one of the new code."""
+    names = {file.relative_to(PACKAGE).as_posix() for file in training_modules(stage)}
+    dependencies = yaml.safe_load((PACKAGE.parent / "dvc.yaml").read_text())["stages"][stage]["deps"]
+    deciding = {name.removeprefix("cm3leon/") for name in dependencies if name.startswith(tuple(f"cm3leon/{room}/" for room in ROOMS))}
+    assert deciding - names == for_sample_sheets | (deciding & set(ASIDE))
+    assert f"stages/{stage}.py" in names
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,8 @@ def test_a_run_resumes_from_another_if_the_user_accepts_the_changes(tmp_path, ca
     run.save(9, WEIGHTS, {"step": 9, "score": None})
     assert adopt(run, source.directory / checkpoint).newest() == started(tmp_path, steps="20", data="one").newest() == "step-00000009"
     assert run.record.resumed == [recorded]
+    with pytest.raises(UserError, match="checkpoints of its own"):
+        adopt(run, source.directory / f"step-{10 - step:08d}")  # the other one
     assert started(tmp_path, steps="40", data="one").newest() == "step-00000007"
     # A run that resumes from it has the whole history.
     third = adopt(Checkpoints(tmp_path, {"steps": "20", "data": "two"}, 2), run.directory)
