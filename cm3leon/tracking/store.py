@@ -208,21 +208,40 @@ def _follow_project(file: Path) -> None:
 
     new = (file.parent / ARTIFACTS).absolute()
     with closing(sqlite3.connect(file, timeout=60)) as connection, connection:
-        [known] = connection.execute("SELECT artifact_location FROM experiments WHERE name = ?", (EXPERIMENT,)).fetchone() or [""]
+        places = dict(connection.execute("SELECT name, artifact_location FROM experiments"))
+        known = places.get(EXPERIMENT, "")
         old = Path(unquote(urlsplit(known).path))
         if not known.startswith("file:") or old.name != new.name or old == new:
             return
-        if old.exists():
-            if (old.parent / file.name).exists() and not (old.parent / file.name).samefile(file):
-                raise StoreError(
-                    f"{file} is a copy of that in {old.parent}, and would put models into {old}: remove {STORE} and {ARTIFACTS} here, then "
-                    "bring a copy by cm3leon backup there and cm3leon restore here; or set MLFLOW_TRACKING_URI to that store"
-                )
-            return
+        original = old.parent / file.name
+        if (created := _created(original)) is not None and created == _created(file):
+            if original.samefile(file):  # the project has two paths
+                return
+            raise StoreError(
+                f"{file} is a copy of that in {old.parent}, and would put models into {old}: move {STORE} and {ARTIFACTS} of {new.parent} "
+                "away, then bring a copy by cm3leon backup there and cm3leon restore here; or set MLFLOW_TRACKING_URI to that store"
+            )
         uris = [uri for (uri,) in connection.execute("SELECT artifact_uri FROM runs") if uri.startswith(f"{known}/")]
-        moved = [(new / unquote(uri.removeprefix(f"{known}/"))).exists() for uri in uris]
-        if any(moved) or not (uris or old.parent.exists()):  # else the place may only be away, as a disk that is not mounted
+        runs = [unquote(uri.removeprefix(f"{known}/")) for uri in uris]
+        here, there = (any((place / run).exists() for run in runs) for place in (new, old))
+        # Where there are no artifacts, the old place was the project's own, and no disk that is away, if MLflow has put its default
+        # experiment, of which users choose nothing, below it.
+        own = places.get("Default", "").startswith((f"{known}/", f"{old}/"))
+        if not there and (here or own):
             move_artifacts(connection, known, new.as_uri())
+            move_artifacts(connection, str(old), str(new))  # as MLflow writes that of the default experiment
+
+
+def _created(file: Path) -> int | None:
+    """When a SQLite store's experiment was created, ms since 1970, by which a copy is recognized; None if there is no such store."""
+    import sqlite3
+
+    try:
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=60)) as connection:
+            row = connection.execute("SELECT creation_time FROM experiments WHERE name = ?", (EXPERIMENT,)).fetchone()
+    except sqlite3.DatabaseError:
+        return None
+    return row[0] if row else None
 
 
 def schema_revision(path: Path) -> str | None:

@@ -155,6 +155,49 @@ def test_a_copied_project_does_not_write_into_the_original(project, tmp_path_fac
     assert (project / logged("shared")).is_file()
 
 
+def without_artifacts():
+    """A store with a run that has logged no file."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=store.prepare_store())
+    client.create_run(store.experiment_id_of(client, client.tracking_uri))
+
+
+def test_a_copy_is_refused_also_if_the_original_has_no_artifacts_yet(project, tmp_path_factory, monkeypatch):
+    without_artifacts()
+    copy = tmp_path_factory.mktemp("copy") / "project"
+    shutil.copytree(project, copy)
+    monkeypatch.chdir(copy)
+    with pytest.raises(store.StoreError, match=rf"is a copy of that in {project}, .*: move mlflow\.db and mlruns of {copy} away"):
+        store.prepare_store()
+
+
+@pytest.mark.parametrize("log", [lambda: logged("before"), without_artifacts])
+def test_a_project_that_was_put_aside_is_no_copy_of_a_fresh_clone_at_its_path(project, prepared_store, tmp_path_factory, monkeypatch, log):
+    log()
+    clone, aside = (tmp_path_factory.mktemp(name) / "project" for name in ("clone", "aside"))
+    clone.mkdir()
+    shutil.copyfile(prepared_store, clone / "mlflow.db")
+    monkeypatch.chdir(clone)
+    own = logged("of the clone")
+    project.rename(aside)
+    clone.rename(project)
+    monkeypatch.chdir(aside)
+    assert (aside / logged("after")).is_file()
+    assert [*(project / "mlruns").iterdir()] == [project / own.parents[1]]
+
+
+def test_a_moved_project_without_artifacts_puts_them_into_its_new_place_each_time(project, tmp_path_factory, monkeypatch):
+    without_artifacts()
+    place = project
+    for name in ("first", "second"):
+        place = place.rename(tmp_path_factory.mktemp(name) / "project")
+        monkeypatch.chdir(place)
+        store.prepare_store()
+    assert (place / logged("after")).is_file()
+    project.mkdir()  # pytest removes it
+
+
 def test_artifacts_on_a_disk_that_is_away_keep_their_addresses(project, tmp_path_factory):
     from mlflow import MlflowClient
 
