@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cm3leon.services.dvc_commands import changed_dependencies, locked_dependenc
 from cm3leon.services.environment import git_problem, use_environment
 from cm3leon.services.exclusive import alone_in_directory
 from cm3leon.services.worktree import held
+from cm3leon.tracking.lineage import DVC_LOCK, locked_md5
 from cm3leon.tracking.store import without_password
 from cm3leon.utils.errors import UserError
 
@@ -28,8 +30,8 @@ TOLD = Path(".cache/data-changed.json")
 def tell_changed(path: Path | None = None, force: bool = False) -> str:
     """Send the event if data have changed and no event has told so yet; returns in a sentence what was done.
 
-    Data that are as ``dvc.lock`` names them have changed too if the last event told of others, on which a run may have worked since: in the
-    worktree of the deployments, which has a lock of its own.
+    Data that are as ``dvc.lock`` names them have changed too if the last event told of others, on which a run has worked since: in the
+    worktree of the deployments, whose own lock names those.
 
     Args:
         path: what a stage depends on, or a file or folder in it; None: the source, ``ingest.path`` of ``params.yaml``.
@@ -42,15 +44,14 @@ def tell_changed(path: Path | None = None, force: bool = False) -> str:
     """
     use_environment()
     server = events.server_address()
-    with alone_in_directory() if git_problem() else held(Path()):
-        pass  # only asked: a run that the event started now would be cancelled
+    locks = _locks_of_runs()
     changes = changed_dependencies()
     data = find_data(path, [*locked_dependencies(), *changes])
     change = changes.get(data, "unchanged")
     if change == "deleted":
         raise UserError(f"{data}, on which a stage depends, does not exist; bring it back, or set another ingest.path in params.yaml")
     told, now = _told(), fingerprint(Path(data))
-    if not force and change == "unchanged" and told.get(data) in (None, now):
+    if not force and change == "unchanged" and (told.get(data) in (None, now) or not _other_data(data, locks)):
         return f"{data} is as dvc.lock names it; no event sent (--force sends one)"
     if not force and told.get(data) == now:
         return f"{data} is {change}, which an event has told already; no event sent (--force sends one)"
@@ -80,6 +81,25 @@ def fingerprint(path: Path) -> str:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     stats = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def _locks_of_runs() -> list[str]:
+    """The ``dvc.lock`` of the deployments' worktree, if there is one.
+
+    Raises:
+        BusyError: if a run is at work where those of deployments work; one that an event started now would be cancelled.
+    """
+    if git_problem():
+        with alone_in_directory():
+            return []
+    with held(Path()) as locks:
+        return locks
+
+
+def _other_data(data: str, locks: Iterable[str]) -> bool:
+    """Whether one of ``locks`` names another content of ``data`` than the project's ``dvc.lock``."""
+    own, *others = (locked_md5(lock.encode(), os.path.normpath(data)) for lock in (DVC_LOCK.read_text(), *locks))
+    return any(other not in (None, own) for other in others)
 
 
 def _told() -> dict[str, str]:

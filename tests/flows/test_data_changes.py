@@ -13,7 +13,7 @@ from flows_support import ROOT, events
 
 from cm3leon.services.changes import EVENT, tell_changed
 from cm3leon.services.exclusive import BusyError, alone_in_directory
-from cm3leon.services.worktree import WORKTREE
+from cm3leon.services.worktree import WORKTREE, prepare
 from cm3leon.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -49,11 +49,33 @@ def test_each_content_of_the_source_is_told_once(source: Path, prefect_server: s
     assert [event["payload"] for event in found] == [{"path": "data/source", "change": "modified", "project": str(Path.cwd())}] * 3
 
 
+def run_in_worktree() -> None:
+    """What a run of a deployment does with the last commit."""
+    tree = prepare(Path.cwd())
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], cwd=tree, check=True)
+
+
 def test_that_data_were_taken_back_is_told(source: Path, prefect_server: str) -> None:
+    Path(".gitignore").write_text("/data/\n/.cache/\n/raw.txt\n")
+    subprocess.run(["git", "add", "--all", "--", ":!dvc.lock"], check=True)
+    subprocess.run(["git", "-c", "user.name=me", "-c", "user.email=me@here", "commit", "--quiet", "-m", "project"], check=True)
     (source / "images/1.png").write_bytes(b"an image")
-    tell_changed()  # a run in the worktree trains on it
+    tell_changed()
+    run_in_worktree()  # trains on it
     (source / "images/1.png").unlink()
     assert tell_changed() == f"data/source is unchanged: event cm3leon.data.changed sent to {prefect_server}"
+    assert tell_changed() == "data/source is as dvc.lock names it; no event sent (--force sends one)"
+    run_in_worktree()
+    (source / "manifest.csv").touch()
+    assert tell_changed() == "data/source is as dvc.lock names it; no event sent (--force sends one)"
+
+
+def test_files_that_are_only_written_again_are_not_told(source: Path) -> None:
+    (source / "images/1.png").write_bytes(b"an image")
+    tell_changed()
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], check=True)
+    for file in (source / "images/1.png", source / "manifest.csv"):
+        file.touch()
     assert tell_changed() == "data/source is as dvc.lock names it; no event sent (--force sends one)"
 
 
