@@ -1,11 +1,12 @@
 """Disk space: what a run will write, by its parameters and its source, and what there is. Runs without a GPU and without torch.
 
-The estimate is for a run of the named stages from nothing, checkpoints apart, from which training resumes. It holds within a factor of two
+The estimate is for a run of the named stages from nothing, checkpoints apart that it replaces. It holds within a factor of two
 (``tests/flows/test_whole_project.py``).
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -140,6 +141,24 @@ def _encoder_bytes(config: Config) -> int:
 # --- check -----------------------------------------------------------------------------------------------------------
 
 
+def _replaced(checkpoints: Path) -> int:
+    """Bytes of checkpoints of a stage that its next run removes or replaces: of finished runs, and of the unfinished one written to last.
+
+    That one resumes, unless parameters, data or code have changed; older unfinished runs stay as they are.
+    """
+    runs = sorted((record.parent for record in checkpoints.glob("*/run.json")), key=lambda run: run.stat().st_mtime)
+    unfinished = [run for run in runs if run.suffix != ".part" and not _is_finished(run)]
+    return sum(tree_size(run) for run in runs if run not in unfinished[:-1])
+
+
+def _is_finished(run: Path) -> bool:
+    """What ``run.json`` says (:class:`cm3leon.training.checkpoint_runs.RunRecord`, which needs torch)."""
+    try:
+        return json.loads((run / "run.json").read_text())["finished"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def check_disk(config: Config, stages: Iterable[str], root: Path = Path()) -> str:
     """Compare what stages will write with the free space; returns both in a sentence.
 
@@ -151,8 +170,8 @@ def check_disk(config: Config, stages: Iterable[str], root: Path = Path()) -> st
         DiskFullError: if it does not fit.
     """
     known = estimate(config)
-    present = {stage: min(size, tree_size(root / CHECKPOINTS / stage)) for stage, size in _checkpoint_bytes(config).items()}
-    needed = {stage: known[stage] - present.get(stage, 0) for stage in stages if stage in known}  # a run that resumes replaces what it has
+    present = {stage: min(size, _replaced(root / CHECKPOINTS / stage)) for stage, size in _checkpoint_bytes(config).items()}
+    needed = {stage: known[stage] - present.get(stage, 0) for stage in stages if stage in known}
     if needed:
         needed["register"] = known["register"]
     total, free = sum(needed.values()), shutil.disk_usage(root).free

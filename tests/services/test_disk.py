@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from cm3leon.config.profiles import load_profile
 from cm3leon.services.disk import DiskFullError, check_disk, estimate, readable, tree_size
+from cm3leon.training.checkpoint_runs import RunRecord
 from cm3leon.training.planning import make_plan
 
 ROOT = Path(__file__).parents[2]
@@ -46,15 +48,21 @@ def test_a_run_that_does_not_fit_is_refused_with_numbers_and_what_to_do(tmp_path
     assert "register" in check_disk(load("tiny"), ["evaluate"], tmp_path)
 
 
-def test_checkpoints_that_are_there_already_are_no_longer_needed(tmp_path: Path) -> None:
+def test_checkpoints_that_the_next_run_removes_or_replaces_make_room(tmp_path: Path) -> None:
     config = load("tiny")
     outputs = 2 * 4 * make_plan(config, gpus=1).parameters.total
     written = estimate(config)["pretrain"]
-    checkpoints = tmp_path / "models/checkpoints/pretrain/run"
-    checkpoints.mkdir(parents=True)
-    (checkpoints / "5").write_bytes(bytes(round((written - outputs) / 2)))
-    assert f"pretrain {readable((written + outputs) / 2)}" in check_disk(config, ["pretrain"], tmp_path)
-    (checkpoints / "6").write_bytes(bytes(round(written)))  # also of another run: outputs are written all the same
+    quarter = (written - outputs) / 4
+    for age, (name, finished) in enumerate({"new": False, "finished": True, "old": False, "older": False}.items()):
+        run = tmp_path / "models/checkpoints/pretrain" / name
+        run.mkdir(parents=True)
+        RunRecord({"of": name}, finished).write(run)
+        (run / "step-5").write_bytes(bytes(round(quarter)))
+        os.utime(run, (1000 - age, 1000 - age))
+    assert f"pretrain {readable(written - 2 * quarter)}" in check_disk(config, ["pretrain"], tmp_path)
+    (run.with_name("finished") / "step-6").write_bytes(bytes(round(written)))  # outputs are written all the same
+    assert f"pretrain {readable(outputs)}" in check_disk(config, ["pretrain"], tmp_path)
+    (run.with_name("new") / "run.json").write_text("cut o")  # as an unfinished run
     assert f"pretrain {readable(outputs)}" in check_disk(config, ["pretrain"], tmp_path)
 
 
