@@ -102,17 +102,31 @@ def _git(directory: Path, *arguments: str) -> str:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"git {arguments[0]} failed"]
         reason = next((line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1])
-        if "HEAD" in reason:
+        if not _has_commit(directory):
             reason += "; runs of deployments take the project's last commit, so it must be in git: git commit"
         raise WorktreeError(f"{directory}: {reason}")
     return done.stdout.strip()
 
 
+def _has_commit(directory: Path) -> bool:
+    """Whether something is checked out; True where there is no repository."""
+    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+    return subprocess.run(command, cwd=directory, capture_output=True, check=False).returncode != 1
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make a symbolic link, in place of one that leads elsewhere: the project may have been moved since."""
+    if link.is_symlink() and link.readlink() != target:
+        link.unlink()
+    if not link.is_symlink():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(target)
+
+
 def _share(root: Path, tree: Path) -> None:
     """Links to the servers' addresses, and DVC's local settings with the project's cache."""
     for name in SHARED:
-        if not (tree / name).is_symlink():
-            (tree / name).symlink_to(root / name)
+        _link(tree / name, root / name)
     local = Path(".dvc/config.local")
     if (root / local).is_file():
         shutil.copy(root / local, tree / local)
@@ -126,7 +140,7 @@ def _link_collection(root: Path, tree: Path) -> None:
     place = Path(load_config(tree / "params.yaml").ingest.path)
     if place.is_absolute() or not (root / place).exists():
         return
-    if os.path.normpath(place).startswith(".."):
+    if Path(os.path.normpath(place)).parts[:1] == ("..",):
         raise WorktreeError(
             f"ingest.path {place} leads out of the project, and elsewhere from its worktree {tree}, where runs of deployments work: "
             f"name the collection by its absolute path in params.yaml, {os.path.normpath(root / place)}, and commit it"
@@ -141,8 +155,7 @@ def _link_collection(root: Path, tree: Path) -> None:
         _git(tree, "update-index", "--skip-worktree", *filter(None, tracked.split("\0")))
     if not link.is_symlink():
         shutil.rmtree(link, ignore_errors=True)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(root / place)
+    _link(link, root / place)
 
 
 def _link_named_files(root: Path, tree: Path) -> None:
@@ -155,9 +168,14 @@ def _link_named_files(root: Path, tree: Path) -> None:
             link.unlink()
     excluded = [file.relative_to(root).as_posix() for file in (root / EXCLUDED).rglob("*") if file.is_file()]
     for name in (*named_files(load_config(tree / "params.yaml")).values(), *excluded):
-        if (root / name).exists() and not (tree / name).exists():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            (tree / name).symlink_to(root / name)
+        if (root / name).exists() and (not (tree / name).exists() or _is_own_link(tree, name)):
+            _link(tree / name, root / name)
+
+
+def _is_own_link(tree: Path, name: str) -> bool:
+    """Whether ``name`` is a link that was made in the worktree: neither git's, nor reached through a link into the project."""
+    link = tree / name
+    return link.is_symlink() and link.readlink().is_absolute() and link.parent.resolve().is_relative_to(tree.resolve())
 
 
 def _unhide_collection(tree: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,13 +148,15 @@ def test_a_collection_beside_the_project_is_to_be_named_by_its_absolute_path(toy
     params = yaml.safe_load((toy / "params.yaml").read_text())
     photos = toy.with_name(f"{toy.name}-photos")
     photos.mkdir()
-    for place in (f"../{photos.name}", str(photos)):
+    (toy / "..photos").mkdir()
+    for place in (f"../{photos.name}", str(photos), "..photos"):
         (toy / "params.yaml").write_text(yaml.safe_dump({**params, "ingest": {"path": place}}))
         git(toy, "commit", "--quiet", "-m", place, "params.yaml")
-        if place.startswith(".."):
+        if place.startswith("../"):
             with pytest.raises(WorktreeError, match=rf"ingest\.path {place} leads out of .* path in params\.yaml, {photos}"):
                 prepare(toy)
-    assert prepare(toy) == toy / WORKTREE
+        else:
+            assert prepare(toy) == toy / WORKTREE
 
 
 def test_a_link_in_the_project_may_lead_to_the_collection(toy: Path) -> None:
@@ -168,13 +171,14 @@ def test_a_link_in_the_project_may_lead_to_the_collection(toy: Path) -> None:
     assert (prepare(toy) / "photos/rose.png").read_bytes() == b"rose"
 
 
-def test_why_git_fails_is_its_own_line(toy: Path) -> None:
+@pytest.mark.parametrize("name", ["index.lock", "HEAD.lock"])
+def test_why_git_fails_is_its_own_line(toy: Path, name: str) -> None:
     prepare(toy)
-    lock = toy / ".git/worktrees/worktree/index.lock"
+    lock = toy / ".git/worktrees/worktree" / name
     lock.touch()
     (toy / "fault.txt").write_text("changed")
     git(toy, "commit", "--quiet", "-m", "fault", "fault.txt")
-    with pytest.raises(WorktreeError, match=rf"fatal: Unable to create '{lock}': File exists") as caught:
+    with pytest.raises(WorktreeError, match=rf"Unable to create '{lock}': File exists") as caught:
         prepare(toy)
     assert "git commit" not in str(caught.value)
 
@@ -203,11 +207,28 @@ def test_a_directory_that_is_no_worktree_does_not_let_git_reach_the_project(toy:
     assert (tree / "dvc.yaml").is_file() and (toy / ".cache/worktree.damaged/kept").is_file()
 
 
-def test_a_project_that_was_moved_keeps_its_worktree(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("there_is_another", [False, True])
+def test_a_project_that_was_moved_keeps_its_worktree_with_links_to_its_new_place(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, there_is_another: bool
+) -> None:
+    params = yaml.safe_load((toy / "params.yaml").read_text())
+    (toy / "params.yaml").write_text(yaml.safe_dump({**params, "evaluate": {"inception": "weights/fid.pth"}}))
+    git(toy, "commit", "--quiet", "-m", "weights", "params.yaml")
+    excluded = EXCLUDED / "captions.txt"
+    for file in (Path("weights/fid.pth"), SOURCE / "rose.png", excluded, Path(".prefect/server.json"), Path(".services/state.json")):
+        (toy / file).parent.mkdir(parents=True, exist_ok=True)
+        (toy / file).write_text("original")
     (prepare(toy) / "kept").write_text("kept")
     elsewhere = toy.rename(toy.with_name(f"{toy.name}-moved"))
+    if there_is_another:
+        shutil.copytree(elsewhere, toy, ignore=shutil.ignore_patterns(".git", ".cache"))
     monkeypatch.chdir(elsewhere)
-    assert (prepare(elsewhere) / "kept").is_file()
+    for _ in range(2):
+        tree = prepare(elsewhere)
+        assert (tree / "kept").is_file()
+        links = {link.relative_to(tree): link.readlink() for link in tree.rglob("*") if link.is_symlink()}
+        names = (Path("weights/fid.pth"), SOURCE, excluded, *worktree.SHARED)
+        assert links == {name: elsewhere / name for name in names}
 
 
 def test_a_lock_in_git_does_not_replace_that_of_the_last_run_there(toy: Path) -> None:
