@@ -123,11 +123,13 @@ def _copy(paths: Sequence[Path], source: Path, target: Path) -> Iterator[Path]:
 
 
 def _make_folder(file: Path, source: Path, target: Path) -> None:
-    """Make the folders of a file below ``target``, each with the mode that it has below ``source``: Prefect's is its owner's alone."""
+    """Make the folders of a file below ``target``, each with the mode that it has below ``source``; Prefect's is its owner's alone."""
     for folder in reversed(file.parents[:-1]):
         if not (target / folder).exists():
             (target / folder).mkdir(mode=0o700)
             shutil.copymode(source / folder, target / folder)
+        if folder == PREFECT_HOME:
+            (target / folder).chmod(0o700)
 
 
 def _would_be_lost(path: Path, replacement: Path) -> bool:

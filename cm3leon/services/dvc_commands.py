@@ -60,6 +60,21 @@ def set_local(name: str, value: str | None) -> None:
     _dvc("config", "--local", *(["--unset", name] if value is None else [name, value]))
 
 
+def local_settings() -> dict[str, str]:
+    """DVC's local configuration, as ``core.no_scm`` -> ``true``.
+
+    Raises:
+        DvcError: if the configuration cannot be read.
+    """
+    return _settings("--local")
+
+
+def _settings(*options: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    _dvc("config", *options, "--list", on_line=lambda line: found.update([line.partition("=")[::2]]))
+    return found
+
+
 # --- changes ---------------------------------------------------------------------------------------------------------
 
 
@@ -91,8 +106,7 @@ def find_remote(name: str | None = None) -> str:
     Raises:
         DvcError: if there is none.
     """
-    settings: dict[str, str] = {}
-    _dvc("config", "--list", on_line=lambda line: settings.update([line.partition("=")[::2]]))
+    settings = _settings()
     known = [key.removeprefix("remote.").removesuffix(".url") for key in settings if key.startswith("remote.") and key.endswith(".url")]
     found = name or settings.get("core.remote")
     if found is None:

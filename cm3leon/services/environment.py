@@ -168,11 +168,17 @@ def git_problem(root: Path = Path()) -> str:
 def set_without_git(without: bool) -> None:
     """Tell DVC, which expects a git repository, whether it is to work without one; an unpacked archive is none.
 
+    A ``false`` in the configuration is the user's, and stays.
+
     Raises:
         DvcError: if DVC cannot read its configuration.
     """
-    from cm3leon.services.dvc_commands import set_local
+    from cm3leon.services.dvc_commands import local_settings, set_local
 
-    present = DVC_LOCAL.is_file() and WITHOUT_GIT in DVC_LOCAL.read_text()
-    if without != present:
-        set_local(f"core.{WITHOUT_GIT}", "true" if without else None)
+    name = f"core.{WITHOUT_GIT}"
+    mentioned = DVC_LOCAL.is_file() and WITHOUT_GIT in DVC_LOCAL.read_text()  # DVC takes a second to answer
+    present = local_settings().get(name, "").lower() if mentioned else ""
+    if without and not present:
+        set_local(name, "true")
+    elif present == "true" and not without:
+        set_local(name, None)

@@ -123,8 +123,10 @@ def test_what_the_original_had_planned_does_not_run_in_the_copy(
             insert(connection, "flow_run_state", id=f"state {name}", flow_run_id=name, type=kind, name=kind)
     copy = copied()
     monkeypatch.chdir(clone)
+    assert stat.S_IMODE((copy / ".prefect").stat().st_mode) == 0o700
+    (copy / ".prefect").chmod(0o755)  # as backups of earlier versions have it
     list(backup.restore(copy))
-    assert {stat.S_IMODE((folder / ".prefect").stat().st_mode) for folder in (copy, clone)} == {0o700}
+    assert stat.S_IMODE((clone / ".prefect").stat().st_mode) == 0o700
     with closing(sqlite3.connect(".prefect/prefect.db")) as connection:
         assert connection.execute("SELECT active FROM deployment_schedule").fetchall() == [(0,)]
         for column, table in (("id", "flow_run"), ("flow_run_id", "flow_run_state")):

@@ -64,6 +64,16 @@ def test_settings_of_the_user_in_the_same_section_stay_and_dvc_reads_the_file(cl
     assert dvc("config", "--local", "core.remote") == "other\n" and "no_scm" not in local.read_text()
 
 
+@pytest.mark.parametrize("text", ["[core]\n    no_scm = false\n", "# no_scm = true\n[cache]\n    dir = /mnt/cache\n"])
+def test_a_setting_of_the_user_and_a_comment_are_not_taken_for_the_projects_own(clone, text):
+    local = clone / ".dvc/config.local"
+    local.write_text(text)
+    assert dvc_line().endswith("with git") and local.read_text() == text
+    shutil.rmtree(".git")
+    dvc_line()
+    assert ("no_scm = false" in text) == (local.read_text() == text)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a directory to another user")
 def test_a_repository_of_another_owner_is_named_as_the_cause_and_used_once_it_is_trusted(clone, monkeypatch, capsys):
     settings = clone / "gitconfig"
