@@ -77,9 +77,9 @@ def prepare(root: Path) -> Path:
 
 def _make(root: Path, tree: Path) -> bool:
     """Make the worktree if there is none, or only a plain directory, in which git's commands would reach the project; True if it is new."""
-    if tree.exists() and not _is_worktree(tree):  # maybe the project was moved
-        subprocess.run(["git", "worktree", "repair", str(tree)], cwd=root, capture_output=True, check=False)
-    if tree.exists() and not _is_worktree(tree):
+    if tree.exists() and not _is_worktree(root, tree):
+        _reconnect(root, tree)
+    if tree.exists() and not _is_worktree(root, tree):
         aside = tree.with_name(f"{tree.name}.damaged")
         if aside.exists():
             raise WorktreeError(f"{tree} is no git worktree, and {aside} is one that was put aside before: remove what is not needed")
@@ -92,9 +92,29 @@ def _make(root: Path, tree: Path) -> bool:
     return True
 
 
-def _is_worktree(tree: Path) -> bool:
-    done = subprocess.run(["git", "rev-parse", "--show-toplevel"], cwd=tree, capture_output=True, text=True, check=False)
-    return done.returncode == 0 and Path(done.stdout.rstrip("\n")) == tree.resolve()
+def _is_worktree(root: Path, tree: Path) -> bool:
+    """Whether a directory is a worktree of the project's own repository, and not of one that is at the project's former path now."""
+    command = ["git", "rev-parse", "--show-toplevel", "--git-common-dir"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return False
+    top, repository = done.stdout.splitlines()
+    return Path(top) == tree.resolve() and (tree / repository).resolve() == _repository(root)
+
+
+def _repository(root: Path) -> Path:
+    return (root / _git(root, "rev-parse", "--git-common-dir")).resolve()
+
+
+def _reconnect(root: Path, tree: Path) -> None:
+    """Connect a worktree with its repository after the project was moved; ``git worktree repair`` would change a clone at the former path."""
+    file = tree / ".git"
+    if not file.is_file() or not (name := Path(file.read_text().strip()).name):
+        return
+    record = _repository(root) / "worktrees" / name
+    if record.is_dir():
+        (record / "gitdir").write_text(f"{file.absolute()}\n")
+        file.write_text(f"gitdir: {record}\n")
 
 
 def _git(directory: Path, *arguments: str) -> str:

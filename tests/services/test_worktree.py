@@ -220,8 +220,11 @@ def test_a_project_that_was_moved_keeps_its_worktree_with_links_to_its_new_place
         (toy / file).write_text("original")
     (prepare(toy) / "kept").write_text("kept")
     elsewhere = toy.rename(toy.with_name(f"{toy.name}-moved"))
-    if there_is_another:
-        shutil.copytree(elsewhere, toy, ignore=shutil.ignore_patterns(".git", ".cache"))
+    if there_is_another:  # a fresh clone, which has run deployments too
+        git(elsewhere, "clone", "--quiet", str(elsewhere), str(toy))
+        shutil.copytree(elsewhere, toy, ignore=shutil.ignore_patterns(".git", ".cache"), dirs_exist_ok=True)
+        prepare(toy)
+        git(elsewhere, "commit", "--quiet", "--allow-empty", "-m", "after the move")
     monkeypatch.chdir(elsewhere)
     for _ in range(2):
         tree = prepare(elsewhere)
@@ -229,6 +232,10 @@ def test_a_project_that_was_moved_keeps_its_worktree_with_links_to_its_new_place
         links = {link.relative_to(tree): link.readlink() for link in tree.rglob("*") if link.is_symlink()}
         names = (Path("weights/fid.pth"), SOURCE, excluded, *worktree.SHARED)
         assert links == {name: elsewhere / name for name in names}
+        assert git(tree, "rev-parse", "HEAD") == git(elsewhere, "rev-parse", "HEAD")
+    if there_is_another:
+        assert git(toy / WORKTREE, "rev-parse", "HEAD") == git(toy, "rev-parse", "HEAD") != git(elsewhere, "rev-parse", "HEAD")
+        assert git(toy / WORKTREE, "rev-parse", "--show-toplevel").strip() == str(toy / WORKTREE)
 
 
 def test_a_lock_in_git_does_not_replace_that_of_the_last_run_there(toy: Path) -> None:
