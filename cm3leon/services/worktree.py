@@ -107,7 +107,7 @@ def _repository(root: Path) -> Path:
 
 
 def _reconnect(root: Path, tree: Path) -> None:
-    """Connect a worktree with its repository after the project was moved; ``git worktree repair`` would change a clone at the former path."""
+    """Connect a worktree with its repository after the project was moved; ``git worktree repair`` would change a clone at its old path."""
     file = tree / ".git"
     if not file.is_file() or not (name := Path(file.read_text().strip()).name):
         return
