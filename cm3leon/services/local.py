@@ -5,7 +5,6 @@ While ``cm3leon ui`` runs, runs of this project use its Prefect server; the addr
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -25,6 +24,7 @@ from cm3leon.services.environment import PREFECT_HOME, SERVER_FILE, ui_servers, 
 from cm3leon.services.leftovers import PROCESSES, end_leftover_processes, owned
 from cm3leon.tracking.view import TRAINING
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.files import write_json
 from cm3leon.utils.processes import identity, stop_tree
 
 HOST = "127.0.0.1"
@@ -226,7 +226,7 @@ def _uninterrupted() -> Iterator[None]:
 def _announced(servers: dict[str, str]) -> Iterator[None]:
     """The addresses in :data:`SERVER_FILE` until the block ends."""
     SERVER_FILE.parent.mkdir(exist_ok=True)
-    SERVER_FILE.write_text(json.dumps({"process": identity(), "servers": servers}) + "\n")
+    write_json(SERVER_FILE, {"process": identity(), "servers": servers})
     try:
         yield
     finally:
