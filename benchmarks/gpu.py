@@ -45,10 +45,10 @@ from cm3leon.generation.sampling import Sampler
 from cm3leon.models.decoder import Block, Decoder, DecoderSpec
 from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec
 from cm3leon.sequence.grammar import Prompt, Vocabulary
-from cm3leon.training.distributed import World, world
 from cm3leon.training.hardware import flops_per_token, peak_flops
 from cm3leon.training.memory import estimate_memory
 from cm3leon.training.trainer import State, read_losses, setup, train_step
+from cm3leon.utils.world import World, world
 
 OPTIONS = {"qk_norm": True, "image_positions": True, "rope": True, "previous_token": True}
 """The decoder's options that are not in the paper."""

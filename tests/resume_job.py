@@ -18,8 +18,9 @@ from cm3leon.generation.sampling import Sampler
 from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import BREAK, EOS, Prompt, Vocabulary
 from cm3leon.training.checkpoint import Checkpoints
-from cm3leon.training.distributed import full_tensor, world
+from cm3leon.training.distributed import full_tensor
 from cm3leon.training.trainer import fit, setup
+from cm3leon.utils.world import world
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
 

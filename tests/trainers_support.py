@@ -16,8 +16,8 @@ from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training import loop, vqgan
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.clip import EncoderTrainer
-from cm3leon.training.distributed import ALONE, World, world
 from cm3leon.training.super_resolution import SuperResolutionTrainer
+from cm3leon.utils.world import ALONE, World, world
 
 KINDS = ("image_tokenizer", "encoder", "super_resolution")
 STEPS = 10

@@ -12,9 +12,9 @@ from cm3leon.models.clip import Encoder
 from cm3leon.tracking import runs
 from cm3leon.training import clip
 from cm3leon.training.checkpoint import Checkpoints
-from cm3leon.training.distributed import World, world
 from cm3leon.training.dry_run import refuse_too_large
 from cm3leon.training.loop import stage_checkpoints
+from cm3leon.utils.world import World, world
 
 VALIDATION_RECORDS = 256
 

@@ -16,12 +16,12 @@ from cm3leon.models.vqgan import ImageTokenizer, reconstruct
 from cm3leon.sequence.tasks import CONDITIONS
 from cm3leon.tracking import runs
 from cm3leon.training.checkpoint import Checkpoints
-from cm3leon.training.distributed import World, world
 from cm3leon.training.dry_run import refuse_too_large
 from cm3leon.training.loop import stage_checkpoints
 from cm3leon.training.vqgan import code_statistics, psnr, step_memory, train_image_tokenizer
 from cm3leon.utils.errors import ConfigError
 from cm3leon.utils.images import save_pairs
+from cm3leon.utils.world import World, world
 
 VALIDATION_IMAGES = 512
 SHEET_IMAGES = 16

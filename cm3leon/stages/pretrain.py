@@ -9,11 +9,11 @@ from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.tokens import TokenStore
 from cm3leon.tracking import runs
-from cm3leon.training.distributed import world
 from cm3leon.training.fingerprint import fingerprint
 from cm3leon.training.pretraining import mask_shares, new_decoder, training_samples, training_weights, validation_batches
 from cm3leon.training.run import make_stream, train
 from cm3leon.training.sample_sheets import sample_sheets
+from cm3leon.utils.world import world
 
 
 def run(config: Config, resume_from: Path | None = None, *, accept_changes: bool = False) -> dict[str, float]:

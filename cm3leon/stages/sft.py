@@ -10,11 +10,11 @@ from cm3leon.data.tokens import TokenStore
 from cm3leon.models.decoder import Decoder, stored_weights
 from cm3leon.sequence.tasks import TASKS
 from cm3leon.tracking import runs
-from cm3leon.training.distributed import world
 from cm3leon.training.fingerprint import fingerprint
 from cm3leon.training.instruction_tuning import task_samples, training_of, validation_batches
 from cm3leon.training.run import make_stream, train
 from cm3leon.training.sample_sheets import sample_sheets
+from cm3leon.utils.world import world
 
 
 def run(config: Config, resume_from: Path | None = None, *, accept_changes: bool = False) -> dict[str, float]:

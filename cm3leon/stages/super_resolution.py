@@ -11,10 +11,10 @@ from cm3leon.data.pixels import ImageSet
 from cm3leon.evaluation.upscaling import restoration_scores
 from cm3leon.models.super_resolution import target_side
 from cm3leon.tracking import runs
-from cm3leon.training.distributed import world
 from cm3leon.training.dry_run import refuse_too_large
 from cm3leon.training.loop import stage_checkpoints
 from cm3leon.training.super_resolution import step_memory, train
+from cm3leon.utils.world import world
 
 VALIDATION_IMAGES = 256
 

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cm3leon.training.checkpoint_runs import Resumption, RunRecord, checkpoint_names, remove, run_directories, run_name
-from cm3leon.training.distributed import World
 from cm3leon.training.fingerprint import Fingerprint, differences, file_hash
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.files import sync, write_json
+from cm3leon.utils.world import World
 
 
 class CheckpointError(UserError):

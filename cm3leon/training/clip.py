@@ -31,13 +31,14 @@ from cm3leon.models.clip import ClipTokenizer, Encoder, build_clip, embed_ids, e
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training import loop
 from cm3leon.training.checkpoint import Checkpoints
-from cm3leon.training.distributed import ALONE, World, sum_gradients
+from cm3leon.training.distributed import sum_gradients
 from cm3leon.training.dry_run import DryWorld, StepMemory, measure, micro_batch, on_a_gpu
 from cm3leon.training.loop import Log, Metrics
 from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_learning_rate, state_tensors
 from cm3leon.training.precision import autocast
 from cm3leon.training.shuffling import shuffled_batches
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.world import ALONE, World
 
 MAX_LOGIT_SCALE = math.log(100)
 """Upper bound of the learned log inverse temperature (CLIP, arXiv 2103.00020, section 2.5)."""

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cm3leon.training import memory_limit
-from cm3leon.training.distributed import World
+from cm3leon.utils.world import World
 
 
 class HasMicroBatches(Protocol):

@@ -23,7 +23,9 @@ Fingerprint = dict[str, str]
 PACKAGE = Path(__file__).parents[1]
 ROOMS = ("models", "sequence", "data", "training")
 """Rooms whose code decides what a training computes. Parameters are in the fingerprint by value, so ``config`` is not followed; neither are
-``tracking`` and ``utils``, which only record and show."""
+``tracking`` and ``utils``, which only record and show, but for :data:`WORLD`."""
+WORLD = "utils/world.py"
+"""The module by which processes sum what each of them has computed."""
 ASIDE = ("training/memory.py", "training/memory_limit.py", "training/dry_run.py", "training/sample_sheets.py")
 """Modules of these rooms that plan or watch a training."""
 NEUTRAL = frozenset(
@@ -51,11 +53,14 @@ def data_hash(path: Path) -> str:
 
 
 def training_modules(stage: str = "pretrain", package: Path = PACKAGE) -> list[Path]:
-    """The modules that decide what a training stage computes: its own and all it imports from :data:`ROOMS`, but for :data:`ASIDE`."""
+    """The modules that decide what a training stage computes: its own, and all it imports from :data:`ROOMS` and :data:`WORLD`.
+
+    Left out are those in :data:`ASIDE`.
+    """
     start, rooms, aside = package / "stages" / f"{stage}.py", [package / room for room in ROOMS], [package / name for name in ASIDE]
 
     def decides(file: Path) -> bool:
-        return file == start or (file not in aside and any(room in file.parents for room in rooms))
+        return file in (start, package / WORLD) or (file not in aside and any(room in file.parents for room in rooms))
 
     return import_closure([start], package.parent, decides)
 

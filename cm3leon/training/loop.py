@@ -19,11 +19,11 @@ from torch import Tensor
 
 from cm3leon.config import paths
 from cm3leon.training.checkpoint import Checkpoints
-from cm3leon.training.distributed import World
 from cm3leon.training.fingerprint import Fingerprint, fingerprint
 from cm3leon.training.interruption import interruption
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.progress import progress
+from cm3leon.utils.world import World
 
 if TYPE_CHECKING:
     from cm3leon.config.schema import Config

@@ -16,12 +16,13 @@ from cm3leon.models.decoder import Decoder
 from cm3leon.tracking.runs import Run
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.checkpoint_runs import Resumption
-from cm3leon.training.distributed import World, full_tensor
+from cm3leon.training.distributed import full_tensor
 from cm3leon.training.fingerprint import Fingerprint
 from cm3leon.training.memory import estimate_memory
 from cm3leon.training.memory_limit import refuse_too_large
 from cm3leon.training.optimizer import allocate_states
 from cm3leon.training.trainer import fit, setup
+from cm3leon.utils.world import World
 
 
 def make_stream(get_sample: GetSample, size: int, section: TrainConfig, seed: int, context: int, weights: Weights | None = None) -> Stream:

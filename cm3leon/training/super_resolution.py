@@ -21,12 +21,13 @@ from cm3leon.models.pixels import to_unit
 from cm3leon.models.super_resolution import SuperResolution, reduce
 from cm3leon.training import loop
 from cm3leon.training.checkpoint import Checkpoints
-from cm3leon.training.distributed import ALONE, World, sum_gradients
+from cm3leon.training.distributed import sum_gradients
 from cm3leon.training.dry_run import DryWorld, StepMemory, measure, micro_batch, on_a_gpu
 from cm3leon.training.loop import Log, Metrics
 from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_learning_rate, state_tensors
 from cm3leon.training.precision import autocast
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.world import ALONE, World
 
 
 class SizedImages(Images, Protocol):

@@ -25,7 +25,6 @@ from cm3leon.data.prefetch import Shares, prefetched
 from cm3leon.models.decoder import Decoder, RotaryEmbedding
 from cm3leon.training import distributed
 from cm3leon.training.checkpoint import Checkpoints, generator_states, set_generator_states
-from cm3leon.training.distributed import World
 from cm3leon.training.hardware import flops_per_token, peak_flops
 from cm3leon.training.interruption import interruption
 from cm3leon.training.loop import DivergenceError, Log, leave, naming_last_checkpoint
@@ -33,6 +32,7 @@ from cm3leon.training.optimizer import allocate_states, learning_rate_at, make_o
 from cm3leon.training.precision import autocast, autocast_dtype
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.progress import progress
+from cm3leon.utils.world import World
 
 if TYPE_CHECKING:
     from cm3leon.config.schema import TrainConfig

@@ -31,7 +31,7 @@ from cm3leon.data.pixels import Images, batches_of
 from cm3leon.models.pixels import to_channels_first
 from cm3leon.models.vqgan import LATENTS_PER_ENTRY, ImageTokenizer, ImageTokenizerSpec
 from cm3leon.training.checkpoint import Checkpoints
-from cm3leon.training.distributed import ALONE, World, sum_gradients
+from cm3leon.training.distributed import sum_gradients
 from cm3leon.training.dry_run import DryWorld, StepMemory, measure, micro_batch, on_a_gpu
 from cm3leon.training.loop import Log, Metrics, train
 from cm3leon.training.muon import Muon
@@ -39,6 +39,7 @@ from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_le
 from cm3leon.training.precision import autocast
 from cm3leon.training.shuffling import shuffled_batches
 from cm3leon.training.vqgan_losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss, last_layer_gradients
+from cm3leon.utils.world import ALONE, World
 
 HUBER_BETA = 0.2
 """Errors below this (pixels are in [-1, 1]) are penalized quadratically, larger ones linearly: L1 has noisy gradients for small errors."""

@@ -7,8 +7,8 @@ from cm3leon.config.schema import Config
 from cm3leon.models.vqgan import ImageTokenizer, ImageTokenizerSpec
 from cm3leon.stages.image_tokenizer import make_tokenizer, training_images
 from cm3leon.tracking.runs import Run
-from cm3leon.training.distributed import ALONE
 from cm3leon.utils.errors import ConfigError
+from cm3leon.utils.world import ALONE
 
 
 def test_an_imported_one_of_another_image_size_than_the_parameters_say_is_refused(tmp_path):

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from cm3leon.config.schema import TrainConfig
 from cm3leon.models.decoder import Decoder, stored_weights
-from cm3leon.training.distributed import World, full_tensor, world
+from cm3leon.training.distributed import full_tensor
 from cm3leon.training.trainer import setup
+from cm3leon.utils.world import World, world
 
 CONFIG = TrainConfig(steps=1, batch_size=2, warmup_steps=1, validate_every=1, precision="fp32")
 

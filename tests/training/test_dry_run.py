@@ -14,10 +14,10 @@ from trainers_support import CONFIGS, KINDS, Squares, tokenizer_of
 from cm3leon.tracking import runs
 from cm3leon.training import clip, run, stage_plans, super_resolution, vqgan
 from cm3leon.training.clip import EncoderTrainer
-from cm3leon.training.distributed import World
 from cm3leon.training.dry_run import largest_that_fits, refuse_too_large
 from cm3leon.training.planning import meta_decoder, read_config
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.world import World
 
 CONFIGS_DIRECTORY = Path(__file__).parents[2] / "configs"
 MEMORY_OF = {

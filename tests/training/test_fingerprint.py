@@ -39,7 +39,15 @@ def test_the_code_of_a_stage_is_what_dvc_starts_it_again_for(stage, for_sample_s
 
 @pytest.mark.parametrize(
     ("file", "changes"),
-    [("models/kernels.py", True), ("sequence/cm3.py", True), ("training/muon.py", True), ("cli/app.py", False), ("models/opt.py", False)],
+    [
+        ("models/kernels.py", True),
+        ("sequence/cm3.py", True),
+        ("training/muon.py", True),
+        ("utils/world.py", True),
+        ("utils/images.py", False),
+        ("cli/app.py", False),
+        ("models/opt.py", False),
+    ],
 )
 def test_only_an_edit_of_these_modules_changes_the_hash_of_the_code(package, file, changes):
     before, source = code_hash(package=package), (package / file).read_text()

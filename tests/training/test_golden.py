@@ -24,10 +24,10 @@ from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training import loop
 from cm3leon.training.clip import EncoderTrainer
-from cm3leon.training.distributed import World
 from cm3leon.training.super_resolution import SuperResolutionTrainer
 from cm3leon.training.trainer import fit, setup
 from cm3leon.training.vqgan import ImageTokenizerTrainer
+from cm3leon.utils.world import World
 
 GOLDEN = Path(__file__).with_name("golden.json")
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -19,9 +19,9 @@ from cm3leon.data.manifest import ImageStore
 from cm3leon.data.pixels import ImageSet
 from cm3leon.training import loop
 from cm3leon.training.checkpoint import Checkpoints
-from cm3leon.training.distributed import World
 from cm3leon.training.shuffling import shuffled_batches
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.world import World
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,9 +17,9 @@ from cm3leon.data.tokens import write_tokens
 from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.training.checkpoint import CheckpointError, Checkpoints
-from cm3leon.training.distributed import World
 from cm3leon.training.trainer import setup
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.world import World
 
 STEPS = 40
 

@@ -1,0 +1,125 @@
+"""The processes of a run, which ``torchrun`` has started. A single process runs the same code, with no communication."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cm3leon.utils.device import default_device
+from cm3leon.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run: this one's rank, their number, and this one's device.
+
+    They exchange numbers by Gloo, without waiting for what their GPUs are computing.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over the processes, in float64."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return [float(value) for value in tensor.tolist()]
+
+    def max(self, value: int) -> int:
+        """The maximum over the processes."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON values of all processes, in order of rank."""
+        if self.size == 1:
+            return [value]
+        # 1. Agree on the sizes: each process fills in its own of a vector of zeros, and the vectors are summed.
+        data = json.dumps(value).encode()
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(data)
+        dist.all_reduce(sizes)
+        # 2. Exchange the bytes, padded to the longest: all_gather takes tensors of one size.
+        sent = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+        sent[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(received, sent)
+        # 3. Remove the padding.
+        return [json.loads(bytes(padded[:size].tolist())) for padded, size in zip(received, sizes.tolist(), strict=True)]
+
+    def share(self, count: int) -> slice:
+        """This process's part of ``count`` rows: consecutive ones, as evenly divided as can be.
+
+        Raises:
+            UserError: if there are fewer rows than processes.
+        """
+        if count < self.size:
+            raise UserError(f"a batch of {count} cannot be divided among {self.size} processes: start fewer, or raise batch_size")
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the processes, in place and on its device; returns it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def concatenate(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in order of rank; each may have another number of them."""
+        if self.size == 1:
+            return rows
+        counts = self.gather(len(rows))
+        sent = rows.new_zeros(max(counts), *rows.shape[1:])
+        sent[: len(rows)] = rows
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(received, sent)
+        return torch.cat([padded[:count] for padded, count in zip(received, counts, strict=True)])
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the values of the first one, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def wait(self) -> None:
+        """Return when all processes have called this (a barrier)."""
+        if self.size > 1:
+            dist.barrier()
+
+
+ALONE = World()
+"""A single process on the CPU."""
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """Connect the processes that ``torchrun`` started, by NCCL between GPUs and Gloo between CPUs; disconnects them at the end.
+
+    Yields:
+        World: of this process alone if there is no ``torchrun``.
+    """
+    device, size = default_device(), int(os.environ.get("WORLD_SIZE", "1"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(device=device)
+        return
+    # Gloo also with GPUs, for the tensors on CPUs that World and checkpoints exchange.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), size, device)
+    finally:
+        dist.destroy_process_group()
