@@ -11,7 +11,7 @@ from cm3leon.config import paths
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.evaluation import captions as caption_metrics
 from cm3leon.evaluation import measure
-from cm3leon.evaluation.context import Evaluation, best_images, fitted_images, sample_rows
+from cm3leon.evaluation.context import Evaluation, sample_rows
 from cm3leon.evaluation.image_tasks import infill
 from cm3leon.evaluation.record import Record
 from cm3leon.evaluation.run import headline, load_generator
@@ -38,10 +38,10 @@ def drawn_candidates(study: Study, model: Path, count: int, settings: dict[str, 
 
 def infilling_cider(study: Study, model: Path) -> float:
     """CIDEr of captions of val images by a decoder that was not tuned: the caption is infilled after the image."""
-    generator = study.generator(model)
+    generator, store = study.generator(model), ImageStore(paths.RAW)
     rows = sample_rows(read_manifest(paths.VALIDATED, "val"), study.prompts, 0)
-    images = fitted_images(generator, ImageStore(paths.RAW), rows["image"].tolist())
-    captions = dict(zip(rows["id"], (caption.text for caption in generator.caption(images)), strict=True))
+    texts = generator.caption([store.open(ref) for ref in rows["image"]])
+    captions = dict(zip(rows["id"], (caption.text for caption in texts), strict=True))
     references = dict(zip(rows["id"], map(list, rows["captions"]), strict=True))
     return caption_metrics.score(captions, references)["cider"]
 
@@ -60,16 +60,16 @@ def task_scores(study: Study, model: Path) -> dict[str, dict[str, Any]]:
         measure_task(evaluation)
 
     # 2. Text to image.
-    outcomes = composition.check_images(study.captions, best_images(generator.text_to_image(study.captions)))
+    outcomes = composition.check_images(study.captions, evaluation.generate_images(generator.text_to_image, study.captions))
     for name, correct in composition.by_attribute(outcomes).items():
         record.add(name, {str(position): value for position, value in correct.items()}, *bootstrap, share=True)
 
     # 3. Questions and captions.
     keys, refs, questions, truths = zip(*sample_questions(val, 2 * study.prompts, 0), strict=True)
-    answers = answer_questions(generator, store, refs, questions)
+    answers = answer_questions(evaluation, refs, questions)
     measure.measure_answers(record, questions, answers, None, truths, keys, Counter(), *bootstrap)
     rows = sample_rows(val, study.prompts, 0)
-    captions = [caption.text for caption in generator.caption(fitted_images(generator, store, rows["image"].tolist()))]
+    captions = evaluation.generate_texts(generator.caption, evaluation.stored(rows["image"].tolist()))
     measure.measure_captions(record, rows["id"].tolist(), captions, [list(texts) for texts in rows["captions"]], *bootstrap)
 
     return {name: {"mean": score, "interval": record.intervals[name]} for name, score in headline(record).items() if name in record.scores}

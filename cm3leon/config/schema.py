@@ -443,10 +443,10 @@ class DriftConfig(Section):
 
 
 class LaunchConfig(Section):
-    """How the training stages start their processes. No result depends on it."""
+    """How stages start their processes. No result depends on it, but for rounding."""
 
     processes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="processes of a training stage on this machine; auto: one for each GPU, one without"
+        "auto", description="processes of a stage on this machine; auto: one for each GPU, one without"
     )
     torchrun: str = Field("", description="on several machines, how torchrun connects them; $NAME is a variable of the environment")
 

@@ -10,6 +10,7 @@ documents, without captions, under the ids of :func:`cm3leon.sequence.tasks.cond
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +44,28 @@ class Document:
     captions: list[np.ndarray]
 
 
-def write_tokens(directory: Path, split: str, documents: Iterable[Document], tokens_per_image: int, shard_documents: int) -> int:
-    """Write one split's shards, replacing those of an earlier run; returns the number of documents."""
-    directory.mkdir(parents=True, exist_ok=True)
-    # Shards of a longer run before would be read as part of this one.
-    for old in directory.glob(f"{split}-*.arrow"):
+def clear_tokens(directory: Path) -> None:
+    """Remove the shards of an earlier run; those of a longer one would be read as part of the next."""
+    for old in directory.glob("*.arrow"):
         old.unlink()
+
+
+def write_tokens(
+    directory: Path,
+    split: str,
+    documents: Iterable[Document],
+    tokens_per_image: int,
+    shard_documents: int,
+    first: int = 0,
+    every: int = 1,
+) -> int:
+    """Write shards of a split, beside those that are there (:func:`clear_tokens`); returns the number of documents.
+
+    Args:
+        first, every: the shards' numbers are ``first``, ``first + every`` and so on.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    numbers = itertools.count(first, every)
     layout = schema(tokens_per_image)
     pending: list[Document] = []
     written = 0
@@ -61,7 +78,7 @@ def write_tokens(directory: Path, split: str, documents: Iterable[Document], tok
             pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), tokens_per_image),
             pa.array([[t.astype(np.uint32) for t in d.captions] for d in pending], type=layout.field("texts").type),
         ]
-        path = directory / f"{split}-{written // shard_documents:05d}.arrow"
+        path = directory / f"{split}-{next(numbers):05d}.arrow"
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, layout) as writer:
             writer.write_table(pa.table(columns, schema=layout), max_chunksize=4096)
         written += len(pending)

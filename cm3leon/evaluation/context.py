@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 
 from cm3leon.config.schema import Config
@@ -15,20 +16,24 @@ from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore, first_caption
 from cm3leon.evaluation.pictures import Pictures
 from cm3leon.evaluation.record import Record, digest, keyed
-from cm3leon.generation.generator import Generator
+from cm3leon.generation.generator import Generator, Images
+from cm3leon.generation.results import GeneratedText
 from cm3leon.models.clip import Encoder
 from cm3leon.scenes import composition
 from cm3leon.sequence.tasks import Fields, is_filled
+from cm3leon.utils.world import ALONE, World
 
 Sheet = list[tuple[Image.Image, str]]
 """Images with their captions, for a contact sheet."""
-PROMPTS = 1024
-"""Prompts whose images are generated in one call."""
+TOGETHER = 1024
+"""Requests in one call of the generator."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """A model, the test records, and the evaluation record to which scores are added.
+
+    Several processes measure alike, each with the whole model; what takes long, generation, they divide among themselves.
 
     Attributes:
         encoder: the CLIP model that measures; the generator has one of its own, which ranks candidates.
@@ -41,6 +46,7 @@ class Evaluation:
     store: ImageStore
     test: pd.DataFrame
     record: Record
+    processes: World = ALONE
 
     def rows(
         self,
@@ -69,7 +75,7 @@ class Evaluation:
 
     def images(self, refs: Sequence[str]) -> list[Image.Image]:
         """Stored images, cropped and resized to the image tokenizer's square."""
-        return fitted_images(self.generator, self.store, refs)
+        return [fit_square(self.store.open(ref), self.generator.image_size) for ref in refs]
 
     def stored(self, refs: Sequence[str]) -> Pictures:
         """As :meth:`images`, decoded where they are read: for many."""
@@ -83,13 +89,31 @@ class Evaluation:
         """Images encoded and decoded by the image tokenizer: the ceiling of scores of generated images."""
         return self.decoded(self.generator.encode(images))
 
-    def text_to_image(self, prompts: Sequence[str], **settings: Any) -> Pictures:
-        """The best image of each prompt; what is kept of it is its codes."""
-        codes: list[np.ndarray] = []
-        for start in range(0, len(prompts), PROMPTS):
-            generated = self.generator.text_to_image(prompts[start : start + PROMPTS], seed=self.config.evaluate.seed, **settings)
-            codes += [images[0].codes for images in generated]
-        return self.decoded(np.stack(codes))
+    def generate_images(self, task: Callable[..., Images], *inputs: Sequence[Any], **settings: Any) -> Pictures:
+        """The best image of each request; what is kept of it is its codes.
+
+        Args:
+            task: method of the generator.
+            inputs: its lists, of one length.
+        """
+        codes = [np.zeros((0, self.generator.image_tokenizer.spec.tokens_per_image), np.int64)]
+        for rows in self._own_rows(len(inputs[0])):
+            generated = task(*(values[rows] for values in inputs), seed=self.config.evaluate.seed, **settings)
+            codes.append(np.stack([images[0].codes for images in generated]))
+        return self.decoded(self.processes.concatenate(torch.from_numpy(np.concatenate(codes))).numpy())
+
+    def generate_texts(self, task: Callable[..., list[GeneratedText]], *inputs: Sequence[Any], **settings: Any) -> list[str]:
+        """The text of each request; arguments as of :meth:`generate_images`."""
+        texts: list[str] = []
+        for rows in self._own_rows(len(inputs[0])):
+            texts += [text.text for text in task(*(values[rows] for values in inputs), **settings)]
+        return [text for own in self.processes.gather(texts) for text in own]
+
+    def _own_rows(self, count: int) -> Iterator[slice]:
+        """This process's part of ``count`` rows, :data:`TOGETHER` at a time."""
+        own = self.processes.part(count)
+        for start in range(own.start, own.stop, TOGETHER):
+            yield slice(start, min(start + TOGETHER, own.stop))
 
     def add(self, name: str, ids: Sequence[str], values: Sequence[float] | np.ndarray, share: bool = False) -> None:
         """Add a score that is a mean over records, with its interval and outcomes; ``share`` as in :meth:`Record.add`."""
@@ -114,16 +138,6 @@ def sample_rows(manifest: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
     """``count`` rows, or all if there are fewer, sampled by the seed, in the manifest's order."""
     order = np.random.default_rng(seed).permutation(len(manifest))[:count]
     return manifest.iloc[np.sort(order)]
-
-
-def fitted_images(generator: Generator, store: ImageStore, refs: Sequence[str]) -> list[Image.Image]:
-    """Stored images, cropped and resized to the image tokenizer's square."""
-    return [fit_square(store.open(ref), generator.image_size) for ref in refs]
-
-
-def best_images(generated: Sequence[Sequence[Any]]) -> list[Image.Image]:
-    """The best-ranked image of each prompt."""
-    return [images[0].image for images in generated]
 
 
 def is_scene(row: Any) -> bool:

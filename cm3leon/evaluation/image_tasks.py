@@ -21,7 +21,7 @@ from cm3leon.data.conditions import EXTRACTORS
 from cm3leon.data.manifest import first_caption
 from cm3leon.evaluation import conditions, measure
 from cm3leon.evaluation.alignment import clip_score
-from cm3leon.evaluation.context import Evaluation, Sheet, best_images, is_scene
+from cm3leon.evaluation.context import Evaluation, Sheet, is_scene
 from cm3leon.evaluation.inception import Inception
 from cm3leon.evaluation.leakage import Kind
 from cm3leon.evaluation.measure import shifted_positions
@@ -49,10 +49,10 @@ def text_to_image(e: Evaluation, ids: list[str], refs: list[str], prompts: list[
     resampling = (e.config.evaluate.bootstrap, e.config.evaluate.seed)
     originals = e.stored(refs)
     reconstructions = e.reconstructions(originals)
-    generated = e.text_to_image(prompts)
+    generated = e.generate_images(e.generator.text_to_image, prompts)
     measure.measure_composition(e.record, ids, prompts, generated, reconstructions, originals, *resampling)
     measure.measure_images(e.record, e.encoder, ids, prompts, generated, reconstructions, originals, *resampling)
-    unranked = e.text_to_image(prompts, candidates=1)
+    unranked = e.generate_images(e.generator.text_to_image, prompts, candidates=1)
     e.calibrate("clip_score_one_candidate", clip_score(e.encoder, unranked, prompts))
     if "composition" in e.record.scores:
         e.record.calibration["composition_one_candidate"] = composition.score(prompts, unranked)["composition"]
@@ -72,7 +72,7 @@ def other_prompts(e: Evaluation, ids: list[str], refs: list[str], prompts: list[
         refs: their stored images, which the prompts describe.
         kind: of all the prompts.
     """
-    generated, name = e.text_to_image(prompts), f"composition_{kind}"
+    generated, name = e.generate_images(e.generator.text_to_image, prompts), f"composition_{kind}"
     e.add_composition(name, ids, prompts, generated)
     if name in e.record.scores:
         e.record.calibration[f"{name}_reconstructions"] = composition.score(prompts, e.reconstructions(e.stored(refs)))["composition"]
@@ -97,7 +97,7 @@ def edit(e: Evaluation) -> Sheet:
     after = e.images([row.image for row in rows])
     ids, instructions = [row.id for row in rows], [row.instruction for row in rows]
     e.asked("edit", [[row.edited_from, row.id, row.instruction] for row in rows])
-    generated = best_images(e.generator.edit(before, instructions, seed=e.config.evaluate.seed))
+    generated = e.generate_images(e.generator.edit, before, instructions)
     reconstructed, unchanged = e.reconstructions(after), e.reconstructions(before)
 
     # 2. Pixels outside the changed region.
@@ -163,7 +163,7 @@ def layout(e: Evaluation) -> Sheet:
     size = e.generator.image_size
     in_pixels = [[(label, (box[0] * size, box[1] * size, box[2] * size, box[3] * size)) for label, box in boxes] for boxes in asked]
     e.asked("layout_to_image", [[row.id, caption, boxes] for row, caption, boxes in zip(rows, captions, asked, strict=True)])
-    generated = best_images(e.generator.layout_to_image(captions, in_pixels, seed=e.config.evaluate.seed))
+    generated = e.generate_images(e.generator.layout_to_image, captions, in_pixels)
     real = e.images([row.image for row in rows])
 
     # 2. Boxes of the objects that are read from the images.
@@ -219,7 +219,7 @@ def condition(e: Evaluation) -> Sheet:
     captions = [first_caption(row.captions) for row in rows]
     kinds = [kind for kind, _ in chosen]
     e.asked("condition_to_image", [[row.id, kind, caption] for row, kind, caption in zip(rows, kinds, captions, strict=True)])
-    generated = best_images(e.generator.condition_to_image(captions, asked, kinds, seed=e.config.evaluate.seed))
+    generated = e.generate_images(e.generator.condition_to_image, captions, asked, kinds)
     real = e.images([row.image for row in rows])
 
     # 2. Agreement, where the kind can be extracted: from any image, or from images of scenes only.
@@ -280,7 +280,7 @@ def infill(e: Evaluation) -> Sheet:
     # 2. Inpainted images, and the baseline.
     real = e.images([row.image for row in rows])
     e.asked("infill", [[row.id, box, caption] for row, box, caption in zip(rows, boxes, captions, strict=True)])
-    generated = best_images(e.generator.infill(real, boxes, captions, seed=e.config.evaluate.seed))
+    generated = e.generate_images(e.generator.infill, real, boxes, captions)
     gray = [image.copy() for image in real]
     for image, box in zip(gray, boxes, strict=True):
         x0, y0, x1, y1 = (round(value) for value in box)
@@ -318,7 +318,7 @@ def write(e: Evaluation) -> Sheet:
         return []
     texts = [row.text_in_image for row in rows]
     e.asked("write", [[row.id, row.text_in_image] for row in rows])
-    generated = best_images(e.generator.write(texts, seed=e.config.evaluate.seed))
+    generated = e.generate_images(e.generator.write, texts)
 
     def right(images: Sequence[Image.Image]) -> list[float]:
         return [float([item.letter for item in read_scene(image).objects] == [text]) for image, text in zip(images, texts, strict=True)]

@@ -36,6 +36,7 @@ from cm3leon.tracking.lineage import content_hash
 from cm3leon.utils.device import default_device
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.images import save_captioned
+from cm3leon.utils.world import ALONE, World
 
 CONFUSIONS = "confusions.csv"
 """Table of the attributes that prompts state and images show (:func:`cm3leon.scenes.composition.confusions`)."""
@@ -123,7 +124,7 @@ def inception_of(weights: str | None) -> Inception | None:
         raise UserError(f"evaluate.inception {weights}: {error}") from None
 
 
-def evaluate(config: Config, output: Path, model: Generator | None = None) -> Record:
+def evaluate(config: Config, output: Path, model: Generator | None = None, processes: World = ALONE) -> Record:
     """Measure a model on the test split; writes the record, sheets and the table of confusions to ``output``.
 
     Tasks that the model was not tuned for are not measured.
@@ -132,6 +133,7 @@ def evaluate(config: Config, output: Path, model: Generator | None = None) -> Re
         model: with its own settings of decoding and retrieval; None takes the stages' outputs and ``config``'s settings. All models are
             measured by the encoder in ``models/``, so that their scores are comparable. Test records that another model has seen in
             training are named in its record.
+        processes: all of them call this; the first one writes.
 
     Raises:
         LeakageError: if test records are also in training or in the memory bank.
@@ -142,7 +144,11 @@ def evaluate(config: Config, output: Path, model: Generator | None = None) -> Re
     generator = model or load_generator(config)
     encoder = Encoder.load(paths.ENCODER).to(default_device()) if model else generator.encoder
     assert encoder is not None and generator.super_resolution is not None and generator.memory is not None
+    if processes.rank > 0:
+        processes.wait()  # for the first process, which may download the weights
     inception = inception_of(section.inception)
+    if processes.rank == 0:
+        processes.wait()
 
     # 2. Test records, which the model must not have seen. The memory bank holds all records that a model was trained on.
     store = ImageStore(paths.RAW)
@@ -172,7 +178,7 @@ def evaluate(config: Config, output: Path, model: Generator | None = None) -> Re
     )
 
     # 4. Measurements of the upscaler and of every task that the model was tuned for; inpainting is learned in pretraining.
-    evaluation = Evaluation(config, generator, encoder, store, test, record)
+    evaluation = Evaluation(config, generator, encoder, store, test, record, processes)
     ids, refs = rows["id"].tolist(), rows["image"].tolist()
     measure_upscaler(evaluation, ids, refs, side)
     sheets: dict[str, Sheet] = {}
@@ -186,6 +192,8 @@ def evaluate(config: Config, output: Path, model: Generator | None = None) -> Re
     sheets["infill"] = infill(evaluation)
 
     # 5. The record, sheets of images, and the table of confusions.
+    if processes.rank > 0:
+        return record
     for old in [*output.glob("*.png"), output / CONFUSIONS]:  # an earlier evaluation, of another model
         old.unlink(missing_ok=True)
     record.write(output)

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from cm3leon.data.manifest import ImageStore, records_of
+from cm3leon.data.manifest import records_of
 from cm3leon.evaluation import captions as caption_metrics
 from cm3leon.evaluation import measure, vqa
-from cm3leon.evaluation.context import Evaluation, Sheet, fitted_images
+from cm3leon.evaluation.context import Evaluation, Sheet
 from cm3leon.evaluation.measure import shifted_positions
-from cm3leon.generation.generator import Generator
 from cm3leon.sequence.tasks import Fields, conclusion, reasoning_fields
 
 
@@ -53,10 +52,9 @@ def training_answers(manifest: pd.DataFrame) -> Counter[tuple[str, str]]:
     )
 
 
-def answer_questions(generator: Generator, store: ImageStore, refs: Sequence[str], questions: Sequence[str]) -> list[str]:
-    """Answer each question about its image; questions too long for the context are cut at their end."""
-    images = fitted_images(generator, store, refs)
-    return [answer.text for answer in generator.vqa(images, [generator.shorten_question(question) for question in questions])]
+def answer_questions(e: Evaluation, refs: Sequence[str], questions: Sequence[str]) -> list[str]:
+    """Answer each question about its stored image; questions too long for the context are cut at their end."""
+    return e.generate_texts(e.generator.vqa, e.stored(refs), [e.generator.shorten_question(question) for question in questions])
 
 
 def caption(e: Evaluation, captioned: pd.DataFrame) -> Sheet:
@@ -68,7 +66,7 @@ def caption(e: Evaluation, captioned: pd.DataFrame) -> Sheet:
         captioned: the records whose images are captioned.
     """
     images = e.images(captioned["image"].tolist())
-    captions = [found.text for found in e.generator.caption(images)]
+    captions = e.generate_texts(e.generator.caption, images)
     references = [list(texts) for texts in captioned["captions"]]
     section = e.config.evaluate
     measure.measure_captions(e.record, captioned["id"].tolist(), captions, references, section.bootstrap, section.seed)
@@ -84,10 +82,10 @@ def answer_vqa(e: Evaluation, asked: Sequence[Asked], frequent: Counter[tuple[st
         frequent: counts of training answers (:func:`training_answers`).
     """
     keys, refs, questions, truths = zip(*asked, strict=True)
-    answers = answer_questions(e.generator, e.store, refs, questions)
+    answers = answer_questions(e, refs, questions)
     # Baseline: the same questions about other images.
     others = measure.images_of_others(refs)
-    answers_of_others = answer_questions(e.generator, e.store, others, questions) if others else None
+    answers_of_others = answer_questions(e, others, questions) if others else None
     section = e.config.evaluate
     measure.measure_answers(
         e.record, questions, answers, answers_of_others, truths, keys, frequent, section.bootstrap, section.seed
@@ -106,7 +104,7 @@ def long_caption(e: Evaluation) -> Sheet:
         return []
     images = e.images([row.image for row in rows])
     e.asked("long_caption", [[row.id, row.long_caption] for row in rows])
-    captions = [found.text for found in e.generator.long_caption(images)]
+    captions = e.generate_texts(e.generator.long_caption, images)
     ids = [row.id for row in rows]
     references = {row.id: [row.long_caption] for row in rows}
     for name, values in caption_metrics.per_image(dict(zip(ids, captions, strict=True)), references).items():
@@ -140,12 +138,12 @@ def reasoning(e: Evaluation) -> Sheet:
         return [float(conclusion(answer) == conclusion(truth)) for answer, truth in zip(answers, truths, strict=True)]
 
     ids = [row.id for row in rows]
-    explained = [text.text for text in e.generator.reasoning(images, *asked)]
+    explained = e.generate_texts(e.generator.reasoning, images, *asked)
     e.add("reasoning/accuracy", ids, right(explained), share=True)
-    unexplained = [text.text for text in e.generator.reasoning(images, *asked, explain=False)]
+    unexplained = e.generate_texts(e.generator.reasoning, images, *asked, explain=False)
     e.add("reasoning/accuracy_unexplained", ids, right(unexplained), share=True)
     e.calibrate("reasoning/accuracy_guess", [1 / len(problem["options"]) for problem in problems])
     if len(rows) > 1:
         other_images = [images[number] for number in shifted_positions(len(images))]
-        e.calibrate("reasoning/accuracy_other_images", right([text.text for text in e.generator.reasoning(other_images, *asked)]))
+        e.calibrate("reasoning/accuracy_other_images", right(e.generate_texts(e.generator.reasoning, other_images, *asked)))
     return [(image, f"{question} {text}") for image, question, text in zip(images, asked[0], explained, strict=True)]

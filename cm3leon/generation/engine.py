@@ -81,7 +81,7 @@ def generate_images(
     hidden_RTD = hidden_GD.repeat_interleave(candidates, 0)[:, None]
     # 2. Room for each candidate's tokens, of which the last is not read.
     cache = decoding_cache(model, prompt_cache, candidates, steps - 1)
-    window = window_length(model.spec.width, len(sequences) * candidates, steps - 1)
+    window = 1 if _is_sharded(model) else window_length(model.spec.width, len(sequences) * candidates, steps - 1)
     # 3. All noise before the loop. With the noise of each code fixed, what is sampled depends on the tokens before it alone.
     noise_PCE = uniform_noise([seed for own in seeds for seed in own], steps).view(prompts, candidates, steps).to(model.device)
     tokens_E = torch.from_numpy(continuation.tokens).to(model.device)
@@ -119,13 +119,13 @@ def generate_images(
         targets_PCT = read_PCT + 1
 
 
-def window_length(width: int, rows: int, steps: int) -> int:
-    """How many tokens of each row a pass of Jacobi decoding reads, of ``steps`` in all, in a decoder of this width.
+def _is_sharded(model: Decoder) -> bool:
+    """Whether processes hold a model together (FSDP): a pass is then one for all of them, whatever is guessed."""
+    return hasattr(model, "unshard")
 
-    One where processes train together: a pass over a sharded model is one for all of them, and guesses must not decide how many there are.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return 1
+
+def window_length(width: int, rows: int, steps: int) -> int:
+    """How many tokens of each row a pass of Jacobi decoding reads, of ``steps`` in all, in a decoder of this width."""
     most = MAX_PASS_TOKENS if width >= MIN_WIDE else MAX_PASS_TOKENS_NARROW
     return max(1, min(MAX_WINDOW, most // rows, steps))
 

@@ -48,3 +48,9 @@ def create_embeddings(directory: Path, count: int, dimensions: int) -> tuple[np.
     shape = (count, dimensions)
     text, image = (np.lib.format.open_memmap(directory / name, mode="w+", dtype=np.float16, shape=shape) for name in (TEXTS, IMAGES))
     return text, image
+
+
+def open_embeddings(directory: Path) -> tuple[np.memmap, np.memmap]:
+    """The embeddings that another process has created, to be filled too."""
+    text, image = (np.lib.format.open_memmap(directory / name, mode="r+") for name in (TEXTS, IMAGES))
+    return text, image

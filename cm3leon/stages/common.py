@@ -32,20 +32,23 @@ STAGES = {
 
 
 def launching(stage: str, config: Config) -> LaunchConfig | None:
-    """How the processes of a stage are started; None for one that does not train, or not in several processes.
+    """How the processes of a stage are started; None for one that runs in one.
 
-    The networks of images train on one machine's GPUs, the decoder also on several machines'. A resnet of the encoder needs the whole batch
-    in one process, for its batch normalization.
+    The decoder trains on the GPUs of several machines, all else uses those of one. A resnet of the encoder needs the whole batch in one
+    process, for its batch normalization.
     """
     if stage in ("pretrain", "sft"):
         return config.launch
     encoder = config.encoder
-    trains = {
+    several = {
         "image_tokenizer": not config.image_tokenizer.pretrained,
+        "tokenize": True,
         "encoder": not encoder.pretrained_model and encoder.image_tower == "vit",
+        "index": True,
         "super_resolution": True,
+        "evaluate": True,
     }
-    return config.launch.model_copy(update={"torchrun": ""}) if trains.get(stage) else None
+    return config.launch.model_copy(update={"torchrun": ""}) if several.get(stage) else None
 
 
 METRICS = "metrics: "

@@ -13,21 +13,30 @@ from cm3leon.data.loading import decoded_per_second, default_workers
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.models.clip import Encoder
 from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank, check_documents, multimodal_records
-from cm3leon.retrieval.vectors import chunks, create_embeddings
+from cm3leon.retrieval.vectors import CHUNK, create_embeddings, open_embeddings
 from cm3leon.tracking import runs
-from cm3leon.utils.device import default_device
+from cm3leon.utils.world import World, world
 
 
-def embed(encoder: Encoder, records: pd.DataFrame, batch_size: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Text and image embeddings of records, float16 ``(n, d)``, written to ``models/index/`` as they are made, and the mean CLIP score."""
-    store, total = ImageStore(paths.RAW), 0.0
-    text, image = create_embeddings(paths.INDEX, len(records), encoder.dimensions)
-    for rows in chunks(len(records)):
+def embed(encoder: Encoder, records: pd.DataFrame, batch_size: int, processes: World) -> tuple[np.ndarray, np.ndarray, float]:
+    """Text and image embeddings of records, float16 ``(n, d)``, and the mean CLIP score.
+
+    They are written to ``models/index/`` as they are made. Each process makes those of its part of the records.
+    """
+    store, total, own = ImageStore(paths.RAW), 0.0, processes.part(len(records))
+    if processes.rank == 0:
+        text, image = create_embeddings(paths.INDEX, len(records), encoder.dimensions)
+    processes.wait()
+    if processes.rank > 0:
+        text, image = open_embeddings(paths.INDEX)
+    for start in range(own.start, own.stop, CHUNK):
+        rows = slice(start, min(start + CHUNK, own.stop))
         part = records.iloc[rows]
         image_ND = encoder.encode_refs(store, part["image"].tolist(), batch_size)
         text_ND = encoder.encode_texts(part["caption"].tolist())
         text[rows], image[rows] = text_ND, image_ND
         total += float((text_ND * image_ND).sum())
+    [total] = processes.sum([total])  # and by then all of them have written theirs
     return text, image, total / len(records)
 
 
@@ -35,17 +44,22 @@ def run(config: Config) -> dict[str, float]:
     """Write ``models/index/``.
 
     Returns:
-        The number of documents in it, the number of train records left out, the mean CLIP score, and the recall of the search.
+        The number of documents in it, the number of train records left out, the mean CLIP score, and the recall of the search; nothing of a
+        process other than the first, which builds the index.
     """
     with runs.stage_run("index", config) as run:
-        encoder = Encoder.load(paths.ENCODER).to(default_device())
-        train = read_manifest(paths.VALIDATED, "train")
-        records = multimodal_records(train)
-        check_documents(records)
-        start = time.perf_counter()
-        text, image, score = embed(encoder, records, config.index.batch_size)
-        seconds = time.perf_counter() - start
-        limit = decoded_per_second(ImageStore(paths.RAW), records["image"].tolist(), encoder.prepare, default_workers(encoder.device))
+        with world() as processes:
+            encoder = Encoder.load(paths.ENCODER).to(processes.device)
+            train = read_manifest(paths.VALIDATED, "train")
+            records = multimodal_records(train)
+            check_documents(records)
+            start = time.perf_counter()
+            text, image, score = embed(encoder, records, config.index.batch_size, processes)
+            seconds = time.perf_counter() - start
+            refs, workers = records["image"].tolist(), default_workers(encoder.device)
+            [limit] = processes.sum([decoded_per_second(ImageStore(paths.RAW), refs, encoder.prepare, workers)])
+        if processes.rank > 0:
+            return {}
         run.log_metrics({"index/documents_per_second": len(records) / seconds, "index/decoded_per_second": limit})
         bank = MemoryBank.build(records[BANK_COLUMNS], text, image, config.index.kind, encoder.fingerprint)
         bank.save(paths.INDEX)

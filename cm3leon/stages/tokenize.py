@@ -1,4 +1,4 @@
-"""Stage ``tokenize``: images to codes and captions to ids, into memory-mapped Arrow shards."""
+"""Stage ``tokenize``: images to codes and captions to ids, into memory-mapped Arrow shards, which the processes divide among themselves."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.loading import Square, decoded_per_second, default_workers, image_batches
 from cm3leon.data.manifest import SPLITS, ImageStore, read_manifest
-from cm3leon.data.tokens import CONDITION_PREFIX, Document, write_tokens
+from cm3leon.data.tokens import CONDITION_PREFIX, Document, clear_tokens, write_tokens
 from cm3leon.models.pixels import to_channels_first
 from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.sequence.tasks import CONDITIONS, condition_key
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.tracking import runs
 from cm3leon.training.precision import has_native_bf16
-from cm3leon.utils.device import default_device
 from cm3leon.utils.progress import Meter, progress
+from cm3leon.utils.world import World, world
 
 MIN_AGREEMENT = 0.995
 """Least share of the codes that must be the same for the encoder to compute in bfloat16."""
@@ -86,11 +86,15 @@ def condition_images(manifest: pd.DataFrame) -> list[tuple[str, str]]:
     ]
 
 
-def condition_documents(manifest: pd.DataFrame, images: ImageReader) -> Iterator[Document]:
-    """The tokenized condition images."""
-    found = condition_images(manifest)
+def condition_documents(found: Sequence[tuple[str, str]], images: ImageReader) -> Iterator[Document]:
+    """The tokenized condition images of keys and references."""
     for (key, _), codes in zip(found, images.codes([ref for _, ref in found]), strict=True):
         yield Document(key, codes, [])
+
+
+def own_rows(count: int, shard_documents: int, processes: World) -> list[int]:
+    """The rows of ``count`` that this process writes: whole shards, which are dealt to the processes in turn."""
+    return [row for row in range(count) if row // shard_documents % processes.size == processes.rank]
 
 
 def run(config: Config) -> dict[str, float]:
@@ -99,28 +103,58 @@ def run(config: Config) -> dict[str, float]:
     Returns:
         The numbers of documents, condition images and image tokens.
     """
-    device = default_device()
+    with world() as processes, runs.stage_run("tokenize", config) as run:
+        return tokenize(config, processes, run)
+
+
+def tokenize(config: Config, processes: World, run: runs.Run) -> dict[str, float]:
+    """As :func:`run`; the shards are the same for any number of processes."""
+    # 1. What is tokenized, and the part of it that is this process's.
+    device = processes.device
     tokenizer, texts = ImageTokenizer.load(paths.IMAGE_TOKENIZER, device), TextTokenizer.load(paths.TEXT_TOKENIZER)
     store = ImageStore(paths.RAW)
     manifest = read_manifest(paths.VALIDATED, columns=["id", "image", "captions", "conditions", "split"])
     batch_size, layout = config.tokenize.batch_size, (tokenizer.spec.tokens_per_image, config.tokenize.shard_documents)
     refs = [*manifest["image"], *(ref for _, ref in condition_images(manifest))]
+    rows, conditions = {}, {}
+    for split in SPLITS:
+        whole = manifest[manifest["split"] == split]
+        rows[split] = whole.iloc[own_rows(len(whole), layout[1], processes)]
+        pairs = condition_images(whole)
+        conditions[split] = [pairs[row] for row in own_rows(len(pairs), layout[1], processes)]
+
+    # 2. The encoder's dtype: the processes compare the same images, and take bfloat16 if all of them may.
     square, dtype = Square(tokenizer.spec.image_size), torch.float32
-    written, conditions = 0, 0
-    with runs.stage_run("tokenize", config) as run:
-        if has_native_bf16(device):
-            compared = refs[:: max(1, len(refs) // COMPARED)][:COMPARED]
-            dtype, share = choose_dtype(tokenizer, image_batches(store, compared, square, batch_size), device)
-            run.log_metrics({"tokenize/bf16_agreement": share})
-        with progress("tokenizing", len(refs), "images") as meter:
-            images = ImageReader(store, tokenizer, batch_size, device, dtype, meter)
-            for split in SPLITS:
-                rows = manifest[manifest["split"] == split]
-                written += write_tokens(paths.TOKENS, split, documents(rows, images, texts), *layout)
-                conditions += write_tokens(paths.TOKENS, CONDITION_PREFIX + split, condition_documents(rows, images), *layout)
-            run.log_metrics({"tokenize/images_per_second": meter.rate})
-        limit = decoded_per_second(store, refs, square, default_workers(device))
-        run.log_metrics({"tokenize/decoded_per_second": limit})
-        metrics = {"documents": written, "conditions": conditions, "image_tokens": (written + conditions) * tokenizer.spec.tokens_per_image}
-        run.log_metrics({f"tokenize/{name}": value for name, value in metrics.items()})
-    return {name: float(value) for name, value in metrics.items()}
+    if has_native_bf16(device):
+        compared = refs[:: max(1, len(refs) // COMPARED)][:COMPARED]
+        dtype, share = choose_dtype(tokenizer, image_batches(store, compared, square, batch_size), device)
+        run.log_metrics({"tokenize/bf16_agreement": share})
+    if processes.max(int(dtype == torch.float32)):
+        dtype = torch.float32
+
+    # 3. Shards.
+    if processes.rank == 0:
+        clear_tokens(paths.TOKENS)
+    processes.wait()
+    documents_written = conditions_written = 0.0
+    total = sum(map(len, rows.values())) + sum(map(len, conditions.values()))
+    with progress("tokenizing", total, "images") as meter:
+        images = ImageReader(store, tokenizer, batch_size, device, dtype, meter)
+        for split in SPLITS:
+            numbers = (processes.rank, processes.size)
+            documents_written += write_tokens(paths.TOKENS, split, documents(rows[split], images, texts), *layout, *numbers)
+            found = condition_documents(conditions[split], images)
+            conditions_written += write_tokens(paths.TOKENS, CONDITION_PREFIX + split, found, *layout, *numbers)
+        rate = meter.rate
+
+    # 4. Counts and rates of all processes.
+    limit = decoded_per_second(store, refs, square, default_workers(device))
+    rate, limit, documents_written, conditions_written = processes.sum([rate, limit, documents_written, conditions_written])
+    run.log_metrics({"tokenize/images_per_second": rate, "tokenize/decoded_per_second": limit})
+    metrics = {
+        "documents": documents_written,
+        "conditions": conditions_written,
+        "image_tokens": (documents_written + conditions_written) * tokenizer.spec.tokens_per_image,
+    }
+    run.log_metrics({f"tokenize/{name}": value for name, value in metrics.items()})
+    return metrics

@@ -1,4 +1,4 @@
-"""Start a training stage's processes: one for each GPU of the machine, and on several machines as ``torchrun`` is told."""
+"""Start a stage's processes: one for each GPU of the machine, and on several machines as ``torchrun`` is told."""
 
 from __future__ import annotations
 

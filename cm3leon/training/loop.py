@@ -103,7 +103,7 @@ def train(
     saved = time.monotonic()
     with (
         naming_last_checkpoint(checkpoints),
-        progress(name, steps, "steps", done=first, shown=world.rank == 0) as meter,
+        progress(name, steps, "steps", done=first) as meter,
         closing(trainer.batches(first)) as batches,
         interruption() as interrupted,
     ):

@@ -346,7 +346,7 @@ def fit(
     with (
         ahead as draws,
         naming_last_checkpoint(checkpoints),
-        progress(name, config.steps, "steps", done=state.step, shown=world.rank == 0) as meter,
+        progress(name, config.steps, "steps", done=state.step) as meter,
         interruption() as interrupted,
     ):
         for share, data in draws:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -54,8 +55,9 @@ def progress(description: str, total: int | None = None, unit: str = "it", done:
 
     Args:
         done: units completed before, by the run that this one resumes.
-        shown: False only counts, on ranks other than 0.
+        shown: False only counts, as processes of ``torchrun`` other than the first do.
     """
+    shown = shown and os.environ.get("RANK", "0") == "0"
     if shown and sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

@@ -61,15 +61,19 @@ class World:
         # 3. Remove the padding.
         return [json.loads(bytes(padded[:size].tolist())) for padded, size in zip(received, sizes.tolist(), strict=True)]
 
+    def part(self, count: int) -> slice:
+        """This process's part of ``count`` rows: consecutive ones, as evenly divided as can be, perhaps none."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
     def share(self, count: int) -> slice:
-        """This process's part of ``count`` rows: consecutive ones, as evenly divided as can be.
+        """:meth:`part` of a batch, of which every process needs a row.
 
         Raises:
             UserError: if there are fewer rows than processes.
         """
         if count < self.size:
             raise UserError(f"a batch of {count} cannot be divided among {self.size} processes: start fewer, or raise batch_size")
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        return self.part(count)
 
     def add(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the processes, in place and on its device; returns it."""

@@ -6,7 +6,7 @@ from tests_support import OBJECTIVE, make_documents
 
 from cm3leon.data.batches import SampleStream
 from cm3leon.data.sequences import PretrainingSamples, fit_body, sample_neighbors, sample_rng
-from cm3leon.data.tokens import TokenStore, write_tokens
+from cm3leon.data.tokens import TokenStore, clear_tokens, write_tokens
 from cm3leon.sequence.grammar import Vocabulary, check_grammar
 
 VOCABULARY = Vocabulary(text_size=100, image_size=50, sentinels=8, tokens_per_image=16)
@@ -32,11 +32,14 @@ def test_documents_come_back_from_the_shards(store):
             assert all(np.array_equal(a, b) for a, b in zip(found.captions, document.captions, strict=True))
 
 
-def test_shards_of_an_earlier_larger_run_are_replaced(tmp_path):
-    for split, count in (("val", 5), ("train", 60), ("train", 30)):
-        write_tokens(tmp_path, split, make_documents(count), 16, shard_documents=10)
-    assert len(TokenStore(tmp_path)) == 30
-    assert len(TokenStore(tmp_path, ["val"])) == 5
+def test_shards_are_numbered_and_those_of_an_earlier_run_can_be_cleared(tmp_path):
+    write_tokens(tmp_path, "train", make_documents(60), 16, shard_documents=10)
+    clear_tokens(tmp_path)
+    assert not TokenStore.holds(tmp_path, "train")
+    write_tokens(tmp_path, "val", make_documents(5), 16, shard_documents=10)
+    write_tokens(tmp_path, "train", make_documents(25), 16, shard_documents=10, first=1, every=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"train-0000{n}.arrow" for n in (1, 3, 5)] + ["val-00000.arrow"]
+    assert (len(TokenStore(tmp_path)), len(TokenStore(tmp_path, ["val"]))) == (25, 5)
 
 
 def test_unknown_documents_and_splits_are_errors(store, tmp_path):

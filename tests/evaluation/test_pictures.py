@@ -17,6 +17,8 @@ from cm3leon.evaluation.context import Evaluation
 from cm3leon.evaluation.pictures import CHUNK, Pictures
 from cm3leon.evaluation.record import Record
 from cm3leon.generation.generator import Generator
+from cm3leon.generation.results import GeneratedText
+from cm3leon.utils.world import World
 
 
 def test_pictures_are_a_sequence_of_which_one_chunk_is_in_memory() -> None:
@@ -45,9 +47,29 @@ def test_an_evaluation_keeps_codes_and_sees_the_same_images(tiny_parts: dict[str
     evaluation = Evaluation(Config(), generator, generator.parts.encoder or unused, unused, unused, Record())
     prompts = ["a red circle", "two green crosses", "a blue square on white", "a", "b"]
     whole = [images[0].image for images in generator.text_to_image(prompts, seed=Config().evaluate.seed)]
-    monkeypatch.setattr(context, "PROMPTS", 2)
-    parts = evaluation.text_to_image(prompts)
+    monkeypatch.setattr(context, "TOGETHER", 2)
+    parts = evaluation.generate_images(generator.text_to_image, prompts)
     assert [np.asarray(image).tolist() for image in parts] == [np.asarray(image).tolist() for image in whole]
     again = evaluation.reconstructions(parts)
     assert [image.tobytes() for image in again] == [image.tobytes() for image in generator.decode(generator.encode(whole))]
     assert np.array_equal(evaluation.encoder.encode_images(parts), evaluation.encoder.encode_images(whole))
+
+
+def test_processes_divide_what_is_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each asks for its own rows, a few at a time; between them for all, in order, also where there are fewer than processes."""
+    monkeypatch.setattr(context, "TOGETHER", 2)
+    unused: Any = None
+
+    def answers(questions: list[str], **_: Any) -> list[GeneratedText]:
+        assert 1 <= len(questions) <= 2
+        return [GeneratedText(f"{question}!", 0, [], {}, "vqa") for question in questions]
+
+    for count in (0, 2, 7, 20):
+        questions = [str(number) for number in range(count)]
+        found = []
+        for rank in range(3):
+            monkeypatch.setattr(World, "gather", lambda self, value: [value])
+            evaluation = Evaluation(Config(), unused, unused, unused, unused, Record(), World(rank, 3))
+            found.append(evaluation.generate_texts(answers, questions))
+        assert [text for own in found for text in own] == [f"{question}!" for question in questions]
+        assert max(map(len, found)) - min(map(len, found)) <= 1

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from tests_support import decoder_spec
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import scaled_dot_product_attention
 
 from cm3leon.config.schema import DecodingConfig
@@ -13,7 +15,7 @@ from cm3leon.generation import cache as caches
 from cm3leon.generation import engine
 from cm3leon.generation.cache import DecodingCache, read_prompts
 from cm3leon.generation.checks import PromptTooLongError
-from cm3leon.generation.engine import generate_images, generate_texts, log_likelihoods, shared_prefix
+from cm3leon.generation.engine import MAX_WINDOW, generate_images, generate_texts, log_likelihoods, shared_prefix
 from cm3leon.generation.sampling import Sampler, at_temperature, sample, uniform_noise
 from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import BREAK, EOS, EOSS, UNKNOWN, Prompt, Vocabulary
@@ -251,10 +253,19 @@ def test_windows_are_short_where_many_rows_are_decoded():
     assert engine.window_length(96, 1, 3) == 3
 
 
-def test_processes_that_train_together_take_equally_many_passes(tmp_path):
+def test_processes_that_share_a_model_take_equally_many_passes(monkeypatch, tmp_path):
+    """One code a pass where the model is sharded; processes that have one each read guesses."""
+    model = make(image_positions=True, rope=True)
+    given = shapes_read(model, monkeypatch)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        assert engine.window_length(96, 1, 63) == 1
+        whole = generate_images(model, [[prompt(5)]], [[0]], sampler())
+        assert {length for _, length in given[1:]} == {MAX_WINDOW}
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        model(*torch.zeros(2, 1, 1, dtype=torch.int64))  # as in training, which gathers parameters outside of inference mode
+        given.clear()
+        assert np.array_equal(generate_images(model, [[prompt(5)]], [[0]], sampler()), whole)
+        assert {length for _, length in given[1:]} == {1}
     finally:
         torch.distributed.destroy_process_group()
 

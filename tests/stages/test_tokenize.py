@@ -7,8 +7,9 @@ import torch
 from cm3leon.config.schema import ImageTokenizerConfig
 from cm3leon.models.pixels import to_channels_first
 from cm3leon.models.vqgan import ImageTokenizer
-from cm3leon.stages.tokenize import MIN_AGREEMENT, choose_dtype
+from cm3leon.stages.tokenize import MIN_AGREEMENT, choose_dtype, own_rows
 from cm3leon.training.vqgan import make_spec
+from cm3leon.utils.world import World
 
 CPU = torch.device("cpu")
 
@@ -36,3 +37,9 @@ def test_float32_is_kept_if_entries_are_nearer_to_one_another_than_bfloat16_can_
     dtype, share = choose_dtype(model, pixels.split(16), CPU)
     assert dtype == torch.float32 and share == pytest.approx(expected)
     assert 0.1 < share < MIN_AGREEMENT
+
+
+def test_whole_shards_are_dealt_to_the_processes() -> None:
+    assert [own_rows(8, 3, World(rank, 3)) for rank in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert [own_rows(8, 2, World(rank, 3)) for rank in range(3)] == [[0, 1, 6, 7], [2, 3], [4, 5]]
+    assert [own_rows(2, 4, World(rank, 2)) for rank in range(2)] == [[0, 1], []]

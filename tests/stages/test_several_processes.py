@@ -1,0 +1,84 @@
+"""The stages that do not train in two processes: the outputs of one."""
+
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cm3leon.config import paths
+from cm3leon.config.ingest_schema import ShapesConfig
+from cm3leon.config.profiles import configure
+from cm3leon.data.images import fit_square
+from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
+from cm3leon.data.packing import pack
+from cm3leon.data.thumbnails import thumbnail_of, write_thumbnails
+from cm3leon.evaluation.record import Record
+from cm3leon.retrieval.vectors import IMAGES, TEXTS
+from cm3leon.scenes import source as shapes
+from cm3leon.stages import evaluate, index, tokenize
+from cm3leon.tracking import runs
+
+ROOT = Path(__file__).parents[2]
+TEST = 11
+CHANGES = [
+    "launch.processes=2", "tokenize={batch_size: 4, shard_documents: 7}", "index.batch_size=4",
+    "decoding={candidates: 2, retrieved_documents: 1, max_text_tokens: 4}",
+    "evaluate={prompts: 5, captions: 5, questions: 7, tasks: 3, sheet: 2, bootstrap: 10, max_training_similarity: null}",
+]  # fmt: skip
+
+
+@pytest.fixture
+def collection(stages):
+    """Scenes with all columns that tasks need, the first eleven of the test split; and untrained models."""
+    config = ShapesConfig(count=40, letters=0.3, edits=0.5, conditions=0.5, seed=1)
+    pack(shapes.rows(config, paths.RAW), paths.RAW, 32)
+    frame = read_manifest(paths.RAW).assign(width=64, height=64)
+    frame["split"] = np.where(np.arange(len(frame)) < TEST, "test", "train")
+    pq.write_table(
+        pa.Table.from_pylist(frame[VALIDATED_SCHEMA.names].to_dict("records"), schema=VALIDATED_SCHEMA),
+        paths.VALIDATED / "manifest.parquet",
+    )
+    store = ImageStore(paths.RAW)
+    write_thumbnails(paths.VALIDATED, frame["id"].tolist(), [thumbnail_of(fit_square(store.open(ref), 32)) for ref in frame["image"]])
+    return configure("tiny", CHANGES, configs=ROOT / "configs", params=Path("params.yaml"))
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(collection, monkeypatch):
+    """Tokens are the same files. Embeddings and generated images are made in other batches, so that scores agree but for rounding."""
+    monkeypatch.setattr(runs, "stage_run", lambda stage, config: nullcontext(runs.Run()))
+    one = [stage.run(collection) for stage in (tokenize, index, evaluate)]
+    outputs = (paths.TOKENS, paths.INDEX, paths.EVALUATION)
+    for path in outputs:
+        shutil.move(path, Path("one") / path)
+    shutil.copytree(Path("one") / paths.TOKENS, paths.TOKENS)
+    (paths.TOKENS / "train-00099.arrow").touch()  # of a longer run before
+    for stage in ("tokenize", "index", "evaluate"):
+        done = subprocess.run([sys.executable, "-m", "cm3leon", stage], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        metrics = json.loads(done.stdout.splitlines()[-1].removeprefix("metrics: "))
+        assert {"seconds", "peak_megabytes"} < metrics.keys() and one[0].keys() <= metrics.keys(), "once, by the first process"
+        assert {name: metrics[name] for name in one[0]} == pytest.approx(one.pop(0), rel=0.02, abs=0.02)
+
+    shards = [sorted((folder / paths.TOKENS).iterdir()) for folder in (Path(), Path("one"))]
+    assert [path.name for path in shards[0]] == [path.name for path in shards[1]] and len(shards[0]) > 6
+    assert all(ours.read_bytes() == other.read_bytes() for ours, other in zip(*shards, strict=True))
+    for name in (TEXTS, IMAGES):
+        ours, other = (np.load(folder / paths.INDEX / name) for folder in (Path(), Path("one")))
+        assert ours.shape == other.shape and np.abs(other).max() > 0.1
+        np.testing.assert_allclose(ours, other, atol=2e-3)
+    documents = [pd.read_parquet(folder / paths.INDEX / "documents.parquet") for folder in (Path(), Path("one"))]
+    pd.testing.assert_frame_equal(*documents)
+    ours, other = (Record.read(folder / paths.EVALUATION) for folder in (Path(), Path("one")))
+    assert ours.contract == other.contract and ours.scores.keys() == other.scores.keys()
+    assert {name: list(values) for name, values in ours.outcomes.items()} == {name: list(values) for name, values in other.outcomes.items()}
+    assert ours.scores == pytest.approx(other.scores, rel=0.02, abs=0.02)
+    assert {path.name for path in paths.EVALUATION.iterdir()} == {path.name for path in (Path("one") / paths.EVALUATION).iterdir()}
