@@ -51,4 +51,4 @@ def torchrun_command(command: Sequence[str], processes: int, arguments: str) -> 
     if unset := [word for word in where if "$" in word]:
         raise UserError(f"launch.torchrun: a variable of {' '.join(unset)} is not set in the environment")
     options = [*where, f"--nproc-per-node={processes}", f"--shutdown-timeout={SHUTDOWN_SECONDS}"]
-    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "cm3leon", *command]
+    return [sys.executable, "-m", "cm3leon.training.torchrun", *options, "-m", "cm3leon", *command]

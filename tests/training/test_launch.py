@@ -49,15 +49,49 @@ def test_torchrun_gets_the_arguments_with_variables_of_the_environment(started, 
         launch.replace_by_torchrun(["pretrain"], LaunchConfig(torchrun="--rdzv-endpoint $HEAD:29500"))
 
 
+def started_by_torchrun(directory, code):
+    """``cm3leon pretrain`` in two processes, in which a program of this code takes the place of ``cm3leon``."""
+    (directory / "program.py").write_text(f"import os, signal, sys, time\n{code}\n")
+    command = launch.torchrun_command(["pretrain"], 2, "")
+    assert command[0] == sys.executable and command[-3:] == ["-m", "cm3leon", "pretrain"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "PYTHONSAFEPATH")}
+    return subprocess.Popen(
+        [*command[:-2], "program", "pretrain"],
+        cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_torchrun_starts_the_stage_in_every_process(tmp_path):
-    """With a package of the same name that prints instead of training."""
-    (tmp_path / "cm3leon").mkdir()
-    (tmp_path / "cm3leon/__init__.py").write_text("")
     line = r"{sys.argv[1:]} {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\n"  # one write: two unbuffered ones would interleave
-    (tmp_path / "cm3leon/__main__.py").write_text(f'import os, sys; sys.stdout.write(f"{line}")')
-    environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "PYTHONPATH", "PYTHONSAFEPATH")}
-    command = launch.torchrun_command(["pretrain"], 2, "")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert sorted(done.stdout.split("\n")) == ["", "['pretrain'] 0 of 2", "['pretrain'] 1 of 2"], done.stderr
-    assert command[0] == sys.executable
+    process = started_by_torchrun(tmp_path, f'sys.stdout.write(f"{line}")')
+    output, errors = process.communicate()
+    assert sorted(output.split("\n")) == ["", "['pretrain'] 0 of 2", "['pretrain'] 1 of 2"], errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "status", "last"),
+    [
+        ("sys.stderr.write('error: no image tokenizer here\\n'); sys.exit(2)", 2, "error: no image tokenizer here"),
+        ("raise ValueError('wrong')", 1, "ended with status 1"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "ended with SIGKILL"),
+    ],
+)
+def test_the_error_of_the_process_that_failed_comes_last(code, status, last, tmp_path):
+    """The second process fails, the first waits for it: it is ended, and says nothing."""
+    process = started_by_torchrun(tmp_path, f"if os.environ['RANK'] == '0': time.sleep(60)\n{code}")
+    _, errors = process.communicate()
+    assert process.returncode == status and last in errors.splitlines()[-1]
+    assert "ValueError: wrong" in errors or "Traceback" not in errors
+    assert last.startswith("error") or "process 1 (id " in errors
+
+
+@pytest.mark.slow
+def test_a_sigterm_reaches_the_processes(tmp_path):
+    code = "signal.signal(signal.SIGTERM, lambda *_: (print('told', flush=True), sys.exit(1)))\nprint('up', flush=True)\ntime.sleep(60)"
+    process = started_by_torchrun(tmp_path, code)
+    assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
+    process.terminate()
+    output, errors = process.communicate()
+    assert (output, process.returncode, errors.splitlines()[-1]) == ("told\ntold\n", 1, "ended by SIGTERM")
