@@ -87,7 +87,8 @@ def run(trainer: loop.Trainer, directory: Path | None = None, stop: int | None =
     curve = []
 
     def log(metrics: dict[str, float], step: int) -> None:
-        curve.append(metrics)
+        if "loss" in metrics:  # the last are of the whole run
+            curve.append(metrics)
         if step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 

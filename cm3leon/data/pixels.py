@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cm3leon.data.loading import Square, default_workers, image_batches, read_ahead
+from cm3leon.data.loading import Square, decoded_per_second, default_workers, image_batches, read_ahead
 from cm3leon.data.manifest import ImageStore
 from cm3leon.utils.device import default_device
 from cm3leon.utils.progress import progress
@@ -46,6 +46,13 @@ class ImageSet:
         if self._pixels is not None:
             return self._pixels[positions]
         return self._read(np.arange(len(self.refs))[positions])
+
+    def decoded_per_second(self) -> dict[str, float]:
+        """What this machine decodes beside a training, as a metric (:func:`~cm3leon.data.loading.decoded_per_second`); none in memory."""
+        if self.in_memory:
+            return {}
+        workers = default_workers(default_device())
+        return {"decoded_per_second": decoded_per_second(self.store, self.refs, Square(self.size), workers)}
 
     def _read(self, positions: np.ndarray) -> np.ndarray:
         refs = [self.refs[position] for position in positions.tolist()]

@@ -34,15 +34,17 @@ def make_encoder(config: Config, processes: World, run: runs.Run) -> tuple[Encod
     refuse_too_large("encoder", section, clip.step_memory, processes)
     records = captioned("train")
     checkpoints = stage_checkpoints(config, "encoder", [paths.RAW, paths.VALIDATED / "manifest.parquet"], processes)
+    images = ImageSet(ImageStore(paths.RAW), records["image"].tolist(), section.image_size)
     encoder = clip.train(
         section,
-        ImageSet(ImageStore(paths.RAW), records["image"].tolist(), section.image_size),
+        images,
         records["captions"].tolist(),
         config.seed,
         processes,
         lambda metrics, step: run.log_metrics({f"encoder/{k}": v for k, v in metrics.items()}, step),
         checkpoints,
     )
+    run.log_metrics({f"encoder/{name}": value for name, value in images.decoded_per_second().items()})
     return encoder, checkpoints
 
 

@@ -63,6 +63,7 @@ def make_tokenizer(config: Config, processes: World, run: runs.Run) -> tuple[Ima
         lambda metrics, step: run.log_metrics({f"image_tokenizer/{k}": v for k, v in metrics.items()}, step),
         checkpoints,
     )
+    run.log_metrics({f"image_tokenizer/{name}": value for name, value in images.decoded_per_second().items()})
     return model, checkpoints
 
 

@@ -31,14 +31,16 @@ def run(config: Config) -> dict[str, float]:
         side = target_side(training, image_size, section.scale)
         inputs, more = [paths.RAW, paths.VALIDATED / "manifest.parquet"], {"image_tokenizer.image_size": str(image_size)}
         checkpoints = stage_checkpoints(config, "super_resolution", inputs, processes, more)
+        images = ImageSet(store, training["image"].tolist(), side)
         model = train(
             section,
-            ImageSet(store, training["image"].tolist(), side),
+            images,
             config.seed,
             processes,
             lambda metrics, step: run.log_metrics({f"super_resolution/{k}": v for k, v in metrics.items()}, step),
             checkpoints,
         )
+        run.log_metrics({f"super_resolution/{name}": value for name, value in images.decoded_per_second().items()})
         metrics = {}
         if processes.rank == 0:
             model.save(paths.SUPER_RESOLUTION)

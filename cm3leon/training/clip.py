@@ -174,6 +174,7 @@ class EncoderTrainer:
         world: World = ALONE,
     ) -> None:
         self.config, self.images, self.captions, self.tokenizer, self.seed, self.world = config, images, captions, tokenizer, seed, world
+        self.batch_size = min(config.batch_size, len(images))
         self.hard_negatives = HardNegatives(_together(captions))
         self.settings = trained_settings(config, tokenizer.size)
         torch.manual_seed(seed)
@@ -183,9 +184,8 @@ class EncoderTrainer:
 
     def batches(self, first: int) -> Generator[Pairs, None, None]:
         """The pairs of each step; see :class:`~cm3leon.training.loop.Trainer`."""
-        size = min(self.config.batch_size, len(self.images))
-        rows = self.world.share(size)
-        drawn, again = itertools.tee(shuffled_batches(len(self.images), size, self.seed, first))
+        rows = self.world.share(self.batch_size)
+        drawn, again = itertools.tee(shuffled_batches(len(self.images), self.batch_size, self.seed, first))
         read = batches_of(self.images, (positions[rows] for positions in again))
         for step, positions, pixels in zip(itertools.count(first), drawn, read, strict=False):
             yield Pairs(pixels, rows, *self.draw(step, positions))

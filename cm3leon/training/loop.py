@@ -46,7 +46,13 @@ class DivergenceError(UserError):
 
 
 class Trainer(Protocol[Batch]):
-    """All that a run changes, and the step that changes it."""
+    """All that a run changes, and the step that changes it.
+
+    Attributes:
+        batch_size: images of a step, over all processes.
+    """
+
+    batch_size: int
 
     def batches(self, first: int) -> Generator[Batch, None, None]:
         """What each step from ``first`` on reads, without end; read ahead, so it depends on nothing that steps change."""
@@ -73,7 +79,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> None:
-    """Take all steps; ``log`` receives the metrics of every :data:`LOG_EVERY`-th and of the last.
+    """Take all steps; ``log`` receives the metrics of every :data:`LOG_EVERY`-th and of the last, and then ``images_per_second``.
 
     With ``checkpoints`` it resumes from the newest one, and writes one every ``checkpoint_seconds`` and when interrupted: by SIGTERM, by
     SIGINT, or by the end of the process that started this one. A second SIGINT stops at once, without a checkpoint. The caller says that
@@ -125,6 +131,8 @@ def train(
                 saved = time.monotonic()
             if number and step < steps - 1:
                 leave(name, number, step + 1, checkpoints, world)
+    if first < steps:
+        log({"images_per_second": meter.rate * trainer.batch_size}, steps - 1)
 
 
 def _read(unread: list[Metrics], step: int, name: str) -> dict[str, float]:

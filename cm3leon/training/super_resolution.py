@@ -56,6 +56,7 @@ class SuperResolutionTrainer:
 
     def __init__(self, config: SuperResolutionConfig, images: SizedImages, seed: int, world: World = ALONE) -> None:
         self.config, self.images, self.seed, self.world = config, images, seed, world
+        self.batch_size = config.batch_size
         # Crops are patch_size pixels wide in the input, or the whole image where that is smaller.
         self.side = min(config.patch_size * config.scale, images.size // config.scale * config.scale)
         torch.manual_seed(seed)
@@ -66,7 +67,7 @@ class SuperResolutionTrainer:
 
     def batches(self, first: int) -> Generator[Tensor, None, None]:
         """This process's crops of each step, uint8 (B, 3, H, W); see :class:`~cm3leon.training.loop.Trainer`."""
-        own = self.world.share(self.config.batch_size)
+        own = self.world.share(self.batch_size)
         drawn, again = itertools.tee(self.draw(step, own) for step in itertools.count(first))
         for (_, crops), images in zip(drawn, batches_of(self.images, (positions for positions, _ in again)), strict=False):
             pixels = [crop.of(image, self.side) for crop, image in zip(crops, images, strict=True)]
@@ -74,7 +75,7 @@ class SuperResolutionTrainer:
 
     def draw(self, step: int, rows: slice) -> tuple[np.ndarray, Sequence[Crop]]:
         """Positions of random images, and a random crop of each: ``rows`` of a batch, which is the same in every process."""
-        rng, count, room = np.random.default_rng((self.seed, step)), self.config.batch_size, self.images.size - self.side + 1
+        rng, count, room = np.random.default_rng((self.seed, step)), self.batch_size, self.images.size - self.side + 1
         positions = rng.integers(len(self.images), size=count)
         crops = [Crop(*rng.integers([room, room, 4, 2]).tolist()) for _ in positions]
         return positions[rows], crops[rows]
@@ -99,7 +100,7 @@ class SuperResolutionTrainer:
             low_B3hw = reduce(target_B3HW, self.config.scale)
             with autocast(self.config, self.world.device):
                 output_B3HW = self.model(to_unit(low_B3hw)).float()
-            loss = l1_loss(output_B3HW, to_unit(target_B3HW)) * (len(part) / self.config.batch_size)
+            loss = l1_loss(output_B3HW, to_unit(target_B3HW)) * (len(part) / self.batch_size)
             loss.backward()
             total += loss.detach()
         return total

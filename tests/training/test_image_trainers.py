@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import signal
 import tarfile
+import time
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from cm3leon.training import loop
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.shuffling import shuffled_batches
 from cm3leon.utils.errors import UserError
-from cm3leon.utils.world import World
+from cm3leon.utils.world import ALONE, World
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -208,7 +209,19 @@ def test_images_that_workers_decode_ahead_give_the_same_run(kind, uninterrupted,
     expected, curve = uninterrupted(kind)
     assert run(trainer) == curve
     assert same(trainer, expected)
+    assert trainer.images.decoded_per_second()["decoded_per_second"] > 0
+    assert ImageSet(ImageStore(tmp_path), refs, 16).decoded_per_second() == {}, "those in memory are not decoded beside the training"
     assert not multiprocessing.active_children()
+
+
+def test_the_last_that_a_run_logs_is_its_rate():
+    logged = []
+    trainer = make_trainer("super_resolution")
+    start = time.perf_counter()
+    loop.train(trainer, STEPS, "super_resolution", ALONE, lambda metrics, step: logged.append((step, metrics)))
+    [(step, metrics)] = [found for found in logged if "loss" not in found[1]]
+    assert step == STEPS - 1 and logged[-1][1] is metrics and list(metrics) == ["images_per_second"]
+    assert metrics["images_per_second"] > 7 * STEPS / (time.perf_counter() - start)
 
 
 def test_the_advice_to_resume_from_another_run_is_given_where_the_command_has_the_option(tmp_path, capsys):
