@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,24 +19,33 @@ from torch import Tensor
 from cm3leon.utils.device import default_device
 from cm3leon.utils.errors import UserError
 
+PATIENCE = timedelta(days=1)
+"""How long a process waits for another, which may be alone at work for hours: hashing a collection, or generating the longer texts."""
+END_SECONDS = 5.0
+"""More than torchrun takes to notice that a process has failed and to end the others."""
+
 
 @dataclass(frozen=True)
 class World:
     """The processes of a run: this one's rank, their number, and this one's device.
 
     They exchange numbers by Gloo, without waiting for what their GPUs are computing.
+
+    Attributes:
+        patient: of all processes, for tensors on CPUs; None: the default group.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    patient: dist.ProcessGroup | None = None
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over the processes, in float64."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.patient)
         return [float(value) for value in tensor.tolist()]
 
     def max(self, value: int) -> int:
@@ -41,7 +53,7 @@ class World:
         if self.size == 1:
             return value
         tensor = torch.tensor(value)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, self.patient)
         return int(tensor.item())
 
     def gather(self, value: Any) -> list[Any]:
@@ -52,12 +64,12 @@ class World:
         data = json.dumps(value).encode()
         sizes = torch.zeros(self.size, dtype=torch.int64)
         sizes[self.rank] = len(data)
-        dist.all_reduce(sizes)
+        dist.all_reduce(sizes, group=self.patient)
         # 2. Exchange the bytes, padded to the longest: all_gather takes tensors of one size.
         sent = torch.zeros(int(sizes.max()), dtype=torch.uint8)
         sent[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         received = [torch.empty_like(sent) for _ in range(self.size)]
-        dist.all_gather(received, sent)
+        dist.all_gather(received, sent, self.patient)
         # 3. Remove the padding.
         return [json.loads(bytes(padded[:size].tolist())) for padded, size in zip(received, sizes.tolist(), strict=True)]
 
@@ -78,7 +90,7 @@ class World:
     def add(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the processes, in place and on its device; returns it."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self._group_of(tensor))
         return tensor
 
     def concatenate(self, rows: Tensor) -> Tensor:
@@ -89,19 +101,22 @@ class World:
         sent = rows.new_zeros(max(counts), *rows.shape[1:])
         sent[: len(rows)] = rows
         received = [torch.empty_like(sent) for _ in range(self.size)]
-        dist.all_gather(received, sent)
+        dist.all_gather(received, sent, self._group_of(sent))
         return torch.cat([padded[:count] for padded, count in zip(received, counts, strict=True)])
 
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the values of the first one, in place."""
         if self.size > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, 0)
+                dist.broadcast(tensor, 0, self._group_of(tensor))
 
     def wait(self) -> None:
         """Return when all processes have called this (a barrier)."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.patient)
+
+    def _group_of(self, tensor: Tensor) -> dist.ProcessGroup | None:
+        return self.patient if tensor.device.type == "cpu" else None
 
 
 ALONE = World()
@@ -111,6 +126,8 @@ ALONE = World()
 @contextmanager
 def world() -> Iterator[World]:
     """Connect the processes that ``torchrun`` started, by NCCL between GPUs and Gloo between CPUs; disconnects them at the end.
+
+    Where one fails it just ends, so that its error is not hidden until others end too, and these leave the last word to it.
 
     Yields:
         World: of this process alone if there is no ``torchrun``.
@@ -124,6 +141,19 @@ def world() -> Iterator[World]:
     # Gloo also with GPUs, for the tensors on CPUs that World and checkpoints exchange.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(dist.get_rank(), size, device)
-    finally:
+        # NCCL, by which processes keep step, has the usual limit of half an hour: a connection that hangs ends the run.
+        yield World(dist.get_rank(), size, device, dist.new_group(timeout=PATIENCE, backend="gloo"))
+    except SystemExit:  # together, after an interruption
         dist.destroy_process_group()
+        raise
+    except RuntimeError as error:
+        if _is_lost_connection(error):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(END_SECONDS)
+        raise
+    dist.destroy_process_group()  # by NCCL a collective operation: after a failure the others may never come to it
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether another process ended, or the network failed: neither Gloo nor NCCL has a type of its own for that on all paths."""
+    return any(name in str(error).lower() for name in ("gloo", "nccl"))

@@ -88,8 +88,41 @@ def test_the_error_of_the_process_that_failed_comes_last(code, status, last, tmp
 
 
 @pytest.mark.slow
+def test_a_process_that_waits_for_one_that_failed_leaves_it_the_last_word(tmp_path):
+    code = "with world() as processes:\n    if processes.rank == 0:\n        processes.wait()\n    raise ValueError('wrong')"
+    process = started_by_torchrun(tmp_path, f"from cm3leon.utils.world import world\n{code}")
+    _, errors = process.communicate()
+    assert errors.count("Traceback") == 1 and "ValueError: wrong" in errors
+    assert "process 1 (id " in errors.splitlines()[-1] and process.returncode == 1
+
+
+@pytest.mark.slow
+def test_processes_wait_for_one_that_takes_longer_than_torch_allows(tmp_path):
+    code = """
+import pathlib
+from datetime import timedelta
+import torch
+import torch.distributed.distributed_c10d as c10d
+from cm3leon.utils.world import world
+
+c10d.default_pg_timeout = timedelta(seconds=2)
+pathlib.Path(os.environ["RANK"]).touch()
+while not (pathlib.Path("0").exists() and pathlib.Path("1").exists()):
+    time.sleep(0.01)
+with world() as processes:
+    time.sleep(2.5 * processes.rank)
+    found = processes.gather(processes.rank)
+    time.sleep(2.5 * (1 - processes.rank))
+    rows = processes.concatenate(torch.full((processes.rank + 1,), processes.rank))
+    sys.stdout.write(f"{found} {rows.tolist()}\\n")
+"""
+    output, errors = started_by_torchrun(tmp_path, code).communicate()
+    assert output == "[0, 1] [0, 1, 1]\n" * 2, errors
+
+
+@pytest.mark.slow
 def test_a_sigterm_reaches_the_processes(tmp_path):
-    code = "signal.signal(signal.SIGTERM, lambda *_: (print('told', flush=True), sys.exit(1)))\nprint('up', flush=True)\ntime.sleep(60)"
+    code = "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'told\\n'), sys.exit(1)))\nos.write(1, b'up\\n')\ntime.sleep(60)"
     process = started_by_torchrun(tmp_path, code)
     assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
     process.terminate()
