@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -165,16 +166,32 @@ def read_manifest(path: str | Path, split: str | None = None, columns: Sequence[
     return pd.DataFrame(data)
 
 
+class _Members(NamedTuple):
+    """The members of a shard in the order of their names; arrays, as each process that reads images has those of all shards."""
+
+    names: np.ndarray  # encoded
+    offsets: np.ndarray  # bytes
+    sizes: np.ndarray  # bytes
+
+    def place(self, name: str) -> tuple[int, int] | None:
+        """Offset and size of a member; None if there is none of this name."""
+        encoded = np.bytes_(name.encode())
+        position = int(np.searchsorted(self.names, encoded))
+        if position == len(self.names) or self.names[position] != encoded:
+            return None
+        return int(self.offsets[position]), int(self.sizes[position])
+
+
 class ImageStore:
     """Random reads from uncompressed tar shards, without extracting them.
 
-    A reference is ``"SHARD/MEMBER"``, as in the manifest. The offsets of a shard are indexed at its first read. Each read opens the shard
-    (about 10 microseconds), so that one store serves any number of threads, and forked or pickled workers.
+    A reference is ``"SHARD/MEMBER"``, as in the manifest. The offsets of a shard are indexed at its first read, in some 40 bytes an image.
+    Each read opens the shard (about 10 microseconds), so that one store serves any number of threads, and forked or pickled workers.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self._offsets: dict[str, dict[str, tuple[int, int]]] = {}
+        self._members: dict[str, _Members] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,20 +200,21 @@ class ImageStore:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["root"])  # type: ignore[misc]
 
-    def _index(self, shard: str) -> dict[str, tuple[int, int]]:
-        """Member -> (offset, size) in bytes."""
+    def _index(self, shard: str) -> _Members:
         with self._lock:
-            if shard not in self._offsets:
+            if shard not in self._members:
                 if "/" in shard or not shard.endswith(".tar"):
                     raise ManifestError(f"{shard!r} is not a shard; an image reference looks like images-00000.tar/000001.png")
                 try:
                     with tarfile.open(self.root / shard, "r:") as archive:
-                        self._offsets[shard] = {member.name: (member.offset_data, member.size) for member in archive}
+                        found = sorted((member.name.encode(), member.offset_data, member.size) for member in archive)
                 except FileNotFoundError:
                     raise ManifestError(f"image shard {self.root / shard} does not exist; run: cm3leon ingest") from None
                 except tarfile.TarError as error:
                     raise ManifestError(f"image shard {self.root / shard} is damaged ({error}); run again: cm3leon ingest") from None
-            return self._offsets[shard]
+                names, offsets, sizes = zip(*found, strict=True) if found else ((), (), ())
+                self._members[shard] = _Members(np.array(names, dtype=np.bytes_), np.array(offsets, np.int64), np.array(sizes, np.int64))
+            return self._members[shard]
 
     def read(self, ref: str) -> bytes:
         """The bytes of an encoded image.
@@ -205,10 +223,10 @@ class ImageStore:
             ManifestError: if the shard or the member does not exist, or the shard is truncated.
         """
         shard, _, member = ref.partition("/")
-        offsets = self._offsets.get(shard) or self._index(shard)
-        if member not in offsets:
+        place = (self._members.get(shard) or self._index(shard)).place(member)
+        if place is None:
             raise ManifestError(f"image shard {self.root / shard} has no member {member!r}; run again: cm3leon ingest")
-        offset, size = offsets[member]
+        offset, size = place
         with (self.root / shard).open("rb") as file:  # buffered: a single read of the system ends after 2 GiB
             file.seek(offset)
             data = file.read(size)

@@ -15,6 +15,8 @@ TEXTS = ("licence", "attribution", "source", "group", "long_caption", "instructi
 LISTS = ("captions", "objects", "questions", "reasoning")
 COMPARED = 16
 """Most rows of one image that contradict each other with which another is compared: thousands may name the same placeholder."""
+ORIGINS = 15
+"""Most rows of a record that its origin names besides the first one."""
 
 
 def merge_rows(rows: Sequence[SourceRow]) -> list[SourceRow]:
@@ -28,38 +30,60 @@ def merge_rows(rows: Sequence[SourceRow]) -> list[SourceRow]:
         rows: in order. The first has read the image, the others have not.
     """
     image = rows[0].image
-    merged: list[SourceRow] = []
+    merged: list[_Merged] = []
     for row in rows:
-        joined = None if row.problem else next((number for number, other in enumerate(merged[:COMPARED]) if _agree(other, row)), None)
+        joined = None if row.problem else next((record for record in merged[:COMPARED] if record.agrees_with(row)), None)
         if joined is None:
-            merged.append(replace(row, image=image, extension=rows[0].extension) if row.image is None else row)
+            merged.append(_Merged(replace(row, image=image, extension=rows[0].extension) if row.image is None else row))
         else:
-            merged[joined] = _joined(merged[joined], row)
-    return merged
+            joined.join(row)
+    return [record.record() for record in merged]
 
 
-def _agree(one: SourceRow, other: SourceRow) -> bool:
-    if one.problem or other.edited_from in (one.key, *one.other_keys) or one.edited_from in (other.key, *other.other_keys):
-        return False  # an edit that has changed nothing is not its original
-    texts = ((getattr(one, name), getattr(other, name)) for name in TEXTS)
-    return all(None in pair or pair[0] == pair[1] for pair in texts) and all(
-        one.conditions.get(kind, image) == image for kind, image in other.conditions.items()
-    )
+class _Merged:
+    """A row, and those that joined it: as fast for a placeholder of thousands of rows as for an image with five captions."""
 
+    def __init__(self, row: SourceRow) -> None:
+        self._row = replace(row, other_keys=[*row.other_keys], conditions={**row.conditions})
+        self._lists: dict[str, list[Any]] = {name: [*getattr(row, name)] for name in LISTS}
+        self._known = {name: set(map(repr, items)) for name, items in self._lists.items()}
+        self._keys = {row.key, *row.other_keys}
+        self._origins: list[str] = []
 
-def _joined(one: SourceRow, other: SourceRow) -> SourceRow:
-    changes: dict[str, Any] = {name: getattr(one, name) if getattr(one, name) is not None else getattr(other, name) for name in TEXTS} | {
-        name: [*getattr(one, name), *(item for item in getattr(other, name) if item not in getattr(one, name))] for name in LISTS
-    }
-    file, _, place = other.origin.rpartition(" ")  # "manifest.csv line 3" and "manifest.csv line 5": "manifest.csv line 3, 5"
-    return replace(
-        one,
-        **changes,
-        conditions={**other.conditions, **one.conditions},
-        origin=f"{one.origin}, {place if file and one.origin.startswith(f'{file} ') else other.origin}",
-        other_keys=[*one.other_keys, other.key, *other.other_keys],
-        weight=max(one.weight, other.weight),
-    )
+    def agrees_with(self, other: SourceRow) -> bool:
+        """False for a row that contradicts, and for an edit and its original: one that has changed nothing."""
+        own = self._row
+        if own.problem or other.edited_from in self._keys or own.edited_from in (other.key, *other.other_keys):
+            return False
+        texts = ((getattr(own, name), getattr(other, name)) for name in TEXTS)
+        return all(None in pair or pair[0] == pair[1] for pair in texts) and all(
+            own.conditions.get(kind, image) == image for kind, image in other.conditions.items()
+        )
+
+    def join(self, other: SourceRow) -> None:
+        own = self._row
+        for name in TEXTS:
+            if getattr(own, name) is None:
+                setattr(own, name, getattr(other, name))
+        for name, items in self._lists.items():
+            items += [item for item in getattr(other, name) if repr(item) not in self._known[name]]
+            self._known[name].update(map(repr, getattr(other, name)))
+        own.conditions = {**other.conditions, **own.conditions}
+        own.weight = max(own.weight, other.weight)
+        own.other_keys += [other.key, *other.other_keys]
+        self._keys.update((other.key, *other.other_keys))
+        self._origins.append(other.origin)
+
+    def record(self) -> SourceRow:
+        """The row with all that joined it."""
+        first = self._row.origin
+        origins = [first]
+        for origin in self._origins[:ORIGINS]:
+            file, _, place = origin.rpartition(" ")  # "manifest.csv line 3" and "manifest.csv line 5": "manifest.csv line 3, 5"
+            origins.append(place if file and first.startswith(f"{file} ") else origin)
+        left = len(self._origins) - ORIGINS
+        lists: dict[str, Any] = self._lists
+        return replace(self._row, **lists, origin=", ".join(origins) + (f" and {left:,} more" if left > 0 else ""))
 
 
 # --- rows of the same image anywhere in a collection -----------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Packing is deterministic and loses nothing, and the image store reads every image back."""
 
 import copy
+import gc
 import hashlib
 import os
 import random
 import tarfile
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,3 +137,15 @@ def test_names_of_files_may_have_any_bytes(tmp_path: Path) -> None:
     assert frame["origin"].tolist() == ["caf\\xe9.png", "\\xff.png"]
     assert frame["captions"][0] == ["a picture"] and ImageStore(tmp_path / "raw").open(frame["image"][0]).size == (40, 40)
     assert frame["problem"][1] == "malformed_row" and "\\xff.txt" in frame["detail"][1]
+
+
+def test_the_index_of_a_shard_is_small(tmp_path: Path) -> None:
+    """Each process that reads images has one of all shards, in the memory that a record's images may take."""
+    pack((SourceRow(f"{number}", "", b"x", [], None, None, "test", "jpg") for number in range(2000)), tmp_path, 1)
+    store = ImageStore(tmp_path)
+    tracemalloc.start()
+    store.read("images-00000.tar/000000007.jpg")
+    gc.collect()
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 2000 * 60

@@ -37,8 +37,13 @@ class Cells(NamedTuple):
 
 
 def known_columns(names: Iterable[str]) -> dict[str, str]:
-    """Our column -> the one of ``names`` that is called so, in any case, or as one of :data:`ALIASES`."""
-    theirs = {name.lower(): name for name in names}
+    """Our column -> the one of ``names`` that is called so, in any case, or as one of :data:`ALIASES`.
+
+    Of names that differ in case only, the one in lower case counts, else the first.
+    """
+    theirs: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: not name.islower()):
+        theirs.setdefault(name.lower(), name)
     found = ((ours, [theirs[alias] for alias in ALIASES.get(ours, (ours,)) if alias in theirs]) for ours in MANIFEST_COLUMNS)
     return {ours: known[0] for ours, known in found if known}
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import time
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cm3leon.data.manifest import Problem, SourceRow
 from cm3leon.data.packing import pack
 from cm3leon.data.sources import SourceError
 from cm3leon.data.sources.folder import rows
+from cm3leon.data.sources.records import known_columns
 
 
 def collection(root: Path, records: list[dict[str, Any]], name: str = "manifest.csv") -> Path:
@@ -360,3 +362,18 @@ def test_known_layouts_need_no_mapping(tmp_path: Path, name: str, content: str) 
     (tmp_path / name).write_text(content)
     [row] = rows(FolderConfig(manifest=name, license="MIT"), tmp_path)
     assert (row.image, row.captions, row.problem) == (b"picture", ["a cat", "the cat"], None)
+
+
+def test_of_columns_that_differ_in_case_the_one_in_lower_case_counts() -> None:
+    assert known_columns(["image", "caption", "Caption", "CAPTION"])["captions"] == "caption"
+    assert known_columns(["image", "Caption", "CAPTION"])["captions"] == "Caption"
+
+
+def test_thousands_of_rows_may_name_one_placeholder(tmp_path: Path) -> None:
+    records = [{"image": "images/a.png", "caption": f"caption {number}", "license": "MIT"} for number in range(20_000)]
+    root = collection(tmp_path, records)
+    started = time.process_time()
+    [row] = rows(FolderConfig(), root)
+    assert time.process_time() - started < 3
+    assert row.captions == [f"caption {number}" for number in range(20_000)] and len(row.other_keys) == 19_999
+    assert row.origin == f"manifest.csv line {', '.join(map(str, range(2, 18)))} and 19,984 more"
