@@ -11,6 +11,7 @@ import numpy as np
 
 from cm3leon.config.schema import ValidateConfig
 from cm3leon.data.bounded import bounded_map
+from cm3leon.data.directories import files_below
 from cm3leon.data.images import SUFFIXES, ImageError, decode
 from cm3leon.data.near_duplicates import Likeness, near_duplicate_groups
 from cm3leon.data.thumbnails import stack, thumbnail_of
@@ -35,11 +36,12 @@ class Excluded:
         """All images and text files under a directory; nothing if there is none. Images have the limits that those of records have.
 
         Raises:
-            UserError: naming a file that cannot be read, so that what it holds would not be kept out.
+            UserError: naming a file or a directory that cannot be read, or a link that leads out of the directory, so that what it holds
+                would not be kept out.
         """
         found = cls()
         images: list[Path] = []
-        for file in sorted(file for file in directory.rglob("*") if file.is_file()):
+        for file in files_below(directory):
             if file.suffix.lower() in SUFFIXES:
                 images.append(file)
             elif file.suffix.lower() == ".txt":

@@ -133,8 +133,8 @@ def _creative_commons(text: str) -> str | None:
 
 
 def allowed(listed: Iterable[str]) -> set[str]:
-    """The licenses that a list of identifiers stands for, in which each of :data:`USES` is all that allow it."""
-    found = set(listed)
+    """The licenses that a list stands for: those that it names, in any spelling, and all that allow a use of :data:`USES` in it."""
+    found = {identifier_of(name) or name for name in listed}
     for use in found & set(USES):
         found |= {identifier for identifier, terms in TERMS.items() if terms.allow(use)}
     return found - set(USES)

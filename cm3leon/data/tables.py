@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def read_table(path: Path) -> tuple[list[str], Iterator[Row]]:
     if path.suffix.lower() not in readers:
         raise SourceError(f"{path}: the format of a manifest is one of {', '.join(readers)}, not {path.suffix!r}; convert the file")
     return readers[path.suffix.lower()](path)
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    """SourceError if a column is named twice: a row would have the cell of one of them only."""
+    repeated = sorted(name for name, count in Counter(filter(None, names)).items() if count > 1)
+    if repeated:
+        raise SourceError(f"{path} names a column twice: {', '.join(repeated)}; rename one of them")
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -91,9 +99,7 @@ def _csv(path: Path) -> tuple[list[str], Iterator[Row]]:
     names = [name.strip() for name in headers[separator]]
     if not any(names):
         raise SourceError(f"{path} is empty; its first line must name the columns")
-    repeated = sorted({name for name in names if name and names.count(name) > 1})
-    if repeated:
-        raise SourceError(f"{path} names a column twice: {', '.join(repeated)}; rename one of them")
+    _check_names(path, names)
 
     def rows() -> Iterator[Row]:
         lines = _lines(path, separator, quoted)
@@ -210,6 +216,7 @@ def _parquet(path: Path) -> tuple[list[str], Iterator[Row]]:
             names = file.schema_arrow.names
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{path} is not a parquet file, or it is damaged ({str(error)[:200]}); write it again") from None
+    _check_names(path, names)
 
     def rows() -> Iterator[Row]:
         number = 0

@@ -84,3 +84,12 @@ def test_texts_that_differ_in_case_punctuation_and_encoding_are_the_same(one: st
 )
 def test_other_words_are_other_texts(one: str, other: str) -> None:
     assert folded(one) != folded(other)
+
+
+def test_a_linked_directory_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "benchmark").mkdir()
+    picture(0).save(tmp_path / "benchmark" / "0.png")
+    (tmp_path / "excluded").mkdir()
+    (tmp_path / "excluded" / "coco").symlink_to(tmp_path / "benchmark")
+    with pytest.raises(UserError, match=r"excluded/coco is a link to the directory .*/benchmark"):
+        Excluded.read(tmp_path / "excluded", CONFIG)

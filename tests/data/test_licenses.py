@@ -58,6 +58,12 @@ def test_uses_stand_for_the_licenses_that_allow_them() -> None:
     assert allowed(["MIT"]) == {"MIT"}
 
 
+def test_listed_licenses_may_be_spelled_as_records_spell_them() -> None:
+    assert allowed(["cc-by-4.0", "CC BY-SA 3.0", "https://creativecommons.org/publicdomain/zero/1.0/", "mine"]) == {
+        "CC-BY-4.0", "CC-BY-SA-3.0", "CC0-1.0", "mine",
+    }  # fmt: skip
+
+
 def test_obligations_are_those_of_the_deeds() -> None:
     assert obligation("CC0-1.0") == "none"
     assert obligation("LicenseRef-mine") == "read the license"

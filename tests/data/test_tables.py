@@ -138,3 +138,10 @@ def test_a_truncated_file_in_utf16_is_told_for_what_it_is(tmp_path: Path) -> Non
         (tmp_path / name).write_bytes(text.encode("utf-16")[:-1])
         with pytest.raises(SourceError, match="is not UTF-16 to its end"):
             read(tmp_path / name)
+
+
+def test_a_column_named_twice_in_parquet_is_refused_as_in_csv(tmp_path: Path) -> None:
+    columns = [pa.array(["a.png"]), pa.array(["first"]), pa.array(["second"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["image", "caption", "caption"]), tmp_path / "m.parquet")
+    with pytest.raises(SourceError, match=r"m\.parquet names a column twice: caption; rename one of them"):
+        read_table(tmp_path / "m.parquet")

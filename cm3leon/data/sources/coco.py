@@ -51,7 +51,9 @@ def rows(config: CocoConfig, path: Path) -> Iterator[SourceRow]:
             if "caption" in item:
                 record["captions"].append(item["caption"])
             if "bbox" in item:
-                record["objects"].append({"label": _known(labels, item.get("category_id")), "box": _corners(item["bbox"])})
+                category = item.get("category_id")
+                label = _known(labels, category) or {"category_id": category}  # for the message, if it is not listed
+                record["objects"].append({"label": label, "box": _corners(item["bbox"])})
             if "segments_info" in item:
                 record["panoptic"] = (item.get("file_name"), item["segments_info"], labels)
     files = Files(path.resolve(), config.max_file_megabytes)

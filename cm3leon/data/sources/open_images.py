@@ -34,7 +34,8 @@ def rows(config: OpenImagesConfig, path: Path) -> Iterator[SourceRow]:
     """A record for each image of the file of boxes, in its order.
 
     Raises:
-        SourceError: if a file is missing, lacks a column, or the boxes of an image do not follow one another.
+        SourceError: if a file is missing, lacks a column, has a line at fault in the list of images, or the boxes of an image do not
+            follow one another.
     """
     names = _classes(existing(path / config.classes, "ingest.open_images.classes"))
     stated = _stated(existing(path / config.image_list, "ingest.open_images.image_list")) if config.image_list else {}
@@ -62,7 +63,7 @@ def _cells(
         return Cells(cells, f"{config.boxes} image {image_id}", fault)
     cells["objects"] = [
         {
-            "label": names.get(box["LabelName"]),
+            "label": names.get(box["LabelName"]) or {"LabelName": box["LabelName"]},  # for the message, if it is no class
             "box": [_pixels(box[name], side) for name, side in (("XMin", width), ("YMin", height), ("XMax", width), ("YMax", height))],
         }
         for _, box, wrong in boxes
@@ -97,9 +98,15 @@ def _classes(path: Path) -> dict[str, str]:
 
 
 def _stated(path: Path) -> dict[str, dict[str, str]]:
-    """License and attribution of each image, as far as the list states them."""
+    """License and attribution of each image, as far as the list states them.
+
+    Raises:
+        SourceError: if a line has too few or too many cells: an author would be named who is not.
+    """
     stated = {}
-    for _, cells, _ in _table(path, ("ImageID", "License")):
+    for where, cells, fault in _table(path, ("ImageID", "License")):
+        if fault:
+            raise SourceError(f"{path}, {where}: {fault}; correct it: a comma in a cell asks for quotes around the cell")
         author = next((cells[name] for name in AUTHOR if cells.get(name)), "")
         stated[cells["ImageID"]] = {"licence": cells.get("License", ""), "attribution": author}
     return stated

@@ -11,6 +11,7 @@ from typing import Any
 
 from cm3leon.config.ingest_schema import SidecarConfig
 from cm3leon.data.cells import parse_json
+from cm3leon.data.directories import files_below
 from cm3leon.data.images import SUFFIXES
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import SourceError
@@ -22,8 +23,9 @@ def rows(config: SidecarConfig, path: Path) -> Iterator[SourceRow]:
 
     Raises:
         SourceError: if there are no images.
+        UserError: if a directory cannot be read, or is a link that leads out of ``path``.
     """
-    images = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    images = [file for file in files_below(path) if file.suffix.lower() in SUFFIXES]
     if not images:
         raise SourceError(f"{path} holds no images ({', '.join(SUFFIXES)}); ingest.path names their directory")
     files = Files(path.resolve(), config.max_file_megabytes)

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from cm3leon.config.ingest_schema import WebdatasetConfig
 from cm3leon.data.cells import parse_json
+from cm3leon.data.directories import files_below
 from cm3leon.data.images import SUFFIXES
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import SourceError
@@ -46,8 +47,9 @@ def rows(config: WebdatasetConfig, path: Path) -> Iterator[SourceRow]:
 
     Raises:
         SourceError: if there are no shards or records, or a shard is damaged.
+        UserError: if a directory cannot be read, or is a link that leads out of ``path``.
     """
-    shards = sorted(path.rglob("*.tar"))
+    shards = [file for file in files_below(path) if file.suffix == ".tar"]
     if not shards:
         raise SourceError(f"{path} holds no tar shards; ingest.path names their directory")
     files = Files(path.resolve(), config.max_file_megabytes)

@@ -160,3 +160,21 @@ def test_a_wrong_panoptic_annotation_is_the_rows_problem(tmp_path: Path, changes
     row, other = coco.rows(config, tmp_path)
     assert (row.problem, other.problem, row.image) == (reason, None, b"1.jpg")
     assert detail in (row.detail or "") and row.conditions == {}
+
+
+def test_a_category_without_a_name_is_told(tmp_path: Path) -> None:
+    write_open_images(tmp_path)
+    unknown = list(open_images.rows(OpenImagesConfig(), tmp_path))[2]
+    assert "'LabelName': '/m/cow'" in (unknown.detail or "")
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1], "category_id": 7}]}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    [row] = coco.rows(CocoConfig(annotations=["instances.json"]), tmp_path)
+    assert (row.problem, row.objects) == ("malformed_row", []) and "'category_id': 7" in (row.detail or "")
+
+
+def test_a_line_of_the_list_of_images_that_is_at_fault_names_no_author(tmp_path: Path) -> None:
+    write_open_images(tmp_path)
+    for line in ("a,train,https://example.org/a,CC-BY-2.0,https://example.org/me,Doe, Jane\n", "train\n"):
+        (tmp_path / "images.csv").write_text(IMAGES.splitlines()[0] + "\n" + line)
+        with pytest.raises(SourceError, match=r"images\.csv, line 2: [17] cells where the header names 6; correct it"):
+            list(open_images.rows(OpenImagesConfig(image_list="images.csv"), tmp_path))

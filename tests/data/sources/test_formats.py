@@ -13,6 +13,7 @@ import pytest
 
 from cm3leon.config.ingest_schema import CocoConfig, InstructPix2PixConfig, SidecarConfig, WebdatasetConfig
 from cm3leon.data.sources import SourceError, coco, instruct_pix2pix, sidecar, webdataset
+from cm3leon.utils.errors import UserError
 
 
 def shard(path: Path, members: dict[str, bytes], links: dict[str, str] | None = None) -> None:
@@ -243,3 +244,20 @@ def test_several_edits_of_one_image_share_it(tmp_path: Path) -> None:
     original, red, blue = instruct_pix2pix.rows(InstructPix2PixConfig(license="MIT"), tmp_path)
     assert (original.image, red.image, blue.image) == (b"0", b"red", b"blue")
     assert {red.edited_from, blue.edited_from} == {original.key, *original.other_keys}
+
+
+def test_what_lies_behind_a_link_out_of_the_collection_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    root, other = tmp_path / "collection", tmp_path / "other"
+    for directory, name in ((root / "own", "0"), (other, "1")):
+        directory.mkdir(parents=True)
+        (directory / f"{name}.png").write_bytes(b"image")
+        shard(directory / f"{name}.tar", {f"{name}.png": b"image"})
+    sources = ((sidecar, SidecarConfig(license="MIT")), (webdataset, WebdatasetConfig(license="MIT")))
+    (root / "inside").symlink_to(root / "own")
+    (root / "2.png").symlink_to(tmp_path / "gone.png")
+    assert [row.problem for row in sidecar.rows(SidecarConfig(license="MIT"), root)] == ["path_outside_root", None]
+    assert [row.origin for row in webdataset.rows(WebdatasetConfig(license="MIT"), root)] == ["own/0.tar 0"]
+    (root / "more").symlink_to(other)
+    for source, config in sources:
+        with pytest.raises(UserError, match=r"collection/more is a link to the directory .*/other, .* move or copy the files"):
+            list(source.rows(config, root))
