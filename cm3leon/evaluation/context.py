@@ -67,11 +67,16 @@ class Evaluation:
         fitting = [row for row in found if values is None or self.generator.fits(task, values(row))]
         self.record.contract.setdefault("tasks", {})[task] = {"count": 0, "too_long": len(found) - len(fitting)}
         if not fitting:
-            print(f"{task}: not measured, no test record has the columns it needs and fits in the context", flush=True)
+            self.say(f"{task}: not measured, no test record has the columns it needs and fits in the context")
 
         # 2. A sample of them, in the manifest's order.
         order = np.random.default_rng(self.config.evaluate.seed).permutation(len(fitting))[: self.config.evaluate.tasks]
         return [fitting[int(number)] for number in sorted(order)]
+
+    def say(self, message: str) -> None:
+        """Print a message, once."""
+        if self.processes.rank == 0:
+            print(message, flush=True)
 
     def images(self, refs: Sequence[str]) -> list[Image.Image]:
         """Stored images, cropped and resized to the image tokenizer's square."""

@@ -161,7 +161,7 @@ def evaluate(config: Config, output: Path, model: Generator | None = None, proce
     else:
         leakage.check(test_ids, train["id"].tolist(), known, paths.VALIDATED, likeness)
     if section.max_training_similarity is not None:
-        test = _unlike_training(test, store, encoder, generator.image_size, section.max_training_similarity)
+        test = _unlike_training(test, store, encoder, generator.image_size, section.max_training_similarity, processes)
 
     # 3. What is asked: it is fixed by the seed, and its digests are the contract.
     prompted = sample_prompts(test, leakage.Known.of(train["captions"]), section.prompts, section.seed)
@@ -206,17 +206,25 @@ def evaluate(config: Config, output: Path, model: Generator | None = None, proce
     return record
 
 
-def _unlike_training(test: pd.DataFrame, store: ImageStore, encoder: Encoder, size: int, similarity: float) -> pd.DataFrame:
-    """The test records whose images are not too similar to one of training, by the embeddings in the memory bank of this project."""
+def _unlike_training(
+    test: pd.DataFrame, store: ImageStore, encoder: Encoder, size: int, similarity: float, processes: World
+) -> pd.DataFrame:
+    """The test records whose images are not too similar to one of training, by the embeddings in the memory bank of this project.
+
+    Each process compares its part of them. All have to leave out the same ones, whatever the rounding on their GPUs.
+    """
     bank = MemoryBank.load(paths.INDEX)
-    pictures = Pictures(len(test), lambda part: [fit_square(store.open(ref), size) for ref in test["image"].iloc[part]])
-    like = leakage.like_training(encoder.encode_images(pictures), bank.image, similarity)
+    own = test["image"].iloc[processes.part(len(test))]
+    pictures = Pictures(len(own), lambda part: [fit_square(store.open(ref), size) for ref in own.iloc[part]])
+    found = processes.gather(leakage.like_training(encoder.encode_images(pictures), bank.image, similarity).tolist())
+    like = np.array([value for part in found for value in part], dtype=bool)
     if like.all():
         raise UserError(
             f"all {len(test)} test images are like one of training: the cosine of their embeddings is above "
             f"evaluate.max_training_similarity {similarity}; raise it, or set it to null"
         )
-    print(f"{like.sum()} of {len(like)} test records are left out: their images are like one of training", flush=True)
+    if processes.rank == 0:
+        print(f"{like.sum()} of {len(like)} test records are left out: their images are like one of training", flush=True)
     return test[~like].reset_index(drop=True)
 
 
@@ -245,7 +253,7 @@ def _measure_prompts(e: Evaluation, prompted: dict[leakage.Kind, pd.DataFrame], 
         Images for a sheet, and the table of confusions, of the former; of the first other kind if there are none.
     """
     if prompted["unseen"].empty:
-        print("text_to_image: every prompt stands in training or is of a new combination; these have scores of their own", flush=True)
+        e.say("text_to_image: every prompt stands in training or is of a new combination; these have scores of their own")
     shown: Sheet = []
     confusions = ""
     for kind, rows in prompted.items():

@@ -38,6 +38,7 @@ from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.stages import evaluate
 from cm3leon.tracking import runs
 from cm3leon.utils.errors import UserError
+from cm3leon.utils.world import World
 
 CONFIG = Config.model_validate(
     {
@@ -249,6 +250,27 @@ def test_test_images_like_one_of_training_are_left_out(collection):
     assert set(evaluated(limit).outcomes["clip_score"]) == set(test["id"][nearest <= limit])
     with pytest.raises(UserError, match=r"all 6 test images are like one of training.*evaluate\.max_training_similarity"):
         evaluated(float(nearest.min()) - 0.01)
+
+
+def test_processes_leave_out_the_same_records_of_which_each_has_compared_a_part(collection, monkeypatch):
+    collection(7)
+    encoder, test = Encoder.load(paths.ENCODER), read_manifest(paths.VALIDATED, "test")
+    store, size = ImageStore(paths.RAW), ImageTokenizer.load(paths.IMAGE_TOKENIZER).spec.image_size
+    nearest = encoder.encode_images([fit_square(store.open(ref), size) for ref in test["image"]]) @ MemoryBank.load(paths.INDEX).image.T
+    limit = float(np.sort(nearest.max(1))[2:4].mean())
+    known = {rank: [False] * len(range(7)[World(rank, 3).part(7)]) for rank in range(3)}
+
+    def gather(self: World, value: list[bool]) -> list[list[bool]]:
+        known[self.rank] = value
+        return [known[rank] for rank in range(self.size)]
+
+    def left(processes: World) -> list[str]:
+        return evaluation._unlike_training(test, store, encoder, size, limit, processes)["id"].tolist()
+
+    alone = left(World())
+    monkeypatch.setattr(World, "gather", gather)
+    last = [left(World(rank, 3)) for rank in range(3)][-1]
+    assert last == alone == left(World(0, 3)) and 0 < len(alone) < 7
 
 
 def test_a_single_test_record_is_measured(collection):
