@@ -9,7 +9,7 @@ from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.tokens import TokenStore
 from cm3leon.tracking import runs
-from cm3leon.training.fingerprint import fingerprint
+from cm3leon.training.fingerprint import common_fingerprint
 from cm3leon.training.pretraining import mask_shares, new_decoder, training_samples, training_weights, validation_batches
 from cm3leon.training.run import make_stream, train
 from cm3leon.training.sample_sheets import sample_sheets
@@ -26,6 +26,7 @@ def run(config: Config, resume_from: Path | None = None, *, accept_changes: bool
         shares = mask_shares(samples)
         run.log_metrics({f"pretrain/{name}": share for name, share in shares.items()})
         parameters = float(model.parameter_count)
+        inputs = [paths.TOKENS, paths.NEIGHBORS, paths.IMAGE_TOKENIZER, paths.VALIDATED / "manifest.parquet"]
         metrics = train(
             "pretrain",
             model,
@@ -36,7 +37,7 @@ def run(config: Config, resume_from: Path | None = None, *, accept_changes: bool
             run,
             processes,
             sample_sheets(run, model, held_out, processes.device),
-            fingerprint(config, "pretrain", [paths.TOKENS, paths.NEIGHBORS, paths.IMAGE_TOKENIZER, paths.VALIDATED / "manifest.parquet"]),
+            common_fingerprint(config, "pretrain", inputs, processes),
             weights=weights,
             resume_from=resume_from,
             accept_changes=accept_changes,

@@ -10,7 +10,7 @@ from cm3leon.data.tokens import TokenStore
 from cm3leon.models.decoder import Decoder, stored_weights
 from cm3leon.sequence.tasks import TASKS
 from cm3leon.tracking import runs
-from cm3leon.training.fingerprint import fingerprint
+from cm3leon.training.fingerprint import common_fingerprint
 from cm3leon.training.instruction_tuning import task_samples, training_of, validation_batches
 from cm3leon.training.run import make_stream, train
 from cm3leon.training.sample_sheets import sample_sheets
@@ -28,6 +28,7 @@ def run(config: Config, resume_from: Path | None = None, *, accept_changes: bool
         counts = {f"documents_{name}": float(count) for name, count in samples.counts.items()}
         run.log_metrics({f"sft/{name}": count for name, count in counts.items()})
         run.log_metrics({f"sft/share_{name}": share for name, share in samples.shares.items()})
+        inputs = [paths.TOKENS, paths.NEIGHBORS, paths.PRETRAINED, paths.VALIDATED / "manifest.parquet"]
         metrics = train(
             "sft",
             model,
@@ -38,7 +39,7 @@ def run(config: Config, resume_from: Path | None = None, *, accept_changes: bool
             run,
             processes,
             sample_sheets(run, model, held_out, processes.device),
-            fingerprint(config, "sft", [paths.TOKENS, paths.NEIGHBORS, paths.PRETRAINED, paths.VALIDATED / "manifest.parquet"]),
+            common_fingerprint(config, "sft", inputs, processes),
             list(TASKS),
             weights=stored_weights(paths.PRETRAINED),
             resume_from=resume_from,

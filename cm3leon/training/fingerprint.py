@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cm3leon.utils.imports import import_closure
+from cm3leon.utils.world import World
 
 if TYPE_CHECKING:
     from cm3leon.config.schema import Config
@@ -98,6 +99,15 @@ def fingerprint(config: Config, stage: str, inputs: Sequence[Path]) -> Fingerpri
     section = {name: value for name, value in getattr(config, stage).model_dump().items() if name not in NEUTRAL}
     parameters = {f"{stage}.{name}": value for name, value in flatten(section).items()} | {"seed": str(config.seed)}
     return parameters | {str(path): data_hash(path) for path in inputs} | {"code": code_hash(stage), "torch": torch.__version__}
+
+
+def common_fingerprint(
+    config: Config, stage: str, inputs: Sequence[Path], processes: World, more: Mapping[str, str] | None = None
+) -> Fingerprint:
+    """:func:`fingerprint`, with the entries of ``more``. The first process alone reads the inputs, and all get what it found."""
+    own = fingerprint(config, stage, inputs) | dict(more or {}) if processes.rank == 0 else None
+    found: Fingerprint = processes.gather(own)[0]
+    return found
 
 
 def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cm3leon.config import paths
 from cm3leon.training.checkpoint import Checkpoints
-from cm3leon.training.fingerprint import Fingerprint, fingerprint
+from cm3leon.training.fingerprint import common_fingerprint
 from cm3leon.training.interruption import interruption
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.progress import progress
@@ -158,8 +158,7 @@ def stage_checkpoints(
         inputs: files and directories that the stage reads.
         more: parameters of other sections that the run depends on.
     """
-    identity: Fingerprint | None = fingerprint(config, stage, inputs) | dict(more or {}) if world.rank == 0 else None
-    return Checkpoints(paths.CHECKPOINTS / stage, world.gather(identity)[0], KEEP_CHECKPOINTS, world)
+    return Checkpoints(paths.CHECKPOINTS / stage, common_fingerprint(config, stage, inputs, world, more), KEEP_CHECKPOINTS, world)
 
 
 # --- the end before the last step ------------------------------------------------------------------------------------

@@ -6,7 +6,19 @@ import pytest
 import yaml
 
 from cm3leon.config.schema import Config, TrainConfig
-from cm3leon.training.fingerprint import ASIDE, NEUTRAL, PACKAGE, ROOMS, code_hash, data_hash, differences, fingerprint, training_modules
+from cm3leon.training.fingerprint import (
+    ASIDE,
+    NEUTRAL,
+    PACKAGE,
+    ROOMS,
+    code_hash,
+    common_fingerprint,
+    data_hash,
+    differences,
+    fingerprint,
+    training_modules,
+)
+from cm3leon.utils.world import World
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +105,13 @@ def test_how_a_run_is_computed_and_watched_is_not_its_identity(tmp_path):
     configs = [Config(), Config.model_validate({"pretrain": watched})]
     old, new = (fingerprint(config, "pretrain", [tmp_path / "tokens"]) for config in configs)
     assert old == new
+
+
+def test_of_several_processes_the_first_reads_the_inputs(tmp_path, monkeypatch):
+    """Of 64 processes each would read all tokens of the collection before its first step."""
+    (tmp_path / "tokens").write_bytes(b"0")
+    first = common_fingerprint(Config(), "pretrain", [tmp_path / "tokens"], World(), {"image_tokenizer.image_size": "64"})
+    assert first == fingerprint(Config(), "pretrain", [tmp_path / "tokens"]) | {"image_tokenizer.image_size": "64"}
+    (tmp_path / "tokens").unlink()
+    monkeypatch.setattr(World, "gather", lambda self, own: [first, own])
+    assert common_fingerprint(Config(), "pretrain", [tmp_path / "tokens"], World(1, 2)) == first
