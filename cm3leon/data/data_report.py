@@ -28,7 +28,7 @@ from cm3leon.data.images import ImageError, decode
 from cm3leon.data.last_accepted import changes_between
 from cm3leon.data.manifest import ImageStore, first_caption, records_of
 from cm3leon.data.validation import RULES, Findings
-from cm3leon.sequence.tasks import TASKS, counts_of_tasks
+from cm3leon.sequence.tasks import TASK_COLUMNS, TASKS, counts_of_tasks
 from cm3leon.utils.html import image_tag, page
 from cm3leon.utils.svg import BEFORE, histogram
 
@@ -136,13 +136,13 @@ def _counts(found: Found) -> str:
     several = "<p>A record that breaks several rules counts as each.</p>" if sum(report["reasons"].values()) > report["rejected"] else ""
     by_source = [(name, count, report["sources"]["accepted"].get(name, 0)) for name, count in sorted(report["sources"]["read"].items())]
     sources = _table(("source", "read", "accepted"), by_source) if len(by_source) > 1 else ""
-    noted = [record for record in records_of(found.accepted) if record["detail"]][:NOTES] if report["noted"] else []
+    noted = records_of(found.accepted[found.accepted["detail"].astype(bool)].head(NOTES)) if report["noted"] else []
     notes = "".join(f"<li>{_text(record['origin'])}: {_text(record['detail'])}</li>" for record in noted)
     return _table(("records", "count"), rows.items()) + several + sources + (f"<p>Notes, for example:</p><ul>{notes}</ul>" if notes else "")
 
 
 def _tasks(accepted: pd.DataFrame) -> str:
-    counts = counts_of_tasks(records_of(accepted))
+    counts = counts_of_tasks(records_of(accepted[list(TASK_COLUMNS)]))
     missing = [name for name in TASKS if name not in counts]
     without = f"<p>No record has the columns of {', '.join(f'<code>{name}</code>' for name in missing)}.</p>" if missing else ""
     rows = [(name, count, ", ".join(TASKS[name].columns)) for name, count in counts.items()]
@@ -164,11 +164,15 @@ Pair = tuple[dict[str, Any], dict[str, Any]]
 def _examples(found: Found) -> dict[str, list[Example]]:
     """The first records of each reason, the most frequent reason first."""
     listed: dict[str, list[Example]] = {reason: [] for reason, _ in _by_count(found.report["reasons"])}
-    for record, findings in zip(records_of(found.rejected), found.findings, strict=True):
+    for row, findings in enumerate(found.findings):
         for reason, detail in findings:
             if len(listed[reason]) < EXAMPLES:
-                listed[reason].append((record, detail))
+                listed[reason].append((_record(found.rejected, row), detail))
     return listed
+
+
+def _record(records: pd.DataFrame, row: int) -> dict[str, Any]:
+    return records_of(records.iloc[[row]])[0]
 
 
 def _by_count(counts: dict[str, int]) -> list[tuple[str, int]]:
@@ -177,13 +181,11 @@ def _by_count(counts: dict[str, int]) -> list[tuple[str, int]]:
 
 def _copies(found: Found) -> list[Pair]:
     """Accepted records and rejected ones with the same pixels."""
-    copied = (
-        record
-        for record, findings in zip(records_of(found.rejected), found.findings, strict=True)
-        if any(reason == "duplicate" for reason, _ in findings)
-    )
-    kept = {record["pixels"]: record for record in records_of(found.accepted)}
-    return [(kept[record["pixels"]], record) for record in islice(copied, PAIRS)]
+    copied = (row for row, findings in enumerate(found.findings) if any(reason == "duplicate" for reason, _ in findings))
+    copies = [_record(found.rejected, row) for row in islice(copied, PAIRS)]
+    originals = found.accepted[found.accepted["pixels"].isin([record["pixels"] for record in copies])]
+    kept = {record["pixels"]: record for record in records_of(originals)}
+    return [(kept[record["pixels"]], record) for record in copies]
 
 
 def _near_pairs(accepted: pd.DataFrame) -> list[Pair]:
@@ -198,7 +200,7 @@ def _near_pairs(accepted: pd.DataFrame) -> list[Pair]:
             apart[0] = -1
             pairs.append((-float(apart.max()), int(group[0]), int(group[apart.argmax()])))
     chosen = sorted(pairs)[:PAIRS]
-    return [(records_of(accepted.iloc[[one]])[0], records_of(accepted.iloc[[other]])[0]) for _, one, other in chosen]
+    return [(_record(accepted, one), _record(accepted, other)) for _, one, other in chosen]
 
 
 def _pictures(store: ImageStore, records: Sequence[dict[str, Any]], config: ValidateConfig) -> dict[str, str]:

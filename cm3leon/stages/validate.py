@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ _RAW_FIELDS = [field for field in MANIFEST_SCHEMA if field.name != "detail"]
 REJECTED_SCHEMA = pa.schema([*_RAW_FIELDS, ("reasons", pa.list_(pa.string())), ("detail", pa.string())])
 EXAMPLES = 3
 """Most records that an error names for a rule."""
+LISTED = 100
+"""Most licenses and sources of which the report counts the records each; some collections state the address of each image as its source."""
 Embed = Callable[[ImageStore, Sequence[str]], np.ndarray]
 """Unit vectors of stored images, float32 (n, d), as :meth:`cm3leon.models.clip.Encoder.encode_refs` makes them."""
 
@@ -185,9 +188,6 @@ def _report(frame: pd.DataFrame, findings: list[Findings], good: np.ndarray) -> 
     read, accepted, rejected = len(frame), int(good.sum()), sum(1 for found in findings if found)
     assert accepted + rejected == read, (accepted, rejected, read)
 
-    def counts(values: pd.Series) -> dict[str, int]:
-        return dict(sorted(Counter(value or "none stated" for value in values).items()))
-
     return {
         "read": read,
         "accepted": accepted,
@@ -195,13 +195,23 @@ def _report(frame: pd.DataFrame, findings: list[Findings], good: np.ndarray) -> 
         "rejected_rate": round(rejected / max(read, 1), 6),
         "unaccounted": read - accepted - rejected,
         "reasons": dict(sorted(reasons.items())),
-        "licences": {"read": counts(frame["licence"]), "accepted": counts(frame["licence"][good])},
+        "licences": _counts(frame["licence"], good),
         "obligations": {
             str(name): {"accepted": len(rows), "asks": licenses.obligation(str(name)), "examples": rows["origin"].tolist()[:EXAMPLES]}
             for name, rows in frame[good].groupby("licence")
         },
-        "sources": {"read": counts(frame["source"]), "accepted": counts(frame["source"][good])},
+        "sources": _counts(frame["source"], good),
     }
+
+
+def _counts(values: pd.Series, good: np.ndarray) -> dict[str, dict[str, int]]:
+    """How many records that were read, and that are accepted, have each value; those beyond the most frequent ones are counted together."""
+    names = [value or "none stated" for value in values]
+    totals = Counter(names)
+    listed = set(sorted(totals, key=lambda name: (-totals[name], name))[:LISTED])
+    others = f"{len(totals) - len(listed):,} others"
+    names = [name if name in listed else others for name in names]
+    return {"read": dict(sorted(Counter(names).items())), "accepted": dict(sorted(Counter(compress(names, good)).items()))}
 
 
 def _gate_failures(report: dict[str, Any], frame: pd.DataFrame, findings: list[Findings], config: ValidateConfig) -> str:

@@ -364,6 +364,21 @@ def test_licenses_are_normalized_and_an_author_is_named_where_the_license_asks(t
     assert set(read_manifest(tmp_path / "validated")["licence"]) == {"CC-BY-4.0", "CC-BY-SA-3.0", "CC0-1.0", "MIT"}
 
 
+def test_of_thousands_of_sources_the_most_frequent_are_counted_by_name(tmp_path: Path) -> None:
+    """Some collections state the address of each image as its source."""
+    records = good_rows(tmp_path)
+    for number, record in enumerate(records):
+        record["source"] = "many" if number % 3 == 0 else f"https://example.org/{number:03d}"
+    records[0]["caption"] = ""
+    write(tmp_path, records)
+    ingest_folder(tmp_path, tmp_path / "raw")
+    sources = validate(tmp_path / "raw", tmp_path / "validated", tmp_path / "docs", ValidateConfig(), 0)["sources"]
+    assert (sources["read"]["many"], sources["accepted"]["many"]) == (67, 66)
+    assert len(sources["read"]) == 101 and sources["read"]["34 others"] == sources["accepted"]["34 others"] == 34
+    assert (sum(sources["read"].values()), sum(sources["accepted"].values())) == (200, 199)
+    assert "<td><bdi>34 others</bdi></td>" in (tmp_path / "docs" / "data_report.html").read_text()
+
+
 def test_what_is_excluded_is_rejected_and_says_what_it_is_like(tmp_path: Path) -> None:
     root, excluded = tmp_path / "collection", tmp_path / "excluded"
     records = good_rows(root)
