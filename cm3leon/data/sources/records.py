@@ -178,4 +178,9 @@ class Files:
 
     def _check_size(self, name: str, size: int) -> None:
         if size > self.megabytes * 1e6:
-            raise RowProblem("file_too_large", f"{name} has {size / 1e6:,.0f} MB, {self.megabytes:,g} allowed")
+            raise too_large(name, size, self.megabytes)
+
+
+def too_large(name: str, size: int, megabytes: float) -> RowProblem:
+    """The error of a file of ``size`` bytes."""
+    return RowProblem("file_too_large", f"{name} has {size / 1e6:,.1f} MB, {megabytes:,g} allowed")

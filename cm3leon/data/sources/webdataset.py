@@ -14,12 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from cm3leon.config.ingest_schema import WebdatasetConfig
-from cm3leon.data.cells import parse_json
+from cm3leon.data.cells import RowProblem, parse_json
 from cm3leon.data.directories import files_below
 from cm3leon.data.images import SUFFIXES
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import SourceError
-from cm3leon.data.sources.records import Cells, Files, mapped, row_of
+from cm3leon.data.sources.records import Cells, Files, add_problems, mapped, row_of, too_large
 
 TEXT_BYTES = 16 << 20
 """Most bytes of a text or JSON member."""
@@ -55,17 +55,22 @@ def rows(config: WebdatasetConfig, path: Path) -> Iterator[SourceRow]:
     files = Files(path.resolve(), config.max_file_megabytes)
     empty = True
     for shard in shards:
-        for key, members, fault in _groups(shard, config.max_file_megabytes * 1e6):
+        for key, members, wrong in _groups(shard, config.max_file_megabytes):
             empty = False
-            values, problem = _values(members, config)
-            yield row_of(Cells(values, f"{shard.relative_to(path)} {key}", fault or problem), files, config)
+            values, fault = _values(members, config)
+            if values["image"] is None and wrong is None:
+                wrong = RowProblem("missing", f"no image among its files: {', '.join(members)}")
+            row = row_of(Cells(values, f"{shard.relative_to(path)} {key}", fault), files, config, read=values["image"] is not None)
+            add_problems(row, [wrong] if wrong else [])
+            yield row
     if empty:
         raise SourceError(f"{path}: the tar shards hold no records")
 
 
-def _groups(shard: Path, most_bytes: float) -> Iterator[tuple[str, dict[str, bytes], str | None]]:
+def _groups(shard: Path, megabytes: float) -> Iterator[tuple[str, dict[str, bytes], RowProblem | None]]:
     """Key, content by suffix, and what is wrong, of each run of members that share a name up to its first dot."""
-    key, fault = "", None
+    key: str = ""
+    fault: RowProblem | None = None
     members: dict[str, bytes] = {}
     try:
         with tarfile.open(shard, "r|*", tarinfo=_Header) as archive:
@@ -79,9 +84,11 @@ def _groups(shard: Path, most_bytes: float) -> Iterator[tuple[str, dict[str, byt
                         yield key, members, fault
                     key, members, fault = own, {}, None
                 if not member.isfile() or name.is_absolute() or ".." in name.parts:
-                    fault = f"{member.name} is a link, a device, or outside of the archive"
-                elif member.size > (TEXT_BYTES if suffix in (".txt", ".json") else most_bytes):
-                    fault = f"{member.name} has {member.size / 1e6:,.0f} MB"
+                    fault = RowProblem("malformed_row", f"{member.name} is a link, a device, or outside of the archive")
+                elif suffix in (".txt", ".json") and member.size > TEXT_BYTES:
+                    fault = RowProblem("malformed_row", f"{member.name} has {member.size / 1e6:,.1f} MB of text")
+                elif member.size > megabytes * 1e6:
+                    fault = too_large(member.name, member.size, megabytes)
                 else:
                     content = archive.extractfile(member)
                     assert content is not None  # of a regular file it is not

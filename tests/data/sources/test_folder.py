@@ -281,7 +281,7 @@ def test_pipes_and_large_files_are_not_read(tmp_path: Path) -> None:
         file.truncate(3 << 30)  # takes no space
     row = one(tmp_path, image="images/large.png")
     assert (row.problem, row.image) == ("file_too_large", None)
-    assert row.detail == "image: images/large.png has 3,221 MB, 200 allowed"
+    assert row.detail == "image: images/large.png has 3,221.2 MB, 200 allowed"
 
 
 def test_a_row_has_all_its_problems(tmp_path: Path) -> None:

@@ -67,6 +67,13 @@ def test_a_records_broken_files_are_its_own_fault(tmp_path: Path) -> None:
     assert [row.image for row in found] == [b"0", b"1", b"2", None, b"4"]
 
 
+def test_a_member_that_is_too_large_and_a_record_without_an_image_are_told_for_what_they_are(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", {"0.jpg": bytes(60_000), "0.txt": b"a cat", "1.img.jpg": b"1", "1.txt": b"a dog"})
+    large, without = webdataset.rows(WebdatasetConfig(license="MIT", max_file_megabytes=0.05), tmp_path)
+    assert (large.problem, large.detail, large.captions) == ("file_too_large", "0.jpg has 0.1 MB, 0.05 allowed", ["a cat"])
+    assert (without.problem, without.detail) == ("missing", "no image among its files: .img.jpg, .txt")
+
+
 def test_shards_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="holds no tar shards"):
         list(webdataset.rows(WebdatasetConfig(), tmp_path))
