@@ -23,6 +23,7 @@ from cm3leon.utils.errors import UserError
 from cm3leon.utils.files import read_file, read_json
 
 INDEX, DOCUMENTS, SETTINGS = "index.faiss", "documents.parquet", "config.json"
+FILES = (INDEX, DOCUMENTS, SETTINGS, TEXTS, IMAGES)
 MADE_BY = "cm3leon index"
 BANK_COLUMNS = ["id", "caption", "licence", "attribution", "source"]
 
@@ -41,6 +42,15 @@ def check_documents(documents: pd.DataFrame) -> None:
         raise ValueError(f"document id {documents['id'][documents['id'].duplicated()].iloc[0]!r} occurs twice")
     if documents["caption"].isna().any() or (documents["caption"].str.strip() == "").any():
         raise ValueError("only documents with a caption and an image can be retrieved; drop the others before indexing")
+
+
+def clear_bank(directory: Path) -> None:
+    """Remove the bank of an earlier run, so that its index is not taken for that of new embeddings if these are never indexed.
+
+    A bank that is loaded keeps what is mapped from the files.
+    """
+    for name in FILES:
+        (directory / name).unlink(missing_ok=True)
 
 
 class MemoryBank:
@@ -84,7 +94,7 @@ class MemoryBank:
         import faiss
 
         directory = Path(directory)
-        for name in (INDEX, DOCUMENTS, SETTINGS, TEXTS, IMAGES):
+        for name in FILES:
             if not (directory / name).is_file():
                 raise FileNotFoundError(f"{directory / name}: no memory bank here; run: {MADE_BY}")
         text, image = (

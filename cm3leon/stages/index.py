@@ -12,7 +12,7 @@ from cm3leon.config.schema import Config
 from cm3leon.data.loading import decoded_per_second, default_workers
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.models.clip import Encoder
-from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank, check_documents, multimodal_records
+from cm3leon.retrieval.index import BANK_COLUMNS, MemoryBank, check_documents, clear_bank, multimodal_records
 from cm3leon.retrieval.vectors import CHUNK, create_embeddings, open_embeddings
 from cm3leon.tracking import runs
 from cm3leon.utils.world import World, world
@@ -25,6 +25,7 @@ def embed(encoder: Encoder, records: pd.DataFrame, batch_size: int, processes: W
     """
     store, total, own = ImageStore(paths.RAW), 0.0, processes.part(len(records))
     if processes.rank == 0:
+        clear_bank(paths.INDEX)
         text, image = create_embeddings(paths.INDEX, len(records), encoder.dimensions)
     processes.wait()
     if processes.rank > 0:

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -180,6 +181,25 @@ def test_stages_are_deterministic_byte_for_byte(project: tuple[Path, dict[str, d
     assert again == metrics
     for path, data in zip(files, before, strict=True):
         assert str(root).encode() not in data, f"{path} holds an absolute path"
+
+
+def test_an_index_that_was_not_finished_is_no_memory_bank_and_one_in_use_stays_as_it_is(
+    project: tuple[Path, dict[str, dict[str, float]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(project[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    in_use = MemoryBank.load(paths.INDEX)
+    before = np.array(in_use.image)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Encoder, "encode_refs", stop)
+    with pytest.raises(KeyboardInterrupt):
+        index.run(CONFIG)
+    assert np.array_equal(in_use.image, before) and before.any()
+    with pytest.raises(FileNotFoundError, match="run: cm3leon index"):
+        MemoryBank.load(paths.INDEX)
 
 
 def test_super_resolution_reports_the_network_and_bicubic_interpolation(project: tuple[Path, dict[str, dict[str, float]]]) -> None:
