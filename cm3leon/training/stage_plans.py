@@ -75,6 +75,7 @@ def _image_plans(config: Config, gpus: int, usable: float) -> Iterator[StagePlan
 
 
 def _decoder_plan(stage: str, model: Decoder, section: TrainConfig, gpus: int, usable: float) -> StagePlan:
+    gpus = min(gpus, section.batch_size)
     needed, rows = estimate_memory(model, section, gpus).total, rows_at_once(section, gpus)[1]
     advice, fitting = "", rows
     while needed > usable and not advice and fitting > 1:

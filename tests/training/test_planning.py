@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from cm3leon.cli import app
 from cm3leon.config.schema import Config
 from cm3leon.training.memory import optimizer_bytes
-from cm3leon.training.planning import Plan, make_plan, read_config
+from cm3leon.training.planning import Plan, make_plan, meta_decoder, read_config
+from cm3leon.training.stage_plans import stage_plans
 from cm3leon.utils.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,12 @@ def test_a_checkpoint_holds_parameters_and_optimizer() -> None:
     assert plan.checkpoint_bytes == 12 * plan.parameters.total
     muon = config("cm3leon-7b", "pretrain.optimizer=muon").pretrain
     assert optimizer_bytes(plan.parameters, muon) == 8 * plan.parameters.embeddings + 4 * plan.parameters.blocks
+
+
+def test_a_stage_has_no_more_gpus_than_rows() -> None:
+    few = config("tiny", "sft.batch_size=3")
+    plans = {plan.stage: (plan.gpus, plan.at_once) for plan in stage_plans(few, meta_decoder(few), 8, 72e9)}
+    assert plans["pretrain"] == (8, "1 of 8") and plans["sft"] == (3, "1 of 3")
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
