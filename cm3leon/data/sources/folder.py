@@ -17,7 +17,7 @@ from cm3leon.config.ingest_schema import FolderConfig
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.merging import merge_rows
 from cm3leon.data.sources import SourceError
-from cm3leon.data.sources.records import MANIFEST_COLUMNS, Cells, Files, image_name, known_columns, row_of
+from cm3leon.data.sources.records import MANIFEST_COLUMNS, Cells, Files, check_columns, image_name, known_columns, row_of
 from cm3leon.data.tables import read_table
 
 REQUIRED = ("image", "captions", "licence")
@@ -87,11 +87,8 @@ def mapping_of(config: FolderConfig, path: Path) -> dict[str, str]:
 def _mapping(config: FolderConfig, manifest: Path, found: list[str]) -> dict[str, str]:
     listing = ", ".join(found) or "none"
     # 1. What the parameters say has to exist on both sides: a typo must not lose a column in silence.
+    check_columns(config.columns, MANIFEST_COLUMNS, "ingest.folder")
     for ours, theirs in config.columns.items():
-        if ours not in MANIFEST_COLUMNS:
-            raise SourceError(
-                f"ingest.folder.columns.{ours}: there is no manifest column {ours!r}; columns are {', '.join(MANIFEST_COLUMNS)}"
-            )
         if theirs not in found:
             raise SourceError(f"ingest.folder.columns.{ours}: {manifest} has no column {theirs!r}; its columns are: {listing}")
     # 2. The other columns by their known names, the first that the file has.

@@ -13,7 +13,7 @@ from cm3leon.config.ingest_schema import InstructPix2PixConfig
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.merging import merge_images
 from cm3leon.data.sources import SourceError
-from cm3leon.data.sources.records import Cells, Files, row_of
+from cm3leon.data.sources.records import Cells, Files, check_columns, row_of
 from cm3leon.data.tables import read_table
 
 ORIGINAL = {"image": "original_image", "captions": "original_prompt"}
@@ -25,10 +25,12 @@ def rows(config: InstructPix2PixConfig, path: Path) -> Iterator[SourceRow]:
     """Two records for each row of the parquet files in ``path``, in the order of their names; several edits of one original share it.
 
     Raises:
-        SourceError: if there are no parquet files or rows, a column is missing, or a file is damaged.
+        SourceError: if there are no parquet files or rows, a column is missing or mapped that there is not, or a file is damaged.
     """
     found, table_rows = read_table(path)
-    needed = {ours: config.columns.get(ours, ours) for ours in (*ORIGINAL.values(), *EDITED.values())}
+    names = (*ORIGINAL.values(), *EDITED.values())
+    check_columns(config.columns, names, "ingest.instruct_pix2pix")
+    needed = {ours: config.columns.get(ours, ours) for ours in names}
     if missing := [theirs for theirs in needed.values() if theirs not in found]:
         raise SourceError(
             f"{path} has no column {' and no column '.join(map(repr, missing))}; its columns are: {', '.join(found)}. "

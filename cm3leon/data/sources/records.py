@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from cm3leon.config.ingest_schema import CollectionConfig
 from cm3leon.data.cells import RowProblem, captions_of, malformed, objects_of, questions_of, reasoning_of, split_of, structure_of, text_of
 from cm3leon.data.manifest import SourceRow
+from cm3leon.data.sources import SourceError, tell
 
 MANIFEST_COLUMNS = (
     "image", "captions", "licence", "attribution", "source", "key", "group", "long_caption", "objects", "questions", "reasoning",
@@ -48,9 +49,32 @@ def known_columns(names: Iterable[str]) -> dict[str, str]:
     return {ours: known[0] for ours, known in found if known}
 
 
-def mapped(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of a record by our columns: those that ``columns`` names (ours -> theirs), and others by their known names."""
-    return {ours: fields[theirs] for ours, theirs in {**known_columns(fields), **columns}.items() if theirs in fields}
+class Columns:
+    """The columns of records whose fields have any names: those that parameters name (ours -> theirs), and others by their known names."""
+
+    def __init__(self, columns: Mapping[str, str], section: str) -> None:
+        """Raises SourceError for a column that there is not: a typo must not lose one in silence."""
+        check_columns(columns, MANIFEST_COLUMNS, section)
+        self._columns, self._section = columns, section
+        self._unseen = dict.fromkeys(columns.values())
+
+    def mapped(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a record by our columns."""
+        for name in [name for name in self._unseen if name in fields]:
+            del self._unseen[name]
+        return {ours: fields[theirs] for ours, theirs in {**known_columns(fields), **self._columns}.items() if theirs in fields}
+
+    def tell_unseen(self) -> None:
+        """Print which fields that the parameters name no record has had."""
+        if self._unseen:
+            tell(f"{self._section}.columns names {', '.join(self._unseen)}, which no record has: correct the name")
+
+
+def check_columns(columns: Iterable[str], known: Sequence[str], section: str) -> None:
+    """SourceError if one of ``columns``, which the parameter ``section.columns`` maps, is none of those that are ``known``."""
+    for ours in columns:
+        if ours not in known:
+            raise SourceError(f"{section}.columns.{ours}: there is no manifest column {ours!r}; columns are {', '.join(known)}")
 
 
 def row_of(cells: Cells, files: Files, config: CollectionConfig, read: bool = True) -> SourceRow:
@@ -153,8 +177,10 @@ class Files:
         """The bytes of a file."""
         if name is None:
             raise RowProblem("missing", "the cell is empty")
-        # A name with accents may have been composed by one program, and decomposed by another (Unicode's forms NFC and NFD).
-        for form in dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]):
+        # A name with accents may have been composed by one program, and decomposed by another (Unicode's forms NFC and NFD). Windows
+        # writes a backslash between directories.
+        forms = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+        for form in dict.fromkeys([*forms, *(form.replace("\\", "/") for form in forms)]):
             try:
                 file = (self.root / form).resolve()
                 if not file.is_relative_to(self.root):

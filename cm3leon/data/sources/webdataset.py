@@ -19,7 +19,7 @@ from cm3leon.data.directories import files_below
 from cm3leon.data.images import SUFFIXES
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import SourceError
-from cm3leon.data.sources.records import Cells, Files, add_problems, mapped, row_of, too_large
+from cm3leon.data.sources.records import Cells, Columns, Files, add_problems, row_of, too_large
 
 TEXT_BYTES = 16 << 20
 """Most bytes of a text or JSON member."""
@@ -46,9 +46,10 @@ def rows(config: WebdatasetConfig, path: Path) -> Iterator[SourceRow]:
     Members that are no files (links, devices) or whose names leave the archive make their record ``malformed_row``.
 
     Raises:
-        SourceError: if there are no shards or records, or a shard is damaged.
+        SourceError: if there are no shards or records, a shard is damaged, or a column is mapped that there is not.
         UserError: if a directory cannot be read, or is a link that leads out of ``path``.
     """
+    columns = Columns(config.columns, "ingest.webdataset")
     shards = [file for file in files_below(path) if file.suffix == ".tar"]
     if not shards:
         raise SourceError(f"{path} holds no tar shards; ingest.path names their directory")
@@ -57,7 +58,7 @@ def rows(config: WebdatasetConfig, path: Path) -> Iterator[SourceRow]:
     for shard in shards:
         for key, members, wrong in _groups(shard, config.max_file_megabytes):
             empty = False
-            values, fault = _values(members, config)
+            values, fault = _values(members, columns)
             if values["image"] is None and wrong is None:
                 wrong = RowProblem("missing", f"no image among its files: {', '.join(members)}")
             row = row_of(Cells(values, f"{shard.relative_to(path)} {key}", fault), files, config, read=values["image"] is not None)
@@ -65,6 +66,7 @@ def rows(config: WebdatasetConfig, path: Path) -> Iterator[SourceRow]:
             yield row
     if empty:
         raise SourceError(f"{path}: the tar shards hold no records")
+    columns.tell_unseen()
 
 
 def _groups(shard: Path, megabytes: float) -> Iterator[tuple[str, dict[str, bytes], RowProblem | None]]:
@@ -108,7 +110,7 @@ def _check_end(archive: tarfile.TarFile) -> None:
             raise tarfile.ReadError("more follows the end of the archive; archives that were joined by cat have to stay files of their own")
 
 
-def _values(members: dict[str, bytes], config: WebdatasetConfig) -> tuple[dict[str, Any], str | None]:
+def _values(members: dict[str, bytes], columns: Columns) -> tuple[dict[str, Any], str | None]:
     """The cells of a record by our columns, and what is wrong with its files."""
     fields: Any = {}
     try:
@@ -119,7 +121,7 @@ def _values(members: dict[str, bytes], config: WebdatasetConfig) -> tuple[dict[s
         return {"image": _image(members)}, f".json or .txt: {error}"
     if not isinstance(fields, dict):
         return {"image": _image(members)}, ".json holds no object"
-    values = mapped(fields, config.columns)
+    values = columns.mapped(fields)
     if any(line.strip() for line in lines):
         values["captions"] = [line for line in lines if line.strip()]
     return {**values, "image": _image(members)}, None

@@ -204,6 +204,13 @@ def test_a_name_is_found_however_its_accents_are_encoded(tmp_path: Path) -> None
     assert [one(tmp_path, image=name).image for name in (composed, decomposed)] == [b"two", b"one"]
 
 
+def test_paths_may_be_written_as_windows_does(tmp_path: Path) -> None:
+    assert one(tmp_path, image="images\\a.png").image == b"picture"
+    assert one(tmp_path, image="..\\a.png").problem == "path_outside_root"
+    (tmp_path / "images\\a.png").write_bytes(b"a name with a backslash")
+    assert one(tmp_path, image="images\\a.png").image == b"a name with a backslash"
+
+
 def pictures(root: Path, records: list[dict[str, Any]]) -> list[SourceRow]:
     """The rows of a manifest of images ``a``, ``b`` ..., each of which holds its name."""
     collection(root, [])

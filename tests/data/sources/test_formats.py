@@ -268,3 +268,21 @@ def test_what_lies_behind_a_link_out_of_the_collection_is_not_left_out_in_silenc
     for source, config in sources:
         with pytest.raises(UserError, match=r"collection/more is a link to the directory .*/other, .* move or copy the files"):
             list(source.rows(config, root))
+
+
+def test_a_mapping_of_columns_that_cannot_be_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = json.dumps({"title": "a cat"}).encode()
+    shard(tmp_path / "a.tar", {"0.png": b"image", "0.json": fields})
+    (tmp_path / "0.png").write_bytes(b"image")
+    (tmp_path / "0.json").write_bytes(fields)
+    pairs = {"original_image": b"0", "original_prompt": "a", "edit_prompt": "b", "edited_image": b"1", "edited_prompt": "c"}
+    pd.DataFrame([pairs]).to_parquet(tmp_path / "pairs.parquet")
+    sources = {"webdataset": (webdataset, WebdatasetConfig), "sidecar": (sidecar, SidecarConfig)}
+    for name, (source, config) in {**sources, "instruct_pix2pix": (instruct_pix2pix, InstructPix2PixConfig)}.items():
+        with pytest.raises(SourceError, match=rf"ingest\.{name}\.columns\.caption: there is no manifest column 'caption'; columns are "):
+            list(source.rows(config(columns={"caption": "title"}), tmp_path))
+    for name, (source, config) in sources.items():
+        [row] = source.rows(config(license="MIT", columns={"captions": "title"}), tmp_path)
+        assert row.captions == ["a cat"] and not capsys.readouterr().out
+        [row] = source.rows(config(license="MIT", columns={"captions": "title", "attribution": "autor"}), tmp_path)
+        assert f"ingest.{name}.columns names autor, which no record has" in capsys.readouterr().out
