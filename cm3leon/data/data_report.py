@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
@@ -28,7 +29,7 @@ from cm3leon.data.images import ImageError, decode
 from cm3leon.data.last_accepted import changes_between
 from cm3leon.data.manifest import ImageStore, first_caption, records_of
 from cm3leon.data.validation import RULES, Findings
-from cm3leon.sequence.tasks import TASK_COLUMNS, TASKS, counts_of_tasks
+from cm3leon.sequence.tasks import CONDITIONS, TASK_COLUMNS, TASKS, counts_of_tasks
 from cm3leon.utils.html import image_tag, page
 from cm3leon.utils.svg import BEFORE, histogram
 
@@ -141,10 +142,33 @@ def _counts(found: Found) -> str:
     return _table(("records", "count"), rows.items()) + several + sources + (f"<p>Notes, for example:</p><ul>{notes}</ul>" if notes else "")
 
 
+def tasks_allowed(rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
+    """Task -> the number of records that allow it; kind of condition images that no task uses -> the number of records that have it.
+
+    Args:
+        rows: records, with the kinds of their condition images as ``conditions``.
+    """
+    unused = Counter[str]()
+
+    def used(row: Mapping[str, Any]) -> dict[str, Any]:
+        unused.update(kind for kind in row["conditions"] if kind not in CONDITIONS)
+        return {**row, "conditions": [kind for kind in row["conditions"] if kind in CONDITIONS]}
+
+    return counts_of_tasks(map(used, rows)), dict(_by_count(unused))
+
+
+def unused_kinds(unused: dict[str, int]) -> str:
+    """A sentence about the kinds of condition images that no task uses; empty if there are none."""
+    kinds = ", ".join(f"{kind} ({count:,})" for kind, count in unused.items())
+    return f"Condition images that no task uses: {kinds}. Kinds that are used: {', '.join(CONDITIONS)}." if unused else ""
+
+
 def _tasks(accepted: pd.DataFrame) -> str:
-    counts = counts_of_tasks(records_of(accepted[list(TASK_COLUMNS)]))
+    records = records_of(accepted[list(TASK_COLUMNS)])
+    counts, unused = tasks_allowed({**record, "conditions": [item["kind"] for item in record["conditions"]]} for record in records)
     missing = [name for name in TASKS if name not in counts]
     without = f"<p>No record has the columns of {', '.join(f'<code>{name}</code>' for name in missing)}.</p>" if missing else ""
+    without += f"<p>{escape(unused_kinds(unused))}</p>" if unused else ""
     rows = [(name, count, ", ".join(TASKS[name].columns)) for name, count in counts.items()]
     return "<h3>Tasks that they allow</h3>" + _table(("task", "records", "columns that it needs"), rows) + without
 

@@ -13,12 +13,12 @@ from rich.text import Text
 
 from cm3leon.config.ingest_schema import FolderConfig, IngestConfig
 from cm3leon.config.section import Section
+from cm3leon.data.data_report import tasks_allowed, unused_kinds
 from cm3leon.data.images import MAX_PIXELS, ImageError, decode, fit_square
 from cm3leon.data.manifest import SourceRow
 from cm3leon.data.sources import folder, mixture
 from cm3leon.data.sources.mixture import Sources
 from cm3leon.data.validation import RULES
-from cm3leon.sequence.tasks import counts_of_tasks
 
 EXAMPLES = 3
 CELLS = 12
@@ -69,9 +69,12 @@ def show(rows: Sequence[SourceRow], mapping: dict[str, str], console: Console) -
             table.add_row(name, Text(theirs), f"{count:,}")  # no markup: names may have brackets
     console.print(table)
     tasks = Table("task", "records that allow it")
-    for name, count in counts_of_tasks(vars(row) for row in rows if not row.problem).items():
+    counts, unused = tasks_allowed({**vars(row), "conditions": list(row.conditions)} for row in rows if not row.problem)
+    for name, count in counts.items():
         tasks.add_row(name, f"{count:,}")
     console.print(tasks)
+    if unused:
+        console.print(Text(unused_kinds(unused)))
     reasons = Counter(reason for row in rows for reason in (row.problem or "").split(",") if reason)
     if reasons:
         problems = Table("problem", "records", "what to do", "first")

@@ -111,6 +111,15 @@ def test_every_reason_has_its_count_examples_and_what_to_do_whether_the_stage_pa
     inspect(text)
 
 
+def test_condition_images_that_no_task_uses_allow_none_and_are_told(tmp_path: Path) -> None:
+    rows = collection(tmp_path)
+    for number, kind in enumerate(["canny edge", "<b>edges", "<b>edges"]):
+        rows[number]["conditions"] = json.dumps({kind: rows[number]["image"]})
+    text = report_of(tmp_path, rows)
+    assert '<bdi>condition_to_image</bdi></td><td class="number">1</td>' in text
+    assert "no task uses: &lt;b&gt;edges (2). Kinds that are used: canny edge, segmentation map" in text
+
+
 def test_duplicates_are_shown_in_pairs(tmp_path: Path) -> None:
     text = report_of(tmp_path, damaged(tmp_path))
     pairs = re.findall(r'class="card pair">(.*?)</div></div>', text)

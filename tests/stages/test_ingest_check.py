@@ -22,7 +22,12 @@ def test_columns_tasks_problems_and_examples_are_shown(tmp_path: Path, monkeypat
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (40, 30), "red").save("photos/a.png")
     records: list[dict[str, object]] = [
-        {"file": "a.png", "title": "a red circle", "questions": [{"question": "What?", "answers": ["a circle"]}]},
+        {
+            "file": "a.png",
+            "title": "a red circle",
+            "conditions": {"edges": "a.png"},
+            "questions": [{"question": "What?", "answers": ["a circle"]}],
+        },
         {"file": "a.png", "title": "the red circle"},
         {"file": "[/gone].png", "title": "x"},
     ]
@@ -36,6 +41,7 @@ def test_columns_tasks_problems_and_examples_are_shown(tmp_path: Path, monkeypat
     assert ["captions", "title", "2"] in lines and ["image", "file", "1"] in lines and ["vqa", "1"] in lines
     assert any(line[:2] == ["missing", "1"] and line[3] == "m.jsonl line 3: image: [/gone].png is no file" for line in lines)
     assert "captions: ['a red circle', 'the red circle']" in shown
+    assert "Condition images that no task uses: edges (1)." in shown and "condition_to_image" not in shown
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -39,6 +39,8 @@ def rows(config: CocoConfig, path: Path) -> Iterator[SourceRow]:
             found = {"file_name": image["file_name"], "licence": _known(licenses, image.get("license")), "attribution": author}
             new = {**found, "captions": [], "objects": [], "origin": f"{name} image {image['id']}"}
             known = records.setdefault(image["id"], new)
+            for column in ("licence", "attribution"):  # a file of boxes may state none, and that of the captions does
+                known[column] = known[column] or found[column]
             if known["file_name"] != image["file_name"]:
                 raise SourceError(
                     f"{path / name}: image {image['id']!r} is {image['file_name']!r}, and {known['file_name']!r} is {known['origin']}: "

@@ -162,7 +162,7 @@ class Files:
 
     def conditions(self, cell: Any) -> dict[str, bytes]:
         """The condition images that a cell names, by kind."""
-        expected = 'a JSON mapping of kind to image path, {"edges": "edges/1.png"}'
+        expected = 'a JSON mapping of kind to image path, {"canny edge": "edges/1.png"}'
         value = structure_of(cell, expected)
         if isinstance(value, list) and all(isinstance(item, dict) and {"kind", "image"} <= set(item) for item in value):
             value = {text_of(item["kind"]): item["image"] for item in value}

@@ -207,6 +207,15 @@ def test_files_of_coco_that_number_different_images_alike_are_refused(tmp_path: 
         list(coco.rows(CocoConfig(annotations=["annotations/captions.json", "annotations/other.json"]), tmp_path))
 
 
+def test_a_license_that_only_a_later_file_states_counts(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    plain = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": []}
+    (tmp_path / "annotations/first.json").write_text(json.dumps(plain))
+    files = ["annotations/captions.json", "annotations/first.json"]
+    one, other = (next(coco.rows(CocoConfig(annotations=names), tmp_path)) for names in (files, files[::-1]))
+    assert one.licence and (one.licence, one.attribution) == (other.licence, other.attribution)
+
+
 def test_ids_of_licenses_and_categories_that_are_structures_are_unknown(tmp_path: Path) -> None:
     write_coco(
         tmp_path,
