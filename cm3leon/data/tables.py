@@ -23,6 +23,8 @@ CELL_CHARACTERS = 16 << 20
 """Most characters in a cell of a CSV file."""
 SEPARATORS = (",", ";", "\t", "|")
 """Of a CSV file: the one that gives the most columns in the header."""
+NULLS = frozenset(("NaN", "nan", "NaT", "None", "null", "NULL", "<NA>"))
+"""What pandas, Python and databases write into a cell of a CSV file that holds nothing. As a group they would join all such rows."""
 PARQUET_ROWS = 64
 """Rows of a parquet file that are read at once; they may hold images."""
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -106,7 +108,7 @@ def _csv(path: Path) -> tuple[list[str], Iterator[Row]]:
         next(lines)
         for number, cells in lines:
             fault = None if len(cells) == len(names) else f"{len(cells)} cells where the header names {len(names)}"
-            yield f"line {number}", {name: cell for name, cell in zip(names, cells, strict=False) if name}, fault
+            yield f"line {number}", {name: "" if cell in NULLS else cell for name, cell in zip(names, cells, strict=False) if name}, fault
 
     return [name for name in names if name], rows()
 

@@ -204,6 +204,14 @@ def test_a_name_is_found_however_its_accents_are_encoded(tmp_path: Path) -> None
     assert [one(tmp_path, image=name).image for name in (composed, decomposed)] == [b"two", b"one"]
 
 
+@pytest.mark.parametrize("null", ["NaN", "nan", "None", "null", "NULL", "<NA>"])
+def test_what_programs_write_for_nothing_is_nothing(tmp_path: Path, null: str) -> None:
+    row = one(tmp_path, caption=null, group=null, attribution=null, split=null)
+    assert (row.captions, row.group, row.attribution, row.split, row.problem) == ([], None, None, None, None)
+    row = one(tmp_path, caption=f"{null} of the cats", questions=json.dumps([{"question": "How many?", "answers": [null]}]))
+    assert (row.captions, row.questions) == ([f"{null} of the cats"], [("How many?", [null])])
+
+
 def test_paths_may_be_written_as_windows_does(tmp_path: Path) -> None:
     assert one(tmp_path, image="images\\a.png").image == b"picture"
     assert one(tmp_path, image="..\\a.png").problem == "path_outside_root"
