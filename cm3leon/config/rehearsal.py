@@ -13,7 +13,10 @@ from cm3leon.config.schema import Config
 
 SIZES = {
     "ingest": ("shapes",),
-    "validate": ("min_side", "near_duplicate_bits", "near_duplicate_similarity", "val_fraction", "test_fraction", "workers"),
+    "validate": (
+        "licenses", "min_side", "max_caption_characters", "max_rejected_rate", "near_duplicate_bits", "near_duplicate_similarity",
+        "val_fraction", "test_fraction", "workers",
+    ),
     "image_tokenizer": (
         "image_size", "patch", "channels", "multipliers", "blocks", "embedding_dim", "codebook_size", "codebook_decay", "steps",
         "batch_size", "learning_rate", "warmup_steps", "adversarial_start",

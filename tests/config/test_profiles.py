@@ -240,3 +240,11 @@ def test_a_rehearsal_is_small_and_computes_as_the_profile_does(profile: str, tmp
     assert config.launch.processes == 2 and config.pretrain.batch_size // 2 > (config.pretrain.micro_batch_size or 0)
     assert config.index.kind == whole.index.kind and config.decoding.guidance == whole.decoding.guidance
     assert not named_files(config)
+
+
+def test_a_rehearsal_accepts_its_scenes_whatever_the_collection_has_to_be(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text((CONFIGS / "tiny.yaml").read_text())
+    own = "profile: own\nvalidate: {licenses: [LicenseRef-mine], max_caption_characters: 20, max_rejected_rate: 0.0}\n"
+    (tmp_path / "own.yaml").write_text(own)
+    found, tiny = configure("own", configs=tmp_path, params=tmp_path / "params.yaml", rehearse=True), load_profile("tiny", configs=tmp_path)
+    assert found.validate_ == tiny.validate_
