@@ -72,6 +72,10 @@ VALIDATED_SCHEMA = pa.schema([*MANIFEST_SCHEMA, ("width", pa.int32()), ("height"
 """Columns of ``data/validated/manifest.parquet``; width and height are those of the image that :meth:`ImageStore.open` returns, pixels."""
 
 
+BATCH_ROWS = 2048
+"""Records of a row group of a manifest. Arrow reads no row group with more than 2 GiB of texts in lists, such as captions."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """A multiple-choice question: ``answer`` is one of ``options``, and ``explanation`` says why."""
@@ -164,6 +168,15 @@ def read_manifest(path: str | Path, split: str | None = None, columns: Sequence[
         else:
             data[name] = column.to_pandas()
     return pd.DataFrame(data)
+
+
+def write_manifest(path: Path, records: pd.DataFrame, schema: pa.Schema) -> None:
+    """Write the columns of ``schema``, of which the records have each, as :func:`read_manifest` gives them."""
+    columns = records[schema.names]
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(columns), BATCH_ROWS):
+            batch = records_of(columns.iloc[start : start + BATCH_ROWS])
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
 
 
 class _Members(NamedTuple):

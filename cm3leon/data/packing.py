@@ -22,11 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cm3leon.data.manifest import MANIFEST_SCHEMA, SourceRow
+from cm3leon.data.manifest import BATCH_ROWS, MANIFEST_SCHEMA, SourceRow
 from cm3leon.utils.texts import as_unicode
 
-BATCH_ROWS = 2048
-"""Records of a row group of the manifest."""
 _EDITED = MANIFEST_SCHEMA.get_field_index("edited_from")
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +26,7 @@ from cm3leon.config.schema import Config, ValidateConfig
 from cm3leon.data import data_docs, data_report, expectations, last_accepted, licenses, splits, thumbnails
 from cm3leon.data.excluded import Excluded
 from cm3leon.data.links import linked_rows
-from cm3leon.data.manifest import MANIFEST_SCHEMA, SPLITS, VALIDATED_SCHEMA, ImageStore, read_manifest
+from cm3leon.data.manifest import MANIFEST_SCHEMA, SPLITS, VALIDATED_SCHEMA, ImageStore, read_manifest, write_manifest
 from cm3leon.data.near_duplicates import Likeness, near_duplicate_groups, similar_groups
 from cm3leon.data.validation import RULES, Findings, check_rows, profile_images
 from cm3leon.tracking import runs
@@ -168,19 +167,19 @@ def validate(
 
     # 5. What later stages read.
     thumbnails.write_thumbnails(output, accepted["id"].tolist(), accepted["thumbnail"].tolist())
-    records = accepted[VALIDATED_SCHEMA.names].to_dict("records")
-    pq.write_table(pa.Table.from_pylist(records, schema=VALIDATED_SCHEMA), output / "manifest.parquet")
+    write_manifest(output / "manifest.parquet", accepted, VALIDATED_SCHEMA)
     if last:
         last_accepted.write(last, now)
     return report
 
 
 def _write_rejected(rejected: pd.DataFrame, findings: list[Findings], path: Path) -> None:
-    records = rejected.to_dict("records")
-    for record, found in zip(records, findings, strict=True):
-        record["reasons"] = [reason for reason, _ in found]
-        record["detail"] = "; ".join(dict.fromkeys(detail for _, detail in found if detail))
-    pq.write_table(pa.Table.from_pylist(records, schema=REJECTED_SCHEMA), path)
+    reasons = [[reason for reason, _ in found] for found in findings]
+    details = ["; ".join(dict.fromkeys(detail for _, detail in found if detail)) for found in findings]
+    told = rejected.assign(
+        reasons=pd.Series(reasons, rejected.index, dtype=object), detail=pd.Series(details, rejected.index, dtype=object)
+    )
+    write_manifest(path, told, REJECTED_SCHEMA)
 
 
 def _report(frame: pd.DataFrame, findings: list[Findings], good: np.ndarray) -> dict[str, Any]:

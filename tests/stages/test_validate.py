@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from cm3leon.config import paths
 from cm3leon.config.ingest_schema import FolderConfig, IngestConfig, ShapesConfig
 from cm3leon.config.schema import Config, ValidateConfig
-from cm3leon.data import images, validation
+from cm3leon.data import images, manifest, validation
 from cm3leon.data.expectations import check, flat_frame
 from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.packing import pack
@@ -362,6 +363,20 @@ def test_licenses_are_normalized_and_an_author_is_named_where_the_license_asks(t
         "examples": ["manifest.csv line 3"],
     }
     assert set(read_manifest(tmp_path / "validated")["licence"]) == {"CC-BY-4.0", "CC-BY-SA-3.0", "CC0-1.0", "MIT"}
+
+
+def test_row_groups_are_small_enough_to_be_read_whatever_the_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow fails to read a row group with more than 2 GiB of captions: of a million records these are 2 KB each."""
+    records = good_rows(tmp_path)
+    for record in records[::3]:
+        record["caption"] = ""
+    write(tmp_path, records)
+    ingest_folder(tmp_path, tmp_path / "raw")
+    monkeypatch.setattr(manifest, "BATCH_ROWS", 50)
+    validate(tmp_path / "raw", tmp_path / "out", tmp_path / "docs", ValidateConfig(max_rejected_rate=0.5), 0)
+    for name, count in (("manifest", 133), ("rejected", 67)):
+        found = pq.read_metadata(tmp_path / "out" / f"{name}.parquet")
+        assert (found.num_rows, found.num_row_groups) == (count, -(-count // 50))
 
 
 def test_of_thousands_of_sources_the_most_frequent_are_counted_by_name(tmp_path: Path) -> None:
