@@ -27,6 +27,9 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DEEP_RANGES = (1.0, 255.0, 65_535.0)
 """Largest values of gray images of floats or 32-bit integers: black is 0, and white the smallest of these that no pixel exceeds."""
 
+TWELVE_BITS = 4096
+"""Cameras of 10 or 12 bits write files of 16: one in which all gray values are below this may be too dark."""
+
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -122,6 +125,8 @@ def _eight_bit_gray(image: Image.Image) -> tuple[Image.Image, str | None]:
             raise ValueError(f"gray values from {low:g} to {high:g}: images of mode {image.mode} are read from 0 to {ranges[-1]:,.0f}")
         white = next(most for most in ranges if high <= most)
         note = f"gray values from {low:g} to {high:g} were scaled from 0 to {white:,.0f}"
+    elif (high := float(values.max())) < TWELVE_BITS:
+        note = f"gray values reach {high:g} of {white:,.0f}: nearly black, unless the camera's bits are scaled to 16"
     scaled = values.astype(np.int64) >> 8 if white == 65_535 else np.rint(values * (255 / white))
     gray = Image.fromarray(scaled.astype(np.uint8))
     clear = image.info.get("transparency")

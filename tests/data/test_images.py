@@ -142,6 +142,13 @@ def test_deep_gray_is_scaled_by_its_range_which_is_noted(values: list[float], dt
     assert image.info["note"] == f"gray values from 0 to {max(values):g} were scaled from 0 to {white}"
 
 
+@pytest.mark.parametrize("file_format", ["TIFF", "PNG"])
+def test_a_picture_of_12_bits_in_a_file_of_16_is_noted(file_format: str) -> None:
+    dark, bright = (decode(encode(Image.fromarray(np.array([[0, most]], dtype=np.uint16)), file_format)) for most in (4095, 4096))
+    assert (dark.getpixel((1, 0)), bright.getpixel((1, 0))) == ((15, 15, 15), (16, 16, 16))
+    assert "gray values reach 4095 of 65,535: nearly black" in dark.info["note"] and "note" not in bright.info
+
+
 @pytest.mark.parametrize(
     ("values", "dtype"), [([0, -1], "float32"), ([0, 1e6], "int32"), ([0, np.nan], "float32"), ([0, np.inf], "float32")]
 )
