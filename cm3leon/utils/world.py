@@ -138,11 +138,16 @@ def world() -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    # Gloo also with GPUs, for the tensors on CPUs that World and checkpoints exchange.
+    # 1. Connect. Python's own handler of Ctrl-C would not be called while torch waits for a process that has ended by it.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Gloo also with GPUs, for the tensors on CPUs that World and checkpoints exchange. NCCL, by which processes keep step, has the usual
+    # limit of half an hour: a connection that hangs ends the run.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    processes = World(dist.get_rank(), size, device, dist.new_group(timeout=PATIENCE, backend="gloo"))
+    signal.signal(signal.SIGINT, handler)
+    # 2. Disconnect. By NCCL that is a collective operation, to which the others may never come after a failure.
     try:
-        # NCCL, by which processes keep step, has the usual limit of half an hour: a connection that hangs ends the run.
-        yield World(dist.get_rank(), size, device, dist.new_group(timeout=PATIENCE, backend="gloo"))
+        yield processes
     except SystemExit:  # together, after an interruption
         dist.destroy_process_group()
         raise
@@ -151,7 +156,7 @@ def world() -> Iterator[World]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(END_SECONDS)
         raise
-    dist.destroy_process_group()  # by NCCL a collective operation: after a failure the others may never come to it
+    dist.destroy_process_group()
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

@@ -1,8 +1,10 @@
 """How a training stage starts its processes."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -118,6 +120,24 @@ with world() as processes:
 """
     output, errors = started_by_torchrun(tmp_path, code).communicate()
     assert output == "[0, 1] [0, 1, 1]\n" * 2, errors
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_process_that_waits_for_one_that_has_ended_by_it_before_they_were_connected(tmp_path):
+    code = """
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from cm3leon.utils.world import world
+
+os.write(1, b"up\\n")
+time.sleep(60 * int(os.environ["RANK"]))
+with world():
+    pass
+"""
+    process = started_by_torchrun(tmp_path, code)
+    assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
+    time.sleep(0.5)  # the first is waiting
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
 
 
 @pytest.mark.slow
