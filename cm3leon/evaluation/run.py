@@ -158,7 +158,7 @@ def evaluate(config: Config, output: Path, model: Generator | None = None, proce
     if model:
         collection = read_manifest(paths.VALIDATED, columns=["id"])["id"].tolist()
         seen = leakage.seen(test_ids, collection, known, paths.VALIDATED, likeness)
-    else:
+    elif processes.rank == 0:  # the thumbnails of a large collection are gigabytes, and more while they are compared
         leakage.check(test_ids, train["id"].tolist(), known, paths.VALIDATED, likeness)
     if section.max_training_similarity is not None:
         test = _unlike_training(test, store, encoder, generator.image_size, section.max_training_similarity, processes)

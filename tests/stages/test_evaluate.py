@@ -185,6 +185,24 @@ def test_test_records_that_are_also_in_training_are_refused(scenes):
         evaluate.run(CONFIG)
 
 
+def test_of_several_processes_the_first_compares_the_test_records_with_training(scenes, monkeypatch):
+    frame = read_manifest(paths.VALIDATED)
+    frame.loc[1, ["image", "split"]] = [str(frame.loc[0, "image"]), "train"]
+    write_validated(frame[VALIDATED_SCHEMA.names].to_dict("records"))
+
+    class CheckedError(Exception):
+        pass
+
+    def sample(*_: object) -> None:
+        raise CheckedError
+
+    monkeypatch.setattr(World, "wait", lambda self: None)
+    monkeypatch.setattr(evaluation, "sample_prompts", sample)
+    for rank, error in ((0, LeakageError), (1, CheckedError)):
+        with pytest.raises(error):
+            evaluation.evaluate(CONFIG, paths.EVALUATION, processes=World(rank, 2))
+
+
 def test_prompts_that_stand_in_training_have_scores_of_their_own(scenes):
     frame = read_manifest(paths.VALIDATED)
     test = frame[frame["split"] == "test"].index
