@@ -145,7 +145,7 @@ def validate(
             problems = str(error)
         else:
             report["splits"] = {name: int((accepted["split"] == name).sum()) for name in SPLITS}
-            stated_by_some = set(filter(None, stated))  # records are drawn for the other splits
+            stated_by_some = set(filter(None, held_out))  # records are drawn for the other splits
             report["parts"]["moved_from_stated_split"] = sum(
                 name is not None and name != own and own in stated_by_some for name, own in zip(stated, accepted["split"], strict=True)
             )

@@ -430,3 +430,16 @@ def test_splits_that_the_manifest_states_are_kept(tmp_path: Path) -> None:
     rejected = read_manifest(tmp_path / "out" / "rejected.parquet")
     assert rejected["reasons"].tolist() == [["malformed_row"]]
     assert rejected["detail"][0].startswith("split: expected one of train, val, test, training")
+
+
+def test_a_record_that_is_held_out_because_its_copy_states_test_counts_as_moved(tmp_path: Path) -> None:
+    records = good_rows(tmp_path, 12)
+    for number, record in enumerate(records):
+        record["split"] = "val" if number == 11 else "train"
+    (tmp_path / "copy.png").write_bytes((tmp_path / records[0]["image"]).read_bytes())
+    write(tmp_path, [*records, {**records[0], "image": "copy.png", "split": "test"}])
+    ingest_folder(tmp_path, tmp_path / "raw")
+    report = validate(tmp_path / "raw", tmp_path / "out", tmp_path / "docs", ValidateConfig(near_duplicate_distance=0), 0)
+    accepted = read_manifest(tmp_path / "out")
+    assert report["reasons"] == {"duplicate": 1} and accepted[accepted["split"] == "test"]["row"].tolist() == [0]
+    assert report["parts"]["moved_from_stated_split"] == 1
