@@ -20,7 +20,7 @@ def replace_by_torchrun(command: Sequence[str], config: LaunchConfig) -> None:
     Returns where one process is enough, and in the processes that ``torchrun`` has started.
 
     Raises:
-        UserError: if ``launch.torchrun`` names a variable that is not set.
+        UserError: if ``launch.torchrun`` names a variable that is not set, or there are fewer GPUs than processes.
     """
     if "WORLD_SIZE" in os.environ:
         return
@@ -34,11 +34,16 @@ def replace_by_torchrun(command: Sequence[str], config: LaunchConfig) -> None:
 
 
 def _processes(config: LaunchConfig) -> int:
-    if config.processes != "auto":
-        return config.processes
+    if config.processes == 1:
+        return 1
     import torch
 
-    return max(1, torch.cuda.device_count())
+    gpus = torch.cuda.device_count()
+    if config.processes == "auto":
+        return max(1, gpus)
+    if 0 < gpus < config.processes:
+        raise UserError(f"launch.processes is {config.processes}, and each needs a GPU of its own: this machine has {gpus}; set it to auto")
+    return config.processes
 
 
 def torchrun_command(command: Sequence[str], processes: int, arguments: str) -> list[str]:

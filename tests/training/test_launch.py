@@ -35,6 +35,16 @@ def test_there_is_a_process_for_each_gpu(started, monkeypatch):
     assert started[0][-3:] == ["-m", "cm3leon", "sft"]
 
 
+def test_more_processes_than_gpus_are_refused(started, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"launch\.processes is 3, .* this machine has 2"):
+        launch.replace_by_torchrun(["evaluate"], LaunchConfig(processes=3))
+    launch.replace_by_torchrun(["evaluate"], LaunchConfig(processes=2))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    launch.replace_by_torchrun(["evaluate"], LaunchConfig(processes=3))
+    assert [word for command in started for word in command if word.startswith("--nproc")] == ["--nproc-per-node=2", "--nproc-per-node=3"]
+
+
 def test_processes_of_torchrun_are_not_replaced(started, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     launch.replace_by_torchrun(["pretrain"], LaunchConfig(processes=2))
