@@ -66,8 +66,13 @@ def image_curve(kind: str) -> list[float]:
         "encoder": lambda: EncoderTrainer(config, images, images.captions, tokenizer_of(config, images), 0),
         "super_resolution": lambda: SuperResolutionTrainer(config, images, 0),
     }[kind]()
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        if "loss" in metrics:  # the last are of the whole run
+            losses.append(metrics["loss"])
+
     with every_step():
-        loop.train(trainer, config.steps, kind, World(), lambda metrics, step: losses.append(metrics["loss"]))
+        loop.train(trainer, config.steps, kind, World(), log)
     return losses
 
 
