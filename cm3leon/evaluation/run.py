@@ -152,7 +152,7 @@ def evaluate(config: Config, output: Path, model: Generator | None = None, proce
 
     # 2. Test records, which the model must not have seen. The memory bank holds all records that a model was trained on.
     store = ImageStore(paths.RAW)
-    test, train = read_manifest(paths.VALIDATED, "test"), read_manifest(paths.VALIDATED, "train")
+    test, train = read_manifest(paths.VALIDATED, "test"), read_manifest(paths.VALIDATED, "train", ["id", "captions", "questions"])
     test_ids, known = test["id"].tolist(), generator.memory.bank.documents["id"].tolist()
     likeness, seen = Likeness.of(config.validate_), []
     if model:

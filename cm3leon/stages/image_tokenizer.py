@@ -51,7 +51,7 @@ def make_tokenizer(config: Config, processes: World, run: runs.Run) -> tuple[Ima
             )
         return imported, None
     refuse_too_large("image_tokenizer", section, step_memory, processes)
-    manifest = read_manifest(paths.VALIDATED, "train")
+    manifest = read_manifest(paths.VALIDATED, "train", ["image", "conditions"])
     images = ImageSet(ImageStore(paths.RAW), training_images(manifest, section.condition_share, config.seed), section.image_size)
     weights = [Path(section.perceptual_weights)] if section.perceptual_weights else []
     checkpoints = stage_checkpoints(config, "image_tokenizer", [paths.RAW, paths.VALIDATED / "manifest.parquet", *weights], processes)

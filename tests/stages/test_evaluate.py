@@ -291,10 +291,18 @@ def test_processes_leave_out_the_same_records_of_which_each_has_compared_a_part(
     assert last == alone == left(World(0, 3)) and 0 < len(alone) < 7
 
 
-def test_a_single_test_record_is_measured(collection):
+def test_a_single_test_record_is_measured(collection, monkeypatch):
     collection(1)
+    read = {}
+
+    def reading(path: Path, split: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        read[split] = read_manifest(path, split, columns)
+        return read[split]
+
+    monkeypatch.setattr(evaluation, "read_manifest", reading)
     evaluate.run(CONFIG)
     record = Record.read(paths.EVALUATION)
+    assert set(read["train"].columns) == {"id", "captions", "questions"}, "of many records, in each process"
     assert {"clip_score", "vqa_accuracy"} <= set(record.scores) and "fd_encoder" not in record.scores
     assert not [name for name in record.calibration if "other" in name]
 

@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from tests_support import make_documents
 
 from cm3leon.config import paths
 from cm3leon.config.schema import Config, PretrainConfig
-from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore
+from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.tokens import Document, TokenStore, write_tokens
 from cm3leon.models.clip import Encoder
 from cm3leon.models.super_resolution import target_side
@@ -101,6 +102,23 @@ def test_index_holds_the_multimodal_train_documents(project: tuple[Path, dict[st
     texts = encoder.encode_texts(bank.documents["caption"].tolist())
     assert np.array_equal(bank.image, images.astype(np.float16)) and np.array_equal(bank.text, texts.astype(np.float16))
     assert metrics["index"]["clip_score"] == pytest.approx((texts * images).sum(1).mean())
+
+
+def test_of_the_manifest_only_the_columns_are_read_that_the_bank_needs(
+    project: tuple[Path, dict[str, dict[str, float]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the tasks take four fifths of a manifest's memory, in every process."""
+    shutil.copytree(project[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    read: list[pd.DataFrame] = []
+
+    def reading(*arguments: Any) -> pd.DataFrame:
+        read.append(read_manifest(*arguments))
+        return read[-1]
+
+    monkeypatch.setattr(index, "read_manifest", reading)
+    assert index.run(CONFIG) == project[1]["index"]
+    assert set.union(*(set(frame.columns) for frame in read)) == {"id", "image", "captions", "licence", "attribution", "source"}
 
 
 def test_a_part_of_the_rows_at_a_time_gives_the_same(
