@@ -17,7 +17,7 @@ import typer
 
 from cm3leon.cli import convert, data, model
 from cm3leon.cli.options import UsageError, check_place
-from cm3leon.stages.common import STAGES, run_stage
+from cm3leon.stages.common import STAGES, launched, run_stage
 from cm3leon.utils.errors import message_to_user
 from cm3leon.utils.garbage import collect_rarely
 from cm3leon.utils.texts import as_unicode, is_unicode
@@ -105,10 +105,14 @@ def evaluate(
     if reproduce is None:
         run_stage("evaluate")
         return
-    from cm3leon.config.loading import load_config
     from cm3leon.evaluation.run import reproduce as evaluate_again
+    from cm3leon.utils.world import world
 
-    count, differing = evaluate_again(load_config(), reproduce)
+    config = launched("evaluate", "--reproduce", str(reproduce))
+    with world() as processes:
+        count, differing = evaluate_again(config, reproduce, processes)
+    if processes.rank > 0:
+        return
     for name, recorded, again in differing:
         print(f"{name}: recorded {recorded}, now {again}")
     print(f"{count - len(differing)} of {count} scores of {reproduce} agree")
@@ -120,15 +124,20 @@ def _evaluate_model(model: str, out: Path | None) -> None:
     """Measure a model under the present contract, and print its scores."""
     import tempfile
 
-    from cm3leon.config.loading import load_config
     from cm3leon.evaluation.run import evaluate as measure
     from cm3leon.generation.generator import Generator
     from cm3leon.registry.registry import find_bundle
+    from cm3leon.utils.world import world
 
     if out is not None and out.exists():
         raise UsageError(f"{out} exists; name a new directory")
-    with tempfile.TemporaryDirectory() as scratch:
-        record = measure(load_config(), out or Path(scratch), Generator.from_bundle(find_bundle(model)))
+    config = launched("evaluate", "--model", model, *(["--out", str(out)] if out else []))
+    with world() as processes, tempfile.TemporaryDirectory() as scratch:
+        with processes.first_alone():
+            bundle = find_bundle(model)
+        record = measure(config, out or Path(scratch), Generator.from_bundle(bundle), processes)
+    if processes.rank > 0:
+        return
     for name, score in sorted(record.scores.items()):
         low, high = record.intervals.get(name, (score, score))
         print(f"{name:<40} {score:10.4f}  [{low:.4f}, {high:.4f}]")

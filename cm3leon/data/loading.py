@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import sys
 import time
@@ -23,7 +22,7 @@ from torch.utils.data import Dataset
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import ImageStore
 from cm3leon.data.workers import ahead_by_workers
-from cm3leon.utils.device import cores
+from cm3leon.utils.device import cores, local_processes
 from cm3leon.utils.errors import UserError, message_to_user
 
 THREADS = 2
@@ -54,12 +53,7 @@ def default_workers(device: torch.device) -> int:
     """Worker processes beside ``device``: a process for each core but one with a GPU; none without, where the network uses all cores."""
     if device.type != "cuda":
         return 0
-    return max(1, min(MAX_WORKERS, cores() // _local_processes() - 1))
-
-
-def _local_processes() -> int:
-    """Processes of ``torchrun`` on this machine, which share its cores and memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(MAX_WORKERS, cores() // local_processes() - 1))
 
 
 def image_batches(
@@ -98,7 +92,7 @@ def _fitting_workers(workers: int, batch_bytes: int) -> int:
     """As many of the workers as have room for their batches in half of the free shared memory; without room a worker is killed."""
     if not SHARED_MEMORY.is_dir():
         return workers
-    fitting = shutil.disk_usage(SHARED_MEMORY).free // (2 * _local_processes() * BATCHES_AHEAD * batch_bytes)
+    fitting = shutil.disk_usage(SHARED_MEMORY).free // (2 * local_processes() * BATCHES_AHEAD * batch_bytes)
     if fitting < workers:
         print(
             f"WARNING: {SHARED_MEMORY} has room for {fitting} of {workers} processes that decode images; "

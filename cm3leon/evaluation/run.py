@@ -144,11 +144,8 @@ def evaluate(config: Config, output: Path, model: Generator | None = None, proce
     generator = model or load_generator(config)
     encoder = Encoder.load(paths.ENCODER).to(default_device()) if model else generator.encoder
     assert encoder is not None and generator.super_resolution is not None and generator.memory is not None
-    if processes.rank > 0:
-        processes.wait()  # for the first process, which may download the weights
-    inception = inception_of(section.inception)
-    if processes.rank == 0:
-        processes.wait()
+    with processes.first_alone():
+        inception = inception_of(section.inception)
 
     # 2. Test records, which the model must not have seen. The memory bank holds all records that a model was trained on.
     store = ImageStore(paths.RAW)
@@ -299,11 +296,14 @@ def recorded_config(config: Config, record: Record, origin: str) -> Config:
     return config.model_copy(update=sections)
 
 
-def reproduce(config: Config, path: Path) -> tuple[int, list[Difference]]:
+def reproduce(config: Config, path: Path, processes: World = ALONE) -> tuple[int, list[Difference]]:
     """Evaluate again with the settings of a record, and compare every score and calibration.
 
+    Args:
+        processes: all of them call this.
+
     Returns:
-        The number of scores and calibrations, and those that differ.
+        The number of scores and calibrations, and those that differ; 0 and none of a process other than the first.
 
     Raises:
         UserError: if ``path`` is not an evaluation record with settings, or one of other models than those in ``models/``, other data or
@@ -322,7 +322,9 @@ def reproduce(config: Config, path: Path) -> tuple[int, list[Difference]]:
 
     # 2. A new evaluation. Its record is read from the file, where scores are rounded like those of the old one.
     with tempfile.TemporaryDirectory() as folder:
-        evaluate(again, Path(folder))
+        evaluate(again, Path(folder), processes=processes)
+        if processes.rank > 0:
+            return 0, []
         new = Record.read(Path(folder))
     if changed := sorted(name for name in old.contract | new.contract if old.contract.get(name) != new.contract.get(name)):
         raise UserError(f"{path} was made on other data or code: its contract differs in {', '.join(changed)}")

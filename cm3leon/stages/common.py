@@ -51,6 +51,17 @@ def launching(stage: str, config: Config) -> LaunchConfig | None:
     return config.launch.model_copy(update={"torchrun": ""}) if several.get(stage) else None
 
 
+def launched(stage: str, *arguments: str) -> Config:
+    """The parameters, in a process of the stage: where there are to be several, the command with these arguments takes this one's place."""
+    from cm3leon.config.loading import load_config
+    from cm3leon.training.launch import replace_by_torchrun
+
+    config = load_config()
+    if launch := launching(stage, config):
+        replace_by_torchrun([stage, *arguments], launch)
+    return config
+
+
 METRICS = "metrics: "
 """Prefix of the last line that a stage's command prints: headline metrics, seconds and peak memory as JSON, which the flow reads."""
 
@@ -72,15 +83,10 @@ def run_stage(stage: str, resume_from: Path | None = None, *, accept_changes: bo
     Args:
         resume_from, accept_changes: of ``pretrain`` and ``sft``; see :func:`~cm3leon.training.run.train`.
     """
-    from cm3leon.config.loading import load_config
     from cm3leon.services.child import end_with_owner
-    from cm3leon.training.launch import replace_by_torchrun
 
-    config = load_config()
-    launch = launching(stage, config)
-    if launch is not None:
-        resumption = ["--resume-from", str(resume_from), *(["--accept-changes"] if accept_changes else [])] if resume_from else []
-        replace_by_torchrun([stage, *resumption], launch)
+    resumption = ["--resume-from", str(resume_from), *(["--accept-changes"] if accept_changes else [])] if resume_from else []
+    config = launched(stage, *resumption)
     end_with_owner()
     start = time.monotonic()
     options = {"resume_from": resume_from, "accept_changes": accept_changes} if resume_from else {}

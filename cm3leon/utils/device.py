@@ -12,6 +12,11 @@ def default_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def local_processes() -> int:
+    """Processes of ``torchrun`` on this machine, which share its cores and memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has no affinity

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 
+from cm3leon.utils.device import local_processes
+
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate on a device; on a CPU without swapping, and within the container's limit."""
+    """Bytes that this process can still allocate on a device; on a CPU its share, without swapping and within the container's limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # and what PyTorch keeps for itself
-    return free_host_memory()
+    return free_host_memory() // local_processes()
 
 
 def free_host_memory(root: Path = Path("/")) -> int:

@@ -115,6 +115,15 @@ class World:
         if self.size > 1:
             dist.barrier(self.patient)
 
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process runs the block before the others do, for example to download what all of them read."""
+        if self.rank > 0:
+            self.wait()
+        yield
+        if self.rank == 0:
+            self.wait()
+
     def _group_of(self, tensor: Tensor) -> dist.ProcessGroup | None:
         return self.patient if tensor.device.type == "cpu" else None
 

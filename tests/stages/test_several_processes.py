@@ -82,3 +82,11 @@ def test_two_processes_write_what_one_writes(collection, monkeypatch):
     assert {name: list(values) for name, values in ours.outcomes.items()} == {name: list(values) for name, values in other.outcomes.items()}
     assert ours.scores == pytest.approx(other.scores, rel=0.02, abs=0.02)
     assert {path.name for path in paths.EVALUATION.iterdir()} == {path.name for path in (Path("one") / paths.EVALUATION).iterdir()}
+
+    # The record of two processes is reproduced by two, to the last digit.
+    done = subprocess.run(
+        [sys.executable, "-m", "cm3leon", "evaluate", "--reproduce", str(paths.EVALUATION / "record.json")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    count = len(ours.scores) + len(ours.calibration)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"{count} of {count} scores of {paths.EVALUATION}/record.json agree")

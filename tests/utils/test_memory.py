@@ -26,6 +26,8 @@ def test_the_lower_of_the_machines_memory_and_the_containers(tmp_path: Path, lim
     assert free_host_memory(tmp_path) == free
 
 
-def test_this_machine_has_free_memory(tmp_path: Path) -> None:
+def test_this_machine_has_free_memory_which_processes_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = free_host_memory(tmp_path)  # nothing is known there
     assert 0 < free_memory(torch.device("cpu")) <= everything
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert 0 < free_memory(torch.device("cpu")) <= everything // 8
