@@ -149,15 +149,7 @@ def read_manifest(path: str | Path, split: str | None = None, columns: Sequence[
         ManifestError: if the file does not exist, or there is no such split.
         DamagedFileError: if it is truncated.
     """
-    path = Path(path)
-    path = path / "manifest.parquet" if path.is_dir() else path
-    if not path.is_file():
-        raise ManifestError(f"{path} does not exist; manifests are written by: cm3leon ingest, cm3leon validate")
-    if split is not None and split not in SPLITS:
-        raise ManifestError(f"there is no split {split!r}; splits are {', '.join(SPLITS)}")
-    filters = None if split is None else [("split", "=", split)]
-    read = partial(pq.read_table, columns=None if columns is None else list(columns), filters=filters)
-    table = read_file(path, read, "cm3leon validate" if path.is_relative_to(VALIDATED) else "cm3leon ingest")
+    table = read_table(path, split, columns)
     data: dict[str, Any] = {}
     for name in table.column_names:
         column = table.column(name)
@@ -168,6 +160,19 @@ def read_manifest(path: str | Path, split: str | None = None, columns: Sequence[
         else:
             data[name] = column.to_pandas()
     return pd.DataFrame(data)
+
+
+def read_table(path: str | Path, split: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    """:func:`read_manifest` as an Arrow table, which takes a tenth of the memory; nulls stay nulls."""
+    path = Path(path)
+    path = path / "manifest.parquet" if path.is_dir() else path
+    if not path.is_file():
+        raise ManifestError(f"{path} does not exist; manifests are written by: cm3leon ingest, cm3leon validate")
+    if split is not None and split not in SPLITS:
+        raise ManifestError(f"there is no split {split!r}; splits are {', '.join(SPLITS)}")
+    filters = None if split is None else [("split", "=", split)]
+    read = partial(pq.read_table, columns=None if columns is None else list(columns), filters=filters)
+    return read_file(path, read, "cm3leon validate" if path.is_relative_to(VALIDATED) else "cm3leon ingest")
 
 
 def write_manifest(path: Path, records: pd.DataFrame, schema: pa.Schema) -> None:

@@ -5,7 +5,7 @@ Everything random about a sample derives from ``(seed, epoch, id)``: it does not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from cm3leon.data.rows_by_id import RowsById
 from cm3leon.data.tokens import Document, TokenStore
 from cm3leon.sequence.cm3 import Masked, mask
 from cm3leon.sequence.grammar import BREAK, Body, Vocabulary, build_body
@@ -20,6 +21,8 @@ from cm3leon.utils.errors import UserError
 from cm3leon.utils.files import read_file
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from cm3leon.config.schema import NeighborChoice, ObjectiveConfig
 
 
@@ -44,7 +47,27 @@ def sample_rng(seed: int, epoch: int, document_id: str, repeat: int = 0) -> np.r
     return np.random.default_rng((seed, epoch, int(document_id, 16), *([repeat] if repeat else [])))
 
 
-def read_neighbors(directory: Path, choice: NeighborChoice = "paper") -> dict[str, list[str]]:
+class Neighbors(Mapping[str, Sequence[str]]):
+    """Ids of each document's neighbors; see :func:`read_neighbors`."""
+
+    def __init__(self, table: pa.Table, choice: NeighborChoice) -> None:
+        self.rows, self.choice = RowsById(table), choice
+
+    def __getitem__(self, document_id: str) -> Sequence[str]:
+        row = self.rows[document_id]
+        if self.choice == "random":
+            return list(row["random"])
+        found = zip(row["neighbours"], row["modalities"], strict=True)
+        return [other for other, modality in found if self.choice in ("paper", modality)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def read_neighbors(directory: Path, choice: NeighborChoice = "paper") -> Mapping[str, Sequence[str]]:
     """The neighbor table written by ``retrieve``: ids of each document's neighbors.
 
     Args:
@@ -59,13 +82,8 @@ def read_neighbors(directory: Path, choice: NeighborChoice = "paper") -> dict[st
 
     if choice == "none":
         return {}
-    column = "random" if choice == "random" else "neighbours"
-    columns = ["id", column, "modalities"]
-    table = read_file(directory / "neighbours.parquet", partial(pq.read_table, columns=columns), "cm3leon retrieve")
-    rows = zip(table["id"].to_pylist(), table[column].to_pylist(), table["modalities"].to_pylist(), strict=True)
-    if choice in ("paper", "random"):
-        return {document_id: found for document_id, found, _ in rows}
-    return {document_id: [other for other, by in zip(found, how, strict=True) if by == choice] for document_id, found, how in rows}
+    columns = ["id", "random"] if choice == "random" else ["id", "neighbours", "modalities"]
+    return Neighbors(read_file(directory / "neighbours.parquet", partial(pq.read_table, columns=columns), "cm3leon retrieve"), choice)
 
 
 def document_segments(document: Document, vocabulary: Vocabulary, rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:

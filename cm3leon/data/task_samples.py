@@ -13,16 +13,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from cm3leon.config.schema import SFTConfig
 from cm3leon.data.epochs import Epochs, Weights
-from cm3leon.data.manifest import records_of
 from cm3leon.data.sequences import PretrainingSamples, Sample, fit_body, kept_documents, sample_rng
 from cm3leon.data.tokens import Document, TokenStore
 from cm3leon.sequence.cm3 import TOKENS_PER_SPAN, apply_spans, fit, region_spans, sample_region, sample_spans
 from cm3leon.sequence.grammar import build_body
-from cm3leon.sequence.tasks import TASK_COLUMNS, TASKS, Fields, Task, available, condition_key, lay_out, visible_objects
+from cm3leon.sequence.tasks import TASKS, Fields, Task, available, condition_key, lay_out, visible_objects
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.utils.errors import UserError
 
@@ -33,7 +31,7 @@ class TaskSamples:
 
     Attributes:
         pretraining: the documents, how they are retrieved, and the context's length.
-        manifest: rows with the documents' task columns.
+        records: of the documents, with the columns that tasks need.
         conditions: codes of their condition images.
         weights: of the documents, in the order of the store; None: all 1.
 
@@ -42,7 +40,7 @@ class TaskSamples:
     """
 
     pretraining: PretrainingSamples
-    manifest: pd.DataFrame
+    records: Mapping[str, Mapping[str, Any]]
     tokenizer: TextTokenizer
     config: SFTConfig
     conditions: TokenStore | None = None
@@ -70,16 +68,11 @@ class TaskSamples:
         return float(len(rows)) if self.weights is None else float(self.weights[rows].values.sum())
 
     @cached_property
-    def _values(self) -> dict[str, dict[str, Any]]:
-        columns = [name for name in TASK_COLUMNS if name in self.manifest.columns]
-        return {row["id"]: row for row in records_of(self.manifest[columns])}
-
-    @cached_property
     def rows(self) -> dict[str, np.ndarray]:
         """Rows of the store whose documents allow each task of the mix; tasks that none allows are left out."""
         found: dict[str, list[int]] = {name: [] for name in TASKS if self.config.tasks.get(name, 0) > 0}
         for row, document_id in enumerate(self.pretraining.store.ids):
-            for task in self._allowed(self._values[document_id]):
+            for task in self._allowed(self.records[document_id]):
                 found[task].append(row)
         return {name: np.array(rows) for name, rows in found.items() if rows}
 
@@ -117,7 +110,7 @@ class TaskSamples:
         name, row, earlier = self._locate(epoch, number)
         task, document = TASKS[name], self.pretraining.store[row]
         rng = sample_rng(self.pretraining.seed + 1 + list(TASKS).index(name), earlier, document.id)
-        sampled = task.sample_fields(self._values[document.id], rng)
+        sampled = task.sample_fields(self.records[document.id], rng)
         template = task.templates[int(rng.integers(len(task.templates)))]
         if name == "text_to_image" and self.config.infill_share and rng.random() < self.config.infill_share:
             sample = self._infill_sample(document, template, sampled[0], rng)

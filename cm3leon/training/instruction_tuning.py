@@ -8,12 +8,13 @@ from cm3leon.config import paths
 from cm3leon.config.schema import ObjectiveConfig, SFTConfig
 from cm3leon.data.batches import Batch
 from cm3leon.data.epochs import Weights, read_weights
-from cm3leon.data.manifest import read_manifest
+from cm3leon.data.manifest import read_table
+from cm3leon.data.rows_by_id import RowsById
 from cm3leon.data.sequences import PretrainingSamples, read_neighbors
 from cm3leon.data.task_samples import TaskSamples
 from cm3leon.data.tokens import CONDITION_PREFIX, TokenStore
 from cm3leon.models.decoder import Decoder
-from cm3leon.sequence.tasks import Training
+from cm3leon.sequence.tasks import TASK_COLUMNS, Training
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training.run import first_batches
 
@@ -45,8 +46,9 @@ def task_samples(split: str, store: TokenStore, model: Decoder, section: SFTConf
     shard = CONDITION_PREFIX + split
     conditions = TokenStore(paths.TOKENS, [shard]) if TokenStore.holds(paths.TOKENS, shard) else None
     tokenizer = TextTokenizer.load(paths.TEXT_TOKENIZER)
+    records = RowsById(read_table(paths.VALIDATED, split, TASK_COLUMNS))
     weights = Weights.of_documents(store.ids, read_weights(paths.VALIDATED), seed) if split == "train" else None
-    return TaskSamples(pretraining, read_manifest(paths.VALIDATED, split), tokenizer, section, conditions, weights)
+    return TaskSamples(pretraining, records, tokenizer, section, conditions, weights)
 
 
 def validation_batches(samples: TaskSamples, section: SFTConfig, seed: int) -> dict[str, list[Batch]]:

@@ -69,14 +69,14 @@ def samples(tmp_path_factory):
         directory = tmp_path_factory.mktemp("tokens")
         write_tokens(directory, "train", make_documents(40), 16, 100)
         store = TokenStore(directory)
-        manifest = pd.DataFrame([{"id": name, **ROW, **(change(row) if change else {})} for row, name in enumerate(store.ids)])
+        records = {name: {"id": name, **ROW, **(change(row) if change else {})} for row, name in enumerate(store.ids)}
         documents = PretrainingSamples(store, store, {}, VOCABULARY, OBJECTIVE, [1.0], 200, 0)
         depth = [Document(condition_key(document.id, "depth"), document.codes ^ 1, []) for document in make_documents(40)]
         write_tokens(directory, "conditions-train", depth, 16, 100)
         conditions = TokenStore(directory, ["conditions-train"])
         return TaskSamples(
             documents,
-            manifest,
+            records,
             TOKENIZER,
             SFTConfig(
                 **{

@@ -19,7 +19,8 @@ from PIL import Image
 from cm3leon.config import paths
 from cm3leon.config.schema import Config
 from cm3leon.data.batches import collate
-from cm3leon.data.manifest import read_manifest
+from cm3leon.data.manifest import read_table
+from cm3leon.data.rows_by_id import RowsById
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.task_samples import TaskSamples
 from cm3leon.data.tokens import TokenStore
@@ -185,9 +186,9 @@ def test_a_format_becomes_a_batch_with_its_tasks(write: Callable[[Path], dict[st
     model, store = Decoder.load(paths.FINETUNED), TokenStore(paths.TOKENS, ["train"])
     pretraining = PretrainingSamples(store, store, {}, model.vocabulary, UNMASKED, [1.0], model.spec.context, 0)
     conditions = TokenStore(paths.TOKENS, ["conditions-train"]) if TokenStore.holds(paths.TOKENS, "conditions-train") else None
-    manifest, tokenizer = read_manifest(paths.VALIDATED, "train"), TextTokenizer.load(paths.TEXT_TOKENIZER)
-    assert set(manifest["weight"]) == {2.0 if write is vqa_with_captions else 1.0}
-    samples = TaskSamples(pretraining, manifest, tokenizer, config.sft, conditions)
+    records, tokenizer = RowsById(read_table(paths.VALIDATED, "train")), TextTokenizer.load(paths.TEXT_TOKENIZER)
+    assert {record["weight"] for record in records.values()} == {2.0 if write is vqa_with_captions else 1.0}
+    samples = TaskSamples(pretraining, records, tokenizer, config.sft, conditions)
     assert set(samples.rows) == tasks
     batch = collate([samples(0, number) for number in range(16)])
     assert len(batch.targets) > 16 and batch.tokens.max() < model.vocabulary.size
