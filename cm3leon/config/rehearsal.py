@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from cm3leon.config.loading import parse_config
-from cm3leon.config.schema import Config
+from cm3leon.config.schema import HEAD_WIDTH, Config
 
 SIZES = {
     "ingest": ("shapes",),
@@ -65,6 +65,6 @@ def rehearsed(config: Config, tiny: Config) -> Config:
         own |= {key: small[key] for key in keys}
     for section, values in CHANGES.items():
         tree[section] |= values
-    tree["encoder"]["micro_batch_size"] = 8 if config.encoder.image_tower == "vit" else None
+    tree["encoder"] |= {"micro_batch_size": 8, "width": HEAD_WIDTH} if config.encoder.image_tower == "vit" else {"micro_batch_size": None}
     tree["profile"] = f"{config.profile}-rehearsal"
     return parse_config(tree, f"the rehearsal of profile {config.profile}")

@@ -115,6 +115,10 @@ class TokenizeConfig(Section):
     shard_documents: int = Field(50_000, ge=1, description="documents per Arrow shard")
 
 
+HEAD_WIDTH = 32
+"""Width of an attention head of the encoder's transformers."""
+
+
 class EncoderConfig(Section):
     """The frozen CLIP bi-encoder for retrieval and ranking: pretrained weights, or a small model trained here."""
 
@@ -123,9 +127,11 @@ class EncoderConfig(Section):
     image_size: int = Field(64, ge=8, description="side of the image tower's input, pixels")
     image_tower: Literal["resnet", "vit"] = Field("resnet", description="image tower to train; resnet needs far fewer images")
     patch_size: int = Field(8, ge=1, description="patch side of a vit, pixels")
-    width: int = Field(16, ge=8, description="width of the image tower; the last stage of a resnet is 32 times as wide")
+    width: int = Field(
+        16, ge=8, description="width of the image tower, of a vit a multiple of 32; the last stage of a resnet is 32 times as wide"
+    )
     layers: int = Field(1, ge=1, description="blocks of a vit, or of each of the four stages of a resnet")
-    text_width: int = Field(64, ge=16, description="width of the text tower")
+    text_width: int = Field(64, ge=32, description="width of the text tower, a multiple of 32")
     text_layers: int = Field(2, ge=1, description="blocks of the text tower")
     embedding_dim: int = Field(64, ge=8, description="dimensions of the joint embedding")
     vocabulary_size: int = Field(512, ge=257, description="text tokens of the tower's own tokenizer")
@@ -145,6 +151,11 @@ class EncoderConfig(Section):
         step = 32 if self.image_tower == "resnet" else self.patch_size
         if not self.pretrained_model and self.image_size % step:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {step}, as a {self.image_tower} needs")
+        widths = {"text_width": self.text_width} | ({"width": self.width} if self.image_tower == "vit" else {})
+        if not self.pretrained_model and (wrong := [f"{name} {value}" for name, value in widths.items() if value % HEAD_WIDTH]):
+            raise ValueError(
+                f"{' and '.join(wrong)}: a transformer's width is a multiple of {HEAD_WIDTH}, the width of its heads"
+            )
         if self.image_tower == "resnet" and self.micro_batch_size:
             raise ValueError("micro_batch_size must be null with image_tower resnet, which normalizes by the whole batch; use vit")
         return self

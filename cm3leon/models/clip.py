@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cm3leon.config.schema import EncoderConfig
+from cm3leon.config.schema import HEAD_WIDTH, EncoderConfig
 from cm3leon.data.loading import Square, default_workers, image_batches
 from cm3leon.data.manifest import ImageStore
 from cm3leon.models.pixels import to_unit
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MADE_BY = "cm3leon encoder"
 PAD = 0
-HEAD_DIM = 32
 BATCH = 128
 
 
@@ -72,13 +71,13 @@ def build_clip(settings: dict[str, Any]) -> nn.Module:
 
 def trained_settings(config: EncoderConfig, vocabulary: int) -> dict[str, Any]:
     """The settings of an encoder to be trained, as stored in ``config.json``."""
-    vision: dict[str, Any] = {"image_size": config.image_size, "width": config.width, "head_width": HEAD_DIM}
+    vision: dict[str, Any] = {"image_size": config.image_size, "width": config.width, "head_width": HEAD_WIDTH}
     if config.image_tower == "resnet":
         vision["layers"] = [config.layers] * 4
     else:
         vision |= {"layers": config.layers, "patch_size": config.patch_size}
     text = {"context_length": config.context_length, "vocab_size": vocabulary, "width": config.text_width, "layers": config.text_layers}
-    text["heads"] = config.text_width // HEAD_DIM
+    text["heads"] = config.text_width // HEAD_WIDTH
     model = {"embed_dim": config.embedding_dim, "vision": vision, "text": text}
     return {"kind": "trained", "image_size": config.image_size, "model": model}
 

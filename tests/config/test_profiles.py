@@ -15,6 +15,11 @@ from cm3leon.config.files import named_files
 from cm3leon.config.loading import all_keys, load_config, section_class
 from cm3leon.config.profiles import changed_config, configure, load_profile, profile_names
 from cm3leon.config.schema import Config
+from cm3leon.models.clip import build_clip, trained_settings
+from cm3leon.models.decoder import Decoder, DecoderSpec
+from cm3leon.models.vqgan import ImageTokenizer
+from cm3leon.training.planning import vocabulary_of
+from cm3leon.training.vqgan import make_spec
 from cm3leon.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -197,6 +202,8 @@ def test_configure_sets_values(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("change", "message"), [
     ("pretrain.stepz=3", r"^--set pretrain\.stepz=3: pretrain\.stepz: unknown key; did you mean pretrain\.steps\?$"),
+    ("encoder.text_width=48", r"encoder: text_width 48: a transformer's width is a multiple of 32, the width of its heads$"),
+    ("encoder={image_tower: vit, width: 16}", r"encoder: width 16: a transformer's width is a multiple of 32"),
     ("pretrian.steps=3", r"pretrian: unknown key; did you mean pretrain\?$"),
     ("sft.neighbours=text", r"^--set sft\.neighbours=text: sft\.neighbours is now called sft\.neighbors$"),
     ("pretrain.steps=-1", r"small\.yaml with pretrain\.steps=-1: pretrain\.steps: Input should be"),
@@ -240,6 +247,9 @@ def test_a_rehearsal_is_small_and_computes_as_the_profile_does(profile: str, tmp
     assert config.launch.processes == 2 and config.pretrain.batch_size // 2 > (config.pretrain.micro_batch_size or 0)
     assert config.index.kind == whole.index.kind and config.decoding.guidance == whole.decoding.guidance
     assert not named_files(config)
+    build_clip(trained_settings(config.encoder, config.encoder.vocabulary_size)["model"])
+    Decoder(DecoderSpec.from_config(config.pretrain.model), vocabulary_of(config))
+    ImageTokenizer(make_spec(config.image_tokenizer))
 
 
 def test_a_rehearsal_accepts_its_scenes_whatever_the_collection_has_to_be(tmp_path: Path) -> None:
