@@ -153,9 +153,7 @@ class EncoderConfig(Section):
             raise ValueError(f"image_size {self.image_size} is not a multiple of {step}, as a {self.image_tower} needs")
         widths = {"text_width": self.text_width} | ({"width": self.width} if self.image_tower == "vit" else {})
         if not self.pretrained_model and (wrong := [f"{name} {value}" for name, value in widths.items() if value % HEAD_WIDTH]):
-            raise ValueError(
-                f"{' and '.join(wrong)}: a transformer's width is a multiple of {HEAD_WIDTH}, the width of its heads"
-            )
+            raise ValueError(f"{' and '.join(wrong)}: a transformer's width is a multiple of {HEAD_WIDTH}, the width of its heads")
         if self.image_tower == "resnet" and self.micro_batch_size:
             raise ValueError("micro_batch_size must be null with image_tower resnet, which normalizes by the whole batch; use vit")
         return self
