@@ -67,3 +67,31 @@ def _run(function: Callable[..., None], arguments: tuple[Any, ...], output: Path
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     function(*arguments)
+
+
+def run_stages(directory: Path, ports: dict[str, int]) -> None:
+    """Run stages in a directory with a ``params.yaml``, one after another in each process, without MLflow.
+
+    A stage that runs in one process is the first one's; the others wait for it where the next stage connects them.
+
+    Args:
+        ports: the stages, and by which port the processes connect in each; that of one stage may still be open when the next begins.
+    """
+    import importlib
+    from contextlib import nullcontext
+    from unittest.mock import patch
+
+    import torch
+
+    from cm3leon.config.loading import load_config
+    from cm3leon.stages.common import launching
+    from cm3leon.tracking import runs
+
+    os.chdir(directory)
+    torch.set_num_threads(1)
+    config = load_config()
+    with patch.object(runs, "stage_run", lambda stage, config: nullcontext(runs.Run())):
+        for stage, port in ports.items():
+            os.environ["MASTER_PORT"] = str(port)
+            if os.environ["RANK"] == "0" or launching(stage, config):
+                importlib.import_module(f"cm3leon.stages.{stage}").run(config)

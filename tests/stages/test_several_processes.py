@@ -1,6 +1,7 @@
 """The stages that do not train in two processes: the outputs of one."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from processes_support import Job, run_stages
 
 from cm3leon.config import paths
 from cm3leon.config.ingest_schema import ShapesConfig
@@ -23,7 +25,9 @@ from cm3leon.data.thumbnails import thumbnail_of, write_thumbnails
 from cm3leon.evaluation.record import Record
 from cm3leon.retrieval.vectors import IMAGES, TEXTS
 from cm3leon.scenes import source as shapes
-from cm3leon.stages import evaluate, index, tokenize
+from cm3leon.services.local import free_port
+from cm3leon.stages import evaluate, index, ingest, tokenize, validate
+from cm3leon.stages.common import STAGES
 from cm3leon.tracking import runs
 
 ROOT = Path(__file__).parents[2]
@@ -90,3 +94,21 @@ def test_two_processes_write_what_one_writes(collection, monkeypatch):
     )  # fmt: skip
     count = len(ours.scores) + len(ours.calibration)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"{count} of {count} scores of {paths.EVALUATION}/record.json agree")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_rehearsal_of_a_profile_for_gpus_runs_in_two_processes(tmp_path, monkeypatch):
+    """In bfloat16, with packing, micro-batches and checkpointing as on GPUs; each stage reads what those before it wrote."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "stage_run", lambda stage, config: nullcontext(runs.Run()))
+    config = configure("gpu", configs=ROOT / "configs", params=Path("params.yaml"), rehearse=True)
+    assert (config.launch.processes, config.pretrain.precision, config.sft.precision) == (2, "bf16", "bf16")
+    ingest.run(config)
+    validate.run(config)
+    ports = {stage: free_port(0) for stage in STAGES if stage not in ("ingest", "validate")}
+    status, output = Job(run_stages, tmp_path, ports, output=tmp_path / "log", count=2).wait(240)
+    assert status == 0, output
+    record = Record.read(paths.EVALUATION)
+    assert {"composition", "cider", "vqa_accuracy", "clip_score", "infill/composition"} <= record.scores.keys()
+    assert all(math.isfinite(score) for score in record.scores.values())
