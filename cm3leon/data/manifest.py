@@ -163,7 +163,7 @@ def read_manifest(path: str | Path, split: str | None = None, columns: Sequence[
 
 
 def read_table(path: str | Path, split: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-    """:func:`read_manifest` as an Arrow table, which takes a tenth of the memory; nulls stay nulls."""
+    """:func:`read_manifest` as an Arrow table, which takes a fifth of the memory or less; nulls stay nulls."""
     path = Path(path)
     path = path / "manifest.parquet" if path.is_dir() else path
     if not path.is_file():

@@ -19,7 +19,7 @@ from torch import Tensor
 from cm3leon.utils.device import default_device
 from cm3leon.utils.errors import UserError
 
-PATIENCE = timedelta(days=1)
+CPU_TIMEOUT = timedelta(days=1)
 """How long a process waits for another, which may be alone at work for hours: hashing a collection, or generating the longer texts."""
 END_SECONDS = 5.0
 """More than torchrun takes to notice that a process has failed and to end the others."""
@@ -32,20 +32,20 @@ class World:
     They exchange numbers by Gloo, without waiting for what their GPUs are computing.
 
     Attributes:
-        patient: of all processes, for tensors on CPUs; None: the default group.
+        cpu_group: process group for tensors on CPUs, with a timeout of its own; None: the default group.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    patient: dist.ProcessGroup | None = None
+    cpu_group: dist.ProcessGroup | None = None
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over the processes, in float64."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self.patient)
+        dist.all_reduce(tensor, group=self.cpu_group)
         return [float(value) for value in tensor.tolist()]
 
     def max(self, value: int) -> int:
@@ -53,7 +53,7 @@ class World:
         if self.size == 1:
             return value
         tensor = torch.tensor(value)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, self.patient)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, self.cpu_group)
         return int(tensor.item())
 
     def gather(self, value: Any) -> list[Any]:
@@ -64,12 +64,12 @@ class World:
         data = json.dumps(value).encode()
         sizes = torch.zeros(self.size, dtype=torch.int64)
         sizes[self.rank] = len(data)
-        dist.all_reduce(sizes, group=self.patient)
+        dist.all_reduce(sizes, group=self.cpu_group)
         # 2. Exchange the bytes, padded to the longest: all_gather takes tensors of one size.
         sent = torch.zeros(int(sizes.max()), dtype=torch.uint8)
         sent[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         received = [torch.empty_like(sent) for _ in range(self.size)]
-        dist.all_gather(received, sent, self.patient)
+        dist.all_gather(received, sent, self.cpu_group)
         # 3. Remove the padding.
         return [json.loads(bytes(padded[:size].tolist())) for padded, size in zip(received, sizes.tolist(), strict=True)]
 
@@ -113,7 +113,7 @@ class World:
     def wait(self) -> None:
         """Return when all processes have called this (a barrier)."""
         if self.size > 1:
-            dist.barrier(self.patient)
+            dist.barrier(self.cpu_group)
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -125,7 +125,7 @@ class World:
             self.wait()
 
     def _group_of(self, tensor: Tensor) -> dist.ProcessGroup | None:
-        return self.patient if tensor.device.type == "cpu" else None
+        return self.cpu_group if tensor.device.type == "cpu" else None
 
 
 ALONE = World()
@@ -152,7 +152,7 @@ def world() -> Iterator[World]:
     # Gloo also with GPUs, for the tensors on CPUs that World and checkpoints exchange. NCCL, by which processes keep step, has the usual
     # limit of half an hour: a connection that hangs ends the run.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    processes = World(dist.get_rank(), size, device, dist.new_group(timeout=PATIENCE, backend="gloo"))
+    processes = World(dist.get_rank(), size, device, dist.new_group(timeout=CPU_TIMEOUT, backend="gloo"))
     signal.signal(signal.SIGINT, handler)
     # 2. Disconnect. By NCCL that is a collective operation, to which the others may never come after a failure.
     try:
