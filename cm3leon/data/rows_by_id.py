@@ -1,7 +1,7 @@
 """Rows of an Arrow table by the ids of their records, made into Python objects when they are read.
 
-As Python objects the columns of a collection take five times the memory and more, in each process, and once more in a process that is forked
-from it, because who reads an object writes its reference count.
+As Python objects the columns of a collection take five times the memory and more, in each process, and once more in one that is forked from
+it, because who reads an object writes its reference count.
 """
 
 from __future__ import annotations
