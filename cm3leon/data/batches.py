@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cm3leon.data.epochs import Epochs, Weights
@@ -66,6 +67,18 @@ class Batch:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {name: None if value is None else move(value) for name, value in given.items()}
         return Batch(**moved)
+
+    def filled_up(self, multiple: int) -> Batch:
+        """The same samples and one of padding after them, so that the numbers of tokens and of targets are multiples of ``multiple``.
+
+        The targets added have no weight, and no token of a sample sees the padding.
+        """
+        assert self.cu_seqlens is not None
+        length = self.tokens.shape[1]
+        missing = multiple - length % multiple  # at least one, which the targets added are
+        rows = {name: F.pad(getattr(self, name), (0, missing)) for name in ("tokens", "weights", "image_positions", "tasks", "positions")}
+        targets = F.pad(self.targets, (0, -len(self.targets) % multiple), value=length + missing - 1)
+        return Batch(**rows, targets=targets, cu_seqlens=F.pad(self.cu_seqlens, (0, 1), value=length + missing))
 
     def without_targets(self) -> Batch:
         """The same tokens as no part of the loss: for a process that has nothing left to compute while others have."""

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm3leon.models.kernels import ROWS_MULTIPLE, add_linear_weight_gradient, linear, linear_input_gradient
+
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Logits of a chunk: 4 MB of float32 on CPUs, with their small caches, 512 MB on GPUs, which want large matrices. Two or three buffers of
 this size are held."""
@@ -41,22 +43,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_output_VD = torch.zeros_like(output_VD, dtype=torch.float32) if needs_gradient else None
         losses_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         total = losses_N.new_zeros(())
-        shape_CV = (min(chunk, len(hidden_ND)), len(output_VD))
-        logits_buffer, softmax_buffer = losses_N.new_empty(shape_CV), losses_N.new_empty(shape_CV)
-        product_buffer = logits_buffer if dtype == torch.float32 else torch.empty_like(logits_buffer, dtype=dtype)
+        softmax_buffer = losses_N.new_empty(min(chunk, len(hidden_ND)), len(output_VD))
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden_ND), chunk):
                 rows = slice(start, start + chunk)
                 hidden_CD, targets_C, weights_C = hidden_ND[rows].to(dtype), targets_N[rows], weights_N[rows]
-                count = len(hidden_CD)
-                logits_CV, softmax_CV, product_CV = logits_buffer[:count], softmax_buffer[:count], product_buffer[:count]
+                softmax_CV = softmax_buffer[: len(hidden_CD)]
                 # 2. Logits, log Z and losses. The largest probability is exp(max l) / Z, so log Z needs no second pass over the logits.
-                torch.mm(hidden_CD, matrix_VD.T, out=product_CV)
-                if product_buffer is not logits_buffer:
-                    logits_CV.copy_(product_CV)
+                logits_CV = linear(hidden_CD, matrix_VD).float()
                 target_logits_C = logits_CV.gather(1, targets_C[:, None])[:, 0]
                 max_logits_C = logits_CV.amax(1)
                 torch.softmax(logits_CV, 1, out=softmax_CV)
+                del logits_CV
                 log_z_C = max_logits_C - softmax_CV.amax(1).log()
                 losses_N[rows] = log_z_C - target_logits_C
                 total += (weights_C * (losses_N[rows] + z_loss * log_z_C.square())).sum()
@@ -64,15 +62,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 #    scale is applied to rows of width D rather than V, which is cheaper.
                 if grad_hidden_ND is not None and grad_output_VD is not None:
                     factors_C = 1 + 2 * z_loss * log_z_C
-                    softmax_CV[torch.arange(count, device=targets_C.device), targets_C] -= 1 / factors_C
+                    softmax_CV[torch.arange(len(hidden_CD), device=targets_C.device), targets_C] -= 1 / factors_C
                     scale_C1 = (weights_C * factors_C)[:, None]
-                    gradient_CV = softmax_CV if product_buffer is logits_buffer else product_CV.copy_(softmax_CV)
-                    grad_hidden_ND[rows] = (gradient_CV @ matrix_VD) * scale_C1
-                    scaled_CD = (hidden_CD * scale_C1).to(dtype)
-                    if dtype == torch.float32:
-                        grad_output_VD.addmm_(gradient_CV.T, scaled_CD)
-                    else:
-                        grad_output_VD.add_(gradient_CV.T @ scaled_CD)
+                    gradient_CV = softmax_CV.to(dtype)
+                    grad_hidden_ND[rows] = linear_input_gradient(gradient_CV, matrix_VD) * scale_C1
+                    add_linear_weight_gradient(grad_output_VD, gradient_CV, (hidden_CD * scale_C1).to(dtype))
         if grad_hidden_ND is not None and grad_output_VD is not None:
             ctx.save_for_backward(grad_hidden_ND, grad_output_VD.to(output_VD.dtype))
         ctx.mark_non_differentiable(losses_N)
@@ -103,5 +97,7 @@ def chunked_cross_entropy(
     if not torch.is_grad_enabled():  # inside of the function it never is, so that it asks whether its inputs need gradients
         hidden_ND, output_VD = hidden_ND.detach(), output_VD.detach()
     rows = chunk or max(1, CHUNK_ELEMENTS.get(hidden_ND.device.type, 1 << 26) // len(output_VD))
+    if rows > ROWS_MULTIPLE:
+        rows -= rows % ROWS_MULTIPLE
     total, losses_N = _ChunkedCrossEntropy.apply(hidden_ND, output_VD, targets_N, weights_N, z_loss, rows)
     return total, losses_N

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cm3leon.config.renamed import current_names
 from cm3leon.models.cross_entropy import chunked_cross_entropy
-from cm3leon.models.kernels import apply_rotary_emb, attention, linear, relu
+from cm3leon.models.kernels import ROWS_MULTIPLE, apply_rotary_emb, attention, convolves, linear, pack_weight, packed_linear, relu
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.utils.files import read_file, read_json
 
@@ -45,6 +45,8 @@ WEIGHTS = "model.safetensors"
 MADE_BY = "make run"
 RENAMED_TENSORS = {"places.weight": "image_positions.weight"}
 """Names of tensors in files of earlier versions, and their present names."""
+MIN_PACKED_WEIGHT = 1 << 16
+"""Elements of a weight from which on packing it pays (``benchmarks/operations.py``)."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,17 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.get_buffer("weight").to(x.dtype)) * self.get_buffer("scale")
+
+
+class PackedLinear(nn.Module):
+    """A :class:`Linear` for inference in float32 on a CPU, whose weight lies in memory as oneDNN reads it."""
+
+    def __init__(self, matrix: Linear) -> None:
+        super().__init__()
+        self.packed = pack_weight(matrix.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.packed)
 
 
 class Attention(nn.Module):
@@ -328,11 +341,18 @@ class Decoder(nn.Module):
 
     def quantize(self) -> None:
         """Replace the linear layers of the blocks by :class:`Int8Linear`, a quarter of float32's memory; for inference only."""
+        self._replace(Int8Linear, lambda matrix: True)
+
+    def pack(self) -> None:
+        """Replace the larger linear layers of the blocks by :class:`PackedLinear`; for inference only."""
+        self._replace(PackedLinear, lambda matrix: matrix.weight.numel() >= MIN_PACKED_WEIGHT)
+
+    def _replace(self, kind: Callable[[Linear], nn.Module], chosen: Callable[[Linear], bool]) -> None:
         for block in self.blocks:
             for module in list(block.modules()):
                 for name, child in list(module.named_children()):
-                    if isinstance(child, Linear):
-                        setattr(module, name, Int8Linear(child))
+                    if isinstance(child, Linear) and chosen(child):
+                        setattr(module, name, kind(child))
 
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Logits of the ids in ``[start, stop)``, (..., stop - start)."""
@@ -344,6 +364,9 @@ class Decoder(nn.Module):
         Args:
             z_loss: see :func:`~cm3leon.models.cross_entropy.chunked_cross_entropy`.
         """
+        shape = batch.tokens.shape
+        if batch.cu_seqlens is not None and convolves(self.device):
+            batch = batch.filled_up(ROWS_MULTIPLE)
         hidden_BTD = self(batch.tokens, batch.image_positions, positions_BT=batch.positions, cu_seqlens=batch.cu_seqlens)
         # Only targets go through the vocabulary's product, the largest of a step. Each is predicted from the token before it.
         hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.targets - 1)
@@ -351,7 +374,7 @@ class Decoder(nn.Module):
         total, losses_N = chunked_cross_entropy(hidden_ND, self.tokens.weight, tokens_N, weights_N, z_loss)
         losses_BT = torch.zeros(batch.tokens.shape, device=losses_N.device)
         losses_BT.view(-1)[batch.targets] = losses_N
-        return total, losses_BT
+        return total, losses_BT[:, : shape[1]]
 
     @property
     def parameter_count(self) -> int:

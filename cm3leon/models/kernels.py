@@ -14,21 +14,96 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cm3leon.utils.device import mkl_is_slow
+
 MIN_FLIPPED_ROWS, MAX_FLIPPED_ROWS = 4, 48
 MIN_FLIPPED_WEIGHT = 1 << 19
 """For this many rows of input, and from this many elements of the weight, :func:`linear` multiplies from the other side."""
+
+IMAGES = 16
+"""As so many images rows are convolved: PyTorch gives convolutions of fewer to MKL on a single thread."""
+
+ROWS_MULTIPLE = 64
+"""Where rows are convolved, those of a training step are filled up to a multiple of this: oneDNN compiles kernels for each new number."""
+
+MIN_CONVOLVED_ROWS = 128
+"""Fewer rows are not convolved."""
+
+EXPECTED_ROWS = 16
+"""For about so many rows weights are packed; others take them too."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``: (..., I) and (O, I) to (..., O).
 
-    For a few rows and a large weight on a CPU, as in decoding, ``(weight @ x.T).T`` is a third faster with MKL; for two or three rows it
-    takes twice as long. The result is then transposed in memory, which is the layout that the next product reads.
+    Many rows are convolved where that is faster (:func:`convolves`). For a few rows and a large weight on a CPU, as in decoding,
+    ``(weight @ x.T).T`` is a third faster with MKL; for two or three rows it takes twice as long. The result is then transposed in memory,
+    which is the layout that the next product reads.
     """
+    if _by_convolution(x):
+        return _rows(F.conv2d(_pixels(x), weight[:, :, None, None])).view(*x.shape[:-1], len(weight))
     few_rows = MIN_FLIPPED_ROWS * x.shape[-1] <= x.numel() <= MAX_FLIPPED_ROWS * x.shape[-1]
     if x.device.type == "cpu" and few_rows and weight.numel() >= MIN_FLIPPED_WEIGHT and not torch.is_grad_enabled():
         return torch.mm(weight, x.flatten(0, -2).T).T.reshape(*x.shape[:-1], len(weight))
     return F.linear(x, weight)
+
+
+def linear_input_gradient(gradient_TO: Tensor, weight: Tensor) -> Tensor:
+    """The gradient (T, I) of the input of :func:`linear` from that of its output."""
+    if not _by_convolution(gradient_TO):
+        return gradient_TO @ weight
+    unread_TI = gradient_TO.new_empty(len(gradient_TO), weight.shape[1])  # only its shape matters
+    return _rows(_convolution_gradients(gradient_TO, unread_TI, weight, (True, False, False))[0])
+
+
+def add_linear_weight_gradient(total_OI: Tensor, gradient_TO: Tensor, x_TI: Tensor) -> None:
+    """Add to ``total`` the gradient of the weight of :func:`linear`."""
+    if _by_convolution(x_TI):
+        total_OI += _convolution_gradients(gradient_TO, x_TI, total_OI, (False, True, False))[1].view_as(total_OI)
+    elif gradient_TO.dtype == total_OI.dtype:
+        total_OI.addmm_(gradient_TO.T, x_TI)
+    else:
+        total_OI += gradient_TO.T @ x_TI
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """A float32 weight (O, I) as oneDNN lays it out for :func:`packed_linear`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_ROWS)
+
+
+def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
+    """:func:`linear` by a weight of :func:`pack_weight`, without gradients."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def convolves(device: torch.device) -> bool:
+    """Whether products of many rows are computed as convolutions, of images of one column with a channel for each input.
+
+    PyTorch gives matrix products in float32 to MKL and convolutions to oneDNN. On processors that are not Intel's MKL does without
+    AVX-512, and oneDNN is up to 2.3 times as fast (docs/log.md).
+    """
+    return device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu") and mkl_is_slow()
+
+
+def _by_convolution(x: Tensor) -> bool:
+    rows = x.numel() // x.shape[-1]
+    return x.dtype == torch.float32 and rows >= MIN_CONVOLVED_ROWS and rows % IMAGES == 0 and convolves(x.device)
+
+
+def _convolution_gradients(gradient_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
+    """Of input, weight and bias, those wanted."""
+    pixels = _pixels(gradient_TO), _pixels(x_TI), weight_OI[:, :, None, None]
+    return torch.ops.aten.convolution_backward(*pixels, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, wanted)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Rows (..., I) as images (IMAGES, I, rows / IMAGES, 1) whose channels are last in memory."""
+    return x.reshape(IMAGES, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def _rows(images: Tensor) -> Tensor:
+    """The reverse of :func:`_pixels`: (rows, channels)."""
+    return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
 
 
 class _Relu(torch.autograd.Function):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
+from pathlib import Path
 
 import torch
+
+CPUINFO = Path("/proc/cpuinfo")
+"""What Linux says of the processor."""
 
 
 def default_device() -> torch.device:
@@ -20,3 +26,11 @@ def local_processes() -> int:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has no affinity
+
+
+@functools.cache
+def mkl_is_slow() -> bool:
+    """Whether PyTorch multiplies matrices by MKL on a processor that is not Intel's, and has oneDNN besides."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and CPUINFO.is_file()):
+        return False
+    return not re.search(r"^vendor_id\s*:\s*GenuineIntel$", CPUINFO.read_text(), re.MULTILINE)

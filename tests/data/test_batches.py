@@ -102,6 +102,23 @@ def test_losses_of_packed_samples_are_those_of_padded_rows(samples, options):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_a_filled_up_batch_has_the_same_losses_and_gradients(samples, multiple):
+    torch.manual_seed(0)
+    model = Decoder(decoder_spec(2, 32, 2, 80, init_std=0.2, rope=True, previous_token=True), VOCABULARY)
+    batch = pack([samples(0, row) for row in range(7)])
+    filled = batch.filled_up(multiple)
+    length, targets = batch.tokens.shape[1], len(batch.targets)
+    assert filled.tokens.shape[1] % multiple == len(filled.targets) % multiple == 0
+    assert filled.tokens.shape[1] > length and filled.cu_seqlens.tolist() == [*batch.cu_seqlens.tolist(), filled.tokens.shape[1]]
+    assert filled.targets[:targets].equal(batch.targets) and not filled.weights[0, length:].any()
+    totals, losses = zip(*(model.losses(one) for one in (batch, filled)), strict=True)
+    torch.testing.assert_close(losses[1][:, :length], losses[0], rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(total, list(model.parameters())) for total in totals]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
 def test_no_tensor_of_a_packed_batch_grows_with_the_square_of_its_tokens(samples):
     """A mask of all tokens by all tokens would."""
     model = Decoder(decoder_spec(1, 32, 2, 80, qk_norm=True), VOCABULARY)

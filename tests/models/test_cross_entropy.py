@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cm3leon.models import kernels
 from cm3leon.models.cross_entropy import chunked_cross_entropy
 
 
@@ -21,10 +22,12 @@ def plain(hidden, output, targets, weights, z_loss):
     return (weights * (losses + z_loss * logits.logsumexp(1).square())).sum(), losses
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 37, 1000])
+@pytest.mark.parametrize(("tokens", "chunk"), [(37, 1), (37, 5), (37, 37), (37, 1000), (320, 128)])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_total_losses_and_gradients_are_those_of_the_plain_computation(chunk, z_loss):
-    hidden, output, targets, weights = inputs()
+@pytest.mark.parametrize("slow_mkl", [False, True])
+def test_total_losses_and_gradients_are_those_of_the_plain_computation(tokens, chunk, z_loss, slow_mkl, monkeypatch):
+    monkeypatch.setattr(kernels, "mkl_is_slow", lambda: slow_mkl and torch.backends.mkldnn.is_available())
+    hidden, output, targets, weights = inputs(tokens)
     total, losses = chunked_cross_entropy(hidden, output, targets, weights, z_loss, chunk)
     (3 * total).backward()
     grads = hidden.grad, output.grad

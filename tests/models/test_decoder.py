@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests_support import decoder_spec
 
-from cm3leon.models.decoder import MAX_ATTENTION_LOGIT, WEIGHTS, Attention, Decoder, Int8Linear, RotaryEmbedding
+from cm3leon.models.decoder import MAX_ATTENTION_LOGIT, WEIGHTS, Attention, Decoder, Int8Linear, PackedLinear, RotaryEmbedding
 from cm3leon.models.kernels import apply_rotary_emb
 from cm3leon.sequence.grammar import Vocabulary
 
@@ -185,6 +185,17 @@ def test_eight_bit_matrices_are_a_quarter_as_large_and_almost_the_same():
     assert sum(b.nbytes for b in model.blocks.buffers()) < before / 4 * 1.2  # with the scales, which are much beside a width of 32
     found = model(*tokens)
     assert (found - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_packed_matrices_give_the_same(monkeypatch):
+    monkeypatch.setattr("cm3leon.models.decoder.MIN_PACKED_WEIGHT", 32 * 64)
+    model, tokens = make(), draw(3, 20)
+    with torch.inference_mode():
+        expected = model(*tokens)
+        model.pack()
+        assert [isinstance(layer, PackedLinear) for layer in (model.blocks[0].up, model.blocks[0].attention.out)] == [True, False]
+        torch.testing.assert_close(model(*tokens), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

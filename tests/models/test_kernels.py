@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cm3leon.models.kernels import apply_rotary_emb, attention, relu
+from cm3leon.models import kernels
+from cm3leon.models.kernels import add_linear_weight_gradient, apply_rotary_emb, attention, linear, linear_input_gradient, relu
 
 
 def with_gradients(function, *inputs):
@@ -92,3 +93,35 @@ def test_attention_in_bfloat16_sees_nothing_that_is_hidden(cu_seqlens):
     if cu_seqlens is not None:
         other_samples = torch.cat([v[:, :, :33] * 2, v[:, :, 33:]], 2)
         assert torch.equal(attention(q, k, other_samples, 0.4, cu_seqlens, 23)[:, :, 33:], before[:, :, 33:])
+
+
+@pytest.fixture(params=[False, True], ids=["mkl", "onednn"])
+def slow_mkl(request, monkeypatch):
+    """Whether MKL is slow on this processor: both forms of products, on any processor with oneDNN."""
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(kernels, "mkl_is_slow", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(2, 96, 24), (192, 24), (1, 128, 24), (130, 24), (3, 24)], ids=str)
+def test_linear_layers_are_pytorch_s_in_either_form(slow_mkl, shape):
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape), torch.randn(40, 24)
+    found, expected = with_gradients(linear, x, weight), with_gradients(F.linear, x, weight)
+    assert all(one.is_contiguous() for one in found)
+    equal(found, expected, rtol=1e-5, atol=1e-4)
+    gradient, x = torch.randn(*shape[:-1], 40).flatten(0, -2), x.flatten(0, -2)
+    total = torch.ones(40, 24)
+    add_linear_weight_gradient(total, gradient, x)
+    equal([linear_input_gradient(gradient, weight), total], [gradient @ weight, 1 + gradient.T @ x], rtol=1e-5, atol=1e-4)
+
+
+def test_rows_are_convolved_where_mkl_is_slow_in_float32_alone(slow_mkl):
+    def convolutions(rows, dtype=torch.float32):
+        with torch.profiler.profile() as profile, torch.autocast("cpu", enabled=dtype != torch.float32):
+            linear(torch.randn(rows, 24), torch.randn(40, 24))
+        return sum(event.count for event in profile.key_averages() if event.key == "aten::conv2d")
+
+    assert convolutions(192) == slow_mkl
+    assert not convolutions(192, torch.bfloat16) and not convolutions(200) and not convolutions(64)
