@@ -457,6 +457,9 @@ class LaunchConfig(Section):
     processes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="processes of a stage on this machine; auto: one for each GPU, one without"
     )
+    image_workers: int | None = Field(
+        None, ge=0, description="processes that decode images ahead of each GPU; 0: two threads; null: by the cores, without a GPU 0"
+    )
     torchrun: str = Field("", description="on several machines, how torchrun connects them; $NAME is a variable of the environment")
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from cm3leon.data.epochs import Epochs, Weights
 from cm3leon.data.sequences import Sample
 from cm3leon.sequence.grammar import PAD
+from cm3leon.utils.device import copied_to
 from cm3leon.utils.errors import UserError
 
 GetSample = Callable[[int, int], Sample]
@@ -60,12 +61,8 @@ class Batch:
         return cls(tokens_BT, weights_BT, image_positions_BT, zeros_BT, weights_BT.flatten().nonzero()[:, 0])
 
     def to(self, device: torch.device) -> Batch:
-        def move(value: Tensor) -> Tensor:
-            pinned = value.pin_memory() if device.type == "cuda" else value  # only from there a copy does not wait
-            return pinned.to(device, non_blocking=True)
-
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: None if value is None else move(value) for name, value in given.items()}
+        moved: dict[str, Any] = {name: None if value is None else copied_to(value, device) for name, value in given.items()}
         return Batch(**moved)
 
     def filled_up(self, multiple: int) -> Batch:

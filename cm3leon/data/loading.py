@@ -35,6 +35,9 @@ SAMPLED = 64
 SHARED_MEMORY = Path("/dev/shm")
 """Through which workers pass their batches, on Linux; 64 MB in a container that is given no more."""
 
+chosen_workers: int | None = None
+"""What :func:`default_workers` gives in this process: ``launch.image_workers``; None: by the cores."""
+
 Prepare = Callable[[Image.Image], Tensor]
 """Makes of an image what a network reads; the same shape for all."""
 
@@ -51,6 +54,8 @@ class Square:
 
 def default_workers(device: torch.device) -> int:
     """Worker processes beside ``device``: a process for each core but one with a GPU; none without, where the network uses all cores."""
+    if chosen_workers is not None:
+        return chosen_workers
     if device.type != "cuda":
         return 0
     return max(1, min(MAX_WORKERS, cores() // local_processes() - 1))

@@ -59,6 +59,10 @@ def launched(stage: str, *arguments: str) -> Config:
     config = load_config()
     if launch := launching(stage, config):
         replace_by_torchrun([stage, *arguments], launch)
+    if config.launch.image_workers is not None:
+        from cm3leon.data import loading
+
+        loading.chosen_workers = config.launch.image_workers
     return config
 
 

@@ -37,6 +37,7 @@ from cm3leon.training.loop import Log, Metrics
 from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_learning_rate, state_tensors
 from cm3leon.training.precision import autocast
 from cm3leon.training.shuffling import shuffled_batches
+from cm3leon.utils.device import copied_to
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.world import ALONE, World
 
@@ -224,7 +225,8 @@ class EncoderTrainer:
 
     def part(self, pixels: np.ndarray, captions: Sequence[str], negatives: Sequence[Sequence[str]]) -> Part:
         ids = self.tokenizer([*captions, *_together(negatives)])
-        return Part(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.world.device), without_padding(ids).to(self.world.device))
+        pixels_nHW3, ids_nL = (copied_to(value, self.world.device) for value in (torch.from_numpy(pixels), without_padding(ids)))
+        return Part(pixels_nHW3.permute(0, 3, 1, 2), ids_nL)
 
     def backward(self, parts: Sequence[Part], negatives: Sequence[int]) -> Tensor:
         """Add the gradients of this process's micro-batches; returns the loss of the batch.

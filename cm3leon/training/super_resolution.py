@@ -26,6 +26,7 @@ from cm3leon.training.dry_run import DryWorld, StepMemory, measure, micro_batch,
 from cm3leon.training.loop import Log, Metrics
 from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_learning_rate, state_tensors
 from cm3leon.training.precision import autocast
+from cm3leon.utils.device import copied_to
 from cm3leon.utils.errors import UserError
 from cm3leon.utils.world import ALONE, World
 
@@ -96,7 +97,7 @@ class SuperResolutionTrainer:
         """Add the gradients of this process's crops, uint8; returns their part of the batch's loss."""
         total = torch.zeros((), device=self.world.device)
         for part in high_B3HW.split(self.config.micro_batch_size or len(high_B3HW)):
-            target_B3HW = part.to(self.world.device)
+            target_B3HW = copied_to(part, self.world.device)
             low_B3hw = reduce(target_B3HW, self.config.scale)
             with autocast(self.config, self.world.device):
                 output_B3HW = self.model(to_unit(low_B3hw)).float()

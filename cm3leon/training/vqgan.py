@@ -39,6 +39,7 @@ from cm3leon.training.optimizer import allocate_states, learning_rate_at, set_le
 from cm3leon.training.precision import autocast
 from cm3leon.training.shuffling import shuffled_batches
 from cm3leon.training.vqgan_losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss, last_layer_gradients
+from cm3leon.utils.device import copied_to
 from cm3leon.utils.world import ALONE, World
 
 HUBER_BETA = 0.2
@@ -157,7 +158,7 @@ class ImageTokenizerTrainer:
         """One optimization step; see :class:`~cm3leon.training.loop.Trainer`."""
         for network in self.networks:
             network.zero_grad(set_to_none=True)
-        metrics = self.backward(torch.from_numpy(batch).to(self.world.device), number)
+        metrics = self.backward(copied_to(torch.from_numpy(batch), self.world.device), number)
         return {**metrics, "gradient_norm": self.update(number)}
 
     @property

@@ -28,6 +28,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has no affinity
 
 
+def copied_to(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The value on a device; the copy to a GPU is made while this process goes on, which it does only from pinned memory."""
+    pinned = value.pin_memory() if device.type == "cuda" else value
+    return pinned.to(device, non_blocking=True)
+
+
 @functools.cache
 def mkl_is_slow() -> bool:
     """Whether PyTorch multiplies matrices by MKL on a processor that is not Intel's, and has oneDNN besides."""

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,15 +18,18 @@ import pytest
 import torch
 from PIL import Image
 
+from cm3leon.config.profiles import configure
 from cm3leon.data import loading, pixels
 from cm3leon.data.images import fit_square
 from cm3leon.data.loading import BATCHES_AHEAD, Square, decoded_per_second, image_batches, read_ahead
 from cm3leon.data.manifest import ImageStore
 from cm3leon.data.pixels import ImageSet, batches_of
+from cm3leon.stages.common import launched
 from cm3leon.utils.errors import UserError, message_to_user
 from cm3leon.utils.processes import has_ended, identity
 
 COUNT = 23
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +159,14 @@ def test_the_decoders_rate_counts_the_cores_that_decode(store, monkeypatch):
     assert [decoded_per_second(store, REFS, prepare, workers) for workers in (1, 2, 4, 8)] == [4, 8, 16, 16]
     assert decoded_per_second(store, REFS, prepare) == 4 * loading.THREADS
     assert decoded_per_second(store, [], prepare) == 0
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [("null", [0, 5]), ("3", [3, 3]), ("0", [0, 0])])
+def test_workers_are_those_of_the_parameters_or_by_the_cores(tmp_path, monkeypatch, chosen, expected):
+    monkeypatch.setattr(loading, "chosen_workers", None)
+    monkeypatch.setattr(loading, "cores", lambda: 12)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    configure("tiny", [f"launch.image_workers={chosen}"], CONFIGS)
+    launched("ingest")
+    assert [loading.default_workers(torch.device(device)) for device in ("cpu", "cuda")] == expected
