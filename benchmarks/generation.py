@@ -162,7 +162,9 @@ def compare(shape: str, tokens: int | None, rounds: int, compiled: bool) -> None
         raise SystemExit("this comparison is one of CPUs: hide the GPU (CUDA_VISIBLE_DEVICES=), or measure ours with --alone")
     model = make_model(shape, tokens)
     model.compiled_decoding = compiled
-    opt = opt_of(model)
+    opt, floor = opt_of(model), floor_seconds(model)
+    if not compiled:
+        model.pack()  # as a generator does with what it loads
     same = has_options(model) or np.array_equal(ours(model, CANDIDATES, temperature=0.0), theirs(opt, model, CANDIDATES, greedy=True))
     if not same:
         raise SystemExit("the greedy images differ")
@@ -171,7 +173,7 @@ def compare(shape: str, tokens: int | None, rounds: int, compiled: bool) -> None
         taken["ours"].append(seconds(lambda: ours(model, CANDIDATES)))
         taken["opt"].append(seconds(lambda: theirs(opt, model, CANDIDATES, greedy=False)))
     fast, slow = (statistics.median(found) for found in taken.values())
-    steps, floor = model.vocabulary.tokens_per_image, floor_seconds(model)
+    steps = model.vocabulary.tokens_per_image
     print(
         "| shape | tokens an image | ours, images/s | OPT, images/s | ratio | ours, ms a token | floor, ms |\n|---|---|---|---|---|---|---|"
     )
@@ -186,6 +188,8 @@ def alone(shape: str, tokens: int | None, compiled: bool) -> None:
     model = make_model(shape, tokens or (None if shape == "small" else 1024))
     model.compiled_decoding = compiled
     floor = floor_seconds(model) * model.vocabulary.tokens_per_image
+    if not compiled:
+        model.pack()
     print(f"{shape}, {model.vocabulary.tokens_per_image} tokens, floor {floor:.2f} s")
     print("| images | seconds | images/s | times the floor |\n|---|---|---|---|")
     for count in (1, 4, 16, 64):

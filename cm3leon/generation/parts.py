@@ -22,7 +22,7 @@ from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.sequence.grammar import Tokens
 from cm3leon.sequence.tasks import TASKS, Training
 from cm3leon.sequence.text_tokenizer import TextTokenizer
-from cm3leon.utils.device import default_device, mkl_is_slow
+from cm3leon.utils.device import default_device
 from cm3leon.utils.files import read_file, read_json
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def load_decoder(directory: Path, device: str | torch.device, precision: Precisi
         model = model.bfloat16()
     if precision == "int8":
         model.quantize()
-    elif model.tokens.weight.dtype == torch.float32 and not compiled and not on_gpu and mkl_is_slow():
+    if not compiled and not on_gpu:
         model.pack()
     return model.to(device)
 

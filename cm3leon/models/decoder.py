@@ -33,7 +33,17 @@ from torch.utils.checkpoint import checkpoint
 
 from cm3leon.config.renamed import current_names
 from cm3leon.models.cross_entropy import chunked_cross_entropy
-from cm3leon.models.kernels import ROWS_MULTIPLE, apply_rotary_emb, attention, convolves, linear, pack_weight, packed_linear, relu
+from cm3leon.models.kernels import (
+    ROWS_MULTIPLE,
+    apply_rotary_emb,
+    attention,
+    convolves,
+    linear,
+    pack_weight,
+    packed_linear,
+    packing_pays,
+    relu,
+)
 from cm3leon.sequence.grammar import Vocabulary
 from cm3leon.utils.files import read_file, read_json
 
@@ -45,8 +55,6 @@ WEIGHTS = "model.safetensors"
 MADE_BY = "make run"
 RENAMED_TENSORS = {"places.weight": "image_positions.weight"}
 """Names of tensors in files of earlier versions, and their present names."""
-MIN_PACKED_WEIGHT = 1 << 16
-"""Elements of a weight from which on packing it pays (``benchmarks/operations.py``)."""
 
 
 @dataclass(frozen=True)
@@ -344,8 +352,8 @@ class Decoder(nn.Module):
         self._replace(Int8Linear, lambda matrix: True)
 
     def pack(self) -> None:
-        """Replace the larger linear layers of the blocks by :class:`PackedLinear`; for inference only."""
-        self._replace(PackedLinear, lambda matrix: matrix.weight.numel() >= MIN_PACKED_WEIGHT)
+        """Replace those linear layers of the blocks by :class:`PackedLinear` that are faster so, if there are any; for inference only."""
+        self._replace(PackedLinear, lambda matrix: packing_pays(matrix.weight))
 
     def _replace(self, kind: Callable[[Linear], nn.Module], chosen: Callable[[Linear], bool]) -> None:
         for block in self.blocks:

@@ -29,6 +29,9 @@ ROWS_MULTIPLE = 64
 MIN_CONVOLVED_ROWS = 128
 """Fewer rows are not convolved."""
 
+MIN_PACKED_WEIGHT = 1 << 16
+"""Elements of a weight from which on packing it pays."""
+
 EXPECTED_ROWS = 16
 """For about so many rows weights are packed; others take them too."""
 
@@ -64,6 +67,11 @@ def add_linear_weight_gradient(total_OI: Tensor, gradient_TO: Tensor, x_TI: Tens
         total_OI.addmm_(gradient_TO.T, x_TI)
     else:
         total_OI += gradient_TO.T @ x_TI
+
+
+def packing_pays(weight: Tensor) -> bool:
+    """Whether :func:`packed_linear` is faster than :func:`linear` for a few rows, two to three times (``benchmarks/operations.py``)."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= MIN_PACKED_WEIGHT and mkl_is_slow()
 
 
 def pack_weight(weight: Tensor) -> Tensor:

@@ -189,7 +189,8 @@ def test_eight_bit_matrices_are_a_quarter_as_large_and_almost_the_same():
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 def test_packed_matrices_give_the_same(monkeypatch):
-    monkeypatch.setattr("cm3leon.models.decoder.MIN_PACKED_WEIGHT", 32 * 64)
+    monkeypatch.setattr("cm3leon.models.kernels.MIN_PACKED_WEIGHT", 32 * 64)
+    monkeypatch.setattr("cm3leon.models.kernels.mkl_is_slow", lambda: True)
     model, tokens = make(), draw(3, 20)
     with torch.inference_mode():
         expected = model(*tokens)
