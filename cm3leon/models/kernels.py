@@ -87,8 +87,8 @@ def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
 def convolves(device: torch.device) -> bool:
     """Whether products of many rows are computed as convolutions, of images of one column with a channel for each input.
 
-    PyTorch gives matrix products in float32 to MKL and convolutions to oneDNN. On processors that are not Intel's MKL does without
-    AVX-512, and oneDNN is up to 2.3 times as fast (docs/log.md).
+    PyTorch gives matrix products in float32 to MKL and convolutions to oneDNN, which is up to 2.3 times as fast on some processors
+    (docs/log.md).
     """
     return device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu") and mkl_is_slow()
 
