@@ -111,9 +111,14 @@ def micro_batch(section: HasMicroBatches, processes: int) -> int:
     return min(section.micro_batch_size or share, share)
 
 
+def needs_whole_batch(section: Any) -> bool:
+    """Whether a step cannot be computed in parts: a resnet of the encoder normalizes by the whole batch."""
+    return getattr(section, "image_tower", None) == "resnet"
+
+
 def largest_that_fits(section: HasMicroBatches, processes: int, memory_of: Callable[[Any, int], StepMemory], usable: float) -> int | None:
-    """The largest micro-batch whose step fits, found by halving the present one; None if not even one row does."""
-    rows = micro_batch(section, processes)
+    """The largest micro-batch whose step fits, found by halving the present one; None if not even one row does, or it needs the whole."""
+    rows = 0 if needs_whole_batch(section) else micro_batch(section, processes)
     while rows >= 1:
         if memory_of(section.model_copy(update={"micro_batch_size": rows}), processes).total <= usable:
             return rows
@@ -126,6 +131,8 @@ def refuse_too_large(stage: str, section: HasMicroBatches, memory_of: Callable[[
 
     def change(usable: float) -> str:
         rows = largest_that_fits(section, world.size, memory_of, usable)
+        if needs_whole_batch(section):
+            return f"lower {stage}.batch_size, or set {stage}.image_tower=vit, whose batches are computed in parts"
         return f"set {stage}.micro_batch_size={rows}" if rows else f"no {stage}.micro_batch_size fits, so make the network smaller"
 
     memory_limit.refuse_too_large(stage, world.device, lambda: memory_of(section, world.size).total, change)

@@ -65,11 +65,11 @@ def _image_plans(config: Config, gpus: int, usable: float) -> Iterator[StagePlan
         if imported:
             yield StagePlan(stage)
             continue
-        alone = stage == "encoder" and section.image_tower == "resnet"
+        alone = dry_run.needs_whole_batch(section)
         processes = 1 if alone else min(gpus, MACHINE, section.batch_size)
         needed = memory_of(section, processes).total
         rows = dry_run.micro_batch(section, processes)
-        fitting = None if needed <= usable or alone else dry_run.largest_that_fits(section, processes, memory_of, usable)
+        fitting = None if needed <= usable else dry_run.largest_that_fits(section, processes, memory_of, usable)
         advice = f"--set {stage}.micro_batch_size={fitting}" if fitting else ""
         yield StagePlan(stage, processes, f"{rows} of {section.batch_size}", needed, advice)
 

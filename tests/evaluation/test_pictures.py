@@ -49,6 +49,7 @@ def test_an_evaluation_keeps_codes_and_sees_the_same_images(tiny_parts: dict[str
     whole = [images[0].image for images in generator.text_to_image(prompts, seed=Config().evaluate.seed)]
     monkeypatch.setattr(context, "TOGETHER", 2)
     parts = evaluation.generate_images(generator.text_to_image, prompts)
+    assert isinstance(parts, Pictures), "codes, of which a chunk at a time is decoded: see the test above"
     assert [np.asarray(image).tolist() for image in parts] == [np.asarray(image).tolist() for image in whole]
     again = evaluation.reconstructions(parts)
     assert [image.tobytes() for image in again] == [image.tobytes() for image in generator.decode(generator.encode(whole))]

@@ -52,12 +52,12 @@ class Project:
         stages = yaml.safe_load((self.root / "dvc.lock").read_text())["stages"]
         return {name: [out["md5"] for out in stage["outs"]] for name, stage in stages.items()}
 
-    def pipeline_runs(self) -> list[Any]:
-        """MLflow's runs of the pipeline, newest first."""
+    def runs_of(self, stage: str) -> list[Any]:
+        """MLflow's runs of a stage or of the pipeline, newest first."""
         from mlflow import MlflowClient
 
         client = MlflowClient(self.environment["MLFLOW_TRACKING_URI"])
-        return list(client.search_runs([client.get_experiment_by_name("cm3leon").experiment_id], "tags.stage = 'pipeline'"))
+        return list(client.search_runs([client.get_experiment_by_name("cm3leon").experiment_id], f"tags.stage = '{stage}'"))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,13 @@ def test_the_project_is_run_again_and_asked_something_else(clone: Project) -> No
     assert states_in(second, [*stages, "drift"]) == dict.fromkeys([*stages, "drift"], "Skipped")  # the data is the champion's
     assert "version 1 is the champion" in second  # an unchanged model is not registered again
     assert clone.hashes() == outputs
-    newest, oldest = clone.pipeline_runs()
+    rates = {
+        name: value for stage in stages for run in clone.runs_of(stage) for name, value in run.data.metrics.items() if "per_second" in name
+    }
+    assert rates.keys() >= {f"{stage}/images_per_second" for stage in ("image_tokenizer", "tokenize", "encoder", "super_resolution")}
+    assert rates.keys() >= {"index/documents_per_second", "tokenize/decoded_per_second", "index/decoded_per_second"}
+    assert min(rates.values()) > 0
+    newest, oldest = clone.runs_of("pipeline")
     scores = {name: score for name, score in oldest.data.metrics.items() if name.startswith("eval/")}
     assert scores and scores.items() <= newest.data.metrics.items()  # of the evaluation that was up to date
     assert not [name for name in newest.data.metrics if name.endswith("_seconds")]

@@ -171,6 +171,33 @@ def test_attention_to_a_prompt_held_once_is_as_exact_in_bfloat16_as_pytorchs(spr
         assert errors[0].max() < 0.01 and errors[0].max() < 2.5 * errors[1].max()
 
 
+@pytest.mark.parametrize("long", [0, 1000], ids=["uncopied", "copied"])
+def test_decoding_in_bfloat16_is_as_near_to_float32_as_one_pass_in_bfloat16(long, monkeypatch):
+    """Hidden states, relative, of a whole model: decoding code by code adds less than half of what rounding costs anyway."""
+    monkeypatch.setattr(caches, "MIN_UNCOPIED_PROMPT", long)
+    model = make()
+    tokens = torch.randint(4, model.vocabulary.size, (3, 60), generator=torch.Generator().manual_seed(0))
+    image_positions = torch.zeros_like(tokens)
+
+    def decoded():
+        prompts = [Prompt(row[:40].numpy(), np.zeros(40, np.int64)) for row in tokens]
+        prompt_cache, hidden = caches.read_prompts(model, prompts, [0] * 3)
+        cache = caches.decoding_cache(model, prompt_cache, 1, 20)
+        steps = [
+            cache.advance(model, tokens[:, [at]], image_positions[:, [at]], torch.full((3,), at - 40))[:, 0].float() for at in range(40, 60)
+        ]
+        return torch.stack([hidden.float(), *steps], 1)
+
+    with torch.inference_mode():
+        exact = model(tokens, image_positions)[:, 39:]
+        torch.testing.assert_close(decoded(), exact, rtol=1e-4, atol=1e-4)
+        model.bfloat16()
+        one_pass, by_code = (
+            float((found - exact).norm() / exact.norm()) for found in (model(tokens, image_positions)[:, 39:].float(), decoded())
+        )
+    assert by_code < 0.05 and by_code < 1.5 * one_pass
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("long", [0, 1000], ids=["uncopied", "copied"])
 def test_compiled_decoding_generates_the_same_images_and_texts(long, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from trainers_support import CONFIGS, KINDS, Squares, tokenizer_of
 
+from cm3leon.stages import encoder, image_tokenizer
+from cm3leon.stages import super_resolution as upscaler
 from cm3leon.tracking import runs
 from cm3leon.training import clip, run, stage_plans, super_resolution, vqgan
 from cm3leon.training.clip import EncoderTrainer
@@ -102,6 +105,18 @@ def test_a_step_that_does_not_fit_the_gpu_is_refused_with_the_micro_batch_that_d
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1))
     with pytest.raises(UserError, match=r"no super_resolution\.micro_batch_size fits, so make the network smaller"):
         refuse_too_large("super_resolution", config, memory_of, gpu)
+
+
+@pytest.mark.parametrize("stage", [image_tokenizer, encoder, upscaler])
+def test_each_stage_that_trains_on_images_refuses_before_it_reads_them(stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where there are no images
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1))
+    monkeypatch.setattr(runs, "stage_run", lambda name, config: nullcontext(runs.Run()))
+    monkeypatch.setattr(stage, "world", lambda: nullcontext(World(device=torch.device("cuda"))))
+    name = stage.__name__.rpartition(".")[2]
+    change = r"lower encoder\.batch_size, or set encoder\.image_tower=vit" if stage is encoder else rf"no {name}\.micro_batch_size fits"
+    with pytest.raises(UserError, match=rf"{name} needs about .* {change}"):  # tiny's encoder is a resnet, of which no parts are computed
+        stage.run(read_config("tiny", (), CONFIGS_DIRECTORY))
 
 
 def test_a_decoder_that_does_not_fit_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

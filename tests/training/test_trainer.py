@@ -11,7 +11,7 @@ import torch
 from tests_support import OBJECTIVE, decoder_spec, make_documents
 
 from cm3leon.config.schema import SFTConfig, TrainConfig
-from cm3leon.data.batches import SampleStream, TokenStream, collate, share_of
+from cm3leon.data.batches import SampleStream, TokenStream, collate, length_of, share_of
 from cm3leon.data.sequences import PretrainingSamples, Sample
 from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.models.decoder import Decoder, stored_weights
@@ -229,6 +229,8 @@ def test_a_resumed_run_logs_its_losses_from_the_beginning(stream, tmp_path):
     logged.clear()
     train_to(3 * LOG_EVERY)
     assert {step: logged[step]["loss"] for step in first} == first
+    tokens = [sum(map(length_of, stream.samples(step))) for step in range(3 * LOG_EVERY)]
+    assert logged[3 * LOG_EVERY]["tokens"] == sum(tokens), "also those before it was resumed"
 
 
 def test_a_run_that_was_killed_after_its_last_checkpoint_has_its_metrics_and_sheets(stream, tmp_path):
