@@ -41,7 +41,7 @@ def all_at_once(hidden: Tensor, output: Tensor, targets: Tensor, weights: Tensor
 
 
 REPLACED: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "products by MKL": lambda: mock.patch("cm3leon.models.kernels.mkl_is_slow", return_value=False),
+    "products by MKL": lambda: mock.patch("cm3leon.models.kernels.prefers_onednn", return_value=False),
     "rotary embedding in real numbers": lambda: mock.patch("cm3leon.models.decoder.apply_rotary_emb", by_reals),
     "logits of all tokens at once": lambda: mock.patch("cm3leon.models.decoder.chunked_cross_entropy", all_at_once),
 }

@@ -458,7 +458,9 @@ class LaunchConfig(Section):
         "auto", description="processes of a stage on this machine; auto: one for each GPU, one without"
     )
     image_workers: int | None = Field(
-        None, ge=0, description="processes that decode images ahead of each GPU; 0: two threads; null: by the cores, without a GPU 0"
+        None,
+        ge=0,
+        description="processes that decode images for each process of a stage; 0: threads; null: by the cores beside a GPU, else 0",
     )
     torchrun: str = Field("", description="on several machines, how torchrun connects them; $NAME is a variable of the environment")
 

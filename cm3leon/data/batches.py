@@ -68,7 +68,7 @@ class Batch:
     def filled_up(self, multiple: int) -> Batch:
         """The same samples and one of padding after them, so that the numbers of tokens and of targets are multiples of ``multiple``.
 
-        The targets added have no weight, and no token of a sample sees the padding.
+        The targets added are its last token, which has no weight, and no token of a sample sees the padding.
         """
         assert self.cu_seqlens is not None
         length = self.tokens.shape[1]

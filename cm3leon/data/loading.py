@@ -53,7 +53,10 @@ class Square:
 
 
 def default_workers(device: torch.device) -> int:
-    """Worker processes beside ``device``: a process for each core but one with a GPU; none without, where the network uses all cores."""
+    """Worker processes beside ``device``, where ``launch.image_workers`` does not say how many.
+
+    A process for each core but one with a GPU; none without, where the network uses all cores.
+    """
     if chosen_workers is not None:
         return chosen_workers
     if device.type != "cuda":

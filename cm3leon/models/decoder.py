@@ -173,6 +173,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packed = pack_weight(matrix.weight.detach())
 
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.packed.to_dense()
+
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(x, self.packed)
 
@@ -386,6 +389,7 @@ class Decoder(nn.Module):
 
     @property
     def parameter_count(self) -> int:
+        """Of a decoder that is neither quantized nor packed."""
         return sum(p.numel() for p in self.parameters())
 
     @property

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm3leon.utils.device import mkl_is_slow
+from cm3leon.utils.device import prefers_onednn
 
 MIN_FLIPPED_ROWS, MAX_FLIPPED_ROWS = 4, 48
 MIN_FLIPPED_WEIGHT = 1 << 19
@@ -26,8 +26,12 @@ IMAGES = 16
 ROWS_MULTIPLE = 64
 """Where rows are convolved, those of a training step are filled up to a multiple of this: oneDNN compiles kernels for each new number."""
 
-MIN_CONVOLVED_ROWS = 128
-"""Fewer rows are not convolved."""
+MIN_CONVOLVED_ROWS, MIN_CONVOLVED_ROWS_WIDE, WIDE_WEIGHT = 128, 512, 1 << 20
+"""Fewer rows are not convolved, also not for the gradient of a weight of so many elements."""
+
+MAX_PACKED_ROWS, EXACT_PACKED_ROWS, PACKED_ROWS_MULTIPLE = 256, 32, 16
+"""Most rows that :func:`packed_linear` computes at once, and from which on it fills them up to a multiple: oneDNN keeps half a megabyte for
+each number of rows that it has met."""
 
 MIN_PACKED_WEIGHT = 1 << 16
 """Elements of a weight from which on packing it pays."""
@@ -61,7 +65,8 @@ def linear_input_gradient(gradient_TO: Tensor, weight: Tensor) -> Tensor:
 
 def add_linear_weight_gradient(total_OI: Tensor, gradient_TO: Tensor, x_TI: Tensor) -> None:
     """Add to ``total`` the gradient of the weight of :func:`linear`."""
-    if _by_convolution(x_TI):
+    few_rows = len(x_TI) < MIN_CONVOLVED_ROWS_WIDE and total_OI.numel() >= WIDE_WEIGHT
+    if _by_convolution(x_TI) and not few_rows:
         total_OI += _convolution_gradients(gradient_TO, x_TI, total_OI, (False, True, False))[1].view_as(total_OI)
     elif gradient_TO.dtype == total_OI.dtype:
         total_OI.addmm_(gradient_TO.T, x_TI)
@@ -71,7 +76,7 @@ def add_linear_weight_gradient(total_OI: Tensor, gradient_TO: Tensor, x_TI: Tens
 
 def packing_pays(weight: Tensor) -> bool:
     """Whether :func:`packed_linear` is faster than :func:`linear` for a few rows, two to three times (``benchmarks/operations.py``)."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= MIN_PACKED_WEIGHT and mkl_is_slow()
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= MIN_PACKED_WEIGHT and prefers_onednn()
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -81,7 +86,12 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
     """:func:`linear` by a weight of :func:`pack_weight`, without gradients."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    parts = []
+    for part in x.flatten(0, -2).split(MAX_PACKED_ROWS):
+        missing = -len(part) % PACKED_ROWS_MULTIPLE if len(part) > EXACT_PACKED_ROWS else 0
+        filled = F.pad(part, (0, 0, 0, missing)) if missing else part
+        parts.append(torch.ops.mkldnn._linear_pointwise(filled, packed, None, "none", [], "")[: len(part)])
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], len(packed))
 
 
 def convolves(device: torch.device) -> bool:
@@ -90,12 +100,14 @@ def convolves(device: torch.device) -> bool:
     PyTorch gives matrix products in float32 to MKL and convolutions to oneDNN, which is up to 2.3 times as fast on some processors
     (docs/log.md).
     """
-    return device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu") and mkl_is_slow()
+    return not torch.compiler.is_compiling() and device.type == "cpu" and not torch.is_autocast_enabled("cpu") and prefers_onednn()
 
 
 def _by_convolution(x: Tensor) -> bool:
+    if not convolves(x.device) or x.dtype != torch.float32:  # first: under a compiler what is asked of the rows would be a guard
+        return False
     rows = x.numel() // x.shape[-1]
-    return x.dtype == torch.float32 and rows >= MIN_CONVOLVED_ROWS and rows % IMAGES == 0 and convolves(x.device)
+    return rows >= MIN_CONVOLVED_ROWS and rows % IMAGES == 0
 
 
 def _convolution_gradients(gradient_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:

@@ -35,8 +35,8 @@ def copied_to(value: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @functools.cache
-def mkl_is_slow() -> bool:
-    """Whether oneDNN is at hand and twice as fast: on processors with AVX-512 that are not Intel's, for which MKL does without it."""
+def prefers_onednn() -> bool:
+    """Whether oneDNN is at hand and twice as fast as MKL, which makes no use of AVX-512 on processors that are not Intel's."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not (both and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and CPUINFO.is_file()):
         return False

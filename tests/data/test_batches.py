@@ -17,6 +17,7 @@ from cm3leon.data.epochs import Weights
 from cm3leon.data.prefetch import Shares, prefetched
 from cm3leon.data.sequences import PretrainingSamples
 from cm3leon.data.tokens import TokenStore, write_tokens
+from cm3leon.models import kernels
 from cm3leon.models.decoder import Decoder
 from cm3leon.sequence.grammar import EOS, Vocabulary, check_grammar
 
@@ -103,7 +104,8 @@ def test_losses_of_packed_samples_are_those_of_padded_rows(samples, options):
 
 
 @pytest.mark.parametrize("multiple", [1, 64])
-def test_a_filled_up_batch_has_the_same_losses_and_gradients(samples, multiple):
+def test_a_filled_up_batch_has_the_same_losses_and_gradients(samples, multiple, monkeypatch):
+    """Also where the decoder fills batches up itself, as oneDNN computes its products."""
     torch.manual_seed(0)
     model = Decoder(decoder_spec(2, 32, 2, 80, init_std=0.2, rope=True, previous_token=True), VOCABULARY)
     batch = pack([samples(0, row) for row in range(7)])
@@ -112,11 +114,18 @@ def test_a_filled_up_batch_has_the_same_losses_and_gradients(samples, multiple):
     assert filled.tokens.shape[1] % multiple == len(filled.targets) % multiple == 0
     assert filled.tokens.shape[1] > length and filled.cu_seqlens.tolist() == [*batch.cu_seqlens.tolist(), filled.tokens.shape[1]]
     assert filled.targets[:targets].equal(batch.targets) and not filled.weights[0, length:].any()
-    totals, losses = zip(*(model.losses(one) for one in (batch, filled)), strict=True)
-    torch.testing.assert_close(losses[1][:, :length], losses[0], rtol=1e-5, atol=1e-5)
-    gradients = [torch.autograd.grad(total, list(model.parameters())) for total in totals]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+    def computed(own, onednn):
+        monkeypatch.setattr(kernels, "prefers_onednn", lambda: onednn and torch.backends.mkldnn.is_available())
+        total, losses = model.losses(own)
+        assert losses.shape == own.tokens.shape
+        return [losses[:, :length], *torch.autograd.grad(total, list(model.parameters()))]
+
+    expected = computed(batch, onednn=False)
+    for found in (computed(filled, onednn=False), computed(batch, onednn=True)):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+    assert not any(gradient.any() for gradient in computed(batch.without_targets(), onednn=True)[1:])
 
 
 def test_no_tensor_of_a_packed_batch_grows_with_the_square_of_its_tokens(samples):

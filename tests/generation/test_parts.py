@@ -38,11 +38,11 @@ def test_a_decoder_is_on_its_device_only_in_its_own_precision(tmp_path: Path, pr
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 @pytest.mark.parametrize("precision", [None, "float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(("slow_mkl", "compiled"), [(True, False), (True, True), (False, False)])
-def test_matrices_are_packed_where_mkl_is_slow(
+def test_matrices_are_packed_where_prefers_onednn(
     tmp_path: Path, precision: Precision | None, slow_mkl: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32 alone, and not for compiled decoding, which lays them out itself."""
-    monkeypatch.setattr("cm3leon.models.kernels.mkl_is_slow", lambda: slow_mkl)
+    monkeypatch.setattr("cm3leon.models.kernels.prefers_onednn", lambda: slow_mkl)
     Decoder(decoder_spec(1, 128, 2, 80), Vocabulary(100, 50, 8, 16)).save(tmp_path)
     packed = any(isinstance(module, PackedLinear) for module in load_decoder(tmp_path, "cpu", precision, compiled).modules())
     assert packed == (slow_mkl and not compiled and precision in (None, "float32"))

@@ -26,7 +26,7 @@ def plain(hidden, output, targets, weights, z_loss):
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("slow_mkl", [False, True])
 def test_total_losses_and_gradients_are_those_of_the_plain_computation(tokens, chunk, z_loss, slow_mkl, monkeypatch):
-    monkeypatch.setattr(kernels, "mkl_is_slow", lambda: slow_mkl and torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(kernels, "prefers_onednn", lambda: slow_mkl and torch.backends.mkldnn.is_available())
     hidden, output, targets, weights = inputs(tokens)
     total, losses = chunked_cross_entropy(hidden, output, targets, weights, z_loss, chunk)
     (3 * total).backward()

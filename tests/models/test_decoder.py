@@ -188,15 +188,18 @@ def test_eight_bit_matrices_are_a_quarter_as_large_and_almost_the_same():
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
-def test_packed_matrices_give_the_same(monkeypatch):
+def test_packed_matrices_give_the_same_and_can_be_saved(tmp_path, monkeypatch):
     monkeypatch.setattr("cm3leon.models.kernels.MIN_PACKED_WEIGHT", 32 * 64)
-    monkeypatch.setattr("cm3leon.models.kernels.mkl_is_slow", lambda: True)
+    monkeypatch.setattr("cm3leon.models.kernels.prefers_onednn", lambda: True)
     model, tokens = make(), draw(3, 20)
+    weight = model.blocks[1].up.weight.detach().clone()
     with torch.inference_mode():
         expected = model(*tokens)
         model.pack()
         assert [isinstance(layer, PackedLinear) for layer in (model.blocks[0].up, model.blocks[0].attention.out)] == [True, False]
         torch.testing.assert_close(model(*tokens), expected, rtol=1e-5, atol=1e-5)
+    model.save(tmp_path)
+    assert torch.equal(Decoder.load(tmp_path).blocks[1].up.weight, weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -3,9 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from cm3leon.models import kernels
-from cm3leon.models.kernels import add_linear_weight_gradient, apply_rotary_emb, attention, linear, linear_input_gradient, relu
+from cm3leon.models.kernels import (
+    add_linear_weight_gradient,
+    apply_rotary_emb,
+    attention,
+    linear,
+    linear_input_gradient,
+    pack_weight,
+    packed_linear,
+    relu,
+)
 
 
 def with_gradients(function, *inputs):
@@ -100,7 +110,7 @@ def slow_mkl(request, monkeypatch):
     """Whether MKL is slow on this processor: both forms of products, on any processor with oneDNN."""
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(kernels, "mkl_is_slow", lambda: request.param)
+    monkeypatch.setattr(kernels, "prefers_onednn", lambda: request.param)
     return request.param
 
 
@@ -117,7 +127,7 @@ def test_linear_layers_are_pytorch_s_in_either_form(slow_mkl, shape):
     equal([linear_input_gradient(gradient, weight), total], [gradient @ weight, 1 + gradient.T @ x], rtol=1e-5, atol=1e-4)
 
 
-def test_rows_are_convolved_where_mkl_is_slow_in_float32_alone(slow_mkl):
+def test_rows_are_convolved_where_prefers_onednn_in_float32_alone(slow_mkl):
     def convolutions(rows, dtype=torch.float32):
         with torch.profiler.profile() as profile, torch.autocast("cpu", enabled=dtype != torch.float32):
             linear(torch.randn(rows, 24), torch.randn(40, 24))
@@ -125,3 +135,50 @@ def test_rows_are_convolved_where_mkl_is_slow_in_float32_alone(slow_mkl):
 
     assert convolutions(192) == slow_mkl
     assert not convolutions(192, torch.bfloat16) and not convolutions(200) and not convolutions(64)
+
+
+def test_a_weight_of_many_elements_has_its_gradient_from_few_rows(slow_mkl, monkeypatch):
+    monkeypatch.setattr(kernels, "WIDE_WEIGHT", 40 * 24)
+    for rows in (128, 512):
+        gradient, x, total = torch.randn(rows, 40), torch.randn(rows, 24), torch.zeros(40, 24)
+        with torch.profiler.profile() as profile:
+            add_linear_weight_gradient(total, gradient, x)
+        assert any(event.key == "aten::convolution_backward" for event in profile.key_averages()) == (slow_mkl and rows == 512)
+        torch.testing.assert_close(total, gradient.T @ x, rtol=1e-5, atol=1e-4)
+
+
+def test_compilers_are_asked_nothing_about_the_number_of_rows(slow_mkl):
+    """Lengths above and below the threshold, multiples of 16 and not, are one graph after the first."""
+    counted = []
+    for function in (linear, F.linear):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(function, backend=counter)
+        for rows in (137, 144, 160, 161, 90, 208):
+            compiled(torch.randn(1, rows, 24), torch.randn(40, 24))
+        counted.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert counted[0] == counted[1]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("rows", [0, 1, 3, 32, 33, 49, 255, 256, 257, 513])
+def test_packed_weights_give_the_same_for_any_rows(rows):
+    torch.manual_seed(0)
+    weight = torch.randn(40, 24)
+    packed = pack_weight(weight)
+    for x in (torch.randn(rows, 24), torch.randn(rows, 2, 24), torch.randn(2, rows, 24).transpose(0, 1)):
+        torch.testing.assert_close(packed_linear(x, packed), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_packed_weights_meet_few_numbers_of_rows():
+    """For each of which oneDNN keeps a kernel."""
+    met = set()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        for rows in range(1, 600, 7):
+            packed_linear(torch.randn(rows, 24), pack_weight(torch.randn(40, 24)))
+    for event in profile.key_averages(group_by_input_shape=True):
+        if event.key == "mkldnn::_linear_pointwise":
+            met.add(event.input_shapes[0][0])
+    assert max(met) == kernels.MAX_PACKED_ROWS and len(met) <= kernels.EXACT_PACKED_ROWS + kernels.MAX_PACKED_ROWS // 16
