@@ -1,7 +1,8 @@
 """What forms of a batch cost: python -m benchmarks.batches [--steps 24]; in a project with a finished run.
 
 Training steps of ``pretrain`` and ``sft`` on the same samples in three forms, which take turns: as the stages compute them, in random order
-without padding; in rows padded to the longest of a random batch; and in padded rows of batches that are sorted by length, 16 together.
+without padding, or with what oneDNN needs; in rows padded to the longest of a random batch; and in padded rows of batches that are sorted
+by length, 16 together.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from cm3leon.data.batches import Batch, SampleStream, collate, length_of, pack
 from cm3leon.data.sequences import PretrainingSamples, Sample
 from cm3leon.data.task_samples import TaskSamples
 from cm3leon.data.tokens import TokenStore
+from cm3leon.models.decoder import Decoder
+from cm3leon.models.kernels import ROWS_MULTIPLE, convolves
 from cm3leon.training.instruction_tuning import task_samples
 from cm3leon.training.pretraining import build_decoder, training_samples
 from cm3leon.training.trainer import setup
@@ -35,6 +38,12 @@ def sorted_by_length(batches: Sequence[list[Sample]]) -> list[list[Sample]]:
         size = len(batches[start])
         found += [samples[first : first + size] for first in range(0, len(samples), size)]
     return found
+
+
+def tokens_computed(batch: Batch, model: Decoder) -> int:
+    """Tokens of a batch as the decoder computes it, with padding."""
+    filled = batch.filled_up(ROWS_MULTIPLE) if batch.cu_seqlens is not None and convolves(model.device) else batch
+    return filled.tokens.numel()
 
 
 def measure(stage: str, steps: int) -> str:
@@ -75,7 +84,7 @@ def measure(stage: str, steps: int) -> str:
     used = sum(batch.tokens.numel() for batch in forms["packed"])
     cells = []
     for form, found in seconds.items():
-        padding = 1 - used / sum(batch.tokens.numel() for batch in forms[form])
+        padding = 1 - used / sum(tokens_computed(batch, model) for batch in forms[form])
         cells.append(f"{1000 * statistics.median(found):.0f} ({1000 * min(found):.0f} to {1000 * max(found):.0f}), {padding:.0%}")
     return f"| {stage} | {' | '.join(cells)} |"
 
