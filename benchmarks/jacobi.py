@@ -2,7 +2,8 @@
 
 With the models of the last pipeline run and prompts of the val split, one prompt at a time: passes and milliseconds a prompt,
 alternating with windows of one code, which must give the same codes. Then what a pass of the shape 350M costs by the tokens that it reads,
-with random weights and the image rows of the output matrix; with the passes it predicts the gain of a trained model of that shape.
+with random weights and the image rows of the output matrix, of one row and of two, as guidance needs. With the passes of the first part it
+predicts the gain of a trained model of that shape.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ SETTINGS: list[dict[str, Any]] = [
 """What differs from the defaults of profile small; every prompt has one candidate, and then several."""
 CANDIDATES = (1, 4, 16, 32)
 WINDOWS = (1, 2, 4, 6, 8, 12, 16)
+TOKENS = 64
+"""Codes of an image whose passes are timed: as many as profile small's images have."""
 
 
 def passes_and_seconds(model: Decoder, streams: Sequence[Prompt], seeds: list[int], sampler: Sampler) -> tuple[np.ndarray, int, float]:
@@ -55,8 +58,12 @@ def shown(values: Sequence[float], form: str = ".1f") -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
-def compare(prompts: int, rounds: int) -> None:
-    """Print passes and milliseconds of both ways of decoding, for each of :data:`SETTINGS`."""
+def compare(prompts: int, rounds: int) -> dict[int, float]:
+    """Print passes and milliseconds of both ways of decoding, for each of :data:`SETTINGS`.
+
+    Returns:
+        Median passes of an image by its rows: 2 with guidance, as in the profile, 1 without.
+    """
     parts = load_parts(
         model=paths.FINETUNED, image_tokenizer=paths.IMAGE_TOKENIZER, text_tokenizer=paths.TEXT_TOKENIZER, decoding=DecodingConfig()
     )
@@ -66,6 +73,7 @@ def compare(prompts: int, rounds: int) -> None:
     print("| settings | candidates | window | passes | ms a prompt | ms, one by one | times as fast | codes that differ |")
     print("|" + "---|" * 8)
     runs = [(changes, 1) for changes in SETTINGS] + [({}, count) for count in CANDIDATES[1:]]
+    by_rows: dict[int, float] = {}
     for changes, candidates in runs:
         sampler = Sampler(DecodingConfig.model_validate({"tasks": {}, **changes}))
         found: dict[str, list[float]] = {"passes": [], "jacobi": [], "single": [], "ratio": []}
@@ -89,29 +97,42 @@ def compare(prompts: int, rounds: int) -> None:
         times = f"{shown(found['jacobi'])} | {shown(found['single'])} | {shown(found['ratio'], '.2f')}"
         row = f"{changes or 'as in the profile'} | {candidates} | {window} | {shown(found['passes'], '.0f')} | {times}"
         print(f"| {row} | {differing} of {total} |", flush=True)
+        by_rows.setdefault(len(streams), statistics.median(found["passes"]))
     engine.window_length = chosen
+    return by_rows
+
+
+def predict(shape: str, rounds: int, passes: dict[int, float]) -> None:
+    """Print what passes of the shape cost, and how much faster that makes images that take so many passes, by rows."""
+    model = make_model(shape, TOKENS)
+    model.pack()
+    for rows, count in passes.items():
+        costs = pass_costs(model, rows, rounds)
+        print(f"| {shape}, rows: {rows}; window | ms a pass | least ms | times a window of one |\n|---|---|---|---|")
+        for window, times in costs.items():
+            print(f"| {window} | {shown(times)} | {min(times):.1f} | {min(times) / min(costs[1]):.2f} |")
+        window = engine.window_length(model.spec.width, rows, TOKENS - 1)
+        gain = TOKENS * min(costs[1]) / (count * min(costs[window]))
+        print(f"\npredicted with {count:.0f} passes of {window} codes instead of {TOKENS} of one: {gain:.1f} times as fast\n", flush=True)
 
 
 @torch.inference_mode()
-def pass_costs(shape: str, rounds: int) -> None:
-    """Print the milliseconds of a pass of two rows (guidance) by its window."""
-    model = make_model(shape, 64)
-    streams = guidance_streams(model)
-    prompt, _ = read_prompts(model, streams, [0, 0])
-    cache = DecodingCache(prompt, 1, 63)
+def pass_costs(model: Decoder, rows: int, rounds: int) -> dict[int, list[float]]:
+    """Milliseconds of passes of so many rows, by window."""
+    streams = guidance_streams(model)[:rows]
+    prompt, _ = read_prompts(model, streams, [0] * rows)
+    cache = DecodingCache(prompt, 1, TOKENS - 1)
     start, stop = model.vocabulary.image_start, model.vocabulary.text_start
     taken: dict[int, list[float]] = {window: [] for window in WINDOWS}
     for number in range(rounds + 1):
         for window in WINDOWS:
-            tokens = torch.full((2, window), start, device=DEVICE)
+            tokens = torch.full((rows, window), start, device=DEVICE)
             begin = time.perf_counter()
-            hidden = cache.advance(model, tokens, torch.ones_like(tokens), torch.full((2,), 32, device=DEVICE))
+            hidden = cache.advance(model, tokens, torch.ones_like(tokens), torch.full((rows,), TOKENS // 2, device=DEVICE))
             model.logits(hidden, start, stop)
             if number:  # the first pass is slower
                 taken[window].append(1e3 * (time.perf_counter() - begin))
-    print("| shape | window | ms a pass | least ms | times a window of one |\n|---|---|---|---|---|")
-    for window, times in taken.items():
-        print(f"| {shape} | {window} | {shown(times)} | {min(times):.1f} | {min(times) / min(taken[1]):.2f} |")
+    return taken
 
 
 if __name__ == "__main__":
@@ -120,5 +141,4 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shape", default="350m", help="shape of benchmarks/generation.py whose passes are timed")
     options = parser.parse_args()
-    compare(options.prompts, options.rounds)
-    pass_costs(options.shape, 4 * options.rounds)
+    predict(options.shape, 4 * options.rounds, compare(options.prompts, options.rounds))
