@@ -54,12 +54,10 @@ class PromptCache:
         counts = torch.tensor([len(part) for part in parts], device=self.bias.device)
         columns = torch.arange(int(counts.max()), device=self.bias.device)
         self.stop = self.start + len(columns)
-        # 1. The attention mask: a token sees what was read before, and of this pass itself and the tokens before it.
+        # 1. The attention mask: a token sees what was read before, and of this pass itself and the tokens before it. The first pass, which
+        #    is the longest, needs none: attention is causal, and padding comes last.
         self.bias[:, 0, 0, self.start : self.stop].masked_fill_(columns < counts[:, None], 0)
-        causal = torch.zeros(len(columns), self.stop, device=self.bias.device, dtype=self.bias.dtype)
-        causal[:, self.start :].masked_fill_(columns > columns[:, None], -torch.inf)
-        self.mask = self.bias[..., : self.stop] + causal
-        self.mask[..., self.start :].diagonal(dim1=-2, dim2=-1).zero_()  # padding sees itself: the softmax of a row of -inf is not a number
+        self.mask = self._mask(columns) if self.start else None
         # 2. The model's inputs, padded on the right. Positions count a prompt's own tokens, not its padding.
         tokens_GT = padded([part.tokens for part in parts], len(columns), self.bias.device)
         image_positions_GT = padded([part.image_positions for part in parts], len(columns), self.bias.device)
@@ -72,12 +70,19 @@ class PromptCache:
         self.start = self.stop
         return hidden_GTD[torch.arange(len(counts)), counts - 1]
 
+    def _mask(self, columns: Tensor) -> Tensor:
+        causal = torch.zeros(len(columns), self.stop, device=self.bias.device, dtype=self.bias.dtype)
+        causal[:, self.start :].masked_fill_(columns > columns[:, None], -torch.inf)
+        mask = self.bias[..., : self.stop] + causal
+        mask[..., self.start :].diagonal(dim1=-2, dim2=-1).zero_()  # padding sees itself: the softmax of a row of -inf is not a number
+        return mask
+
     def attend(self, layer: int, q_GHTK: Tensor, k_GHTK: Tensor, v_GHTK: Tensor, scale: float) -> Tensor:
         """Attention (G, H, T, K) of the tokens being read to one another and to what was read before; keeps their keys and values."""
         self.keys[layer, :, :, self.start : self.stop] = k_GHTK
         self.values[layer, :, :, self.start : self.stop] = v_GHTK
         keys, values = self.keys[layer, :, :, : self.stop], self.values[layer, :, :, : self.stop]
-        return F.scaled_dot_product_attention(q_GHTK, keys, values, attn_mask=self.mask, scale=scale)
+        return F.scaled_dot_product_attention(q_GHTK, keys, values, attn_mask=self.mask, is_causal=self.mask is None, scale=scale)
 
 
 def padded(rows: Sequence[np.ndarray], length: int, device: torch.device) -> Tensor:

@@ -142,6 +142,25 @@ def test_images_equal_the_reference_in_any_batch(model, changes, long, monkeypat
         assert found.tolist() == [reference_image(model, own, seed, image_sampler) for seed in own_seeds]
 
 
+def test_only_what_follows_a_shared_prefix_is_read_under_a_mask(model, monkeypatch):
+    """Flash attention takes none, and a mask of a long prompt by itself is large."""
+    masks = []
+    attend = caches.F.scaled_dot_product_attention
+
+    def seen(q, k, v, attn_mask=None, **options):
+        masks.append(None if attn_mask is None else attn_mask.shape[-2:])
+        return attend(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(caches.F, "scaled_dot_product_attention", seen)
+    monkeypatch.setattr(caches, "MIN_SHARED_PREFIX", 1)
+    prompts = [prompt(3, 1, documents=2), prompt(9, 1, documents=2)]
+    read_prompts(model, prompts, [0, 0])
+    assert set(masks) == {None}
+    masks.clear()
+    read_prompts(model, prompts, [30, 30])
+    assert masks == [None] * model.spec.layers + [(len(prompts[1]) - 30, len(prompts[1]))] * model.spec.layers
+
+
 @pytest.mark.parametrize("spread", [1, 2, 4])
 def test_attention_to_a_prompt_held_once_is_as_exact_in_bfloat16_as_pytorchs(spread):
     """Errors against float64, relative; the logits' standard deviation is ``spread``."""
