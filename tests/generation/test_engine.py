@@ -145,13 +145,13 @@ def test_images_equal_the_reference_in_any_batch(model, changes, long, monkeypat
 def test_only_what_follows_a_shared_prefix_is_read_under_a_mask(model, monkeypatch):
     """Flash attention takes none, and a mask of a long prompt by itself is large."""
     masks = []
-    attend = caches.F.scaled_dot_product_attention
+    attend = scaled_dot_product_attention
 
     def seen(q, k, v, attn_mask=None, **options):
         masks.append(None if attn_mask is None else attn_mask.shape[-2:])
         return attend(q, k, v, attn_mask=attn_mask, **options)
 
-    monkeypatch.setattr(caches.F, "scaled_dot_product_attention", seen)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
     monkeypatch.setattr(caches, "MIN_SHARED_PREFIX", 1)
     prompts = [prompt(3, 1, documents=2), prompt(9, 1, documents=2)]
     read_prompts(model, prompts, [0, 0])
