@@ -17,6 +17,7 @@ from cm3leon.data.tokens import TokenStore, write_tokens
 from cm3leon.models.decoder import Decoder, stored_weights
 from cm3leon.sequence.cm3 import Masked
 from cm3leon.sequence.grammar import Vocabulary
+from cm3leon.training import trainer
 from cm3leon.training.checkpoint import Checkpoints
 from cm3leon.training.loop import DivergenceError
 from cm3leon.training.optimizer import learning_rate_at, make_optimizers
@@ -120,6 +121,17 @@ def test_a_divergence_is_found_one_step_later(stream):
     with pytest.raises(DivergenceError, match="step 0"):
         fit(state, stream, CONFIG, {}, "test")
     assert state.step == 1
+
+
+def test_losses_are_read_when_they_are_logged_and_no_more_often(stream, monkeypatch):
+    """On a GPU each reading waits for it."""
+    read_at, read = [], trainer.read_losses
+    monkeypatch.setattr(trainer, "read_losses", lambda state, name: (read_at.append(state.step), read(state, name)))
+    config = CONFIG.model_copy(update={"steps": 2 * LOG_EVERY + 3, "validate_every": 1000, "checkpoint_every": 1000})
+    state = setup(make_model(), config)
+    fit(state, stream, config, {}, "test")
+    assert sorted(set(read_at)) == [LOG_EVERY, 2 * LOG_EVERY, 2 * LOG_EVERY + 3]
+    assert len(state.losses) == 2 * LOG_EVERY + 3
 
 
 def test_the_schedule_warms_up_to_the_peak_and_decays_to_the_final_rate():
