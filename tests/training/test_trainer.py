@@ -126,7 +126,12 @@ def test_a_divergence_is_found_one_step_later(stream):
 def test_losses_are_read_when_they_are_logged_and_no_more_often(stream, monkeypatch):
     """On a GPU each reading waits for it."""
     read_at, read = [], trainer.read_losses
-    monkeypatch.setattr(trainer, "read_losses", lambda state, name: (read_at.append(state.step), read(state, name)))
+
+    def noted(state, name):
+        read_at.append(state.step)
+        read(state, name)
+
+    monkeypatch.setattr(trainer, "read_losses", noted)
     config = CONFIG.model_copy(update={"steps": 2 * LOG_EVERY + 3, "validate_every": 1000, "checkpoint_every": 1000})
     state = setup(make_model(), config)
     fit(state, stream, config, {}, "test")
