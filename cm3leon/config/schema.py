@@ -266,7 +266,7 @@ class TrainConfig(Section):
 class PretrainConfig(TrainConfig):
     """CM3 pretraining of the decoder."""
 
-    steps: Steps = 2000
+    steps: Steps = 3000
     final_learning_rate: FinalLearningRate = 1.0
     warmup_steps: WarmupSteps = 100
     validate_every: ValidateEvery = 1000
