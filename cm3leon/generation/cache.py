@@ -71,6 +71,7 @@ class PromptCache:
         return hidden_GTD[torch.arange(len(counts)), counts - 1]
 
     def _mask(self, columns: Tensor) -> Tensor:
+        """What each column of the present pass sees (G, 1, T, stop), added to attention scores."""
         causal = torch.zeros(len(columns), self.stop, device=self.bias.device, dtype=self.bias.dtype)
         causal[:, self.start :].masked_fill_(columns > columns[:, None], -torch.inf)
         mask = self.bias[..., : self.stop] + causal
