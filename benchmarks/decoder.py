@@ -8,7 +8,11 @@ Each argument is one variant: changes to ``params.yaml``, separated by spaces. T
 - losses without masks: nats per image given its caption, and nats per caption token given the image;
 - composition accuracy of one unranked image for each prompt, also by the number of different objects that the prompt names, and
   "relation": how often a stated relation holds if number and colors are right (chance: about 0.25);
-- "binding": how often an image of two objects is more likely given its caption than given it with swapped colors (chance: 0.5).
+- "binding": how often an image of two objects is more likely given its caption than given it with swapped colors (chance: 0.5);
+- for each relation, how often an image is more likely given a caption that states it than given the opposite (chance: 0.5), and by how
+  many nats (median).
+
+``--decoder DIR`` measures a trained decoder instead, as ``models/pretrained``: all but the losses.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ import argparse
 import re
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,6 +47,7 @@ from cm3leon.training.pretraining import build_decoder, training_samples
 from cm3leon.training.trainer import fit, setup, validate
 
 IMAGES_AT_ONCE = 128
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 def held_out_batches(model: Decoder, config: Config, objective: ObjectiveConfig) -> list[Batch]:
@@ -93,22 +99,53 @@ def swapped_colors(caption: str) -> str | None:
     return re.sub(object_, lambda match: f"{other[match[1]]} {match[2]}", caption)
 
 
-def binding(model: Decoder) -> float:
-    """Fraction of val images of two objects that are more likely given their caption than given it with the colors swapped."""
+def opposite_relation(caption: str) -> str | None:
+    """The caption with its relation turned round, as "left of" to "right of"; None if it states none."""
+    for word, opposite in OPPOSITE.items():
+        if word in caption:
+            return caption.replace(word, opposite)
+    return None
+
+
+def _gains(model: Decoder, changed: Callable[[str], str | None]) -> tuple[list[str], np.ndarray]:
+    """For each caption of val that ``changed`` changes: by how many nats its image is more likely given the caption than given the change.
+
+    Returns:
+        The captions, and the gains of the same length.
+    """
     texts = TextTokenizer.load(paths.TEXT_TOKENIZER)
     store = TokenStore(paths.TOKENS, ["val"])
     vocabulary = model.vocabulary
     rows = read_manifest(paths.VALIDATED, "val")
-    asked = [(store.by_id(name).codes, str(captions[0])) for name, captions in zip(rows["id"], rows["captions"], strict=True)]
-    pairs = [(codes, caption, other) for codes, caption in asked if (other := swapped_colors(caption)) is not None]
-    if not pairs:
-        return float("nan")
-    images = [Prompt(vocabulary.image(codes), np.arange(1, vocabulary.tokens_per_image + 1)) for codes, _, _ in pairs]
-    found = []
+    found = [
+        (store.by_id(name).codes, str(caption), other)
+        for name, captions in zip(rows["id"], rows["captions"], strict=True)
+        for caption in captions
+        if (other := changed(str(caption))) is not None
+    ]
+    images = [Prompt(vocabulary.image(codes), np.arange(1, vocabulary.tokens_per_image + 1)) for codes, _, _ in found]
+    likelihoods = []
     for which in (1, 2):
-        prompts = [image_prompt([("text", vocabulary.text(texts.encode(str(pair[which]))))], [], vocabulary) for pair in pairs]
-        found.append([float(scores.sum()) for scores in log_likelihoods(model, prompts, images)])
-    return float(np.mean(np.array(found[0]) > np.array(found[1])))
+        prompts = [image_prompt([("text", vocabulary.text(texts.encode(str(item[which]))))], [], vocabulary) for item in found]
+        likelihoods.append(np.array([float(scores.sum()) for scores in log_likelihoods(model, prompts, images)]))
+    return [caption for _, caption, _ in found], likelihoods[0] - likelihoods[1]
+
+
+def binding(model: Decoder) -> float:
+    """Fraction of val captions of two objects given which their image is more likely than given them with the colors swapped."""
+    _, gains = _gains(model, swapped_colors)
+    return float(np.mean(gains > 0)) if len(gains) else float("nan")
+
+
+def relations(model: Decoder) -> str:
+    """By relation: the share of val captions given which their image is more likely than given the opposite; the median gain in nats."""
+    captions, gains = _gains(model, opposite_relation)
+    stated = np.array([next(word for word in OPPOSITE if word in caption) for caption in captions])
+    return ", ".join(
+        f"{word}: {np.mean(gains[stated == word] > 0):.2f} by {np.median(gains[stated == word]):.1f}"
+        for word in OPPOSITE
+        if (stated == word).any()
+    )
 
 
 def trial(changes: Sequence[str], steps: int) -> str:
@@ -126,17 +163,27 @@ def trial(changes: Sequence[str], steps: int) -> str:
     caption = ObjectiveConfig(mean_masks=0, segment_rate=1, caption_share=1)
     caption_metrics = validate(state, held_out_batches(model, config, caption), section)
     model.eval()
-    shown = ", ".join(f"{key}: {value:.3f}" for key, value in composition_by_objects(model).items())
     per_image = image_metrics["loss_image"] * model.vocabulary.tokens_per_image
-    columns = f"{rate:.2f} | {per_image:.2f} | {caption_metrics['loss_text']:.3f} | {shown} | {binding(model):.2f}"
-    return f"| {' '.join(changes) or 'params.yaml'} | {columns} |"
+    losses = f"{rate:.2f} | {per_image:.2f} | {caption_metrics['loss_text']:.3f}"
+    return f"| {' '.join(changes) or 'params.yaml'} | {losses} | {measured(model)} |"
+
+
+def measured(model: Decoder) -> str:
+    """The columns of the table that need no losses."""
+    shown = ", ".join(f"{key}: {value:.3f}" for key, value in composition_by_objects(model).items())
+    return f"{shown} | {binding(model):.2f} | {relations(model)}"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("variants", nargs="*", default=[""])
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--decoder", type=Path)
     options = parser.parse_args()
-    print("| changes | steps/s | nats per image | nats per caption token | composition of one image | binding |\n|---|---|---|---|---|---|")
-    for variant in options.variants:
-        print(trial(variant.split(), options.steps), flush=True)
+    own = "composition of one image | binding | relations"
+    if options.decoder:
+        print(f"| {own} |\n|---|---|---|\n| {measured(Decoder.load(options.decoder))} |")
+    else:
+        print(f"| changes | steps/s | nats per image | nats per caption token | {own} |\n|---|---|---|---|---|---|---|")
+        for variant in options.variants:
+            print(trial(variant.split(), options.steps), flush=True)
