@@ -78,6 +78,14 @@ def test_colors_are_swapped_between_two_different_objects_only() -> None:
     assert swapped("two red circles on white") is None and swapped("a red circle on blue") is None
 
 
+def test_relations_are_turned_round() -> None:
+    [script] = [path for path in SCRIPTS if path.stem == "decoder"]
+    opposite = load(script).opposite_relation
+    assert opposite("a red circle left of a blue square on white") == "a red circle right of a blue square on white"
+    assert opposite("on white: a red circle below a blue square") == "on white: a red circle above a blue square"
+    assert opposite("a red circle and a blue square on white") is None
+
+
 def test_a_claim_holds_if_the_interval_over_trainings_excludes_zero_on_its_side() -> None:
     assert higher("x", [3.0, 4.0, 3.5], [1.0, 2.0, 1.5]).verdict == "holds"
     assert lower("x", [3.0, 4.0, 3.5], [1.0, 2.0, 1.5]).verdict == "does not hold"
