@@ -223,6 +223,7 @@ class ObjectiveConfig(Section):
 NeighborChoice = Literal["paper", "text", "image", "random", "none"]
 
 Steps = Annotated[int, Field(ge=1, description="optimizer steps")]
+LearningRate = Annotated[float, Field(gt=0, description="peak learning rate")]
 FinalLearningRate = Annotated[
     float, Field(ge=0, le=1, description="learning rate at the end of the decay, as a share of the peak; 1: none")
 ]
@@ -238,7 +239,7 @@ class TrainConfig(Section):
     micro_batch_size: int | None = Field(None, ge=1, description="samples or rows that a process computes at once; null: all")
     packing: bool = Field(False, description="a step has batch_size * context tokens of whole samples; false: batch_size samples")
     optimizer: Literal["adamw", "muon"] = Field("muon", description="muon: Muon for the blocks' matrices, AdamW for the embeddings")
-    learning_rate: float = Field(8e-3, gt=0, description="peak learning rate")
+    learning_rate: LearningRate = 8e-3
     final_learning_rate: FinalLearningRate = 0.05
     warmup_steps: WarmupSteps
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay")
@@ -267,6 +268,7 @@ class PretrainConfig(TrainConfig):
     """CM3 pretraining of the decoder."""
 
     steps: Steps = 3000
+    learning_rate: LearningRate = 6e-3
     final_learning_rate: FinalLearningRate = 1.0
     warmup_steps: WarmupSteps = 100
     validate_every: ValidateEvery = 1000
@@ -341,7 +343,7 @@ class SuperResolutionConfig(Section):
     batch_size: int = Field(16, ge=1, description="crops per step, over all processes")
     micro_batch_size: int | None = Field(None, ge=1, description="crops that a process computes at once; null: all")
     precision: Precision = "fp32"
-    learning_rate: float = Field(6e-3, gt=0, description="peak learning rate")
+    learning_rate: LearningRate = 6e-3
 
 
 class DecodingConfig(Section):
