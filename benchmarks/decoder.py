@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from cm3leon.config import paths
-from cm3leon.config.profiles import PARAMS, changed_config
+from cm3leon.config.profiles import changed_config
 from cm3leon.config.schema import Config, DecodingConfig, ObjectiveConfig
 from cm3leon.data.batches import Batch, SampleStream
 from cm3leon.data.manifest import read_manifest
@@ -150,7 +150,7 @@ def relations(model: Decoder) -> str:
 
 def trial(changes: Sequence[str], steps: int) -> str:
     """Train one variant and return its row of the table."""
-    config = changed_config([*changes, f"pretrain.steps={steps}", f"pretrain.validate_every={steps}"], PARAMS)
+    config = changed_config([*changes, f"pretrain.steps={steps}", f"pretrain.validate_every={steps}"], paths.PARAMS)
     section = config.pretrain
     model = build_decoder(section.model, config.seed)
     train = TokenStore(paths.TOKENS, ["train"])

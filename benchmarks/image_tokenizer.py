@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from cm3leon.config import paths
-from cm3leon.config.profiles import PARAMS, changed_config
+from cm3leon.config.profiles import changed_config
 from cm3leon.data.manifest import ImageStore, read_manifest
 from cm3leon.data.pixels import ImageSet
 from cm3leon.models.vqgan import reconstruct
@@ -63,7 +63,7 @@ def confused_patches(found: Counter[tuple[bytes, int]], images: int) -> float:
 
 def trial(changes: Sequence[str]) -> str:
     """Train one variant and return its row of the table."""
-    config = changed_config(changes, PARAMS)
+    config = changed_config(changes, paths.PARAMS)
     section, store = config.image_tokenizer, ImageStore(paths.RAW)
     chosen = training_images(read_manifest(paths.VALIDATED, "train"), section.condition_share, config.seed)
     images = ImageSet(store, chosen, section.image_size)

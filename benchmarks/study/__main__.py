@@ -21,7 +21,6 @@ from benchmarks.study.report import write
 from benchmarks.study.runs import ROOT, Study
 from cm3leon.config import paths
 from cm3leon.config.loading import load_config
-from cm3leon.config.profiles import PARAMS
 from cm3leon.evaluation.reference import parameters_digest
 from cm3leon.tracking.lineage import content_hash
 
@@ -45,7 +44,7 @@ def main() -> None:
             parser.error(f"{run} has no {paths.FINETUNED}; --runs takes directories in which the pipeline has ended")
     if len({content_hash(run / paths.FINETUNED) for run in options.runs}) < len(options.runs):
         parser.error("two of --runs have the same tuned decoder; name trainings of other seeds")
-    if len({parameters_digest(load_config(run / PARAMS)) for run in options.runs}) > 1:
+    if len({parameters_digest(load_config(run / paths.PARAMS)) for run in options.runs}) > 1:
         parser.error("--runs have other parameters than one another, so that they are no repetitions")
     study = Study(load_config(), int(options.tokens), options.prompts, options.seeds, tuple(run.resolve() for run in options.runs))
     if not study.captions:

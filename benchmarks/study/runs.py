@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from cm3leon.config import paths
 from cm3leon.config.loading import load_config
-from cm3leon.config.profiles import PARAMS, changed_config
+from cm3leon.config.profiles import changed_config
 from cm3leon.config.schema import Config, DecodingConfig
 from cm3leon.data.batches import SampleStream
 from cm3leon.data.manifest import read_manifest
@@ -105,7 +105,7 @@ class Study:
 
     def _train(self, directory: Path, changes: Sequence[str], seed: int) -> dict[str, Any]:
         # 1. The decoder and its samples.
-        config = changed_config([*changes, f"seed={seed}"], PARAMS)
+        config = changed_config([*changes, f"seed={seed}"], paths.PARAMS)
         section = config.pretrain
         model = build_decoder(section.model, seed)
         train, held_out = TokenStore(paths.TOKENS, ["train"]), TokenStore(paths.TOKENS, ["val"])

@@ -17,6 +17,7 @@ import typer
 
 from cm3leon.cli import convert, data, model
 from cm3leon.cli.options import UsageError, check_place
+from cm3leon.config import paths
 from cm3leon.stages.common import STAGES, launched, run_stage
 from cm3leon.utils.errors import message_to_user
 from cm3leon.utils.garbage import collect_rarely
@@ -95,13 +96,14 @@ def evaluate(
     reproduce: Annotated[Path | None, typer.Option(help="evaluation record: evaluate again with its settings, compare every score")] = None,
     model: Annotated[str | None, typer.Option(help="bundle, or models:/cm3leon@champion: measure it, not the stages' outputs")] = None,
     out: Annotated[Path | None, typer.Option(help="directory for the record of --model; by default none is kept")] = None,
+    params: Annotated[Path | None, typer.Option(help="parameters of the evaluation of --model; by default params.yaml")] = None,
 ) -> None:
     """Run the stage; or measure another model; or compare a new evaluation with a record and exit with 1 if a score differs."""
     if model is not None and reproduce is None:
-        _evaluate_model(model, out)
+        _evaluate_model(model, out, params or paths.PARAMS)
         return
-    if out is not None or model is not None:
-        raise UsageError("--out belongs to --model, and --model cannot be combined with --reproduce")
+    if out is not None or params is not None or model is not None:
+        raise UsageError("--out and --params belong to --model, and --model cannot be combined with --reproduce")
     if reproduce is None:
         run_stage("evaluate")
         return
@@ -120,18 +122,20 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _evaluate_model(model: str, out: Path | None) -> None:
+def _evaluate_model(model: str, out: Path | None, params: Path) -> None:
     """Measure a model under the present contract, and print its scores."""
     import tempfile
 
     from cm3leon.evaluation.run import evaluate as measure
     from cm3leon.generation.generator import Generator
     from cm3leon.registry.registry import find_bundle
+    from cm3leon.services.child import end_with_owner
     from cm3leon.utils.world import world
 
     if out is not None and out.exists():
         raise UsageError(f"{out} exists; name a new directory")
-    config = launched("evaluate", "--model", model, *(["--out", str(out)] if out else []))
+    config = launched("evaluate", "--model", model, "--params", str(params), *(["--out", str(out)] if out else []), params=params)
+    end_with_owner()
     with world() as processes, tempfile.TemporaryDirectory() as scratch:
         with processes.first_alone():
             bundle = find_bundle(model)
@@ -157,11 +161,10 @@ def configure(
     rehearse: Annotated[bool, typer.Option("--rehearse", help="sizes for minutes on a CPU; all else as on the profile's GPUs")] = False,
 ) -> None:
     """Write the complete params.yaml of a profile, checked."""
-    from cm3leon.config.profiles import PARAMS
     from cm3leon.config.profiles import configure as write
 
     written = write(profile, changes or [], rehearse=rehearse)
-    print(f"{PARAMS}: profile {written.profile}" + "".join(f", {change}" for change in changes or []))
+    print(f"{paths.PARAMS}: profile {written.profile}" + "".join(f", {change}" for change in changes or []))
 
 
 @app.command(rich_help_panel="Project")

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cm3leon.config import paths
 from cm3leon.config.renamed import renamed_keys
 from cm3leon.config.schema import Config
 from cm3leon.config.section import Section
@@ -80,7 +81,7 @@ def parse_config(data: Any, origin: str) -> Config:
         raise ConfigError(f"{origin}: {listing}") from None
 
 
-def load_config(path: str | Path = "params.yaml") -> Config:
+def load_config(path: str | Path = paths.PARAMS) -> Config:
     """Read and validate a parameter file.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+PARAMS = Path("params.yaml")
 RAW = Path("data/raw")
 WEIGHTS = Path("data/weights")
 """What parameters name of others: a dependency of the stages that read it."""

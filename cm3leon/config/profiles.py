@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from cm3leon.config import paths
 from cm3leon.config.loading import load_config, parse_config, section_class, unknown_key
 from cm3leon.config.rehearsal import rehearsed
 from cm3leon.config.renamed import current_name
@@ -23,7 +24,6 @@ from cm3leon.config.yaml_file import parse_yaml, read_text
 from cm3leon.utils.errors import ConfigError
 
 CONFIGS = Path("configs")
-PARAMS = Path("params.yaml")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _line_comments(node: yaml.Node | None, lines: list[str], prefix: str = "") -
 
 
 def configure(
-    profile: str, changes: Iterable[str] = (), configs: Path = CONFIGS, params: Path = PARAMS, *, rehearse: bool = False
+    profile: str, changes: Iterable[str] = (), configs: Path = CONFIGS, params: Path = paths.PARAMS, *, rehearse: bool = False
 ) -> Config:
     """Write the complete ``params.yaml`` of a profile with ``key.path=value`` changes; nothing is written unless all is valid.
 
@@ -153,7 +153,7 @@ def load_profile(profile: str, changes: Iterable[str] = (), configs: Path = CONF
     return _with_changes(read_profile(profile, configs).config, list(changes), f"{configs / profile}.yaml")
 
 
-def changed_config(changes: Iterable[str], params: Path = PARAMS) -> Config:
+def changed_config(changes: Iterable[str], params: Path = paths.PARAMS) -> Config:
     """The parameters of ``params.yaml``, or another parameter file, with changes as :func:`configure` takes them; nothing is written.
 
     Raises:

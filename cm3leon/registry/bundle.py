@@ -29,7 +29,6 @@ import pandas as pd
 
 from cm3leon.config import paths
 from cm3leon.config.loading import load_config
-from cm3leon.config.profiles import PARAMS
 from cm3leon.config.schema import Config
 from cm3leon.data.manifest import read_manifest
 from cm3leon.evaluation.record import FILE as RECORD
@@ -41,7 +40,7 @@ from cm3leon.tracking.runs import FLOW_RUN_ENV
 from cm3leon.utils.errors import UserError
 
 LINEAGE, TRAINING_DATA, VALIDATION = "lineage.json", "training_data.parquet", "validation.json"
-PROJECT_FILES = (lineage.DVC_LOCK, PARAMS)
+PROJECT_FILES = (lineage.DVC_LOCK, paths.PARAMS)
 DATA_COLUMNS = ["id", "origin", "licence", "attribution", "source", "width", "height"]
 SHEETS = "*.png"
 PICKLED = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib"}

@@ -9,13 +9,16 @@ The evaluation record is read once on its way to the gate: when the bundle is bu
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cm3leon.config.schema import Config
+from cm3leon.config.writer import params_text
 from cm3leon.evaluation.record import Record, digest
 from cm3leon.registry import ledger
 from cm3leon.registry.bundle import read_record
@@ -34,6 +37,8 @@ from cm3leon.registry.registry import (
     publish_changed,
 )
 from cm3leon.registry.release import sheets_page
+from cm3leon.services.child import run_command
+from cm3leon.training.launch import process_count, torchrun_command, torchrun_environment
 from cm3leon.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -140,11 +145,32 @@ def _sheets(client: MlflowClient, challenger: Version, champion: Version | None,
 
 
 def evaluate_version(version: Version, config: Config, output: Path) -> Record:
-    """Evaluate a registered version on the present data and by the present contract; see :func:`cm3leon.evaluation.run.evaluate`."""
+    """Evaluate a registered version on the present data and by the present contract; see :func:`cm3leon.evaluation.run.evaluate`.
+
+    It takes as many processes as the stage ``evaluate``.
+
+    Raises:
+        UserError: as :func:`~cm3leon.evaluation.run.evaluate`, or if one of several processes fails.
+    """
+    model = f"models:/{MODEL_NAME}/{version}"
+    if (processes := process_count(config.launch)) > 1:
+        return _evaluate_in_processes(model, config, output, processes)
     from cm3leon.evaluation.run import evaluate
     from cm3leon.generation.generator import Generator
 
-    return evaluate(config, output, Generator.from_bundle(fetch_bundle(f"models:/{MODEL_NAME}/{version}")))
+    return evaluate(config, output, Generator.from_bundle(fetch_bundle(model)))
+
+
+def _evaluate_in_processes(model: str, config: Config, output: Path, processes: int) -> Record:
+    with tempfile.TemporaryDirectory() as folder:
+        params, found = Path(folder) / "params.yaml", Path(folder) / "evaluation"
+        params.write_text(params_text(config))
+        command = ["evaluate", "--model", model, "--params", str(params), "--out", str(found)]
+        done = run_command(torchrun_command(command, processes, ""), partial(print, flush=True), torchrun_environment(processes))
+        if done.status != 0:
+            raise UserError(f"evaluation of {model} failed: {done.tail[-1] if done.tail else f'exit status {done.status}'}")
+        shutil.copytree(found, output, dirs_exist_ok=True)
+    return Record.read(output)
 
 
 def _chosen(versions: list[Version], number: str | None) -> Version:

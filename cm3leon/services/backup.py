@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from cm3leon.config import paths
 from cm3leon.services.environment import DATABASE_VARIABLES, DVC_LOCAL, PREFECT_HOME, ProjectError
 from cm3leon.services.stack import HOME, MLFLOW_DATABASE, PREFECT_DATABASE, SECRETS, read_state
 from cm3leon.tracking.lineage import DVC_LOCK, git_commit
@@ -30,8 +31,7 @@ from cm3leon.utils.errors import UserError
 
 DATABASES = (Path("mlflow.db"), PREFECT_HOME / "prefect.db")
 ARTIFACTS = Path("mlruns")
-PARAMS = Path("params.yaml")
-FILES = (SECRETS, DVC_LOCAL, DVC_LOCK, PARAMS)
+FILES = (SECRETS, DVC_LOCAL, DVC_LOCK, paths.PARAMS)
 DESCRIPTION = "backup.json"
 
 
@@ -83,7 +83,7 @@ def restore(source: Path) -> Iterator[Path]:
     if not Path("dvc.yaml").is_file():
         raise ProjectError(f"{Path.cwd()} has no dvc.yaml; run the command in the project's root")
     present = [str(path) for path in (*DATABASES, ARTIFACTS, HOME) if path.exists()]
-    present += [str(path) for path in (DVC_LOCAL, DVC_LOCK, PARAMS) if _would_be_lost(path, source / path)]
+    present += [str(path) for path in (DVC_LOCAL, DVC_LOCK, paths.PARAMS) if _would_be_lost(path, source / path)]
     if present:
         raise BackupError(f"{', '.join(present)} would be replaced; restore into a fresh clone, or stop the services and move these away")
     yield from _copy((*DATABASES, *FILES, ARTIFACTS), source, Path())
@@ -137,7 +137,7 @@ def _would_be_lost(path: Path, replacement: Path) -> bool:
     if not path.exists() or not replacement.exists() or path.read_bytes() == replacement.read_bytes():
         return False
     if git_commit() is None:
-        return path != PARAMS
+        return path != paths.PARAMS
     asked = subprocess.run(["git", "status", "--porcelain", "--ignored", "--", str(path)], capture_output=True, text=True, check=False)
     return bool(asked.stdout)
 

@@ -51,12 +51,12 @@ def launching(stage: str, config: Config) -> LaunchConfig | None:
     return config.launch.model_copy(update={"torchrun": ""}) if several.get(stage) else None
 
 
-def launched(stage: str, *arguments: str) -> Config:
+def launched(stage: str, *arguments: str, params: Path = paths.PARAMS) -> Config:
     """The parameters, in a process of the stage: where there are to be several, the command with these arguments takes this one's place."""
     from cm3leon.config.loading import load_config
     from cm3leon.training.launch import replace_by_torchrun
 
-    config = load_config()
+    config = load_config(params)
     if launch := launching(stage, config):
         replace_by_torchrun([stage, *arguments], launch)
     if config.launch.image_workers is not None:

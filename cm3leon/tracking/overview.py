@@ -128,16 +128,16 @@ def _short(value: str) -> str:
 
 def _uncommitted(config: Config) -> str:
     """The files that differ from the commit; of ``params.yaml``, which ``configure`` writes, how it differs from its profile."""
-    from cm3leon.config.profiles import PARAMS, load_profile
+    from cm3leon.config.profiles import load_profile
 
     files = lineage.changed_files()
-    if str(PARAMS) in files:
+    if str(paths.PARAMS) in files:
         try:
             changes = _changes(*(flatten(c.model_dump(by_alias=True)) for c in (load_profile(config.profile), config)))
         except ConfigError:  # the profile is no longer there
             changes = {}
         settings = ", ".join(f"{name}={_short(new)}" for name, (_, new) in changes.items())
-        files[files.index(str(PARAMS))] = f"{PARAMS} (profile {config.profile}{' with ' if settings else ''}{settings})"
+        files[files.index(str(paths.PARAMS))] = f"{paths.PARAMS} (profile {config.profile}{' with ' if settings else ''}{settings})"
     return "; ".join(files)
 
 

@@ -24,16 +24,25 @@ def replace_by_torchrun(command: Sequence[str], config: LaunchConfig) -> None:
     """
     if "WORLD_SIZE" in os.environ:
         return
-    from cm3leon.utils.device import cores
-
-    processes = _processes(config)
+    processes = process_count(config)
     if processes == 1 and not config.torchrun:
         return
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
-    os.execv(sys.executable, torchrun_command(command, processes, config.torchrun))
+    os.execve(sys.executable, torchrun_command(command, processes, config.torchrun), torchrun_environment(processes))
 
 
-def _processes(config: LaunchConfig) -> int:
+def torchrun_environment(processes: int) -> dict[str, str]:
+    """The environment of :func:`torchrun_command`, in which ``processes`` processes share the cores."""
+    from cm3leon.utils.device import cores
+
+    return {"OMP_NUM_THREADS": str(max(1, cores() // processes)), **os.environ}
+
+
+def process_count(config: LaunchConfig) -> int:
+    """The number of a stage's processes on this machine.
+
+    Raises:
+        UserError: if there are GPUs, and fewer than ``launch.processes``.
+    """
     if config.processes == 1:
         return 1
     import torch

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cm3leon.config.profiles import CONFIGS, PARAMS, changed_config, load_profile
+from cm3leon.config import paths
+from cm3leon.config.profiles import CONFIGS, changed_config, load_profile
 from cm3leon.config.schema import Config, TrainConfig
 from cm3leon.models.decoder import Decoder, DecoderSpec
 from cm3leon.sequence.grammar import Vocabulary
@@ -108,7 +109,7 @@ def find_device(name: str) -> Device:
     return found
 
 
-def read_config(profile: str | None, changes: Iterable[str] = (), configs: Path = CONFIGS, params: Path = PARAMS) -> Config:
+def read_config(profile: str | None, changes: Iterable[str] = (), configs: Path = CONFIGS, params: Path = paths.PARAMS) -> Config:
     """A profile, or ``params.yaml`` if none is named, with changes (``KEY=VALUE``); nothing is written.
 
     Raises:

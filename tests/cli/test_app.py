@@ -446,6 +446,14 @@ def test_a_record_that_cannot_be_reproduced_is_said_in_a_line(monkeypatch: pytes
     assert "old.json does not say with which settings it was made" in call("evaluate", "--reproduce", "old.json")[2]
 
 
+def test_what_belongs_to_another_model_is_refused_without_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for option in ("--out", "--params"):
+        assert "--out and --params belong to --model" in call("evaluate", option, "other")[2]
+    status, _, err = call("evaluate", "--model", "models/bundle", "--params", "other.yaml")
+    assert status == 2 and "other.yaml does not exist" in err
+
+
 def test_changes_are_accepted_only_of_a_run_that_is_named():
     result = CliRunner().invoke(app.app, ["pretrain", "--accept-changes"])
     assert result.exit_code != 0 and "--accept-changes belongs to --resume-from" in str(result.exception)

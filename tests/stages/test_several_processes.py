@@ -18,17 +18,22 @@ from processes_support import Job, run_stages
 from cm3leon.config import paths
 from cm3leon.config.ingest_schema import ShapesConfig
 from cm3leon.config.profiles import configure
+from cm3leon.config.schema import LaunchConfig
 from cm3leon.data.images import fit_square
 from cm3leon.data.manifest import VALIDATED_SCHEMA, ImageStore, read_manifest
 from cm3leon.data.packing import pack
 from cm3leon.data.thumbnails import thumbnail_of, write_thumbnails
 from cm3leon.evaluation.record import Record
+from cm3leon.generation.generator import Generator
+from cm3leon.registry import promotion, registry
+from cm3leon.registry.bundle import build_bundle
 from cm3leon.retrieval.vectors import IMAGES, TEXTS
 from cm3leon.scenes import source as shapes
 from cm3leon.services.local import free_port
 from cm3leon.stages import evaluate, index, ingest, tokenize, validate
 from cm3leon.stages.common import STAGES
 from cm3leon.tracking import runs
+from cm3leon.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TEST = 11
@@ -94,6 +99,27 @@ def test_two_processes_write_what_one_writes(collection, monkeypatch):
     )  # fmt: skip
     count = len(ours.scores) + len(ours.calibration)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"{count} of {count} scores of {paths.EVALUATION}/record.json agree")
+
+
+@pytest.mark.slow
+def test_the_gate_evaluates_a_version_in_as_many_processes_as_the_stage(collection, monkeypatch):
+    monkeypatch.setattr(runs, "stage_run", lambda stage, config: nullcontext(runs.Run()))
+    for stage in (tokenize, index, evaluate):
+        stage.run(collection)
+    version = registry.register(build_bundle(Path("bundle"), collection), collection)
+    # Not what params.yaml says: a champion is measured again with the settings of its record.
+    again = collection.model_copy(update={"evaluate": collection.evaluate.model_copy(update={"captions": 2, "questions": 4})})
+    one = promotion.evaluate_version(version, again.model_copy(update={"launch": LaunchConfig(processes=1)}), Path("one"))
+    assert (one.contract["counts"]["captioned"], one.contract["counts"]["questions"]) == (2, 4)
+
+    monkeypatch.setattr(Generator, "from_bundle", lambda path: pytest.fail("in this process"))
+    two = promotion.evaluate_version(version, again, Path("two"))
+    assert two.contract == one.contract and two.scores == pytest.approx(one.scores, rel=0.02, abs=0.02)
+    assert {path.name for path in Path("two").iterdir()} == {path.name for path in Path("one").iterdir()}
+
+    (paths.VALIDATED / "manifest.parquet").unlink()
+    with pytest.raises(UserError, match=r"evaluation of models:/cm3leon/1 failed: error: .*manifest"):
+        promotion.evaluate_version(version, again, Path("two"))
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def started(monkeypatch):
     commands: list[list[str]] = []
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
+    monkeypatch.setattr(os, "execve", lambda path, command, environment: commands.append(command))
     return commands
 
 
