@@ -174,11 +174,16 @@ class DecodingCache:
 
     def _keep(self, cache_RHCK: Tensor, new_RHTK: Tensor) -> None:
         """Write keys or values into the columns that the present pass reads."""
-        columns_RT, new_RHTK = self.first + self.columns, new_RHTK.to(cache_RHCK.dtype)
-        if columns_RT.shape[1] == 1:
-            cache_RHCK.index_copy_(2, columns_RT[0], new_RHTK)  # one column for all rows
+        new_RHTK = new_RHTK.to(cache_RHCK.dtype)
+        if new_RHTK.shape[2] == 1:
+            self._keep_column(cache_RHCK, new_RHTK)
         else:
+            columns_RT = self.first + self.columns
             cache_RHCK.scatter_(2, columns_RT[:, None, :, None].expand_as(new_RHTK), new_RHTK)
+
+    def _keep_column(self, cache_RHCK: Tensor, new_RH1K: Tensor) -> None:
+        """Write keys or values into one column, which is the last that attention covers."""
+        cache_RHCK[:, :, self.mask.shape[-1] - 1] = new_RH1K[:, :, 0]
 
     def _attend_to_prompt(self, layer: int, q_RHTK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """The output of each token's attention to its prompt (R, H, T, K), and the log-sum-exp of the scores (R, H, T, 1)."""
@@ -236,6 +241,9 @@ class CompiledDecodingCache(DecodingCache):
         super().__init__(prompt, copies, room)
         for tensor in (*self.keys, *self.values, prompt.keys, prompt.values, prompt.bias):
             torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph would copy its inputs before each pass
+
+    def _keep_column(self, cache_RHCK: Tensor, new_RH1K: Tensor) -> None:
+        cache_RHCK.index_copy_(2, self.first + self.columns[0], new_RH1K)  # a number would be compiled into the pass
 
     def _covered(self, length: int) -> int:
         capacity = self.keys[0].shape[2]
