@@ -104,10 +104,10 @@ def convolves(device: torch.device) -> bool:
 
 
 def _by_convolution(x: Tensor) -> bool:
-    if not convolves(x.device) or x.dtype != torch.float32:  # first: under a compiler what is asked of the rows would be a guard
+    if torch.compiler.is_compiling():  # first: under a compiler what is asked of the rows would be a guard
         return False
     rows = x.numel() // x.shape[-1]
-    return rows >= MIN_CONVOLVED_ROWS and rows % IMAGES == 0
+    return rows >= MIN_CONVOLVED_ROWS and rows % IMAGES == 0 and x.dtype == torch.float32 and convolves(x.device)
 
 
 def _convolution_gradients(gradient_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
