@@ -31,7 +31,7 @@ MAX_ROWS = 128
 MAX_WINDOW = 8
 """Most tokens of a row that a pass reads; at 350M more cost what they save."""
 
-MAX_PASS_TOKENS, MAX_PASS_TOKENS_NARROW, MIN_WIDE = 48, 128, 512
+MAX_PASS_TOKENS, MAX_PASS_TOKENS_NARROW, MIN_WIDE = 48, 64, 512
 """Most tokens of all rows that a pass with guesses reads, in decoders from the width :data:`MIN_WIDE` on, and in narrower ones.
 
 Up to about so many a pass costs less than those that it saves (``benchmarks/jacobi.py``, on two CPU cores): it takes the time to read the

@@ -26,7 +26,7 @@ IMAGES = 16
 ROWS_MULTIPLE = 64
 """Where rows are convolved, those of a training step are filled up to a multiple of this: oneDNN compiles kernels for each new number."""
 
-MIN_CONVOLVED_ROWS, MIN_CONVOLVED_ROWS_WIDE, WIDE_WEIGHT = 128, 512, 1 << 20
+MIN_CONVOLVED_ROWS, MIN_CONVOLVED_ROWS_WIDE, WIDE_WEIGHT = 256, 512, 1 << 20
 """Fewer rows are not convolved, also not for the gradient of a weight of so many elements."""
 
 MAX_PACKED_ROWS, EXACT_PACKED_ROWS, PACKED_ROWS_MULTIPLE = 256, 32, 16

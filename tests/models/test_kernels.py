@@ -114,7 +114,7 @@ def slow_mkl(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("shape", [(2, 96, 24), (192, 24), (1, 128, 24), (130, 24), (3, 24)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 144, 24), (288, 24), (1, 256, 24), (260, 24), (3, 24)], ids=str)
 def test_linear_layers_are_pytorch_s_in_either_form(slow_mkl, shape):
     torch.manual_seed(0)
     x, weight = torch.randn(shape), torch.randn(40, 24)
@@ -133,13 +133,13 @@ def test_rows_are_convolved_where_prefers_onednn_in_float32_alone(slow_mkl):
             linear(torch.randn(rows, 24), torch.randn(40, 24))
         return sum(event.count for event in profile.key_averages() if event.key == "aten::conv2d")
 
-    assert convolutions(192) == slow_mkl
-    assert not convolutions(192, torch.bfloat16) and not convolutions(200) and not convolutions(64)
+    assert convolutions(288) == slow_mkl
+    assert not convolutions(288, torch.bfloat16) and not convolutions(296) and not convolutions(192)
 
 
 def test_a_weight_of_many_elements_has_its_gradient_from_few_rows(slow_mkl, monkeypatch):
     monkeypatch.setattr(kernels, "WIDE_WEIGHT", 40 * 24)
-    for rows in (128, 512):
+    for rows in (256, 512):
         gradient, x, total = torch.randn(rows, 40), torch.randn(rows, 24), torch.zeros(40, 24)
         with torch.profiler.profile() as profile:
             add_linear_weight_gradient(total, gradient, x)
@@ -154,7 +154,7 @@ def test_compilers_are_asked_nothing_about_the_number_of_rows(slow_mkl):
         torch._dynamo.reset()
         counter = CompileCounter()
         compiled = torch.compile(function, backend=counter)
-        for rows in (137, 144, 160, 161, 90, 208):
+        for rows in (265, 272, 288, 289, 218, 336):
             compiled(torch.randn(1, rows, 24), torch.randn(40, 24))
         counted.append(counter.frame_count)
     torch._dynamo.reset()
