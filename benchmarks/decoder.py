@@ -40,14 +40,13 @@ from cm3leon.models.decoder import Decoder
 from cm3leon.models.pixels import to_pil
 from cm3leon.models.vqgan import ImageTokenizer
 from cm3leon.scenes import composition
-from cm3leon.scenes.scene import COLORS, SHAPES
+from cm3leon.scenes.scene import COLORS, OPPOSITE, SHAPES
 from cm3leon.sequence.grammar import Prompt
 from cm3leon.sequence.text_tokenizer import TextTokenizer
 from cm3leon.training.pretraining import build_decoder, training_samples
 from cm3leon.training.trainer import fit, setup, validate
 
 IMAGES_AT_ONCE = 128
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 def held_out_batches(model: Decoder, config: Config, objective: ObjectiveConfig) -> list[Batch]:
@@ -150,7 +149,7 @@ def relations(model: Decoder) -> str:
 
 def trial(changes: Sequence[str], steps: int) -> str:
     """Train one variant and return its row of the table."""
-    config = changed_config([*changes, f"pretrain.steps={steps}", f"pretrain.validate_every={steps}"], paths.PARAMS)
+    config = changed_config([*changes, f"pretrain.steps={steps}", f"pretrain.validate_every={steps}"])
     section = config.pretrain
     model = build_decoder(section.model, config.seed)
     train = TokenStore(paths.TOKENS, ["train"])

@@ -63,7 +63,7 @@ def confused_patches(found: Counter[tuple[bytes, int]], images: int) -> float:
 
 def trial(changes: Sequence[str]) -> str:
     """Train one variant and return its row of the table."""
-    config = changed_config(changes, paths.PARAMS)
+    config = changed_config(changes)
     section, store = config.image_tokenizer, ImageStore(paths.RAW)
     chosen = training_images(read_manifest(paths.VALIDATED, "train"), section.condition_share, config.seed)
     images = ImageSet(store, chosen, section.image_size)

@@ -105,7 +105,7 @@ class Study:
 
     def _train(self, directory: Path, changes: Sequence[str], seed: int) -> dict[str, Any]:
         # 1. The decoder and its samples.
-        config = changed_config([*changes, f"seed={seed}"], paths.PARAMS)
+        config = changed_config([*changes, f"seed={seed}"])
         section = config.pretrain
         model = build_decoder(section.model, seed)
         train, held_out = TokenStore(paths.TOKENS, ["train"]), TokenStore(paths.TOKENS, ["val"])

@@ -224,6 +224,10 @@ class Scene:
         return (image + 0.5).astype(np.uint8)
 
 
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+"""The relation of the second object to the first, by that of the first to the second."""
+
+
 def relation(first: Object, second: Object) -> str | None:
     """The spatial relation of ``first`` to ``second``: left of, right of, above, below; None if none holds clearly (:data:`DOMINANCE`)."""
     # An axis dominates, and the boxes do not overlap along it: then the relation is true of all pixels of both objects.
@@ -238,8 +242,7 @@ def relation(first: Object, second: Object) -> str | None:
 
 def directed(first: str, how: str, second: str) -> Combination:
     """A spatial relation by ``left of`` or ``above``: what is right of or below something has that on its left or above it."""
-    opposites = {"right of": "left of", "below": "above"}
-    return (second, opposites[how], first) if how in opposites else (first, how, second)
+    return (second, OPPOSITE[how], first) if how in ("right of", "below") else (first, how, second)
 
 
 def apart(first: Object, second: Object) -> bool:
